@@ -66,6 +66,10 @@ class WeightAdapter(Adapter):
         """The adapted matrix; override it where the method is no sum."""
         return weight + self.delta(weight)
 
+    def transform_bias(self, bias: Tensor | None) -> Tensor | None:
+        """The adapted bias (out,), for methods that change it with the weight; None where there is none."""
+        return bias
+
     def output(self, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """The host's output from its input ``x`` and its output ``y`` so far, without forming the matrix.
 

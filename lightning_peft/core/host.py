@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
-from lightning_peft.core.adapter import Adapter
+from lightning_peft.core.adapter import Adapter, WeightAdapter
 from lightning_peft.core.swap import add_mixin, has_mixin, original_class, remove_mixin
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "attach",
     "detach",
     "disabled",
+    "effective_weights",
     "hosts",
     "set_active",
 ]
@@ -38,7 +40,7 @@ class AdapterStack(nn.ModuleDict):
     Attributes:
         active: names of the adapters that take part.
         disabled: whether none does, for the time being.
-        merged: original weights by parameter name while adapters are folded into them; None otherwise.
+        merged: original weights and biases by name while adapters are folded into them; None otherwise.
         merged_names: the adapters that are folded in.
     """
 
@@ -46,7 +48,7 @@ class AdapterStack(nn.ModuleDict):
         super().__init__()
         self.active: tuple[str, ...] = ()
         self.disabled = False
-        self.merged: dict[str, Tensor] | None = None
+        self.merged: dict[str, Tensor | None] | None = None
         self.merged_names: tuple[str, ...] = ()
         self.refresh()
 
@@ -91,26 +93,58 @@ class _Projection:
         self.bias = bias
 
 
-def effective_weights(host: nn.Module, adapters: tuple[Adapter, ...]) -> dict[str, Tensor]:
-    """The host's weights with ``adapters`` applied in order, by parameter name, each as it is stored."""
-    weights: dict[str, Tensor] = {}
+_BIASES = {"weight": "bias", "in_proj_weight": "in_proj_bias", "out_proj.weight": "out_proj.bias"}
+
+
+def effective_weights(
+    host: nn.Module, adapters: Sequence[Adapter], dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """The host's weights, and the biases that change with them, after ``adapters`` in order.
+
+    Args:
+        host: the module that owns them.
+        adapters: applied one after the other.
+        dtype: what to compute and return in; by default the type each is stored in.
+
+    Returns:
+        Tensors by parameter name, in the shape each is stored in.
+    """
+    now: dict[str, Tensor] = {}
+
+    def current(name: str) -> Tensor | None:
+        if name in now:
+            return now[name]
+        stored = stored_parameter(host, name)
+        return stored if stored is None or dtype is None else stored.to(dtype)
+
     for adapter in adapters:
-        for parameter, weight_adapter in adapter.weights().items():
-            stored = weights[parameter] if parameter in weights else host.get_parameter(parameter)
-            layout = weight_adapter.layout
-            matrix = weight_adapter.transform(layout.matrix(stored)).to(stored.dtype)
-            weights[parameter] = layout.stored(matrix, stored)
-    return weights
+        for parameter, part in adapter.weights().items():
+            stored = current(parameter)
+            assert stored is not None
+            matrix = part.transform(part.layout.matrix(stored)).to(stored.dtype)
+            now[parameter] = part.layout.stored(matrix, stored)
+            if parameter in _BIASES and type(part).transform_bias is not WeightAdapter.transform_bias:
+                bias = part.transform_bias(current(_BIASES[parameter]))
+                if bias is not None:
+                    now[_BIASES[parameter]] = bias.to(stored.dtype)
+    return now
+
+
+def stored_parameter(host: nn.Module, name: str) -> Tensor | None:
+    """A parameter of the host or of its child, by dotted name; None where it is registered as None."""
+    owner, _, last = name.rpartition(".")
+    return host.get_submodule(owner)._parameters[last]
 
 
 def _run_with(host: Any, weights: dict[str, Tensor], forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     in_place: dict[str, Any] = {}
     for name, weight in weights.items():
-        child, _, parameter = name.rpartition(".")
+        child, _, _ = name.rpartition(".")
         if child:
-            in_place[child] = _Projection(weight, host._modules[child].bias)
+            pair = [weights.get(f"{child}.{n}", host._modules[child]._parameters[n]) for n in ("weight", "bias")]
+            in_place[child] = _Projection(*pair)
         else:
-            in_place[parameter] = weight
+            in_place[name] = weight
     host._weights_in_place = in_place
     try:
         return forward(*args, **kwargs)

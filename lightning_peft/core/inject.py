@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -45,10 +45,13 @@ class Method(Protocol):
 
     name: str
     train_norm_stats: bool
+    may_change: ClassVar[frozenset[str]]
 
     def plan(self, model: nn.Module) -> Plan: ...
 
     def config(self) -> dict[str, Any]: ...
+
+    def regroup(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None: ...
 
 
 @dataclass
@@ -105,9 +108,9 @@ def apply(model: nn.Module, *methods: Method) -> Report:
         report = lp.apply(model, lp.LoRA(r=8, trainable=["classifier"]))
         optimizer = torch.optim.AdamW(lp.trainable_parameters(model), lr=1e-3)
     """
-    methods = methods or _callbacks_of(model)
+    wanted: Sequence[Method] = methods or _callbacks_of(model)
     record = injection_of(model)
-    new = _not_yet_applied(methods, record)
+    new = _not_yet_applied(wanted, record)
     if not new and record is not None:
         return record.report
     _check_injectable(model)
@@ -141,9 +144,9 @@ def inspect(model: nn.Module, *methods: Method) -> Report:
         TargetError: a pattern matches nothing.
         ValueError: two methods under one name, or no method at all.
     """
-    methods = methods or _callbacks_of(model)
+    wanted: Sequence[Method] = methods or _callbacks_of(model)
     record = injection_of(model)
-    new = _not_yet_applied(methods, record)
+    new = _not_yet_applied(wanted, record)
     report = Report() if record is None else _copy(record.report)
     report.total = sum(p.numel() for p in model.parameters())
     trained: dict[int, int] = {}

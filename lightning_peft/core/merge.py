@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lightning_peft.core.adapter import Adapter
-from lightning_peft.core.host import AdapterStack, adapter_names, detach, hosts
+from lightning_peft.core.host import AdapterStack, adapter_names, detach, effective_weights, hosts, stored_parameter
 from lightning_peft.core.swap import restore_class
 
 __all__ = ["MergeError", "merge", "unload", "unmerge"]
@@ -46,33 +46,51 @@ def merge(model: nn.Module, name: str | None = None) -> None:
             merged.append((host, _merged_weights(host_name, host, adapters, owners)))
     for host, weights in merged:
         stack = cast(AdapterStack, host.adapters)
-        stack.merged = {p: host.get_parameter(p).detach().clone() for p in weights}
+        stack.merged = {p: _copy(stored_parameter(host, p)) for p in weights}
         stack.merged_names = stack.active if name is None else (name,)
         for parameter, weight in weights.items():
-            host.get_parameter(parameter).copy_(weight)
+            _set(host, parameter, weight)
         stack.refresh()
 
 
 def _merged_weights(
     host_name: str, host: nn.Module, adapters: list[Adapter], owners: dict[int, list[str]]
 ) -> dict[str, torch.Tensor]:
-    weights: dict[str, torch.Tensor] = {}
-    for adapter in adapters:
-        for parameter, weight_adapter in adapter.weights().items():
-            stored = host.get_parameter(parameter)
-            full = f"{host_name}.{parameter}" if host_name else parameter
-            if not stored.is_floating_point():
-                raise MergeError(f"{full} is stored as {stored.dtype}: a quantised weight cannot take an exact change")
-            if len(owners[id(stored)]) > 1:
-                others = [n for n in owners[id(stored)] if n != full]
-                raise MergeError(f"{full} is the same tensor as {others}, which would change with it: untie them first")
-            layout = weight_adapter.layout
-            start = weights.get(parameter, stored.float() if stored.dtype != torch.float64 else stored)
-            weights[parameter] = layout.stored(weight_adapter.transform(layout.matrix(start)), start)
+    for parameter in dict.fromkeys(p for adapter in adapters for p in adapter.weights()):
+        stored = host.get_parameter(parameter)
+        full = f"{host_name}.{parameter}" if host_name else parameter
+        if not stored.is_floating_point():
+            raise MergeError(f"{full} is stored as {stored.dtype}: a quantised weight cannot take an exact change")
+        if len(owners[id(stored)]) > 1:
+            others = [n for n in owners[id(stored)] if n != full]
+            raise MergeError(f"{full} is the same tensor as {others}, which would change with it: untie them first")
+    wide = any(host.get_parameter(p).dtype == torch.float64 for a in adapters for p in a.weights())
+    weights = effective_weights(host, adapters, torch.float64 if wide else torch.float32)
     for parameter, weight in weights.items():
-        if not weight.to(host.get_parameter(parameter).dtype).isfinite().all():
+        if not weight.isfinite().all() or not weight.to(_dtype(host)).isfinite().all():
             raise MergeError(f"{host_name}.{parameter} would hold NaN or infinity after the merge")
     return weights
+
+
+def _dtype(host: nn.Module) -> torch.dtype:
+    return next(p.dtype for p in host.parameters(recurse=False))
+
+
+def _copy(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else tensor.detach().clone()
+
+
+def _set(host: nn.Module, name: str, value: torch.Tensor | None) -> None:
+    """Write a parameter in place; one that was None comes to be, or goes again."""
+    owner, _, last = name.rpartition(".")
+    parameters = host.get_submodule(owner)._parameters
+    current = parameters[last]
+    if current is not None and value is not None:
+        current.copy_(value)
+    elif value is None:
+        parameters[last] = None
+    else:
+        parameters[last] = nn.Parameter(value.to(_dtype(host)), requires_grad=False)
 
 
 def _owners(model: nn.Module) -> dict[int, list[str]]:
@@ -91,7 +109,7 @@ def unmerge(model: nn.Module) -> None:
     for _, host in hosts(model):
         stack = cast(AdapterStack, host.adapters)
         for parameter, weight in (stack.merged or {}).items():
-            host.get_parameter(parameter).copy_(weight)
+            _set(host, parameter, weight)
         stack.merged, stack.merged_names = None, ()
         stack.refresh()
 

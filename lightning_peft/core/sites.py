@@ -198,7 +198,7 @@ def _layout(module: nn.Module) -> tuple[Layout, bool] | None:
     return None
 
 
-def _guarded(layout: Layout, cls: type, kind: type) -> Layout:
+def _guarded(layout: Layout, cls: Any, kind: Any) -> Layout:
     """Without the activation path where a subclass computes something else than the layer it derives from.
 
     Such a layer (a scaled embedding, say) runs with the adapted weight in place instead, which is right for
@@ -288,7 +288,10 @@ def _nothing_to_adapt(pattern: str, model: nn.Module, sites: dict[str, Site]) ->
     if isinstance(module, nn.Embedding):
         return f"{pattern!r} matches {name!r}, an Embedding with max_norm, which rescales its own weight as it runs"
     if isinstance(module, nn.RNNBase):
-        return f"{pattern!r} matches {name!r} ({kind}), which reads a flattened copy of its weights; adapt the layers around it"
+        return (
+            f"{pattern!r} matches {name!r} ({kind}), which reads a flattened copy of its weights; "
+            "adapt the layers around it"
+        )
     return (
         f"{pattern!r} matches {name!r} ({kind}), which has no weight to adapt; a weight method adapts Linear, "
         "Conv1d/2d/3d, Conv1D, Embedding, MultiheadAttention and 2-D or 3-D parameters"

@@ -62,9 +62,9 @@ def _swapped(original: type, mixins: tuple[type, ...]) -> type:
 
 def _reduce_ex(self: Any, protocol: Any) -> tuple:
     # The default reduction names the class, which no import can find; name its ingredients instead.
-    _, _, *rest = object.__reduce_ex__(self, 2)
+    rest = tuple(object.__reduce_ex__(self, 2))[2:]
     return (_rebuild, (original_class(self), _mixins(self)), *rest)
 
 
-def _rebuild(original: type, mixins: tuple[type, ...]) -> object:
+def _rebuild(original: Any, mixins: tuple[type, ...]) -> object:
     return original.__new__(_swapped(original, mixins))

@@ -105,6 +105,12 @@ class PEFTMethod(Callback):
         """
         raise NotImplementedError
 
+    def regroup(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+        """Change the optimizer's parameter groups, for methods with learning rates of their own.
+
+        Called once, after frozen parameters were left out. A group that is split keeps its options.
+        """
+
     def config(self) -> dict[str, Any]:
         """Every argument by name, as plain values: enough to make this method again."""
         return {name: getattr(self, name) for name in _arguments(type(self))}

@@ -42,8 +42,12 @@ class AdaptedModule(L.LightningModule):
                 f"{type(self).__name__}.configure_optimizers returned no optimizer ({configured!r}), so no adapter "
                 "would ever train; return one over lp.trainable_parameters(self)"
             )
+        record = injection_of(self)
         for optimizer in optimizers:
+            _complete(optimizer, self)
             _drop_frozen(optimizer)
+            for method in record.methods.values() if record is not None else ():
+                method.regroup(optimizer, self)
         return configured
 
     @property
@@ -112,6 +116,15 @@ def _optimizers(configured: Any) -> Iterator[Optimizer]:
     elif isinstance(configured, Iterable):
         for part in configured:
             yield from _optimizers(part)
+
+
+def _complete(optimizer: Optimizer, model: nn.Module) -> None:
+    """Add the adapters to an optimizer that was built over all parameters before they were in (LightningCLI's)."""
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    base = [p for name, p in model.named_parameters() if ".adapters." not in f".{name}"]
+    if len(optimizer.param_groups) == 1 and all(id(p) in held for p in base):
+        group = optimizer.param_groups[0]
+        group["params"] += [p for p in model.parameters() if p.requires_grad and id(p) not in held]
 
 
 def _drop_frozen(optimizer: Optimizer) -> None:
