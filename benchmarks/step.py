@@ -390,6 +390,7 @@ def main(line: list[str] | None = None) -> int:
     if args.json:
         args.json.write_text(as_json(sections, args))
     if args.markdown:
+        args.markdown.parent.mkdir(parents=True, exist_ok=True)
         args.markdown.write_text(markdown(sections, args))
     return 1 if unfair else 0
 

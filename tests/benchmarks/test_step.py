@@ -91,7 +91,7 @@ def test_paired_ratio_divides_out_drift():
 def test_script_runs(case, tmp_path):
     if case != "resnet":
         pytest.importorskip("transformers")
-    page, numbers = tmp_path / "page.md", tmp_path / "numbers.json"
+    page, numbers = tmp_path / "results" / "page.md", tmp_path / "numbers.json"
     line = ["--case", case, "--size", "tiny", "--repeats", "2", "--warmup", "1", "--rank", "2"]
     assert step.main([*line, "--markdown", str(page), "--json", str(numbers)]) == 0
 
