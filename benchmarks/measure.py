@@ -36,9 +36,7 @@ class _Held:
         self.tensor = tensor
 
 
-def saved_bytes(
-    forward: Callable[[], Tensor], model: nn.Module | None = None, batch: Iterable[Tensor] = ()
-) -> Saved:
+def saved_bytes(forward: Callable[[], Tensor], model: nn.Module | None = None, batch: Iterable[Tensor] = ()) -> Saved:
     """Count the bytes that ``forward`` leaves saved for backward when it returns.
 
     Each distinct storage counts once and in full, however many tensors view it: a view keeps all of its

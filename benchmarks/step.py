@@ -187,9 +187,7 @@ def _inspect(run: Run, model: nn.Module, case: Case, args: argparse.Namespace) -
     run.adapted = owners(trained, [name for name, _ in case.model.named_modules() if name])
     with torch.no_grad():
         run.loss = forward_loss(model, case.batch, args.autocast).item()
-    run.saved = saved_bytes(
-        lambda: forward_loss(model, case.batch, args.autocast), model, case.batch.values()
-    )
+    run.saved = saved_bytes(lambda: forward_loss(model, case.batch, args.autocast), model, case.batch.values())
 
     optimizer = torch.optim.AdamW(trained.values(), lr=1e-4, fused=True) if trained else None
 

@@ -104,8 +104,13 @@ class ConvLayout(Layout):
         return conv(x, kernel, None, host.stride, padding, host.dilation, host.groups)
 
     def up(self, host: Any, h: Tensor, b: Tensor, y: Tensor, scale: float) -> Tensor:
-        kernel = (_cast(b, y) * scale).view(*b.shape, *[1] * len(host.kernel_size))
-        return y + _CONV[len(host.kernel_size)](_cast(h, y), kernel, groups=host.groups)
+        b, h = _cast(b, y), _cast(h, y)
+        if host.groups == 1 and y.is_contiguous() and y.ndim > len(host.kernel_size) + 1:
+            # A 1x1 convolution is a product for each image; as such it adds to y in one operation.
+            out = torch.baddbmm(y.flatten(2), b.expand(len(y), *b.shape), h.flatten(2), alpha=scale)
+            return out.view(y.shape)
+        kernel = b.view(*b.shape, *[1] * len(host.kernel_size))
+        return torch.add(y, _CONV[len(host.kernel_size)](h, kernel, groups=host.groups), alpha=scale)
 
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}

@@ -41,7 +41,7 @@ def dropped(project: Project, x: Tensor, weight: Tensor, p: float) -> Tensor:
 class _Dropped(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, project: Project, p: float) -> Tensor:
-        keep = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - p)
+        keep = _keep_mask(x, p)
         ctx.save_for_backward(x, weight, keep)
         ctx.project, ctx.scale = project, 1 / (1 - p)
         device = x.device.type
@@ -61,3 +61,12 @@ class _Dropped(torch.autograd.Function):
         grads = iter(torch.autograd.grad(h, wanted, grad * ctx.scale))
         grad_x = next(grads) * keep if needs_x else None
         return grad_x, next(grads) if needs_weight else None, None, None
+
+
+def _keep_mask(x: Tensor, p: float) -> Tensor:
+    """A mask of the shape of ``x``, each element False with probability ``p``."""
+    if x.device.type != "cpu":
+        return torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - p)
+    # Four 16-bit draws from each 64-bit one: on a CPU the generator is what dropout costs. p is met to 1/65536.
+    draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+    return (draws.view(torch.int16)[: x.numel()] >= round(p * 65536) - 32768).view(x.shape)
