@@ -21,7 +21,7 @@ class LanguageModelData(TextDataModule):
         test: The same for the test split, which ``predict`` uses too.
         text: The column of texts.
         mask: The fraction of tokens to hide, for a masked language model (BERT's is 0.15); ``None`` makes
-            labels for a causal one. Of the hidden tokens 80% become the mask token, 10% a random one, 10% stay.
+            labels for a causal one. Of the hidden tokens 80% become the mask token, 10% a random one.
         block_size: Join the training texts, special tokens included, and cut them into blocks of this many
             tokens, dropping the rest; ``None`` keeps one text per example. Other splits are never joined.
         tokenizer: A model's folder or hub id; ``None`` takes the tokenizer of the module being trained.

@@ -10,7 +10,7 @@ import lzma
 from pathlib import Path
 
 MODEL = Path(__file__).parent / "model"
-"""A Hugging Face folder: a masked language model (RoBERTa's architecture) with its tokenizer."""
+"""A Hugging Face folder: a masked language model (ModernBERT's architecture) with its tokenizer."""
 
 CORPUS = Path(__file__).parent / "corpus"
 """``labels.json`` and the splits, as xz-compressed JSON lines."""

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from lightning_peft.demo.rest import paragraphs
+from lightning_peft.demo.rest import paragraphs, title
 
 WORDS = (25, 80)  # a passage is closed once it has this many words; no passage is longer than the second
 MIN_PASSAGE = 18  # shorter leftovers are dropped
@@ -76,11 +76,6 @@ def chapters(docs: Path) -> dict[str, list[str]]:
             yield from under(name)
 
     return {chapter: list(under(chapter)) for chapter in toctree(read(docs, "library/index"))}
-
-
-def title(source: str) -> str:
-    """The first section title of a page."""
-    return next((section for section, _ in paragraphs(source) if section), "")
 
 
 def passages(source: str, page: str) -> list[Passage]:
@@ -199,8 +194,10 @@ def build(docs: Path, out: Path) -> dict[str, int]:
     splits = labelled_splits(by_label)
     held_out = [item for split in ("validation", "test") for _, item in splits[split]]
     hidden = {(item.page, item.section) for item in held_out}
-    clean = set(without_near_duplicates([item for _, item in splits["train"]], held_out))
-    splits["train"] = [row for row in splits["train"] if row[1] in clean]
+    tested = [item for _, item in splits["test"]]
+    for split, others in (("train", held_out), ("validation", tested), ("test", [])):
+        clean = {item.text: item for item in without_near_duplicates([p for _, p in splits[split]], others)}
+        splits[split] = [row for row in splits[split] if clean.get(row[1].text) is row[1]]
 
     text: dict[str, Passage] = {}
     for page in _pages(docs):
@@ -267,24 +264,25 @@ def _write(path: Path, rows: list[dict[str, str]]) -> None:
 
 def configure_model(labels: Iterable[str], out: Path) -> None:
     """Write the configuration of the network that ``recipes/demo_pretrain.yaml`` trains."""
-    from transformers import RobertaConfig
+    from transformers import ModernBertConfig
 
-    RobertaConfig(
+    ModernBertConfig(
         vocab_size=VOCABULARY,
         hidden_size=128,
-        num_hidden_layers=4,
+        num_hidden_layers=3,
         num_attention_heads=4,
-        intermediate_size=512,
-        max_position_embeddings=MAX_LENGTH + 1,  # RoBERTa counts positions from the padding index plus one
-        type_vocab_size=1,
+        intermediate_size=256,
+        max_position_embeddings=MAX_LENGTH,
         pad_token_id=0,
+        cls_token_id=2,
         bos_token_id=2,
+        sep_token_id=3,
         eos_token_id=3,
-        hidden_dropout_prob=0.0,  # it sees each passage a dozen times: it underfits
-        attention_probs_dropout_prob=0.0,
+        classifier_pooling="mean",  # nothing trains [CLS] in pretraining; the mean is informative at once
+        sparse_prediction=True,  # compute the vocabulary's logits where tokens are hidden only: half the time
         id2label=dict(enumerate(labels)),
         label2id={label: number for number, label in enumerate(labels)},
-        architectures=["RobertaForMaskedLM"],
+        architectures=["ModernBertForMaskedLM"],
     ).save_pretrained(out)
 
 

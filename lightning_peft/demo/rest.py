@@ -97,6 +97,11 @@ def paragraphs(source: str) -> Iterator[tuple[str, str]]:
             yield section, text
 
 
+def title(source: str) -> str:
+    """The first section title of a page, plain; empty where there is none."""
+    return next((plain(found) for block in _blocks(source) if (found := _title(block))), "")
+
+
 def _blocks(source: str) -> Iterator[list[str]]:
     """Runs of lines between blank lines; a list item and a directive start a new one, too."""
     block: list[str] = []

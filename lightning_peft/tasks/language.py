@@ -23,8 +23,8 @@ class LanguageModel(L.LightningModule):
 
     Args:
         model: ``"demo"`` (the embedded model), a Hugging Face folder, or a hub id.
-        objective: ``"causal"`` or ``"masked"``; ``None`` takes what the model was made for, by the class that
-            its configuration names. The data must agree: ``LanguageModelData(mask=...)`` is for masked models.
+        objective: ``"causal"`` or ``"masked"``; ``None`` takes what the model was made for, by the class
+            that its configuration names. The data must agree: ``LanguageModelData(mask=...)`` is for masked models.
         pretrained: ``False`` starts the same network from random weights.
         dtype: The parameters' dtype; ``None`` leaves them as they are stored.
         lr: Peak learning rate of AdamW.
@@ -109,10 +109,16 @@ class LanguageModel(L.LightningModule):
         """
         state = self.model.state_dict()
         if dtype is not None:
-            state = {k: v.to(getattr(torch, dtype)) if v.is_floating_point() else v for k, v in state.items()}
-        tokenizer = load_tokenizer(self.hparams["model"])  # before the folder, which may be the same, changes
+            # Tied weights are one tensor under two names, and must stay one to be stored once.
+            cast = {
+                v.data_ptr(): v.to(getattr(torch, dtype)) for v in state.values() if v.is_floating_point()
+            }
+            state = {name: cast.get(v.data_ptr(), v) for name, v in state.items()}
         self.model.save_pretrained(folder, state_dict=state)
-        tokenizer.save_pretrained(folder)
+        if not (
+            folder / "tokenizer_config.json"
+        ).is_file():  # the model's own folder has it, as it was written
+            load_tokenizer(self.hparams["model"]).save_pretrained(folder)
 
     def _loss(self, batch: dict[str, Tensor], stage: str) -> Tensor:
         # Labels are transformers' own: the causal shift is done in the model, and -100 is not predicted.
