@@ -24,7 +24,7 @@ class LanguageModel(L.LightningModule):
     Args:
         model: ``"demo"`` (the embedded model), a Hugging Face folder, or a hub id.
         objective: ``"causal"`` or ``"masked"``; ``None`` takes what the model was made for, by the class
-            that its configuration names. The data must agree: ``LanguageModelData(mask=...)`` is for masked models.
+            that its configuration names. The data must agree: ``mask`` there is for masked models.
         pretrained: ``False`` starts the same network from random weights.
         dtype: The parameters' dtype; ``None`` leaves them as they are stored.
         lr: Peak learning rate of AdamW.

@@ -12,7 +12,7 @@ PAGES = {"colours": "library/paint", "sounds": "library/horn"}
 
 @pytest.fixture
 def docs(tmp_path):
-    """A library reference of two chapters with one module each, and a third that is too small to be a class."""
+    """A library reference of two chapters of one module each, and a third too small to be a class."""
     library = tmp_path / "docs" / "library"
     library.mkdir(parents=True)
     chapters = {"colours": "paint", "sounds": "horn", "tiny": "speck"}

@@ -12,7 +12,7 @@ def gpt2(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("gpt2")
     config = GPT2Config(
-        vocab_size=4096, n_positions=64, n_embd=32, n_layer=2, n_head=2, bos_token_id=2, eos_token_id=3
+        vocab_size=4096, n_positions=128, n_embd=32, n_layer=2, n_head=2, bos_token_id=2, eos_token_id=3
     )
     GPT2LMHeadModel(config).save_pretrained(folder)
     AutoTokenizer.from_pretrained(demo.MODEL).save_pretrained(folder)

@@ -30,7 +30,7 @@ def test_objective_is_what_the_configuration_names(gpt2):
 def test_unnamed_objective_is_asked_for(tmp_path):
     config = json.loads((demo.MODEL / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": None}))
-    with pytest.raises(ValueError, match="no architecture.*pass objective='causal' or objective='masked'"):
+    with pytest.raises(ValueError, match=r"no architecture.*pass objective='causal' or objective='masked'"):
         LanguageModel(str(tmp_path))
 
 
@@ -44,9 +44,9 @@ def test_causal_training_lowers_the_loss(gpt2):
 
 
 def test_masked_model_wants_masked_data_and_causal_does_not(gpt2):
-    with pytest.raises(ValueError, match="objective is 'masked' and the data has mask=None: pass mask=0.15"):
+    with pytest.raises(ValueError, match=r"objective is 'masked' and the data has mask=None: pass mask=0.15"):
         L.Trainer(max_steps=1, **QUIET).fit(LanguageModel("demo"), LanguageModelData("demo"))
-    with pytest.raises(ValueError, match="objective is 'causal' and the data has mask=0.2: pass mask=None"):
+    with pytest.raises(ValueError, match=r"objective is 'causal' and the data has mask=0.2: pass mask=None"):
         L.Trainer(max_steps=1, **QUIET).fit(LanguageModel(gpt2), LanguageModelData("demo", mask=0.2))
 
 

@@ -26,10 +26,12 @@ def batch(size=4, length=10, classes=17):
 
 def test_demo_gives_logits_and_gradients_everywhere():
     module = TextClassifier("demo")
-    module.trainer = L.Trainer(**QUIET)
     example = batch()
-    assert module(example["input_ids"], example["attention_mask"]).shape == (4, 17)
-    module.training_step(example, 0).backward()
+    logits = module(example["input_ids"], example["attention_mask"])
+    assert logits.shape == (4, 17)
+    torch.nn.functional.cross_entropy(logits, example["labels"]).backward()
+    assert module.training
+    assert module.model.training, "from_pretrained gives a network in eval mode"
     assert all(p.grad is not None for p in module.parameters())
 
 
@@ -56,7 +58,12 @@ def test_fit_test_and_predict():
     L.seed_everything(0)
     module, data = TextClassifier("demo"), TextClassificationData("demo", batch_size=4)
     trainer = L.Trainer(
-        max_steps=4, limit_val_batches=2, limit_test_batches=1, limit_predict_batches=1, **QUIET
+        max_epochs=1,
+        limit_train_batches=4,
+        limit_val_batches=2,
+        limit_test_batches=1,
+        limit_predict_batches=1,
+        **QUIET,
     )
     trainer.fit(module, data)
     assert {"train/loss", "val/loss", "val/acc", "val/f1"} <= set(trainer.callback_metrics)

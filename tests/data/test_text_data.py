@@ -82,7 +82,7 @@ def test_missing_file_names_the_nearest(reviews):
 
 
 def test_unknown_format_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="must end in one of .csv, .tsv, .json"):
+    with pytest.raises(ValueError, match="must end in one of"):
         module(source=str(tmp_path / "rows.xls"))
 
 
