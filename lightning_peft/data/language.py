@@ -1,0 +1,102 @@
+"""Texts for language modelling, causal or masked."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_peft.data.base import Example, TextDataModule
+from lightning_peft.data.rows import load_rows
+
+
+class LanguageModelData(TextDataModule):
+    """Texts, one to an example or joined and cut into blocks of equal length.
+
+    Args:
+        source: ``"demo"`` (trains on the pretraining passages); the path of a txt, csv, tsv, json, jsonl or
+            parquet file; or a hub dataset's id.
+        validation: Beside a file: another file. Of a hub dataset: the split's name, if not ``"validation"``.
+        test: The same for the test split, which ``predict`` uses too.
+        text: The column of texts.
+        mask: The fraction of tokens to hide, for a masked language model (BERT's is 0.15); ``None`` makes
+            labels for a causal one. Of the hidden tokens 80% become the mask token, 10% a random one.
+        block_size: Join the training texts, special tokens included, and cut them into blocks of this many
+            tokens, dropping the rest; ``None`` keeps one text per example. Other splits are never joined.
+        tokenizer: A model's folder or hub id; ``None`` takes the tokenizer of the module being trained.
+        batch_size: Examples per batch and process.
+        max_length: Longer texts are cut to this many tokens.
+        num_workers: Worker processes per loader.
+    """
+
+    def __init__(
+        self,
+        source: str = "demo",
+        validation: str | None = None,
+        test: str | None = None,
+        text: str = "text",
+        mask: float | None = None,
+        block_size: int | None = None,
+        tokenizer: str | None = None,
+        batch_size: int = 32,
+        max_length: int = 128,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__(source, validation, test, tokenizer, batch_size, max_length, num_workers)
+        if mask is not None and not 0 < mask < 1:
+            raise ValueError(f"mask={mask}: it is the fraction of tokens to hide, between 0 and 1.")
+        if block_size is not None and block_size < 2:
+            raise ValueError(f"block_size={block_size}: it must be at least 2 tokens.")
+        self.columns = (text,)
+        self.text, self.mask, self.block_size = text, mask, block_size
+        self.save_hyperparameters()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Load the tokenizer.
+
+        Raises:
+            ValueError: Tokens are to be masked and the tokenizer has no mask token.
+        """
+        super().setup(stage)
+        if self.mask is not None and self.tokenizer.mask_token_id is None:
+            raise ValueError(
+                f"mask={self.mask}, but the tokenizer has no mask token: pass mask=None for a causal model."
+            )
+
+    def rows(self, split: str) -> list[dict[str, Any]]:
+        """The rows of a split; the demo's training rows are its pretraining passages."""
+        if self.source == "demo" and split == "train":
+            return load_rows("demo", "pretrain", self.columns)
+        return super().rows(split)
+
+    def examples(self, rows: list[dict[str, Any]], split: str) -> list[Example]:
+        """Tokenize texts, and join them into blocks where asked."""
+        texts = [row[self.text] for row in rows]
+        tokens = self.tokenizer(texts, truncation=True, max_length=self.max_length)["input_ids"]
+        if split == "train" and self.block_size is not None:
+            stream = [token for ids in tokens for token in ids]
+            starts = range(0, len(stream) - self.block_size + 1, self.block_size)
+            tokens = [stream[start : start + self.block_size] for start in starts]
+        return [{"input_ids": ids} for ids in tokens]
+
+    def collate(self, examples: list[Example], split: str) -> dict[str, Tensor]:
+        """``input_ids``, ``attention_mask``, ``labels``: ``(batch, longest)``; -100 is not predicted."""
+        batch = self.pad(examples)
+        padding = batch["attention_mask"] == 0
+        if self.mask is None:
+            return {**batch, "labels": batch["input_ids"].masked_fill(padding, -100)}
+        generator = None
+        if split != "train":  # the same tokens are hidden each time a held-out text is seen
+            generator = torch.Generator().manual_seed(int(batch["input_ids"].sum()))
+        ids, labels = self._hide(batch["input_ids"], generator)
+        return {**batch, "input_ids": ids, "labels": labels}
+
+    def _hide(self, ids: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        special = torch.isin(ids, torch.tensor(self.tokenizer.all_special_ids))
+        hidden = (torch.rand(ids.shape, generator=generator) < self.mask) & ~special
+        fate = torch.rand(ids.shape, generator=generator)
+        random = torch.randint(len(self.tokenizer), ids.shape, generator=generator)
+        seen = torch.where(hidden & (fate < 0.8), self.tokenizer.mask_token_id, ids)
+        seen = torch.where(hidden & (fate >= 0.9), random, seen)
+        return seen, ids.masked_fill(~hidden, -100)

@@ -1,0 +1,141 @@
+"""Language modelling, causal or masked, with any Hugging Face model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
+
+from lightning_peft.tasks.optim import adamw
+from lightning_peft.tasks.pretrained import load_model, load_tokenizer, locate
+
+Objective = Literal["causal", "masked"]
+
+
+class LanguageModel(L.LightningModule):
+    """Predict the next token (causal), or the tokens hidden from the model (masked).
+
+    Logs ``train/loss``, ``val/loss`` and ``test/loss``: the mean cross entropy per predicted token, in nats.
+
+    Args:
+        model: ``"demo"`` (the embedded model), a Hugging Face folder, or a hub id.
+        objective: ``"causal"`` or ``"masked"``; ``None`` takes what the model was made for, by the class
+            that its configuration names. The data must agree: ``mask`` there is for masked models.
+        pretrained: ``False`` starts the same network from random weights.
+        dtype: The parameters' dtype; ``None`` leaves them as they are stored.
+        lr: Peak learning rate of AdamW.
+        weight_decay: Decoupled weight decay, of matrices only.
+        warmup: Fraction of the steps over which the rate rises to ``lr``, before it falls linearly to 0.
+        export_dir: A folder to write the model and its tokenizer to, in Hugging Face's format, after ``fit``.
+        export_dtype: The dtype the exported weights are stored in; ``None`` leaves it.
+    """
+
+    def __init__(
+        self,
+        model: str = "demo",
+        objective: Objective | None = None,
+        pretrained: bool = True,
+        dtype: str | None = "float32",
+        lr: float = 1e-3,
+        weight_decay: float = 0.01,
+        warmup: float = 0.1,
+        export_dir: str | None = None,
+        export_dtype: str | None = None,
+    ) -> None:
+        super().__init__()
+        import transformers
+
+        self.save_hyperparameters()
+        self.objective: Objective = objective or _objective_of(model)
+        auto = {"causal": transformers.AutoModelForCausalLM, "masked": transformers.AutoModelForMaskedLM}
+        if self.objective not in auto:
+            raise ValueError(f"objective={self.objective!r} is neither 'causal' nor 'masked'.")
+        self.model = load_model(auto[self.objective], model, pretrained, dtype)
+
+    def setup(self, stage: str) -> None:
+        """Check that the data hides tokens if, and only if, the model is to guess them.
+
+        Raises:
+            ValueError: One does and the other does not.
+        """
+        data = getattr(self.trainer, "datamodule", None)
+        if hasattr(data, "mask") and (data.mask is None) == (self.objective == "masked"):
+            fix = "pass mask=0.15, say," if data.mask is None else "pass mask=None"
+            raise ValueError(
+                f"the model's objective is {self.objective!r} and the data has mask={data.mask}: {fix} to "
+                f"{type(data).__name__}, or another objective to LanguageModel."
+            )
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Logits, ``(batch, length, vocabulary)``, of token ids, ``(batch, length)``."""
+        return self.model(input_ids=input_ids, attention_mask=attention_mask).logits
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """The mean cross entropy of a batch ``{"input_ids", "attention_mask", "labels"}``."""
+        return self._loss(batch, "train")
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Log ``val/loss``."""
+        self._loss(batch, "val")
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Log ``test/loss``."""
+        self._loss(batch, "test")
+
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """The likeliest token at each position, ``(batch, length)``."""
+        return self(batch["input_ids"], batch["attention_mask"]).argmax(-1)
+
+    def configure_optimizers(self) -> Any:
+        """AdamW over the trainable parameters, with a linear warmup and decay."""
+        return adamw(self, self.hparams["lr"], self.hparams["weight_decay"], self.hparams["warmup"])
+
+    @rank_zero_only
+    def on_fit_end(self) -> None:
+        """Write the Hugging Face folder, if ``export_dir`` is given."""
+        if self.hparams["export_dir"] is not None:
+            self.export(Path(self.hparams["export_dir"]), self.hparams["export_dtype"])
+
+    def export(self, folder: Path, dtype: str | None = None) -> None:
+        """Save the network and its tokenizer as a Hugging Face folder.
+
+        Args:
+            folder: Made if it is not there; files of the same names are replaced.
+            dtype: What floating-point weights are stored as; ``None`` leaves them.
+        """
+        state = self.model.state_dict()
+        if dtype is not None:
+            # Tied weights are one tensor under two names, and must stay one to be stored once.
+            cast = {
+                v.data_ptr(): v.to(getattr(torch, dtype)) for v in state.values() if v.is_floating_point()
+            }
+            state = {name: cast.get(v.data_ptr(), v) for name, v in state.items()}
+        self.model.save_pretrained(folder, state_dict=state)
+        if not (
+            folder / "tokenizer_config.json"
+        ).is_file():  # the model's own folder has it, as it was written
+            load_tokenizer(self.hparams["model"]).save_pretrained(folder)
+
+    def _loss(self, batch: dict[str, Tensor], stage: str) -> Tensor:
+        # Labels are transformers' own: the causal shift is done in the model, and -100 is not predicted.
+        loss = self.model(**batch).loss
+        self.log(f"{stage}/loss", loss, prog_bar=True, batch_size=len(batch["input_ids"]))
+        return loss
+
+
+def _objective_of(model: str) -> Objective:
+    from transformers import AutoConfig
+
+    names = AutoConfig.from_pretrained(locate(model)).architectures or []
+    if any(name.endswith("ForMaskedLM") for name in names):
+        return "masked"
+    if any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names):
+        return "causal"
+    raise ValueError(
+        f"the configuration of {model!r} names no language model ({', '.join(names) or 'no architecture'}): "
+        "pass objective='causal' or objective='masked'."
+    )

@@ -1,0 +1,77 @@
+"""Where a pretrained model is: the embedded one, a local folder, or a name on the Hugging Face hub."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+from lightning_peft import demo
+
+
+def locate(model: str) -> str:
+    """Resolve a model's name to what ``from_pretrained`` takes.
+
+    Args:
+        model: ``"demo"``, the path of a folder with a ``config.json``, or a hub id (``"org/name"``).
+
+    Returns:
+        The folder's path, or the hub id as it was given.
+
+    Raises:
+        FileNotFoundError: ``model`` is a path, and of no folder or of one that holds no model.
+    """
+    if model == "demo":
+        return str(demo.MODEL)
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if (path / "config.json").is_file():
+            return str(path)
+        inside = sorted(child.parent.name for child in path.glob("*/config.json"))
+        hint = f"; its folder {inside[0]!r} has one" if inside else ""
+        raise FileNotFoundError(f"{model!r} is not a Hugging Face model folder: it has no config.json{hint}.")
+    # A hub id has at most one slash and does not start like a path; anything else was meant to be on disk.
+    if path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
+        siblings = [child.name for child in path.parent.glob("*") if child.is_dir()]
+        near = difflib.get_close_matches(path.name, siblings, n=3, cutoff=0.4)
+        hint = f"; near it: {', '.join(near)}" if near else ""
+        raise FileNotFoundError(f"there is no model folder {model!r}{hint}.")
+    return model
+
+
+def load_model(auto_class: Any, model: str, pretrained: bool, dtype: str | None, **config: Any) -> Any:
+    """Build a transformers model, with its weights or with random ones.
+
+    Args:
+        auto_class: A transformers auto class (``AutoModelForMaskedLM``).
+        model: What :func:`locate` takes.
+        pretrained: ``False`` gives the same network with weights drawn anew from torch's global generator.
+        dtype: The parameters' dtype (``"float32"``); ``None`` leaves them as they are stored.
+        **config: Changes to the model's configuration.
+
+    Raises:
+        ValueError: ``dtype`` is not the name of a torch dtype.
+    """
+    import torch
+    from transformers import AutoConfig
+
+    if dtype is not None and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(f"dtype={dtype!r} is no torch dtype; use float32, bfloat16, float16 or None.")
+    where = locate(model)
+    configuration = AutoConfig.from_pretrained(where, **config)
+    if pretrained:
+        network = auto_class.from_pretrained(where, config=configuration)
+    else:
+        network = auto_class.from_config(configuration)
+    network.train()  # from_pretrained leaves it in eval mode, and Lightning would train it so, without dropout
+    return network if dtype is None else network.to(getattr(torch, dtype))
+
+
+def load_tokenizer(model: str) -> Any:
+    """The tokenizer that belongs to a model; one without a padding token pads with its end-of-text token."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(locate(model))
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
