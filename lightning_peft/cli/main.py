@@ -9,9 +9,11 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from jsonargparse import auto_cli
 from rich.console import Console
 
 import lightning_peft as lp
+from lightning_peft.cli.methods import methods
 
 __all__ = ["PEFTCLI", "PEFTTrainer", "main"]
 
@@ -93,7 +95,11 @@ def main(args: Sequence[str] | None = None) -> None:
     import lightning_peft.data
     import lightning_peft.tasks  # noqa: F401
 
+    given = list(sys.argv[1:] if args is None else args)
+    if given[:1] == ["methods"]:
+        auto_cli(methods, args=given[1:], as_positional=True)
+        return
     try:
-        PEFTCLI(args=args)
+        PEFTCLI(args=given)
     except USER_ERRORS as error:
         sys.exit(f"error: {error}")
