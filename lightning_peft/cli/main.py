@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import sys
+from argparse import ArgumentParser
 from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from jsonargparse import auto_cli
 from rich.console import Console
 
 import lightning_peft as lp
 from lightning_peft.cli.methods import methods
 
 __all__ = ["PEFTCLI", "PEFTTrainer", "main"]
+
+DESCRIPTION = """Fine-tune any LightningModule. Methods are callbacks of the trainer:
+--trainer.callbacks+=LoRA --trainer.callbacks.r=8. `lightning-peft methods` lists them all."""
 
 #: what a user can mend by changing a setting; shown as one line instead of a traceback
 USER_ERRORS = (lp.TargetError, lp.StateError, lp.AuditError, lp.MergeError, MisconfigurationException)
@@ -72,6 +75,7 @@ class PEFTCLI(LightningCLI):
             save_config_callback=LogConfig,
             save_config_kwargs={"overwrite": True},
             seed_everything_default=0,
+            parser_kwargs={"prog": "lightning-peft", "description": DESCRIPTION},
             args=args,
             **kwargs,
         )
@@ -97,9 +101,11 @@ def main(args: Sequence[str] | None = None) -> None:
 
     given = list(sys.argv[1:] if args is None else args)
     if given[:1] == ["methods"]:
-        auto_cli(methods, args=given[1:], as_positional=True)
+        parser = ArgumentParser(prog="lightning-peft methods", description="List the methods, or explain one.")
+        parser.add_argument("name", nargs="?", help="a method, such as lora")
+        methods(parser.parse_args(given[1:]).name)
         return
     try:
-        PEFTCLI(args=given)
+        PEFTCLI(args=args)
     except USER_ERRORS as error:
         sys.exit(f"error: {error}")

@@ -16,8 +16,8 @@ def find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """The repeated blocks of ``model`` by qualified name, the first to run first (as far as definition order tells).
 
     A block is a composite module in a ``ModuleList``, ``Sequential`` or ``ModuleDict`` whose class occurs there at
-    least twice; of nested ones the outermost count (a transformer's layers, not their heads). A model without any, such as
-    a plain ``Sequential`` of layers, has its layers that own parameters as blocks.
+    least twice; of nested ones the outermost count (a transformer's layers, not their heads). A model without any,
+    such as a plain ``Sequential`` of layers, has its layers that own parameters as blocks.
     """
     inside = [
         (f"{name}.{child}" if name else child, module)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import os
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, Literal
@@ -36,7 +36,7 @@ def registered_method(name: str) -> type[PEFTMethod]:
     return _REGISTRY[name]
 
 
-class PEFTMethod(Callback):
+class PEFTMethod(Callback, ABC):
     """A method of parameter-efficient fine-tuning as a Lightning callback.
 
     Attach it to a Trainer (``Trainer(callbacks=[lp.LoRA(r=8)])``) or apply it by hand (``lp.apply(model, method)``).
@@ -93,8 +93,7 @@ class PEFTMethod(Callback):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if not inspect.isabstract(cls):
-            _REGISTRY[cls.__name__] = cls
+        _REGISTRY[cls.__name__] = cls
 
     @abstractmethod
     def plan(self, model: nn.Module) -> Plan:

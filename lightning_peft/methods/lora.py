@@ -31,7 +31,10 @@ __all__ = ["LoRA"]
 
 
 class LoRA(WeightMethod):
-    """Low-rank adaptation (Hu et al. 2021, arXiv:2106.09685) of any weight that reads as a matrix.
+    """Low-rank adaptation: a trained product B A beside each frozen weight (arXiv:2106.09685).
+
+    Choose it first: it reaches full fine-tuning on most tasks with well under one percent of the parameters, adds two
+    thin products to each adapted layer while training, and costs nothing once merged.
 
     Args:
         r: the rank; r (in + out) parameters train for each matrix.
