@@ -11,7 +11,7 @@ Example::
 
 from lightning_peft.core.adapter import Adapter, WeightAdapter
 from lightning_peft.core.host import active, disabled, set_active
-from lightning_peft.core.inject import apply, inspect, trainable_parameters
+from lightning_peft.core.inject import InjectionError, apply, inspect, trainable_parameters
 from lightning_peft.core.merge import MergeError, merge, unload, unmerge
 from lightning_peft.core.report import Report
 from lightning_peft.core.state import StateError, adapter_state
@@ -27,6 +27,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Adapter",
     "AuditError",
+    "InjectionError",
     "LoRA",
     "MergeError",
     "PEFTMethod",

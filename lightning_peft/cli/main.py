@@ -21,7 +21,14 @@ DESCRIPTION = """Fine-tune any LightningModule. Methods are callbacks of the tra
 --trainer.callbacks+=LoRA --trainer.callbacks.r=8. `lightning-peft methods` lists them all."""
 
 #: what a user can mend by changing a setting; shown as one line instead of a traceback
-USER_ERRORS = (lp.TargetError, lp.StateError, lp.AuditError, lp.MergeError, MisconfigurationException)
+USER_ERRORS = (
+    lp.TargetError,
+    lp.InjectionError,
+    lp.StateError,
+    lp.AuditError,
+    lp.MergeError,
+    MisconfigurationException,
+)
 
 
 class PEFTTrainer(L.Trainer):

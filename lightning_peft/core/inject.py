@@ -20,7 +20,11 @@ from lightning_peft.core.report import Report
 from lightning_peft.core.state import fingerprint
 from lightning_peft.core.swap import original_class
 
-__all__ = ["Injection", "Method", "Plan", "apply", "injection_of", "inspect", "trainable_parameters"]
+__all__ = ["Injection", "InjectionError", "Method", "Plan", "apply", "injection_of", "inspect", "trainable_parameters"]
+
+
+class InjectionError(ValueError):
+    """Methods that cannot be put into this model, and why. Nothing was changed."""
 
 
 @dataclass
@@ -101,7 +105,7 @@ def apply(model: nn.Module, *methods: Method) -> Report:
 
     Raises:
         TargetError: a pattern matches nothing.
-        ValueError: two methods under one name; a model that is compiled or sharded; no method at all.
+        InjectionError: two methods under one name; a model that is compiled or sharded; no method at all.
 
     Example::
 
@@ -142,7 +146,7 @@ def inspect(model: nn.Module, *methods: Method) -> Report:
 
     Raises:
         TargetError: a pattern matches nothing.
-        ValueError: two methods under one name, or no method at all.
+        InjectionError: two methods under one name, or no method at all.
     """
     wanted: Sequence[Method] = methods or _callbacks_of(model)
     record = injection_of(model)
@@ -173,7 +177,7 @@ def _callbacks_of(model: nn.Module) -> Sequence[Any]:
     trainer = getattr(model, "_trainer", None)
     found = [c for c in getattr(trainer, "callbacks", ()) if hasattr(c, "plan") and hasattr(c, "config")]
     if not found:
-        raise ValueError(
+        raise InjectionError(
             "no method to apply: pass one, as in lp.apply(model, lp.LoRA(r=8)), or attach it to the Trainer "
             "as a callback"
         )
@@ -185,7 +189,7 @@ def _not_yet_applied(methods: Iterable[Method], record: Injection | None) -> lis
     for method in methods:
         kind = type(method).__name__
         if method.name in new:
-            raise ValueError(
+            raise InjectionError(
                 f"two methods are named {method.name!r} ({type(new[method.name]).__name__} and {kind}): give each "
                 f"a name of its own, for example {kind}(..., name='{kind.lower()}')"
             )
@@ -193,7 +197,7 @@ def _not_yet_applied(methods: Iterable[Method], record: Injection | None) -> lis
         if there is None:
             new[method.name] = method
         elif type(there) is not type(method) or there.config() != method.config():
-            raise ValueError(
+            raise InjectionError(
                 f"the model already carries a {type(there).__name__} named {method.name!r} with another "
                 f"configuration: {_difference(there.config(), method.config())}; give this one another name="
             )
@@ -209,13 +213,13 @@ def _check_injectable(model: nn.Module) -> None:
     for name, module in model.named_modules():
         where = name or "the model"
         if isinstance(module, torch._dynamo.eval_frame.OptimizedModule) or module._compiled_call_impl is not None:
-            raise ValueError(
+            raise InjectionError(
                 f"{where} is already compiled, and compiled code would not see the adapters: apply the methods "
                 "first, then torch.compile the model"
             )
         mro = {c.__name__ for c in original_class(module).__mro__} | {c.__name__ for c in type(module).__mro__}
         if mro & {"FSDPModule", "FullyShardedDataParallel", "DistributedDataParallel"}:
-            raise ValueError(
+            raise InjectionError(
                 f"{where} is already sharded or wrapped for distributed training: every rank would get adapters "
                 "of its own; apply the methods first (in configure_model: lp.apply(self) before fully_shard)"
             )

@@ -1,0 +1,126 @@
+"""The command line, run as a user would: flags, YAML, resume, errors, a script of one's own."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from lightning_peft.cli.main import main
+
+HERE = Path(__file__).parent
+RUN = [
+    "--model=modules.Module",
+    "--data=modules.Data",
+    "--trainer.max_epochs=2",
+    "--trainer.accelerator=cpu",
+    "--trainer.logger=false",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.default_root_dir=.",
+]
+LORA = ["--trainer.callbacks+=LoRA", "--trainer.callbacks.r=4", "--trainer.callbacks.trainable=[head]"]
+
+
+@pytest.fixture(autouse=True)
+def _user_path(monkeypatch):
+    monkeypatch.syspath_prepend(HERE)
+
+
+def run(*args: str) -> str:
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        main(list(args))
+    return out.getvalue()
+
+
+def printed_config(*args: str) -> str:
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), pytest.raises(SystemExit) as stop:
+        main(["fit", *args, "--print_config"])
+    assert stop.value.code == 0
+    return out.getvalue()
+
+
+def checkpoint() -> Path:
+    (found,) = Path("checkpoints").glob("*.ckpt")
+    return found
+
+
+def test_flags_fit_and_save_the_trainable_state():
+    out = run("fit", *RUN, *LORA)
+    state = torch.load(checkpoint(), weights_only=True)["state_dict"]
+    assert {key.rpartition(".")[2] for key in state} == {"lora_A", "lora_B", "weight", "bias"}
+    assert {key for key in state if "adapters" not in key} == {"head.weight", "head.bias"}
+    assert "LoRA r=4" in out
+    assert "full model" in out
+
+
+def test_a_printed_config_runs_again_resumes_and_tests():
+    Path("run.yaml").write_text(printed_config(*RUN, *LORA))
+    assert yaml.safe_load(Path("run.yaml").read_text())["trainer"]["callbacks"][0]["init_args"]["r"] == 4
+    run("fit", "--config=run.yaml")
+    first = checkpoint()
+    run("fit", "--config=run.yaml", "--trainer.max_epochs=3", f"--ckpt_path={first}")
+    run("test", "--config=run.yaml", f"--ckpt_path={first}")
+    run("validate", "--config=run.yaml", f"--ckpt_path={first}")
+
+
+def test_the_optimizer_of_the_command_line_gets_the_adapters():
+    run("fit", *RUN, *LORA, "--optimizer=SGD", "--optimizer.lr=0.01")
+    loaded = torch.load(checkpoint(), weights_only=True)
+    b = [value for key, value in loaded["state_dict"].items() if key.endswith("lora_B")]
+    assert b
+    assert all(value.abs().sum() > 0 for value in b)
+
+
+def test_inspect_shows_the_table_and_trains_nothing():
+    Path("run.yaml").write_text(printed_config(*RUN, *LORA))
+    out = run("inspect", "--config=run.yaml")
+    assert "body.*" in out
+    assert "parameters train" in out
+    assert not Path("checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--trainer.callbacks.targets=bodi.0", "'bodi.0' matches nothing; nearest: body.0"),
+        ("--trainer.callbacks.r=0", "r must be an integer of at least 1, got 0"),
+        ("--trainer.callbacks.dropout=1.5", "dropout must be a probability in [0, 1), got 1.5"),
+    ],
+)
+def test_a_mistake_is_one_line_and_a_failing_exit(argument, message):
+    with pytest.raises(SystemExit) as stop:
+        run("fit", *RUN, *LORA, argument)
+    assert stop.value.code not in (0, None)
+    assert message in str(stop.value.code)
+
+
+def test_two_methods_under_one_name():
+    with pytest.raises(SystemExit, match="give each a name of its own"):
+        run("fit", *RUN, *LORA, "--trainer.callbacks+=LoRA")
+
+
+def test_methods_lists_and_explains():
+    assert "lora" in run("methods")
+    assert "2106.09685" in run("methods", "lora")
+    with pytest.raises(SystemExit, match="nearest: lora"):
+        run("methods", "lorra")
+
+
+def test_module_and_own_script_in_a_fresh_process():
+    def python(*args: str) -> str:
+        ran = subprocess.run([sys.executable, *args], capture_output=True, text=True, timeout=300)
+        assert ran.returncode == 0, ran.stderr[-3000:]
+        return ran.stdout
+
+    assert "fit" in python("-m", "lightning_peft", "--help")
+    out = python(str(HERE / "modules.py"), "fit", *RUN[2:], *LORA)
+    assert "LoRA r=4" in out
+    assert checkpoint().is_file()
