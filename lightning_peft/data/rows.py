@@ -80,9 +80,7 @@ def _from_hub(source: str, split: str) -> Any:
 def _check_columns(present: list[str], wanted: tuple[str, ...], where: str) -> None:
     for name in wanted:
         if name not in present:
-            raise ValueError(
-                f"{where} has no column {name!r}{_nearest(name, present)}; it has {', '.join(present)}."
-            )
+            raise ValueError(f"{where} has no column {name!r}{_nearest(name, present)}; it has {', '.join(present)}.")
 
 
 def _nearest(name: str, others: list[str]) -> str:

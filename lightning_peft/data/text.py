@@ -77,10 +77,7 @@ class TextClassificationData(TextDataModule):
                 hint = f"; the nearest is {near[0]!r}" if near else ""
                 raise ValueError(f"the {split} split has the label {row[self.label]!r}, train has not{hint}.")
         tokens = self.tokenizer([row[self.text] for row in rows], truncation=True, max_length=self.max_length)
-        return [
-            {"input_ids": ids, "label": number[row[self.label]]}
-            for ids, row in zip(tokens["input_ids"], rows)
-        ]
+        return [{"input_ids": ids, "label": number[row[self.label]]} for ids, row in zip(tokens["input_ids"], rows)]
 
     def collate(self, examples: list[Example], split: str) -> dict[str, Tensor]:
         """``input_ids`` and ``attention_mask``, ``(batch, longest)``, and ``labels``, ``(batch,)``."""

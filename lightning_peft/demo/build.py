@@ -93,9 +93,7 @@ def passages(source: str, page: str) -> list[Passage]:
         if section != where:
             close()
             where = section
-        for sentence in re.split(
-            r"(?<=[.!?]) (?=[A-Z])", paragraph if paragraph[-1] in ".!?" else paragraph + "."
-        ):
+        for sentence in re.split(r"(?<=[.!?]) (?=[A-Z])", paragraph if paragraph[-1] in ".!?" else paragraph + "."):
             if len(words) + len(sentence.split()) > WORDS[1]:
                 close()
             words += sentence.split()[: WORDS[1]]
@@ -165,9 +163,7 @@ def labelled_splits(by_label: dict[str, list[Passage]]) -> dict[str, list[tuple[
                 chosen = sections.pop(queue.pop(0))[:room]
                 splits[split] += [(label, item) for item in chosen]
                 room -= len(chosen)
-        rest = sorted(
-            (item for left in sections.values() for item in left), key=lambda item: _order(item.text)
-        )
+        rest = sorted((item for left in sections.values() for item in left), key=lambda item: _order(item.text))
         splits["train"] += [(label, item) for item in rest[: PER_CLASS["train"]]]
     return {name: sorted(rows, key=lambda row: _order(row[1].text)) for name, rows in splits.items()}
 
@@ -184,9 +180,7 @@ def build(docs: Path, out: Path) -> dict[str, int]:
     by_label: dict[str, list[Passage]] = {}
     labels: dict[str, str] = {}
     for chapter, pages in chapters(docs).items():
-        items = [
-            item for page in pages for item in passages(read(docs, page), page) if not names_itself(item)
-        ]
+        items = [item for page in pages for item in passages(read(docs, page), page) if not names_itself(item)]
         if len(items) >= MIN_CHAPTER and chapter not in NOT_A_SUBJECT:
             by_label[chapter] = items
             labels[chapter] = title(read(docs, f"library/{chapter}"))
@@ -288,9 +282,7 @@ def configure_model(labels: Iterable[str], out: Path) -> None:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--docs", type=Path, required=True, help="Doc folder of a CPython checkout")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="default: this package")
     args = parser.parse_args()

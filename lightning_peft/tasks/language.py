@@ -110,14 +110,10 @@ class LanguageModel(L.LightningModule):
         state = self.model.state_dict()
         if dtype is not None:
             # Tied weights are one tensor under two names, and must stay one to be stored once.
-            cast = {
-                v.data_ptr(): v.to(getattr(torch, dtype)) for v in state.values() if v.is_floating_point()
-            }
+            cast = {v.data_ptr(): v.to(getattr(torch, dtype)) for v in state.values() if v.is_floating_point()}
             state = {name: cast.get(v.data_ptr(), v) for name, v in state.items()}
         self.model.save_pretrained(folder, state_dict=state)
-        if not (
-            folder / "tokenizer_config.json"
-        ).is_file():  # the model's own folder has it, as it was written
+        if not (folder / "tokenizer_config.json").is_file():  # the model's own folder has it, as it was written
             load_tokenizer(self.hparams["model"]).save_pretrained(folder)
 
     def _loss(self, batch: dict[str, Tensor], stage: str) -> Tensor:

@@ -68,9 +68,7 @@ def test_other_formats_give_the_same_rows(name, tmp_path):
 
 
 def test_missing_column_names_the_nearest(reviews):
-    with pytest.raises(
-        ValueError, match=r"no column 'star' \(did you mean 'stars'\?\); it has review, stars"
-    ):
+    with pytest.raises(ValueError, match=r"no column 'star' \(did you mean 'stars'\?\); it has review, stars"):
         module(**{**reviews, "label": "star"})
     with pytest.raises(ValueError, match="the demo corpus's 'train' split has no column 'txt'"):
         next(iter(module(text="txt").train_dataloader()))

@@ -19,9 +19,7 @@ def docs(tmp_path):
     tree = "Library\n=======\n\n.. toctree::\n   :maxdepth: 2\n\n"
     (library / "index.rst").write_text(tree + "".join(f"   {name}.rst\n" for name in chapters))
     for chapter, module in chapters.items():
-        (library / f"{chapter}.rst").write_text(
-            f"{chapter.title()}\n=======\n\n.. toctree::\n\n   {module}.rst\n"
-        )
+        (library / f"{chapter}.rst").write_text(f"{chapter.title()}\n=======\n\n.. toctree::\n\n   {module}.rst\n")
         rng = random.Random(chapter)
         count = 4 if chapter == "tiny" else 100
         sections = [f"Section {i}\n----------\n\n{_prose(rng)}\n\n{_prose(rng)}" for i in range(count)]
@@ -39,9 +37,7 @@ def test_same_sources_give_the_same_bytes(docs, tmp_path):
     files = sorted(path for path in (tmp_path / "one").rglob("*") if path.is_file())
     assert {path.name for path in files} >= {"labels.json", "train.jsonl.xz", "tokenizer.json", "config.json"}
     for path in files:
-        assert path.read_bytes() == (tmp_path / "two" / path.relative_to(tmp_path / "one")).read_bytes(), (
-            path.name
-        )
+        assert path.read_bytes() == (tmp_path / "two" / path.relative_to(tmp_path / "one")).read_bytes(), path.name
 
 
 def test_classes_are_the_chapters_with_enough_text_and_sections_are_not_divided(docs, tmp_path):

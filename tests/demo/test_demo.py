@@ -51,9 +51,7 @@ def test_nothing_held_out_is_trained_on(corpus):
     assert len({item.text for item in held_out}) == len(held_out)
     for split in ("train", "pretrain"):
         items = passages(split)
-        assert without_near_duplicates(items, held_out) == items, (
-            f"{split} has near duplicates of held-out text"
-        )
+        assert without_near_duplicates(items, held_out) == items, f"{split} has near duplicates of held-out text"
     # The check itself sees a near duplicate: a held-out passage with its last words cut off.
     cut = Passage(" ".join(held_out[0].text.split()[:-6]), "", "")
     assert without_near_duplicates([cut], held_out) == []

@@ -43,10 +43,7 @@ def test_tokenizer_wraps_a_text_in_its_special_tokens():
     tokens = tokenizer.convert_ids_to_tokens(tokenizer("Open a file")["input_ids"])
     assert tokens[0] == "[CLS]"
     assert tokens[-1] == "[SEP]"
-    assert (
-        tokenizer.decode(tokenizer("Open a FILE.")["input_ids"], skip_special_tokens=True).strip()
-        == "open a file."
-    )
+    assert tokenizer.decode(tokenizer("Open a FILE.")["input_ids"], skip_special_tokens=True).strip() == "open a file."
 
 
 def test_tasks_and_data_import_without_transformers_and_datasets():

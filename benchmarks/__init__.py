@@ -1,0 +1,1 @@
+"""Measurements of what a method costs over the frozen base it adapts."""

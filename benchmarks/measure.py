@@ -1,0 +1,168 @@
+"""Step time and saved activations of a model, and what it was measured on."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import statistics
+import time
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Saved:
+    """Bytes that a forward pass keeps for its backward.
+
+    Attributes:
+        activations: bytes of distinct storages that are neither parameters, buffers nor the batch.
+        batch: bytes of storages of the input batch that are kept.
+    """
+
+    activations: int
+    batch: int
+
+
+class _Held:
+    """What the graph holds in place of a saved tensor: it lives exactly as long as the graph needs it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+def saved_bytes(forward: Callable[[], Tensor], model: nn.Module | None = None, batch: Iterable[Tensor] = ()) -> Saved:
+    """Count the bytes that ``forward`` leaves saved for backward when it returns.
+
+    Each distinct storage counts once and in full, however many tensors view it: a view keeps all of its
+    storage alive. Storages of ``model``'s parameters and buffers do not count. Tensors that a custom
+    autograd function keeps as attributes of its context, out of sight of the hooks, are found by walking
+    the graph and count as well.
+
+    Args:
+        forward: runs the model and returns the loss.
+        model: whose parameters and buffers are not activations.
+        batch: the input tensors, reported apart.
+    """
+    held: weakref.WeakSet[_Held] = weakref.WeakSet()
+
+    def pack(tensor: Tensor) -> _Held:
+        # A detached alias: the output of a node, saved by that node, would otherwise be a reference cycle.
+        item = _Held(tensor.detach())
+        held.add(item)
+        return item
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda item: item.tensor):
+        loss = forward()
+    tensors = [item.tensor for item in held]
+    tensors += [t for node in graph_nodes(loss) for t in vars(node).values() if isinstance(t, Tensor)]
+
+    owned = storages([*model.parameters(), *model.buffers()]) if model is not None else {}
+    inputs = storages(batch)
+    kept = {key: size for key, size in storages(tensors).items() if key not in owned}
+    total = sum(kept.values())
+    of_batch = sum(size for key, size in kept.items() if key in inputs)
+    return Saved(total - of_batch, of_batch)
+
+
+def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
+    """Map each distinct non-empty storage to its size in bytes."""
+    found = (t.untyped_storage() for t in tensors)
+    return {s.data_ptr(): s.nbytes() for s in found if s.nbytes()}
+
+
+def graph_nodes(output: Tensor) -> Iterator[object]:
+    """Yield the Python-defined nodes of the autograd graph of ``output``: only those carry attributes."""
+    stack, seen = [output.grad_fn], set()
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        stack.extend(parent for parent, _ in node.next_functions)
+        if hasattr(node, "__dict__"):
+            yield node
+
+
+def train_step(
+    model: nn.Module, batch: dict[str, Tensor], optimizer: torch.optim.Optimizer | None, autocast: bool
+) -> float:
+    """Run forward, backward and the optimizer's step; return the seconds it took."""
+    device = next(model.parameters()).device
+    _synchronize(device)
+    start = time.perf_counter()
+    loss = forward_loss(model, batch, autocast)
+    loss.backward()
+    if optimizer is not None:
+        optimizer.step()
+        optimizer.zero_grad()
+    _synchronize(device)
+    return time.perf_counter() - start
+
+
+def forward_loss(model: nn.Module, batch: dict[str, Tensor], autocast: bool) -> Tensor:
+    """The loss of one batch, under bfloat16 autocast if asked."""
+    device = next(model.parameters()).device
+    with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+        return model(**batch).loss
+
+
+def peak_cuda_bytes(step: Callable[[], object], device: torch.device) -> int | None:
+    """Peak CUDA memory of ``step`` above what was allocated before it; ``None`` on another device."""
+    if device.type != "cuda":
+        return None
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    step()
+    _synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median, minimum and quartiles of repeated measurements."""
+
+    median: float
+    min: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: list[float]) -> Spread:
+        low, _, high = statistics.quantiles(values, n=4) if len(values) > 1 else (values[0],) * 3
+        return cls(statistics.median(values), min(values), low, high)
+
+
+def paired_ratio(times: list[float], reference: list[float]) -> Spread:
+    """Ratios repetition by repetition, so that a slow moment of the machine divides out."""
+    return Spread.of([a / b for a, b in zip(times, reference, strict=True)])
+
+
+def hardware(device: str) -> str:
+    """The processor's name, core count and threads in use, and the accelerator's name."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
+    cpu = f"{model or platform.processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    return f"{torch.cuda.get_device_name()} ({cpu})" if device == "cuda" else cpu
+
+
+def versions() -> dict[str, str]:
+    """Versions of what was measured and of what it ran on."""
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    for package in ("transformers", "peft", "lightning_peft"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "checkout" if package == "lightning_peft" else "absent"
+    return found
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

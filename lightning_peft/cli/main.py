@@ -1,0 +1,111 @@
+"""The command line: LightningCLI's fit, validate, test and predict for any module, and the commands beside them."""
+
+from __future__ import annotations
+
+import sys
+from argparse import ArgumentParser
+from collections.abc import Sequence
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from rich.console import Console
+
+import lightning_peft as lp
+from lightning_peft.cli.methods import methods
+
+__all__ = ["PEFTCLI", "PEFTTrainer", "main"]
+
+DESCRIPTION = """Fine-tune any LightningModule. Methods are callbacks of the trainer:
+--trainer.callbacks+=LoRA --trainer.callbacks.r=8. `lightning-peft methods` lists them all."""
+
+#: what a user can mend by changing a setting; shown as one line instead of a traceback
+USER_ERRORS = (lp.TargetError, lp.StateError, lp.AuditError, lp.MergeError, MisconfigurationException)
+
+
+class PEFTTrainer(L.Trainer):
+    """A Trainer with one more command."""
+
+    def inspect(
+        self,
+        model: L.LightningModule,
+        datamodule: L.LightningDataModule | None = None,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Show what the attached methods would adapt and train, before any training.
+
+        ``ckpt_path`` and ``weights_only`` are there so that the file of a fit is one of an inspect, and not looked at.
+        """
+        methods = [c for c in self.callbacks if isinstance(c, lp.PEFTMethod)]  # type: ignore[attr-defined]
+        model.trainer = self  # what a module's own setup may look at
+        model.configure_model()
+        try:
+            report = lp.inspect(model, *methods)
+        except lp.TargetError:
+            if datamodule is not None:
+                datamodule.setup("fit")
+            model.setup("fit")  # a module may build its layers only here
+            report = lp.inspect(model, *methods)
+        Console().print(report)
+
+
+class LogConfig(SaveConfigCallback):
+    """Saves the configuration in the run's folder, and gives it to the loggers (W&B shows it as the run's config)."""
+
+    def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        import yaml
+
+        config = yaml.safe_load(self.parser.dump(self.config, skip_none=False, format="yaml"))
+        for logger in trainer.loggers:
+            logger.log_hyperparams({"cli": config})
+
+
+class PEFTCLI(LightningCLI):
+    """LightningCLI for any ``--model`` and ``--data`` on the path; methods are callbacks of the trainer."""
+
+    def __init__(self, args: Any = None, **kwargs: Any) -> None:
+        super().__init__(
+            L.LightningModule,
+            L.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            trainer_class=PEFTTrainer,
+            save_config_callback=LogConfig,
+            save_config_kwargs={"overwrite": True},
+            seed_everything_default=0,
+            parser_kwargs={"prog": "lightning-peft", "description": DESCRIPTION},
+            args=args,
+            **kwargs,
+        )
+
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            # jsonargparse lists what is wrong with each type it tried; the first is the method's own message.
+            reasons = [line.strip(" -") for line in str(error).partition("Errors:")[2].splitlines() if line.strip()]
+            raise MisconfigurationException(reasons[0] if reasons else str(error)) from error
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        return {**LightningCLI.subcommands(), "inspect": {"model", "datamodule"}}
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Entry point of ``lightning-peft`` and ``python -m lightning_peft``."""
+    # The classes that the command line and YAML may name by their last part alone.
+    import lightning_peft.data
+    import lightning_peft.tasks  # noqa: F401
+
+    given = list(sys.argv[1:] if args is None else args)
+    if given[:1] == ["methods"]:
+        parser = ArgumentParser(prog="lightning-peft methods", description="List the methods, or explain one.")
+        parser.add_argument("name", nargs="?", help="a method, such as lora")
+        methods(parser.parse_args(given[1:]).name)
+        return
+    try:
+        PEFTCLI(args=args)
+    except USER_ERRORS as error:
+        sys.exit(f"error: {error}")

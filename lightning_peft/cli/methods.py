@@ -1,0 +1,46 @@
+"""``lightning-peft methods``: all methods with one line each, or one explained."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import re
+import sys
+
+from rich.console import Console
+from rich.table import Table
+
+import lightning_peft as lp
+
+__all__ = ["command_name", "methods"]
+
+
+def command_name(method: type[lp.PEFTMethod]) -> str:
+    """The name of a method on the command line: ``PrefixTuning`` is ``prefix-tuning``, ``LoRA`` is ``lora``."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z][a-z])", "-", method.__name__).lower()
+
+
+def methods(name: str | None = None) -> None:
+    """List the methods of the package, or explain one.
+
+    Args:
+        name: a method's class or command-line name, such as ``LoRA`` or ``prefix-tuning``.
+    """
+    known = {command_name(m): m for m in _exported()}
+    if name is None:
+        table = Table("name", "class", "what it is")
+        for command, method in sorted(known.items()):
+            table.add_row(command, method.__name__, (method.__doc__ or "").partition("\n")[0])
+        Console().print(table)
+        return
+    method = known.get(name) or next((m for m in known.values() if m.__name__.lower() == name.lower()), None)
+    if method is None:
+        near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.4) or sorted(known)
+        sys.exit(f"error: no method named {name!r}; nearest: {', '.join(near)}")
+    module = sys.modules[method.__module__]
+    Console().print(f"{module.__doc__}\n{inspect.getdoc(method)}", markup=False, highlight=False)
+
+
+def _exported() -> list[type[lp.PEFTMethod]]:
+    found = (getattr(lp, name) for name in lp.__all__)
+    return [m for m in found if isinstance(m, type) and issubclass(m, lp.PEFTMethod) and not inspect.isabstract(m)]

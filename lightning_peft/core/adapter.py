@@ -1,0 +1,105 @@
+"""What an adapter is: the small module that one method puts into one module of the base.
+
+A weight method subclasses :class:`WeightAdapter` and gives ``delta`` (or ``transform``); forward, merge, types,
+convolutions and embeddings follow. Where it can be computed more cheaply on activations, it gives ``output`` as
+well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.core.sites import Site
+
+__all__ = ["Adapter", "WeightAdapter", "WeightGroup"]
+
+
+class Adapter(nn.Module):
+    """Base class of all adapters: runs around the module that carries it."""
+
+    def run(self, host: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The host's output, given ``call``, the host's forward with the adapters before this one."""
+        raise NotImplementedError
+
+    def weights(self) -> Mapping[str, WeightAdapter]:
+        """The adapters of the host's weights in this one, by parameter name; empty where it has none."""
+        return {}
+
+    @property
+    def rewrites(self) -> bool:
+        """Whether the host must run with its adapted weight in place instead of around its own."""
+        return False
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Adapter:
+        # Adapters train in the type they were made in: casting a model down (``model.half()``, Lightning's
+        # bf16-true) must not cost the small parameters their precision. Casting up is followed.
+        def keep_precision(t: Tensor) -> Tensor:
+            out = fn(t)
+            lower = out.is_floating_point() and torch.finfo(out.dtype).eps > torch.finfo(t.dtype).eps
+            return t.to(out.device) if lower else out
+
+        return super()._apply(keep_precision, recurse)  # type: ignore[return-value]
+
+
+class WeightAdapter(Adapter):
+    """An adapter that is a function of a matrix.
+
+    Args:
+        site: the weight it adapts; gives ``site.shape``, the matrix's shape (out, in), or (batch, out, in) for
+            stacked experts.
+    """
+
+    def __init__(self, site: Site) -> None:
+        super().__init__()
+        self.parameter = site.parameter
+        self.layout = site.layout
+
+    def delta(self, weight: Tensor) -> Tensor:
+        """What is added to the matrix ``weight`` (..., out, in); the same shape."""
+        raise NotImplementedError
+
+    def transform(self, weight: Tensor) -> Tensor:
+        """The adapted matrix; override it where the method is no sum."""
+        return weight + self.delta(weight)
+
+    def transform_bias(self, bias: Tensor | None) -> Tensor | None:
+        """The adapted bias (out,), for methods that change it with the weight; None where there is none."""
+        return bias
+
+    def output(self, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """The host's output from its input ``x`` and its output ``y`` so far, without forming the matrix.
+
+        Optional, and equal to running with :meth:`transform`. ``self.layout`` has the layer's operation.
+        """
+        raise NotImplementedError
+
+    @property
+    def rewrites(self) -> bool:
+        return type(self).output is WeightAdapter.output or not self.layout.has_activation
+
+    def weights(self) -> Mapping[str, WeightAdapter]:
+        return {self.parameter: self}
+
+    def run(self, host: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        x = args[0] if args else next(iter(kwargs.values()))
+        return self.output(host, x, call(*args, **kwargs))
+
+
+class WeightGroup(Adapter):
+    """The adapters of several weights of one host (an attention's projections, experts), by parameter name."""
+
+    def __init__(self, adapters: Mapping[str, WeightAdapter]) -> None:
+        super().__init__()
+        for parameter, adapter in adapters.items():
+            self.add_module(parameter.removesuffix(".weight"), adapter)
+
+    @property
+    def rewrites(self) -> bool:
+        return True
+
+    def weights(self) -> Mapping[str, WeightAdapter]:
+        return {a.parameter: a for a in self.children() if isinstance(a, WeightAdapter)}

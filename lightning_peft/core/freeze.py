@@ -1,0 +1,90 @@
+"""Frozen means frozen, and what trains keeps its precision: two mixins for modules of the base."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.core.swap import add_mixin
+from lightning_peft.core.targets import base_modules
+
+__all__ = ["FrozenNorm", "FullPrecision", "freeze_norm_statistics", "keep_full_precision"]
+
+
+class FrozenNorm(nn.Module):
+    """Mixin of a norm layer with running statistics: it stays in eval mode whatever its parents are set to."""
+
+    def train(self, mode: bool = True) -> Any:
+        return super().train(False)
+
+
+class FullPrecision(nn.Module):
+    """Mixin of a module that trains in full: its parameters stay in float32 where its model is cast lower.
+
+    Its inputs are cast up and its outputs back to the model's type, so that it fits between its neighbours.
+    """
+
+    _compute_dtype: torch.dtype | None = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        def keep(t: Tensor) -> Tensor:
+            out = fn(t)
+            if not (out.is_floating_point() and torch.finfo(out.dtype).eps > torch.finfo(t.dtype).eps):
+                return out
+            self._compute_dtype = out.dtype
+            return t.to(out.device)
+
+        return super()._apply(keep, recurse)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        forward = super().forward
+        dtype = self._compute_dtype
+        if dtype is None:
+            return forward(*args, **kwargs)
+        args = tuple(_cast(a, torch.float32) for a in args)
+        kwargs = {name: _cast(a, torch.float32) for name, a in kwargs.items()}
+        return _cast(forward(*args, **kwargs), dtype)
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value.to(dtype)
+    if isinstance(value, tuple) and type(value) is tuple:
+        return tuple(_cast(v, dtype) for v in value)
+    return value
+
+
+def freeze_norm_statistics(model: nn.Module) -> list[str]:
+    """Put every norm layer that has running statistics and no trainable parameter in eval mode for good.
+
+    Otherwise the statistics of a frozen base move with every training batch. Returns the layers' names.
+    """
+    frozen = []
+    for name, module in base_modules(model):
+        has_statistics = isinstance(getattr(module, "running_mean", None), Tensor)
+        if has_statistics and not any(p.requires_grad for p in module.parameters(recurse=False)):
+            add_mixin(module, FrozenNorm)
+            module.train(False)
+            frozen.append(name)
+    return frozen
+
+
+def keep_full_precision(modules: Iterable[nn.Module], shared: set[int]) -> None:
+    """Hold the parameters of ``modules`` in float32.
+
+    Args:
+        modules: modules that train in full.
+        shared: ids of parameters that other modules hold too; a module with one keeps its type, since casting
+            it would cast them.
+    """
+    for module in modules:
+        low = {p.dtype for p in module.parameters() if p.is_floating_point()} - {torch.float32, torch.float64}
+        if any(id(p) in shared for p in module.parameters()):
+            continue
+        add_mixin(module, FullPrecision)
+        if low:
+            module._compute_dtype = next(iter(low))  # type: ignore[assignment]
+            module.to(torch.float32)

@@ -1,0 +1,287 @@
+"""How a module carries adapters: its class is swapped for one whose forward runs them around the original.
+
+The adapters live in ``module.adapters``, so new keys read ``<module>.adapters.<name>.<parameter>`` and no base key
+changes. Several adapters run in the order they were put in. An adapter with a path of its own on activations
+is called around the original forward; one that needs the adapted weight makes the original forward see that
+weight while it runs.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.core.adapter import Adapter, WeightAdapter
+from lightning_peft.core.swap import add_mixin, has_mixin, original_class, remove_mixin
+
+__all__ = [
+    "Adapted",
+    "AdapterStack",
+    "active",
+    "adapter_names",
+    "attach",
+    "detach",
+    "disabled",
+    "effective_weights",
+    "hosts",
+    "set_active",
+]
+
+
+class AdapterStack(nn.ModuleDict):
+    """The adapters of one module, in order of application, and which of them run.
+
+    Attributes:
+        active: names of the adapters that take part.
+        disabled: whether none does, for the time being.
+        merged: original weights and biases by name while adapters are folded into them; None otherwise.
+        merged_names: the adapters that are folded in.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.active: tuple[str, ...] = ()
+        self.disabled = False
+        self.merged: dict[str, Tensor | None] | None = None
+        self.merged_names: tuple[str, ...] = ()
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Work out what runs, after the names, ``active``, ``disabled`` or ``merged`` have changed."""
+        names = () if self.disabled else tuple(n for n in self if n in self.active and n not in self.merged_names)
+        running = tuple(cast(Adapter, self[n]) for n in names)
+        # Everything up to the last adapter that rewrites the weight is folded into it, to keep the order.
+        split = max((i for i, adapter in enumerate(running, 1) if adapter.rewrites), default=0)
+        self._folded, self._around = running[:split], running[split:]
+
+    def run(self, host: Any, forward: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+        """The host's output; ``forward`` is the original one."""
+        call = forward
+        if self._folded:
+            call = functools.partial(_run_with, host, effective_weights(host, self._folded), forward)
+        for adapter in self._around:
+            call = functools.partial(adapter.run, host, call)
+        return call(*args, **kwargs)
+
+
+class Adapted(nn.Module):
+    """Mixin of a module that carries adapters."""
+
+    adapters: AdapterStack
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.adapters.run(self, super().forward, args, kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        in_place = self.__dict__.get("_weights_in_place")
+        if in_place is not None and name in in_place:
+            return in_place[name]
+        return super().__getattr__(name)
+
+
+class _Projection:
+    """Stands in for an attention's ``out_proj``, of which only weight and bias are read."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.weight = weight
+        self.bias = bias
+
+
+_BIASES = {"weight": "bias", "in_proj_weight": "in_proj_bias", "out_proj.weight": "out_proj.bias"}
+
+
+def effective_weights(
+    host: nn.Module, adapters: Sequence[Adapter], dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """The host's weights, and the biases that change with them, after ``adapters`` in order.
+
+    Args:
+        host: the module that owns them.
+        adapters: applied one after the other.
+        dtype: what to compute and return in; by default the type each is stored in.
+
+    Returns:
+        Tensors by parameter name, in the shape each is stored in.
+    """
+    now: dict[str, Tensor] = {}
+
+    def current(name: str) -> Tensor | None:
+        if name in now:
+            return now[name]
+        stored = stored_parameter(host, name)
+        return stored if stored is None or dtype is None else stored.to(dtype)
+
+    for adapter in adapters:
+        for parameter, part in adapter.weights().items():
+            stored = current(parameter)
+            assert stored is not None
+            matrix = part.transform(part.layout.matrix(stored)).to(stored.dtype)
+            now[parameter] = part.layout.stored(matrix, stored)
+            if parameter in _BIASES and type(part).transform_bias is not WeightAdapter.transform_bias:
+                bias = part.transform_bias(current(_BIASES[parameter]))
+                if bias is not None:
+                    now[_BIASES[parameter]] = bias.to(stored.dtype)
+    return now
+
+
+def stored_parameter(host: nn.Module, name: str) -> Tensor | None:
+    """A parameter of the host or of its child, by dotted name; None where it is registered as None."""
+    owner, _, last = name.rpartition(".")
+    return host.get_submodule(owner)._parameters[last]
+
+
+def _run_with(host: Any, weights: dict[str, Tensor], forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    in_place: dict[str, Any] = {}
+    for name, weight in weights.items():
+        child, _, _ = name.rpartition(".")
+        if child:
+            pair = [weights.get(f"{child}.{n}", host._modules[child]._parameters[n]) for n in ("weight", "bias")]
+            in_place[child] = _Projection(*pair)
+        else:
+            in_place[name] = weight
+    host._weights_in_place = in_place
+    try:
+        return forward(*args, **kwargs)
+    finally:
+        del host._weights_in_place
+
+
+def attach(model: nn.Module, host_name: str, name: str, adapter: Adapter) -> None:
+    """Put ``adapter`` under ``name`` into the module called ``host_name``, after those already there.
+
+    Raises:
+        ValueError: the name cannot be a key or is taken, or the module has an ``adapters`` of its own.
+    """
+    host = model.get_submodule(host_name)
+    if not has_mixin(host, Adapted):
+        if hasattr(host, "adapters"):
+            raise ValueError(
+                f"{host_name!r} ({original_class(host).__name__}) has an attribute 'adapters' of its own; "
+                "exclude it, or rename that attribute"
+            )
+        host.adapters = AdapterStack()
+        host.adapters.train(host.training)
+        add_mixin(host, Adapted)
+        _keep_slow_paths(model, host_name, host)
+    stack = cast(AdapterStack, host.adapters)
+    if name in stack:
+        raise ValueError(f"{host_name!r} already carries an adapter named {name!r}: give this one another name=")
+    stack[name] = adapter.train(host.training)
+    stack.active = (*stack.active, name)
+    stack.refresh()
+
+
+def detach(model: nn.Module, host_name: str, name: str | None = None) -> None:
+    """Take the adapter ``name`` (all of them by default) out of a host; an empty host gets its class back."""
+    host = model.get_submodule(host_name)
+    stack = cast(AdapterStack, host.adapters)
+    for gone in [name] if name is not None else list(stack):
+        del stack[gone]
+        stack.active = tuple(n for n in stack.active if n != gone)
+    stack.refresh()
+    if not len(stack):
+        remove_mixin(host, Adapted)
+        del host.adapters
+        for key in [k for k, hook in host._forward_pre_hooks.items() if hook is _slow_path]:
+            del host._forward_pre_hooks[key]
+
+
+def check_name(name: str) -> None:
+    """Refuse an adapter name that could not be a part of a key.
+
+    Raises:
+        ValueError: it is no word, or an attribute of the container it would be stored in.
+    """
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(nn.ModuleDict(), name):
+        raise ValueError(
+            f"name={name!r} cannot name an adapter: use letters, digits, '_' and '-', and no name that "
+            "torch.nn.ModuleDict uses itself (such as 'keys' or 'train')"
+        )
+
+
+def hosts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of ``model`` that carry adapters, by qualified name."""
+    for name, module in model.named_modules():
+        if has_mixin(module, Adapted):
+            yield name, module
+
+
+def _stacks(model: nn.Module) -> list[AdapterStack]:
+    return [cast(AdapterStack, host.adapters) for _, host in hosts(model)]
+
+
+def adapter_names(model: nn.Module) -> tuple[str, ...]:
+    """The names of all adapters in ``model``, in order of application."""
+    return tuple(dict.fromkeys(name for stack in _stacks(model) for name in stack))
+
+
+def set_active(model: nn.Module, *names: str) -> None:
+    """Let exactly the adapters called ``names`` take part; what trains does not change.
+
+    Raises:
+        ValueError: the model has no adapter of that name.
+    """
+    known = adapter_names(model)
+    for name in names:
+        if name not in known:
+            raise ValueError(f"no adapter named {name!r}; the model has {list(known)}")
+    for stack in _stacks(model):
+        if stack.merged is not None:
+            raise ValueError("adapters are merged into the base: lp.unmerge(model) first")
+        stack.active = tuple(n for n in stack if n in names)
+        stack.refresh()
+
+
+@contextmanager
+def active(model: nn.Module, *names: str) -> Iterator[None]:
+    """Within the context only the adapters called ``names`` take part."""
+    before = [(stack, stack.active) for stack in _stacks(model)]
+    set_active(model, *names)
+    try:
+        yield
+    finally:
+        for stack, names_before in before:
+            stack.active = names_before
+            stack.refresh()
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """Within the context no adapter takes part: the model computes what its base computes.
+
+    Raises:
+        ValueError: adapters are merged into the base, so that it cannot be had without them.
+    """
+    before = [(stack, stack.disabled) for stack in _stacks(model)]
+    if any(stack.merged is not None for stack, _ in before):
+        raise ValueError("adapters are merged into the base: lp.unmerge(model) first")
+    for stack, _ in before:
+        stack.disabled = True
+        stack.refresh()
+    try:
+        yield
+    finally:
+        for stack, was in before:
+            stack.disabled = was
+            stack.refresh()
+
+
+def _slow_path(module: nn.Module, args: Any) -> None:
+    """A hook that does nothing. Its presence keeps ``nn.TransformerEncoderLayer`` from its inference fast path,
+    which reads the weights of its children without calling them."""
+
+
+def _keep_slow_paths(model: nn.Module, host_name: str, host: nn.Module) -> None:
+    parts = host_name.split(".") if host_name else []
+    parents = [model.get_submodule(".".join(parts[:i])) for i in range(len(parts))]
+    if any(isinstance(p, nn.TransformerEncoderLayer) for p in parents):
+        host.register_forward_pre_hook(_slow_path)
+    for parent in parents:
+        if isinstance(parent, nn.TransformerEncoder):
+            parent.use_nested_tensor = False  # only the fast path can take the nested tensors it would make

@@ -1,0 +1,255 @@
+"""Put methods into a model: plan everything, then change the model, once.
+
+All that can be wrong (a pattern that matches nothing, a name taken, a compiled or sharded model) is found while
+planning, so an error leaves the model as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.core.adapter import Adapter
+from lightning_peft.core.freeze import freeze_norm_statistics, keep_full_precision
+from lightning_peft.core.host import attach
+from lightning_peft.core.report import Report
+from lightning_peft.core.state import fingerprint
+from lightning_peft.core.swap import original_class
+
+__all__ = ["Injection", "Method", "Plan", "apply", "injection_of", "inspect", "trainable_parameters"]
+
+
+@dataclass
+class Plan:
+    """What one method will do to one model.
+
+    Attributes:
+        attach: (host name, name in the table, adapter, description) for each adapter.
+        train: names of base parameters to train, with the description for the table.
+        train_modules: names of base modules that train in full, heads for example.
+        notes: what is left alone and why.
+    """
+
+    attach: list[tuple[str, str, Adapter, str]] = field(default_factory=list)
+    train: dict[str, str] = field(default_factory=dict)
+    train_modules: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+class Method(Protocol):
+    """What :func:`apply` needs of a method; :class:`lightning_peft.PEFTMethod` is one."""
+
+    name: str
+    train_norm_stats: bool
+    may_change: ClassVar[frozenset[str]]
+
+    def plan(self, model: nn.Module) -> Plan: ...
+
+    def config(self) -> dict[str, Any]: ...
+
+    def regroup(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None: ...
+
+
+@dataclass
+class Injection:
+    """The record of what was put into a model; it lives on the model itself.
+
+    Attributes:
+        methods: the methods by adapter name, in order.
+        report: counts and table.
+        fingerprint: what identifies the frozen base (:func:`lightning_peft.core.state.fingerprint`).
+        buffers: the base's persistent buffers as they were, to tell which ones training moves.
+        trained_before: names of the base parameters that required gradients before.
+    """
+
+    methods: dict[str, Method]
+    report: Report
+    fingerprint: dict[str, Any]
+    buffers: dict[str, Tensor]
+    trained_before: frozenset[str]
+
+
+def injection_of(model: nn.Module) -> Injection | None:
+    """The record of ``model``, or of the one module inside it that methods were applied to."""
+    for module in model.modules():
+        if "_peft_injection" in module.__dict__:
+            return module.__dict__["_peft_injection"]
+    return None
+
+
+def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters an optimizer should get: those that require gradients."""
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def apply(model: nn.Module, *methods: Method) -> Report:
+    """Freeze ``model`` and put ``methods`` into it, without a Trainer or inside ``configure_model``.
+
+    Applying the same methods again changes nothing. A later call with other methods adds them and leaves what
+    already trains alone.
+
+    Args:
+        model: any module; changed in place.
+        *methods: in order of application. With none, those of the attached Trainer's callbacks.
+
+    Returns:
+        What was done where, and the counts.
+
+    Raises:
+        TargetError: a pattern matches nothing.
+        ValueError: two methods under one name; a model that is compiled or sharded; no method at all.
+
+    Example::
+
+        report = lp.apply(model, lp.LoRA(r=8, trainable=["classifier"]))
+        optimizer = torch.optim.AdamW(lp.trainable_parameters(model), lr=1e-3)
+    """
+    wanted: Sequence[Method] = methods or _callbacks_of(model)
+    record = injection_of(model)
+    new = _not_yet_applied(wanted, record)
+    if not new and record is not None:
+        return record.report
+    _check_injectable(model)
+    plans = [method.plan(model) for method in new]
+
+    first = record is None
+    if record is None:
+        trained = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
+        model.requires_grad_(False)
+        record = Injection({}, Report(), {}, {}, trained)
+    for method, plan in zip(new, plans):
+        _commit(model, method, plan, record.report)
+        record.methods[method.name] = method
+    if not any(method.train_norm_stats for method in record.methods.values()):
+        frozen = freeze_norm_statistics(model)
+        if frozen and first:
+            record.report.notes.append(f"{len(frozen)} frozen norm layers keep their running statistics")
+    record.report.trainable = sum(p.numel() for p in trainable_parameters(model))
+    record.report.total = sum(p.numel() for p in model.parameters())
+    if first:
+        record.fingerprint = fingerprint(model)
+        record.buffers = {name: b.detach().clone() for name, b in _persistent_buffers(model).items()}
+        model.__dict__["_peft_injection"] = record
+    return record.report
+
+
+def inspect(model: nn.Module, *methods: Method) -> Report:
+    """What :func:`apply` would do: the match table and the counts. Nothing is changed.
+
+    Raises:
+        TargetError: a pattern matches nothing.
+        ValueError: two methods under one name, or no method at all.
+    """
+    wanted: Sequence[Method] = methods or _callbacks_of(model)
+    record = injection_of(model)
+    new = _not_yet_applied(wanted, record)
+    report = Report() if record is None else _copy(record.report)
+    report.total = sum(p.numel() for p in model.parameters())
+    trained: dict[int, int] = {}
+    for method in new:
+        plan = method.plan(model)
+        for _, shown, adapter, what in plan.attach:
+            count = sum(p.numel() for p in adapter.parameters() if p.requires_grad)
+            report.add(shown, what, count)
+            report.trainable += count
+            report.total += sum(p.numel() for p in adapter.parameters())
+        for name, parameters, what in _unfrozen(model, plan):
+            report.add(name, what, sum(p.numel() for p in parameters))
+            trained |= {id(p): p.numel() for p in parameters}
+        report.notes += plan.notes
+    report.trainable += sum(trained.values())
+    return report
+
+
+def _copy(report: Report) -> Report:
+    return Report(report.trainable, report.total, dict(report.modules), dict(report.parameters), list(report.notes))
+
+
+def _callbacks_of(model: nn.Module) -> Sequence[Any]:
+    trainer = getattr(model, "_trainer", None)
+    found = [c for c in getattr(trainer, "callbacks", ()) if hasattr(c, "plan") and hasattr(c, "config")]
+    if not found:
+        raise ValueError(
+            "no method to apply: pass one, as in lp.apply(model, lp.LoRA(r=8)), or attach it to the Trainer "
+            "as a callback"
+        )
+    return found
+
+
+def _not_yet_applied(methods: Iterable[Method], record: Injection | None) -> list[Method]:
+    new: dict[str, Method] = {}
+    for method in methods:
+        kind = type(method).__name__
+        if method.name in new:
+            raise ValueError(
+                f"two methods are named {method.name!r} ({type(new[method.name]).__name__} and {kind}): give each "
+                f"a name of its own, for example {kind}(..., name='{kind.lower()}')"
+            )
+        there = record.methods.get(method.name) if record is not None else None
+        if there is None:
+            new[method.name] = method
+        elif type(there) is not type(method) or there.config() != method.config():
+            raise ValueError(
+                f"the model already carries a {type(there).__name__} named {method.name!r} with another "
+                f"configuration: {_difference(there.config(), method.config())}; give this one another name="
+            )
+    return list(new.values())
+
+
+def _difference(there: dict[str, Any], here: dict[str, Any]) -> str:
+    changed = [k for k in {**there, **here} if there.get(k) != here.get(k)]
+    return ", ".join(f"{k}={there.get(k)!r} there, {here.get(k)!r} here" for k in changed) or "of another class"
+
+
+def _check_injectable(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        where = name or "the model"
+        if isinstance(module, torch._dynamo.eval_frame.OptimizedModule) or module._compiled_call_impl is not None:
+            raise ValueError(
+                f"{where} is already compiled, and compiled code would not see the adapters: apply the methods "
+                "first, then torch.compile the model"
+            )
+        mro = {c.__name__ for c in original_class(module).__mro__} | {c.__name__ for c in type(module).__mro__}
+        if mro & {"FSDPModule", "FullyShardedDataParallel", "DistributedDataParallel"}:
+            raise ValueError(
+                f"{where} is already sharded or wrapped for distributed training: every rank would get adapters "
+                "of its own; apply the methods first (in configure_model: lp.apply(self) before fully_shard)"
+            )
+
+
+def _commit(model: nn.Module, method: Method, plan: Plan, report: Report) -> None:
+    for host, shown, adapter, what in plan.attach:
+        reference = next(model.get_submodule(host).parameters(), None)
+        if reference is not None and not reference.is_meta:
+            adapter.to(reference.device)
+        attach(model, host, method.name, adapter)
+        report.add(shown, what, sum(p.numel() for p in adapter.parameters() if p.requires_grad))
+    for name, parameters, what in _unfrozen(model, plan):
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        report.add(name, what, sum(p.numel() for p in parameters))
+    report.notes += plan.notes
+    keep_full_precision((model.get_submodule(name) for name in plan.train_modules), _shared(model))
+
+
+def _unfrozen(model: nn.Module, plan: Plan) -> list[tuple[str, list[nn.Parameter], str]]:
+    """(name, parameters, description) of all that the plan trains of the base itself."""
+    full = [(n, list(model.get_submodule(n).parameters()), "trains in full") for n in plan.train_modules]
+    return full + [(name, [model.get_parameter(name)], what) for name, what in plan.train.items()]
+
+
+def _shared(model: nn.Module) -> set[int]:
+    seen: set[int] = set()
+    shared: set[int] = set()
+    for _, parameter in model.named_parameters(remove_duplicate=False):
+        (shared if id(parameter) in seen else seen).add(id(parameter))
+    return shared
+
+
+def _persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
+    stored = model.state_dict().keys()
+    return {name: buffer for name, buffer in model.named_buffers() if name in stored}

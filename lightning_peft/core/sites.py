@@ -1,0 +1,323 @@
+"""Where a weight method attaches: one weight of one module, seen as a matrix W (out x in).
+
+A :class:`Layout` says how a stored weight reads as a matrix and, for layers that are called with activations,
+how the layer's own operation multiplies by a low-rank pair (A, B) without forming the matrix. Methods see only
+matrices, so convolutions, embeddings and transposed storage are handled here and nowhere else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_peft.core.swap import original_class
+from lightning_peft.core.targets import TargetError, as_patterns, base_modules, match, no_match
+
+__all__ = ["Layout", "Site", "find_sites", "output_head", "weight_sites"]
+
+
+class Layout:
+    """A weight that is stored as the matrix it is and read directly by its module (no activation path)."""
+
+    has_activation = False
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """The stored weight as a matrix (..., out, in); a view where it can be."""
+        return weight
+
+    def stored(self, matrix: Tensor, like: Tensor) -> Tensor:
+        """The inverse of :meth:`matrix`: ``matrix`` in the shape that ``like`` is stored in."""
+        return matrix
+
+    def down(self, host: Any, x: Tensor, a: Tensor) -> Tensor:
+        """The layer's operation on ``x`` with the matrix ``a`` (r x in) for weight."""
+        raise NotImplementedError
+
+    def up(self, host: Any, h: Tensor, b: Tensor, y: Tensor, scale: float) -> Tensor:
+        """``y`` plus ``scale`` times the matrix ``b`` (out x r) applied to ``h``."""
+        raise NotImplementedError
+
+
+class LinearLayout(Layout):
+    """``nn.Linear``: the weight is W itself."""
+
+    has_activation = True
+
+    def down(self, host: Any, x: Tensor, a: Tensor) -> Tensor:
+        return F.linear(x, _cast(a, x))
+
+    def up(self, host: Any, h: Tensor, b: Tensor, y: Tensor, scale: float) -> Tensor:
+        # One fused operation: no scaled copy and no separate sum.
+        b = _cast(b, y)
+        out = torch.addmm(y.reshape(-1, y.shape[-1]), _cast(h, y).reshape(-1, h.shape[-1]), b.t(), alpha=scale)
+        return out.view(y.shape)
+
+
+class TransposedLayout(LinearLayout):
+    """Hugging Face's ``Conv1D`` (GPT-2): the weight is stored as W^T."""
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        return weight.t()
+
+    def stored(self, matrix: Tensor, like: Tensor) -> Tensor:
+        return matrix.t()
+
+
+class EmbeddingLayout(LinearLayout):
+    """``nn.Embedding``: a linear layer (dim x vocabulary) on one-hot rows, stored transposed."""
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        return weight.t()
+
+    def stored(self, matrix: Tensor, like: Tensor) -> Tensor:
+        return matrix.t()
+
+    def down(self, host: Any, x: Tensor, a: Tensor) -> Tensor:
+        return F.embedding(x, a.t(), padding_idx=host.padding_idx)
+
+
+class ConvLayout(Layout):
+    """``nn.Conv1d/2d/3d``: W is (out x in/groups * kernel); any stride, dilation, groups and padding mode."""
+
+    has_activation = True
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        return weight.flatten(1)
+
+    def stored(self, matrix: Tensor, like: Tensor) -> Tensor:
+        return matrix.reshape(like.shape)
+
+    def down(self, host: Any, x: Tensor, a: Tensor) -> Tensor:
+        # Every group sees the same A, as W = BA says: A is repeated, and h has r channels for each group.
+        kernel = _cast(a, x).view(-1, host.in_channels // host.groups, *host.kernel_size)
+        if host.groups > 1:
+            kernel = kernel.repeat(host.groups, *[1] * (kernel.ndim - 1))
+        padding = host.padding
+        if host.padding_mode != "zeros":
+            x = F.pad(x, host._reversed_padding_repeated_twice, mode=host.padding_mode)
+            padding = 0
+        conv = _CONV[len(host.kernel_size)]
+        return conv(x, kernel, None, host.stride, padding, host.dilation, host.groups)
+
+    def up(self, host: Any, h: Tensor, b: Tensor, y: Tensor, scale: float) -> Tensor:
+        b, h = _cast(b, y), _cast(h, y)
+        if host.groups == 1 and y.is_contiguous() and y.ndim > len(host.kernel_size) + 1:
+            # A 1x1 convolution is a product for each image; as such it adds to y in one operation.
+            out = torch.baddbmm(y.flatten(2), b.expand(len(y), *b.shape), h.flatten(2), alpha=scale)
+            return out.view(y.shape)
+        kernel = b.view(*b.shape, *[1] * len(host.kernel_size))
+        return torch.add(y, _CONV[len(host.kernel_size)](h, kernel, groups=host.groups), alpha=scale)
+
+
+_CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+def _cast(t: Tensor, like: Tensor) -> Tensor:
+    """Adapters are kept in float32; without autocast they compute in the activation's type."""
+    if t.dtype == like.dtype or torch.is_autocast_enabled(like.device.type):
+        return t
+    return t.to(like.dtype)
+
+
+@dataclass(frozen=True)
+class Site:
+    """One weight that a weight method can adapt.
+
+    Attributes:
+        name: what a pattern matches and a table shows: the module, or the parameter where it is bare.
+        host: the qualified name of the module that carries the adapter.
+        module: that module.
+        parameter: the weight's name inside the host; ``out_proj.weight`` for an attention's output projection.
+        layout: how the weight reads as a matrix.
+        linear_like: whether ``all-linear`` means it.
+    """
+
+    name: str
+    host: str
+    module: nn.Module = field(repr=False)
+    parameter: str
+    layout: Layout = field(repr=False)
+    linear_like: bool = False
+
+    @property
+    def weight(self) -> Tensor:
+        """The stored weight itself."""
+        return self.module.get_parameter(self.parameter)
+
+    @property
+    def shape(self) -> torch.Size:
+        """The matrix's shape: (out, in), or (batch, out, in) for stacked experts."""
+        return self.layout.matrix(self.weight).shape
+
+
+def weight_sites(model: nn.Module) -> dict[str, Site]:
+    """Every weight of ``model`` that a weight method can adapt, by name, in model order."""
+    sites: dict[str, Site] = {}
+    skip: set[int] = set()
+    for name, module in base_modules(model):
+        if id(module) not in skip:
+            sites |= {site.name: site for site in _sites_of(name, module)}
+        if isinstance(module, nn.MultiheadAttention):
+            skip.add(id(module.out_proj))  # its weight is read by the attention; its forward never runs
+    return sites
+
+
+def _sites_of(name: str, module: nn.Module) -> list[Site]:
+    def inside(parameter: str) -> str:
+        return f"{name}.{parameter}" if name else parameter
+
+    if isinstance(module, nn.MultiheadAttention):
+        packed = ("in_proj_weight",) if module.in_proj_weight is not None else ()
+        names = packed or ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+        sites = [Site(inside(p), name, module, p, Layout(), linear_like=True) for p in names]
+        return [*sites, Site(inside("out_proj"), name, module, "out_proj.weight", Layout(), linear_like=True)]
+    if (found := _layout(module)) is not None:
+        layout, linear_like = found
+        return [Site(name, name, module, "weight", layout, linear_like)] if name else []
+    if isinstance(module, nn.RNNBase | nn.Sequential | nn.ModuleList | nn.ModuleDict):
+        return []  # an RNN reads a flattened copy of its weights; a container would run the adapter as a layer
+    bare = {p: t for p, t in module._parameters.items() if t is not None and t.ndim in (2, 3)}
+    return [Site(inside(p), name, module, p, Layout()) for p, t in bare.items() if t.is_floating_point()]
+
+
+_FORWARDS = {nn.Linear: LinearLayout, nn.Conv1d: ConvLayout, nn.Conv2d: ConvLayout, nn.Conv3d: ConvLayout}
+
+
+def _layout(module: nn.Module) -> tuple[Layout, bool] | None:
+    cls = original_class(module)
+    if isinstance(module, nn.modules.conv._ConvTransposeNd):
+        return None
+    for kind, layout in _FORWARDS.items():
+        if isinstance(module, kind):
+            return _guarded(layout(), cls, kind), kind is nn.Linear
+    if isinstance(module, nn.Embedding):
+        if module.max_norm is not None:
+            return None  # it rescales its own rows in place while it runs: frozen rows would not stay frozen
+        return _guarded(EmbeddingLayout(), cls, nn.Embedding), False
+    if any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in cls.__mro__):
+        return TransposedLayout(), True
+    return None
+
+
+def _guarded(layout: Layout, cls: Any, kind: Any) -> Layout:
+    """Without the activation path where a subclass computes something else than the layer it derives from.
+
+    Such a layer (a scaled embedding, say) runs with the adapted weight in place instead, which is right for
+    any forward that reads ``self.weight``.
+    """
+    if cls.forward is not kind.forward or getattr(cls, "_conv_forward", None) is not getattr(
+        kind, "_conv_forward", None
+    ):
+        layout.has_activation = False
+    return layout
+
+
+def find_sites(
+    model: nn.Module, targets: Any, exclude: Any = (), trainable: Any = ()
+) -> tuple[dict[str, Site], list[str]]:
+    """The sites that a method's arguments name, and the layers that ``all-linear`` leaves out.
+
+    Args:
+        model: any module.
+        targets: ``"all-linear"`` or patterns (see :mod:`lightning_peft.core.targets`). ``all-linear`` means
+            every linear-like layer but the output head and what ``trainable`` trains in full.
+        exclude: patterns to take away again.
+        trainable: patterns of modules that train in full; never adapted as well.
+
+    Raises:
+        TargetError: a pattern matches nothing, or only layers that cannot be adapted; or nothing is left.
+    """
+    sites = weight_sites(model)
+    heads: list[str] = []
+    chosen: dict[str, str] = {}
+    for pattern in as_patterns(targets, "targets"):
+        if pattern == "all-linear":
+            head = output_head(model, sites)
+            heads = [name for name, site in sites.items() if head is not None and name == head]
+            linear = [n for n, site in sites.items() if site.linear_like and n not in heads]
+            linear = [n for n in linear if not any(_covers(p, sites[n], model) for p in trainable)]
+            if not linear:
+                kinds = sorted({type(site.module).__name__ for site in sites.values()})
+                raise TargetError(
+                    f"targets='all-linear' finds no linear layer beside the output head {heads}; "
+                    f"this model has {kinds}: name what to adapt, for example targets='type:{(kinds or ['?'])[0]}'"
+                )
+            chosen |= dict.fromkeys(linear, pattern)
+            continue
+        hits = [n for n, site in sites.items() if _matches(pattern, site)]
+        if not hits:
+            raise TargetError(f"targets: {_nothing_to_adapt(pattern, model, sites)}")
+        chosen |= dict.fromkeys(hits, pattern)
+    for pattern in as_patterns(exclude, "exclude"):
+        hits = [n for n, site in sites.items() if _covers(pattern, site, model)]
+        if not hits:
+            raise TargetError(f"exclude: {no_match(pattern, dict(base_modules(model)))}")
+        chosen = {n: p for n, p in chosen.items() if n not in hits}
+    if not chosen:
+        raise TargetError(f"exclude={exclude!r} takes away all that targets={targets!r} matched")
+    return {n: sites[n] for n in sites if n in chosen}, heads
+
+
+def _matches(pattern: str, site: Site) -> bool:
+    bare = site.name != site.host and not isinstance(site.module, nn.MultiheadAttention)
+    if bare and site.parameter not in pattern:
+        return False  # a bare parameter (a position table, experts) is adapted only when named
+    if match(pattern, site.name, site.module):
+        return True
+    return isinstance(site.module, nn.MultiheadAttention) and match(pattern, site.host, site.module)
+
+
+def _covers(pattern: str, site: Site, model: nn.Module) -> bool:
+    """Whether ``pattern`` names the site or a module around it."""
+    if _matches(pattern, site):
+        return True
+    parts = site.host.split(".") if site.host else []
+    parents = [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
+    return any(match(pattern, name, model.get_submodule(name)) for name in parents)
+
+
+def _nothing_to_adapt(pattern: str, model: nn.Module, sites: dict[str, Site]) -> str:
+    modules = {name: module for name, module in base_modules(model) if name}
+    hits = [(name, module) for name, module in modules.items() if match(pattern, name, module)]
+    if not hits:
+        return no_match(pattern, {name: site.module for name, site in sites.items()})
+    name, module = hits[0]
+    kind = original_class(module).__name__
+    inside = [n for n in sites if n.startswith(f"{name}.")]
+    if inside:
+        return f"{pattern!r} matches {name!r} ({kind}), which holds layers but is none; nearest: '{pattern}.*'"
+    if isinstance(module, nn.Embedding):
+        return f"{pattern!r} matches {name!r}, an Embedding with max_norm, which rescales its own weight as it runs"
+    if isinstance(module, nn.RNNBase):
+        return (
+            f"{pattern!r} matches {name!r} ({kind}), which reads a flattened copy of its weights; "
+            "adapt the layers around it"
+        )
+    return (
+        f"{pattern!r} matches {name!r} ({kind}), which has no weight to adapt; a weight method adapts Linear, "
+        "Conv1d/2d/3d, Conv1D, Embedding, MultiheadAttention and 2-D or 3-D parameters"
+    )
+
+
+def output_head(model: nn.Module, sites: dict[str, Site] | None = None) -> str | None:
+    """The name of the layer that makes the model's output, or None where there is none to tell.
+
+    It is what a Hugging Face model's ``get_output_embeddings`` says; else the last linear-like layer in model
+    order, unless that layer is one of a repeated kind (``layers.11.mlp.down_proj``).
+    """
+    sites = weight_sites(model) if sites is None else sites
+    names = {id(site.module): name for name, site in sites.items()}
+    for _, module in base_modules(model):
+        head = getattr(module, "get_output_embeddings", lambda: None)()
+        if head is not None and id(head) in names:
+            return names[id(head)]
+    linear = [name for name, site in sites.items() if site.linear_like]
+    if len(linear) < 2 or isinstance(sites[linear[-1]].module, nn.MultiheadAttention):
+        return None
+    last = linear[-1]
+    repeated = any(part.isdigit() for part in last.split(".")[:-1])
+    return None if repeated else last

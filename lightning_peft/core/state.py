@@ -1,0 +1,186 @@
+"""The trainable state: what a checkpoint holds, decided by looking and not by names.
+
+It is every parameter that requires a gradient, every tensor that an adapter owns, and every buffer that has moved
+since the methods were applied. On load, what is expected, what is there and what is unknown are compared, and any
+difference is an error that names the key. Missing frozen keys are fine: the base brings them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.core.host import adapter_names, hosts
+
+__all__ = [
+    "StateError",
+    "adapter_state",
+    "canonical",
+    "check_fingerprint",
+    "check_state",
+    "fingerprint",
+    "load_state",
+    "trainable_keys",
+]
+
+_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+
+
+class StateError(RuntimeError):
+    """A state that does not belong to this model, with the keys that tell."""
+
+
+def canonical(key: str) -> str:
+    """``key`` without the parts that ``torch.compile`` and wrappers put into names."""
+    return ".".join(part for part in key.split(".") if part not in _WRAPPERS)
+
+
+def trainable_keys(model: nn.Module) -> set[str]:
+    """The keys of ``model.state_dict()`` that make up its trainable state, in canonical form."""
+    return _owned_keys(model) | _moved_buffers(model)
+
+
+def _owned_keys(model: nn.Module) -> set[str]:
+    """Trainable parameters, under each name they are stored by, and all that adapters own."""
+    stacks = [f"{name}.adapters." if name else "adapters." for name, _ in hosts(model)]
+    state = model.state_dict(keep_vars=True)
+    return {
+        canonical(key)
+        for key, value in state.items()
+        if getattr(value, "requires_grad", False) or any(key.startswith(stack) for stack in stacks)
+    }
+
+
+def _moved_buffers(model: nn.Module) -> set[str]:
+    from lightning_peft.core.inject import injection_of
+
+    record = injection_of(model)
+    before = record.buffers if record is not None else {}
+    return {
+        canonical(name)
+        for name, buffer in model.named_buffers()
+        if name in before and not torch.equal(before[name].to(buffer), buffer)
+    }
+
+
+def adapter_state(model: nn.Module, name: str | None = None) -> dict[str, Tensor]:
+    """The trainable state by key: what a checkpoint holds.
+
+    Args:
+        model: a model that methods were applied to.
+        name: one adapter's tensors only; by default all that trains, heads and moved buffers included.
+
+    Raises:
+        ValueError: the model has no adapter of that name.
+    """
+    if name is None:
+        keys = trainable_keys(model)
+        return {canonical(k): v for k, v in model.state_dict().items() if canonical(k) in keys}
+    if name not in adapter_names(model):
+        raise ValueError(f"no adapter named {name!r}; the model has {list(adapter_names(model))}")
+    prefixes = [f"{h}.adapters.{name}." if h else f"adapters.{name}." for h, _ in hosts(model)]
+    return {canonical(k): v for k, v in model.state_dict().items() if any(k.startswith(p) for p in prefixes)}
+
+
+def check_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Compare a trainable state with what ``model`` expects.
+
+    Raises:
+        StateError: keys are missing, unknown, misshapen, empty or not finite.
+    """
+    current = {canonical(k): v for k, v in model.state_dict().items()}
+    given = {canonical(k): v for k, v in state.items()}
+    expected = _owned_keys(model)
+    problems = []
+    missing, unknown = sorted(expected - given.keys()), sorted(given.keys() - current.keys())
+    if missing:
+        problems.append(f"missing: {_listed(missing, unknown)}")
+    if unknown:
+        problems.append(f"unknown to this model: {_listed(unknown, missing or current)}")
+    for key in sorted(given.keys() & current.keys()):
+        if given[key].shape != current[key].shape:
+            shapes = f"{tuple(given[key].shape)} in the file, {tuple(current[key].shape)} in the model"
+            problems.append(f"{key}: {shapes}")
+        elif key in expected and given[key].is_floating_point() and not given[key].isfinite().all():
+            problems.append(f"{key}: holds NaN or infinity")
+    if problems:
+        raise StateError("the state does not fit this model:\n  " + "\n  ".join(problems[:12]))
+
+
+def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Check a trainable state against ``model`` and load it.
+
+    Raises:
+        StateError: see :func:`check_state`; nothing is loaded then.
+    """
+    check_state(model, state)
+    names = {canonical(k): k for k in model.state_dict()}
+    nn.Module.load_state_dict(model, {names[canonical(k)]: v for k, v in state.items()}, strict=False)
+
+
+def _listed(keys: list[str], others: Iterable[str]) -> str:
+    text = ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
+    near = difflib.get_close_matches(keys[0], list(others), n=1, cutoff=0.6)
+    return f"{text} (nearest to the first: {near[0]})" if near else text
+
+
+def fingerprint(model: nn.Module, tensors: int = 256, samples: int = 8) -> dict[str, Any]:
+    """What identifies the frozen base: a digest of names and shapes, and a few values of some tensors.
+
+    Values rather than a digest of them, so that a base loaded in another precision is still the same base.
+
+    Args:
+        model: the adapted model; what trains and what adapters own is left out.
+        tensors: at most so many tensors are sampled, evenly over the model.
+        samples: values taken from each, evenly over the tensor.
+    """
+    frozen = _frozen(model)
+    shapes = hashlib.sha256(repr([(n, tuple(t.shape)) for n, t in sorted(frozen.items())]).encode()).hexdigest()
+    names = list(frozen)
+    chosen = names[:: max(1, len(names) // tensors)]
+    values = {n: _sample(frozen[n], samples) for n in chosen if frozen[n].numel() and not frozen[n].is_meta}
+    return {"shapes": shapes, "values": values}
+
+
+def check_fingerprint(model: nn.Module, saved: Mapping[str, Any]) -> None:
+    """Compare the base with the one a state was trained on.
+
+    Raises:
+        StateError: a tensor of the base is missing or holds other values.
+    """
+    frozen = _frozen(model)
+    trained = _owned_keys(model) | _moved_buffers(model)
+    for name, values in saved["values"].items():
+        if name in trained:
+            continue
+        if name not in frozen:
+            near = difflib.get_close_matches(name, list(frozen), n=1)
+            raise StateError(
+                f"this is another base model: it has no tensor {name!r}" + (f"; nearest: {near[0]!r}" if near else "")
+            )
+        if frozen[name].is_meta or not frozen[name].numel():
+            continue
+        here = torch.tensor(_sample(frozen[name], len(values)), dtype=torch.float64)
+        there = torch.tensor(values, dtype=torch.float64)
+        if here.shape != there.shape or not torch.allclose(here, there, rtol=1e-2, atol=1e-6):
+            raise StateError(
+                f"this is another base model: the values of {name!r} differ from those the state was trained on. "
+                "Load the same pretrained weights (and build anything random in the base from a fixed seed)"
+            )
+
+
+def _frozen(model: nn.Module) -> dict[str, Tensor]:
+    owned = _owned_keys(model) | _moved_buffers(model)
+    state = {canonical(k): v for k, v in model.state_dict().items() if isinstance(v, Tensor)}
+    return {k: v for k, v in state.items() if k not in owned}
+
+
+def _sample(tensor: Tensor, samples: int) -> list[float]:
+    flat = tensor.detach().reshape(-1)
+    index = torch.linspace(0, flat.numel() - 1, min(samples, flat.numel()), device=flat.device).long()
+    return [float(v) for v in flat[index].to("cpu", torch.float32)]

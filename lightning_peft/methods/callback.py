@@ -1,0 +1,185 @@
+"""The base class of every method: a Lightning callback that freezes a model and puts something small into it."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar, Literal
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import nn
+
+from lightning_peft.core.host import check_name
+from lightning_peft.core.inject import Plan
+from lightning_peft.core.targets import as_patterns, match_modules
+from lightning_peft.trainer.lifecycle import Lifecycle
+
+__all__ = ["PEFTMethod", "registered_method"]
+
+_REGISTRY: dict[str, type[PEFTMethod]] = {}
+
+
+def registered_method(name: str) -> type[PEFTMethod]:
+    """The method class called ``name``; classes named in files are looked up here and never imported.
+
+    Raises:
+        ValueError: no such method is defined.
+    """
+    if name not in _REGISTRY:
+        raise ValueError(f"no method named {name!r}; defined are {sorted(_REGISTRY)}")
+    return _REGISTRY[name]
+
+
+class PEFTMethod(Callback, ABC):
+    """A method of parameter-efficient fine-tuning as a Lightning callback.
+
+    Attach it to a Trainer (``Trainer(callbacks=[lp.LoRA(r=8)])``) or apply it by hand (``lp.apply(model, method)``).
+    The base is frozen; what the method adds, and what ``trainable`` names, trains; checkpoints hold just that.
+
+    A subclass takes flat arguments of plain types, stores each under its own name, and gives :meth:`plan`. Most
+    derive from a family instead, such as :class:`lightning_peft.WeightMethod`.
+
+    Args:
+        targets: what to adapt: ``"all-linear"`` (every linear-like layer but the output head) or patterns: a name
+            or the end of one, a glob, ``re:<regular expression>``, ``type:<class name>``.
+        exclude: patterns to take away from ``targets``.
+        trainable: patterns of modules that train in full, heads for example.
+        name: the adapter's name, unique on a model.
+        seed: of the initialisation, which depends on nothing else, so that every rank and every way to build the
+            model gives the same adapters. None takes the seed of ``seed_everything``, or 0.
+        adapter_dtype: the type adapters are kept and trained in; they compute in the activations' type.
+        train_norm_stats: let the running statistics of frozen norm layers move with training.
+        audit: what to do when a check finds an adapter that does not run or does not learn: ``"error"``,
+            ``"warn"`` or ``"off"``.
+
+    Raises:
+        ValueError: an argument that cannot be, named with what was expected.
+        TargetError: a malformed pattern.
+    """
+
+    #: arguments that may differ between the run that saved a state and the run that loads it
+    may_change: ClassVar[frozenset[str]] = frozenset(
+        {"targets", "exclude", "trainable", "seed", "adapter_dtype", "train_norm_stats", "audit"}
+    )
+
+    def __init__(
+        self,
+        targets: str | Sequence[str] = "all-linear",
+        exclude: str | Sequence[str] = (),
+        trainable: str | Sequence[str] = (),
+        name: str = "default",
+        seed: int | None = None,
+        adapter_dtype: Literal["float32", "float64", "bfloat16", "float16"] = "float32",
+        train_norm_stats: bool = False,
+        audit: Literal["error", "warn", "off"] = "error",
+    ) -> None:
+        check_name(name)
+        one_of("audit", audit, ("error", "warn", "off"))
+        one_of("adapter_dtype", adapter_dtype, ("float32", "float64", "bfloat16", "float16"))
+        self.targets = _plain(as_patterns(targets, "targets"), targets)
+        self.exclude = _plain(as_patterns(exclude, "exclude"), exclude)
+        self.trainable = _plain(as_patterns(trainable, "trainable"), trainable)
+        self.name = name
+        self.seed = seed
+        self.adapter_dtype = adapter_dtype
+        self.train_norm_stats = train_norm_stats
+        self.audit = audit
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        _REGISTRY[cls.__name__] = cls
+
+    @abstractmethod
+    def plan(self, model: nn.Module) -> Plan:
+        """What this method will do to ``model``; changes nothing.
+
+        Raises:
+            TargetError: a pattern matches nothing.
+        """
+        raise NotImplementedError
+
+    def regroup(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+        """Change the optimizer's parameter groups, for methods with learning rates of their own.
+
+        Called once, after frozen parameters were left out. A group that is split keeps its options.
+        """
+
+    def config(self) -> dict[str, Any]:
+        """Every argument by name, as plain values: enough to make this method again."""
+        return {name: getattr(self, name) for name in _arguments(type(self))}
+
+    @property
+    def state_key(self) -> str:
+        return f"{type(self).__name__}:{self.name}"
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        Lifecycle.install(trainer, pl_module)
+
+    def heads(self, model: nn.Module) -> list[str]:
+        """The names of the modules that ``trainable`` trains in full.
+
+        Raises:
+            TargetError: a pattern of ``trainable`` matches nothing.
+        """
+        return list(match_modules(model, as_patterns(self.trainable, "trainable"), "trainable"))
+
+    @contextmanager
+    def initialising(self, where: str) -> Iterator[None]:
+        """Seed torch for the initialisation of the adapter at ``where``, leaving the user's stream untouched.
+
+        Tensors are made on the CPU and in ``adapter_dtype``, whatever device and type a strategy has set.
+        """
+        seed = self.seed if self.seed is not None else int(os.environ.get("PL_GLOBAL_SEED", 0))
+        digest = hashlib.sha256(f"{seed}:{self.name}:{where}".encode()).digest()
+        before = torch.get_default_dtype()
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            torch.random.default_generator.manual_seed(int.from_bytes(digest[:7], "big"))
+            torch.set_default_dtype(getattr(torch, self.adapter_dtype))
+            try:
+                yield
+            finally:
+                torch.set_default_dtype(before)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.config().items())})"
+
+
+def _arguments(cls: type) -> list[str]:
+    names: dict[str, None] = {}
+    for klass in cls.__mro__:
+        init = klass.__dict__.get("__init__")
+        if init is None or not issubclass(klass, PEFTMethod):
+            continue
+        parameters = list(inspect.signature(init).parameters.values())[1:]
+        names |= {p.name: None for p in parameters if p.kind is not p.VAR_KEYWORD}
+        if all(p.kind is not p.VAR_KEYWORD for p in parameters):
+            break
+    return list(names)
+
+
+def _plain(patterns: tuple[str, ...], given: str | Sequence[str]) -> str | list[str]:
+    return given if isinstance(given, str) else list(patterns)
+
+
+def one_of(argument: str, value: Any, choices: Sequence[Any]) -> None:
+    """Refuse ``value`` unless it is among ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{argument} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def positive_int(argument: str, value: Any) -> None:
+    """Refuse ``value`` unless it is an integer of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{argument} must be an integer of at least 1, got {value!r}")
+
+
+def probability(argument: str, value: Any) -> None:
+    """Refuse ``value`` unless it lies in [0, 1)."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+        raise ValueError(f"{argument} must be a probability in [0, 1), got {value!r}")

@@ -1,0 +1,57 @@
+"""Load a trained module from its checkpoint alone."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any, TypeVar
+
+import lightning as L
+import torch
+
+from lightning_peft.core.inject import apply
+from lightning_peft.core.state import StateError
+from lightning_peft.core.targets import TargetError
+from lightning_peft.methods.callback import registered_method
+from lightning_peft.trainer.manifest import KEY
+from lightning_peft.trainer.module import adapt_module
+
+__all__ = ["load_from_checkpoint"]
+
+M = TypeVar("M", bound=L.LightningModule)
+
+
+def load_from_checkpoint(module_class: type[M], path: str | Path, map_location: Any = "cpu", **kwargs: Any) -> M:
+    """Build the module, put the checkpoint's adapters in and load the trainable state.
+
+    The base is built by ``module_class`` itself (its ``__init__``, ``configure_model``, and ``setup("predict")`` where
+    the layers only come to be there), with the hyperparameters that the checkpoint holds.
+
+    Args:
+        module_class: the class that was trained.
+        path: a checkpoint written by a Trainer with methods attached.
+        map_location: where to put the tensors.
+        **kwargs: arguments of ``module_class`` that override or complete the saved hyperparameters.
+
+    Raises:
+        StateError: the checkpoint has no manifest, does not fit, or was trained on another base.
+        ValueError: it names a method that is not defined here.
+    """
+    checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+    if not isinstance(checkpoint, dict) or KEY not in checkpoint:
+        raise StateError(f"{path} has no {KEY!r} manifest: it was not saved by a run with methods attached")
+    methods = [registered_method(entry["method"])(**entry["config"]) for entry in checkpoint[KEY]["methods"]]
+    accepted = inspect.signature(module_class.__init__).parameters
+    anything = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
+    saved = {k: v for k, v in checkpoint.get("hyper_parameters", {}).items() if anything or k in accepted}
+    module = module_class(**{**{k: v for k, v in saved.items() if not k.startswith("_")}, **kwargs})
+    module.configure_model()
+    try:
+        apply(module, *methods)
+    except TargetError:
+        module.setup("predict")
+        apply(module, *methods)
+    adapt_module(module)
+    module.on_load_checkpoint(checkpoint)
+    module.load_state_dict(checkpoint["state_dict"])
+    return module.to(map_location) if isinstance(map_location, str | torch.device) else module

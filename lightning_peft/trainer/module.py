@@ -1,0 +1,143 @@
+"""What a LightningModule gains while methods are attached: injection, optimizer filtering, checkpoint checks.
+
+The user's module gets this mixin by class swap in ``Callback.setup``, so that its own hooks stay what they were and
+``super()`` reaches them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import lightning as L
+from lightning.fabric.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_peft.core.inject import apply, injection_of
+from lightning_peft.core.state import StateError, canonical, check_fingerprint, load_state, trainable_keys
+from lightning_peft.core.swap import add_mixin
+from lightning_peft.trainer.manifest import KEY, check_manifest, manifest
+
+__all__ = ["AdaptedModule", "adapt_module"]
+
+
+class AdaptedModule(L.LightningModule):
+    """Mixin of the user's LightningModule."""
+
+    _peft_configure_optimizers: Any = None
+
+    def configure_model(self) -> None:
+        # The one moment that every way of building a model shares: after __init__, setup and configure_model,
+        # before sharding and before the optimizer. Applying twice changes nothing.
+        super().configure_model()
+        apply(self)
+
+    def configure_optimizers(self) -> Any:
+        configured = (self._peft_configure_optimizers or super().configure_optimizers)()
+        optimizers = list(_optimizers(configured))
+        if not optimizers:
+            raise MisconfigurationException(
+                f"{type(self).__name__}.configure_optimizers returned no optimizer ({configured!r}), so no adapter "
+                "would ever train; return one over lp.trainable_parameters(self)"
+            )
+        record = injection_of(self)
+        for optimizer in optimizers:
+            _complete(optimizer, self)
+            _drop_frozen(optimizer)
+            for method in record.methods.values() if record is not None else ():
+                method.regroup(optimizer, self)
+        return configured
+
+    @property
+    def strict_loading(self) -> bool:
+        return False  # load_state_dict below checks what must be there
+
+    @strict_loading.setter
+    def strict_loading(self, strict_loading: bool) -> None:
+        pass
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        if injection_of(self) is None:
+            return super().load_state_dict(state_dict, strict=strict, assign=assign)
+        own = {canonical(k) for k in nn.Module.state_dict(self)}
+        base = own - trainable_keys(self)
+        if not assign and (not base or not base <= {canonical(k) for k in state_dict}):
+            load_state(self, state_dict)
+            return nn.modules.module._IncompatibleKeys([], [])
+        # A whole base, with or without adapters: what the user loads by hand before training.
+        result = super().load_state_dict(state_dict, strict=False, assign=assign)
+        wrong = [k for k in result.missing_keys if canonical(k) in base] + list(result.unexpected_keys)
+        if wrong and strict:
+            raise StateError(f"the state does not fit this model: {', '.join(wrong[:8])}")
+        return result
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint[KEY] = manifest(self)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        record = injection_of(self)
+        if record is not None:
+            check_manifest(record, checkpoint)
+            check_fingerprint(self, checkpoint[KEY]["fingerprint"])
+
+
+def adapt_module(module: Any) -> None:
+    """Give ``module`` the mixin; idempotent."""
+    add_mixin(module, AdaptedModule)
+    # LightningCLI puts its configure_optimizers on the instance, where it would hide the mixin's.
+    if "configure_optimizers" in module.__dict__:
+        module._peft_configure_optimizers = module.__dict__.pop("configure_optimizers")
+
+
+def trimmed(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The trainable part of a full state dict, under canonical keys.
+
+    Raises:
+        StateError: a tensor is empty, as a sharded parameter that was never gathered is.
+    """
+    keys = trainable_keys(model)
+    kept = {canonical(k): v for k, v in state.items() if canonical(k) in keys}
+    for key, value in kept.items():
+        if isinstance(value, Tensor) and value.numel() == 0:
+            raise StateError(f"refusing to save {key}: it holds no values (a sharded tensor that was not gathered?)")
+    return kept
+
+
+def _optimizers(configured: Any) -> Iterator[Optimizer]:
+    """The optimizers inside whatever ``configure_optimizers`` may return."""
+    if isinstance(configured, Optimizer):
+        yield configured
+    elif isinstance(configured, Mapping):
+        yield from _optimizers(configured.get("optimizer"))
+    elif isinstance(configured, Iterable):
+        for part in configured:
+            yield from _optimizers(part)
+
+
+def _complete(optimizer: Optimizer, model: nn.Module) -> None:
+    """Add the adapters to an optimizer that was built over all parameters before they were in (LightningCLI's)."""
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    base = [p for name, p in model.named_parameters() if ".adapters." not in f".{name}"]
+    if len(optimizer.param_groups) == 1 and all(id(p) in held for p in base):
+        group = optimizer.param_groups[0]
+        group["params"] += [p for p in model.parameters() if p.requires_grad and id(p) not in held]
+
+
+def _drop_frozen(optimizer: Optimizer) -> None:
+    # Groups stay, even when they end up empty: learning-rate schedulers count them.
+    dropped = 0
+    for group in optimizer.param_groups:
+        before = len(group["params"])
+        group["params"] = [p for p in group["params"] if p.requires_grad]
+        dropped += before - len(group["params"])
+    if dropped:
+        rank_zero_info(f"{type(optimizer).__name__}: {dropped} frozen parameters were left out")
+    if not any(group["params"] for group in optimizer.param_groups):
+        raise MisconfigurationException(
+            f"configure_optimizers returned {type(optimizer).__name__} over frozen parameters only, so nothing "
+            "would train; build it over lp.trainable_parameters(self), or over self.parameters()"
+        )
