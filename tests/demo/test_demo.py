@@ -7,7 +7,7 @@ import torch
 
 from lightning_peft import demo
 from lightning_peft.data import LanguageModelData
-from lightning_peft.demo.build import OVERLAP, Passage, shingles, without_near_duplicates
+from lightning_peft.demo.build import OVERLAP, Passage, names_itself, shingles, without_near_duplicates
 from lightning_peft.tasks import LanguageModel
 
 FOLDER = demo.MODEL.parent
@@ -69,6 +69,11 @@ def test_passages_are_readable_english(corpus):
     for row in corpus["validation"]:
         assert 15 <= len(row["text"].split()) <= 80
         assert not any(mark in row["text"] for mark in (":`", "`_", ".. _"))
+
+
+def test_no_labelled_passage_names_its_module(corpus):
+    for split in ("train", "validation", "test"):
+        assert not any(names_itself(Passage(row["text"], row["page"], "")) for row in corpus[split])
 
 
 def test_unknown_split_is_named():
