@@ -89,12 +89,12 @@ class LanguageModelData(TextDataModule):
         generator = None
         if split != "train":  # the same tokens are hidden each time a held-out text is seen
             generator = torch.Generator().manual_seed(int(batch["input_ids"].sum()))
-        ids, labels = self._hide(batch["input_ids"], generator)
+        ids, labels = self._hide(batch["input_ids"], self.mask, generator)
         return {**batch, "input_ids": ids, "labels": labels}
 
-    def _hide(self, ids: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    def _hide(self, ids: Tensor, fraction: float, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         special = torch.isin(ids, torch.tensor(self.tokenizer.all_special_ids))
-        hidden = (torch.rand(ids.shape, generator=generator) < self.mask) & ~special
+        hidden = (torch.rand(ids.shape, generator=generator) < fraction) & ~special
         fate = torch.rand(ids.shape, generator=generator)
         random = torch.randint(len(self.tokenizer), ids.shape, generator=generator)
         seen = torch.where(hidden & (fate < 0.8), self.tokenizer.mask_token_id, ids)

@@ -27,7 +27,8 @@ _TABLE = re.compile(r"^(?:\+[-=+]|\||={2,} +=|-{2,} +-|={5,}$)")
 _INLINE: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     (re.compile(pattern), replacement)
     for pattern, replacement in (
-        (r"\\([ *`|_\\])", lambda m: "" if m[1] == " " else m[1]),
+        (r"\\ ", ""),  # the escape that only ends markup
+        (r"\\([*`|_\\])", r"\1"),
         (r"\[(?:#\w*|\d+|[A-Z]\w*)\]_", ""),  # footnotes and citations
         (r"\|(\w+)\|", r"\1"),  # substitutions
         (r":[\w:+\-]+:`[!~]?([^`<]*?)\s*<[^`]*>`", r"\1"),  # :role:`text <target>`

@@ -62,8 +62,10 @@ class LanguageModel(L.LightningModule):
         Raises:
             ValueError: One does and the other does not.
         """
-        data = getattr(self.trainer, "datamodule", None)
-        if hasattr(data, "mask") and (data.mask is None) == (self.objective == "masked"):
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if not hasattr(data, "mask"):
+            return
+        if (data.mask is None) == (self.objective == "masked"):
             fix = "pass mask=0.15, say," if data.mask is None else "pass mask=None"
             raise ValueError(
                 f"the model's objective is {self.objective!r} and the data has mask={data.mask}: {fix} to "
@@ -96,8 +98,8 @@ class LanguageModel(L.LightningModule):
 
     @rank_zero_only
     def on_fit_end(self) -> None:
-        """Write the Hugging Face folder, if ``export_dir`` is given."""
-        if self.hparams["export_dir"] is not None:
+        """Write the Hugging Face folder, if ``export_dir`` is given and this was no ``fast_dev_run``."""
+        if self.hparams["export_dir"] is not None and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             self.export(Path(self.hparams["export_dir"]), self.hparams["export_dtype"])
 
     def export(self, folder: Path, dtype: str | None = None) -> None:

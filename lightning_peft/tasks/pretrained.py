@@ -63,7 +63,7 @@ def load_model(auto_class: Any, model: str, pretrained: bool, dtype: str | None,
         network = auto_class.from_pretrained(where, config=configuration)
     else:
         network = auto_class.from_config(configuration)
-    network.train()  # from_pretrained leaves it in eval mode, and Lightning would train it so, without dropout
+    network.train()  # from_pretrained leaves it in eval mode; Lightning would train it so, without dropout
     return network if dtype is None else network.to(getattr(torch, dtype))
 
 

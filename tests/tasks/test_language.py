@@ -50,6 +50,12 @@ def test_masked_model_wants_masked_data_and_causal_does_not(gpt2):
         L.Trainer(max_steps=1, **QUIET).fit(LanguageModel(gpt2), LanguageModelData("demo", mask=0.2))
 
 
+def test_fast_dev_run_exports_nothing(tmp_path):
+    module = LanguageModel("demo", export_dir=str(tmp_path / "out"))
+    L.Trainer(**{**QUIET, "fast_dev_run": True}).fit(module, LanguageModelData("demo", mask=0.3, batch_size=2))
+    assert not (tmp_path / "out").exists()
+
+
 def test_fit_exports_a_folder_that_loads_again(tmp_path):
     module = LanguageModel("demo", export_dir=str(tmp_path / "out"), export_dtype="float16")
     trainer = L.Trainer(max_steps=2, **QUIET)
