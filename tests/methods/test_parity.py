@@ -105,6 +105,14 @@ def test_outputs_and_gradients_are_those_of_peft(case: str):
     with torch.no_grad():
         for matrix, parameter in pairs:
             parameter.copy_(matrix.reshape(parameter.shape))
+    if given.kind == "mha_batch_first":
+        # PEFT adds the output projection's update twice (it merges it by hand, then calls merge). A B of zero leaves
+        # the input projection to compare; tests/methods/test_dense.py holds our output projection to W + s B A.
+        with torch.no_grad():
+            for matrix, parameter in pairs[3::4]:
+                matrix.zero_()
+                parameter.zero_()
+        pairs = [pair for i, pair in enumerate(pairs) if i % 4 < 2]
     for module in (model, base):  # PEFT leaves BatchNorm training, where it normalises by the batch
         for norm in module.modules():
             if isinstance(norm, nn.BatchNorm2d):
