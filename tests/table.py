@@ -11,7 +11,8 @@ from math import prod
 from typing import Any
 
 import pytest
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 import lightning_peft as lp
 from tests.kinds import KINDS, Kind
@@ -32,6 +33,22 @@ class Row:
     count: Callable[[Kind, nn.Module], int]
     identity: bool = True
     mergeable: bool = True
+
+
+class Rescale(lp.WeightMethod):
+    """A method of a user's own: each row of the matrix times a number. It has no path on activations."""
+
+    def build(self, site: Any) -> lp.WeightAdapter:
+        return RescaleAdapter(site)
+
+
+class RescaleAdapter(lp.WeightAdapter):
+    def __init__(self, site: Any) -> None:
+        super().__init__(site)
+        self.gain = nn.Parameter(0.01 * torch.rand(*site.shape[:-1], 1))
+
+    def transform(self, weight: Tensor) -> Tensor:
+        return weight * (1 + self.gain)
 
 
 def low_rank(r: int, first: int | None = None) -> Callable[[Kind, nn.Module], int]:
@@ -64,6 +81,11 @@ METHODS: dict[str, Row] = {
     "lora_gaussian": Row(lora(init="gaussian"), low_rank(2)),
     "lora_dropout": Row(lora(dropout=0.3), low_rank(2)),
     "lora_bias": Row(lora(bias="all"), lambda kind, model: low_rank(2)(kind, model) + all_biases(model)),
+    "rescale": Row(
+        lambda kind, **options: Rescale(targets=kind.targets, **options),
+        lambda kind, model: sum(prod(rows) for *rows, _ in kind.matrices.values()),
+        identity=False,
+    ),
 }
 
 ANY = "*"

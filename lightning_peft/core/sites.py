@@ -192,6 +192,8 @@ def _sites_of(name: str, module: nn.Module) -> list[Site]:
         return [Site(name, name, module, "weight", layout, linear_like)] if name else []
     if isinstance(module, nn.RNNBase | nn.Sequential | nn.ModuleList | nn.ModuleDict):
         return []  # an RNN reads a flattened copy of its weights; a container would run the adapter as a layer
+    if getattr(module, "max_norm", None) is not None:
+        return []  # an embedding that rescales its own rows as it runs: frozen rows would not stay frozen
     bare = {p: t for p, t in module._parameters.items() if t is not None and t.ndim in (2, 3)}
     return [Site(inside(p), name, module, p, Layout()) for p, t in bare.items() if t.is_floating_point()]
 
@@ -208,7 +210,7 @@ def _layout(module: nn.Module) -> tuple[Layout, bool] | None:
             return _guarded(layout(), cls, kind), kind is nn.Linear
     if isinstance(module, nn.Embedding):
         if module.max_norm is not None:
-            return None  # it rescales its own rows in place while it runs: frozen rows would not stay frozen
+            return None
         return _guarded(EmbeddingLayout(), cls, nn.Embedding), False
     if any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in cls.__mro__):
         return TransposedLayout(), True
@@ -309,6 +311,8 @@ def _nothing_to_adapt(pattern: str, model: nn.Module, sites: dict[str, Site]) ->
     name, module = hits[0]
     kind = original_class(module).__name__
     inside = [n for n in sites if n.startswith(f"{name}.")]
+    if bare := [n for n in inside if sites[n].host == name]:
+        return f"{pattern!r} matches {name!r} ({kind}), of which only the parameters can be named: {', '.join(bare)}"
     if inside:
         return f"{pattern!r} matches {name!r} ({kind}), which holds layers but is none; nearest: '{pattern}.*'"
     if isinstance(module, nn.Embedding):

@@ -128,7 +128,11 @@ class LoRA(WeightMethod):
                 largest = min(part.lora_A.shape[-1], part.lora_B.shape[-2])
                 if part.r > largest:
                     plan.notes.append(f"{part.site_name}: r={part.r} where the weight's rank is at most {largest}")
-        adapted = {host for host, *_ in plan.attach}
+        adapted = {  # the modules that hold the weights: an attention's out_proj is one of its own
+            f"{host}.{part.parameter}".rpartition(".")[0].lstrip(".")
+            for host, _, adapter, _ in plan.attach
+            for part in _parts(adapter)
+        }
         for name, module in base_modules(model):
             wanted = self.bias == "all" or (self.bias == "lora_only" and name in adapted)
             for parameter, value in module._parameters.items() if wanted else ():
