@@ -69,7 +69,7 @@ def freeze_norm_statistics(model: nn.Module) -> list[str]:
     for name, module in base_modules(model):
         has_statistics = isinstance(getattr(module, "running_mean", None), Tensor)
         if has_statistics and not any(p.requires_grad for p in module.parameters(recurse=False)):
-            mode = module.training if not has_mixin(module, FrozenNorm) else module._mode_asked
+            mode = bool(module._mode_asked) if has_mixin(module, FrozenNorm) else module.training
             add_mixin(module, FrozenNorm)
             module.train(mode)
             frozen.append(name)
