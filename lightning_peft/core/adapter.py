@@ -55,6 +55,7 @@ class WeightAdapter(Adapter):
 
     def __init__(self, site: Site) -> None:
         super().__init__()
+        self.site_name = site.name
         self.parameter = site.parameter
         self.layout = site.layout
 
@@ -95,7 +96,8 @@ class WeightGroup(Adapter):
     def __init__(self, adapters: Mapping[str, WeightAdapter]) -> None:
         super().__init__()
         for parameter, adapter in adapters.items():
-            self.add_module(parameter.removesuffix(".weight"), adapter)
+            key = parameter.removesuffix(".weight")
+            self.add_module(f"{key}_" if hasattr(self, key) else key, adapter)  # such as 'weights' or 'run'
 
     @property
     def rewrites(self) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core.swap import add_mixin
+from lightning_peft.core.swap import add_mixin, has_mixin
 from lightning_peft.core.targets import base_modules
 
 __all__ = ["FrozenNorm", "FullPrecision", "freeze_norm_statistics", "keep_full_precision"]
@@ -17,7 +17,10 @@ __all__ = ["FrozenNorm", "FullPrecision", "freeze_norm_statistics", "keep_full_p
 class FrozenNorm(nn.Module):
     """Mixin of a norm layer with running statistics: it stays in eval mode whatever its parents are set to."""
 
+    _mode_asked: bool  # the mode it would be in, and is in again once unfrozen
+
     def train(self, mode: bool = True) -> Any:
+        self._mode_asked = mode
         return super().train(False)
 
 
@@ -66,8 +69,9 @@ def freeze_norm_statistics(model: nn.Module) -> list[str]:
     for name, module in base_modules(model):
         has_statistics = isinstance(getattr(module, "running_mean", None), Tensor)
         if has_statistics and not any(p.requires_grad for p in module.parameters(recurse=False)):
+            mode = bool(module._mode_asked) if has_mixin(module, FrozenNorm) else module.training
             add_mixin(module, FrozenNorm)
-            module.train(False)
+            module.train(mode)
             frozen.append(name)
     return frozen
 

@@ -26,6 +26,7 @@ __all__ = [
     "active",
     "adapter_names",
     "attach",
+    "check_host",
     "detach",
     "disabled",
     "effective_weights",
@@ -156,7 +157,26 @@ def attach(model: nn.Module, host_name: str, name: str, adapter: Adapter) -> Non
     """Put ``adapter`` under ``name`` into the module called ``host_name``, after those already there.
 
     Raises:
-        ValueError: the name cannot be a key or is taken, or the module has an ``adapters`` of its own.
+        ValueError: see :func:`check_host`.
+    """
+    check_host(model, host_name, name)
+    host = model.get_submodule(host_name)
+    if not has_mixin(host, Adapted):
+        host.adapters = AdapterStack()
+        host.adapters.train(host.training)
+        add_mixin(host, Adapted)
+        _keep_slow_paths(model, host_name, host)
+    stack = cast(AdapterStack, host.adapters)
+    stack[name] = adapter.train(host.training)
+    stack.active = (*stack.active, name)
+    stack.refresh()
+
+
+def check_host(model: nn.Module, host_name: str, name: str) -> None:
+    """Whether the module called ``host_name`` can take an adapter called ``name``.
+
+    Raises:
+        ValueError: the name is taken there, or the module has an ``adapters`` of its own.
     """
     host = model.get_submodule(host_name)
     if not has_mixin(host, Adapted):
@@ -165,16 +185,8 @@ def attach(model: nn.Module, host_name: str, name: str, adapter: Adapter) -> Non
                 f"{host_name!r} ({original_class(host).__name__}) has an attribute 'adapters' of its own; "
                 "exclude it, or rename that attribute"
             )
-        host.adapters = AdapterStack()
-        host.adapters.train(host.training)
-        add_mixin(host, Adapted)
-        _keep_slow_paths(model, host_name, host)
-    stack = cast(AdapterStack, host.adapters)
-    if name in stack:
+    elif name in cast(AdapterStack, host.adapters):
         raise ValueError(f"{host_name!r} already carries an adapter named {name!r}: give this one another name=")
-    stack[name] = adapter.train(host.training)
-    stack.active = (*stack.active, name)
-    stack.refresh()
 
 
 def detach(model: nn.Module, host_name: str, name: str | None = None) -> None:
@@ -190,6 +202,9 @@ def detach(model: nn.Module, host_name: str, name: str | None = None) -> None:
         del host.adapters
         for key in [k for k, hook in host._forward_pre_hooks.items() if hook is _slow_path]:
             del host._forward_pre_hooks[key]
+        for parent in _parents(model, host_name):
+            if not any(has_mixin(module, Adapted) for module in parent.modules()):
+                vars(parent).update(vars(parent).pop("_before_slow_path", {}))
 
 
 def check_name(name: str) -> None:
@@ -278,10 +293,15 @@ def _slow_path(module: nn.Module, args: Any) -> None:
 
 
 def _keep_slow_paths(model: nn.Module, host_name: str, host: nn.Module) -> None:
-    parts = host_name.split(".") if host_name else []
-    parents = [model.get_submodule(".".join(parts[:i])) for i in range(len(parts))]
+    parents = _parents(model, host_name)
     if any(isinstance(p, nn.TransformerEncoderLayer) for p in parents):
         host.register_forward_pre_hook(_slow_path)
     for parent in parents:
-        if isinstance(parent, nn.TransformerEncoder):
+        if isinstance(parent, nn.TransformerEncoder) and parent.use_nested_tensor:
+            vars(parent)["_before_slow_path"] = {"use_nested_tensor": True}
             parent.use_nested_tensor = False  # only the fast path can take the nested tensors it would make
+
+
+def _parents(model: nn.Module, host_name: str) -> list[nn.Module]:
+    parts = host_name.split(".") if host_name else []
+    return [model.get_submodule(".".join(parts[:i])) for i in range(len(parts))]

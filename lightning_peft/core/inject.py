@@ -15,12 +15,22 @@ from torch import Tensor, nn
 
 from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.freeze import freeze_norm_statistics, keep_full_precision
-from lightning_peft.core.host import attach
+from lightning_peft.core.host import attach, check_host
 from lightning_peft.core.report import Report
-from lightning_peft.core.state import fingerprint
+from lightning_peft.core.state import canonical, fingerprint
 from lightning_peft.core.swap import original_class
 
-__all__ = ["Injection", "InjectionError", "Method", "Plan", "apply", "injection_of", "inspect", "trainable_parameters"]
+__all__ = [
+    "Injection",
+    "InjectionError",
+    "Method",
+    "Plan",
+    "apply",
+    "injected_name",
+    "injection_of",
+    "inspect",
+    "trainable_parameters",
+]
 
 
 class InjectionError(ValueError):
@@ -79,10 +89,12 @@ class Injection:
 
 def injection_of(model: nn.Module) -> Injection | None:
     """The record of ``model``, or of the one module inside it that methods were applied to."""
-    for module in model.modules():
-        if "_peft_injection" in module.__dict__:
-            return module.__dict__["_peft_injection"]
-    return None
+    return vars(model.get_submodule(injected_name(model))).get("_peft_injection")
+
+
+def injected_name(model: nn.Module) -> str:
+    """The name of the module that methods were applied to: ``model`` itself (``""``) or one inside it."""
+    return next((name for name, module in model.named_modules() if "_peft_injection" in vars(module)), "")
 
 
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -119,10 +131,13 @@ def apply(model: nn.Module, *methods: Method) -> Report:
         return record.report
     _check_injectable(model)
     plans = [method.plan(model) for method in new]
+    for method, plan in zip(new, plans):
+        for host, *_ in plan.attach:
+            check_host(model, host, method.name)
 
     first = record is None
     if record is None:
-        trained = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
+        trained = frozenset(canonical(name) for name, p in model.named_parameters() if p.requires_grad)
         model.requires_grad_(False)
         record = Injection({}, Report(), {}, {}, trained)
     for method, plan in zip(new, plans):
@@ -136,7 +151,7 @@ def apply(model: nn.Module, *methods: Method) -> Report:
     record.report.total = sum(p.numel() for p in model.parameters())
     if first:
         record.fingerprint = fingerprint(model)
-        record.buffers = {name: b.detach().clone() for name, b in _persistent_buffers(model).items()}
+        record.buffers = {canonical(name): b.detach().clone() for name, b in _persistent_buffers(model).items()}
         model.__dict__["_peft_injection"] = record
     return record.report
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.host import AdapterStack, adapter_names, detach, effective_weights, hosts, stored_parameter
+from lightning_peft.core.state import canonical
 from lightning_peft.core.swap import restore_class
 
 __all__ = ["MergeError", "merge", "unload", "unmerge"]
@@ -124,13 +125,13 @@ def unload(model: nn.Module, merge: bool = False) -> nn.Module:
     Raises:
         MergeError: ``merge=True`` and an adapter cannot be folded.
     """
-    from lightning_peft.core.inject import injection_of
+    from lightning_peft.core.inject import injected_name, injection_of
 
     if merge and not any(cast(AdapterStack, h.adapters).merged for _, h in hosts(model)):
         _merge(model)
     if not merge:
         unmerge(model)
-    record = injection_of(model)
+    record, injected = injection_of(model), model.get_submodule(injected_name(model))
     for name, _ in list(hosts(model)):
         detach(model, name)
     for module in model.modules():
@@ -138,7 +139,9 @@ def unload(model: nn.Module, merge: bool = False) -> nn.Module:
         module.__dict__.pop("_peft_injection", None)
         if (dtype := module.__dict__.pop("_compute_dtype", None)) is not None:
             module.to(dtype)
+        if (mode := module.__dict__.pop("_mode_asked", None)) is not None:
+            module.train(mode)
     if record is not None:
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name in record.trained_before)
+        for name, parameter in injected.named_parameters():
+            parameter.requires_grad_(canonical(name) in record.trained_before)
     return model

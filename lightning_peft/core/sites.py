@@ -7,12 +7,15 @@ matrices, so convolutions, embeddings and transposed storage are handled here an
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from lightning_peft.core.swap import original_class
 from lightning_peft.core.targets import TargetError, as_patterns, base_modules, match, no_match
@@ -145,7 +148,16 @@ class Site:
 
     @property
     def weight(self) -> Tensor:
-        """The stored weight itself."""
+        """The stored weight itself.
+
+        Raises:
+            TargetError: it is computed from other parameters.
+        """
+        if parametrize.is_parametrized(self.module) or "weight_g" in self.module._parameters:
+            raise TargetError(
+                f"{self.name!r} computes its weight (weight norm or another parametrization): exclude it, or take the "
+                "parametrization off first (torch.nn.utils.parametrize.remove_parametrizations)"
+            )
         return self.module.get_parameter(self.parameter)
 
     @property
@@ -180,6 +192,8 @@ def _sites_of(name: str, module: nn.Module) -> list[Site]:
         return [Site(name, name, module, "weight", layout, linear_like)] if name else []
     if isinstance(module, nn.RNNBase | nn.Sequential | nn.ModuleList | nn.ModuleDict):
         return []  # an RNN reads a flattened copy of its weights; a container would run the adapter as a layer
+    if getattr(module, "max_norm", None) is not None:
+        return []  # an embedding that rescales its own rows as it runs: frozen rows would not stay frozen
     bare = {p: t for p, t in module._parameters.items() if t is not None and t.ndim in (2, 3)}
     return [Site(inside(p), name, module, p, Layout()) for p, t in bare.items() if t.is_floating_point()]
 
@@ -196,7 +210,7 @@ def _layout(module: nn.Module) -> tuple[Layout, bool] | None:
             return _guarded(layout(), cls, kind), kind is nn.Linear
     if isinstance(module, nn.Embedding):
         if module.max_norm is not None:
-            return None  # it rescales its own rows in place while it runs: frozen rows would not stay frozen
+            return None
         return _guarded(EmbeddingLayout(), cls, nn.Embedding), False
     if any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in cls.__mro__):
         return TransposedLayout(), True
@@ -217,7 +231,7 @@ def _guarded(layout: Layout, cls: Any, kind: Any) -> Layout:
 
 
 def find_sites(
-    model: nn.Module, targets: Any, exclude: Any = (), trainable: Any = ()
+    model: nn.Module, targets: Any, exclude: Any = (), trainable: Iterable[str] = ()
 ) -> tuple[dict[str, Site], list[str]]:
     """The sites that a method's arguments name, and the layers that ``all-linear`` leaves out.
 
@@ -226,7 +240,7 @@ def find_sites(
         targets: ``"all-linear"`` or patterns (see :mod:`lightning_peft.core.targets`). ``all-linear`` means
             every linear-like layer but the output head and what ``trainable`` trains in full.
         exclude: patterns to take away again.
-        trainable: patterns of modules that train in full; never adapted as well.
+        trainable: names of modules that train in full; never adapted as well.
 
     Raises:
         TargetError: a pattern matches nothing, or only layers that cannot be adapted; or nothing is left.
@@ -239,7 +253,7 @@ def find_sites(
             head = output_head(model, sites)
             heads = [name for name, site in sites.items() if head is not None and name == head]
             linear = [n for n, site in sites.items() if site.linear_like and n not in heads]
-            linear = [n for n in linear if not any(_covers(p, sites[n], model) for p in trainable)]
+            linear = [n for n in linear if not _inside(sites[n], trainable)]
             if not linear:
                 kinds = sorted({type(site.module).__name__ for site in sites.values()})
                 raise TargetError(
@@ -251,7 +265,12 @@ def find_sites(
         hits = [n for n, site in sites.items() if _matches(pattern, site)]
         if not hits:
             raise TargetError(f"targets: {_nothing_to_adapt(pattern, model, sites)}")
-        chosen |= dict.fromkeys(hits, pattern)
+        left = [n for n in hits if not _inside(sites[n], trainable)]
+        if not left:
+            raise TargetError(
+                f"targets: {pattern!r} matches only what trains in full, {hits}: take it out of targets or of trainable"
+            )
+        chosen |= dict.fromkeys(left, pattern)
     for pattern in as_patterns(exclude, "exclude"):
         hits = [n for n, site in sites.items() if _covers(pattern, site, model)]
         if not hits:
@@ -264,7 +283,7 @@ def find_sites(
 
 def _matches(pattern: str, site: Site) -> bool:
     bare = site.name != site.host and not isinstance(site.module, nn.MultiheadAttention)
-    if bare and site.parameter not in pattern:
+    if bare and not re.search(rf"(?<!\w){re.escape(site.parameter)}(?!\w)", pattern):
         return False  # a bare parameter (a position table, experts) is adapted only when named
     if match(pattern, site.name, site.module):
         return True
@@ -280,6 +299,10 @@ def _covers(pattern: str, site: Site, model: nn.Module) -> bool:
     return any(match(pattern, name, model.get_submodule(name)) for name in parents)
 
 
+def _inside(site: Site, modules: Iterable[str]) -> bool:
+    return any(f"{site.name}.".startswith(f"{name}.") for name in modules)
+
+
 def _nothing_to_adapt(pattern: str, model: nn.Module, sites: dict[str, Site]) -> str:
     modules = {name: module for name, module in base_modules(model) if name}
     hits = [(name, module) for name, module in modules.items() if match(pattern, name, module)]
@@ -288,6 +311,8 @@ def _nothing_to_adapt(pattern: str, model: nn.Module, sites: dict[str, Site]) ->
     name, module = hits[0]
     kind = original_class(module).__name__
     inside = [n for n in sites if n.startswith(f"{name}.")]
+    if bare := [n for n in inside if sites[n].host == name]:
+        return f"{pattern!r} matches {name!r} ({kind}), of which only the parameters can be named: {', '.join(bare)}"
     if inside:
         return f"{pattern!r} matches {name!r} ({kind}), which holds layers but is none; nearest: '{pattern}.*'"
     if isinstance(module, nn.Embedding):

@@ -57,15 +57,12 @@ def _owned_keys(model: nn.Module) -> set[str]:
 
 
 def _moved_buffers(model: nn.Module) -> set[str]:
-    from lightning_peft.core.inject import injection_of
+    from lightning_peft.core.inject import injected_name, injection_of
 
-    record = injection_of(model)
-    before = record.buffers if record is not None else {}
-    return {
-        canonical(name)
-        for name, buffer in model.named_buffers()
-        if name in before and not torch.equal(before[name].to(buffer), buffer)
-    }
+    record, root = injection_of(model), canonical(injected_name(model))
+    before = {} if record is None else {f"{root}.{name}" if root else name: b for name, b in record.buffers.items()}
+    buffers = {canonical(name): buffer for name, buffer in model.named_buffers()}
+    return {n for n, b in buffers.items() if n in before and not torch.equal(before[n].to(b), b)}
 
 
 def adapter_state(model: nn.Module, name: str | None = None) -> dict[str, Tensor]:
@@ -182,5 +179,7 @@ def _frozen(model: nn.Module) -> dict[str, Tensor]:
 
 def _sample(tensor: Tensor, samples: int) -> list[float]:
     flat = tensor.detach().reshape(-1)
-    index = torch.linspace(0, flat.numel() - 1, min(samples, flat.numel()), device=flat.device).long()
+    steps = min(samples, flat.numel())
+    # In float64: float32 counts exactly to 2^24 only, and would step past the end of a large embedding.
+    index = torch.linspace(0, flat.numel() - 1, steps, dtype=torch.float64).long().to(flat.device)
     return [float(v) for v in flat[index].to("cpu", torch.float32)]

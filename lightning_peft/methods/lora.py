@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core.adapter import WeightAdapter
+from lightning_peft.core.adapter import Adapter, WeightAdapter
 from lightning_peft.core.inject import Plan
 from lightning_peft.core.sites import EmbeddingLayout, Site
 from lightning_peft.core.targets import TargetError, base_modules, match, no_match
@@ -116,18 +116,23 @@ class LoRA(WeightMethod):
 
     def plan(self, model: nn.Module) -> Plan:
         plan = super().plan(model)
+        names = {
+            part.site_name: model.get_submodule(host) for host, _, adapter, _ in plan.attach for part in _parts(adapter)
+        }
         for argument in ("rank_pattern", "alpha_pattern"):
             for pattern in getattr(self, argument):
-                names = {shown: model.get_submodule(host) for host, shown, _, _ in plan.attach}
-                if not any(match(pattern, shown, module) for shown, module in names.items()):
+                if not any(match(pattern, name, module) for name, module in names.items()):
                     raise TargetError(f"{argument}: {no_match(pattern, names)}")
-        for _, shown, adapter, _ in plan.attach:
-            for part in adapter.weights().values():
-                assert isinstance(part, LoRAAdapter)
+        for _, _, adapter, _ in plan.attach:
+            for part in _parts(adapter):
                 largest = min(part.lora_A.shape[-1], part.lora_B.shape[-2])
                 if part.r > largest:
-                    plan.notes.append(f"{shown}: r={part.r} where the weight's rank is at most {largest}")
-        adapted = {host for host, *_ in plan.attach}
+                    plan.notes.append(f"{part.site_name}: r={part.r} where the weight's rank is at most {largest}")
+        adapted = {  # the modules that hold the weights: an attention's out_proj is one of its own
+            f"{host}.{part.parameter}".rpartition(".")[0].lstrip(".")
+            for host, _, adapter, _ in plan.attach
+            for part in _parts(adapter)
+        }
         for name, module in base_modules(model):
             wanted = self.bias == "all" or (self.bias == "lora_only" and name in adapted)
             for parameter, value in module._parameters.items() if wanted else ():
@@ -174,6 +179,10 @@ class LoRAAdapter(WeightAdapter):
 
     def extra_repr(self) -> str:
         return f"r={self.r}, scale={self.scale:g}, dropout={self.dropout}"
+
+
+def _parts(adapter: Adapter) -> list[LoRAAdapter]:
+    return [part for part in adapter.weights().values() if isinstance(part, LoRAAdapter)]
 
 
 def _last_match(patterns: Mapping[str, Any], site: Site, default: Any) -> Any:

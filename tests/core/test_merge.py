@@ -1,0 +1,134 @@
+"""Merging: what it refuses, and that it then changes nothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import lightning_peft as lp
+from lightning_peft.core.host import attach
+from lightning_peft.core.merge import MergeError
+from tests.core.test_host import Add
+from tests.helpers import adapted, assert_same_bits, bits, evaluate, perturb
+from tests.kinds import KINDS, MLP
+from tests.table import METHODS
+
+LINEAR = KINDS["linear"]
+
+
+def _tied() -> nn.Module:
+    return adapted(METHODS["lora"], KINDS["tied"])
+
+
+def _quantised() -> nn.Module:
+    model = adapted(METHODS["lora"], LINEAR)
+    model.mid.weight = nn.Parameter(torch.ones(10, 12, dtype=torch.int8), requires_grad=False)
+    return model
+
+
+def _infinite() -> nn.Module:
+    model = adapted(METHODS["lora"], LINEAR)
+    model.down.adapters["default"].lora_A.data[0, 0] = torch.inf
+    return model
+
+
+def _overflowing() -> nn.Module:
+    model = adapted(METHODS["lora"], LINEAR).half()
+    for parameter in model.down.adapters.parameters():
+        parameter.data.fill_(1e4)
+    return model
+
+
+def _merged() -> nn.Module:
+    model = adapted(METHODS["lora"], LINEAR)
+    lp.merge(model)
+    return model
+
+
+def _no_weight() -> nn.Module:
+    model = adapted(METHODS["lora"], LINEAR)
+    attach(model, "down", "add", Add(1.0))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (_tied, r"embed.weight is the same tensor as \['lm_head.weight'\].*untie them first"),
+        (_quantised, "mid.weight is stored as torch.int8: a quantised weight"),
+        (_infinite, "down.weight would hold NaN or infinity"),
+        (_overflowing, "down.weight would hold NaN or infinity"),
+        (_merged, "'up' has adapters merged already: lp.unmerge"),
+        (_no_weight, r"'add' at 'down' \(Add\) is no weight change"),
+    ],
+)
+def test_what_cannot_be_merged_is_refused_before_anything_changes(make, message: str):
+    model = make()
+    before = bits(model)
+    with pytest.raises(MergeError, match=message):
+        lp.merge(model)
+    assert_same_bits(bits(model), before)
+
+
+def test_one_adapter_of_a_tied_model_merges_where_nothing_is_tied():
+    kind = KINDS["tied"]
+    model = kind.build()
+    lp.apply(model, lp.LoRA(r=2, targets=["fc1", "fc2"]))
+    expected = evaluate(perturb(model), kind)
+    lp.unload(model, merge=True)
+    torch.testing.assert_close(evaluate(model, kind), expected)
+    assert model.lm_head.weight is model.embed.weight
+
+
+def test_one_of_two_is_merged_and_the_other_runs_on():
+    model = adapted(METHODS["lora"], LINEAR)
+    lp.apply(model, lp.LoRA(r=3, name="second", targets=["down"]))
+    perturb(model, name="second")
+    expected, before = evaluate(model, LINEAR), bits(model)
+    lp.merge(model, "second")
+    assert torch.equal(model.up.weight, before["up.weight"])
+    assert not torch.equal(model.down.weight, before["down.weight"])
+    torch.testing.assert_close(evaluate(model, LINEAR), expected)
+    lp.unmerge(model)
+    assert_same_bits(bits(model), before)
+
+
+def test_merging_keeps_parameters_types_and_what_trains():
+    model = adapted(METHODS["lora"], LINEAR).to(torch.bfloat16)
+    parameters = {name: (p, p.dtype, p.requires_grad) for name, p in model.named_parameters()}
+    lp.merge(model)
+    assert {n: (p, p.dtype, p.requires_grad) for n, p in model.named_parameters()} == parameters
+
+
+def test_merging_into_bfloat16_rounds_once():
+    model = adapted(METHODS["lora"], LINEAR).to(torch.bfloat16)
+    lora = model.up.adapters["default"]
+    expected = (model.up.weight.float() + lora.scale * (lora.lora_B @ lora.lora_A)).bfloat16()
+    lp.merge(model)
+    assert torch.equal(model.up.weight, expected)
+
+
+@pytest.mark.parametrize("verb", [lp.set_active, lambda model: lp.disabled(model).__enter__()])
+def test_a_merged_model_cannot_be_had_without_its_adapters(verb):
+    model = _merged()
+    with pytest.raises(ValueError, match=r"merged into the base: lp.unmerge\(model\) first"):
+        verb(model)
+
+
+def test_unload_of_a_merged_model():
+    plain, model = LINEAR.build(), _merged()
+    assert_same_bits(bits(lp.unload(model)), bits(plain))
+    model = _merged()
+    weight = model.up.weight.detach().clone()
+    assert torch.equal(lp.unload(model, merge=True).up.weight, weight)
+
+
+def test_unload_inside_a_larger_model_gives_its_gradients_back():
+    inner = MLP()
+    inner.up.bias.requires_grad_(False)
+    outer = nn.ModuleDict({"inner": inner, "other": nn.Linear(2, 2)})
+    lp.apply(inner, lp.LoRA(r=2))
+    lp.unload(outer)
+    assert [n for n, p in outer.named_parameters() if not p.requires_grad] == ["inner.up.bias"]
+    assert "_peft_injection" not in vars(inner)

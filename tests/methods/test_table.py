@@ -1,0 +1,289 @@
+"""The invariants that every method is held to on every layer kind (see ``tests/table.py``)."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import lightning_peft as lp
+from lightning_peft.core.host import hosts
+from lightning_peft.core.state import load_state
+from tests.helpers import adapted, adapter_parameters, assert_same_bits, bits, close, differ, evaluate, perturb, same
+from tests.kinds import KINDS, Kind
+from tests.table import ANY, HOLES, METHODS, Row, over_table
+
+INVARIANTS: set[str] = set()
+
+
+def holds(invariant: str, **options):
+    """Mark a test as the definition of ``invariant``."""
+    INVARIANTS.add(invariant)
+    return over_table(invariant, **options)
+
+
+@holds("identity")
+def test_adapted_model_starts_as_its_base(row: Row, kind: Kind):
+    model = kind.build()
+    before = evaluate(model, kind)
+    lp.apply(model, row.make(kind))
+    close(evaluate(model, kind), before, 1e-6)
+
+
+@holds("count")
+def test_trainable_count_is_the_formula(row: Row, kind: Kind):
+    model = kind.build()
+    plain = sum(p.numel() for p in model.parameters())
+    expected = row.count(kind, model)
+    previewed = lp.inspect(model, row.make(kind))
+    report = lp.apply(model, row.make(kind))
+    assert report.trainable == expected == sum(p.numel() for p in lp.trainable_parameters(model))
+    assert report.total == sum(p.numel() for p in model.parameters()) >= plain
+    assert (previewed.trainable, previewed.total, previewed.modules) == (report.trainable, report.total, report.modules)
+
+
+@holds("training")
+def test_adapters_train_and_nothing_else_moves(row: Row, kind: Kind):
+    model = adapted(row, kind, moved=False)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    before = bits(model)
+    # Decay and momentum over all parameters: what is frozen must not move even if an optimizer is given it.
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, weight_decay=0.1)
+    for seed in range(3):
+        optimizer.zero_grad()
+        output = model(*kind.batch(seed))
+        torch.nn.functional.mse_loss(output, torch.ones_like(output)).backward()
+        optimizer.step()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == (name in trained), name
+    after = bits(model)
+    assert_same_bits(
+        {k: after[k] for k in after if k not in trained}, {k: before[k] for k in before if k not in trained}
+    )
+    still = [k for k in adapter_parameters(model) if torch.equal(before[k], after[k])]
+    assert not still, f"never moved: {still}"
+    assert set(adapter_parameters(model)) <= trained
+
+
+@holds("state")
+def test_state_round_trip(row: Row, kind: Kind):
+    model = adapted(row, kind)
+    with torch.no_grad():
+        for parameter in lp.trainable_parameters(model):
+            parameter.add_(0.01)
+    state = lp.adapter_state(model)
+    assert set(state) == {name for name, p in model.named_parameters() if p.requires_grad}
+    fresh = adapted(row, kind, moved=False, seed=99)
+    load_state(fresh, state)
+    assert torch.equal(evaluate(fresh, kind), evaluate(model, kind))
+
+
+@holds("disabled")
+def test_disabled_is_the_base(row: Row, kind: Kind):
+    before = evaluate(kind.build(), kind)
+    model = adapted(row, kind)
+    differ(evaluate(model, kind), before)
+    with lp.disabled(model):
+        same(kind, evaluate(model, kind), before)
+    differ(evaluate(model, kind), before)
+
+
+@holds("eval")
+def test_eval_runs_the_adapters(row: Row, kind: Kind):
+    model = adapted(row, kind).eval()
+    base = kind.build().eval()
+    with torch.inference_mode():
+        differ(model(*kind.batch()), base(*kind.batch()))
+
+
+@holds("modes")
+def test_training_and_eval_mode_compute_the_same(row: Row, kind: Kind):
+    model = adapted(row, kind)
+    close(model.eval()(*kind.batch()), model.train()(*kind.batch()))
+
+
+@holds("merge")
+def test_merged_is_the_forward_and_unmerged_is_the_base(row: Row, kind: Kind):
+    model = adapted(row, kind)
+    before, unmerged = bits(model), evaluate(model, kind)
+    lp.merge(model)
+    close(evaluate(model, kind), unmerged, 2e-5)
+    lp.unmerge(model)
+    assert_same_bits(bits(model), before)
+    assert torch.equal(evaluate(model, kind), unmerged)
+
+
+@holds("merge_float64")
+def test_merged_is_the_forward_in_float64(row: Row, kind: Kind):
+    model = kind.build().double()
+    lp.apply(model, row.make(kind, adapter_dtype="float64"))
+    perturb(model).eval()
+    batch = [x.double() if x.is_floating_point() else x for x in kind.batch()]
+    with torch.no_grad():
+        unmerged = model(*batch)
+        lp.merge(model)
+        close(model(*batch), unmerged, 1e-11)
+
+
+@holds("merge_unload")
+def test_unload_after_merge_is_a_plain_model_of_the_same_output(row: Row, kind: Kind):
+    plain, model = kind.build(), adapted(row, kind)
+    unmerged = evaluate(model, kind)
+    assert lp.unload(model, merge=True) is model
+    assert list(model.state_dict()) == list(plain.state_dict())
+    close(evaluate(model, kind), unmerged, 2e-5)
+
+
+@holds("unload")
+def test_unload_gives_the_plain_model_back(row: Row, kind: Kind):
+    plain, model = kind.build(), kind.build()
+    frozen = next(iter(dict(plain.named_parameters())))
+    plain.get_parameter(frozen).requires_grad_(False)
+    model.get_parameter(frozen).requires_grad_(False)
+    lp.apply(model, row.make(kind))
+    lp.unload(perturb(model))
+    assert [type(m) for m in model.modules()] == [type(m) for m in plain.modules()]
+    assert_same_bits(bits(model), bits(plain))
+    assert [(n, p.requires_grad) for n, p in model.named_parameters()] == [
+        (n, p.requires_grad) for n, p in plain.named_parameters()
+    ]
+    assert [m.training for m in model.modules()] == [m.training for m in plain.modules()]
+    assert torch.equal(model(*kind.batch()), plain(*kind.batch()))
+    for ours, theirs in zip(model.modules(), plain.modules()):
+        assert ours.__dict__.keys() == theirs.__dict__.keys()
+        assert getattr(ours, "use_nested_tensor", None) == getattr(theirs, "use_nested_tensor", None)
+        assert len(ours._forward_pre_hooks) == len(theirs._forward_pre_hooks)
+
+
+@holds("idempotent")
+def test_applying_again_changes_nothing(row: Row, kind: Kind):
+    model = adapted(row, kind)
+    before, modules = bits(model), list(model.modules())
+    lp.apply(model, row.make(kind))
+    assert list(model.modules()) == modules
+    assert_same_bits(bits(model), before)
+
+
+@holds("seeded")
+def test_initialisation_depends_on_the_seed_alone(row: Row, kind: Kind):
+    torch.manual_seed(5)
+    first = adapted(row, kind, moved=False)
+    left = torch.rand(1)
+    torch.manual_seed(5)
+    assert torch.equal(torch.rand(1), left), "injection moved the global random stream"
+    torch.manual_seed(6)
+    assert_same_bits(lp.adapter_state(adapted(row, kind, moved=False)), lp.adapter_state(first))
+    other = lp.adapter_state(adapted(row, kind, moved=False, seed=3))
+    assert any(not torch.equal(v, other[k]) for k, v in lp.adapter_state(first).items())
+
+
+@holds("merge_two")
+def test_two_adapters(row: Row, kind: Kind):
+    model = adapted(row, kind)
+    alone = evaluate(model, kind)
+    lp.apply(model, row.make(kind, name="second"))
+    perturb(model, seed=8, name="second")
+    both = evaluate(model, kind)
+    differ(both, alone)
+    with lp.active(model, "default"):
+        close(evaluate(model, kind), alone, 1e-6)
+    lp.set_active(model, "second")
+    second = evaluate(model, kind)
+    differ(second, both)
+    lp.set_active(model, "second", "default")  # the order of application is the order they were put in
+    assert torch.equal(evaluate(model, kind), both)
+    lp.merge(model)
+    close(evaluate(model, kind), both, 5e-5)
+    lp.unmerge(model)
+    lp.merge(model, "second")
+    close(evaluate(model, kind), both, 5e-5)
+
+
+@holds("copies")
+def test_copies_are_adapted_and_independent(row: Row, kind: Kind):
+    model = adapted(row, kind)
+    expected = evaluate(model, kind)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for twin in (copy.deepcopy(model), torch.load(file, weights_only=False)):
+        assert [type(m) for m in twin.modules()] == [type(m) for m in model.modules()]
+        assert torch.equal(evaluate(twin, kind), expected)
+        perturb(twin, seed=9)
+        differ(evaluate(twin, kind), expected)
+        assert torch.equal(evaluate(model, kind), expected)
+        with lp.disabled(twin):
+            assert torch.equal(evaluate(model, kind), expected)
+
+
+@holds("bfloat16")
+def test_cast_down_the_adapters_stay_float32(row: Row, kind: Kind):
+    model = adapted(row, kind, moved=False).to(torch.bfloat16)
+    assert {p.dtype for p in adapter_parameters(model).values()} == {torch.float32}
+    assert torch.bfloat16 in {p.dtype for p in model.parameters()}
+    batch = [x.bfloat16() if x.is_floating_point() else x for x in kind.batch()]
+    output = model(*batch)
+    assert output.dtype == torch.bfloat16
+    output.float().pow(2).mean().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in adapter_parameters(model).values())
+
+
+@holds("autocast")
+def test_autocast(row: Row, kind: Kind):
+    model = adapted(row, kind)
+    expected = evaluate(model, kind)
+    with torch.autocast("cpu", torch.bfloat16):
+        close(evaluate(model, kind).float(), expected, 0.15)
+        model(*kind.batch()).float().pow(2).mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in adapter_parameters(model).values())
+
+
+@holds("checkpointing")
+def test_gradient_checkpointing_equals_plain(row: Row, kind: Kind):
+    _same_gradients_checkpointed(row, kind, reentrant=False)
+
+
+@holds("checkpointing_reentrant")
+def test_reentrant_gradient_checkpointing_equals_plain(row: Row, kind: Kind):
+    _same_gradients_checkpointed(row, kind, reentrant=True)
+
+
+def _same_gradients_checkpointed(row: Row, kind: Kind, reentrant: bool) -> None:
+    model = adapted(row, kind)
+    gradients = []
+    for checkpointed in (False, True):
+        model.zero_grad()
+        batch = [x.clone().requires_grad_() if x.is_floating_point() else x for x in kind.batch()]
+        torch.manual_seed(3)  # the same dropout
+        output = checkpoint(model, *batch, use_reentrant=reentrant) if checkpointed else model(*batch)
+        output.pow(2).mean().backward()
+        gradients.append({k: p.grad.clone() for k, p in adapter_parameters(model).items()})
+    for key, gradient in gradients[0].items():
+        close(gradients[1][key], gradient, 1e-6)
+
+
+@pytest.mark.parametrize(("method", "kind"), [key[:2] for key in HOLES if key[0] != ANY and key[2] == ANY])
+def test_what_a_method_cannot_do_it_refuses_and_changes_nothing(method: str, kind: str):
+    model, plain = KINDS[kind].build(), KINDS[kind].build()
+    with pytest.raises(ValueError, match="dropout"):
+        lp.apply(model, METHODS[method].make(KINDS[kind]))
+    assert [type(m) for m in model.modules()] == [type(m) for m in plain.modules()]
+    assert all(p.requires_grad for p in model.parameters())
+    assert not list(hosts(model))
+
+
+def test_every_hole_is_one_of_the_table():
+    for method, kind, invariant in HOLES:
+        assert method in {*METHODS, ANY}, method
+        assert kind in {*KINDS, ANY}, kind
+        assert invariant in {*INVARIANTS, ANY}, invariant
+
+
+def test_kinds_have_three_adapted_layers_or_more():
+    for name, kind in KINDS.items():
+        assert len(kind.matrices) >= 3, name
+        assert isinstance(kind.build(), nn.Module)
