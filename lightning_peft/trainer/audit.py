@@ -6,9 +6,10 @@ Each raises :class:`AuditError` or warns, as the methods' ``audit`` says.
 from __future__ import annotations
 
 import math
+import os
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ __all__ = [
     "GradientAudit",
     "audit_head",
     "audit_hyperparameters",
+    "audit_methods",
     "audit_optimizers",
     "audit_ranks",
     "report",
@@ -225,12 +227,30 @@ def audit_ranks(model: nn.Module) -> None:
         return
     state = {k: v for k, v in adapter_state(model).items() if not v.is_meta and not hasattr(v, "_local_tensor")}
     digest = {k: (tuple(v.shape), float(v.double().sum()), float(v.double().norm())) for k, v in state.items()}
+    for rank, keys in _differences(digest):
+        raise AuditError(f"rank {rank} holds other adapters than rank 0: {_few(keys)}")
+
+
+def audit_methods(methods: Iterable[Any]) -> None:
+    """All ranks of a distributed run attach the same methods and initialise them from the same seed.
+
+    Where a module shards itself, no rank ever sees another's adapters: every one would train its own.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    said = {f"{type(m).__name__} {m.name!r}: {k}": v for m in methods for k, v in m.config().items()}
+    said["seed_everything"] = os.environ.get("PL_GLOBAL_SEED")
+    for rank, keys in _differences(said):
+        raise AuditError(f"rank {rank} has other settings than rank 0: {_few(keys)}")
+
+
+def _differences(mine: dict[str, Any]) -> Iterator[tuple[int, list[str]]]:
     everywhere: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everywhere, digest)
+    torch.distributed.all_gather_object(everywhere, mine)
     for rank, other in enumerate(everywhere):
-        if other != everywhere[0]:
-            keys = [k for k in {**other, **everywhere[0]} if other.get(k) != everywhere[0].get(k)]
-            raise AuditError(f"rank {rank} holds other adapters than rank 0: {_few(sorted(keys))}")
+        keys = sorted(k for k in {**other, **everywhere[0]} if other.get(k) != everywhere[0].get(k))
+        if keys:
+            yield rank, keys
 
 
 def _few(names: list[str]) -> str:

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from lightning_peft.core.inject import apply, injection_of
 from lightning_peft.core.state import StateError, canonical, check_fingerprint, load_state, trainable_keys
 from lightning_peft.core.swap import add_mixin
-from lightning_peft.trainer.audit import audit_ranks
+from lightning_peft.trainer.audit import audit_methods, audit_ranks
 from lightning_peft.trainer.averaging import start_averaging
 from lightning_peft.trainer.logs import continue_runs, run_ids
 from lightning_peft.trainer.manifest import KEY, check_manifest, manifest
@@ -34,6 +34,8 @@ class AdaptedModule(L.LightningModule):
     def configure_model(self) -> None:
         # The one moment that every way of building a model shares: after __init__, setup and configure_model,
         # before sharding and before the optimizer. Applying twice changes nothing.
+        callbacks = self._trainer.callbacks if self._trainer is not None else ()  # type: ignore[attr-defined]
+        audit_methods(c for c in callbacks if hasattr(c, "plan"))
         super().configure_model()
         apply(self)
         audit_ranks(self)  # before a strategy copies rank 0's adapters to the others, and hides a difference

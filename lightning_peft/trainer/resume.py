@@ -10,8 +10,8 @@ An ``IterableDataset`` has no indices: its batches are drawn again and dropped. 
 streams of its own for each pass, so that the second time it gives the same.
 
 Not covered: a checkpoint after the last batch of a pass whose length is not known, and before its validation, which
-Lightning then leaves out; augmentation in ``persistent_workers`` in the epochs after one that was resumed in its middle, and
-iterables that are no ``DataLoader``, unless they have ``state_dict`` and ``load_state_dict``.
+Lightning then leaves out; augmentation in ``persistent_workers`` in the epochs after one that was resumed in its
+middle; iterables that are no ``DataLoader``, unless they have ``state_dict`` and ``load_state_dict``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, get_worker_info
 
 from lightning_peft.core.swap import add_mixin
 
@@ -166,15 +166,18 @@ class ResumableLoader(DataLoader):
         return _SkipFirst(sampler, self._skip) if self._skip else sampler
 
     def state_dict(self) -> dict[str, Any]:
+        seed = getattr(self.sampler, "seed", None)
         if self._pass is None:
-            return {"pass": gather(None)}
+            return {"pass": gather(None), "seed": seed}
         # Where the length is not known the trainer looks one batch ahead.
         ahead = len(getattr(self._peft_trainer.fit_loop._data_fetcher, "batches", ()))
         here = {**self._pass, "workers": dict(self._pass["workers"]), "given": max(0, self._pass["given"] - ahead)}
-        return {"pass": gather({**here, "generators": _generator_states(self)})}
+        return {"pass": gather({**here, "generators": _generator_states(self)}), "seed": seed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._resumed = mine(state["pass"])
+        if isinstance(self.sampler, DistributedSampler):
+            self.sampler.seed = state["seed"]  # Lightning takes it from seed_everything
 
 
 class _SkipFirst:

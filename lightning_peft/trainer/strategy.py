@@ -11,6 +11,7 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_peft.trainer import sharded
 from lightning_peft.trainer.module import trimmed
@@ -25,10 +26,18 @@ def adapt_strategy(trainer: L.Trainer, restore_streams: Callable[[Any], None]) -
     Args:
         trainer: its strategy is changed.
         restore_streams: see :func:`lightning_peft.trainer.resume.make_resumable`.
+
+    Raises:
+        MisconfigurationException: FSDP's sharded checkpoints.
     """
     strategy: Any = trainer.strategy
     if "_peft_adapted" in strategy.__dict__:
         return
+    if getattr(strategy, "_state_dict_type", None) == "sharded":
+        raise MisconfigurationException(
+            "FSDPStrategy(state_dict_type='sharded') asks a checkpoint for the frozen base too, which it does not hold: "
+            "use state_dict_type='full', or FSDP2 with ModelParallelStrategy"
+        )
     strategy.__dict__["_peft_adapted"] = True
     full_state, process, load = (
         strategy.lightning_module_state_dict,
