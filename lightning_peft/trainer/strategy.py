@@ -10,7 +10,9 @@ from collections.abc import Callable
 from typing import Any
 
 import lightning as L
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_peft.trainer import sharded
@@ -39,6 +41,12 @@ def adapt_strategy(trainer: L.Trainer, restore_streams: Callable[[Any], None]) -
             "use state_dict_type='full', or FSDP2 with ModelParallelStrategy"
         )
     strategy.__dict__["_peft_adapted"] = True
+    if isinstance(strategy.launcher, _MultiProcessingLauncher) and trainer.state.fn == "fit":
+        rank_zero_warn(
+            f"{type(strategy).__name__} trains copies of the module in processes of their own, and Lightning brings "
+            "no adapters back: after fit the module in this process is its base, with the trained heads. Load the "
+            "result with lp.load_from_checkpoint, or train with strategy='ddp'"
+        )
     full_state, process, load = (
         strategy.lightning_module_state_dict,
         strategy.process_dataloader,

@@ -89,7 +89,9 @@ def strategy_of(kind: str):
 
 
 def full_state(module):
-    return {n: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone() for n, p in module.named_parameters()}
+    return {
+        n: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone() for n, p in module.named_parameters()
+    }
 
 
 def main(kind: str, root: Path) -> None:
@@ -116,7 +118,10 @@ def main(kind: str, root: Path) -> None:
     for step in (2, 3, 4):
         again = Agreement()
         resumed, r = fit(f"b{step}", again, ckpt=root / "full" / f"step={step}.ckpt", enable_checkpointing=False)
-        out["resumed"][step] = [same(full_state(resumed), expected), same(r.strategy.optimizer_state(r.optimizers[0]), optimizer)]
+        out["resumed"][step] = [
+            same(full_state(resumed), expected),
+            same(r.strategy.optimizer_state(r.optimizers[0]), optimizer),
+        ]
         out["agree"] |= {f"resumed {step}, {k}": v for k, v in again.seen.items()}
 
     # weights only: enough to validate from
@@ -124,7 +129,12 @@ def main(kind: str, root: Path) -> None:
     r.validate(Big(shard=shard), val_loader(), ckpt_path=str(next((root / "weights").iterdir())), verbose=False)
     out["validated"] = float(r.callback_metrics["val_loss"])
     r = trainer(root / "v", devices=2, strategy=strategy_of(kind), enable_checkpointing=False)
-    r.validate(module if not shard else Big(shard=shard), val_loader(), verbose=False, **({"ckpt_path": str(root / "full" / "step=6.ckpt")} if shard else {}))
+    r.validate(
+        module if not shard else Big(shard=shard),
+        val_loader(),
+        verbose=False,
+        **({"ckpt_path": str(root / "full" / "step=6.ckpt")} if shard else {}),
+    )
     out["expected"] = float(r.callback_metrics["val_loss"])
 
     for what, options in {"rank": {"method": lora(r=2)}, "base": {"module": Big(shard=shard, base_seed=8)}}.items():
