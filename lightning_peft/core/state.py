@@ -184,5 +184,6 @@ def _sample(tensor: Tensor, samples: int) -> list[float]:
     if hasattr(tensor, "full_tensor"):  # sharded; all ranks come here together
         tensor = tensor.full_tensor()
     flat = tensor.detach().reshape(-1)
-    index = torch.linspace(0, flat.numel() - 1, min(samples, flat.numel()), device=flat.device).long()
+    count = min(samples, flat.numel())
+    index = torch.linspace(0, flat.numel() - 1, count, dtype=torch.float64, device=flat.device).long()
     return [float(v) for v in flat[index].to("cpu", torch.float32)]

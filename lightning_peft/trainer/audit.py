@@ -196,7 +196,12 @@ class GradientAudit:
                 )
             ran = [n for n in self.waiting if called is not None and n.partition(".adapters.")[0] in called]
             if ran:
-                self._report(sorted(ran), "their modules ran, but cut off from the loss (no_grad, detach?)")
+                self._report(
+                    sorted(ran),
+                    "their modules ran, but cut off from the loss (no_grad, detach, or gradient checkpointing with "
+                    "use_reentrant=True)",
+                    routing=False,
+                )
         if self.done == self.steps:
             self.finish()
 
@@ -206,12 +211,12 @@ class GradientAudit:
             self._report(sorted(self.waiting), "their modules were not called")
         self.waiting = set()
 
-    def _report(self, names: list[str], why: str) -> None:
+    def _report(self, names: list[str], why: str, routing: bool = True) -> None:
         self.waiting -= set(names)
         trained = [n for n, p in self.model.named_parameters() if p.requires_grad and n not in {*names, *self.waiting}]
         steps = "the first step" if self.done == 1 else f"the first {self.done} steps"
         message = f"{_few(names)} got no gradient in {steps}: {why}"
-        if _some_of_each(names, trained):
+        if routing and _some_of_each(names, trained):
             warnings.warn(f"{message}. Others of the same kind did, so this may be routing.", stacklevel=2)
         else:
             report(self.model, f"{message}; exclude them, or find out why")

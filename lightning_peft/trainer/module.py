@@ -91,6 +91,8 @@ class AdaptedModule(L.LightningModule):
             check_manifest(record, checkpoint)
             check_fingerprint(self, checkpoint[KEY]["fingerprint"])
             continue_runs(self._trainer, checkpoint[KEY].get("wandb", []))
+            if self._trainer is not None and self._trainer.precision == "64-true":
+                self.double()  # Lightning does so after loading, when half of the digits are gone
 
 
 def adapt_module(module: Any) -> None:

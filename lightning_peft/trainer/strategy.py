@@ -6,7 +6,7 @@ by weights-only saves, and DeepSpeed ignores what a hook leaves in the checkpoin
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import lightning as L
@@ -15,6 +15,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from lightning_peft.core.state import StateError, canonical, trainable_keys
 from lightning_peft.trainer import sharded
 from lightning_peft.trainer.module import trimmed
 from lightning_peft.trainer.resume import make_resumable
@@ -47,11 +48,8 @@ def adapt_strategy(trainer: L.Trainer, restore_streams: Callable[[Any], None]) -
             "no adapters back: after fit the module in this process is its base, with the trained heads. Load the "
             "result with lp.load_from_checkpoint, or train with strategy='ddp'"
         )
-    full_state, process, load = (
-        strategy.lightning_module_state_dict,
-        strategy.process_dataloader,
-        strategy.load_checkpoint,
-    )
+    full_state, process = strategy.lightning_module_state_dict, strategy.process_dataloader
+    load, load_optimizers = strategy.load_checkpoint, strategy.load_optimizer_state_dict
 
     def lightning_module_state_dict() -> dict[str, Any]:
         return trimmed(strategy.lightning_module, full_state())
@@ -60,12 +58,22 @@ def adapt_strategy(trainer: L.Trainer, restore_streams: Callable[[Any], None]) -
         # torch before 2.6, and Lightning for remote files, would unpickle anything.
         return load(checkpoint_path, weights_only=True if weights_only is None else weights_only)
 
+    def load_optimizer_state_dict(checkpoint: Mapping[str, Any]) -> None:
+        try:
+            load_optimizers(checkpoint)
+        except ValueError as error:
+            now = trainable_keys(strategy.lightning_module)
+            frozen = sorted({canonical(k) for k in checkpoint["state_dict"]} - now)
+            why = f"it trained {', '.join(frozen[:4])}, which this run freezes" if frozen else str(error)
+            raise StateError(f"the checkpoint's optimizer state does not fit this run: {why}") from error
+
     def process_dataloader(loader: object) -> object:
         loader = process(loader)
         return make_resumable(loader, trainer, restore_streams) if trainer.training else loader
 
     strategy.lightning_module_state_dict = lightning_module_state_dict
     strategy.load_checkpoint = load_checkpoint
+    strategy.load_optimizer_state_dict = load_optimizer_state_dict
     strategy.process_dataloader = process_dataloader
     if isinstance(strategy, ModelParallelStrategy):
         sharded.adapt(strategy)

@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 import lightning_peft as lp
@@ -89,6 +90,12 @@ class Detached(Toy):
         return self.head(self.body[3:](x))
 
 
+class Reentrant(Toy):
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.utils.checkpoint.checkpoint(self.body[:5], x, use_reentrant=True)
+        return self.head(hidden)
+
+
 class NotFinite(Toy):
     def training_step(self, batch: Any, index: int) -> Tensor:
         return super().training_step(batch, index) * float("inf")
@@ -105,9 +112,11 @@ def test_gradients(tmp_path: Path) -> None:
     with pytest.raises(lp.AuditError, match=r"extra.adapters.default.lora_A.* in the first step"):
         fit(tmp_path, Unused(), max_steps=1)
     with pytest.raises(lp.AuditError, match=r"adapters of body.0 did not run in training"):
-        fit(tmp_path, Bypassed(), max_steps=1)
+        fit(tmp_path, Bypassed(), max_steps=1, num_sanity_val_steps=0)
     with pytest.raises(lp.AuditError, match=r"body.0.adapters.default.lora_A.*first step.*cut off from the loss"):
         fit(tmp_path, Detached(), max_steps=1)
+    with pytest.raises(lp.AuditError, match=r"body.0.adapters.default.lora_A.*use_reentrant=True"):
+        fit(tmp_path, Reentrant(), max_steps=1)
     with pytest.raises(lp.AuditError, match=r"body.0.adapters.default.lora_A.* not finite in the first step"):
         fit(tmp_path, NotFinite(), max_steps=1)
 
