@@ -102,10 +102,10 @@ class Lifecycle(Callback):
     def on_validation_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         self._stop_watching("evaluation")
 
-    on_test_batch_start = on_validation_batch_start
-    on_test_batch_end = on_validation_batch_end
-    on_predict_batch_start = on_validation_batch_start
-    on_predict_batch_end = on_validation_batch_end
+    on_test_batch_start = on_validation_batch_start  # type: ignore[assignment]
+    on_test_batch_end = on_validation_batch_end  # type: ignore[assignment]
+    on_predict_batch_start = on_validation_batch_start  # type: ignore[assignment]
+    on_predict_batch_end = on_validation_batch_end  # type: ignore[assignment]
 
     def _watch(self, stage: str, module: nn.Module) -> None:
         if stage not in self._watched and self._calls is None and not _compiled(module):

@@ -39,10 +39,10 @@ def rng_state(cuda: bool = True) -> dict[str, Any]:
     import numpy as np
 
     version, python, gauss = random.getstate()
-    name, keys, *rest = np.random.get_state()  # noqa: NPY002 - the stream that libraries still share
+    name, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002 - the stream that libraries still share
     state: dict[str, Any] = {
         "torch": torch.get_rng_state(),
-        "numpy": [str(name), torch.from_numpy(keys.view("int32").copy()), *rest],
+        "numpy": [str(name), torch.from_numpy(np.asarray(keys).view("int32").copy()), *rest],
         "python": [version, list(python), gauss],
     }
     if cuda and torch.cuda.is_available():
@@ -94,7 +94,7 @@ class ResumableLoader(DataLoader):
     _resumed: dict[str, Any] | None = None
     _skip = 0
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Any:
         return self._batches()
 
     def _batches(self) -> Iterator[Any]:

@@ -97,5 +97,5 @@ def test_checkpoint_without_an_average(tmp_path: Path) -> None:
 @pytest.mark.parametrize("first", [True, False])
 def test_stochastic_weight_averaging_is_a_clear_error(tmp_path: Path, first: bool) -> None:
     both = [StochasticWeightAveraging(0.1), lora()]
-    with pytest.raises(MisconfigurationException, match="use lightning.pytorch.callbacks.WeightAveraging"):
+    with pytest.raises(MisconfigurationException, match=r"use lightning\.pytorch\.callbacks\.WeightAveraging"):
         run_with(tmp_path, both if first else both[::-1])
