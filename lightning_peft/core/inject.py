@@ -175,7 +175,7 @@ def _copy(report: Report) -> Report:
 
 def _callbacks_of(model: nn.Module) -> Sequence[Any]:
     trainer = getattr(model, "_trainer", None)
-    callbacks = model.__dict__.get("_peft_methods") or getattr(trainer, "callbacks", ())
+    callbacks: Any = model.__dict__.get("_peft_methods") or getattr(trainer, "callbacks", ())
     found = [c for c in callbacks if hasattr(c, "plan") and hasattr(c, "config")]
     if not found:
         raise InjectionError(

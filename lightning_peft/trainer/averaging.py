@@ -18,13 +18,17 @@ from torch.optim.swa_utils import AveragedModel
 
 from lightning_peft.core.inject import injection_of
 from lightning_peft.core.state import canonical
-from lightning_peft.core.swap import add_mixin, has_mixin
+from lightning_peft.core.swap import add_mixin, has_mixin, original_class
 
 __all__ = ["TrainableAveraging", "adapt_averaging", "start_averaging"]
 
 
 class TrainableAveraging(WeightAveraging):
     """Mixin of a :class:`WeightAveraging` callback."""
+
+    @property
+    def state_key(self) -> str:
+        return original_class(self).__qualname__  # as in a run without methods
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         pass  # the average begins when the adapters are in; see start

@@ -161,6 +161,8 @@ def main(kind: str, root: Path) -> None:
             out[f"uneven {what}"] = f"{type(error).__name__}: {error}"
     if dist.get_rank() == 0:
         (root / "out.json").write_text(json.dumps(out))
+    dist.barrier()
+    dist.destroy_process_group()  # gloo's threads must not outlive the interpreter
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ def _offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     for name in ("DATA", "CACHE", "CONFIG", "ARTIFACT"):
         monkeypatch.setenv(f"WANDB_{name}_DIR", str(tmp_path / name.lower()))
     yield
-    wandb.finish()
+    wandb.teardown()  # the service too, as between processes: it writes the last records when it ends
 
 
 def records(root: Path) -> list[tuple[str, Any]]:
@@ -89,7 +89,7 @@ def test_killed_run_goes_on_under_its_id(tmp_path: Path, how: str) -> None:
     with pytest.raises(RuntimeError, match="killed"):
         trainer(tmp_path, *every_step(tmp_path), Killed(), logger=log, log_every_n_steps=1).fit(Toy(), loader())
     run_id = log.version
-    wandb.finish()
+    wandb.teardown()
 
     again = logger(tmp_path / "second")
     if how == "with resume_wandb":
@@ -98,7 +98,7 @@ def test_killed_run_goes_on_under_its_id(tmp_path: Path, how: str) -> None:
     run = trainer(tmp_path, logger=again, log_every_n_steps=1, enable_checkpointing=False)
     run.fit(Toy(), loader(), val_loader(), ckpt_path=tmp_path / "step=3.ckpt")
     assert again.version == run_id
-    wandb.finish()
+    wandb.teardown()
 
     for part in ("first", "second"):
         found = records(tmp_path / part)
@@ -117,7 +117,7 @@ def test_killed_run_goes_on_under_its_id(tmp_path: Path, how: str) -> None:
 
 def test_an_id_of_the_users_own_stays(tmp_path: Path) -> None:
     trainer(tmp_path, *every_step(tmp_path), logger=logger(tmp_path), max_epochs=1).fit(Toy(), loader())
-    wandb.finish()
+    wandb.teardown()
     mine = WandbLogger(save_dir=str(tmp_path), project="test", id="mine")
     resume_wandb([mine], tmp_path / "step=3.ckpt")
     trainer(tmp_path, logger=mine, enable_checkpointing=False).fit(Toy(), loader(), ckpt_path=tmp_path / "step=3.ckpt")
