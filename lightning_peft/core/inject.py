@@ -190,7 +190,8 @@ def _copy(report: Report) -> Report:
 
 def _callbacks_of(model: nn.Module) -> Sequence[Any]:
     trainer = getattr(model, "_trainer", None)
-    found = [c for c in getattr(trainer, "callbacks", ()) if hasattr(c, "plan") and hasattr(c, "config")]
+    callbacks: Any = model.__dict__.get("_peft_methods") or getattr(trainer, "callbacks", ())
+    found = [c for c in callbacks if hasattr(c, "plan") and hasattr(c, "config")]
     if not found:
         raise InjectionError(
             "no method to apply: pass one, as in lp.apply(model, lp.LoRA(r=8)), or attach it to the Trainer "

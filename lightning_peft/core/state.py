@@ -178,6 +178,8 @@ def _frozen(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _sample(tensor: Tensor, samples: int) -> list[float]:
+    if hasattr(tensor, "full_tensor"):  # sharded; all ranks come here together
+        tensor = tensor.full_tensor()
     flat = tensor.detach().reshape(-1)
     steps = min(samples, flat.numel())
     # In float64: float32 counts exactly to 2^24 only, and would step past the end of a large embedding.

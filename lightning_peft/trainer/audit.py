@@ -6,9 +6,10 @@ Each raises :class:`AuditError` or warns, as the methods' ``audit`` says.
 from __future__ import annotations
 
 import math
+import os
 import re
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,8 +19,19 @@ from lightning_peft.core.host import hosts
 from lightning_peft.core.inject import injection_of
 from lightning_peft.core.sites import output_head, weight_sites
 from lightning_peft.core.state import adapter_state
+from lightning_peft.core.swap import add_mixin, remove_mixin
 
-__all__ = ["AuditError", "CallAudit", "audit_gradients", "audit_head", "audit_optimizers", "audit_ranks", "report"]
+__all__ = [
+    "AuditError",
+    "CallAudit",
+    "GradientAudit",
+    "audit_head",
+    "audit_hyperparameters",
+    "audit_methods",
+    "audit_optimizers",
+    "audit_ranks",
+    "report",
+]
 
 
 class AuditError(RuntimeError):
@@ -53,6 +65,7 @@ def audit_head(model: nn.Module) -> None:
 
 def _looks_fresh(weight: Tensor) -> bool:
     """Whether the values are those of a common initialiser: uniform as in ``nn.Linear``, or normal with 0.02."""
+    weight = getattr(weight, "_local_tensor", weight)  # of a sharded tensor, this rank's part
     if weight.is_meta or not weight.is_floating_point() or weight.numel() < 64:
         return False
     w = weight.detach().flatten()[:65536].float()
@@ -61,6 +74,19 @@ def _looks_fresh(weight: Tensor) -> bool:
     bound = 1 / math.sqrt(weight[0].numel())
     uniform = w.abs().max().item() <= bound * 1.001 and abs(std / bound * math.sqrt(3) - 1) < 0.1
     return (uniform and abs(kurtosis - 1.8) < 0.3) or (abs(std / 0.02 - 1) < 0.1 and abs(kurtosis - 3) < noise)
+
+
+def audit_hyperparameters(hyperparameters: Mapping[str, Any]) -> None:
+    """A module among the hyperparameters is a second copy of the base in every checkpoint, and loads unsafely only."""
+    for name, value in hyperparameters.items():
+        if isinstance(value, nn.Module):
+            size = sum(t.numel() * t.element_size() for t in value.state_dict().values())
+            warnings.warn(
+                f"the hyperparameter {name!r} is a {type(value).__name__} of {size / 1e6:.3g} MB: every checkpoint "
+                "holds it in full, and cannot be loaded with weights_only=True. In __init__: "
+                f"self.save_hyperparameters(ignore=[{name!r}])",
+                stacklevel=2,
+            )
 
 
 def audit_optimizers(model: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> None:
@@ -83,74 +109,153 @@ def audit_optimizers(model: nn.Module, optimizers: Iterable[torch.optim.Optimize
         report(model, f"{_few(twice)} are in more than one optimizer group and would be updated twice a step")
 
 
-def audit_gradients(model: nn.Module, scaled: bool) -> None:
-    """After the first backward every trainable parameter has a finite gradient.
-
-    Args:
-        model: the adapted model.
-        scaled: gradients were scaled for half precision, where a first overflow is part of the game.
-    """
-    trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    without = [name for name, p in trainable if p.grad is None]
-    if without:
-        some = _some_of_each(without, [name for name, p in trainable if p.grad is not None])
-        message = (
-            f"{_few(without)} got no gradient in the first step: the modules were not called, or their parents read "
-            "the weights without calling them"
-        )
-        if some:
-            warnings.warn(f"{message}. Others of the same kind did, so this may be routing.", stacklevel=2)
-        else:
-            report(model, f"{message}; exclude them, or adapt the module that reads them")
-    bad = [n for n, p in trainable if p.grad is not None and not scaled and not p.grad.isfinite().all()]
-    if bad:
-        report(
-            model, f"{_few(bad)} got a gradient that is not finite in the first step: lower the learning rate or alpha"
-        )
-
-
 class CallAudit:
-    """Notes which adapted modules are called during one evaluation batch.
+    """Notes which adapted modules are called, and which have their weights read, while one batch runs.
 
-    A parent that reads weights on a path of its own in eval mode leaves the adapters out there only; training
-    looks right and evaluation is that of the base.
+    A module that was read and not called is bypassed: its parent computes with the weights on a path of its own,
+    and the adapter has no part in it. One that was neither is merely not used by this batch.
+
+    No hooks: their presence alone changes which path some modules take.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.called: set[str] = set()
-        self.expected = [name for name, host in hosts(model) if host.adapters.active]  # type: ignore[union-attr]
-        modules = dict(model.named_modules())
-        self.handles = [modules[n].register_forward_hook(self._note(n)) for n in self.expected]
+        self.watched = {name: host for name, host in hosts(model) if host.adapters.active}  # type: ignore[union-attr]
+        for host in self.watched.values():
+            host.__dict__["_peft_seen"] = set()
+            add_mixin(host, _Watched)
 
-    def _note(self, name: str) -> Callable[..., None]:
-        return lambda *args: self.called.add(name)
+    def finish(self) -> tuple[set[str], list[str]]:
+        """Stop watching; the names of the modules that were called, and of those that were bypassed."""
+        called, bypassed = set(), []
+        for name, host in self.watched.items():
+            remove_mixin(host, _Watched)
+            seen = host.__dict__.pop("_peft_seen")
+            if "called" in seen:
+                called.add(name)
+            elif seen:
+                bypassed.append(name)
+        self.watched = {}
+        return called, bypassed
+
+    def report(self, where: str) -> set[str]:
+        """Stop watching, and report what was bypassed; returns the names of the modules that were called."""
+        called, bypassed = self.finish()
+        if bypassed:
+            report(
+                self.model,
+                f"the adapters of {_few(bypassed)} did not run in {where}: a parent module reads their weights and "
+                "computes without calling them. Exclude them, or adapt the module that reads them",
+            )
+        return called
+
+
+class _Watched(nn.Module):
+    """Mixin of a module under a :class:`CallAudit`."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.__dict__["_peft_seen"].add("called")
+        return super().forward(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self.__dict__["_parameters"]:
+            self.__dict__["_peft_seen"].add(name)
+        return super().__getattr__(name)
+
+
+class GradientAudit:
+    """Every trainable parameter gets a finite gradient, soon.
+
+    What is wrong for certain is an error at the first step. A parameter without a gradient whose module was not
+    used in that step may be used in a later one; it is reported if it got none within ``steps`` steps.
+    """
+
+    def __init__(self, model: nn.Module, steps: int = 10) -> None:
+        self.model = model
+        self.waiting = {n for n, p in model.named_parameters() if p.requires_grad}
+        self.steps = steps
+        self.done = 0
+
+    def step(self, called: set[str] | None, scaled: bool) -> None:
+        """Look at the gradients before one optimizer step.
+
+        Args:
+            called: names of the adapted modules that ran in the first batch; None where that is not known.
+            scaled: gradients were scaled for half precision, where an overflow is part of the game.
+        """
+        self.done += 1
+        parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        self.waiting = {n for n in self.waiting if n in parameters and parameters[n].grad is None}
+        if self.done == 1:
+            bad = [n for n, p in parameters.items() if p.grad is not None and not scaled and not _finite(p.grad)]
+            if bad:
+                report(
+                    self.model,
+                    f"{_few(bad)} got a gradient that is not finite in the first step: lower the learning rate, or "
+                    "alpha",
+                )
+            ran = [n for n in self.waiting if called is not None and n.partition(".adapters.")[0] in called]
+            if ran:
+                self._report(
+                    sorted(ran),
+                    "their modules ran, but cut off from the loss (no_grad, detach, or gradient checkpointing with "
+                    "use_reentrant=True)",
+                    routing=False,
+                )
+        if self.done == self.steps:
+            self.finish()
 
     def finish(self) -> None:
-        """Take the hooks away and report the modules that were not called."""
-        for handle in self.handles:
-            handle.remove()
-        missed = [name for name in self.expected if name not in self.called]
-        if not missed:
-            return
-        message = f"the adapters of {_few(missed)} did not run in evaluation"
-        if _some_of_each(missed, sorted(self.called)):
+        """Report what got no gradient so far."""
+        if self.waiting and self.done:
+            self._report(sorted(self.waiting), "their modules were not called")
+        self.waiting = set()
+
+    def _report(self, names: list[str], why: str, routing: bool = True) -> None:
+        self.waiting -= set(names)
+        trained = [n for n, p in self.model.named_parameters() if p.requires_grad and n not in {*names, *self.waiting}]
+        steps = "the first step" if self.done == 1 else f"the first {self.done} steps"
+        message = f"{_few(names)} got no gradient in {steps}: {why}"
+        if routing and _some_of_each(names, trained):
             warnings.warn(f"{message}. Others of the same kind did, so this may be routing.", stacklevel=2)
         else:
-            report(self.model, f"{message}: a parent module computes without calling them")
+            report(self.model, f"{message}; exclude them, or find out why")
 
 
-def audit_ranks(model: nn.Module, strategy: Any) -> None:
-    """All ranks of a distributed run hold the same adapters."""
+def _finite(gradient: Tensor) -> bool:
+    return bool(getattr(gradient, "_local_tensor", gradient).isfinite().all())
+
+
+def audit_ranks(model: nn.Module) -> None:
+    """All ranks of a distributed run hold the same adapters; sharded ones are left out."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return
-    digest = {k: (tuple(v.shape), float(v.double().sum())) for k, v in adapter_state(model).items() if not v.is_meta}
+    state = {k: v for k, v in adapter_state(model).items() if not v.is_meta and not hasattr(v, "_local_tensor")}
+    digest = {k: (tuple(v.shape), float(v.double().sum()), float(v.double().norm())) for k, v in state.items()}
+    for rank, keys in _differences(digest):
+        raise AuditError(f"rank {rank} holds other adapters than rank 0: {_few(keys)}")
+
+
+def audit_methods(methods: Iterable[Any]) -> None:
+    """All ranks of a distributed run attach the same methods and initialise them from the same seed.
+
+    Where a module shards itself, no rank ever sees another's adapters: every one would train its own.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    said = {f"{type(m).__name__} {m.name!r}: {k}": v for m in methods for k, v in m.config().items()}
+    said["seed_everything"] = os.environ.get("PL_GLOBAL_SEED")
+    for rank, keys in _differences(said):
+        raise AuditError(f"rank {rank} has other settings than rank 0: {_few(keys)}")
+
+
+def _differences(mine: dict[str, Any]) -> Iterator[tuple[int, list[str]]]:
     everywhere: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everywhere, digest)
+    torch.distributed.all_gather_object(everywhere, mine)
     for rank, other in enumerate(everywhere):
-        if other != everywhere[0]:
-            keys = [k for k in {**other, **everywhere[0]} if other.get(k) != everywhere[0].get(k)]
-            raise AuditError(f"rank {rank} holds other adapters than rank 0: {_few(sorted(keys))}")
+        keys = sorted(k for k in {**other, **everywhere[0]} if other.get(k) != everywhere[0].get(k))
+        if keys:
+            yield rank, keys
 
 
 def _few(names: list[str]) -> str:

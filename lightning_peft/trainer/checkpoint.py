@@ -45,12 +45,14 @@ def load_from_checkpoint(module_class: type[M], path: str | Path, map_location: 
     anything = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
     saved = {k: v for k, v in checkpoint.get("hyper_parameters", {}).items() if anything or k in accepted}
     module = module_class(**{**{k: v for k, v in saved.items() if not k.startswith("_")}, **kwargs})
+    module.__dict__["_peft_methods"] = methods  # for a configure_model that calls lp.apply(self)
     module.configure_model()
     try:
         apply(module, *methods)
     except TargetError:
         module.setup("predict")
         apply(module, *methods)
+    del module.__dict__["_peft_methods"]
     adapt_module(module)
     module.on_load_checkpoint(checkpoint)
     module.load_state_dict(checkpoint["state_dict"])

@@ -8,16 +8,21 @@ from __future__ import annotations
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import nn
 
 from lightning_peft.core.inject import injection_of
+from lightning_peft.core.state import canonical
 from lightning_peft.trainer import audit, logs
+from lightning_peft.trainer.averaging import adapt_averaging
 from lightning_peft.trainer.module import adapt_module
 from lightning_peft.trainer.resume import gather, mine, rng_state, set_rng_state
 from lightning_peft.trainer.strategy import adapt_strategy
 
 __all__ = ["Lifecycle"]
+
+GRADIENTS = "lightning_peft_gradients"
 
 
 class Lifecycle(Callback):
@@ -25,69 +30,131 @@ class Lifecycle(Callback):
 
     def __init__(self) -> None:
         self._rng: Any = None
-        self._gradients_checked = False
+        self._gradients: dict[str, torch.Tensor] = {}
+        self._gradient_audit: audit.GradientAudit | None = None
         self._calls: audit.CallAudit | None = None
-        self._calls_checked = False
+        self._called: set[str] | None = None
+        self._watched: set[str] = set()  # which stages had their first batch watched
+        self._ranks_checked = False
 
     @staticmethod
     def install(trainer: L.Trainer, module: L.LightningModule) -> None:
         """Prepare trainer and module for the methods among the trainer's callbacks; idempotent.
 
         Raises:
-            MisconfigurationException: weight averaging is listed before a method, so that it would copy the
-                model before the adapters are in.
+            MisconfigurationException: a callback or a strategy that does not go together with adapters.
         """
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         methods = [i for i, c in enumerate(callbacks) if hasattr(c, "plan") and hasattr(c, "may_change")]
-        averaging = [i for i, c in enumerate(callbacks) if isinstance(c, WeightAveraging | StochasticWeightAveraging)]
-        if averaging and methods and averaging[0] < methods[-1]:
-            names = type(callbacks[averaging[0]]).__name__, type(callbacks[methods[-1]]).__name__
-            raise MisconfigurationException(
-                f"{names[0]} is listed before {names[1]}, and would copy the model before its adapters are in: "
-                "list it after the methods in Trainer(callbacks=[...])"
-            )
-        if not any(isinstance(c, Lifecycle) for c in callbacks):
-            callbacks.insert(methods[0] + 1 if methods else len(callbacks), Lifecycle())
+        there = [c for c in callbacks if isinstance(c, Lifecycle)]
+        if not there:
+            there = [Lifecycle()]
+            callbacks.insert(methods[0] + 1 if methods else len(callbacks), there[0])
+        adapt_averaging(callbacks)
         adapt_module(module)
-        adapt_strategy(trainer)
+        adapt_strategy(trainer, there[0].restore_streams)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._gradients_checked = self._calls_checked = False
-        audit.audit_ranks(pl_module, trainer.strategy)
+        self._watched, self._called, self._ranks_checked = set(), None, False
         audit.audit_head(pl_module)
+        audit.audit_hyperparameters(pl_module.hparams)
         audit.audit_optimizers(pl_module, trainer.optimizers)
+        # With several optimizers, parameters take turns.
+        self._gradient_audit = audit.GradientAudit(pl_module) if len(trainer.optimizers) == 1 else None
         record = injection_of(pl_module)
         if record is not None and trainer.is_global_zero:
             logs.log_start(trainer, record)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self._rng is not None:
-            set_rng_state(self._rng)
-            self._rng = None
+        audit.audit_ranks(pl_module)
+        self.restore_streams(trainer)
+        for name, parameter in pl_module.named_parameters():
+            if canonical(name) in self._gradients:
+                parameter.grad = self._gradients[canonical(name)].to(parameter.device)
+        self._gradients = {}
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        self._watch("training", pl_module)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        if self._calls is not None:  # a step that never came to its optimizer
+            self._stop_watching("training")
+        if not self._ranks_checked and trainer.global_step > 0:
+            self._ranks_checked = True
+            audit.audit_ranks(pl_module)
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
-        if not self._gradients_checked and len(trainer.optimizers) == 1:
-            self._gradients_checked = True
-            audit.audit_gradients(pl_module, scaled=getattr(trainer.precision_plugin, "scaler", None) is not None)
+        if self._calls is not None:
+            self._stop_watching("training")
+        if self._gradient_audit is not None:
+            scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
+            self._gradient_audit.step(self._called, scaled)
+            if not self._gradient_audit.waiting:
+                self._gradient_audit = None
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._gradient_audit is not None:
+            self._gradient_audit.finish()
 
     def on_validation_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
-        if not self._calls_checked and self._calls is None and injection_of(pl_module) is not None:
-            self._calls = audit.CallAudit(pl_module)
+        self._watch("evaluation", pl_module)
 
     def on_validation_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
-        if self._calls is not None:
-            calls, self._calls, self._calls_checked = self._calls, None, True
-            calls.finish()
+        self._stop_watching("evaluation")
 
-    on_test_batch_start = on_validation_batch_start
-    on_test_batch_end = on_validation_batch_end
+    on_test_batch_start = on_validation_batch_start  # type: ignore[assignment]
+    on_test_batch_end = on_validation_batch_end  # type: ignore[assignment]
+    on_predict_batch_start = on_validation_batch_start  # type: ignore[assignment]
+    on_predict_batch_end = on_validation_batch_end  # type: ignore[assignment]
+
+    def _watch(self, stage: str, module: nn.Module) -> None:
+        if stage not in self._watched and self._calls is None and not _compiled(module):
+            self._calls = audit.CallAudit(module)
+
+    def _stop_watching(self, stage: str) -> None:
+        calls, self._calls = self._calls, None
+        if calls is not None:
+            self._watched.add(stage)
+            self._called = calls.report(stage)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        if self._calls is not None:
+            self._calls.finish()
+            self._calls = None
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.is_global_zero and injection_of(pl_module) is not None:
             logs.log_end(trainer, pl_module)
+
+    def restore_streams(self, trainer: Any) -> None:
+        """Put the random streams back to where the checkpoint saw them; the first call after loading one does."""
+        state, self._rng = self._rng, None
+        if state is None:
+            return
+        set_rng_state(state)
+        fit = trainer.fit_loop
+        if fit._combined_loader is not None and fit._combined_loader_states_to_load:
+            # Lightning gives loaders their state in the middle of an epoch only; their generators go on at its end.
+            fit._combined_loader._load_state_dicts(fit._combined_loader_states_to_load)
+            fit._combined_loader_states_to_load = []
 
     def state_dict(self) -> dict[str, Any]:
         return {"rng": gather(rng_state())}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._rng = mine(state_dict["rng"])
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        # Between two steps of accumulation the gradients so far are part of the state.
+        if trainer.accumulate_grad_batches > 1 and trainer.fit_loop._should_accumulate():
+            grads = {canonical(n): p.grad.cpu() for n, p in pl_module.named_parameters() if p.grad is not None}
+            checkpoint[GRADIENTS] = gather(grads)
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._gradients = (mine(checkpoint[GRADIENTS]) if GRADIENTS in checkpoint else None) or {}
+
+
+def _compiled(model: nn.Module) -> bool:
+    """Whether something is compiled; watching a batch would compile it anew."""
+    optimized = torch._dynamo.eval_frame.OptimizedModule
+    return any(isinstance(m, optimized) or m._compiled_call_impl is not None for m in model.modules())

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
+import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.loggers import WandbLogger
 from rich.console import Console
 from safetensors.torch import save_file
@@ -15,9 +19,9 @@ from torch import nn
 
 from lightning_peft.core.inject import Injection
 from lightning_peft.core.state import adapter_state
-from lightning_peft.trainer.manifest import manifest
+from lightning_peft.trainer.manifest import KEY, manifest
 
-__all__ = ["log_end", "log_start"]
+__all__ = ["continue_runs", "log_end", "log_start", "resume_wandb", "run_ids"]
 
 
 def log_start(trainer: L.Trainer, record: Injection) -> None:
@@ -42,6 +46,67 @@ def log_end(trainer: L.Trainer, model: nn.Module) -> None:
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
             _log_adapter(logger, model)
+
+
+def run_ids(trainer: Any) -> list[str | None]:
+    """The ids of the W&B runs under way, in the order of the loggers; what a checkpoint remembers."""
+    return [logger.version for logger in _wandb_loggers(getattr(trainer, "loggers", ()))]
+
+
+def resume_wandb(loggers: Iterable[Any], ckpt_path: str | Path | None) -> None:
+    """Let W&B loggers go on under the run ids that a checkpoint remembers.
+
+    Call it before ``trainer.fit(ckpt_path=...)``, whose first act is to start the loggers' runs; without it the new
+    run is given up for the old one a moment later, and online an empty run is left behind. A logger with an id of
+    its own, or whose run has started, keeps it.
+
+    Args:
+        loggers: any loggers, as in ``trainer.loggers``.
+        ckpt_path: a checkpoint file or folder; None, and paths that do not exist (``"last"``), are left alone.
+    """
+    path = Path(ckpt_path or "")
+    if path.is_dir():
+        path = path / "meta.pt"
+    if not path.is_file():
+        return
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=path.suffix != ".pt")
+    for logger, run_id in zip(_wandb_loggers(loggers), checkpoint.get(KEY, {}).get("wandb", [])):
+        if run_id is not None and logger._experiment is None and logger._wandb_init.get("id") is None:
+            _set_run_id(logger, run_id)
+
+
+def continue_runs(trainer: Any, ids: Iterable[str | None]) -> None:
+    """Put the loggers of a resumed fit under their runs' ids.
+
+    The Trainer starts a new run before any callback is asked; as long as it is empty it is given up for the old one.
+    """
+    if trainer is None or trainer.state.fn != "fit":
+        return
+    for logger, run_id in zip(_wandb_loggers(trainer.loggers), ids):
+        run = logger._experiment
+        if run_id is None or run is None or run.id == run_id or logger._wandb_init.get("id") is not None:
+            continue
+        if run.step:
+            warnings.warn(
+                f"W&B run {run.id} has data already and stays; the checkpoint is of run {run_id}", stacklevel=2
+            )
+            continue
+        folder = Path(run.dir).parent if run.settings._offline else None
+        run.finish()
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+        logger._experiment = None
+        _set_run_id(logger, run_id)
+        _ = logger.experiment
+
+
+def _wandb_loggers(loggers: Iterable[Any]) -> list[WandbLogger]:
+    return [logger for logger in loggers if isinstance(logger, WandbLogger)]
+
+
+def _set_run_id(logger: WandbLogger, run_id: str) -> None:
+    logger._wandb_init.update(id=run_id, resume="allow")
+    logger._id = run_id
 
 
 def _log_adapter(logger: WandbLogger, model: nn.Module) -> None:

@@ -18,6 +18,9 @@ from torch.optim import Optimizer
 from lightning_peft.core.inject import apply, injection_of
 from lightning_peft.core.state import StateError, canonical, check_fingerprint, load_state, trainable_keys
 from lightning_peft.core.swap import add_mixin
+from lightning_peft.trainer.audit import audit_methods, audit_ranks
+from lightning_peft.trainer.averaging import start_averaging
+from lightning_peft.trainer.logs import continue_runs, run_ids
 from lightning_peft.trainer.manifest import KEY, check_manifest, manifest
 
 __all__ = ["AdaptedModule", "adapt_module"]
@@ -31,8 +34,12 @@ class AdaptedModule(L.LightningModule):
     def configure_model(self) -> None:
         # The one moment that every way of building a model shares: after __init__, setup and configure_model,
         # before sharding and before the optimizer. Applying twice changes nothing.
+        callbacks = self._trainer.callbacks if self._trainer is not None else ()  # type: ignore[attr-defined]
+        audit_methods(c for c in callbacks if hasattr(c, "plan"))
         super().configure_model()
         apply(self)
+        audit_ranks(self)  # before a strategy copies rank 0's adapters to the others, and hides a difference
+        start_averaging(self._trainer, self)
 
     def configure_optimizers(self) -> Any:
         configured = (self._peft_configure_optimizers or super().configure_optimizers)()
@@ -75,7 +82,7 @@ class AdaptedModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        checkpoint[KEY] = manifest(self)
+        checkpoint[KEY] = {**manifest(self), "wandb": run_ids(self._trainer)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
@@ -83,6 +90,9 @@ class AdaptedModule(L.LightningModule):
         if record is not None:
             check_manifest(record, checkpoint)
             check_fingerprint(self, checkpoint[KEY]["fingerprint"])
+            continue_runs(self._trainer, checkpoint[KEY].get("wandb", []))
+            if self._trainer is not None and self._trainer.precision == "64-true":
+                self.double()  # Lightning does so after loading, when half of the digits are gone
 
 
 def adapt_module(module: Any) -> None:

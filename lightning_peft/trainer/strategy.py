@@ -1,4 +1,4 @@
-"""What the Trainer's strategy does differently while methods are attached: trimmed checkpoints, resumable data.
+"""What the Trainer's strategy does differently while methods are attached: checkpoints and data.
 
 Trimming happens at the source, ``strategy.lightning_module_state_dict``: ``Callback.on_save_checkpoint`` is skipped
 by weights-only saves, and DeepSpeed ignores what a hook leaves in the checkpoint.
@@ -6,33 +6,76 @@ by weights-only saves, and DeepSpeed ignores what a hook leaves in the checkpoin
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import lightning as L
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from lightning_peft.core.state import StateError, canonical, trainable_keys
+from lightning_peft.trainer import sharded
 from lightning_peft.trainer.module import trimmed
 from lightning_peft.trainer.resume import make_resumable
 
 __all__ = ["adapt_strategy"]
 
 
-def adapt_strategy(trainer: L.Trainer) -> None:
-    """Put the two changes on this strategy object; idempotent."""
-    strategy = trainer.strategy
+def adapt_strategy(trainer: L.Trainer, restore_streams: Callable[[Any], None]) -> None:
+    """Put the changes on this strategy object; idempotent.
+
+    Args:
+        trainer: its strategy is changed.
+        restore_streams: see :func:`lightning_peft.trainer.resume.make_resumable`.
+
+    Raises:
+        MisconfigurationException: FSDP's sharded checkpoints.
+    """
+    strategy: Any = trainer.strategy
     if "_peft_adapted" in strategy.__dict__:
         return
+    if getattr(strategy, "_state_dict_type", None) == "sharded":
+        raise MisconfigurationException(
+            "FSDPStrategy(state_dict_type='sharded') asks a checkpoint for the frozen base too, which is not in it: use "
+            "state_dict_type='full', or FSDP2 with ModelParallelStrategy"
+        )
     strategy.__dict__["_peft_adapted"] = True
+    if isinstance(strategy.launcher, _MultiProcessingLauncher) and trainer.state.fn == "fit":
+        rank_zero_warn(
+            f"{type(strategy).__name__} trains copies of the module in processes of their own, and Lightning brings "
+            "no adapters back: after fit the module in this process is its base, with the trained heads. Load the "
+            "result with lp.load_from_checkpoint, or train with strategy='ddp'"
+        )
     full_state, process = strategy.lightning_module_state_dict, strategy.process_dataloader
+    load, load_optimizers = strategy.load_checkpoint, strategy.load_optimizer_state_dict
 
     def lightning_module_state_dict() -> dict[str, Any]:
-        assert strategy.lightning_module is not None
         return trimmed(strategy.lightning_module, full_state())
+
+    def load_checkpoint(checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        # torch before 2.6, and Lightning for remote files, would unpickle anything.
+        return load(checkpoint_path, weights_only=True if weights_only is None else weights_only)
+
+    def load_optimizer_state_dict(checkpoint: Mapping[str, Any]) -> None:
+        try:
+            load_optimizers(checkpoint)
+        except ValueError as error:
+            now = trainable_keys(strategy.lightning_module)
+            frozen = sorted({canonical(k) for k in checkpoint["state_dict"]} - now)
+            why = f"it trained {', '.join(frozen[:4])}, which this run freezes" if frozen else str(error)
+            raise StateError(f"the checkpoint's optimizer state does not fit this run: {why}") from error
 
     def process_dataloader(loader: object) -> object:
         loader = process(loader)
-        return make_resumable(loader, trainer) if trainer.training else loader
+        return make_resumable(loader, trainer, restore_streams) if trainer.training else loader
 
-    strategy.lightning_module_state_dict = lightning_module_state_dict  # type: ignore[method-assign]
-    strategy.process_dataloader = process_dataloader  # type: ignore[method-assign]
+    strategy.lightning_module_state_dict = lightning_module_state_dict
+    strategy.load_checkpoint = load_checkpoint
+    strategy.load_optimizer_state_dict = load_optimizer_state_dict
+    strategy.process_dataloader = process_dataloader
+    if isinstance(strategy, ModelParallelStrategy):
+        sharded.adapt(strategy)
     if hasattr(strategy, "exclude_frozen_parameters"):
         strategy.exclude_frozen_parameters = True  # DeepSpeed writes its own files

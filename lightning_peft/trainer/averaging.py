@@ -1,0 +1,107 @@
+"""Weight averaging (EMA) of the trainable state: Lightning's callback, made to average nothing but what trains.
+
+Averaging the frozen base as well would cost a second copy of it in memory and in every checkpoint, and would change
+it: a moving average of equal values is equal only up to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from lightning_peft.core.inject import injection_of
+from lightning_peft.core.state import canonical
+from lightning_peft.core.swap import add_mixin, has_mixin, original_class
+
+__all__ = ["TrainableAveraging", "adapt_averaging", "start_averaging"]
+
+
+class TrainableAveraging(WeightAveraging):
+    """Mixin of a :class:`WeightAveraging` callback."""
+
+    @property
+    def state_key(self) -> str:
+        return original_class(self).__qualname__  # as in a run without methods
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        pass  # the average begins when the adapters are in; see start
+
+    def start(self, module: L.LightningModule) -> None:
+        """Begin the average from the module's trainable state."""
+        device = self._device or module.device
+        self._average_model = _Average(_Trainable(module), device, use_buffers=self._use_buffers, **self._kwargs)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        state = checkpoint["state_dict"]
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        if self._average_model is not None:
+            checkpoint["state_dict"] = {**state, **_renamed(checkpoint["state_dict"], "/", ".")}
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        state = _renamed(checkpoint["state_dict"], ".", "/")
+        if self._average_model is not None:
+            state = {k: v for k, v in state.items() if k in self._average_model.module.state_dict()}
+        super().on_load_checkpoint(trainer, pl_module, {**checkpoint, "state_dict": state})
+
+    def _swap_models(self, pl_module: L.LightningModule) -> None:
+        super()._swap_models(_Trainable(pl_module))  # type: ignore[arg-type]
+
+    def _copy_average_to_current(self, pl_module: L.LightningModule) -> None:
+        super()._copy_average_to_current(_Trainable(pl_module))  # type: ignore[arg-type]
+
+
+class _Trainable(nn.Module):
+    """The parameters of a model that train, and the buffers that training moves, under flat names; not copies."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                self.register_parameter(canonical(name).replace(".", "/"), parameter)
+        record = injection_of(model)
+        if record is not None and any(method.train_norm_stats for method in record.methods.values()):
+            for name, buffer in model.named_buffers():
+                if name in record.buffers:
+                    self.register_buffer(canonical(name).replace(".", "/"), buffer)
+
+
+class _Average(AveragedModel):
+    def update_parameters(self, model: nn.Module) -> None:
+        super().update_parameters(_Trainable(model))
+
+
+def _renamed(state: Mapping[str, torch.Tensor], old: str, new: str) -> dict[str, torch.Tensor]:
+    return {name.replace(old, new): value for name, value in state.items()}
+
+
+def adapt_averaging(callbacks: list[Callback]) -> None:
+    """Make the averaging callbacks fit adapted modules, wherever in the list they are.
+
+    Raises:
+        MisconfigurationException: there is a StochasticWeightAveraging.
+    """
+    for callback in callbacks:
+        if isinstance(callback, StochasticWeightAveraging):
+            raise MisconfigurationException(
+                "StochasticWeightAveraging copies the model before the adapters are in, and resets the statistics of "
+                "frozen norm layers; use lightning.pytorch.callbacks.WeightAveraging or EMAWeightAveraging, which "
+                "average what trains"
+            )
+        if isinstance(callback, WeightAveraging):
+            add_mixin(callback, TrainableAveraging)
+            callback._average_model = None
+
+
+def start_averaging(trainer: Any, module: L.LightningModule) -> None:
+    """Begin the averages of a fit, after injection and before a checkpoint is restored."""
+    if trainer is not None and trainer.state.fn == "fit":
+        for callback in trainer.callbacks:
+            if has_mixin(callback, TrainableAveraging) and callback._average_model is None:
+                callback.start(module)

@@ -1,0 +1,104 @@
+"""Checkpoints of sharded models (FSDP2 and tensor parallelism, ``ModelParallelStrategy``): the trainable part only.
+
+Lightning gathers the whole model to save it and asks a checkpoint for every key of it. Here only the trainable
+tensors are gathered, written and asked for; their optimizer state goes Lightning's own way.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import nn
+
+from lightning_peft.core.state import StateError, adapter_state, canonical, check_state
+from lightning_peft.trainer.module import trimmed
+
+__all__ = ["adapt"]
+
+
+def adapt(strategy: Any) -> None:
+    """Replace how this ``ModelParallelStrategy`` collects and loads the module's state."""
+    assert isinstance(strategy, ModelParallelStrategy)
+
+    def lightning_module_state_dict() -> dict[str, Any]:
+        module = strategy.lightning_module
+        assert module is not None
+        state = trimmed(module, adapter_state(module))
+        if strategy._save_distributed_checkpoint:
+            return state
+        full = {k: whole(v).detach().cpu() for k, v in state.items()}  # every rank takes part in the gathering
+        return full if strategy.is_global_zero else {}
+
+    def load_checkpoint(checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        path = Path(strategy.broadcast(checkpoint_path))
+        weights_only = True if weights_only is None else weights_only
+        return (_load_directory if path.is_dir() else _load_file)(strategy, path, weights_only)
+
+    setattr(strategy, "lightning_module_state_dict", lightning_module_state_dict)  # noqa: B010 - mypy
+    setattr(strategy, "load_checkpoint", load_checkpoint)  # noqa: B010
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A sharded tensor put together again, on every rank; others as they are."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def _load_file(strategy: Any, path: Path, weights_only: bool) -> dict[str, Any]:
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    checkpoint = torch.load(path, map_location="cpu", weights_only=weights_only)
+    module = strategy.lightning_module
+    module.on_load_checkpoint(checkpoint)
+    state = checkpoint["state_dict"]
+    check_state(module, state)
+    own = {canonical(k): (k, v) for k, v in module.state_dict().items()}
+    sharded = {}
+    for key, value in state.items():
+        name, here = own[canonical(key)]
+        is_sharded = isinstance(here, DTensor)
+        sharded[name] = distribute_tensor(value, here.device_mesh, here.placements) if is_sharded else value
+    nn.Module.load_state_dict(module, sharded, strict=False)
+    if module.trainer.state.fn is TrainerFn.FITTING:
+        options = StateDictOptions(full_state_dict=True, strict=False)
+        for optimizer, saved in zip(strategy.optimizers, checkpoint["optimizer_states"]):
+            set_optimizer_state_dict(module, optimizer, optim_state_dict=_by_name(saved, module), options=options)
+    return checkpoint
+
+
+def _by_name(saved: dict[str, Any], module: nn.Module) -> dict[str, Any]:
+    """Optimizer state with the parameters' names for the numbers that Lightning writes."""
+    names = [name for name, _ in module.named_parameters()]
+
+    def name(key: int | str) -> str:
+        return names[key] if isinstance(key, int) else key
+
+    groups = [{**group, "params": [name(k) for k in group["params"]]} for group in saved["param_groups"]]
+    return {"state": {name(k): v for k, v in saved["state"].items()}, "param_groups": groups}
+
+
+def _load_directory(strategy: Any, path: Path, weights_only: bool) -> dict[str, Any]:
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+    metadata = torch.load(path / "meta.pt", map_location="cpu", weights_only=weights_only)
+    module = strategy.lightning_module
+    module.on_load_checkpoint(metadata)
+    state = trimmed(module, adapter_state(module))
+    stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    held = {canonical(key.removeprefix("state_dict.")) for key in stored if key.startswith("state_dict.")}
+    if held != state.keys():
+        raise StateError(f"{path} does not fit this model; it differs in {sorted(held ^ state.keys())[:8]}")
+    dcp.load({"state_dict": state}, checkpoint_id=path)
+    names = {canonical(k): k for k in module.state_dict()}
+    nn.Module.load_state_dict(module, {names[k]: v for k, v in state.items()}, strict=False)
+    if module.trainer.state.fn is TrainerFn.FITTING:
+        for i, optimizer in enumerate(strategy.optimizers):
+            saved = {f"optimizer_{i}": get_optimizer_state_dict(module, optimizer)}
+            dcp.load(saved, checkpoint_id=path)
+            set_optimizer_state_dict(module, optimizer, optim_state_dict=saved[f"optimizer_{i}"])
+    return metadata

@@ -1,0 +1,16 @@
+"""Quiet runs: Lightning's tips and the tables of a hundred small fits hide what failed."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+pytest.register_assert_rewrite("tests.trainer.toys")
+
+
+@pytest.fixture(autouse=True)
+def _quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    monkeypatch.setattr("rich.console.Console.print", lambda *args, **kwargs: None)

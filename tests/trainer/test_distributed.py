@@ -1,0 +1,73 @@
+"""Two processes on the CPU: one run per strategy, looked at from several sides."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+KINDS = ("ddp", "fsdp2", "fsdp2-shards")
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def run(request: Any, tmp_path_factory: Any) -> tuple[str, Path, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp(request.param)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    script = [str(Path(__file__).with_name("distributed_run.py")), request.param, str(folder)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launch, *script], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return request.param, folder, json.loads((folder / "out.json").read_text())
+
+
+def size(path: Path) -> int:
+    return sum(p.stat().st_size for p in path.rglob("*") if p.is_file()) if path.is_dir() else path.stat().st_size
+
+
+pytestmark = pytest.mark.xdist_group("distributed")
+
+
+def test_checkpoints_hold_the_trainable_state_only(run: tuple[str, Path, dict[str, Any]]) -> None:
+    kind, folder, out = run
+    assert out["total"] > 4_000_000
+    for path in [*(folder / "full").iterdir(), *(folder / "weights").iterdir()]:
+        assert size(path) <= 4 * out["trainable"] + 1_000_000, path
+        if kind != "fsdp2-shards":
+            state = torch.load(path, weights_only=True)["state_dict"]
+            assert all(tensor.numel() for tensor in state.values())
+            assert {k for k in state if ".adapters." not in k} == {"head.weight", "head.bias"}
+            assert len(state) == 8
+
+
+def test_ranks_agree(run: tuple[str, Path, dict[str, Any]]) -> None:
+    kind, _, out = run
+    if kind == "ddp":  # sharded parameters have nothing to compare
+        assert {"start", "step 1", "step 6", "resumed 2, start", "resumed 2, step 3"} <= out["agree"].keys()
+    assert all(out["agree"].values())
+
+
+def test_resume_is_exact(run: tuple[str, Path, dict[str, Any]]) -> None:
+    # Weights and optimizer, dropout of every rank and the sampler's order, though resumed under another seed.
+    assert run[2]["resumed"] == {step: [True, True] for step in ("2", "3", "4")}
+
+
+def test_weights_only_checkpoints_load(run: tuple[str, Path, dict[str, Any]]) -> None:
+    assert run[2]["validated"] == pytest.approx(run[2]["expected"], abs=1e-7)
+
+
+def test_what_does_not_fit_is_an_error(run: tuple[str, Path, dict[str, Any]]) -> None:
+    kind, _, out = run
+    assert "r=4" in out["rank"]
+    assert "r=2" in out["rank"]
+    assert "another base model" in out["base"]
+    assert "seed" in out["uneven seed"]
+    assert out["uneven seed"].startswith("AuditError: rank 1")
+    if kind == "ddp":
+        assert "lora_A" in out["uneven weights"]

@@ -1,0 +1,134 @@
+"""W&B, offline: what a run carries, and that a resumed fit goes on under its own run."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+from lightning.pytorch.loggers import WandbLogger
+
+from lightning_peft.trainer.logs import resume_wandb
+
+from .toys import Toy, every_step, loader, trainer, val_loader
+
+wandb = pytest.importorskip("wandb")
+
+
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    for name in ("DATA", "CACHE", "CONFIG", "ARTIFACT"):
+        monkeypatch.setenv(f"WANDB_{name}_DIR", str(tmp_path / name.lower()))
+    yield
+    wandb.teardown()  # the service too, as between processes: it writes the last records when it ends
+
+
+def records(root: Path) -> list[tuple[str, Any]]:
+    """Everything written offline below ``root``: (run id, record)."""
+    from wandb.proto import wandb_internal_pb2 as pb
+
+    found = []
+    for file in sorted(root.rglob("run-*.wandb")):
+        for data in _scan(file):
+            record = pb.Record()
+            record.ParseFromString(data)
+            found.append((file.stem.removeprefix("run-"), record))
+    return found
+
+
+def _scan(path: Path) -> list[bytes]:
+    """The records of wandb's log: blocks of 32 kB with chunks of (checksum, length, type), after a header."""
+    raw, at, out, part = path.read_bytes(), 7, [], b""
+    while at + 7 <= len(raw):
+        if 32768 - at % 32768 < 7:
+            at += 32768 - at % 32768
+            continue
+        length, kind = int.from_bytes(raw[at + 4 : at + 6], "little"), raw[at + 6]
+        part += raw[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):
+            out.append(part)
+            part = b""
+    return out
+
+
+def config_of(found: list[tuple[str, Any]]) -> dict[str, Any]:
+    config: dict[str, Any] = {}
+    for _, record in found:
+        for update in (*record.config.update, *record.run.config.update):
+            config[update.key or "/".join(update.nested_key)] = json.loads(update.value_json)
+    return config
+
+
+def artifact_of(record: Any) -> Any:
+    if record.HasField("artifact"):
+        return record.artifact
+    return record.request.log_artifact.artifact if record.request.HasField("log_artifact") else None
+
+
+class Killed(L.Callback):
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        if trainer.global_step == 4:
+            raise RuntimeError("killed")
+
+
+def logger(root: Path) -> WandbLogger:
+    return WandbLogger(save_dir=str(root), project="test")
+
+
+@pytest.mark.parametrize("how", ["by itself", "with resume_wandb"])
+def test_killed_run_goes_on_under_its_id(tmp_path: Path, how: str) -> None:
+    (tmp_path / "first").mkdir()
+    (tmp_path / "second").mkdir()
+    log = logger(tmp_path / "first")
+    with pytest.raises(RuntimeError, match="killed"):
+        trainer(tmp_path, *every_step(tmp_path), Killed(), logger=log, log_every_n_steps=1).fit(Toy(), loader())
+    run_id = log.version
+    wandb.teardown()
+
+    again = logger(tmp_path / "second")
+    if how == "with resume_wandb":
+        resume_wandb([again], tmp_path / "step=3.ckpt")
+        assert again.version == run_id
+    run = trainer(tmp_path, logger=again, log_every_n_steps=1, enable_checkpointing=False)
+    run.fit(Toy(), loader(), val_loader(), ckpt_path=tmp_path / "step=3.ckpt")
+    assert again.version == run_id
+    wandb.teardown()
+
+    for part in ("first", "second"):
+        found = records(tmp_path / part)
+        assert {i for i, _ in found} == {run_id}, "an orphan was left"
+        assert len(list((tmp_path / part / "wandb").glob("offline-run-*"))) == 1
+        peft = config_of(found)["peft"]
+        assert peft["methods"]["default"]["method"] == "LoRA"
+        assert peft["methods"]["default"]["r"] == 4
+        assert (peft["trainable"], peft["total"]) == (290, 866)
+        assert peft["percent"] == pytest.approx(100 * 290 / 866)
+        assert config_of(found)["width"] == 16
+    artifacts = [a for _, r in records(tmp_path / "second") if (a := artifact_of(r)) is not None]
+    assert [(a.name, a.type) for a in artifacts] == [(f"adapter-{run_id}", "adapter")]
+    assert {e.path for e in artifacts[0].manifest.contents} == {"adapter_config.json", "adapter_model.safetensors"}
+
+
+def test_an_id_of_the_users_own_stays(tmp_path: Path) -> None:
+    trainer(tmp_path, *every_step(tmp_path), logger=logger(tmp_path), max_epochs=1).fit(Toy(), loader())
+    wandb.teardown()
+    mine = WandbLogger(save_dir=str(tmp_path), project="test", id="mine")
+    resume_wandb([mine], tmp_path / "step=3.ckpt")
+    trainer(tmp_path, logger=mine, enable_checkpointing=False).fit(Toy(), loader(), ckpt_path=tmp_path / "step=3.ckpt")
+    assert mine.version == "mine"
+
+
+def test_paths_without_a_run_are_left_alone(tmp_path: Path) -> None:
+    log = logger(tmp_path)
+    for path in (None, "last", tmp_path / "no.ckpt"):
+        resume_wandb([log], path)
+    trainer(tmp_path, *every_step(tmp_path), max_epochs=1).fit(Toy(), loader())
+    resume_wandb([log], tmp_path / "step=3.ckpt")
+    assert log.version is None
+    assert os.environ["WANDB_MODE"] == "offline"
