@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from lightning_peft.core.swap import add_mixin
 from lightning_peft.core.targets import base_modules
 
-__all__ = ["FrozenNorm", "FullPrecision", "freeze_norm_statistics", "keep_full_precision"]
+__all__ = ["FrozenNorm", "FullPrecision", "freeze_norm_statistics", "hold_statistics", "keep_full_precision"]
 
 
 class FrozenNorm(nn.Module):
     """Mixin of a norm layer with running statistics: it stays in eval mode whatever its parents are set to."""
+
+    _hold_statistics = False  # whether it does so even while its parameters train
 
     def train(self, mode: bool = True) -> Any:
         return super().train(False)
@@ -70,6 +72,13 @@ def freeze_norm_statistics(model: nn.Module) -> list[str]:
             module.train(False)
             frozen.append(name)
     return frozen
+
+
+def hold_statistics(module: nn.Module) -> None:
+    """Put a norm layer in eval mode for good, although its parameters train."""
+    add_mixin(module, FrozenNorm)
+    module._hold_statistics = True  # type: ignore[assignment]
+    module.train(False)
 
 
 def keep_full_precision(modules: Iterable[nn.Module], shared: set[int]) -> None:
