@@ -16,8 +16,10 @@ from lightning_peft.core.merge import MergeError, merge, unload, unmerge
 from lightning_peft.core.report import Report
 from lightning_peft.core.state import StateError, adapter_state
 from lightning_peft.core.targets import TargetError
+from lightning_peft.methods.adalora import AdaLoRA
 from lightning_peft.methods.bitfit import BitFit
 from lightning_peft.methods.callback import PEFTMethod
+from lightning_peft.methods.dylora import DyLoRA
 from lightning_peft.methods.full import FullFineTuning
 from lightning_peft.methods.gradual import GradualUnfreezing
 from lightning_peft.methods.last_layers import LastLayers
@@ -32,9 +34,11 @@ from lightning_peft.trainer.checkpoint import load_from_checkpoint
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaLoRA",
     "Adapter",
     "AuditError",
     "BitFit",
+    "DyLoRA",
     "FullFineTuning",
     "GradualUnfreezing",
     "InjectionError",

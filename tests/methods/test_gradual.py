@@ -130,7 +130,7 @@ def test_two_processes_agree_with_one(tmp_path):
         t.fit(Two())
     one = ModuleInOrder()
     trainer(lp.GradualUnfreezing(schedule=[1, 2]), max_epochs=3).fit(one)
-    for (name, p), (_, q) in zip(t.lightning_module.named_parameters(), one.named_parameters()):
+    for p, q in zip(t.lightning_module.parameters(), one.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
 
 
