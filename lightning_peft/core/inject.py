@@ -46,7 +46,8 @@ class Plan:
         attach: (host name, name in the table, adapter, description) for each adapter.
         train: names of base parameters to train, with the description for the table.
         train_modules: names of base modules that train in full, heads for example; ``""`` is the whole model.
-        later: names of base parameters that are frozen at first and train later, with the description likewise.
+        later: names of base parameters that are frozen at first and train later, with their name and description
+            in the table.
         hold_statistics: names of norm layers whose running statistics stay although their parameters train.
         notes: what is left alone and why.
     """
@@ -54,7 +55,7 @@ class Plan:
     attach: list[tuple[str, str, Adapter, str]] = field(default_factory=list)
     train: dict[str, str] = field(default_factory=dict)
     train_modules: list[str] = field(default_factory=list)
-    later: dict[str, str] = field(default_factory=dict)
+    later: dict[str, tuple[str, str]] = field(default_factory=dict)
     hold_statistics: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -193,7 +194,7 @@ def inspect(model: nn.Module, *methods: Method) -> Report:
         for name, parameters, what in _unfrozen(model, plan):
             report.add(name, what, sum(p.numel() for p in parameters))
             trained |= {id(p): p.numel() for p in parameters}
-        for name, what in plan.later.items():
+        for name, what in dict.fromkeys(plan.later.values()):
             report.add(name, what, 0)
         report.notes += plan.notes
     report.trainable += sum(trained.values())
@@ -267,7 +268,7 @@ def _commit(model: nn.Module, method: Method, plan: Plan, report: Report) -> Non
         for parameter in parameters:
             parameter.requires_grad_(True)
         report.add(name, what, sum(p.numel() for p in parameters))
-    for name, what in plan.later.items():
+    for name, what in dict.fromkeys(plan.later.values()):
         report.add(name, what, 0)
     report.notes += plan.notes
     # A model that trains as a whole keeps the type that was asked for.

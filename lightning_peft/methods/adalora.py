@@ -261,6 +261,8 @@ class AdaLoRA(WeightMethod):
                 "or AdaLoRA(total_step=...)"
             )
         self._total = int(total)
+        if getattr(trainer, "fast_dev_run", False):  # a few batches to see that all runs, too few for any schedule
+            self._total = max(self._total, self.tinit + self.tfinal + 1)
         self._check_schedule()
         holders = [o for o in trainer.optimizers if self._holds(o, pl_module)]
         if len(holders) != 1 or not isinstance(holders[0], Optimizer):

@@ -59,16 +59,13 @@ class BitFit(SelectionMethod):
         super().__init__(targets, exclude, trainable, name, **options)
 
     def choose(self, model: nn.Module, plan: Plan) -> None:
-        if not any(_is_bias(module, key, p) for module in model.modules() for key, p in _own(module)):
+        chosen = self.matching(model, _is_bias)
+        if all(any(name.startswith(f"{head}.") for head in plan.train_modules) for name in chosen):
             raise TargetError(
-                f"BitFit finds no bias in {type(model).__name__}, whose layers were built without: "
-                "NormTuning or LoRA train models of this kind"
+                f"BitFit finds no bias in {type(model).__name__}{' but in trainable' if chosen else ''}, whose layers "
+                "were built without: NormTuning or LoRA train models of this kind"
             )
-        plan.train |= dict.fromkeys(self.matching(model, _is_bias), "bias trains")
-
-
-def _own(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    return [(key, p) for key, p in module._parameters.items() if p is not None]
+        plan.train |= dict.fromkeys(chosen, "bias trains")
 
 
 def _is_bias(module: nn.Module, key: str, parameter: nn.Parameter) -> bool:

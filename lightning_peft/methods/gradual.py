@@ -107,7 +107,7 @@ class GradualUnfreezing(SelectionMethod):
         for time, (stage, names) in zip(self.times(model), self.stages(model).items()):
             for name in names:
                 if id(model.get_parameter(name)) not in trains:
-                    plan.later[name] = f"trains from {self.unit} {time} ({stage})"
+                    plan.later[name] = stage, f"trains from {self.unit} {time}"
 
     def stages(self, model: nn.Module) -> dict[str, list[str]]:
         """What thaws together, in order: the block's name to the names of its parameters."""

@@ -408,6 +408,7 @@ class TestErrors:
             (bert, lp.BitFit(exclude=["bert", "classifier"]), "takes away all that targets='all' matched"),
             (bert, lp.NormTuning(targets="query"), "names no parameter that NormTuning trains; nearest"),
             (llama, lp.BitFit(), "finds no bias in LlamaForCausalLM"),
+            (bert, lp.BitFit("classifier", trainable=["classifier"]), "finds no bias in .* but in trainable"),
             (llama, lp.NormTuning(parts="bias"), "no norm layer of LlamaForCausalLM has a bias"),
             (mlp, lp.NormTuning(), "finds no norm layer with parameters in Sequential"),
             (lambda: nn.LSTM(2, 2), lp.LinearProbe(), "LinearProbe finds no output head in LSTM"),
