@@ -78,7 +78,7 @@ def hold_statistics(module: nn.Module) -> None:
     """Put a norm layer in eval mode for good, although its parameters train."""
     add_mixin(module, FrozenNorm)
     module._hold_statistics = True  # type: ignore[assignment]
-    module.train(False)
+    module.train(module.training)  # which the mixin makes eval mode
 
 
 def keep_full_precision(modules: Iterable[nn.Module], shared: set[int]) -> None:

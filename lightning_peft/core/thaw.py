@@ -68,7 +68,7 @@ def _after(root: nn.Module, record: Injection) -> None:
         trains = any(p.requires_grad for p in module.parameters(recurse=False))
         if has_mixin(module, FrozenNorm) and trains and not module._hold_statistics:
             remove_mixin(module, FrozenNorm)
-            module.train(root.training)
+            module.train(getattr(module, "_mode_asked", root.training))
     if not any(method.train_norm_stats for method in record.methods.values()):
         freeze_norm_statistics(root)
     record.report.trainable = sum(p.numel() for p in root.parameters() if p.requires_grad)
