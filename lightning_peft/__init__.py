@@ -16,8 +16,17 @@ from lightning_peft.core.merge import MergeError, merge, unload, unmerge
 from lightning_peft.core.report import Report
 from lightning_peft.core.state import StateError, adapter_state
 from lightning_peft.core.targets import TargetError
+from lightning_peft.methods.adalora import AdaLoRA
+from lightning_peft.methods.bitfit import BitFit
 from lightning_peft.methods.callback import PEFTMethod
+from lightning_peft.methods.dylora import DyLoRA
+from lightning_peft.methods.full import FullFineTuning
+from lightning_peft.methods.gradual import GradualUnfreezing
+from lightning_peft.methods.last_layers import LastLayers
+from lightning_peft.methods.linear_probe import LinearProbe
 from lightning_peft.methods.lora import LoRA
+from lightning_peft.methods.norm_tuning import NormTuning
+from lightning_peft.methods.selection import SelectionMethod
 from lightning_peft.methods.weight import WeightMethod
 from lightning_peft.trainer.audit import AuditError
 from lightning_peft.trainer.checkpoint import load_from_checkpoint
@@ -25,13 +34,22 @@ from lightning_peft.trainer.checkpoint import load_from_checkpoint
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaLoRA",
     "Adapter",
     "AuditError",
+    "BitFit",
+    "DyLoRA",
+    "FullFineTuning",
+    "GradualUnfreezing",
     "InjectionError",
+    "LastLayers",
+    "LinearProbe",
     "LoRA",
     "MergeError",
+    "NormTuning",
     "PEFTMethod",
     "Report",
+    "SelectionMethod",
     "StateError",
     "TargetError",
     "WeightAdapter",

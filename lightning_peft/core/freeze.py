@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from lightning_peft.core.swap import add_mixin, has_mixin
 from lightning_peft.core.targets import base_modules
 
-__all__ = ["FrozenNorm", "FullPrecision", "freeze_norm_statistics", "keep_full_precision"]
+__all__ = ["FrozenNorm", "FullPrecision", "freeze_norm_statistics", "hold_statistics", "keep_full_precision"]
 
 
 class FrozenNorm(nn.Module):
     """Mixin of a norm layer with running statistics: it stays in eval mode whatever its parents are set to."""
 
     _mode_asked: bool  # the mode it would be in, and is in again once unfrozen
+    _hold_statistics = False  # whether it does so even while its parameters train
 
     def train(self, mode: bool = True) -> Any:
         self._mode_asked = mode
@@ -74,6 +75,13 @@ def freeze_norm_statistics(model: nn.Module) -> list[str]:
             module.train(mode)
             frozen.append(name)
     return frozen
+
+
+def hold_statistics(module: nn.Module) -> None:
+    """Put a norm layer in eval mode for good, although its parameters train."""
+    add_mixin(module, FrozenNorm)
+    module._hold_statistics = True  # type: ignore[assignment]
+    module.train(module.training)  # which the mixin makes eval mode
 
 
 def keep_full_precision(modules: Iterable[nn.Module], shared: set[int]) -> None:

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.adapter import Adapter
-from lightning_peft.core.freeze import freeze_norm_statistics, keep_full_precision
+from lightning_peft.core.freeze import freeze_norm_statistics, hold_statistics, keep_full_precision
 from lightning_peft.core.host import attach, check_host
 from lightning_peft.core.report import Report
 from lightning_peft.core.state import canonical, fingerprint
 from lightning_peft.core.swap import original_class
+from lightning_peft.core.targets import base_modules
 
 __all__ = [
     "Injection",
@@ -29,6 +30,7 @@ __all__ = [
     "injected_name",
     "injection_of",
     "inspect",
+    "later_parameters",
     "trainable_parameters",
 ]
 
@@ -44,13 +46,18 @@ class Plan:
     Attributes:
         attach: (host name, name in the table, adapter, description) for each adapter.
         train: names of base parameters to train, with the description for the table.
-        train_modules: names of base modules that train in full, heads for example.
+        train_modules: names of base modules that train in full, heads for example; ``""`` is the whole model.
+        later: names of base parameters that are frozen at first and train later, with their name and description
+            in the table.
+        hold_statistics: names of norm layers whose running statistics stay although their parameters train.
         notes: what is left alone and why.
     """
 
     attach: list[tuple[str, str, Adapter, str]] = field(default_factory=list)
     train: dict[str, str] = field(default_factory=dict)
     train_modules: list[str] = field(default_factory=list)
+    later: dict[str, tuple[str, str]] = field(default_factory=dict)
+    hold_statistics: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
@@ -78,6 +85,7 @@ class Injection:
         fingerprint: what identifies the frozen base (:func:`lightning_peft.core.state.fingerprint`).
         buffers: the base's persistent buffers as they were, to tell which ones training moves.
         trained_before: names of the base parameters that required gradients before.
+        later: names of the parameters that train later; with the values they started from once they do.
     """
 
     methods: dict[str, Method]
@@ -85,6 +93,7 @@ class Injection:
     fingerprint: dict[str, Any]
     buffers: dict[str, Tensor]
     trained_before: frozenset[str]
+    later: dict[str, Tensor | None] = field(default_factory=dict)
 
 
 def injection_of(model: nn.Module) -> Injection | None:
@@ -98,8 +107,18 @@ def injected_name(model: nn.Module) -> str:
 
 
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters an optimizer should get: those that require gradients."""
-    return [p for p in model.parameters() if p.requires_grad]
+    """The parameters an optimizer should get: those that require gradients, or will later in the run."""
+    later = {id(p) for p in later_parameters(model)}
+    return [p for p in model.parameters() if p.requires_grad or id(p) in later]
+
+
+def later_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that start frozen and train later in the run, whether or not they do by now."""
+    for module in model.modules():
+        record: Injection | None = module.__dict__.get("_peft_injection")
+        if record is not None:
+            return [module.get_parameter(name) for name in record.later]
+    return []
 
 
 def apply(model: nn.Module, *methods: Method) -> Report:
@@ -143,14 +162,16 @@ def apply(model: nn.Module, *methods: Method) -> Report:
     for method, plan in zip(new, plans):
         _commit(model, method, plan, record.report)
         record.methods[method.name] = method
+        record.later |= dict.fromkeys(plan.later)
+    record.later = {n: v for n, v in record.later.items() if v is not None or not model.get_parameter(n).requires_grad}
     if not any(method.train_norm_stats for method in record.methods.values()):
         frozen = freeze_norm_statistics(model)
         if frozen and first:
             record.report.notes.append(f"{len(frozen)} frozen norm layers keep their running statistics")
-    record.report.trainable = sum(p.numel() for p in trainable_parameters(model))
+    record.report.trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     record.report.total = sum(p.numel() for p in model.parameters())
     if first:
-        record.fingerprint = fingerprint(model)
+        record.fingerprint = fingerprint(model, leave_out=record.later)
         record.buffers = {canonical(name): b.detach().clone() for name, b in _persistent_buffers(model).items()}
         model.__dict__["_peft_injection"] = record
     return record.report
@@ -179,6 +200,8 @@ def inspect(model: nn.Module, *methods: Method) -> Report:
         for name, parameters, what in _unfrozen(model, plan):
             report.add(name, what, sum(p.numel() for p in parameters))
             trained |= {id(p): p.numel() for p in parameters}
+        for name, what in dict.fromkeys(plan.later.values()):
+            report.add(name, what, 0)
         report.notes += plan.notes
     report.trainable += sum(trained.values())
     return report
@@ -252,14 +275,25 @@ def _commit(model: nn.Module, method: Method, plan: Plan, report: Report) -> Non
         for parameter in parameters:
             parameter.requires_grad_(True)
         report.add(name, what, sum(p.numel() for p in parameters))
+    for name, what in dict.fromkeys(plan.later.values()):
+        report.add(name, what, 0)
     report.notes += plan.notes
-    keep_full_precision((model.get_submodule(name) for name in plan.train_modules), _shared(model))
+    # A model that trains as a whole keeps the type that was asked for.
+    keep_full_precision((model.get_submodule(name) for name in plan.train_modules if name), _shared(model))
+    for name in plan.hold_statistics:
+        hold_statistics(model.get_submodule(name))
 
 
 def _unfrozen(model: nn.Module, plan: Plan) -> list[tuple[str, list[nn.Parameter], str]]:
     """(name, parameters, description) of all that the plan trains of the base itself."""
-    full = [(n, list(model.get_submodule(n).parameters()), "trains in full") for n in plan.train_modules]
+    full = [(n, _base_parameters(model.get_submodule(n)), "trains in full") for n in plan.train_modules]
     return full + [(name, [model.get_parameter(name)], what) for name, what in plan.train.items()]
+
+
+def _base_parameters(module: nn.Module) -> list[nn.Parameter]:
+    # Without those of adapters inside, some of which a method may have frozen.
+    found = {id(p): p for _, m in base_modules(module) for p in m.parameters(recurse=False)}
+    return list(found.values())
 
 
 def _shared(model: nn.Module) -> set[int]:

@@ -126,7 +126,9 @@ def _listed(keys: list[str], others: Iterable[str]) -> str:
     return f"{text} (nearest to the first: {near[0]})" if near else text
 
 
-def fingerprint(model: nn.Module, tensors: int = 256, samples: int = 8) -> dict[str, Any]:
+def fingerprint(
+    model: nn.Module, tensors: int = 256, samples: int = 8, leave_out: Iterable[str] = ()
+) -> dict[str, Any]:
     """What identifies the frozen base: a digest of names and shapes, and a few values of some tensors.
 
     Values rather than a digest of them, so that a base loaded in another precision is still the same base.
@@ -135,8 +137,9 @@ def fingerprint(model: nn.Module, tensors: int = 256, samples: int = 8) -> dict[
         model: the adapted model; what trains and what adapters own is left out.
         tensors: at most so many tensors are sampled, evenly over the model.
         samples: values taken from each, evenly over the tensor.
+        leave_out: names of parameters that are frozen now and train later.
     """
-    frozen = _frozen(model)
+    frozen = {name: tensor for name, tensor in _frozen(model).items() if name not in leave_out}
     shapes = hashlib.sha256(repr([(n, tuple(t.shape)) for n, t in sorted(frozen.items())]).encode()).hexdigest()
     names = list(frozen)
     chosen = names[:: max(1, len(names) // tensors)]

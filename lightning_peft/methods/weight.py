@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import cast
 
 from torch import nn
 
 from lightning_peft.core.adapter import Adapter, WeightAdapter, WeightGroup
+from lightning_peft.core.host import AdapterStack, hosts
 from lightning_peft.core.inject import Plan
 from lightning_peft.core.sites import Site, find_sites
 from lightning_peft.core.swap import original_class
@@ -71,3 +73,32 @@ class WeightMethod(PEFTMethod):
     def describe(self, adapter: WeightAdapter) -> str:
         """One adapter in a few words, for the table."""
         return type(self).__name__
+
+    def parts(self, model: nn.Module) -> dict[str, WeightAdapter]:
+        """This method's adapters in ``model``, by the name of the weight they adapt."""
+        found: dict[str, WeightAdapter] = {}
+        for name, host in hosts(model):
+            stack = cast(AdapterStack, host.adapters)
+            adapter = cast(Adapter, stack[self.name]) if self.name in stack else None
+            for parameter, part in adapter.weights().items() if adapter is not None else ():
+                found[f"{name}.{parameter}".removesuffix(".weight").strip(".")] = part
+        return found
+
+
+def check_low_rank(method: str, r: int, argument: str, dropout: float, site: Site) -> None:
+    """Refuse a rank or a dropout that the weight at ``site`` cannot have.
+
+    Raises:
+        ValueError: the rank is above both sides of the matrix; dropout where no layer is called with activations.
+    """
+    smaller, larger = sorted(site.shape[-2:])
+    if r > larger:
+        raise ValueError(
+            f"{argument}={r} is above both sides of {site.name!r} ({'x'.join(map(str, site.shape))}), whose rank is at "
+            f"most {smaller}: lower {argument}, or exclude the layer and add a second {method} for it"
+        )
+    if dropout and not site.layout.has_activation:
+        raise ValueError(
+            f"dropout={dropout} cannot be had on {site.name!r}, whose module reads the weight instead of calling a "
+            f"layer: set dropout=0, or exclude it and add a second {method} with dropout=0 for it"
+        )

@@ -9,6 +9,7 @@ from torch import nn
 
 from lightning_peft.core.inject import Injection, injection_of
 from lightning_peft.core.state import StateError
+from lightning_peft.core.thaw import thawed
 
 __all__ = ["KEY", "check_manifest", "manifest"]
 
@@ -24,6 +25,7 @@ def manifest(model: nn.Module) -> dict[str, Any]:
         "version": VERSION,
         "methods": [{"method": type(method).__name__, "config": method.config()} for method in record.methods.values()],
         "fingerprint": record.fingerprint,
+        "thawed": thawed(model),
         "trainable": record.report.trainable,
         "total": record.report.total,
     }

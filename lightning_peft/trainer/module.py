@@ -6,7 +6,7 @@ The user's module gets this mixin by class swap in ``Callback.setup``, so that i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
@@ -15,11 +15,13 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_peft.core.inject import apply, injection_of
+from lightning_peft.core.inject import apply, injection_of, later_parameters, trainable_parameters
 from lightning_peft.core.state import StateError, canonical, check_fingerprint, load_state, trainable_keys
 from lightning_peft.core.swap import add_mixin
+from lightning_peft.core.thaw import set_thawed
 from lightning_peft.trainer.audit import audit_methods, audit_ranks
 from lightning_peft.trainer.averaging import start_averaging
+from lightning_peft.trainer.groups import optimizers_in, remember_schedulers
 from lightning_peft.trainer.logs import continue_runs, run_ids
 from lightning_peft.trainer.manifest import KEY, check_manifest, manifest
 
@@ -42,17 +44,23 @@ class AdaptedModule(L.LightningModule):
         start_averaging(self._trainer, self)
 
     def configure_optimizers(self) -> Any:
+        frozen = [p for p in later_parameters(self) if not p.requires_grad]
+        for parameter in frozen:  # what trains later gets its groups now, by the user's own rules
+            parameter.requires_grad_(True)
         configured = (self._peft_configure_optimizers or super().configure_optimizers)()
-        optimizers = list(_optimizers(configured))
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        optimizers = list(optimizers_in(configured))
         if not optimizers:
             raise MisconfigurationException(
                 f"{type(self).__name__}.configure_optimizers returned no optimizer ({configured!r}), so no adapter "
                 "would ever train; return one over lp.trainable_parameters(self)"
             )
+        remember_schedulers(configured)
         record = injection_of(self)
         for optimizer in optimizers:
             _complete(optimizer, self)
-            _drop_frozen(optimizer)
+            _drop_frozen(optimizer, {id(p) for p in later_parameters(self)})
             for method in record.methods.values() if record is not None else ():
                 method.regroup(optimizer, self)
         return configured
@@ -69,7 +77,9 @@ class AdaptedModule(L.LightningModule):
         if injection_of(self) is None:
             return super().load_state_dict(state_dict, strict=strict, assign=assign)
         own = {canonical(k) for k in nn.Module.state_dict(self)}
-        base = own - trainable_keys(self)
+        will_train = {id(p) for p in trainable_parameters(self)}
+        train = {canonical(n) for n, p in self.named_parameters(remove_duplicate=False) if id(p) in will_train}
+        base = own - trainable_keys(self) - train
         if not assign and (not base or not base <= {canonical(k) for k in state_dict}):
             load_state(self, state_dict)
             return nn.modules.module._IncompatibleKeys([], [])
@@ -93,6 +103,7 @@ class AdaptedModule(L.LightningModule):
             continue_runs(self._trainer, checkpoint[KEY].get("wandb", []))
             if self._trainer is not None and self._trainer.precision == "64-true":
                 self.double()  # Lightning does so after loading, when half of the digits are gone
+            set_thawed(self, checkpoint[KEY].get("thawed", ()))
 
 
 def adapt_module(module: Any) -> None:
@@ -117,17 +128,6 @@ def trimmed(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return kept
 
 
-def _optimizers(configured: Any) -> Iterator[Optimizer]:
-    """The optimizers inside whatever ``configure_optimizers`` may return."""
-    if isinstance(configured, Optimizer):
-        yield configured
-    elif isinstance(configured, Mapping):
-        yield from _optimizers(configured.get("optimizer"))
-    elif isinstance(configured, Iterable):
-        for part in configured:
-            yield from _optimizers(part)
-
-
 def _complete(optimizer: Optimizer, model: nn.Module) -> None:
     """Add the adapters to an optimizer that was built over all parameters before they were in (LightningCLI's)."""
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -137,13 +137,14 @@ def _complete(optimizer: Optimizer, model: nn.Module) -> None:
         group["params"] += [p for p in model.parameters() if p.requires_grad and id(p) not in held]
 
 
-def _drop_frozen(optimizer: Optimizer) -> None:
+def _drop_frozen(optimizer: Optimizer, later: set[int]) -> None:
     # Groups stay, even when they end up empty: learning-rate schedulers count them.
     dropped = 0
     for group in optimizer.param_groups:
-        before = len(group["params"])
-        group["params"] = [p for p in group["params"] if p.requires_grad]
-        dropped += before - len(group["params"])
+        kept = [i for i, p in enumerate(group["params"]) if p.requires_grad or id(p) in later]
+        dropped += len(group["params"]) - len(kept)
+        for key in {"params", "param_names"} & group.keys():
+            group[key] = [group[key][i] for i in kept]
     if dropped:
         rank_zero_info(f"{type(optimizer).__name__}: {dropped} frozen parameters were left out")
     if not any(group["params"] for group in optimizer.param_groups):

@@ -1,0 +1,348 @@
+"""AdaLoRA: low-rank adaptation with the ranks distributed by importance.
+
+    W' = W + s B diag(E) A,    A in R^{r x in}, E in R^r, B in R^{out x r},    s = alpha / (init_r + 1e-5)
+
+An incremental singular value decomposition: A and B are kept near orthogonal by adding to the loss
+w * mean over all A and B of ||P P^T - I||_F, and entries of E are set to zero. Every triplet (row of A, entry of E,
+column of B) has the importance S = s(E_i) + mean_j s(A_ij) + mean_j s(B_ji), where s = I * U for each element:
+
+    I <- beta1 I + (1 - beta1) |w dL/dw|,    U <- beta2 U + (1 - beta2) | |w dL/dw| - I |
+
+Over training the number of triplets kept in the whole model falls from init_r to target_r for each matrix on average,
+as a cubic in the step; those of least importance are masked. init_r (in + out + 1) parameters for each matrix.
+
+Zhang et al. 2023, "Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning", arXiv:2303.10512.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_peft.core.adapter import WeightAdapter
+from lightning_peft.core.sites import Site
+from lightning_peft.methods.callback import positive_int, probability
+from lightning_peft.methods.weight import WeightMethod, check_low_rank
+from lightning_peft.ops.dropout import dropped
+
+__all__ = ["AdaLoRA"]
+
+
+class AdaLoRA(WeightMethod):
+    """AdaLoRA (Zhang et al. 2023, arXiv:2303.10512): LoRA whose ranks move to the layers where they matter.
+
+    Choose it when a small budget is to be spent where it counts, and the layers differ. It costs a higher rank while
+    training (``init_r``), two running averages for each of its parameters, and a little time in each step; the
+    pruned triplets are zeros afterwards.
+
+    The callback drives it: the orthogonality term's gradient is added before each optimizer step (exactly what a
+    term in the loss would add, under accumulation, mixed precision and clipping too), scores are updated and the
+    budget allocated right after the step, from gradients that all processes share. The number of steps is the
+    Trainer's. Scores are in the checkpoint, masks in the adapters: a run resumes exactly. Ranks go to the loggers.
+
+    Without a Trainer, give ``total_step``, call ``method.regularize(model)`` between backward and the optimizer's
+    step, and ``method.allocate(model)`` between the step and ``zero_grad``.
+
+    Args:
+        target_r: the average rank at the end.
+        init_r: the rank of each matrix at the start.
+        alpha: the update is scaled by alpha / init_r.
+        dropout: probability of dropping an element of the adapter's input while training.
+        targets, exclude, trainable, name: see :class:`lightning_peft.PEFTMethod`.
+        tinit: optimizer steps before the budget begins to fall.
+        tfinal: optimizer steps at the end with the ranks fixed.
+        deltaT: optimizer steps between two allocations.
+        beta1: smoothing of the importance, in (0, 1).
+        beta2: smoothing of its uncertainty, in (0, 1).
+        orth_reg_weight: weight of the orthogonality term; 0 leaves it out.
+        total_step: optimizer steps in all; None takes the Trainer's.
+        **options: ``seed``, ``adapter_dtype``, ``train_norm_stats``, ``audit`` of
+            :class:`lightning_peft.PEFTMethod`.
+
+    Raises:
+        ValueError: target_r above init_r; an argument out of its range; init_r above both sides of a matrix.
+        MisconfigurationException: tinit and tfinal leave no steps between them; the number of steps is not known.
+
+    Example::
+
+        trainer = L.Trainer(callbacks=[lp.AdaLoRA(target_r=4, init_r=8, tinit=100, tfinal=300)], max_epochs=3)
+    """
+
+    may_change = WeightMethod.may_change | {
+        *("target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step", "dropout")
+    }
+
+    def __init__(
+        self,
+        target_r: int = 8,
+        init_r: int = 12,
+        alpha: float = 16,
+        dropout: float = 0.0,
+        targets: str | Sequence[str] = "all-linear",
+        exclude: str | Sequence[str] = (),
+        trainable: str | Sequence[str] = (),
+        name: str = "default",
+        tinit: int = 0,
+        tfinal: int = 0,
+        deltaT: int = 1,
+        beta1: float = 0.85,
+        beta2: float = 0.85,
+        orth_reg_weight: float = 0.5,
+        total_step: int | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(targets=targets, exclude=exclude, trainable=trainable, name=name, **options)
+        for argument, count in (("target_r", target_r), ("init_r", init_r), ("deltaT", deltaT)):
+            positive_int(argument, count)
+        if target_r > init_r:
+            raise ValueError(f"target_r={target_r} is above init_r={init_r}: the rank can only fall; raise init_r")
+        for argument, steps in (("tinit", tinit), ("tfinal", tfinal)):
+            if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+                raise ValueError(f"{argument} must be a number of optimizer steps from 0 on, got {steps!r}")
+        for argument, beta in (("beta1", beta1), ("beta2", beta2)):
+            if not isinstance(beta, float) or not 0 < beta < 1:
+                raise ValueError(f"{argument} must lie between 0 and 1, got {beta!r}")
+        if not isinstance(orth_reg_weight, int | float) or not 0 <= orth_reg_weight < math.inf:
+            raise ValueError(f"orth_reg_weight must be 0 or above, got {orth_reg_weight!r}")
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha) or alpha == 0:
+            raise ValueError(f"alpha must be a finite number other than 0, got {alpha!r}")
+        probability("dropout", dropout)
+        self.target_r, self.init_r, self.alpha, self.dropout = target_r, init_r, alpha, dropout
+        self.tinit, self.tfinal, self.deltaT = tinit, tfinal, deltaT
+        self.beta1, self.beta2, self.orth_reg_weight = beta1, beta2, orth_reg_weight
+        self.total_step = total_step
+        self.step = 0  # optimizer steps done
+        self._total = total_step or 0
+        self._scores: dict[str, list[Tensor]] = {}  # importance and uncertainty, by parameter
+        self._hooks: list[Any] = []
+        if total_step is not None:
+            positive_int("total_step", total_step)
+            self._check_schedule()
+
+    def build(self, site: Site) -> AdaLoRAAdapter:
+        check_low_rank("AdaLoRA", self.init_r, "init_r", self.dropout, site)
+        return AdaLoRAAdapter(site, self.init_r, self.alpha, self.dropout)
+
+    def describe(self, adapter: WeightAdapter) -> str:
+        return f"AdaLoRA r={self.init_r} -> {self.target_r}"
+
+    def _check_schedule(self) -> None:
+        if self.tinit >= self._total - self.tfinal:
+            raise MisconfigurationException(
+                f"AdaLoRA: tinit={self.tinit} and tfinal={self.tfinal} leave none of the {self._total} optimizer steps "
+                "for the budget to fall: lower them, or train longer"
+            )
+
+    def adapters(self, model: nn.Module) -> dict[str, AdaLoRAAdapter]:
+        """This method's adapters in ``model``, by the name of the weight."""
+        return {name: cast(AdaLoRAAdapter, part) for name, part in self.parts(model).items()}
+
+    @torch.no_grad()
+    def regularize(self, model: nn.Module) -> None:
+        """Add the gradient of the orthogonality term to those of A and B."""
+        if not self.orth_reg_weight:
+            return
+        adapters = self.adapters(model).values()
+        weight = self.orth_reg_weight / max(1, sum(2 * math.prod(a.lora_A.shape[:-2]) for a in adapters))
+        for adapter in adapters:
+            for parameter, wide in ((adapter.lora_A, adapter.lora_A), (adapter.lora_B, adapter.lora_B.mT)):
+                gram = wide @ wide.mT
+                gram.diagonal(dim1=-2, dim2=-1).sub_(1)
+                norm = torch.linalg.matrix_norm(gram, keepdim=True)
+                # d ||P P^T - I||_F = 2 (P P^T - I) P / ||P P^T - I||_F, and 0 where P is orthogonal already
+                grad = (2 * weight) * (gram @ wide) / norm.clamp_min(torch.finfo(norm.dtype).tiny)
+                grad = grad if parameter is wide else grad.mT
+                if parameter.grad is not None:
+                    parameter.grad.add_(grad)
+
+    def budget(self, step: int, matrices: int) -> int:
+        """The number of triplets kept in so many matrices after ``step`` optimizer steps."""
+        if step <= self.tinit:
+            return self.init_r * matrices
+        left = max(0.0, 1 - (step - self.tinit) / (self._total - self.tfinal - self.tinit))
+        return int((self.init_r - self.target_r) * matrices * left**3 + self.target_r * matrices)
+
+    @torch.no_grad()
+    def allocate(self, model: nn.Module) -> bool:
+        """Update the scores after an optimizer step, and mask when it is time; returns whether masks were set anew.
+
+        Raises:
+            ValueError: the number of steps is not known.
+        """
+        if not self._total:
+            raise ValueError("AdaLoRA needs to know the number of optimizer steps: give total_step")
+        self.step += 1
+        adapters, end = self.adapters(model), self._total - self.tfinal
+        if self.step < end:
+            for name, adapter in adapters.items():
+                for key, parameter in adapter.triplets().items():
+                    self._score(f"{name}.{key}", parameter)
+        due = self.tinit < self.step < end and self.step % self.deltaT == 0
+        if due or self.step == end:
+            self._mask(adapters)
+            due = True
+        if self.step == end:
+            self._scores = {}  # the ranks are final
+        if due or self.step > end:
+            for adapter in adapters.values():
+                adapter.lora_E.masked_fill_(~adapter.mask, 0.0)
+        return due
+
+    def _score(self, key: str, parameter: nn.Parameter) -> None:
+        now = (parameter * parameter.grad).abs() if parameter.grad is not None else torch.zeros_like(parameter)
+        if key not in self._scores:
+            self._scores[key] = [torch.zeros_like(now), torch.zeros_like(now)]
+        importance, uncertainty = (t.to(now.device) for t in self._scores[key])
+        importance = self.beta1 * importance + (1 - self.beta1) * now
+        uncertainty = self.beta2 * uncertainty + (1 - self.beta2) * (now - importance).abs()
+        self._scores[key] = [importance, uncertainty]
+
+    def _mask(self, adapters: dict[str, AdaLoRAAdapter]) -> None:
+        importance: dict[str, Tensor] = {}
+        for name in adapters:
+            a, e, b = (torch.mul(*self._scores[f"{name}.{key}"]) for key in ("lora_A", "lora_E", "lora_B"))
+            importance[name] = e + a.mean(-1, keepdim=True) + b.mean(-2).unsqueeze(-1)
+        every = torch.cat([score.flatten() for score in importance.values()])
+        drop = every.numel() - self.budget(self.step, every.numel() // self.init_r)
+        threshold = every.kthvalue(drop).values if drop else every.new_tensor(-math.inf)
+        for name, adapter in adapters.items():
+            adapter.mask.copy_(importance[name] > threshold)
+
+    def ranks(self, model: nn.Module) -> dict[str, int]:
+        """The rank of each adapted weight by now; of stacked matrices the sum."""
+        adapters = self.adapters(model)
+        counts = torch.stack([a.mask.sum() for a in adapters.values()]).tolist() if adapters else []
+        return dict(zip(adapters, counts))
+
+    def plot(self, model: nn.Module, path: str | Path | None = None) -> Any:
+        """Draw the ranks by layer as bars; needs matplotlib.
+
+        Args:
+            model: the trained model.
+            path: where to save the picture; None leaves that to the caller.
+
+        Returns:
+            The matplotlib figure.
+        """
+        from matplotlib.figure import Figure
+
+        ranks = self.ranks(model)
+        figure = Figure(figsize=(8, 1 + 0.22 * len(ranks)), layout="constrained")
+        axes = figure.add_subplot()
+        axes.barh(list(ranks), list(ranks.values()))
+        axes.axvline(self.target_r, color="gray", linestyle="--", label=f"target_r = {self.target_r}")
+        axes.invert_yaxis()
+        axes.set(xlabel="rank", xlim=(0, self.init_r), title=f"AdaLoRA: ranks after {self.step} steps")
+        axes.legend()
+        if path is not None:
+            figure.savefig(path, dpi=150)
+        return figure
+
+    # What drives it in a Trainer.
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit":
+            self.step, self._scores = 0, {}  # a resumed run gets them from its checkpoint after this
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        total = self.total_step if self.total_step is not None else trainer.estimated_stepping_batches
+        if not 0 < total < math.inf:
+            raise MisconfigurationException(
+                "AdaLoRA cannot know how many optimizer steps there will be: give the Trainer max_steps or max_epochs, "
+                "or AdaLoRA(total_step=...)"
+            )
+        self._total = int(total)
+        if getattr(trainer, "fast_dev_run", False):  # a few batches to see that all runs, too few for any schedule
+            self._total = max(self._total, self.tinit + self.tfinal + 1)
+        self._check_schedule()
+        holders = [o for o in trainer.optimizers if self._holds(o, pl_module)]
+        if len(holders) != 1 or not isinstance(holders[0], Optimizer):
+            raise MisconfigurationException(
+                f"AdaLoRA counts the steps of the one torch optimizer that holds its parameters; found {len(holders)}"
+            )
+        self._release()
+        # After the step and not at the batch's end: gradients may be gone by then, and a step that the gradient
+        # scaler skips does not count.
+        self._hooks = [holders[0].register_step_post_hook(lambda *_: self._after_step(trainer, pl_module))]
+
+    def _holds(self, optimizer: Optimizer, module: nn.Module) -> bool:
+        own = {id(adapter.lora_E) for adapter in self.adapters(module).values()}
+        return any(id(p) in own for group in optimizer.param_groups for p in group["params"])
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
+        if self._holds(optimizer, pl_module):
+            self.regularize(pl_module)
+
+    def _after_step(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if not self.allocate(module) or not trainer.loggers or not trainer.is_global_zero:
+            return
+        ranks = self.ranks(module)
+        metrics: dict[str, float] = {f"{self.name}/rank/{name}": float(rank) for name, rank in ranks.items()}
+        metrics[f"{self.name}/rank_total"] = float(sum(ranks.values()))
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+    def _release(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._release()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_hooks": []}  # copies of the model do not step the optimizer
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self.step, "scores": self._scores}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.step, self._scores = state_dict["step"], dict(state_dict["scores"])
+
+
+class AdaLoRAAdapter(WeightAdapter):
+    """``lora_A`` (..., r, in), ``lora_E`` (..., r, 1) and ``lora_B`` (..., out, r) of one matrix.
+
+    Attributes:
+        mask: (..., r, 1), the triplets that are kept.
+    """
+
+    mask: Tensor
+
+    def __init__(self, site: Site, r: int, alpha: float, dropout: float = 0.0) -> None:
+        super().__init__(site)
+        *batch, rows, columns = site.shape
+        self.r = r
+        self.scale = alpha / (r + 1e-5)  # as in the authors' code and in PEFT
+        self.dropout = dropout
+        self.lora_A = nn.Parameter(torch.empty(*batch, r, columns).normal_(std=0.02))
+        self.lora_E = nn.Parameter(torch.zeros(*batch, r, 1))
+        self.lora_B = nn.Parameter(torch.empty(*batch, rows, r).normal_(std=0.02))
+        self.register_buffer("mask", torch.ones(*batch, r, 1, dtype=torch.bool))
+
+    def triplets(self) -> dict[str, nn.Parameter]:
+        """The three parameters by name."""
+        return {"lora_A": self.lora_A, "lora_E": self.lora_E, "lora_B": self.lora_B}
+
+    def delta(self, weight: Tensor) -> Tensor:
+        return (self.lora_B @ (self.lora_A * self.lora_E)) * self.scale
+
+    def output(self, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        def down(x: Tensor, a: Tensor) -> Tensor:
+            return self.layout.down(host, x, a)
+
+        a = self.lora_A * self.lora_E
+        h = dropped(down, x, a, self.dropout) if self.dropout and self.training else down(x, a)
+        return self.layout.up(host, h, self.lora_B, y, self.scale)
+
+    def extra_repr(self) -> str:
+        return f"r={self.r}, scale={self.scale:g}, dropout={self.dropout}"

@@ -1,0 +1,181 @@
+"""Gradual unfreezing: the head trains first, then one block after the other thaws, from the output down.
+
+    theta_l trains from time t_l on,    t_L <= t_{L-1} <= ... <= t_1
+
+The lower layers see gradients only once those above have settled, which keeps what the base knows. All of what has
+thawed trains; with every block scheduled, in the end the whole model does.
+
+Howard & Ruder 2018, "Universal Language Model Fine-tuning for Text Classification", arXiv:1801.06146.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import lightning as L
+from lightning.fabric.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
+
+from lightning_peft.core.inject import Plan, injection_of
+from lightning_peft.core.targets import TargetError, as_patterns
+from lightning_peft.core.thaw import thaw
+from lightning_peft.methods.callback import one_of, positive_int
+from lightning_peft.methods.selection import SelectionMethod, depths, parameters_in, tail_modules
+
+__all__ = ["GradualUnfreezing"]
+
+
+class GradualUnfreezing(SelectionMethod):
+    """Gradual unfreezing (Howard & Ruder 2018, arXiv:1801.06146): blocks thaw one by one from the output down.
+
+    Choose it when full fine-tuning forgets what the base knows: little data, or data far from the base's. It costs
+    as much as full fine-tuning once all has thawed, and less before; checkpoints grow with what has thawed.
+
+    The optimizer holds every parameter that is scheduled from the start (``configure_optimizers`` sees them as
+    trainable), so its groups and schedulers are those of the user throughout; a frozen parameter has no gradient, and
+    is not touched. A checkpoint says what has thawed, and a resumed run goes on exactly. The base values of a thawed
+    parameter are kept on the CPU, so that an earlier checkpoint can still be loaded.
+
+    Without a Trainer: ``lp.apply(model, method)``, build the optimizer over ``lp.trainable_parameters(model)``, and
+    call ``method.advance(model, time)`` at the start of each epoch or step.
+
+    Args:
+        every: epochs (or steps) between one block and the next, when there is no ``schedule``; all blocks thaw then,
+            and last what stands before the first (embeddings).
+        schedule: when each block thaws, counted from 0, from the output down: ``[1, 2, 2]`` thaws the last block
+            after one epoch and the two before it after two. What it does not reach stays frozen.
+        unit: ``"epoch"``, or ``"step"`` of the optimizer.
+        targets: ``"blocks"``, the repeated blocks found in the model, or patterns of modules to thaw instead, which
+            do so from the last in model order to the first.
+        exclude: patterns of modules that never train.
+        trainable, name: see :class:`lightning_peft.PEFTMethod`. What follows the last block trains from the start.
+        layer_decay: learning rates by depth: the rate is multiplied by this for each block further from the output;
+            the paper has 1 / 2.6.
+        **options: ``seed``, ``adapter_dtype``, ``train_norm_stats``, ``audit`` of
+            :class:`lightning_peft.PEFTMethod`.
+
+    Raises:
+        ValueError: a schedule that is empty, negative or goes back in time.
+        TargetError: a schedule with more entries than there are blocks; a pattern matches nothing.
+        MisconfigurationException: a strategy that fixes what trains before the first step (DeepSpeed, FSDP 1).
+
+    Example::
+
+        trainer = L.Trainer(callbacks=[lp.GradualUnfreezing(schedule=[1, 2, 3], layer_decay=0.4)])
+    """
+
+    may_change = SelectionMethod.may_change | {"every", "schedule", "unit"}
+
+    def __init__(
+        self,
+        every: int = 1,
+        schedule: Sequence[int] | None = None,
+        unit: Literal["epoch", "step"] = "epoch",
+        targets: str | Sequence[str] = "blocks",
+        exclude: str | Sequence[str] = (),
+        trainable: str | Sequence[str] = (),
+        name: str = "default",
+        layer_decay: float = 1.0,
+        **options: Any,
+    ) -> None:
+        super().__init__(targets, exclude, trainable, name, layer_decay, **options)
+        positive_int("every", every)
+        one_of("unit", unit, ("epoch", "step"))
+        if schedule is not None:
+            times = list(schedule)
+            if not times or not all(isinstance(t, int) and not isinstance(t, bool) and t >= 0 for t in times):
+                raise ValueError(f"schedule must be a list of {unit} numbers from 0 on, got {schedule!r}")
+            if times != sorted(times):
+                raise ValueError(f"schedule must not go back in time, from the output down; got {schedule!r}")
+        self.every = every
+        self.schedule = None if schedule is None else list(schedule)
+        self.unit = unit
+
+    def choose(self, model: nn.Module, plan: Plan) -> None:
+        self.add_modules(model, tail_modules(model), plan)
+        trains = {id(p) for name in plan.train_modules for p in model.get_submodule(name).parameters()}
+        trains |= {id(model.get_parameter(name)) for name in plan.train}
+        if not trains and self.times(model)[0] > 0:
+            raise TargetError(
+                f"GradualUnfreezing finds nothing to train before {self.unit} {self.times(model)[0]}: name the head in "
+                "trainable, or begin the schedule with 0"
+            )
+        for time, (stage, names) in zip(self.times(model), self.stages(model).items()):
+            for name in names:
+                if id(model.get_parameter(name)) not in trains:
+                    plan.later[name] = stage, f"trains from {self.unit} {time}"
+
+    def stages(self, model: nn.Module) -> dict[str, list[str]]:
+        """What thaws together, in order: the block's name to the names of its parameters."""
+        excluded = self.covered(model, as_patterns(self.exclude, "exclude"), "exclude")
+        stages = {block: list(parameters_in(model, block)) for block in reversed(self.blocks(model))}
+        if not self.patterns("blocks"):
+            found = depths(model, self.heads(model))
+            lowest = [name for name, depth in found.items() if depth == len(stages) + 1]
+            stages |= {"before the first block": lowest} if lowest else {}
+        return {k: [n for n in names if not excluded(n.rpartition(".")[0])] for k, names in stages.items()}
+
+    def times(self, model: nn.Module) -> list[int]:
+        """When each stage thaws.
+
+        Raises:
+            TargetError: there are more times than stages.
+        """
+        stages = self.stages(model)
+        if self.schedule is None:
+            return [self.every * (i + 1) for i in range(len(stages))]
+        if len(self.schedule) > len(stages):
+            raise TargetError(
+                f"schedule={self.schedule} goes past the last block: it has {len(self.schedule)} entries, and "
+                f"{type(model).__name__} has {len(stages)} to thaw: {list(stages)}"
+            )
+        return self.schedule
+
+    def advance(self, model: nn.Module, time: int) -> list[str]:
+        """Thaw what is due at ``time`` (epochs or optimizer steps done); returns the names that were frozen before."""
+        record = injection_of(model)
+        later = record.later if record is not None else {}
+        due = [names for t, names in zip(self.times(model), self.stages(model).values()) if t <= time]
+        return thaw(model, [name for names in due for name in names if name in later])
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        kind = type(trainer.strategy).__name__
+        if kind.startswith(("DeepSpeed", "FSDP", "Megatron")):
+            raise MisconfigurationException(
+                f"GradualUnfreezing cannot run under {kind}, which fixes what trains before the first step; "
+                "take DDPStrategy or ModelParallelStrategy, or train from the start with lp.LastLayers"
+            )
+        super().setup(trainer, pl_module, stage)
+        self._due: list[int] | None = None
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._advance(trainer, pl_module)
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._advance(trainer, pl_module)  # a run that resumes between two epochs has no epoch start
+
+    def _advance(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        now = trainer.current_epoch if self.unit == "epoch" else trainer.global_step
+        if self._due is None:
+            self._due = self.times(pl_module)
+        if not any(time <= now for time in self._due):
+            return
+        self._due = [time for time in self._due if time > now]
+        new = self.advance(pl_module, now)
+        if not new:
+            return
+        rank_zero_info(f"GradualUnfreezing: {len(new)} more parameters train from {self.unit} {now} on")
+        strategy = trainer.strategy
+        if isinstance(strategy, DDPStrategy) and strategy.model is not None:
+            # DDP reduces the gradients it found when it was built; left alone, the new ones would differ by rank.
+            module: Any = strategy.model.module
+            strategy.model = None
+            gc.collect()  # the old reducer's hooks go with it
+            strategy.model = strategy._setup_model(module)
+            strategy._register_ddp_hooks()

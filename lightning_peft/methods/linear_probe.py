@@ -1,0 +1,78 @@
+"""Linear probe: only the output head trains, on the features of a frozen base.
+
+    y = V f(x) + c,    V, c trained, f frozen
+
+Trains the head's own parameters: classes x (features + 1) for a linear one. What a representation is worth without
+changing it, and the first stage of "linear probe, then fine-tune".
+
+Alain & Bengio 2016, "Understanding intermediate layers using linear classifier probes", arXiv:1610.01644;
+Kumar et al. 2022, "Fine-Tuning can Distort Pretrained Features", arXiv:2202.10054.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from lightning_peft.core.inject import Plan
+from lightning_peft.core.targets import TargetError, match_modules
+from lightning_peft.methods.selection import SelectionMethod, head_module
+
+__all__ = ["LinearProbe"]
+
+
+class LinearProbe(SelectionMethod):
+    """Linear probing: the output head trains, the base is frozen.
+
+    Choose it when data is scarce or the base already separates the classes, and as the lower bound of a comparison.
+    It costs next to nothing: no gradient flows into the base. It cannot learn features that the base does not have.
+
+    Args:
+        targets: ``"head"``, the output head found in the model (with a dense layer before it that belongs to it), or
+            patterns of what is to be the head.
+        exclude: patterns of modules inside it that stay frozen.
+        trainable: the head by pattern instead; with it the model's own output head is not looked for.
+        name: see :class:`lightning_peft.PEFTMethod`.
+        **options: ``seed``, ``adapter_dtype``, ``train_norm_stats``, ``audit`` of
+            :class:`lightning_peft.PEFTMethod`.
+
+    Raises:
+        TargetError: no output head can be told, or a pattern matches nothing.
+
+    Example::
+
+        trainer = L.Trainer(callbacks=[lp.LinearProbe()])
+    """
+
+    def __init__(
+        self,
+        targets: str | Sequence[str] = "head",
+        exclude: str | Sequence[str] = (),
+        trainable: str | Sequence[str] = (),
+        name: str = "default",
+        **options: Any,
+    ) -> None:
+        super().__init__(targets, exclude, trainable, name, **options)
+
+    def choose(self, model: nn.Module, plan: Plan) -> None:
+        patterns = self.patterns("head")
+        if patterns:
+            return self.add_modules(model, match_modules(model, patterns, "targets"), plan)
+        if plan.train_modules:
+            return None
+        head = head_module(model)
+        if head is None:
+            last = [name for name, module in model.named_modules() if not any(module.children())][-3:]
+            raise TargetError(
+                f"LinearProbe finds no output head in {type(model).__name__}: name it, for example "
+                f"trainable=[{(last or ['head'])[-1]!r}]; the last modules are {last}"
+            )
+        self.add_modules(model, [head], plan)
+        inside = {id(p) for p in model.get_submodule(head).parameters()}
+        owners = model.named_parameters(remove_duplicate=False)
+        tied = sorted(n for n, p in owners if id(p) in inside and not n.startswith(f"{head}."))
+        if tied:
+            plan.notes.append(f"{head} shares its weight with {', '.join(tied)}, which trains with it")
+        return None
