@@ -9,13 +9,17 @@ Example::
     trainer.fit(MyOwnModule(), datamodule)  # checkpoints hold the trainable state only
 """
 
+from lightning_peft.core.activation import ActivationAdapter
 from lightning_peft.core.adapter import Adapter, WeightAdapter
+from lightning_peft.core.drop import adapter_drop
 from lightning_peft.core.host import active, disabled, set_active
 from lightning_peft.core.inject import InjectionError, apply, inspect, trainable_parameters
 from lightning_peft.core.merge import MergeError, merge, unload, unmerge
 from lightning_peft.core.report import Report
 from lightning_peft.core.state import StateError, adapter_state
 from lightning_peft.core.targets import TargetError
+from lightning_peft.methods.activation import ActivationMethod
+from lightning_peft.methods.bottleneck import BottleneckAdapter
 from lightning_peft.methods.callback import PEFTMethod
 from lightning_peft.methods.lora import LoRA
 from lightning_peft.methods.weight import WeightMethod
@@ -25,8 +29,11 @@ from lightning_peft.trainer.checkpoint import load_from_checkpoint
 __version__ = "0.1.0"
 
 __all__ = [
+    "ActivationAdapter",
+    "ActivationMethod",
     "Adapter",
     "AuditError",
+    "BottleneckAdapter",
     "InjectionError",
     "LoRA",
     "MergeError",
@@ -37,6 +44,7 @@ __all__ = [
     "WeightAdapter",
     "WeightMethod",
     "active",
+    "adapter_drop",
     "adapter_state",
     "apply",
     "disabled",
