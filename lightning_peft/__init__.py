@@ -21,7 +21,9 @@ from lightning_peft.core.targets import TargetError
 from lightning_peft.methods.activation import ActivationMethod
 from lightning_peft.methods.bottleneck import BottleneckAdapter
 from lightning_peft.methods.callback import PEFTMethod
+from lightning_peft.methods.ia3 import IA3
 from lightning_peft.methods.lora import LoRA
+from lightning_peft.methods.ssf import SSF
 from lightning_peft.methods.weight import WeightMethod
 from lightning_peft.trainer.audit import AuditError
 from lightning_peft.trainer.checkpoint import load_from_checkpoint
@@ -29,6 +31,8 @@ from lightning_peft.trainer.checkpoint import load_from_checkpoint
 __version__ = "0.1.0"
 
 __all__ = [
+    "IA3",
+    "SSF",
     "ActivationAdapter",
     "ActivationMethod",
     "Adapter",

@@ -121,8 +121,8 @@ def hidden_state(output: Any, where: str) -> Tensor:
         first = output[0]
     if not isinstance(first, Tensor):
         raise TypeError(
-            f"{where!r} gives {type(output).__name__} with {type(first).__name__} in first place: an activation adapter "
-            "needs a tensor, or a tuple or mapping whose first item is one"
+            f"{where!r} gives {type(output).__name__} with {type(first).__name__} in first place: an activation "
+            "adapter needs a tensor, or a tuple or mapping whose first item is one"
         )
     return first
 
@@ -223,8 +223,8 @@ def _places(pattern: str, model: nn.Module, modules: dict[str, nn.Module], heads
         if not found:
             kinds = sorted({original_class(m).__name__ for _, m in find_blocks(model)})
             raise TargetError(
-                f"targets={pattern!r}: nothing in this model looks like {kind.replace('forward', '-forward')} (its blocks "
-                f"are {kinds}): use targets='all-blocks', or patterns of the modules to adapt"
+                f"targets={pattern!r}: nothing in this model looks like {kind.replace('forward', '-forward')} (its "
+                f"blocks are {kinds}): use targets='all-blocks', or patterns of the modules to adapt"
             )
         return found
     if pattern == "all-blocks":

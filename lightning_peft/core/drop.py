@@ -53,7 +53,9 @@ def adapter_drop(model: nn.Module, blocks: int | Sequence[int], name: str | None
     }
     stacks = {host: stack for host, stack in stacks.items() if name is None or name in stack}
     if chosen and not stacks:
-        raise ValueError(f"no adapter to leave out in {', '.join(chosen)}; adapters are in {[n for n, _ in hosts(model)]}")
+        raise ValueError(
+            f"no adapter to leave out in {', '.join(chosen)}; adapters are in {[n for n, _ in hosts(model)]}"
+        )
     if any(stack.merged is not None for stack in stacks.values()):
         raise ValueError("adapters are merged into the base: lp.unmerge(model) first")
     before = {host: stack.active for host, stack in stacks.items()}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import nn
@@ -31,6 +31,7 @@ class Sublayer:
         start: the name of the module whose input is the sub-layer's.
         end: the name of the module whose output is the sub-layer's, before residual sum and norm.
         sites: the names of the linear layers and projections inside, in order.
+        outputs: those of them that project back to the width of the sub-layer's input; several for experts.
         width: features of the output, or None where no layer inside tells.
     """
 
@@ -38,6 +39,7 @@ class Sublayer:
     start: str
     end: str
     sites: tuple[str, ...]
+    outputs: tuple[str, ...]
     width: int | None
 
 
@@ -93,7 +95,15 @@ def channels_first(module: nn.Module) -> bool:
 
 
 def _own_width(module: nn.Module) -> int | None:
-    for attribute in ("out_features", "out_channels", "num_features", "num_channels", "embed_dim", "embedding_dim", "nf"):
+    for attribute in (
+        "out_features",
+        "out_channels",
+        "num_features",
+        "num_channels",
+        "embed_dim",
+        "embedding_dim",
+        "nf",
+    ):
         value = module.__dict__.get(attribute)
         if isinstance(value, int) and any(True for _ in module.parameters(recurse=False)):
             return value
@@ -137,7 +147,7 @@ def _search(
                         break
         width = next((s.width for s in found if s.width is not None), None)
         for s in found:  # experts in bare parameters do not tell their width; the block's residual stream has one
-            yield s if s.width is not None or not root else Sublayer(s.kind, s.start, s.end, s.sites, width)
+            yield s if s.width is not None or not root else replace(s, width=width)
 
 
 def _sublayer(
@@ -150,16 +160,18 @@ def _sublayer(
         return None
     literal: Literal["attention", "feedforward"] = "attention" if kind == "attention" else "feedforward"
     last = [n for n in linear if label(n) in _LAST[kind] and (n == end or n.startswith(f"{end}."))]
-    if start == end:
+    pair = start != end
+    if not pair:
         start = _narrowed(start, names, modules, sites)
-    experts = kind == "feedforward" and (bare or len(last) > 1)
-    if experts or not linear:
-        return Sublayer(literal, start, start, tuple(names), None)
-    host = sites[(last or linear)[-1]].host
+    outputs = tuple(n for n in names if label(n) in _LAST[kind])
+    if (kind == "feedforward" and (bare or len(last) > 1)) or not linear:  # experts
+        return Sublayer(literal, start, start, tuple(names), outputs, None)
+    final = (last or linear)[-1]
+    host = sites[final].host
     first, width = sites[linear[0]].module, output_width(modules[host])
     if kind == "feedforward" and getattr(first, "in_features", width) != width:
-        return Sublayer(literal, start, start if len({start, end}) == 1 else end, tuple(names), first.in_features)
-    return Sublayer(literal, start, host, tuple(names), width)
+        return Sublayer(literal, start, end if pair else start, tuple(names), outputs, first.in_features)
+    return Sublayer(literal, start, host, tuple(names), (final,), width)
 
 
 def _narrowed(name: str, inside: list[str], modules: dict[str, nn.Module], sites: dict[str, Site]) -> str:

@@ -36,20 +36,36 @@ _PLAIN: dict[str, Any] = {"scaling": 1.0, "init": "zero", "stochastic_depth": 0.
 PRESETS: dict[str, dict[str, Any]] = {
     "houlsby": {"targets": _BOTH, "parallel": False, "reduction_factor": 16, "non_linearity": "swish", **_PLAIN},
     "pfeiffer": {
-        **{"targets": "all-feedforward", "parallel": False, "reduction_factor": 16, "non_linearity": "relu"},
+        "targets": "all-feedforward",
+        "parallel": False,
+        "reduction_factor": 16,
+        "non_linearity": "relu",
         **_PLAIN,
     },
     "parallel": {
-        **{"targets": "all-feedforward", "parallel": True, "reduction_factor": 2, "non_linearity": "relu"},
+        "targets": "all-feedforward",
+        "parallel": True,
+        "reduction_factor": 2,
+        "non_linearity": "relu",
         **_PLAIN,
     },
     "scaled_parallel": {
-        **{"targets": "all-feedforward", "parallel": True, "reduction_factor": 2, "non_linearity": "relu"},
-        **{"scaling": 4.0, "init": "zero", "stochastic_depth": 0.0},
+        "targets": "all-feedforward",
+        "parallel": True,
+        "reduction_factor": 2,
+        "non_linearity": "relu",
+        "scaling": 4.0,
+        "init": "zero",
+        "stochastic_depth": 0.0,
     },
     "adapterplus": {
-        **{"targets": "all-feedforward", "parallel": False, "reduction_factor": 96, "non_linearity": "gelu"},
-        **{"scaling": "channel", "init": "houlsby", "stochastic_depth": 0.1},
+        "targets": "all-feedforward",
+        "parallel": False,
+        "reduction_factor": 96,
+        "non_linearity": "gelu",
+        "scaling": "channel",
+        "init": "houlsby",
+        "stochastic_depth": 0.1,
     },
 }
 _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -183,8 +199,8 @@ class BottleneckAdapter(ActivationMethod):
             size = int(site.width // factor)
             if size < 1:
                 raise ValueError(
-                    f"reduction_factor={factor:g} leaves no width at {site.host!r}, which has {site.width} features: lower "
-                    "it, or set bottleneck_size"
+                    f"reduction_factor={factor:g} leaves no width at {site.host!r}, which has {site.width} features: "
+                    "lower it, or set bottleneck_size"
                 )
         return Bottleneck(
             site,
