@@ -133,6 +133,12 @@ class ConvLayout(Layout):
         kernel = b.view(*b.shape, *[1] * len(host.kernel_size))
         return torch.add(y, _CONV[len(host.kernel_size)](h, kernel, groups=host.groups), alpha=scale)
 
+    def features(self, host: Any, v: Tensor) -> Tensor:
+        return v.view(-1, *[1] * len(host.kernel_size))
+
+    def inputs(self, host: Any, matrix: torch.Size) -> tuple[int, int]:
+        return host.in_channels, host.groups
+
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 

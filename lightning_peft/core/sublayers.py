@@ -168,9 +168,10 @@ def _sublayer(
         return Sublayer(literal, start, start, tuple(names), outputs, None)
     final = (last or linear)[-1]
     host = sites[final].host
-    first, width = sites[linear[0]].module, output_width(modules[host])
-    if kind == "feedforward" and getattr(first, "in_features", width) != width:
-        return Sublayer(literal, start, end if pair else start, tuple(names), outputs, first.in_features)
+    width = output_width(modules[host])
+    enters = getattr(sites[linear[0]].module, "in_features", width)
+    if kind == "feedforward" and enters != width:  # the last layer found is not the one that projects back
+        return Sublayer(literal, start, end if pair else start, tuple(names), outputs, enters)
     return Sublayer(literal, start, host, tuple(names), (final,), width)
 
 

@@ -12,6 +12,7 @@ Lian et al. 2022, "Scaling & Shifting Your Features: A New Baseline for Efficien
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -75,7 +76,8 @@ class SSF(WeightMethod):
 
     def find(self, model: nn.Module, heads: list[str]) -> tuple[dict[str, Site], list[str]]:
         sites = weight_sites(model)
-        head = output_head(model, sites)
+        layers = {name: replace(site, linear_like=_bias(site) is not None) for name, site in sites.items()}
+        head = output_head(model, layers)  # of a convolutional network too, where it is the one linear layer
         norms = norm_sites(model)
         # In model order, with a norm's weight where its module stands.
         order = {name: i for i, (name, _) in enumerate(model.named_modules())}
