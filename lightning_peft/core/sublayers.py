@@ -72,8 +72,8 @@ def find_sublayers(model: nn.Module) -> list[Sublayer]:
 
 
 def label(site: str) -> str:
-    """The last part of a name that is no number: ``to_out`` for ``attn.to_out.0``."""
-    parts = [part for part in site.split(".") if not part.isdigit()]
+    """The last part of a name that is no number, in lower case: ``to_out`` for ``attn.to_out.0``."""
+    parts = [part for part in site.lower().split(".") if not part.isdigit()]
     return parts[-1] if parts else site
 
 

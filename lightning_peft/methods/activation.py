@@ -11,6 +11,7 @@ from torch import nn
 from lightning_peft.core.activation import ActivationAdapter, ActivationSite, InputTap, find_activation_sites
 from lightning_peft.core.inject import Plan
 from lightning_peft.core.swap import original_class
+from lightning_peft.core.targets import TargetError
 from lightning_peft.methods.callback import PEFTMethod, positive_int
 
 __all__ = ["ActivationMethod"]
@@ -86,6 +87,10 @@ class ActivationMethod(PEFTMethod):
                 plan.attach.append((site.start, site.start, tap, f"its input goes to the adapter at {site.host}"))
             kind = original_class(site.module).__name__
             plan.attach.append((site.host, site.host, adapter, f"{self.describe(adapter)} on {kind} {site.width}"))
+        hosts = [host for host, *_ in plan.attach]
+        twice = [host for host in hosts if hosts.count(host) > 1]
+        if twice:
+            raise TargetError(f"targets={self.targets!r} reach {twice[0]!r} in two ways: exclude one of them")
         return plan
 
     def describe(self, adapter: ActivationAdapter) -> str:

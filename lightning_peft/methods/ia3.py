@@ -28,7 +28,7 @@ from lightning_peft.methods.weight import WeightMethod, check_bias, exactly
 __all__ = ["IA3"]
 
 _KEY_VALUE = re.compile(r"(to_)?[kv](_proj|_lin)?|(key|value)(_proj|_layer)?|kv(_proj)?|[kv]_proj_weight|kv_b_proj")
-_FUSED = re.compile(r"c_attn|w?qkv(_proj)?|query_key_value|W_pack|in_proj(_weight)?", re.IGNORECASE)
+_FUSED = re.compile(r"c_attn|w?qkv(_proj)?|query_key_value|w_pack|in_proj(_weight)?")
 
 
 class IA3(WeightMethod):
@@ -36,7 +36,7 @@ class IA3(WeightMethod):
 
     Choose it when the adapter must be tiny (some thousand parameters, a tenth of LoRA's smallest) and data is scarce,
     as in few-shot learning of a language model. It costs quality where the task is far from what the base does, and
-    wants a high learning rate (3e-3 to 1e-2).
+    wants a high learning rate (3e-3 in the paper).
 
     Args:
         targets: weights whose output is scaled: ``"all-key-value"`` (the key and value projections of each attention;

@@ -183,11 +183,14 @@ def _offset(norm: nn.Module) -> float | None:
     if any(c.__module__ in _TORCH_NORMS for c in original_class(norm).__mro__):
         return 0.0
     size = norm.get_parameter("weight").shape[0]
-    x = torch.linspace(-1.0, 2.0, 2 * size).view(2, size)
+    here: dict[str, Any] = {"dtype": torch.float32, "device": torch.device("cpu")}  # whatever a strategy has set
+    x = torch.linspace(-1.0, 2.0, 2 * size, **here).view(2, size)
 
     def run(value: float) -> Tensor:
-        parameters = {n: torch.zeros(p.shape) for n, p in norm._parameters.items() if p is not None}
-        return torch.func.functional_call(norm, {**parameters, "weight": torch.full((size,), value)}, (x,)).float()
+        parameters = {n: torch.zeros(p.shape, **here) for n, p in norm._parameters.items() if p is not None}
+        return torch.func.functional_call(
+            norm, {**parameters, "weight": torch.full((size,), value, **here)}, (x,)
+        ).float()
 
     try:
         at_zero, at_one, at_two = run(0.0), run(1.0), run(2.0)

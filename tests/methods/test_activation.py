@@ -101,11 +101,11 @@ def test_exclude_and_trainable():
 
 
 def test_bad_input():
-    with pytest.raises(lp.TargetError, match="'layers' is a ModuleList, which is never called: .*'layers\\.\\*'"):
+    with pytest.raises(lp.TargetError, match=r"'layers' is a ModuleList, which is never called: .*'layers\.\*'"):
         lp.apply(encoder(), Shift(targets="layers"))
-    with pytest.raises(lp.TargetError, match="out_proj' is never called, .* name 'layers.0.self_attn'"):
+    with pytest.raises(lp.TargetError, match=r"out_proj' is never called, .* name 'layers.0.self_attn'"):
         lp.apply(encoder(), Shift(targets="out_proj"))
-    with pytest.raises(lp.TargetError, match="features that '1' \\(ReLU\\) gives .*set width="):
+    with pytest.raises(lp.TargetError, match=r"features that '1' \(ReLU\) gives .*set width="):
         lp.apply(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), Shift(targets="1"))
     with pytest.raises(lp.TargetError, match="'sef_attn' matches nothing; nearest: self_attn"):
         lp.apply(encoder(), Shift(targets="sef_attn"))
@@ -117,7 +117,7 @@ def test_bad_input():
         Shift(width=0)
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
     lp.apply(model, Shift(targets="1", width=5))
-    with pytest.raises(ValueError, match="'1' gives an output of shape \\(2, 4\\).* not the 5 features"):
+    with pytest.raises(ValueError, match=r"'1' gives an output of shape \(2, 4\).* not the 5 features"):
         model(torch.randn(2, 4))
     model = nn.ModuleDict({"lstm": nn.LSTM(4, 4)})
     lp.apply(model, Shift(targets="lstm", width=4))

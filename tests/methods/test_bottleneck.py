@@ -7,7 +7,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lightning_peft as lp
-from tests.methods.fitting import BATCHES, TOKENS, ConvNet, bert, encoder, fit_and_resume, gpt2, llama, moved, run, seeded
+from tests.methods.fitting import (
+    BATCHES,
+    TOKENS,
+    ConvNet,
+    bert,
+    encoder,
+    fit_and_resume,
+    gpt2,
+    llama,
+    moved,
+    run,
+    seeded,
+)
 
 PRESETS = ["houlsby", "pfeiffer", "parallel", "scaled_parallel", "adapterplus"]
 MODELS = [bert, llama, gpt2, encoder]
@@ -37,7 +49,7 @@ def test_count_identity_and_disabled(make, preset):
         fresh.load_state_dict(lp.adapter_state(model), strict=False)
         assert torch.equal(run(fresh, x), changed)
         torch.testing.assert_close(run(lp.unload(fresh), x), base, rtol=1e-5, atol=2e-6)
-        with pytest.raises(lp.MergeError, match="Bottleneck|InputTap"):
+        with pytest.raises(lp.MergeError, match=r"Bottleneck|InputTap"):
             lp.merge(model)
         assert torch.equal(run(model, x), changed)
 
@@ -193,7 +205,13 @@ def test_a_sequential_is_adapted_from_its_first_to_its_last_layer(parallel):
 
 def test_options():
     x = BATCHES[encoder]
-    for options in ({"norm_before": True}, {"norm_after": True}, {"gate": True}, {"scaling": "learned"}, {"scaling": "channel"}):
+    for options in (
+        {"norm_before": True},
+        {"norm_after": True},
+        {"gate": True},
+        {"scaling": "learned"},
+        {"scaling": "channel"},
+    ):
         model = encoder()
         base = run(model, x)
         count = lp.apply(model, lp.BottleneckAdapter(bottleneck_size=4, **options)).trainable
@@ -264,17 +282,19 @@ def test_bad_input():
         lp.BottleneckAdapter("hulsby")
     with pytest.raises(ValueError, match="not both"):
         lp.BottleneckAdapter(bottleneck_size=4, reduction_factor=4)
-    with pytest.raises(ValueError, match="bottleneck_size\\['default'\\] must be an integer"):
+    with pytest.raises(ValueError, match=r"bottleneck_size\['default'\] must be an integer"):
         lp.BottleneckAdapter(bottleneck_size=0)
-    with pytest.raises(ValueError, match="reduction_factor\\['default'\\] must be a number above 0"):
+    with pytest.raises(ValueError, match=r"reduction_factor\['default'\] must be a number above 0"):
         lp.BottleneckAdapter(reduction_factor=-1)
     with pytest.raises(ValueError, match="scaling must be one of 'learned', 'channel', 'a number', got 'x'"):
         lp.BottleneckAdapter(scaling="x")
-    with pytest.raises(ValueError, match="reduction_factor=96 leaves no width at 'layers.0.linear2', which has 16"):
+    with pytest.raises(ValueError, match=r"reduction_factor=96 leaves no width at 'layers.0.linear2', which has 16"):
         lp.apply(encoder(), lp.BottleneckAdapter("adapterplus"))
-    with pytest.raises(ValueError, match="has no value for 'layers.1.linear2': add a 'default'"):
+    with pytest.raises(ValueError, match=r"has no value for 'layers.1.linear2': add a 'default'"):
         lp.apply(encoder(), lp.BottleneckAdapter(bottleneck_size={"layers.0.linear2": 4}))
     with pytest.raises(lp.TargetError, match="bottleneck_size: 'linear3' matches nothing; nearest: linear2"):
         lp.apply(encoder(), lp.BottleneckAdapter(bottleneck_size={"default": 4, "linear3": 4}))
-    with pytest.raises(lp.TargetError, match="looks like feed-forward .*'Block'.*all-blocks"):
+    with pytest.raises(lp.TargetError, match=r"reach 'layer1.0' in two ways"):
+        lp.apply(ConvNet(), lp.BottleneckAdapter("parallel", targets=["layer1", "layer1.0"]))
+    with pytest.raises(lp.TargetError, match=r"looks like feed-forward .*'Block'.*all-blocks"):
         lp.apply(ConvNet(), lp.BottleneckAdapter())

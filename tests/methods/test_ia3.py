@@ -5,7 +5,19 @@ import torch
 from torch import nn
 
 import lightning_peft as lp
-from tests.methods.fitting import BATCHES, TOKENS, ConvNet, bert, encoder, fit_and_resume, gpt2, llama, moved, run, seeded
+from tests.methods.fitting import (
+    BATCHES,
+    TOKENS,
+    ConvNet,
+    bert,
+    encoder,
+    fit_and_resume,
+    gpt2,
+    llama,
+    moved,
+    run,
+    seeded,
+)
 
 peft = pytest.importorskip("peft")
 
@@ -160,7 +172,7 @@ def test_fit(tmp_path):
 def test_bad_input():
     with pytest.raises(lp.TargetError, match="both empty"):
         lp.IA3(targets=(), feedforward_targets=())
-    with pytest.raises(lp.TargetError, match="key and value projections of an attention.*targets=\\(\\)"):
+    with pytest.raises(lp.TargetError, match=r"key and value projections of an attention.*targets=\(\)"):
         lp.apply(ConvNet(), lp.IA3())
     with pytest.raises(lp.TargetError, match="nearest: v_proj"):
         lp.apply(llama(), lp.IA3(targets="v_prj"))

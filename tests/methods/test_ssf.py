@@ -5,7 +5,19 @@ import torch
 from torch import Tensor, nn
 
 import lightning_peft as lp
-from tests.methods.fitting import BATCHES, SMALL, TOKENS, ConvNet, bert, encoder, fit_and_resume, llama, moved, run, seeded
+from tests.methods.fitting import (
+    BATCHES,
+    SMALL,
+    TOKENS,
+    ConvNet,
+    bert,
+    encoder,
+    fit_and_resume,
+    llama,
+    moved,
+    run,
+    seeded,
+)
 
 
 class Norms(nn.Module):
@@ -39,7 +51,9 @@ def rough(model: nn.Module) -> nn.Module:
     """Norm layers with weights and statistics other than ones and zeros."""
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point():
-            tensor.add_(torch.linspace(0.1, 0.5, tensor.numel()).view(tensor.shape), alpha=0.5 if "norm" in name else 0.2)
+            tensor.add_(
+                torch.linspace(0.1, 0.5, tensor.numel()).view(tensor.shape), alpha=0.5 if "norm" in name else 0.2
+            )
     return model
 
 
@@ -84,7 +98,9 @@ def test_identity_count_merge_and_unmerge(make, x, count, dtype):
         assert not any("adapters" in key for key in plain.state_dict())
 
 
-@pytest.mark.parametrize("layer", [nn.Linear(4, 8), nn.Conv1d(4, 8, 3), nn.Conv3d(4, 8, 2, bias=False), nn.GroupNorm(2, 4)])
+@pytest.mark.parametrize(
+    "layer", [nn.Linear(4, 8), nn.Conv1d(4, 8, 3), nn.Conv3d(4, 8, 2, bias=False), nn.GroupNorm(2, 4)]
+)
 def test_is_a_scale_and_a_shift_of_the_output(layer):
     size = {nn.Linear: (3, 4), nn.Conv1d: (2, 4, 5), nn.Conv3d: (2, 4, 3, 3, 3), nn.GroupNorm: (2, 4, 5)}[type(layer)]
     x = torch.randn(size, dtype=torch.float64)
@@ -118,8 +134,24 @@ def test_a_norm_that_is_no_function_of_its_weight_is_left_alone_and_named():
     model = nn.Sequential(nn.Linear(4, 4), OddNorm(), nn.Linear(4, 2))
     report = lp.apply(copy.deepcopy(model), lp.SSF())
     assert any(note.startswith("1: left as it is") for note in report.notes)
-    with pytest.raises(ValueError, match="'1' \\(OddNorm\\).*no simple function of its weight"):
+    with pytest.raises(ValueError, match=r"'1' \(OddNorm\).*no simple function of its weight"):
         lp.apply(model, lp.SSF(targets="1"))
+
+
+def test_plan_under_a_strategy_that_builds_on_the_meta_device_in_half_precision():
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        with torch.device("meta"):
+            assert lp.inspect(gemma_on_meta(), lp.SSF()).trainable == CASES[-1][2]
+    finally:
+        torch.set_default_dtype(before)
+
+
+def gemma_on_meta() -> nn.Module:
+    from transformers import GemmaConfig, GemmaModel
+
+    return GemmaModel(GemmaConfig(**SMALL, num_key_value_heads=1, head_dim=8))
 
 
 def test_bert_and_the_head_is_left_out():
