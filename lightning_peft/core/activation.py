@@ -96,6 +96,9 @@ class InputTap(Adapter):
             raise RuntimeError(f"{self.reader!r} ran before the module whose input its adapter reads")
         return x
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_input": None}  # a run that broke off may have left one, which no copy can hold
+
     def extra_repr(self) -> str:
         return f"read by {self.reader}"
 

@@ -128,6 +128,15 @@ def test_parallel_reads_the_input_of_the_whole_sublayer():
     torch.testing.assert_close(layer.output(layer.intermediate(x), x), expected)
 
 
+def test_a_run_that_breaks_off_leaves_nothing_that_cannot_be_copied():
+    model = encoder()
+    lp.apply(model, lp.BottleneckAdapter("parallel", bottleneck_size=4))
+    model.layers[0].linear1(BATCHES[encoder].clone().requires_grad_() * 2)  # and never on to linear2
+    assert model.layers[0].linear1.adapters["default"]._input is not None
+    assert copy.deepcopy(model).layers[0].linear1.adapters["default"]._input is None
+    pickle.dumps(model)
+
+
 @pytest.mark.parametrize("preset", ["houlsby", "parallel"])
 @pytest.mark.parametrize("make", [bert, llama, encoder])
 def test_compile_without_graph_breaks(make, preset):
