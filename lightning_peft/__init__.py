@@ -9,24 +9,30 @@ Example::
     trainer.fit(MyOwnModule(), datamodule)  # checkpoints hold the trainable state only
 """
 
+from lightning_peft.core.activation import ActivationAdapter
 from lightning_peft.core.adapter import Adapter, WeightAdapter
+from lightning_peft.core.drop import adapter_drop
 from lightning_peft.core.host import active, disabled, set_active
 from lightning_peft.core.inject import InjectionError, apply, inspect, trainable_parameters
 from lightning_peft.core.merge import MergeError, merge, unload, unmerge
 from lightning_peft.core.report import Report
 from lightning_peft.core.state import StateError, adapter_state
 from lightning_peft.core.targets import TargetError
+from lightning_peft.methods.activation import ActivationMethod
 from lightning_peft.methods.adalora import AdaLoRA
 from lightning_peft.methods.bitfit import BitFit
+from lightning_peft.methods.bottleneck import BottleneckAdapter
 from lightning_peft.methods.callback import PEFTMethod
 from lightning_peft.methods.dylora import DyLoRA
 from lightning_peft.methods.full import FullFineTuning
 from lightning_peft.methods.gradual import GradualUnfreezing
+from lightning_peft.methods.ia3 import IA3
 from lightning_peft.methods.last_layers import LastLayers
 from lightning_peft.methods.linear_probe import LinearProbe
 from lightning_peft.methods.lora import LoRA
 from lightning_peft.methods.norm_tuning import NormTuning
 from lightning_peft.methods.selection import SelectionMethod
+from lightning_peft.methods.ssf import SSF
 from lightning_peft.methods.weight import WeightMethod
 from lightning_peft.trainer.audit import AuditError
 from lightning_peft.trainer.checkpoint import load_from_checkpoint
@@ -34,10 +40,15 @@ from lightning_peft.trainer.checkpoint import load_from_checkpoint
 __version__ = "0.1.0"
 
 __all__ = [
+    "IA3",
+    "SSF",
+    "ActivationAdapter",
+    "ActivationMethod",
     "AdaLoRA",
     "Adapter",
     "AuditError",
     "BitFit",
+    "BottleneckAdapter",
     "DyLoRA",
     "FullFineTuning",
     "GradualUnfreezing",
@@ -55,6 +66,7 @@ __all__ = [
     "WeightAdapter",
     "WeightMethod",
     "active",
+    "adapter_drop",
     "adapter_state",
     "apply",
     "disabled",

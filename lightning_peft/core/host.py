@@ -132,9 +132,9 @@ def effective_weights(
 
 
 def stored_parameter(host: nn.Module, name: str) -> Tensor | None:
-    """A parameter of the host or of its child, by dotted name; None where it is registered as None."""
+    """A parameter of the host or of its child, by dotted name; None where it has none."""
     owner, _, last = name.rpartition(".")
-    return host.get_submodule(owner)._parameters[last]
+    return host.get_submodule(owner)._parameters.get(last)
 
 
 def _run_with(host: Any, weights: dict[str, Tensor], forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -266,7 +266,8 @@ def _check_injectable(model: nn.Module) -> None:
 
 def _commit(model: nn.Module, method: Method, plan: Plan, report: Report) -> None:
     for host, shown, adapter, what in plan.attach:
-        reference = next(model.get_submodule(host).parameters(), None)
+        owners = (model.get_submodule(host), model)
+        reference = next((p for owner in owners for p in owner.parameters()), None)
         if reference is not None and not reference.is_meta:
             adapter.to(reference.device)
         attach(model, host, method.name, adapter)

@@ -20,7 +20,7 @@ from torch.nn.utils import parametrize
 from lightning_peft.core.swap import original_class
 from lightning_peft.core.targets import TargetError, as_patterns, base_modules, match, no_match
 
-__all__ = ["Layout", "Site", "find_sites", "output_head", "weight_sites"]
+__all__ = ["Layout", "Site", "find_sites", "norm_sites", "output_head", "weight_sites"]
 
 
 class Layout:
@@ -44,6 +44,14 @@ class Layout:
         """``y`` plus ``scale`` times the matrix ``b`` (out x r) applied to ``h``."""
         raise NotImplementedError
 
+    def features(self, host: Any, v: Tensor) -> Tensor:
+        """``v``, one value for each input or output feature, shaped to broadcast over the layer's activations."""
+        raise NotImplementedError
+
+    def inputs(self, host: Any, matrix: torch.Size) -> tuple[int, int]:
+        """The number of input features, and of the groups they fall into; columns are (features / groups * kernel)."""
+        return matrix[-1], 1
+
 
 class LinearLayout(Layout):
     """``nn.Linear``: the weight is W itself."""
@@ -59,6 +67,9 @@ class LinearLayout(Layout):
         out = torch.addmm(y.reshape(-1, y.shape[-1]), _cast(h, y).reshape(-1, h.shape[-1]), b.t(), alpha=scale)
         return out.view(y.shape)
 
+    def features(self, host: Any, v: Tensor) -> Tensor:
+        return v
+
 
 class TransposedLayout(LinearLayout):
     """Hugging Face's ``Conv1D`` (GPT-2): the weight is stored as W^T."""
@@ -68,6 +79,16 @@ class TransposedLayout(LinearLayout):
 
     def stored(self, matrix: Tensor, like: Tensor) -> Tensor:
         return matrix.t()
+
+
+class NormLayout(Layout):
+    """The weight of a norm layer, one value for each feature, as a matrix of one column."""
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        return weight.reshape(-1, 1)
+
+    def stored(self, matrix: Tensor, like: Tensor) -> Tensor:
+        return matrix.reshape(like.shape)
 
 
 class EmbeddingLayout(LinearLayout):
@@ -114,6 +135,12 @@ class ConvLayout(Layout):
             return out.view(y.shape)
         kernel = b.view(*b.shape, *[1] * len(host.kernel_size))
         return torch.add(y, _CONV[len(host.kernel_size)](h, kernel, groups=host.groups), alpha=scale)
+
+    def features(self, host: Any, v: Tensor) -> Tensor:
+        return v.view(-1, *[1] * len(host.kernel_size))
+
+    def inputs(self, host: Any, matrix: torch.Size) -> tuple[int, int]:
+        return host.in_channels, host.groups
 
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -178,6 +205,13 @@ def weight_sites(model: nn.Module) -> dict[str, Site]:
     return sites
 
 
+def norm_sites(model: nn.Module) -> dict[str, Site]:
+    """The weights of the norm layers of ``model``, by name; layers without a weight have none."""
+    norms = {n: m for n, m in base_modules(model) if n and "Norm" in original_class(m).__name__}
+    owned = {n: m for n, m in norms.items() if m._parameters.get("weight") is not None}
+    return {n: Site(n, n, m, "weight", NormLayout()) for n, m in owned.items()}
+
+
 def _sites_of(name: str, module: nn.Module) -> list[Site]:
     def inside(parameter: str) -> str:
         return f"{name}.{parameter}" if name else parameter
@@ -231,7 +265,11 @@ def _guarded(layout: Layout, cls: Any, kind: Any) -> Layout:
 
 
 def find_sites(
-    model: nn.Module, targets: Any, exclude: Any = (), trainable: Iterable[str] = ()
+    model: nn.Module,
+    targets: Any,
+    exclude: Any = (),
+    trainable: Iterable[str] = (),
+    sites: dict[str, Site] | None = None,
 ) -> tuple[dict[str, Site], list[str]]:
     """The sites that a method's arguments name, and the layers that ``all-linear`` leaves out.
 
@@ -241,11 +279,12 @@ def find_sites(
             every linear-like layer but the output head and what ``trainable`` trains in full.
         exclude: patterns to take away again.
         trainable: names of modules that train in full; never adapted as well.
+        sites: what there is to choose from; by default all of :func:`weight_sites`.
 
     Raises:
         TargetError: a pattern matches nothing, or only layers that cannot be adapted; or nothing is left.
     """
-    sites = weight_sites(model)
+    sites = weight_sites(model) if sites is None else sites
     heads: list[str] = []
     chosen: dict[str, str] = {}
     for pattern in as_patterns(targets, "targets"):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from abc import abstractmethod
+from collections.abc import Iterable
 from typing import cast
 
 from torch import nn
@@ -14,7 +16,7 @@ from lightning_peft.core.sites import Site, find_sites
 from lightning_peft.core.swap import original_class
 from lightning_peft.methods.callback import PEFTMethod
 
-__all__ = ["WeightMethod"]
+__all__ = ["WeightMethod", "check_bias", "exactly"]
 
 
 class WeightMethod(PEFTMethod):
@@ -44,10 +46,14 @@ class WeightMethod(PEFTMethod):
         """
         raise NotImplementedError
 
+    def find(self, model: nn.Module, heads: list[str]) -> tuple[dict[str, Site], list[str]]:
+        """The weights to adapt, by name, and the output heads that are left out; see :func:`find_sites`."""
+        return find_sites(model, self.targets, self.exclude, heads)
+
     def plan(self, model: nn.Module) -> Plan:
         plan = Plan(train_modules=self.heads(model))
         heads = [*plan.train_modules]
-        sites, left_out = find_sites(model, self.targets, self.exclude, heads)
+        sites, left_out = self.find(model, heads)
         for head in left_out:
             if head not in heads:
                 plan.notes.append(
@@ -101,4 +107,23 @@ def check_low_rank(method: str, r: int, argument: str, dropout: float, site: Sit
         raise ValueError(
             f"dropout={dropout} cannot be had on {site.name!r}, whose module reads the weight instead of calling a "
             f"layer: set dropout=0, or exclude it and add a second {method} with dropout=0 for it"
+        )
+
+
+def exactly(names: Iterable[str]) -> list[str]:
+    """Patterns that match these names and nothing else."""
+    return [f"re:{re.escape(name)}" for name in names]
+
+
+def check_bias(site: Site) -> None:
+    """Refuse a weight whose bias cannot change with it.
+
+    Raises:
+        ValueError: the bias is a part of one that other weights share.
+    """
+    packed = site.parameter.endswith("_proj_weight") and site.parameter != "in_proj_weight"
+    if packed and site.module._parameters.get("in_proj_bias") is not None:
+        raise ValueError(
+            f"{site.name!r} shares the bias of its attention with the other projections, so that it cannot be scaled "
+            "with its bias: exclude it, or name the attention's out_proj"
         )

@@ -1,0 +1,265 @@
+"""Where an activation method attaches, a module's output, and what its adapters are.
+
+An adapter sees the module's input and its output. The output may be a tensor, a tuple or a mapping whose first
+tensor is the hidden state (Hugging Face's ``ModelOutput`` included); the rest is passed on as it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_peft.core.adapter import Adapter
+from lightning_peft.core.blocks import find_blocks
+from lightning_peft.core.sites import find_sites, weight_sites
+from lightning_peft.core.sublayers import channels_first, find_sublayers, output_width
+from lightning_peft.core.swap import original_class
+from lightning_peft.core.targets import TargetError, as_patterns, base_modules, match, no_match
+
+__all__ = ["ActivationAdapter", "ActivationSite", "InputTap", "find_activation_sites"]
+
+
+@dataclass(frozen=True)
+class ActivationSite:
+    """A place for an activation adapter.
+
+    Attributes:
+        name: what a pattern matches and errors show.
+        host: the name of the module that carries the adapter: the one whose output changes.
+        module: that module.
+        start: the name of the module whose input is the sub-layer's; ``host`` where it is its own.
+        width: features of the output.
+        axis: the dimension of the features: -1, or 1 for feature maps (N, C, ...).
+    """
+
+    name: str
+    host: str
+    module: nn.Module = field(repr=False)
+    start: str
+    width: int
+    axis: int = -1
+
+
+class ActivationAdapter(Adapter):
+    """An adapter that is a function of activations; a subclass gives :meth:`forward`.
+
+    Args:
+        site: where it attaches; gives ``site.width`` and ``site.axis``.
+    """
+
+    #: whether ``x`` must be the sub-layer's input where that is another module's than the host's
+    reads_input = False
+
+    def __init__(self, site: ActivationSite) -> None:
+        super().__init__()
+        self.site_name = site.name
+        self.width = site.width
+        self.axis = site.axis
+        self._taps: tuple[InputTap, ...] = ()  # in a tuple, so that it is no child
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """The new output from the input ``x`` and the output ``y`` so far; shaped as ``y``."""
+        raise NotImplementedError
+
+    def run(self, host: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        output = call(*args, **kwargs)
+        y = hidden_state(output, self.site_name)
+        if y.shape[self.axis] != self.width:
+            raise ValueError(
+                f"{self.site_name!r} gives an output of shape {tuple(y.shape)}, whose dimension {self.axis} is not the "
+                f"{self.width} features its layers promise: set width= (and channels_first=) to what it gives"
+            )
+        x = self._taps[0].take() if self._taps else first_tensor(args, kwargs)
+        return with_hidden_state(output, self(y if x is None else x, y))
+
+
+class InputTap(Adapter):
+    """Lends the input of the module it sits on to the adapter at the end of the sub-layer. It has no parameters."""
+
+    def __init__(self, reader: str) -> None:
+        super().__init__()
+        self.reader = reader
+        self._input: Tensor | None = None
+
+    def run(self, host: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._input = first_tensor(args, kwargs)
+        return call(*args, **kwargs)
+
+    def take(self) -> Tensor:
+        """The input of the run in progress, once."""
+        x, self._input = self._input, None
+        if x is None:
+            raise RuntimeError(f"{self.reader!r} ran before the module whose input its adapter reads")
+        return x
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_input": None}  # a run that broke off may have left one, which no copy can hold
+
+    def extra_repr(self) -> str:
+        return f"read by {self.reader}"
+
+
+def first_tensor(args: Iterable[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """The first floating-point tensor among a call's arguments."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return value
+    return None
+
+
+def hidden_state(output: Any, where: str) -> Tensor:
+    """The tensor that an adapter changes in a module's output.
+
+    Raises:
+        TypeError: the output holds no tensor in first place.
+    """
+    first = output
+    if isinstance(output, Mapping):
+        first = output[_key(output)] if len(output) else None
+    elif isinstance(output, tuple | list) and output:
+        first = output[0]
+    if not isinstance(first, Tensor):
+        raise TypeError(
+            f"{where!r} gives {type(output).__name__} with {type(first).__name__} in first place: an activation "
+            "adapter needs a tensor, or a tuple or mapping whose first item is one"
+        )
+    return first
+
+
+def with_hidden_state(output: Any, new: Tensor) -> Any:
+    """``output`` with ``new`` in the place of its hidden state; the rest is shared, nothing is changed in place."""
+    if isinstance(output, Tensor):
+        return new
+    if dataclasses.is_dataclass(output) and isinstance(output, Mapping):
+        return dataclasses.replace(output, **{_key(output): new})  # type: ignore[type-var]
+    if isinstance(output, Mapping):
+        return {**output, _key(output): new}
+    if hasattr(output, "_replace"):
+        return output._replace(**{output._fields[0]: new})
+    return type(output)((new, *output[1:]))
+
+
+def _key(output: Mapping[str, Any]) -> str:
+    return "last_hidden_state" if "last_hidden_state" in output else next(iter(output))
+
+
+@dataclass(frozen=True)
+class _Span:
+    """From the input of one module to the output of another, or of the same."""
+
+    start: str
+    end: str
+    width: int | None = None
+
+
+_PLACES = {"all-attention": "attention", "all-feedforward": "feedforward"}
+
+
+def find_activation_sites(
+    model: nn.Module,
+    targets: Any,
+    exclude: Any = (),
+    trainable: Iterable[str] = (),
+    width: int | None = None,
+    feature_maps: bool | None = None,
+) -> list[ActivationSite]:
+    """The places that a method's arguments name, one for each host, in model order.
+
+    Args:
+        model: any module.
+        targets: ``"all-attention"`` and ``"all-feedforward"`` (the output of each such sub-layer, before residual sum
+            and norm), ``"all-blocks"`` (the output of each block), ``"all-linear"``, or patterns of modules.
+        exclude: patterns to take away again: of the places, or of modules around them.
+        trainable: names of modules that train in full; the words above leave them out.
+        width: features of the outputs, where the modules do not tell.
+        feature_maps: whether the outputs are (N, C, ...), where the modules do not tell.
+
+    Raises:
+        TargetError: nothing is found; a module that is never called; a width that cannot be known.
+    """
+    modules = {name: module for name, module in base_modules(model) if name}
+    chosen: dict[str, tuple[str, _Span]] = {}  # by host
+    for pattern in as_patterns(targets, "targets"):
+        for name, span in _places(pattern, model, modules, list(trainable)).items():
+            chosen.setdefault(span.end, (name, span))
+    gone: set[str] = set()
+    for pattern in as_patterns(exclude, "exclude"):
+        hits = {e for e, (name, _) in chosen.items() if any(match(pattern, n, modules[n]) for n in _around(e, name))}
+        if not hits and not any(match(pattern, n, m) for n, m in modules.items()):
+            raise TargetError(f"exclude: {no_match(pattern, modules)}")
+        gone |= hits
+    left = {end: place for end, place in chosen.items() if end not in gone}
+    if not left:
+        raise TargetError(f"exclude={exclude!r} takes away all that targets={targets!r} matched")
+    sites = []
+    for end, (name, span) in left.items():
+        features = width or span.width or output_width(modules[end])
+        if features is None:
+            raise TargetError(
+                f"the number of features that {name!r} ({original_class(modules[end]).__name__}) gives cannot be told "
+                "from its layers: set width= to it (and channels_first=True for feature maps)"
+            )
+        maps = channels_first(modules[end]) if feature_maps is None else feature_maps
+        sites.append(ActivationSite(name, end, modules[end], span.start, features, 1 if maps else -1))
+    order = list(modules)
+    return sorted(sites, key=lambda site: order.index(site.host))
+
+
+def _around(*names: str) -> list[str]:
+    parts = [name.split(".") for name in names]
+    return [".".join(p[:i]) for p in parts for i in range(1, len(p) + 1)]
+
+
+def _places(pattern: str, model: nn.Module, modules: dict[str, nn.Module], heads: list[str]) -> dict[str, _Span]:
+    """What one pattern names, by the name it is shown under."""
+
+    def free(name: str) -> bool:
+        return not any(name == head or name.startswith(f"{head}.") for head in heads)
+
+    if pattern in _PLACES:
+        kind = _PLACES[pattern]
+        found = {s.end: _Span(s.start, s.end, s.width) for s in find_sublayers(model) if s.kind == kind and free(s.end)}
+        if not found:
+            kinds = sorted({original_class(m).__name__ for _, m in find_blocks(model)})
+            raise TargetError(
+                f"targets={pattern!r}: nothing in this model looks like {kind.replace('forward', '-forward')} (its "
+                f"blocks are {kinds}): use targets='all-blocks', or patterns of the modules to adapt"
+            )
+        return found
+    if pattern == "all-blocks":
+        hits = [name for name, _ in find_blocks(model) if name in modules and free(name)]
+        if not hits:
+            raise TargetError("targets='all-blocks': this model has no blocks; use patterns of the modules to adapt")
+    elif pattern == "all-linear":
+        hits = list(dict.fromkeys(site.host for site in find_sites(model, "all-linear", (), heads)[0].values()))
+    else:
+        hits = [name for name, module in modules.items() if match(pattern, name, module)]
+        if not hits:
+            raise TargetError(f"targets: {no_match(pattern, modules)}")
+    called = {site.host for site in weight_sites(model).values()}
+    return {name: _span(name, modules, called) for name in hits}
+
+
+def _span(name: str, modules: dict[str, nn.Module], called: set[str]) -> _Span:
+    """From the input to the output of the module ``name``, whose last child carries the adapter where it is a
+    ``Sequential``: that one would run a child ``adapters`` as one more of its layers."""
+    start = end = name
+    while isinstance(modules[end], nn.Sequential):
+        children = [child for child, _ in modules[end].named_children()]
+        if not children or f"{end}.{children[-1]}" not in modules:
+            raise TargetError(f"{name!r} is a Sequential without a last layer of its own: adapt the module around it")
+        start = f"{start}.{children[0]}" if start == end else start
+        end = f"{end}.{children[-1]}"
+    while isinstance(modules.get(start), nn.Sequential) and len(modules[start]):  # type: ignore[arg-type]
+        start = f"{start}.{next(iter(dict(modules[start].named_children())))}"
+    module, parent = modules[end], modules.get(end.rpartition(".")[0])
+    if isinstance(module, nn.ModuleList | nn.ModuleDict | nn.ParameterList | nn.ParameterDict):
+        kind = original_class(module).__name__
+        raise TargetError(f"{name!r} is a {kind}, which is never called: name what is in it, as in '{name}.*'")
+    if isinstance(parent, nn.MultiheadAttention) and end not in called:
+        raise TargetError(f"{name!r} is never called, its attention reads the weight: name {end.rpartition('.')[0]!r}")
+    return _Span(start, end)

@@ -1,0 +1,70 @@
+"""AdapterDrop: leave out the adapters of some blocks at inference.
+
+The first blocks change little, so their adapters can be skipped for speed at a small cost in quality.
+Rücklé et al. 2021, "AdapterDrop: On the Efficiency of Adapters in Transformers", arXiv:2010.11918.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import cast
+
+from torch import nn
+
+from lightning_peft.core.blocks import find_blocks
+from lightning_peft.core.host import AdapterStack, adapter_names, hosts
+
+__all__ = ["adapter_drop"]
+
+
+@contextmanager
+def adapter_drop(model: nn.Module, blocks: int | Sequence[int], name: str | None = None) -> Iterator[tuple[str, ...]]:
+    """Within the context the adapters in some blocks do not take part.
+
+    Args:
+        model: an adapted model.
+        blocks: the first so many blocks, or the blocks' positions, from 0 in order of definition (an encoder's before
+            its decoder's); negative ones count from the last.
+        name: only this adapter; by default all of them.
+
+    Yields:
+        The names of the modules whose adapters are left out.
+
+    Raises:
+        ValueError: more blocks than there are, none of them with such an adapter, or adapters merged into the base.
+
+    Example::
+
+        with lp.adapter_drop(model, 5):  # the first five layers run as in the base
+            model.generate(**inputs)
+    """
+    found = [block for block, _ in find_blocks(model)]
+    positions = range(blocks) if isinstance(blocks, int) else blocks
+    if any(not -len(found) <= i < len(found) for i in positions) or (isinstance(blocks, int) and blocks < 0):
+        raise ValueError(f"blocks={blocks!r}: the model has {len(found)} blocks ({', '.join(found[:3])}, ...)")
+    if name is not None and name not in adapter_names(model):
+        raise ValueError(f"no adapter named {name!r}; the model has {list(adapter_names(model))}")
+    chosen = tuple(found[i] for i in positions)
+    stacks = {
+        host: cast(AdapterStack, module.adapters)
+        for host, module in hosts(model)
+        if any(host == block or host.startswith(f"{block}.") for block in chosen)
+    }
+    stacks = {host: stack for host, stack in stacks.items() if name is None or name in stack}
+    if chosen and not stacks:
+        raise ValueError(
+            f"no adapter to leave out in {', '.join(chosen)}; adapters are in {[n for n, _ in hosts(model)]}"
+        )
+    if any(stack.merged is not None for stack in stacks.values()):
+        raise ValueError("adapters are merged into the base: lp.unmerge(model) first")
+    before = {host: stack.active for host, stack in stacks.items()}
+    try:
+        for stack in stacks.values():
+            stack.active = tuple(n for n in stack.active if name is not None and n != name)
+            stack.refresh()
+        yield tuple(stacks)
+    finally:
+        for host, stack in stacks.items():
+            stack.active = before[host]
+            stack.refresh()
