@@ -10,6 +10,7 @@ Example::
 """
 
 from lightning_peft.core.adapter import Adapter, WeightAdapter
+from lightning_peft.core.fold import fold
 from lightning_peft.core.host import active, disabled, set_active
 from lightning_peft.core.inject import InjectionError, apply, inspect, trainable_parameters
 from lightning_peft.core.merge import MergeError, merge, unload, unmerge
@@ -18,6 +19,10 @@ from lightning_peft.core.state import StateError, adapter_state
 from lightning_peft.core.targets import TargetError
 from lightning_peft.methods.callback import PEFTMethod
 from lightning_peft.methods.lora import LoRA
+from lightning_peft.methods.p_tuning import PTuning
+from lightning_peft.methods.prefix_tuning import PrefixTuning
+from lightning_peft.methods.prompt_tuning import PromptTuning
+from lightning_peft.methods.visual_prompt_tuning import VisualPromptTuning
 from lightning_peft.methods.weight import WeightMethod
 from lightning_peft.trainer.audit import AuditError
 from lightning_peft.trainer.checkpoint import load_from_checkpoint
@@ -31,15 +36,20 @@ __all__ = [
     "LoRA",
     "MergeError",
     "PEFTMethod",
+    "PTuning",
+    "PrefixTuning",
+    "PromptTuning",
     "Report",
     "StateError",
     "TargetError",
+    "VisualPromptTuning",
     "WeightAdapter",
     "WeightMethod",
     "active",
     "adapter_state",
     "apply",
     "disabled",
+    "fold",
     "inspect",
     "load_from_checkpoint",
     "merge",

@@ -52,6 +52,7 @@ def _mixins(obj: object) -> tuple[type, ...]:
 def _swapped(original: type, mixins: tuple[type, ...]) -> type:
     namespace = {
         "__module__": original.__module__,
+        "__qualname__": original.__qualname__,  # transformers looks a model's class up by str(class)
         "__doc__": original.__doc__,
         "__reduce_ex__": _reduce_ex,
         "_swapped_from": original,
