@@ -80,7 +80,7 @@ class Placement:
             # A row with fewer real tokens than the template names has its virtual tokens at its ends.
             least = torch.minimum(first + offset, end) if anchor == "start" else torch.maximum(end - offset, least)
             columns += [least] * count
-        return Layout(torch.stack(columns, 1), length)
+        return Layout(torch.stack(columns, 1), length, first)
 
 
 class Layout:
@@ -89,13 +89,14 @@ class Layout:
     Args:
         before: (batch, T): the index of the real column that each virtual token stands before.
         length: L, the number of real columns.
+        first: (batch,): the first column that is no padding.
     """
 
-    def __init__(self, before: Tensor, length: int) -> None:
+    def __init__(self, before: Tensor, length: int, first: Tensor) -> None:
         tokens = before.shape[1]
         columns = torch.arange(length, device=before.device)
         virtual = torch.arange(tokens, device=before.device)
-        self.before, self.length, self.tokens = before, length, tokens
+        self.before, self.length, self.tokens, self.first = before, length, tokens, first
         self.passed = (before[:, None] <= columns[None, :, None]).sum(-1)
         #: (batch, L): where the real tokens are in the longer sequence
         self.keep = columns + self.passed
@@ -118,8 +119,11 @@ class Layout:
     def positions(self, positions: Tensor) -> Tensor:
         """Position ids (batch, L) that count the virtual tokens too."""
         positions = positions.expand(self.order.shape[0], -1)
-        beyond = torch.cat([positions, positions[:, -1:] + 1], 1)
-        virtual = beyond.gather(1, self.before) + torch.arange(self.tokens, device=positions.device)
+        # A virtual token follows the real one before it, or takes the place of the first.
+        previous = positions.gather(1, (self.before - 1).clamp(min=0)) + 1
+        start = positions.gather(1, self.first[:, None].clamp(max=self.length - 1))
+        virtual = torch.where(self.before > self.first[:, None], previous, start)
+        virtual = virtual + torch.arange(self.tokens, device=positions.device)
         return torch.cat([positions + self.passed, virtual], 1).gather(1, self.order)
 
     def square(self, mask: Tensor) -> Tensor:

@@ -133,9 +133,7 @@ class PromptMethod(PEFTMethod):
             names = list(match_modules(model, patterns, "targets"))
             names = [n for n in names if n not in match_modules(model, as_patterns(self.exclude, "exclude"), "exclude")]
             if len(names) != 1:
-                raise TargetError(
-                    f"targets={self.targets!r} matches {names[:4]}; a prompt goes into one sequence: name one"
-                )
+                raise TargetError(f"targets={self.targets!r} matches {names[:4]}; a prompt goes into one: name one")
             return names[0], None
         if len(models) == 1:
             return next(iter(models)), None
@@ -159,7 +157,8 @@ class PromptTuning(PromptMethod):
     one that predicts the next, after any virtual tokens between the two. In a classifier that pools its first
     position (BERT) ``position="prefix"`` pools the first virtual token, as Hugging Face PEFT does; ``"after_bos"``
     leaves the first token where it was. A suffix stands after the text that the first step of ``generate`` sees, so it
-    needs the KV cache (``use_cache=True``, the default). For a fresh prompt in every layer use :class:`lightning_peft.PrefixTuning`.
+    needs the KV cache (``use_cache=True``, the default). For a fresh prompt in every layer use
+    :class:`lightning_peft.PrefixTuning`.
 
     Choose it for large models and many tasks: T d parameters a task, and rows of different tasks differ in data
     only. It costs T positions of the context and their compute in every layer, cannot be merged, and is weak on
@@ -229,8 +228,8 @@ class PromptTuning(PromptMethod):
             return torch.rand(tokens, width) - 0.5
         if embedding is None or embedding.weight.is_meta:
             raise TargetError(
-                f"init={self.init!r} needs the token embedding, and {name!r} has none of width {width} with values: use "
-                "init='random'"
+                f"init={self.init!r} needs the token embedding, and {name!r} has none of width {width} with values: "
+                "use init='random'"
             )
         table = embedding.weight.detach().to("cpu", torch.get_default_dtype())
         sampled = table[torch.randint(0, embedding.num_embeddings, (tokens,))]
@@ -241,9 +240,7 @@ class PromptTuning(PromptMethod):
         if self.init == "text":
             return table[(ids[0] * tokens)[:tokens]].clone()
         if len(ids) > tokens:
-            raise ValueError(
-                f"init_text has {len(ids)} class names for {tokens} virtual tokens: raise num_virtual_tokens"
-            )
+            raise ValueError(f"init_text has {len(ids)} class names for {tokens} tokens: raise num_virtual_tokens")
         return torch.cat([torch.stack([table[i].mean(0) for i in ids]), sampled[len(ids) :]])
 
 
