@@ -12,6 +12,7 @@ Example::
 from lightning_peft.core.activation import ActivationAdapter
 from lightning_peft.core.adapter import Adapter, WeightAdapter
 from lightning_peft.core.drop import adapter_drop
+from lightning_peft.core.fold import fold
 from lightning_peft.core.host import active, disabled, set_active
 from lightning_peft.core.inject import InjectionError, apply, inspect, trainable_parameters
 from lightning_peft.core.merge import MergeError, merge, unload, unmerge
@@ -31,8 +32,12 @@ from lightning_peft.methods.last_layers import LastLayers
 from lightning_peft.methods.linear_probe import LinearProbe
 from lightning_peft.methods.lora import LoRA
 from lightning_peft.methods.norm_tuning import NormTuning
+from lightning_peft.methods.p_tuning import PTuning
+from lightning_peft.methods.prefix_tuning import PrefixTuning
+from lightning_peft.methods.prompt_tuning import PromptTuning
 from lightning_peft.methods.selection import SelectionMethod
 from lightning_peft.methods.ssf import SSF
+from lightning_peft.methods.visual_prompt_tuning import VisualPromptTuning
 from lightning_peft.methods.weight import WeightMethod
 from lightning_peft.trainer.audit import AuditError
 from lightning_peft.trainer.checkpoint import load_from_checkpoint
@@ -59,10 +64,14 @@ __all__ = [
     "MergeError",
     "NormTuning",
     "PEFTMethod",
+    "PTuning",
+    "PrefixTuning",
+    "PromptTuning",
     "Report",
     "SelectionMethod",
     "StateError",
     "TargetError",
+    "VisualPromptTuning",
     "WeightAdapter",
     "WeightMethod",
     "active",
@@ -70,6 +79,7 @@ __all__ = [
     "adapter_state",
     "apply",
     "disabled",
+    "fold",
     "inspect",
     "load_from_checkpoint",
     "merge",

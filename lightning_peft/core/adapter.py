@@ -34,6 +34,14 @@ class Adapter(nn.Module):
         """Whether the host must run with its adapted weight in place instead of around its own."""
         return False
 
+    @property
+    def foldable(self) -> bool:
+        """Whether :meth:`fold` would change anything."""
+        return False
+
+    def fold(self) -> None:
+        """Replace what only training needs by the parameters it computes."""
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Adapter:
         # Adapters train in the type they were made in: casting a model down (``model.half()``, Lightning's
         # bf16-true) must not cost the small parameters their precision. Casting up is followed.

@@ -53,6 +53,10 @@ class AdapterStack(nn.ModuleDict):
         self.merged_names: tuple[str, ...] = ()
         self.refresh()
 
+    def forward(self, x: Any) -> Any:
+        """``x`` itself: a host that is a ``Sequential`` runs its adapters as one of its layers."""
+        return x
+
     def refresh(self) -> None:
         """Work out what runs, after the names, ``active``, ``disabled`` or ``merged`` have changed."""
         names = () if self.disabled else tuple(n for n in self if n in self.active and n not in self.merged_names)

@@ -12,6 +12,8 @@ only between classes of one memory layout.
 from __future__ import annotations
 
 import functools
+import inspect
+import types
 from typing import Any
 
 __all__ = ["add_mixin", "has_mixin", "original_class", "remove_mixin", "restore_class"]
@@ -52,12 +54,26 @@ def _mixins(obj: object) -> tuple[type, ...]:
 def _swapped(original: type, mixins: tuple[type, ...]) -> type:
     namespace = {
         "__module__": original.__module__,
+        "__qualname__": original.__qualname__,  # transformers looks a model's class up by str(class)
         "__doc__": original.__doc__,
         "__reduce_ex__": _reduce_ex,
         "_swapped_from": original,
         "_swapped_mixins": mixins,
     }
+    forward = next((mixin.__dict__["forward"] for mixin in mixins if "forward" in mixin.__dict__), None)
+    if forward is not None and hasattr(original, "forward"):
+        namespace["forward"] = _signed(forward, original.forward)
     return type(original)(f"Adapted{original.__name__}", (*mixins, original), namespace)
+
+
+def _signed(function: Any, like: Any) -> Any:
+    """A copy of ``function`` with the signature of ``like``: callers look up by it what they may pass."""
+    copy = types.FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+    )
+    copy.__qualname__ = like.__qualname__
+    copy.__signature__ = inspect.signature(like)  # type: ignore[attr-defined]
+    return copy
 
 
 def _reduce_ex(self: Any, protocol: Any) -> tuple:

@@ -120,7 +120,10 @@ class CallAudit:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.watched = {name: host for name, host in hosts(model) if host.adapters.active}  # type: ignore[union-attr]
+        # An adapter without parameters only helps another one, which is watched itself.
+        self.watched = {
+            n: h for n, h in hosts(model) if h.adapters.active and any(True for _ in h.adapters.parameters())
+        }  # type: ignore[union-attr]
         for host in self.watched.values():
             host.__dict__["_peft_seen"] = set()
             add_mixin(host, _Watched)

@@ -38,8 +38,8 @@ def adapt_strategy(trainer: L.Trainer, restore_streams: Callable[[Any], None]) -
         return
     if getattr(strategy, "_state_dict_type", None) == "sharded":
         raise MisconfigurationException(
-            "FSDPStrategy(state_dict_type='sharded') asks a checkpoint for the frozen base too, which is not in it: use "
-            "state_dict_type='full', or FSDP2 with ModelParallelStrategy"
+            "FSDPStrategy(state_dict_type='sharded') asks a checkpoint for the frozen base too, which is not in it: "
+            "use state_dict_type='full', or FSDP2 with ModelParallelStrategy"
         )
     strategy.__dict__["_peft_adapted"] = True
     if isinstance(strategy.launcher, _MultiProcessingLauncher) and trainer.state.fn == "fit":

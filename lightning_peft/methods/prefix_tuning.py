@@ -1,0 +1,323 @@
+"""Prefix tuning: trained keys and values that every query sees, in each attention layer.
+
+    Attn(Q, [P_K; K], [P_V; V]),    P_K in R^{T x keys}, P_V in R^{T x values}
+
+T (keys + values) parameters train for each attention layer. With ``bottleneck_size`` the prefixes of all layers come
+from one embedding E (T x e, where e is the key width of the first layer) through a small network,
+[P_K, P_V]_l = U_l act(D E) + c_l, which steadies training and is folded away afterwards. With ``gate`` the prefix is
+attended to on its own and added, Attn(Q, K, V) + g Attn(Q, P_K, P_V), with g = 0 at the start.
+
+Li and Liang 2021, "Prefix-Tuning: Optimizing Continuous Prompts for Generation", arXiv:2101.00190.
+Without the network, for tasks of every kind: Liu et al. 2021, "P-Tuning v2", arXiv:2110.07602.
+The gate: Zhang et al. 2023, "LLaMA-Adapter", arXiv:2303.16199.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_peft.core.adapter import Adapter
+from lightning_peft.core.attention import AttentionSite, find_attention
+from lightning_peft.core.blocks import find_blocks
+from lightning_peft.core.inject import Plan
+from lightning_peft.core.intercept import AttentionError, call_with_prefix
+from lightning_peft.core.swap import original_class
+from lightning_peft.core.targets import TargetError, base_modules
+from lightning_peft.core.tokens import by_name, parameters_of
+from lightning_peft.methods.callback import PEFTMethod, one_of, positive_int
+
+__all__ = ["PrefixTuning"]
+
+_ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}
+
+
+class PrefixTuning(PEFTMethod):
+    """Trained keys and values in every attention layer (Li and Liang 2021, arXiv:2101.00190).
+
+    It adds them at the attention call itself, so it serves whatever calls ``scaled_dot_product_attention``,
+    ``nn.MultiheadAttention`` and Hugging Face models with "sdpa" or "eager" attention, keeps them out of the KV
+    cache, and never changes the length of the user's sequence. Attention weights, where they are returned, are those
+    of the user's own keys: what is missing to a sum of 1 went to the prefix.
+
+    Choose it when the base must stay untouched and many tasks share one served model: a prefix is data, not a change
+    of weights. It costs T extra keys in each attention call, a written-out mask in causal layers (no ``is_causal``
+    kernel), and cannot be merged. It learns slowly: use a learning rate of 1e-3 to 1e-2.
+
+    Args:
+        num_virtual_tokens: T, the length of the prefix.
+        targets: ``"all-attention"``, or patterns of attention modules (in T5 for example
+            ``["SelfAttention", "EncDecAttention"]``).
+        exclude, trainable, name: see :class:`lightning_peft.PEFTMethod`.
+        layers: only the attention in these blocks of the model, by index; negative ones count from the end.
+        bottleneck_size: width of the network that makes the prefixes while training; None trains them directly.
+            :func:`lightning_peft.fold` replaces it by the prefixes it makes.
+        activation: its activation: ``"tanh"``, ``"relu"``, ``"gelu"`` or ``"silu"``.
+        gate: attend to the prefix on its own and add that, times a learned number for each layer that starts at 0.
+        init: ``"normal"`` or ``"zero"``, of the prefixes or of the network's last layer.
+        init_std: standard deviation of ``"normal"``.
+        kv_dim: the width of keys and of values (key heads x head width) of targeted modules whose projections
+            have unusual names; otherwise it is read from the modules.
+        shift_positions: give the user's tokens positions from T on, as Hugging Face PEFT does; needed to compute
+            exactly what its adapters were trained with.
+        **options: ``seed``, ``adapter_dtype``, ``train_norm_stats``, ``audit`` of
+            :class:`lightning_peft.PEFTMethod`.
+
+    Raises:
+        ValueError: a number that is none, or an unknown choice.
+        TargetError: no attention is found, or one that takes no prefix (flash and flex attention functions).
+        AttentionError: at the first forward, an adapted module that made no attention call.
+
+    Example::
+
+        trainer = L.Trainer(callbacks=[lp.PrefixTuning(num_virtual_tokens=20, bottleneck_size=512)])
+    """
+
+    may_change = PEFTMethod.may_change | {"init", "init_std"}
+
+    def __init__(
+        self,
+        num_virtual_tokens: int = 20,
+        targets: str | Sequence[str] = "all-attention",
+        exclude: str | Sequence[str] = (),
+        trainable: str | Sequence[str] = (),
+        name: str = "default",
+        layers: Sequence[int] | None = None,
+        bottleneck_size: int | None = None,
+        activation: Literal["tanh", "relu", "gelu", "silu"] = "tanh",
+        gate: bool = False,
+        init: Literal["normal", "zero"] = "normal",
+        init_std: float = 0.02,
+        kv_dim: int | None = None,
+        shift_positions: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(targets=targets, exclude=exclude, trainable=trainable, name=name, **options)
+        positive_int("num_virtual_tokens", num_virtual_tokens)
+        for argument, value in (("bottleneck_size", bottleneck_size), ("kv_dim", kv_dim)):
+            if value is not None:
+                positive_int(argument, value)
+        one_of("activation", activation, tuple(_ACTIVATIONS))
+        one_of("init", init, ("normal", "zero"))
+        if isinstance(init_std, bool) or not isinstance(init_std, int | float) or not 0 < init_std < float("inf"):
+            raise ValueError(f"init_std must be a number above 0, got {init_std!r}")
+        if layers is not None and (not layers or any(isinstance(i, bool) or not isinstance(i, int) for i in layers)):
+            raise ValueError(f"layers must be a list of block indices such as [0, 1, -1], got {layers!r}")
+        self.num_virtual_tokens = num_virtual_tokens
+        self.layers = None if layers is None else list(layers)
+        self.bottleneck_size = bottleneck_size
+        self.activation = activation
+        self.gate = gate
+        self.init = init
+        self.init_std = init_std
+        self.kv_dim = kv_dim
+        self.shift_positions = shift_positions
+
+    def plan(self, model: nn.Module) -> Plan:
+        plan = Plan(train_modules=self.heads(model))
+        sites = find_attention(model, self.targets, self.exclude, self.kv_dim)
+        if self.layers is not None:
+            sites = _in_layers(model, sites, self.layers)
+        source = None
+        if self.bottleneck_size is not None:
+            with self.initialising("encoder"):
+                width = next(iter(sites.values())).key_width
+                source = PrefixSource(self.num_virtual_tokens, width, self.bottleneck_size, self.activation)
+        for i, site in enumerate(sites.values()):
+            with self.initialising(site.name):
+                std = self.init_std if self.init == "normal" else 0.0
+                adapter = PrefixAdapter(site, self.num_virtual_tokens, std, self.gate, source, owns_source=i == 0)
+            kind = original_class(site.module).__name__
+            made = f" through {self.bottleneck_size}" if source is not None else ""
+            widths = f"{site.key_width}+{site.value_width}"
+            plan.attach.append(
+                (site.name, site.name, adapter, f"prefix of {self.num_virtual_tokens} x {widths}{made} on {kind}")
+            )
+        if self.shift_positions:
+            where = _owner_of_positions(model, list(sites))
+            plan.attach.append(
+                (where, where, PositionShift(self.num_virtual_tokens), f"positions from {self.num_virtual_tokens}")
+            )
+        return plan
+
+    def folded(self) -> PrefixTuning:
+        """This method with direct prefixes, as a model has them after :func:`lightning_peft.fold`."""
+        method = copy.copy(self)
+        method.bottleneck_size = None
+        return method
+
+
+class PrefixSource(nn.Module):
+    """The part of the network that all layers share: act(D E), T x bottleneck."""
+
+    def __init__(self, tokens: int, width: int, bottleneck: int, activation: str) -> None:
+        super().__init__()
+        self.embedding = nn.Parameter(torch.randn(tokens, width))
+        self.down = nn.Linear(width, bottleneck)
+        self.activation = _ACTIVATIONS[activation]()
+
+    def forward(self) -> Tensor:
+        return self.activation(self.down(self.embedding))
+
+
+class PrefixAdapter(Adapter):
+    """The prefix of one attention module: ``prefix_keys`` (T, keys) and ``prefix_values`` (T, values).
+
+    With a source they are the output of ``up`` instead. The source is stored once, with the first layer.
+    """
+
+    def __init__(
+        self,
+        site: AttentionSite,
+        tokens: int,
+        std: float,
+        gate: bool = False,
+        source: PrefixSource | None = None,
+        owns_source: bool = False,
+    ) -> None:
+        super().__init__()
+        self.tokens = tokens
+        self.widths = (site.key_width, site.value_width)
+        self.groups = max(1, site.query_width // site.key_width)  # query heads for each key head
+        self._source: tuple[PrefixSource, ...] = () if source is None else (source,)  # a tuple is not registered
+        if source is None:
+            self.prefix_keys = nn.Parameter(torch.randn(tokens, site.key_width) * std)
+            self.prefix_values = nn.Parameter(torch.randn(tokens, site.value_width) * std)
+        else:
+            self.up = nn.Linear(source.down.out_features, sum(self.widths))
+            if std == 0:
+                nn.init.zeros_(self.up.weight)
+                nn.init.zeros_(self.up.bias)
+            if owns_source:
+                self.source = source
+        self.gate = nn.Parameter(torch.zeros(1)) if gate else None
+
+    def key_values(self) -> tuple[Tensor, Tensor]:
+        """The prefix itself: keys (T, keys) and values (T, values)."""
+        if not self._source:
+            return self.prefix_keys, self.prefix_values
+        keys, values = self.up(self._source[0]()).split(self.widths, -1)
+        return keys, values
+
+    def run(self, host: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return call_with_prefix(host, self, call, *args, **kwargs)
+
+    @property
+    def extends(self) -> bool:
+        return self.gate is None
+
+    def extend(self, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        if not self.extends:
+            return key, value, mask
+        keys, values = self.key_values()
+        if mask is not None:
+            if type(mask) not in (Tensor, nn.Parameter):
+                raise AttentionError(f"a mask of type {type(mask).__name__} cannot be widened for a prefix")
+            if mask.shape[-1] != key.shape[-2]:  # one column for all keys
+                mask = mask.expand(*mask.shape[:-1], key.shape[-2])
+            mask = F.pad(mask, (self.tokens, 0), value=True if mask.dtype == torch.bool else 0.0)
+        return (
+            torch.cat([self._by_head(keys, key), key], -2),
+            torch.cat([self._by_head(values, value), value], -2),
+            mask,
+        )
+
+    def add(self, out: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        if self.gate is None:
+            return out
+        keys, values = self.key_values()
+        k, v = self._by_head(keys, key), self._by_head(values, value)
+        if k.ndim > 3 and query.shape[-3] != k.shape[-3]:
+            k, v = (t.repeat_interleave(query.shape[-3] // t.shape[-3], -3) for t in (k, v))
+        attended = ((query * scale) @ k.transpose(-2, -1)).softmax(-1) @ v
+        return out + self.gate.to(out.dtype) * attended.to(out.dtype)
+
+    def _by_head(self, prefix: Tensor, like: Tensor) -> Tensor:
+        """``prefix`` (T, heads x width) as ``like`` (..., heads, length, width) is laid out."""
+        tokens, total = prefix.shape
+        width = like.shape[-1]
+        heads = total // width
+        folded = like.ndim == 3 and heads > 1  # batch and heads in one dimension, where each query head has its keys
+        have = like.shape[-3] if like.ndim > 3 or folded else 1
+        groups = self.groups if folded else have // max(heads, 1)
+        if total % width or have % (heads * groups):
+            raise AttentionError(
+                f"a prefix of width {total} does not fit {have} heads of width {width} at the attention call: give "
+                "kv_dim= (key heads x head width)"
+            )
+        out = prefix.to(like.dtype).view(tokens, heads, width).transpose(0, 1)
+        out = out.repeat_interleave(groups, 0) if groups != 1 else out
+        if folded:
+            return out.repeat(have // (heads * groups), 1, 1)
+        return (
+            out.expand(*like.shape[:-3], have, tokens, width)
+            if like.ndim > 3
+            else out.expand(*like.shape[:-2], tokens, width)
+        )
+
+    @property
+    def foldable(self) -> bool:
+        return bool(self._source)
+
+    def fold(self) -> None:
+        keys, values = self.key_values()
+        self.prefix_keys, self.prefix_values = nn.Parameter(keys.clone()), nn.Parameter(values.clone())
+        self._source = ()
+        del self.up
+        if hasattr(self, "source"):
+            del self.source
+
+    def extra_repr(self) -> str:
+        return f"tokens={self.tokens}, widths={self.widths}, gated={self.gate is not None}"
+
+
+class PositionShift(Adapter):
+    """Moves the positions of the user's tokens up by the prefix's length; has no parameters."""
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__()
+        self.tokens = tokens
+
+    def run(self, host: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        given = by_name(host, args, kwargs)
+        positions = given.get("position_ids")
+        if positions is None:
+            ids = given.get("input_ids")
+            like = given["inputs_embeds"][..., 0] if ids is None else ids
+            cache = given.get("past_key_values")
+            past = cache.get_seq_length() if cache is not None else 0
+            positions = torch.arange(like.shape[1], device=like.device).unsqueeze(0) + past
+        given["position_ids"] = positions + self.tokens
+        return call(**given)
+
+
+def _in_layers(model: nn.Module, sites: dict[str, AttentionSite], layers: Sequence[int]) -> dict[str, AttentionSite]:
+    blocks = [name for name, _ in find_blocks(model)]
+    for i in layers:
+        if not -len(blocks) <= i < len(blocks):
+            raise TargetError(
+                f"layers={list(layers)!r}: the model has {len(blocks)} blocks, {blocks[:1]} to {blocks[-1:]}"
+            )
+    wanted = [blocks[i] for i in layers]
+    inside = {n: s for n, s in sites.items() if any(n == b or n.startswith(f"{b}.") for b in wanted)}
+    if not inside:
+        raise TargetError(f"layers={list(layers)!r} names {wanted}, which hold no targeted attention")
+    return inside
+
+
+def _owner_of_positions(model: nn.Module, sites: list[str]) -> str:
+    """The innermost module around all ``sites`` whose forward takes ``position_ids``."""
+    around = [
+        name
+        for name, module in base_modules(model)
+        if all(s.startswith(f"{name}." if name else "") and s != name for s in sites)
+        and "position_ids" in parameters_of(module)
+    ]
+    if not around:
+        raise TargetError("shift_positions=True needs a module around the attention that takes position_ids; none does")
+    return around[-1]

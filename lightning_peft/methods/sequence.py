@@ -1,0 +1,299 @@
+"""The family that puts virtual tokens into a module's token sequence, and takes them out of its output.
+
+Two kinds of module can carry a prompt:
+
+* one that takes ``input_ids`` and ``inputs_embeds`` and knows its embedding (``get_input_embeddings``), as the inner
+  models of Hugging Face do: ``LlamaModel``, ``BertModel``, an encoder or decoder stack. Masks, position ids, token
+  types, the KV cache and the labels of the causal model around it are taken care of;
+* any module whose first argument is a sequence (batch, length, width) and that returns one, such as an
+  ``nn.TransformerEncoder`` or a ``Sequential`` of blocks. Its masks may be named ``attention_mask`` (1 keeps),
+  ``key_padding_mask`` or ``src_key_padding_mask`` (True drops), ``mask``, ``src_mask`` or ``attn_mask``
+  (length, length; True drops). Virtual tokens get no position embedding, and are placed by column.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.core.adapter import Adapter
+from lightning_peft.core.swap import original_class
+from lightning_peft.core.targets import TargetError, base_modules
+from lightning_peft.core.tokens import Placement, by_name, parameters_of, strip
+
+__all__ = ["PromptAdapter", "PromptLabels", "PromptMask", "PromptStrip", "TokenError", "token_models", "token_width"]
+
+
+class TokenError(RuntimeError):
+    """A call whose sequence cannot take virtual tokens."""
+
+
+_PADDING = ("key_padding_mask", "src_key_padding_mask")
+_SQUARE = ("mask", "src_mask", "attn_mask")
+
+
+class PromptAdapter(Adapter):
+    """The virtual tokens of one module: ``prompt`` (T, width), or the ``encoder`` that makes it.
+
+    Args:
+        prompt: their start, (T, width), or a module that returns them.
+        placement: where they stand.
+        embedding: the module that embeds tokens, looked up on the host; None where the host takes sequences.
+        limit: how many positions the host's table has; None without a table.
+        shorten: take them out of the output again; an encoder leaves them in for its decoder.
+        causal: the output at a token predicts the next one.
+    """
+
+    def __init__(
+        self,
+        prompt: Tensor | nn.Module,
+        placement: Placement,
+        limit: int | None = None,
+        shorten: bool = True,
+        causal: bool = False,
+        batch_first: bool = True,
+    ) -> None:
+        super().__init__()
+        if isinstance(prompt, nn.Module):
+            self.encoder: nn.Module | None = prompt
+        else:
+            self.encoder = None
+            self.prompt = nn.Parameter(prompt)
+        self.placement = placement
+        self.limit = limit
+        self.shorten = shorten
+        self.causal = causal
+        self.batch_first = batch_first
+
+    def virtual(self) -> Tensor:
+        """The virtual tokens' embeddings, (T, width)."""
+        return self.prompt if self.encoder is None else self.encoder()
+
+    @property
+    def foldable(self) -> bool:
+        return self.encoder is not None
+
+    def fold(self) -> None:
+        prompt = self.virtual().clone()
+        self.encoder = None
+        self.prompt = nn.Parameter(prompt)
+
+    def run(self, host: Any, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        given = by_name(host, args, kwargs)
+        if given.get("input_ids") is None and given.get("inputs_embeds") is None:
+            return self._around_sequence(host, call, given)
+        return self._around_tokens(host, call, given)
+
+    def _around_tokens(self, host: Any, call: Callable[..., Any], given: dict[str, Any]) -> Any:
+        embeds, ids, mask = (given.get(n) for n in ("inputs_embeds", "input_ids", "attention_mask"))
+        if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
+            raise TokenError(
+                f"{_kind(host)} got an attention mask that is not (batch, length), which takes no virtual tokens. "
+                "Pass the padding mask itself (and generate without a static cache)"
+            )
+        tokens = self.placement.tokens
+        if _cached(given.get("past_key_values")):  # the virtual tokens are in the cache already
+            if mask is not None:
+                start = Placement((("start", 0, tokens),)).layout(len(mask), mask.shape[1], mask, mask.device)
+                given["attention_mask"] = start.fill(mask, 1)
+            for name in ("position_ids", "cache_position"):
+                if given.get(name) is not None:
+                    given[name] = given[name] + tokens
+            return call(**given)
+        if embeds is None:
+            embeds = host.get_input_embeddings()(ids)
+        batch, length = embeds.shape[:2]
+        if self.limit is not None and length + tokens > self.limit:
+            raise TokenError(
+                f"{length} tokens and {tokens} virtual ones are more than the {self.limit} positions of {_kind(host)}: "
+                f"truncate inputs to {self.limit - tokens}"
+            )
+        layout = self.placement.layout(batch, length, mask, embeds.device)
+        given["input_ids"], given["inputs_embeds"] = None, layout.insert(embeds, self.virtual())
+        if mask is not None:
+            given["attention_mask"] = layout.fill(mask, 1)
+        if given.get("token_type_ids") is not None:
+            given["token_type_ids"] = layout.fill(given["token_type_ids"], 0)
+        if given.get("position_ids") is not None:
+            if given["position_ids"].ndim != 2:
+                raise TokenError(f"{_kind(host)} got position_ids that are not (batch, length); pass none")
+            given["position_ids"] = layout.positions(given["position_ids"])
+        if given.get("cache_position") is not None:
+            given["cache_position"] = torch.arange(length + tokens, device=embeds.device)
+        out = call(**{n: v for n, v in given.items() if n != "input_ids" or "input_ids" in parameters_of(host)})
+        return strip(out, layout, self.causal) if self.shorten else out
+
+    def _around_sequence(self, host: Any, call: Callable[..., Any], given: dict[str, Any]) -> Any:
+        first, x = next(iter(given.items()), ("", None))
+        if not isinstance(x, Tensor) or x.ndim != 3 or not x.is_floating_point():
+            got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            raise TokenError(
+                f"{_kind(host)} was called with {got} first; a prompt needs embeddings (batch, length, width)"
+            )
+        x = x if self.batch_first else x.transpose(0, 1)
+        batch, length = x.shape[:2]
+        layout = self.placement.layout(batch, length, None, x.device)
+        for name, value in list(given.items())[1:]:
+            if not isinstance(value, Tensor):
+                continue
+            if name == "attention_mask" and value.ndim == 2:
+                given[name] = layout.fill(value, 1)
+            elif name in _PADDING:
+                given[name] = layout.fill(value, 0)
+            elif name in _SQUARE and value.ndim == 2:
+                given[name] = layout.square(value)
+                if given.get("is_causal") is not None:
+                    given["is_causal"] = False  # a hint that the mask is triangular; it is not any more
+            elif length in value.shape:
+                raise TokenError(
+                    f"{_kind(host)} got {name} of shape {tuple(value.shape)}, which takes no virtual tokens; a "
+                    f"prompt knows attention_mask, {', '.join(_PADDING)} and {', '.join(_SQUARE)} (length, length)"
+                )
+        longer = layout.insert(x, self.virtual())
+        given[first] = longer if self.batch_first else longer.transpose(0, 1)
+        positional = [given.pop(first)]
+        out = call(*positional, **given)
+        if not self.batch_first:
+            return strip(out.transpose(0, 1), layout, self.causal).transpose(0, 1)
+        return strip(out, layout, self.causal)
+
+    def extra_repr(self) -> str:
+        return f"tokens={self.placement.tokens}, slots={self.placement.slots}"
+
+
+class PromptLabels(Adapter):
+    """Around a causal language model: its labels get -100 at the virtual positions.
+
+    The model inside is told to leave these positions in, so that the first real token is predicted, and counts, too.
+    """
+
+    def __init__(self, prompt: PromptAdapter) -> None:
+        super().__init__()
+        self._prompt = (prompt,)  # a tuple is not registered
+
+    def run(self, host: Any, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        given = by_name(host, args, kwargs)
+        labels, (prompt,) = given.get("labels"), self._prompt
+        if labels is None or _cached(given.get("past_key_values")):
+            return call(*args, **kwargs)
+        layout = prompt.placement.layout(len(labels), labels.shape[1], given.get("attention_mask"), labels.device)
+        given["labels"] = layout.fill(labels, -100)
+        prompt.shorten = False
+        try:
+            out = call(**given)
+        finally:
+            prompt.shorten = True
+        if isinstance(out, dict):
+            strip(out, layout, True, ("logits",))
+            return strip(out, layout, False, ("hidden_states", "attentions"))
+        loss, *rest = out
+        return (loss, *strip(tuple(rest), layout, True))
+
+
+class PromptMask(Adapter):
+    """Around a decoder: its mask of the encoder's states grows by the encoder's virtual tokens."""
+
+    def __init__(self, placement: Placement) -> None:
+        super().__init__()
+        self.placement = placement
+
+    def run(self, host: Any, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        given = by_name(host, args, kwargs)
+        mask, states = given.get("encoder_attention_mask"), given.get("encoder_hidden_states")
+        if mask is not None and states is not None and states.shape[1] == mask.shape[1] + self.placement.tokens:
+            given["encoder_attention_mask"] = self.placement.layout(len(mask), mask.shape[1], mask, mask.device).fill(
+                mask, 1
+            )
+        return call(**given)
+
+
+class PromptStrip(Adapter):
+    """Around an encoder-decoder: the encoder's states in its output lose the virtual positions."""
+
+    names = ("encoder_last_hidden_state", "encoder_hidden_states", "encoder_attentions", "cross_attentions")
+
+    def __init__(self, placement: Placement) -> None:
+        super().__init__()
+        self.placement = placement
+
+    def run(self, host: Any, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        given = by_name(host, args, kwargs)
+        out = call(*args, **kwargs)
+        states = out.get("encoder_last_hidden_state") if isinstance(out, dict) else None
+        if states is None:
+            return out
+        length = states.shape[1] - self.placement.tokens
+        layout = self.placement.layout(states.shape[0], length, given.get("attention_mask"), states.device)
+        return strip(out, layout, names=self.names)
+
+
+def token_models(model: nn.Module) -> dict[str, nn.Module]:
+    """The innermost modules that take ``inputs_embeds`` and know their embedding, by name."""
+    found = {
+        name: module
+        for name, module in base_modules(model)
+        if callable(getattr(module, "get_input_embeddings", None)) and "inputs_embeds" in parameters_of(module)
+    }
+    return {n: m for n, m in found.items() if not any(o != n and o.startswith(f"{n}." if n else "") for o in found)}
+
+
+def around(model: nn.Module, inner: str, argument: str) -> list[str]:
+    """The modules around ``inner`` whose forward takes ``argument``, the outermost first."""
+    parents = [
+        name for name, _ in base_modules(model) if name != inner and inner.startswith(f"{name}." if name else "")
+    ]
+    return [name for name in parents if argument in parameters_of(model.get_submodule(name))]
+
+
+def position_limit(module: nn.Module) -> int | None:
+    """How many positions the module's own table of position embeddings has; None where it has no such table."""
+    for name, child in module.named_modules():
+        last = name.rpartition(".")[2]
+        if isinstance(child, nn.Embedding) and (last == "wpe" or ("position" in last and "relative" not in last)):
+            reserved = child.padding_idx + 1 if child.padding_idx is not None else int(getattr(child, "offset", 0))
+            return child.num_embeddings - reserved
+    return None
+
+
+def is_causal(module: nn.Module) -> bool:
+    """Whether the attention in ``module`` looks back only, as far as the module says."""
+    return any(
+        getattr(m, "is_causal", False) is True or getattr(m, "is_decoder", False) is True for m in module.modules()
+    )
+
+
+def token_width(name: str, module: nn.Module) -> int:
+    """The width of the sequence that ``module`` takes, read from its first attention, norm or linear layer.
+
+    Raises:
+        TargetError: it has none of them.
+    """
+    for child in module.modules():
+        if isinstance(child, nn.MultiheadAttention):
+            return child.embed_dim
+        weight = getattr(child, "weight", None)
+        if isinstance(weight, Tensor) and weight.ndim == 1:
+            return weight.shape[0]
+        if isinstance(child, nn.Linear):
+            return child.in_features
+    raise TargetError(f"{name!r} ({_kind(module)}) has no attention, norm or linear layer to read the token width from")
+
+
+def batch_first(module: nn.Module) -> bool:
+    """Whether ``module`` takes (batch, length, width); torch's transformer layers may take the length first."""
+    return all(m.batch_first for m in module.modules() if isinstance(m, nn.MultiheadAttention))
+
+
+def _cached(cache: Any) -> bool:
+    if cache is None:
+        return False
+    if not hasattr(cache, "get_seq_length"):
+        raise TokenError(f"a KV cache of type {type(cache).__name__} cannot be combined with virtual tokens")
+    return bool(cache.get_seq_length() > 0)
+
+
+def _kind(module: nn.Module) -> str:
+    return original_class(module).__name__

@@ -1,0 +1,221 @@
+"""Visual prompt tuning: trained tokens beside the patches of a vision transformer.
+
+    shallow:  [c, P, x] into the first block, T d parameters
+    deep:     [c, P_l, x] into every block l, T d for each; what the block before made of its prompts is dropped
+
+c are the leading tokens (CLS), x the patches. The prompts are taken out after the last block.
+
+Jia et al. 2022, "Visual Prompt Tuning", arXiv:2203.12119.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_peft.core.adapter import Adapter
+from lightning_peft.core.attention import attention_sites
+from lightning_peft.core.blocks import find_blocks
+from lightning_peft.core.inject import Plan
+from lightning_peft.core.swap import original_class
+from lightning_peft.core.targets import TargetError, as_patterns, base_modules, match_modules
+from lightning_peft.methods.callback import PEFTMethod, positive_int, probability
+from lightning_peft.methods.sequence import TokenError, batch_first, token_width
+
+__all__ = ["VisualPromptTuning"]
+
+_LEADING = ("cls_token", "class_token", "class_embedding", "dist_token", "distillation_token")
+
+
+class VisualPromptTuning(PEFTMethod):
+    """Trained tokens beside the patches of a vision transformer (Jia et al. 2022, arXiv:2203.12119).
+
+    For any model whose blocks pass on patch tokens (batch, length, width): Hugging Face's ViT family, timm's,
+    torchvision's or one's own. The model's output keeps its length. Intermediate states that a model collects
+    between its blocks hold the prompts too.
+
+    Choose it for a frozen vision transformer with little data; ``deep=True``, the paper's better variant, often comes
+    near full fine-tuning. It costs T tokens in every block, quadratic in attention, and cannot be merged.
+
+    Args:
+        num_virtual_tokens: T, the prompts in each block.
+        deep: fresh prompts in every block instead of only before the first.
+        targets: ``"blocks"`` finds the repeated blocks, or patterns that name them.
+        exclude, trainable, name: see :class:`lightning_peft.PEFTMethod`.
+        leading_tokens: how many tokens stand before the prompts; None counts the model's CLS and distillation
+            tokens (``num_prefix_tokens`` in timm).
+        dropout: probability of dropping an element of a prompt while training.
+        **options: ``seed``, ``adapter_dtype``, ``train_norm_stats``, ``audit`` of
+            :class:`lightning_peft.PEFTMethod`.
+
+    Raises:
+        ValueError: a number that cannot be.
+        TargetError: the model has no blocks with attention, or several stacks of them.
+        TokenError: at the first forward, blocks that do not take (batch, length, width), as in windowed models.
+
+    Example::
+
+        trainer = L.Trainer(callbacks=[lp.VisualPromptTuning(50, deep=True, trainable=["head"])])
+    """
+
+    may_change = PEFTMethod.may_change | {"dropout"}
+
+    def __init__(
+        self,
+        num_virtual_tokens: int = 50,
+        deep: bool = False,
+        targets: str | Sequence[str] = "blocks",
+        exclude: str | Sequence[str] = (),
+        trainable: str | Sequence[str] = (),
+        name: str = "default",
+        leading_tokens: int | None = None,
+        dropout: float = 0.0,
+        **options: Any,
+    ) -> None:
+        super().__init__(targets=targets, exclude=exclude, trainable=trainable, name=name, **options)
+        positive_int("num_virtual_tokens", num_virtual_tokens)
+        probability("dropout", dropout)
+        if leading_tokens is not None and (
+            isinstance(leading_tokens, bool) or not isinstance(leading_tokens, int) or leading_tokens < 0
+        ):
+            raise ValueError(f"leading_tokens must be an integer of at least 0, got {leading_tokens!r}")
+        self.num_virtual_tokens = num_virtual_tokens
+        self.deep = deep
+        self.leading_tokens = leading_tokens
+        self.dropout = dropout
+
+    def plan(self, model: nn.Module) -> Plan:
+        plan = Plan(train_modules=self.heads(model))
+        blocks = self._blocks(model)
+        leading = _leading(model) if self.leading_tokens is None else self.leading_tokens
+        patch = _patch(model)
+        for i, (name, block) in enumerate(blocks):
+            width = token_width(name, block)
+            prompt = None
+            if self.deep or i == 0:
+                bound = math.sqrt(6 / (patch + width))  # the paper's: Xavier over a patch and a token
+                with self.initialising(name):
+                    prompt = (2 * torch.rand(self.num_virtual_tokens, width) - 1) * bound
+            elif i < len(blocks) - 1:
+                continue
+            adapter = BlockPrompt(
+                prompt,
+                self.num_virtual_tokens,
+                leading,
+                replaces=i > 0,
+                removes=i == len(blocks) - 1,
+                dropout=self.dropout,
+                dim=1 if batch_first(block) else 0,
+            )
+            what = f"{self.num_virtual_tokens} prompts of {width}" if prompt is not None else "takes the prompts out"
+            plan.attach.append((name, name, adapter, f"{what} on {original_class(block).__name__}"))
+        return plan
+
+    def _blocks(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
+        blocks = find_blocks(model)
+        if self.targets == "blocks":
+            blocks = [(n, m) for n, m in blocks if attention_sites(m)]
+            if not blocks:
+                kinds = sorted({original_class(m).__name__ for _, m in base_modules(model)})
+                raise TargetError(
+                    f"targets='blocks' finds no repeated blocks with attention; the model has {kinds[:12]}: name the "
+                    "blocks that take (batch, length, width) in targets"
+                )
+        else:
+            blocks = list(match_modules(model, as_patterns(self.targets, "targets"), "targets").items())
+        gone = match_modules(model, as_patterns(self.exclude, "exclude"), "exclude")
+        blocks = [(n, m) for n, m in blocks if n not in gone]
+        stacks = list(dict.fromkeys(n.rpartition(".")[0] for n, _ in blocks))
+        if len(stacks) != 1:
+            raise TargetError(
+                f"the blocks of {stacks} are several stacks, and prompts go into one: name it, as in "
+                f"targets='{(stacks or ['blocks'])[0]}.?'"
+            )
+        return blocks
+
+
+class BlockPrompt(Adapter):
+    """The prompts of one block: ``prompt`` (T, width), or none where it only takes them out.
+
+    Args:
+        prompt: their start.
+        tokens: T.
+        leading: how many tokens stand before them.
+        replaces: the input has prompts already, which these replace.
+        removes: take them out of the output.
+        dropout: of the prompts, in training.
+        dim: of the sequence in the input.
+    """
+
+    def __init__(
+        self,
+        prompt: Tensor | None,
+        tokens: int,
+        leading: int,
+        replaces: bool,
+        removes: bool,
+        dropout: float,
+        dim: int = 1,
+    ) -> None:
+        super().__init__()
+        self.prompt = None if prompt is None else nn.Parameter(prompt)
+        self.tokens, self.leading, self.dropout, self.dim = tokens, leading, dropout, dim
+        self.replaces, self.removes = replaces, removes
+
+    def run(self, host: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        x = args[0] if args else next(iter(kwargs.values()))
+        least = self.leading + (self.tokens if self.replaces else 0)
+        if not isinstance(x, Tensor) or x.ndim != 3 or x.shape[self.dim] < least:
+            got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            raise TokenError(
+                f"{original_class(host).__name__} was called with {got}; visual prompts need (batch, length, width) "
+                f"with at least {least} in front of the patches"
+            )
+        if self.prompt is not None:
+            prompt = F.dropout(self.prompt, self.dropout, self.training).to(x.dtype).unsqueeze(1 - self.dim)
+            shape = list(x.shape)
+            shape[self.dim] = self.tokens
+            front = x.narrow(self.dim, 0, self.leading)
+            rest = x.narrow(self.dim, least, x.shape[self.dim] - least)
+            x = torch.cat([front, prompt.expand(shape), rest], self.dim)
+        if args:
+            args = (x, *args[1:])
+        else:
+            kwargs = {**kwargs, next(iter(kwargs)): x}
+        out = call(*args, **kwargs)
+        if not self.removes:
+            return out
+        return self._without(out) if isinstance(out, Tensor) else (self._without(out[0]), *out[1:])
+
+    def _without(self, x: Tensor) -> Tensor:
+        end = self.leading + self.tokens
+        return torch.cat(
+            [x.narrow(self.dim, 0, self.leading), x.narrow(self.dim, end, x.shape[self.dim] - end)], self.dim
+        )
+
+    def extra_repr(self) -> str:
+        return f"tokens={self.tokens}, leading={self.leading}, replaces={self.replaces}, removes={self.removes}"
+
+
+def _leading(model: nn.Module) -> int:
+    for _, module in base_modules(model):
+        if isinstance(count := getattr(module, "num_prefix_tokens", None), int):
+            return count
+    names = {name.rpartition(".")[2] for name, p in model.named_parameters() if p.numel()}
+    registers = [
+        p.shape[-2] for name, p in model.named_parameters() if name.endswith("register_tokens") and p.ndim == 3
+    ]
+    return sum(name in names for name in _LEADING) + sum(registers)
+
+
+def _patch(model: nn.Module) -> int:
+    """How many numbers a patch holds: those one window of the first strided convolution sees."""
+    for _, module in base_modules(model):
+        if isinstance(module, nn.Conv2d) and max(module.stride) > 1:
+            return module.in_channels * math.prod(module.kernel_size)
+    return 0
