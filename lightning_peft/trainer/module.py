@@ -6,7 +6,7 @@ The user's module gets this mixin by class swap in ``Callback.setup``, so that i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from lightning_peft.core.inject import apply, injection_of
 from lightning_peft.core.state import StateError, canonical, check_fingerprint, load_state, trainable_keys
 from lightning_peft.core.swap import add_mixin
+from lightning_peft.trainer.groups import optimizers_in, remember_schedulers
 from lightning_peft.trainer.manifest import KEY, check_manifest, manifest
 
 __all__ = ["AdaptedModule", "adapt_module"]
@@ -36,12 +37,13 @@ class AdaptedModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         configured = (self._peft_configure_optimizers or super().configure_optimizers)()
-        optimizers = list(_optimizers(configured))
+        optimizers = list(optimizers_in(configured))
         if not optimizers:
             raise MisconfigurationException(
                 f"{type(self).__name__}.configure_optimizers returned no optimizer ({configured!r}), so no adapter "
                 "would ever train; return one over lp.trainable_parameters(self)"
             )
+        remember_schedulers(configured)
         record = injection_of(self)
         for optimizer in optimizers:
             _complete(optimizer, self)
@@ -105,17 +107,6 @@ def trimmed(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if isinstance(value, Tensor) and value.numel() == 0:
             raise StateError(f"refusing to save {key}: it holds no values (a sharded tensor that was not gathered?)")
     return kept
-
-
-def _optimizers(configured: Any) -> Iterator[Optimizer]:
-    """The optimizers inside whatever ``configure_optimizers`` may return."""
-    if isinstance(configured, Optimizer):
-        yield configured
-    elif isinstance(configured, Mapping):
-        yield from _optimizers(configured.get("optimizer"))
-    elif isinstance(configured, Iterable):
-        for part in configured:
-            yield from _optimizers(part)
 
 
 def _complete(optimizer: Optimizer, model: nn.Module) -> None:
