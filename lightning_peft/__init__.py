@@ -17,7 +17,12 @@ from lightning_peft.core.report import Report
 from lightning_peft.core.state import StateError, adapter_state
 from lightning_peft.core.targets import TargetError
 from lightning_peft.methods.callback import PEFTMethod
+from lightning_peft.methods.dora import DoRA
+from lightning_peft.methods.loha import LoHa
+from lightning_peft.methods.lokr import LoKr
 from lightning_peft.methods.lora import LoRA
+from lightning_peft.methods.oft import OFT
+from lightning_peft.methods.vera import VeRA
 from lightning_peft.methods.weight import WeightMethod
 from lightning_peft.trainer.audit import AuditError
 from lightning_peft.trainer.checkpoint import load_from_checkpoint
@@ -25,15 +30,20 @@ from lightning_peft.trainer.checkpoint import load_from_checkpoint
 __version__ = "0.1.0"
 
 __all__ = [
+    "OFT",
     "Adapter",
     "AuditError",
+    "DoRA",
     "InjectionError",
+    "LoHa",
+    "LoKr",
     "LoRA",
     "MergeError",
     "PEFTMethod",
     "Report",
     "StateError",
     "TargetError",
+    "VeRA",
     "WeightAdapter",
     "WeightMethod",
     "active",

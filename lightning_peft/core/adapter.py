@@ -55,6 +55,7 @@ class WeightAdapter(Adapter):
 
     def __init__(self, site: Site) -> None:
         super().__init__()
+        self.site_name = site.name
         self.parameter = site.parameter
         self.layout = site.layout
 

@@ -60,6 +60,11 @@ class AdapterStack(nn.ModuleDict):
         split = max((i for i, adapter in enumerate(running, 1) if adapter.rewrites), default=0)
         self._folded, self._around = running[:split], running[split:]
 
+    def running(self, before: Adapter | None = None) -> tuple[Adapter, ...]:
+        """The adapters that run, in order; only those ahead of ``before`` where it is given."""
+        running = (*self._folded, *self._around)
+        return running if before is None else running[: next(i for i, a in enumerate(running) if a is before)]
+
     def run(self, host: Any, forward: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
         """The host's output; ``forward`` is the original one."""
         call = forward
@@ -131,9 +136,9 @@ def effective_weights(
 
 
 def stored_parameter(host: nn.Module, name: str) -> Tensor | None:
-    """A parameter of the host or of its child, by dotted name; None where it is registered as None."""
+    """A parameter of the host or of its child, by dotted name; None where it has none."""
     owner, _, last = name.rpartition(".")
-    return host.get_submodule(owner)._parameters[last]
+    return host.get_submodule(owner)._parameters.get(last)
 
 
 def _run_with(host: Any, weights: dict[str, Tensor], forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

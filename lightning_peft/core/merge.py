@@ -22,7 +22,8 @@ class MergeError(ValueError):
 def merge(model: nn.Module, name: str | None = None) -> None:
     """Fold the active adapters, or the one called ``name``, into the base weights.
 
-    Computed in float32 and rounded once to the weight's type. The originals are kept for :func:`unmerge`.
+    Computed in float32, as in evaluation (no dropout), and rounded once to the weight's type. The originals are kept
+    for :func:`unmerge`.
 
     Raises:
         MergeError: an adapter that is no function of a weight, a weight that other modules share, a result that
@@ -65,7 +66,14 @@ def _merged_weights(
             others = [n for n in owners[id(stored)] if n != full]
             raise MergeError(f"{full} is the same tensor as {others}, which would change with it: untie them first")
     wide = any(host.get_parameter(p).dtype == torch.float64 for a in adapters for p in a.weights())
-    weights = effective_weights(host, adapters, torch.float64 if wide else torch.float32)
+    modes = [(module, module.training) for adapter in adapters for module in adapter.modules()]
+    try:
+        for adapter in adapters:
+            adapter.eval()
+        weights = effective_weights(host, adapters, torch.float64 if wide else torch.float32)
+    finally:
+        for module, mode in modes:
+            module.training = mode
     for parameter, weight in weights.items():
         if not weight.isfinite().all() or not weight.to(_dtype(host)).isfinite().all():
             raise MergeError(f"{host_name}.{parameter} would hold NaN or infinity after the merge")
