@@ -59,10 +59,10 @@ class DoRAAdapter(LoRAAdapter):
             weight, bias = now.get(self.parameter, weight), now.get("bias", bias)
         assert weight is not None
         gain = self.magnitude / self._remembered(weight, first)
-        scaled = z * self.layout.features(host, gain)
-        if bias is not None:
-            scaled = scaled + self.layout.features(host, (1 - gain) * bias)
-        return scaled.to(z.dtype)
+        by = self.layout.features(host, gain)
+        if bias is None:
+            return (z * by).to(z.dtype)
+        return torch.addcmul(self.layout.features(host, (1 - gain) * bias), z, by).to(z.dtype)
 
     def _remembered(self, weight: Tensor, first: bool) -> Tensor:
         """The norms for the stored weight; in evaluation they are computed once."""
