@@ -1,5 +1,7 @@
 """LoKr: against PEFT and the matrix, in all its decompositions."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -13,7 +15,9 @@ from tests.methods.kin import (
     check_fit,
     check_invariants,
     check_parity,
+    close,
     net,
+    perturb,
 )
 
 # 12 x 8 is (3 x 2) (x) (4 x 4), 12 x 12 is (3 x 3) (x) (4 x 4), 8 x 12 is (2 x 3) (x) (4 x 4)
@@ -92,3 +96,18 @@ def test_factors_are_those_of_peft(factor):
 def test_errors(options, message):
     with pytest.raises(ValueError, match=message):
         lokr(**options)
+
+
+def test_the_update_is_a_kronecker_product():
+    """Against torch.kron, on the channels and the kernel of a convolution."""
+    layer = nn.Conv2d(6, 8, (2, 3), groups=1)
+    model, plain = nn.ModuleDict({"c": layer}), copy.deepcopy(layer)
+    lp.apply(model, lokr(r=8, alpha=4, targets=["c"]))
+    perturb(model)
+    adapter = layer.adapters["default"]
+    first, second = adapter.lokr_w1.detach(), adapter.lokr_w2.detach()
+    assert first.shape == (2, 2)
+    with torch.no_grad():
+        plain.weight.add_(torch.kron(first[..., None, None], second.view(4, 3, 2, 3)), alpha=0.5)
+    x = torch.randn(2, 6, 5, 6)
+    close(layer(x), plain(x))

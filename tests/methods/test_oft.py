@@ -150,3 +150,22 @@ def test_attention():
     y = model["a"](x, x, x)[0]
     lp.merge(model)
     close(model["a"](x, x, x)[0], y)
+
+
+def test_a_convolution_is_turned_as_its_rows_are():
+    """Against block_diag and an inverse, both written out, on a layer with every option at once."""
+    layer = nn.Conv2d(6, 8, (2, 4), stride=2, padding=(1, 2), dilation=2, groups=2, padding_mode="reflect").double()
+    model, plain = nn.ModuleDict({"c": layer}), copy.deepcopy(layer)
+    lp.apply(model, oft(targets=["c"], adapter_dtype="float64"))
+    perturb(model)
+    blocks = []
+    for entries in layer.adapters["default"].oft_R.detach():
+        q = torch.zeros(4, 4, dtype=torch.float64)
+        q[0, 1], q[0, 2], q[0, 3], q[1, 2], q[1, 3], q[2, 3] = entries
+        q, eye = q - q.T, torch.eye(4, dtype=torch.float64)
+        blocks.append((eye - q) @ torch.linalg.inv(eye + q))
+    with torch.no_grad():
+        turned = plain.weight.flatten(1) @ torch.block_diag(*blocks).T
+        plain.weight.copy_(turned.view_as(plain.weight))
+    x = torch.randn(2, 6, 9, 11, dtype=torch.float64)
+    close(layer(x), plain(x), 1e-11)

@@ -132,3 +132,21 @@ def test_experts():
 def test_errors(options, message):
     with pytest.raises(ValueError, match=message):
         vera(**options)
+
+
+def test_the_update_is_the_papers():
+    model = net()
+    lp.apply(model, vera())
+    perturb(model)
+    shared = model[0].adapters["default"].projection
+    for i, (rows, columns) in {0: (12, 8), 2: (12, 12), 4: (8, 12)}.items():
+        adapter, before = model[i].adapters["default"], model[i].weight.detach().clone()
+        update = (
+            torch.diag(adapter.vera_lambda_b)
+            @ shared.vera_B[:rows]
+            @ torch.diag(adapter.vera_lambda_d)
+            @ shared.vera_A[:, :columns]
+        )
+        lp.merge(model)
+        close(model[i].weight.detach(), (before + update).detach())
+        lp.unmerge(model)
