@@ -127,7 +127,7 @@ class OFT(WeightMethod):
             :class:`lightning_peft.PEFTMethod`.
 
     Raises:
-        ValueError: both or neither a positive r nor block_size, a dropout outside [0, 1), too few terms, or a matrix
+        ValueError: r and block_size together, or one that is not positive, a dropout outside [0, 1), too few terms, or a matrix
             whose side has no divisor near.
 
     Example::
@@ -172,12 +172,17 @@ class OFT(WeightMethod):
 
     def build(self, site: Site) -> OFTAdapter:
         side = site.shape[-2 if isinstance(site.layout, EmbeddingLayout) else -1]
-        size = side // _divisor(side, self.r) if self.r is not None else _divisor(side, self.block_size or 32)
-        if size == 1:
-            divisors = [str(d) for d in range(2, side + 1) if side % d == 0] or ["none"]
+        sizes = [d for d in range(2, side + 1) if side % d == 0]  # a block of 1 cannot turn
+        wanted = self.block_size or 32
+        if self.r is not None:
+            wanted = max(1, side // self.r)
+            size = min(sizes, key=lambda d: (abs(side // d - (self.r or 1)), side // d), default=0)
+        else:
+            size = min(sizes, key=lambda d: (abs(d - wanted), d), default=0)
+        if not size or (size > 4 * wanted and size > 32):
             raise ValueError(
-                f"{site.name!r} ({'x'.join(map(str, site.shape))}) would be cut into blocks of 1, which cannot turn: "
-                f"{side} divides into blocks of {', '.join(divisors[:8])}; exclude it, or take one of these"
+                f"{site.name!r} ({'x'.join(map(str, site.shape))}) cannot be cut into blocks of about {wanted}: {side} "
+                f"divides into blocks of {', '.join(map(str, sizes[:8])) or 'none'}; exclude it, or take one of these"
             )
         terms = self.num_cayley_neumann_terms if self.use_cayley_neumann else 0
         return OFTAdapter(site, size, self.block_share, terms, self.dropout)
@@ -201,8 +206,3 @@ class OFT(WeightMethod):
     def describe(self, adapter: WeightAdapter) -> str:
         assert isinstance(adapter, OFTAdapter)
         return f"OFT {adapter.blocks} blocks of {adapter.block_size}"
-
-
-def _divisor(n: int, near: int) -> int:
-    """The divisor of ``n`` nearest to ``near``; of two as near the smaller."""
-    return min((d for d in range(1, n + 1) if n % d == 0), key=lambda d: abs(d - near))

@@ -121,8 +121,8 @@ def test_sizes_that_do_not_divide_are_reported():
     model = nn.Sequential(nn.Linear(12, 4), nn.Linear(4, 4), nn.Linear(4, 2))
     report = lp.apply(model, lp.OFT(block_size=5, targets=["0"]))
     assert "0: 3 blocks of 4, as block_size=5 does not divide" in str(report.notes)
-    prime = nn.Sequential(nn.Linear(13, 4), nn.Linear(4, 4), nn.Linear(4, 2))
-    with pytest.raises(ValueError, match=r"'0' \(4x13\) would be cut into blocks of 1, .*: 13 divides into"):
+    prime = nn.Sequential(nn.Linear(131, 4), nn.Linear(4, 4), nn.Linear(4, 2))
+    with pytest.raises(ValueError, match=r"'0' \(4x131\) cannot be cut .* about 4: 131 divides into blocks of 131"):
         lp.apply(prime, oft(targets=["0"]))
 
 
