@@ -127,8 +127,8 @@ class OFT(WeightMethod):
             :class:`lightning_peft.PEFTMethod`.
 
     Raises:
-        ValueError: r and block_size together, or one that is not positive, a dropout outside [0, 1), too few terms, or a matrix
-            whose side has no divisor near.
+        ValueError: r and block_size together, or one that is not positive, a dropout outside [0, 1), too few terms, or
+            a matrix whose side has no divisor near.
 
     Example::
 
