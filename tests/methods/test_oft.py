@@ -102,6 +102,23 @@ def test_three_adapters_and_lora_between():
     close(model(x), y)
 
 
+def test_one_of_two_is_folded_in_only_where_their_order_stays():
+    model, x = net(), torch.randn(4, 8)
+    lp.apply(model, lp.LoRA(r=2), oft(name="second"))
+    perturb(model)
+    y = model(x)
+    with pytest.raises(lp.MergeError, match=r"'second' at '0' runs after 'default', .* not the same for OFTAdapter"):
+        lp.merge(model, "second")
+    close(model(x), y, 0)
+    lp.merge(model, "default")
+    close(model(x), y)
+    lp.unmerge(model)
+    lp.set_active(model, "second")
+    alone = model(x)
+    lp.merge(model, "second")
+    close(model(x), alone)
+
+
 def test_dropout_leaves_blocks_unturned():
     model, x = nn.ModuleDict({"l": nn.Linear(400, 3)}), torch.randn(2, 400)
     lp.apply(model, oft(targets=["l"], dropout=0.25))
