@@ -27,8 +27,8 @@ def merge(model: nn.Module, name: str | None = None) -> None:
 
     Raises:
         MergeError: an adapter that is no function of a weight, one that would change places with an earlier one where
-            that makes a difference, a weight that other modules share, a result that
-            is not finite, adapters merged already; named before anything is changed.
+            that makes a difference, a weight that other modules share, a result that is not finite, adapters merged
+            already; named before anything is changed.
         ValueError: no adapter of that name.
     """
     if name is not None and name not in adapter_names(model):
@@ -68,8 +68,8 @@ def _check_order(host_name: str, stack: AdapterStack, name: str) -> None:
             kinds = [type(weight) for weight in cast(Adapter, part).weights().values()]
             if not kinds or any(kind.transform is not WeightAdapter.transform for kind in kinds):
                 raise MergeError(
-                    f"{name!r} at {host_name!r} runs after {other!r}, and folded in alone it would run before it, which "
-                    f"is not the same for {type(part).__name__}: merge both, or first let {name!r} alone be active"
+                    f"{name!r} at {host_name!r} runs after {other!r}, and folded in alone it would run before it, "
+                    f"which is not the same for {type(part).__name__}: merge both, or first let {name!r} alone be active"
                 )
 
 
