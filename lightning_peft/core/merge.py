@@ -69,7 +69,7 @@ def _check_order(host_name: str, stack: AdapterStack, name: str) -> None:
             if not kinds or any(kind.transform is not WeightAdapter.transform for kind in kinds):
                 raise MergeError(
                     f"{name!r} at {host_name!r} runs after {other!r}, and folded in alone it would run before it, "
-                    f"which is not the same for {type(part).__name__}: merge both, or first let {name!r} alone be active"
+                    f"which is not the same for {type(part).__name__}: merge both, or let {name!r} alone be active"
                 )
 
 
