@@ -24,19 +24,24 @@ from lightning_peft.methods.adalora import AdaLoRA
 from lightning_peft.methods.bitfit import BitFit
 from lightning_peft.methods.bottleneck import BottleneckAdapter
 from lightning_peft.methods.callback import PEFTMethod
+from lightning_peft.methods.dora import DoRA
 from lightning_peft.methods.dylora import DyLoRA
 from lightning_peft.methods.full import FullFineTuning
 from lightning_peft.methods.gradual import GradualUnfreezing
 from lightning_peft.methods.ia3 import IA3
 from lightning_peft.methods.last_layers import LastLayers
 from lightning_peft.methods.linear_probe import LinearProbe
+from lightning_peft.methods.loha import LoHa
+from lightning_peft.methods.lokr import LoKr
 from lightning_peft.methods.lora import LoRA
 from lightning_peft.methods.norm_tuning import NormTuning
+from lightning_peft.methods.oft import OFT
 from lightning_peft.methods.p_tuning import PTuning
 from lightning_peft.methods.prefix_tuning import PrefixTuning
 from lightning_peft.methods.prompt_tuning import PromptTuning
 from lightning_peft.methods.selection import SelectionMethod
 from lightning_peft.methods.ssf import SSF
+from lightning_peft.methods.vera import VeRA
 from lightning_peft.methods.visual_prompt_tuning import VisualPromptTuning
 from lightning_peft.methods.weight import WeightMethod
 from lightning_peft.trainer.audit import AuditError
@@ -46,6 +51,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "IA3",
+    "OFT",
     "SSF",
     "ActivationAdapter",
     "ActivationMethod",
@@ -54,12 +60,15 @@ __all__ = [
     "AuditError",
     "BitFit",
     "BottleneckAdapter",
+    "DoRA",
     "DyLoRA",
     "FullFineTuning",
     "GradualUnfreezing",
     "InjectionError",
     "LastLayers",
     "LinearProbe",
+    "LoHa",
+    "LoKr",
     "LoRA",
     "MergeError",
     "NormTuning",
@@ -71,6 +80,7 @@ __all__ = [
     "SelectionMethod",
     "StateError",
     "TargetError",
+    "VeRA",
     "VisualPromptTuning",
     "WeightAdapter",
     "WeightMethod",

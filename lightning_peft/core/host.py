@@ -65,6 +65,11 @@ class AdapterStack(nn.ModuleDict):
         split = max((i for i, adapter in enumerate(running, 1) if adapter.rewrites), default=0)
         self._folded, self._around = running[:split], running[split:]
 
+    def running(self, before: Adapter | None = None) -> tuple[Adapter, ...]:
+        """The adapters that run, in order; only those ahead of ``before`` where it is given."""
+        running = (*self._folded, *self._around)
+        return running if before is None else running[: next(i for i, a in enumerate(running) if a is before)]
+
     def run(self, host: Any, forward: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
         """The host's output; ``forward`` is the original one."""
         call = forward

@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from torch import nn
 
-from lightning_peft.core.adapter import Adapter
+from lightning_peft.core.adapter import Adapter, WeightAdapter
 from lightning_peft.core.host import AdapterStack, adapter_names, detach, effective_weights, hosts, stored_parameter
 from lightning_peft.core.state import canonical
 from lightning_peft.core.swap import restore_class
@@ -23,11 +23,13 @@ class MergeError(ValueError):
 def merge(model: nn.Module, name: str | None = None) -> None:
     """Fold the active adapters, or the one called ``name``, into the base weights.
 
-    Computed in float32 and rounded once to the weight's type. The originals are kept for :func:`unmerge`.
+    Computed in float32, as in evaluation (no dropout), and rounded once to the weight's type. The originals are kept
+    for :func:`unmerge`.
 
     Raises:
-        MergeError: an adapter that is no function of a weight, a weight that other modules share, a result that
-            is not finite, adapters merged already; named before anything is changed.
+        MergeError: an adapter that is no function of a weight, one that would change places with an earlier one where
+            that makes a difference, a weight that other modules share, a result that is not finite, adapters merged
+            already; named before anything is changed.
         ValueError: no adapter of that name.
     """
     if name is not None and name not in adapter_names(model):
@@ -43,6 +45,8 @@ def merge(model: nn.Module, name: str | None = None) -> None:
         for adapter_name, adapter in zip(names, adapters):
             if not adapter.weights():
                 raise MergeError(f"{adapter_name!r} at {host_name!r} ({type(adapter).__name__}) is no weight change")
+        if name is not None and adapters:
+            _check_order(host_name, stack, name)
         if adapters:
             merged.append((host, _merged_weights(host_name, host, adapters, owners)))
     for host, weights in merged:
@@ -52,6 +56,22 @@ def merge(model: nn.Module, name: str | None = None) -> None:
         for parameter, weight in weights.items():
             _set(host, parameter, weight)
         stack.refresh()
+
+
+def _check_order(host_name: str, stack: AdapterStack, name: str) -> None:
+    """Folded in alone, an adapter comes ahead of those that ran before it: only sums may change places."""
+    order = list(stack)
+    earlier = [n for n in stack.active if order.index(n) < order.index(name)]
+    if not earlier:
+        return
+    for other in earlier:
+        for part in (stack[other], stack[name]):
+            kinds = [type(weight) for weight in cast(Adapter, part).weights().values()]
+            if not kinds or any(kind.transform is not WeightAdapter.transform for kind in kinds):
+                raise MergeError(
+                    f"{name!r} at {host_name!r} runs after {other!r}, and folded in alone it would run before it, "
+                    f"which is not the same for {type(part).__name__}: merge both, or let {name!r} alone be active"
+                )
 
 
 def _merged_weights(
@@ -66,7 +86,14 @@ def _merged_weights(
             others = [n for n in owners[id(stored)] if n != full]
             raise MergeError(f"{full} is the same tensor as {others}, which would change with it: untie them first")
     wide = any(host.get_parameter(p).dtype == torch.float64 for a in adapters for p in a.weights())
-    weights = effective_weights(host, adapters, torch.float64 if wide else torch.float32)
+    modes = [(module, module.training) for adapter in adapters for module in adapter.modules()]
+    try:
+        for adapter in adapters:
+            adapter.eval()
+        weights = effective_weights(host, adapters, torch.float64 if wide else torch.float32)
+    finally:
+        for module, mode in modes:
+            module.training = mode
     for parameter, weight in weights.items():
         if not weight.isfinite().all() or not weight.to(_dtype(host)).isfinite().all():
             raise MergeError(f"{host_name}.{parameter} would hold NaN or infinity after the merge")

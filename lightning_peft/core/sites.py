@@ -27,6 +27,8 @@ class Layout:
     """A weight that is stored as the matrix it is and read directly by its module (no activation path)."""
 
     has_activation = False
+    #: whether the layer is called with vectors (..., in) and gives vectors (..., out)
+    vectors = False
 
     def matrix(self, weight: Tensor) -> Tensor:
         """The stored weight as a matrix (..., out, in); a view where it can be."""
@@ -52,11 +54,24 @@ class Layout:
         """The number of input features, and of the groups they fall into; columns are (features / groups * kernel)."""
         return matrix[-1], 1
 
+    def hidden(self, host: Any, v: Tensor) -> Tensor:
+        """``v``, one value for each of r rows, shaped to broadcast over what :meth:`down` gives."""
+        return self.features(host, v)
+
+    def mix(self, host: Any, h: Tensor, b: Tensor) -> Tensor:
+        """The matrix ``b`` (out x r) applied to ``h``."""
+        raise NotImplementedError
+
+    def kernel(self, weight: Tensor) -> torch.Size:
+        """The kernel's size where the matrix has columns (in * kernel); empty for what has none."""
+        return torch.Size()
+
 
 class LinearLayout(Layout):
     """``nn.Linear``: the weight is W itself."""
 
     has_activation = True
+    vectors = True
 
     def down(self, host: Any, x: Tensor, a: Tensor) -> Tensor:
         return F.linear(x, _cast(a, x))
@@ -69,6 +84,9 @@ class LinearLayout(Layout):
 
     def features(self, host: Any, v: Tensor) -> Tensor:
         return v
+
+    def mix(self, host: Any, h: Tensor, b: Tensor) -> Tensor:
+        return F.linear(h, _cast(b, h))
 
 
 class TransposedLayout(LinearLayout):
@@ -93,6 +111,8 @@ class NormLayout(Layout):
 
 class EmbeddingLayout(LinearLayout):
     """``nn.Embedding``: a linear layer (dim x vocabulary) on one-hot rows, stored transposed."""
+
+    vectors = False
 
     def matrix(self, weight: Tensor) -> Tensor:
         return weight.t()
@@ -133,11 +153,20 @@ class ConvLayout(Layout):
             # A 1x1 convolution is a product for each image; as such it adds to y in one operation.
             out = torch.baddbmm(y.flatten(2), b.expand(len(y), *b.shape), h.flatten(2), alpha=scale)
             return out.view(y.shape)
-        kernel = b.view(*b.shape, *[1] * len(host.kernel_size))
-        return torch.add(y, _CONV[len(host.kernel_size)](h, kernel, groups=host.groups), alpha=scale)
+        return torch.add(y, self.mix(host, h, b), alpha=scale)
 
     def features(self, host: Any, v: Tensor) -> Tensor:
         return v.view(-1, *[1] * len(host.kernel_size))
+
+    def hidden(self, host: Any, v: Tensor) -> Tensor:
+        return self.features(host, v.repeat(host.groups))
+
+    def mix(self, host: Any, h: Tensor, b: Tensor) -> Tensor:
+        kernel = _cast(b, h).view(*b.shape, *[1] * len(host.kernel_size))
+        return _CONV[len(host.kernel_size)](h, kernel, groups=host.groups)
+
+    def kernel(self, weight: Tensor) -> torch.Size:
+        return weight.shape[2:]
 
     def inputs(self, host: Any, matrix: torch.Size) -> tuple[int, int]:
         return host.in_channels, host.groups
@@ -260,7 +289,7 @@ def _guarded(layout: Layout, cls: Any, kind: Any) -> Layout:
     if cls.forward is not kind.forward or getattr(cls, "_conv_forward", None) is not getattr(
         kind, "_conv_forward", None
     ):
-        layout.has_activation = False
+        layout.has_activation = layout.vectors = False
     return layout
 
 

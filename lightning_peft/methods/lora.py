@@ -6,31 +6,99 @@ Only A and B train: r (in + out) parameters for a matrix of in x out. B (for an 
 the adapted model starts as its base. With ``use_rslora`` s = alpha / sqrt(r), which keeps the size of the update
 independent of the rank. On activations it is y + s B (A x): two thin products beside the layer's own.
 
+Where A and B start as a part of W (PiSSA, OLoRA), their first values A0 and B0 are kept, and
+
+    W' = W + s (B A - B0 A0) = W + s [B - B0, B0] [A; A - A0]
+
+which is the same function of A and B, exactly W at the start, and leaves the base as it is.
+
 Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685.
-rsLoRA: Kalajdzievski 2023, arXiv:2312.03732.
+rsLoRA: Kalajdzievski 2023, arXiv:2312.03732. LoRA+: Hayou et al. 2024, "LoRA+: Efficient Low Rank Adaptation of Large
+Models", arXiv:2402.12354. LoRA-FA: Zhang et al. 2023, arXiv:2308.03303. Initialisations: see
+:mod:`lightning_peft.methods.lora_init`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core.adapter import Adapter, WeightAdapter
+from lightning_peft.core.adapter import WeightAdapter
+from lightning_peft.core.host import AdapterStack, hosts
 from lightning_peft.core.inject import Plan
 from lightning_peft.core.sites import EmbeddingLayout, Site
-from lightning_peft.core.targets import TargetError, base_modules, match, no_match
-from lightning_peft.methods.callback import one_of, positive_int, probability
-from lightning_peft.methods.weight import WeightMethod
+from lightning_peft.core.targets import base_modules
+from lightning_peft.methods.callback import one_of, probability
+from lightning_peft.methods.lora_init import check_init, initial_factors, reads_weight
+from lightning_peft.methods.ranked import RankedMethod
 from lightning_peft.ops.dropout import dropped
+from lightning_peft.trainer.groups import split_groups
 
-__all__ = ["LoRA"]
+__all__ = ["LoRA", "LoRAAdapter"]
 
 
-class LoRA(WeightMethod):
+class LoRAAdapter(WeightAdapter):
+    """A and B of one matrix: ``lora_A`` (..., r, in) and ``lora_B`` (..., out, r).
+
+    ``lora_A0`` and ``lora_B0`` are their first values where those are a part of the weight; None otherwise.
+    """
+
+    lora_A0: Tensor | None
+    lora_B0: Tensor | None
+
+    def __init__(
+        self,
+        site: Site,
+        r: int,
+        scale: float,
+        dropout: float = 0.0,
+        init: str = "kaiming",
+        freeze_A: bool = False,
+    ) -> None:
+        super().__init__(site)
+        self.r = r
+        self.scale = scale
+        self.looked_up = isinstance(site.layout, EmbeddingLayout)
+        self.dropout = 0.0 if self.looked_up else dropout
+        a, b = initial_factors(site, r, scale, init)
+        kept = reads_weight(init)
+        self.register_buffer("lora_A0", a.clone() if kept else None)
+        self.register_buffer("lora_B0", b.clone() if kept else None)
+        self.lora_A = nn.Parameter(a, requires_grad=self.looked_up or not freeze_A)
+        self.lora_B = nn.Parameter(b, requires_grad=not (self.looked_up and freeze_A))
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A (..., k, in) and B (..., out, k) of the plain low-rank update s B A that this adapter makes.
+
+        k is r, or 2 r where the first values are taken off; differences are formed first, so that a small change of
+        large values survives half precision.
+        """
+        if self.lora_A0 is None or self.lora_B0 is None:
+            return self.lora_A, self.lora_B
+        a = torch.cat([self.lora_A, self.lora_A - self.lora_A0], dim=-2)
+        return a, torch.cat([self.lora_B - self.lora_B0, self.lora_B0], dim=-1)
+
+    def delta(self, weight: Tensor) -> Tensor:
+        a, b = self.factors()
+        return (b @ a) * self.scale
+
+    def output(self, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        def down(x: Tensor, a: Tensor) -> Tensor:
+            return self.layout.down(host, x, a)
+
+        a, b = self.factors()
+        h = dropped(down, x, a, self.dropout) if self.dropout and self.training else down(x, a)
+        return self.layout.up(host, h, b, y, self.scale)
+
+    def extra_repr(self) -> str:
+        return f"r={self.r}, scale={self.scale:g}, dropout={self.dropout}"
+
+
+class LoRA(RankedMethod):
     """Low-rank adaptation: a trained product B A beside each frozen weight (arXiv:2106.09685).
 
     Choose it first: it reaches full fine-tuning on most tasks with well under one percent of the parameters, adds two
@@ -46,21 +114,32 @@ class LoRA(WeightMethod):
         rank_pattern: other ranks by pattern, as in ``{"q_proj": 4, "re:.*layers\\.0\\..*": 16}``; the last match wins.
         alpha_pattern: other alphas, likewise.
         bias: base biases to train: ``"none"``, ``"lora_only"`` (of the adapted layers) or ``"all"``.
-        init: ``"kaiming"`` (A uniform as in ``nn.Linear``, B zero) or ``"gaussian"`` (A normal with standard
-            deviation 1/r, B zero); an embedding has A zero and B normal instead.
+        init: ``"kaiming"`` (A uniform as in ``nn.Linear``, B zero), ``"gaussian"`` (A normal with standard deviation
+            1/r, B zero); an embedding has A zero and B normal instead. ``"orthogonal"`` (both not zero, their product
+            is; r must be even). ``"pissa"`` starts from the r largest singular values of the weight
+            (arXiv:2404.02948), ``"pissa_niter_4"`` from their fast approximation by 4 iterations, ``"olora"`` from
+            its QR decomposition (arXiv:2406.01775); these learn faster, keep a second pair of factors, and cost a
+            decomposition of every weight at the start. The base is never changed.
+        lora_plus_ratio: train B at so many times the optimizer's learning rate (LoRA+, arXiv:2402.12354, which found
+            16 good); None trains both alike. The groups of your optimizer are split and keep their options, and its
+            schedulers follow. Embeddings, whose A starts at zero, keep one rate.
+        freeze_A: train B alone (LoRA-FA, arXiv:2308.03303): half the parameters, and no layer input is stored for
+            A's gradient. For an embedding the factor that stays is B.
         **options: ``seed``, ``adapter_dtype``, ``train_norm_stats``, ``audit`` of
             :class:`lightning_peft.PEFTMethod`.
 
     Raises:
-        ValueError: a rank below 1 or above both sides of the matrix, a dropout outside [0, 1), or a dropout on a
-            weight that is not called with activations.
+        ValueError: a rank below 1 or above both sides of the matrix, a dropout outside [0, 1), a dropout on a weight
+            that is not called with activations, an unknown init or one that does not fit the weight, a ratio that is
+            not positive, or a ratio with a frozen A, which leaves one rate only.
 
     Example::
 
         trainer = L.Trainer(callbacks=[lp.LoRA(r=8, targets=["q_proj", "v_proj"], trainable=["classifier"])])
     """
 
-    may_change = WeightMethod.may_change | {"dropout", "bias", "init"}
+    may_change = RankedMethod.may_change | {"dropout", "bias", "init", "lora_plus_ratio", "freeze_A"}
+    adapter_class: ClassVar[type[LoRAAdapter]] = LoRAAdapter
 
     def __init__(
         self,
@@ -75,31 +154,34 @@ class LoRA(WeightMethod):
         rank_pattern: Mapping[str, int] | None = None,
         alpha_pattern: Mapping[str, float] | None = None,
         bias: Literal["none", "lora_only", "all"] = "none",
-        init: Literal["kaiming", "gaussian"] = "kaiming",
+        init: str = "kaiming",
+        lora_plus_ratio: float | None = None,
+        freeze_A: bool = False,
         **options: Any,
     ) -> None:
-        super().__init__(targets=targets, exclude=exclude, trainable=trainable, name=name, **options)
-        positive_int("r", r)
+        patterns: dict[str, Any] = {"rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern}
+        where: dict[str, Any] = {"targets": targets, "exclude": exclude, "trainable": trainable, "name": name}
+        super().__init__(r, alpha, **patterns, **where, **options)
         probability("dropout", dropout)
         one_of("bias", bias, ("none", "lora_only", "all"))
-        one_of("init", init, ("kaiming", "gaussian"))
-        for pattern, rank in (rank_pattern or {}).items():
-            positive_int(f"rank_pattern[{pattern!r}]", rank)
-        for argument, value in [("alpha", alpha), *(alpha_pattern or {}).items()]:
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value == 0:
-                raise ValueError(f"{argument} must be a finite number other than 0, got {value!r}")
-        self.r = r
-        self.alpha = alpha
+        check_init(init)
+        if lora_plus_ratio is not None and not (_number(lora_plus_ratio) and 0 < lora_plus_ratio < math.inf):
+            raise ValueError(f"lora_plus_ratio must be a number above 0, or None, got {lora_plus_ratio!r}")
+        if lora_plus_ratio is not None and freeze_A:
+            raise ValueError("lora_plus_ratio sets B's rate apart from A's, and freeze_A=True leaves A none: drop one")
         self.dropout = dropout
         self.use_rslora = use_rslora
-        self.rank_pattern = dict(rank_pattern or {})
-        self.alpha_pattern = dict(alpha_pattern or {})
         self.bias = bias
         self.init = init
+        self.lora_plus_ratio = lora_plus_ratio
+        self.freeze_A = freeze_A
+
+    def scale_at(self, site: Site) -> float:
+        scale = super().scale_at(site)
+        return scale * math.sqrt(self.rank_at(site)) if self.use_rslora else scale
 
     def build(self, site: Site) -> LoRAAdapter:
-        r = _last_match(self.rank_pattern, site, self.r)
-        alpha = _last_match(self.alpha_pattern, site, self.alpha)
+        r = self.rank_at(site)
         smaller, larger = sorted(site.shape[-2:])
         if r > larger:
             raise ValueError(
@@ -109,30 +191,20 @@ class LoRA(WeightMethod):
         if self.dropout and not site.layout.has_activation:
             raise ValueError(
                 f"dropout={self.dropout} cannot be had on {site.name!r}, whose module reads the weight instead of "
-                "calling a layer: set dropout=0, or exclude it and add a second LoRA with dropout=0 for it"
+                f"calling a layer: set dropout=0, or exclude it and add a second {type(self).__name__} with dropout=0 "
+                "for it"
             )
-        scale = alpha / math.sqrt(r) if self.use_rslora else alpha / r
-        return LoRAAdapter(site, r, scale, self.dropout, self.init)
+        return self.adapter_class(site, r, self.scale_at(site), self.dropout, self.init, self.freeze_A)
 
     def plan(self, model: nn.Module) -> Plan:
         plan = super().plan(model)
-        names = {
-            part.site_name: model.get_submodule(host) for host, _, adapter, _ in plan.attach for part in _parts(adapter)
-        }
-        for argument in ("rank_pattern", "alpha_pattern"):
-            for pattern in getattr(self, argument):
-                if not any(match(pattern, name, module) for name, module in names.items()):
-                    raise TargetError(f"{argument}: {no_match(pattern, names)}")
-        for _, _, adapter, _ in plan.attach:
-            for part in _parts(adapter):
-                largest = min(part.lora_A.shape[-1], part.lora_B.shape[-2])
-                if part.r > largest:
-                    plan.notes.append(f"{part.site_name}: r={part.r} where the weight's rank is at most {largest}")
-        adapted = {  # the modules that hold the weights: an attention's out_proj is one of its own
-            f"{host}.{part.parameter}".rpartition(".")[0].lstrip(".")
-            for host, _, adapter, _ in plan.attach
-            for part in _parts(adapter)
-        }
+        parts = [(host, part) for host, _, adapter, _ in plan.attach for part in lora_parts(adapter)]
+        for _, part in parts:
+            largest = min(part.lora_A.shape[-1], part.lora_B.shape[-2])
+            if part.r > largest:
+                plan.notes.append(f"{part.site_name}: r={part.r} where the weight's rank is at most {largest}")
+        # The modules that hold the weights: an attention's out_proj is one of its own.
+        adapted = {f"{host}.{part.parameter}".rpartition(".")[0].lstrip(".") for host, part in parts}
         for name, module in base_modules(model):
             wanted = self.bias == "all" or (self.bias == "lora_only" and name in adapted)
             for parameter, value in module._parameters.items() if wanted else ():
@@ -140,53 +212,24 @@ class LoRA(WeightMethod):
                     plan.train[f"{name}.{parameter}" if name else parameter] = "bias trains"
         return plan
 
+    def regroup(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+        if self.lora_plus_ratio is None:
+            return
+        stacks = [cast(AdapterStack, host.adapters) for _, host in hosts(model)]
+        parts = [part for stack in stacks if self.name in stack for part in lora_parts(stack[self.name])]
+        faster = {id(part.lora_B) for part in parts if not part.looked_up}
+        scaled = {"lr_scale": self.lora_plus_ratio}
+        split_groups(optimizer, lambda p: scaled if id(p) in faster else {})
+
     def describe(self, adapter: WeightAdapter) -> str:
         assert isinstance(adapter, LoRAAdapter)
-        return f"LoRA r={adapter.r} scale={adapter.scale:g}"
+        return f"{type(self).__name__} r={adapter.r} scale={adapter.scale:g}"
 
 
-class LoRAAdapter(WeightAdapter):
-    """A and B of one matrix: ``lora_A`` (..., r, in) and ``lora_B`` (..., out, r)."""
-
-    def __init__(self, site: Site, r: int, scale: float, dropout: float = 0.0, init: str = "kaiming") -> None:
-        super().__init__(site)
-        *batch, rows, columns = site.shape
-        self.r = r
-        self.scale = scale
-        self.dropout = dropout if not isinstance(site.layout, EmbeddingLayout) else 0.0
-        self.lora_A = nn.Parameter(torch.zeros(*batch, r, columns))
-        self.lora_B = nn.Parameter(torch.zeros(*batch, rows, r))
-        if isinstance(site.layout, EmbeddingLayout):
-            nn.init.normal_(self.lora_B)
-        elif init == "gaussian":
-            nn.init.normal_(self.lora_A, std=1 / r)
-        else:
-            bound = 1 / math.sqrt(columns)  # kaiming_uniform_ with a = sqrt(5), for each matrix of a batch
-            nn.init.uniform_(self.lora_A, -bound, bound)
-
-    def delta(self, weight: Tensor) -> Tensor:
-        return (self.lora_B @ self.lora_A) * self.scale
-
-    def output(self, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        def down(x: Tensor, a: Tensor) -> Tensor:
-            return self.layout.down(host, x, a)
-
-        if self.dropout and self.training:
-            h = dropped(down, x, self.lora_A, self.dropout)
-        else:
-            h = down(x, self.lora_A)
-        return self.layout.up(host, h, self.lora_B, y, self.scale)
-
-    def extra_repr(self) -> str:
-        return f"r={self.r}, scale={self.scale:g}, dropout={self.dropout}"
+def lora_parts(adapter: nn.Module) -> Iterator[LoRAAdapter]:
+    """The pairs (A, B) in what one host carries."""
+    return (part for part in adapter.modules() if isinstance(part, LoRAAdapter))
 
 
-def _parts(adapter: Adapter) -> list[LoRAAdapter]:
-    return [part for part in adapter.weights().values() if isinstance(part, LoRAAdapter)]
-
-
-def _last_match(patterns: Mapping[str, Any], site: Site, default: Any) -> Any:
-    for pattern, value in patterns.items():
-        if match(pattern, site.name, site.module):
-            default = value
-    return default
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

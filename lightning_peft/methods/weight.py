@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import cast
 
 from torch import nn
@@ -50,6 +50,14 @@ class WeightMethod(PEFTMethod):
         """The weights to adapt, by name, and the output heads that are left out; see :func:`find_sites`."""
         return find_sites(model, self.targets, self.exclude, heads)
 
+    def build_all(self, sites: Mapping[str, Site]) -> dict[str, WeightAdapter]:
+        """A new adapter for each site, by name; override it where adapters share something."""
+        built = {}
+        for name, site in sites.items():
+            with self.initialising(name):
+                built[name] = self.build(site)
+        return built
+
     def plan(self, model: nn.Module) -> Plan:
         plan = Plan(train_modules=self.heads(model))
         heads = [*plan.train_modules]
@@ -60,9 +68,8 @@ class WeightMethod(PEFTMethod):
                     f"{head} (the output head) is left as it is; name it in targets or trainable to train it"
                 )
         built: dict[str, dict[str, WeightAdapter]] = {}
-        for site in sites.values():
-            with self.initialising(site.name):
-                built.setdefault(site.host, {})[site.name] = self.build(site)
+        for name, adapter_at in self.build_all(sites).items():
+            built.setdefault(sites[name].host, {})[name] = adapter_at
         for host, adapters in built.items():
             module = model.get_submodule(host)
             kind = original_class(module).__name__

@@ -1,0 +1,116 @@
+"""DoRA: weight-decomposed low-rank adaptation.
+
+    W' = m * (W + s B A) / ||W + s B A||        norms and m per row of the matrix
+
+The direction is adapted by LoRA, the magnitude m in R^out by itself: r (in + out) + out parameters. m starts as the
+norms of W and B at zero, so the adapted model starts as its base. As in section 4.3 of the paper the norm is a
+constant for the gradient. With g = m / ||W + s B A|| it is, on activations,
+
+    y' = g (y + s B A x) + (1 - g) bias        for y = W x + bias
+
+so the base's product is used as it is. The norm needs no product of full size either:
+
+    ||W + s B A||^2 = ||W||^2 + 2 s <W A^T, B> + s^2 <B (A A^T), B>        inner products per row
+
+Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation", arXiv:2402.09353.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.core.host import Adapted, effective_weights, stored_parameter
+from lightning_peft.core.sites import Site
+from lightning_peft.core.swap import has_mixin
+from lightning_peft.methods.lora import LoRA, LoRAAdapter
+from lightning_peft.methods.lora_init import values_of
+
+__all__ = ["DoRA"]
+
+
+class DoRAAdapter(LoRAAdapter):
+    """LoRA's pair, and ``magnitude`` (..., out)."""
+
+    def __init__(self, site: Site, *args: Any) -> None:
+        super().__init__(site, *args)
+        weight = values_of(site, "DoRA")
+        if has_mixin(site.module, Adapted):  # the norms are those of what earlier adapters have made of it
+            now = effective_weights(site.module, site.module.adapters.running())  # type: ignore[union-attr, operator]
+            weight = site.layout.matrix(now.get(self.parameter, site.weight)).to(weight.dtype)
+        self._kept: tuple[tuple[Any, ...], Tensor] | None = None
+        norm = self._norm(weight)
+        self.magnitude = nn.Parameter(norm.to("cpu", self.lora_A.dtype).clone())
+
+    def gain(self, weight: Tensor) -> Tensor:
+        """m / ||W + s B A|| (..., out), the norm a constant."""
+        return self.magnitude / self._norm(weight)
+
+    def transform(self, weight: Tensor) -> Tensor:
+        return self.gain(weight)[..., None] * (weight + self.delta(weight))
+
+    def output(self, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        z = super().output(host, x, y)
+        weight, bias, first = stored_parameter(host, self.parameter), stored_parameter(host, "bias"), True
+        if before := host.adapters.running(before=self):  # type: ignore[union-attr, operator]
+            now, first = effective_weights(host, before), False
+            weight, bias = now.get(self.parameter, weight), now.get("bias", bias)
+        assert weight is not None
+        gain = self.magnitude / self._remembered(weight, first)
+        by = self.layout.features(host, gain)
+        if bias is None:
+            return (z * by).to(z.dtype)
+        return torch.addcmul(self.layout.features(host, (1 - gain) * bias), z, by).to(z.dtype)
+
+    def _remembered(self, weight: Tensor, first: bool) -> Tensor:
+        """The norms for the stored weight; in evaluation they are computed once."""
+        if self.training or not first or torch.compiler.is_compiling() or weight.is_inference():
+            return self._norm(self.layout.matrix(weight))
+        key = tuple((id(t), t.data_ptr(), t._version) for t in (weight, self.lora_A, self.lora_B))
+        if self._kept is None or self._kept[0] != key:
+            with torch.inference_mode(False):  # so that training may go on with them
+                self._kept = key, self._norm(self.layout.matrix(weight))
+        return self._kept[1]
+
+    @torch.no_grad()
+    def _norm(self, weight: Tensor) -> Tensor:
+        with torch.autocast(weight.device.type, enabled=False):
+            a, b = self.factors()
+            w = weight.to(torch.promote_types(weight.dtype, a.dtype))
+            a, b = a.to(w), b.to(w)
+            square = torch.linalg.vector_norm(w, dim=-1) ** 2
+            square = square + 2 * self.scale * ((w @ a.mT) * b).sum(-1)
+            square = square + self.scale**2 * ((b @ (a @ a.mT)) * b).sum(-1)
+            # A row of zeros has no direction; its gain is 0 / tiny = 0.
+            return square.clamp_min(0).sqrt().clamp_min(torch.finfo(w.dtype).tiny)
+
+    def train(self, mode: bool = True) -> DoRAAdapter:
+        self._kept = None
+        return super().train(mode)  # type: ignore[return-value]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": None}
+
+
+class DoRA(LoRA):
+    """LoRA with a magnitude of its own for each output: direction and size learn apart (arXiv:2402.09353).
+
+    Choose it when LoRA at a low rank falls short: it comes closer to full fine-tuning for one more parameter per
+    output. It costs one more thin product and a norm over each adapted weight in every training step; evaluation
+    computes the norms once, and merged it costs nothing.
+
+    Args:
+        r, alpha, dropout, targets, exclude, trainable, name: see :class:`lightning_peft.LoRA`, of which it has every
+            option. Dropout acts on the low-rank path alone; the base's output is never dropped.
+
+    Raises:
+        ValueError: as LoRA; or a weight that has no values to take norms of (on the meta device, or quantised).
+
+    Example::
+
+        trainer = L.Trainer(callbacks=[lp.DoRA(r=8, targets=["q_proj", "v_proj"], trainable=["classifier"])])
+    """
+
+    adapter_class = DoRAAdapter

@@ -1,0 +1,140 @@
+"""LoHa: the elementwise product of two low-rank matrices.
+
+    W' = W + s (B1 A1) * (B2 A2),    A1, A2 in R^{r x in}, B1, B2 in R^{out x r},    s = alpha / r
+
+2 r (in + out) parameters reach a rank of r^2. A2 starts at zero, so the adapted model starts as its base. On a
+convolution with ``use_effective_conv2d`` each factor is a Tucker-2 product instead,
+
+    sum_{ij} T[i, j, kernel] B[i, out] A[j, in],    T in R^{r x r x kernel}
+
+which is 2 r (in + out + r kernel) parameters.
+
+Hyeon-Woo, Ye-Bin and Oh 2021, "FedPara: Low-Rank Hadamard Product for Communication-Efficient Federated Learning",
+arXiv:2108.06098; for adapters: LyCORIS, arXiv:2309.14859.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.core.adapter import WeightAdapter
+from lightning_peft.core.sites import Site
+from lightning_peft.methods.ranked import RankedMethod
+from lightning_peft.methods.rowdrop import RowDropAdapter, check_drops
+
+__all__ = ["LoHa", "tucker", "uniform"]
+
+
+def uniform(*shape: int, fan: int | None = None) -> nn.Parameter:
+    """A parameter that starts as the weight of ``nn.Linear``: uniform within 1 / sqrt(fan), the last size if None."""
+    bound = 1 / math.sqrt(fan or shape[-1])
+    return nn.Parameter(torch.empty(*shape).uniform_(-bound, bound))
+
+
+def tucker(core: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """The matrix (out, in * kernel) of ``core`` (r, r, kernel), ``rows`` (r, out) and ``columns`` (r, in)."""
+    return torch.einsum("ijk,io,jc->ock", core.flatten(2), rows, columns).flatten(1)
+
+
+class LoHaAdapter(RowDropAdapter):
+    """``hada_w1_a``, ``hada_w2_a`` (..., out, r) and ``hada_w1_b``, ``hada_w2_b`` (..., r, in).
+
+    With ``hada_t1``, ``hada_t2`` (r, r, *kernel): a (r, out) and b (r, in).
+    """
+
+    def __init__(self, site: Site, r: int, scale: float, effective: bool, *drops: Any) -> None:
+        super().__init__(site, *drops)
+        *batch, rows, columns = site.shape
+        kernel = site.layout.kernel(site.weight)
+        self.r = r
+        self.scale = scale
+        self.hada_t1 = self.hada_t2 = None
+        shape: tuple[int, ...] = (*batch, rows, r)
+        if effective and math.prod(kernel) > 1:
+            columns //= math.prod(kernel)
+            shape = (r, rows)
+            self.hada_t1 = uniform(r, r, *kernel, fan=r * math.prod(kernel))
+            self.hada_t2 = uniform(r, r, *kernel, fan=r * math.prod(kernel))
+        self.hada_w1_a = uniform(*shape)
+        self.hada_w1_b = uniform(*batch, r, columns)
+        self.hada_w2_a = uniform(*shape)
+        self.hada_w2_b = nn.Parameter(torch.zeros(*batch, r, columns))
+
+    def delta(self, weight: Tensor) -> Tensor:
+        if self.hada_t1 is not None and self.hada_t2 is not None:
+            first = tucker(self.hada_t1, self.hada_w1_a, self.hada_w1_b)
+            second = tucker(self.hada_t2, self.hada_w2_a, self.hada_w2_b)
+        else:
+            first, second = self.hada_w1_a @ self.hada_w1_b, self.hada_w2_a @ self.hada_w2_b
+        update = first * second * self.scale
+        keep = self.drops(update)
+        return update if keep is None else update * keep[..., None]
+
+
+class LoHa(RankedMethod):
+    """The elementwise product of two low-rank updates, of rank r squared (arXiv:2108.06098).
+
+    Choose it for image models, or where LoRA's rank limits: it reaches rank r^2 for the parameters of LoRA at 2 r.
+    It forms the update at full size in every training step, which LoRA does not; merged it costs nothing.
+
+    Args:
+        r: the rank of each factor; 2 r (in + out) parameters train for each matrix.
+        alpha: the update is scaled by alpha / r.
+        targets, exclude, trainable, name: see :class:`lightning_peft.PEFTMethod`.
+        rank_dropout: probability of leaving out a row of the update while training.
+        module_dropout: probability of leaving out a layer's update in one training step.
+        rank_dropout_scale: divide the rows that stay by their share, as Hugging Face PEFT always does.
+        use_effective_conv2d: on convolutions of any dimension, share factors over the kernel: 2 r (in + out + r
+            kernel) parameters instead of 2 r (in kernel + out).
+        rank_pattern: other ranks by pattern, as in ``{"q_proj": 4, "re:.*layers\\.0\\..*": 16}``; the last match wins.
+        alpha_pattern: other alphas, likewise.
+        **options: ``seed``, ``adapter_dtype``, ``train_norm_stats``, ``audit`` of
+            :class:`lightning_peft.PEFTMethod`.
+
+    Raises:
+        ValueError: a rank below 1, an alpha of 0, a probability outside [0, 1).
+
+    Example::
+
+        trainer = L.Trainer(callbacks=[lp.LoHa(r=4, targets="type:Conv2d", trainable=["classifier"])])
+    """
+
+    may_change = RankedMethod.may_change | {"rank_dropout", "module_dropout", "rank_dropout_scale"}
+
+    def __init__(
+        self,
+        r: int = 8,
+        alpha: float = 8,
+        targets: str | Sequence[str] = "all-linear",
+        exclude: str | Sequence[str] = (),
+        trainable: str | Sequence[str] = (),
+        name: str = "default",
+        rank_dropout: float = 0.0,
+        module_dropout: float = 0.0,
+        rank_dropout_scale: bool = False,
+        use_effective_conv2d: bool = False,
+        rank_pattern: Mapping[str, int] | None = None,
+        alpha_pattern: Mapping[str, float] | None = None,
+        **options: Any,
+    ) -> None:
+        patterns: dict[str, Any] = {"rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern}
+        where: dict[str, Any] = {"targets": targets, "exclude": exclude, "trainable": trainable, "name": name}
+        super().__init__(r, alpha, **patterns, **where, **options)
+        check_drops(rank_dropout, module_dropout)
+        self.rank_dropout = rank_dropout
+        self.module_dropout = module_dropout
+        self.rank_dropout_scale = rank_dropout_scale
+        self.use_effective_conv2d = use_effective_conv2d
+
+    def build(self, site: Site) -> LoHaAdapter:
+        drops = self.rank_dropout, self.module_dropout, self.rank_dropout_scale
+        return LoHaAdapter(site, self.rank_at(site), self.scale_at(site), self.use_effective_conv2d, *drops)
+
+    def describe(self, adapter: WeightAdapter) -> str:
+        assert isinstance(adapter, LoHaAdapter)
+        return f"LoHa r={adapter.r} scale={adapter.scale:g}"

@@ -1,0 +1,173 @@
+"""LoKr: a Kronecker product of two small matrices.
+
+    W' = W + s (C (x) D),    C in R^{l x m}, D in R^{k x n},    out = l k, in = m n,    s = alpha / r
+
+l and m are the factors of out and in nearest to their square roots, or to ``decompose_factor``. D is B A of rank r
+where r is below half its larger side, and full otherwise; with ``decompose_both`` so is C. One factor starts at zero,
+so the adapted model starts as its base. For square W of side n^2 with both full these are 2 n^2 parameters.
+
+On vectors the update is applied as C X D^T, X the m x n matrix that x is read as: far cheaper than one product of full
+size. On a convolution in is the number of channels, and D has the kernel beside its columns; with
+``use_effective_conv2d`` D is a Tucker-2 product (see :mod:`lightning_peft.methods.loha`).
+
+Yeh et al. 2023, "Navigating Text-To-Image Customization: From LyCORIS Fine-Tuning to Model Evaluation",
+arXiv:2309.14859. The scale is alpha / r also where both factors are full, as in Hugging Face PEFT.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.core.adapter import WeightAdapter
+from lightning_peft.core.sites import Site
+from lightning_peft.methods.loha import tucker, uniform
+from lightning_peft.methods.ranked import RankedMethod
+from lightning_peft.methods.rowdrop import RowDropAdapter, check_drops
+
+__all__ = ["LoKr"]
+
+
+def factorise(n: int, factor: int) -> tuple[int, int]:
+    """``n`` as a product: ``factor`` first where it divides, else the largest divisor up to it and up to sqrt(n)."""
+    if factor > 0 and n % factor == 0:
+        return factor, n // factor
+    largest = min(math.isqrt(n), factor if factor > 0 else n)
+    first = next(d for d in range(largest, 0, -1) if n % d == 0)
+    return first, n // first
+
+
+class LoKrAdapter(RowDropAdapter):
+    """``lokr_w1`` (..., l, m), or ``lokr_w1_a`` (..., l, r) and ``lokr_w1_b`` (..., r, m).
+
+    ``lokr_w2`` (..., k, n * kernel), or ``lokr_w2_a`` (..., k, r) and ``lokr_w2_b`` (..., r, n * kernel); with
+    ``lokr_t2`` (r, r, *kernel) these are (r, k) and (r, n).
+    """
+
+    def __init__(self, site: Site, r: int, scale: float, factor: int, both: bool, effective: bool, *drops: Any) -> None:
+        super().__init__(site, *drops)
+        *batch, rows, columns = site.shape
+        kernel = site.layout.kernel(site.weight)
+        size = math.prod(kernel)
+        (l, k), (m, n) = factorise(rows, factor), factorise(columns // size, factor)  # noqa: E741 - the paper's names
+        self.r = r
+        self.scale = scale
+        self.sides = m, n * size
+        for name in ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"):
+            self.register_parameter(name, None)
+        if both and r < max(l, m) / 2:
+            self.lokr_w1_a = nn.Parameter(torch.zeros(*batch, l, r))
+            self.lokr_w1_b = uniform(*batch, r, m)
+        else:
+            self.lokr_w1 = nn.Parameter(torch.zeros(*batch, l, m))
+        if r >= max(k, n) / 2:
+            self.lokr_w2 = uniform(*batch, k, n * size)
+        elif effective and size > 1:
+            self.lokr_t2 = uniform(r, r, *kernel, fan=r * size)
+            self.lokr_w2_a, self.lokr_w2_b = uniform(r, k), uniform(r, n)
+        else:
+            self.lokr_w2_a, self.lokr_w2_b = uniform(*batch, k, r), uniform(*batch, r, n * size)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """C (..., l, m) and D (..., k, n * kernel), multiplied out."""
+        first = self.lokr_w1 if self.lokr_w1 is not None else self.lokr_w1_a @ self.lokr_w1_b
+        if self.lokr_w2 is not None:
+            return first, self.lokr_w2
+        if self.lokr_t2 is not None:
+            return first, tucker(self.lokr_t2, self.lokr_w2_a, self.lokr_w2_b)
+        return first, self.lokr_w2_a @ self.lokr_w2_b
+
+    def delta(self, weight: Tensor) -> Tensor:
+        update = torch.einsum("...lm,...kn->...lkmn", *self.factors()).flatten(-4, -3).flatten(-2) * self.scale
+        keep = self.drops(update)
+        return update if keep is None else update * keep[..., None]
+
+    @property
+    def rewrites(self) -> bool:
+        return not (self.layout.has_activation and self.layout.vectors)
+
+    def output(self, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        first, second = self.factors()
+        h = self.layout.down(host, x.unflatten(-1, self.sides), second)
+        z = self.layout.down(host, h.mT, first * self.scale).mT.flatten(-2)
+        keep = self.drops(z)
+        return y + (z if keep is None else z * keep.to(z.dtype)).to(y.dtype)
+
+
+class LoKr(RankedMethod):
+    """A Kronecker product of two small matrices as the update (arXiv:2309.14859).
+
+    Choose it for the smallest files at full rank: around 2 sqrt(in out) parameters for each matrix, and on linear
+    layers also the least computing. It is more rigid than LoRA, and wants a higher learning rate.
+
+    Args:
+        r: the rank of a factor that is decomposed; a factor of sides up to 2 r stays full.
+        alpha: the update is scaled by alpha / r.
+        targets, exclude, trainable, name: see :class:`lightning_peft.PEFTMethod`.
+        decompose_factor: what the first factor's sides should be, where they divide the matrix's; -1 for as near the
+            square root as can be.
+        decompose_both: decompose the first factor too.
+        rank_dropout: probability of leaving out a row of the update while training.
+        module_dropout: probability of leaving out a layer's update in one training step.
+        rank_dropout_scale: divide the rows that stay by their share.
+        use_effective_conv2d: on convolutions of any dimension, share the second factor's halves over the kernel.
+        rank_pattern: other ranks by pattern, as in ``{"q_proj": 4, "re:.*layers\\.0\\..*": 16}``; the last match wins.
+        alpha_pattern: other alphas, likewise.
+        **options: ``seed``, ``adapter_dtype``, ``train_norm_stats``, ``audit`` of
+            :class:`lightning_peft.PEFTMethod`.
+
+    Raises:
+        ValueError: a rank below 1, an alpha of 0, a probability outside [0, 1), a factor that is neither -1 nor
+            positive.
+
+    Example::
+
+        trainer = L.Trainer(callbacks=[lp.LoKr(r=4, decompose_factor=8, trainable=["classifier"])])
+    """
+
+    may_change = RankedMethod.may_change | {"rank_dropout", "module_dropout", "rank_dropout_scale"}
+
+    def __init__(
+        self,
+        r: int = 8,
+        alpha: float = 8,
+        targets: str | Sequence[str] = "all-linear",
+        exclude: str | Sequence[str] = (),
+        trainable: str | Sequence[str] = (),
+        name: str = "default",
+        decompose_factor: int = -1,
+        decompose_both: bool = False,
+        rank_dropout: float = 0.0,
+        module_dropout: float = 0.0,
+        rank_dropout_scale: bool = False,
+        use_effective_conv2d: bool = False,
+        rank_pattern: Mapping[str, int] | None = None,
+        alpha_pattern: Mapping[str, float] | None = None,
+        **options: Any,
+    ) -> None:
+        patterns: dict[str, Any] = {"rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern}
+        where: dict[str, Any] = {"targets": targets, "exclude": exclude, "trainable": trainable, "name": name}
+        super().__init__(r, alpha, **patterns, **where, **options)
+        check_drops(rank_dropout, module_dropout)
+        whole = isinstance(decompose_factor, int) and not isinstance(decompose_factor, bool)
+        if not whole or (decompose_factor != -1 and decompose_factor < 1):
+            raise ValueError(f"decompose_factor must be -1 or an integer of at least 1, got {decompose_factor!r}")
+        self.decompose_factor = decompose_factor
+        self.decompose_both = decompose_both
+        self.rank_dropout = rank_dropout
+        self.module_dropout = module_dropout
+        self.rank_dropout_scale = rank_dropout_scale
+        self.use_effective_conv2d = use_effective_conv2d
+
+    def build(self, site: Site) -> LoKrAdapter:
+        how = self.decompose_factor, self.decompose_both, self.use_effective_conv2d
+        drops = self.rank_dropout, self.module_dropout, self.rank_dropout_scale
+        return LoKrAdapter(site, self.rank_at(site), self.scale_at(site), *how, *drops)
+
+    def describe(self, adapter: WeightAdapter) -> str:
+        assert isinstance(adapter, LoKrAdapter)
+        return f"LoKr r={adapter.r} scale={adapter.scale:g}"

@@ -1,0 +1,81 @@
+"""Weight methods with a rank and a scale, which patterns may set apart for single layers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from lightning_peft.core.inject import Plan
+from lightning_peft.core.sites import Site
+from lightning_peft.core.targets import TargetError, match, no_match
+from lightning_peft.methods.callback import positive_int
+from lightning_peft.methods.weight import WeightMethod
+
+__all__ = ["RankedMethod"]
+
+
+class RankedMethod(WeightMethod):
+    """Base class of the weight methods with a rank.
+
+    Args:
+        r: the rank.
+        alpha: the update is scaled by alpha / r.
+        rank_pattern: other ranks by pattern, as in ``{"q_proj": 4, "re:.*layers\\.0\\..*": 16}``; the last match wins.
+        alpha_pattern: other alphas, likewise.
+        **options: see :class:`lightning_peft.PEFTMethod`.
+
+    Raises:
+        ValueError: a rank below 1, or an alpha that is 0 or no finite number.
+    """
+
+    def __init__(
+        self,
+        r: int,
+        alpha: float,
+        rank_pattern: Mapping[str, int] | None = None,
+        alpha_pattern: Mapping[str, float] | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        positive_int("r", r)
+        for pattern, rank in (rank_pattern or {}).items():
+            positive_int(f"rank_pattern[{pattern!r}]", rank)
+        named = {f"alpha_pattern[{pattern!r}]": value for pattern, value in (alpha_pattern or {}).items()}
+        for argument, value in {"alpha": alpha, **named}.items():
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value == 0:
+                raise ValueError(f"{argument} must be a finite number other than 0, got {value!r}")
+        self.r = r
+        self.alpha = alpha
+        self.rank_pattern = dict(rank_pattern or {})
+        self.alpha_pattern = dict(alpha_pattern or {})
+
+    def rank_at(self, site: Site) -> int:
+        """The rank of the adapter at ``site``."""
+        return _last_match(self.rank_pattern, site, self.r)
+
+    def scale_at(self, site: Site) -> float:
+        """What the update at ``site`` is scaled by."""
+        return _last_match(self.alpha_pattern, site, self.alpha) / self.rank_at(site)
+
+    def plan(self, model: nn.Module) -> Plan:
+        plan = super().plan(model)
+        parts = {
+            part.site_name: model.get_submodule(host)
+            for host, _, adapter, _ in plan.attach
+            for part in adapter.weights().values()
+        }
+        for argument in ("rank_pattern", "alpha_pattern"):
+            for pattern in getattr(self, argument):
+                if not any(match(pattern, name, module) for name, module in parts.items()):
+                    raise TargetError(f"{argument}: {no_match(pattern, parts)}")
+        return plan
+
+
+def _last_match(patterns: Mapping[str, Any], site: Site, default: Any) -> Any:
+    for pattern, value in patterns.items():
+        if match(pattern, site.name, site.module):
+            default = value
+    return default

@@ -1,0 +1,254 @@
+"""LoRA's initialisations, LoRA+, LoRA-FA, and the plain form of what started as a part of the weight."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import lightning_peft as lp
+from lightning_peft.core.state import load_state
+from lightning_peft.methods.lora_plain import as_plain_lora
+from tests.methods.kin import (
+    KINDS,
+    Task,
+    check_against_matrix,
+    check_checkpointed_and_compiled,
+    check_fit,
+    check_invariants,
+    close,
+    loader,
+    net,
+    perturb,
+    trainer,
+)
+
+COUNT = 2 * (8 + 12 + 12 + 12 + 12 + 8)
+
+
+def lora(**options):
+    return lp.LoRA(**{"r": 2, "alpha": 3, **options})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("init", ["orthogonal", "pissa", "pissa_niter_2", "olora"])
+def test_layers(init, kind):
+    check_against_matrix(lora, kind, init=init)
+
+
+@pytest.mark.parametrize("init", ["orthogonal", "pissa", "pissa_niter_2", "olora"])
+def test_invariants(init):
+    check_invariants(lambda **o: lora(init=init, **o), COUNT, exact=init != "orthogonal")
+
+
+def test_checkpointing_and_compile():
+    check_checkpointed_and_compiled(lambda: lora(init="pissa"))
+
+
+@pytest.mark.parametrize("options", [{"init": "pissa"}, {"freeze_A": True}], ids=str)
+def test_fit(options):
+    check_fit(lambda: lora(**options))
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_starts_and_trains_as_in_peft(init, use_rslora):
+    """The same first factors (up to sign), the same outputs and gradients from the same factors."""
+    peft = pytest.importorskip("peft")
+    model, theirs = net(), net()
+    # PEFT takes the part off the base, and computes in float32
+    config = peft.LoraConfig(
+        r=4, lora_alpha=6, target_modules=["0", "2"], init_lora_weights=init, use_rslora=use_rslora
+    )
+    torch.manual_seed(0)
+    theirs = peft.get_peft_model(theirs, config).base_model.model
+    lp.apply(model, lora(r=4, alpha=6, targets=["0", "2"], init=init, use_rslora=use_rslora))
+    pairs = []
+    for i in (0, 2):
+        adapter = model[i].adapters["default"]
+        a, b = theirs[i].lora_A["default"].weight, theirs[i].lora_B["default"].weight
+        close((adapter.lora_B @ adapter.lora_A).detach(), (b @ a).detach(), 1e-5)
+        with torch.no_grad():  # one sign for each direction is free
+            sign = (adapter.lora_A * a).sum(1).sign()
+            a.mul_(sign[:, None])
+            b.mul_(sign)
+        close(adapter.lora_A.detach(), a.detach(), 1e-4)
+        pairs += [(adapter.lora_A, a), (adapter.lora_B, b)]
+    x = torch.randn(5, 8)
+    perturb(model, scale=0.1)
+    with torch.no_grad():
+        for mine, other in pairs:
+            other.copy_(mine)
+    outputs = [model(x), theirs(x)]
+    close(*outputs)
+    gradients = [torch.autograd.grad(y.square().sum(), [p[i] for p in pairs]) for i, y in enumerate(outputs)]
+    for mine, other in zip(*gradients):
+        close(mine, other, 1e-4)
+
+
+def test_the_fast_pissa_finds_the_principal_part():
+    model, fast = net(), net()
+    for m in (model, fast):
+        with torch.no_grad():
+            m[0].weight.add_(3 * torch.outer(torch.arange(12.0), torch.ones(8)))  # one direction stands out
+        lp.apply(m, lora(r=1, targets=["0"], init="pissa" if m is model else "pissa_niter_8"))
+    products = [(m[0].adapters["default"].lora_B @ m[0].adapters["default"].lora_A).detach() for m in (model, fast)]
+    close(*products, 1e-4)
+
+
+def test_orthogonal_halves():
+    model = net()
+    lp.apply(model, lora(r=4, init="orthogonal"))
+    adapter = model[0].adapters["default"]
+    assert adapter.lora_A.abs().max() > 0.01
+    assert adapter.lora_B.abs().max() > 0.01
+    assert (adapter.lora_B @ adapter.lora_A).abs().max() < 1e-7
+
+
+def test_small_steps_survive_bfloat16():
+    """At PiSSA's large first values, a step below their bfloat16 resolution still shows."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"l": nn.Linear(16, 16)}).bfloat16()
+    plain, x = copy.deepcopy(model), torch.randn(64, 16).bfloat16()
+    lp.apply(model, lora(r=4, init="pissa", targets=["l"]))
+    adapter = model["l"].adapters["default"]
+    assert torch.equal(model["l"](x), plain["l"](x))
+    perturb(model, scale=1e-4)
+    exact = (adapter.delta(plain["l"].weight).double() @ x.double().T).T
+    h = adapter.layout.down(model["l"], x, adapter.factors()[0])
+    update = adapter.layout.mix(model["l"], h, adapter.factors()[1]).double() * adapter.scale
+    assert (update - exact).norm() < 0.02 * exact.norm()
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+@pytest.mark.parametrize("init", ["kaiming", "pissa", "olora"])
+def test_plain_form(init, use_rslora):
+    options = {"rank_pattern": {"2": 1}, "alpha_pattern": {"4": 5.0}, "exclude": "6", "targets": "type:Linear"}
+    model, base, x = net(), net(), torch.randn(5, 8)
+    lp.apply(model, lora(init=init, use_rslora=use_rslora, **options))
+    perturb(model)
+    method, state = as_plain_lora(model)
+    assert method.init == "kaiming"
+    assert method.r == (2 if init == "kaiming" else 4)
+    lp.apply(base, method)
+    load_state(base, state)
+    assert not any(name.endswith("0") and "lora" in name for name in base.state_dict())
+    close(base(x), model(x))
+
+
+def test_plain_form_errors():
+    model = net()
+    with pytest.raises(ValueError, match=r"'default' is no LoRA of this model; it has \[\]"):
+        as_plain_lora(model)
+    lp.apply(model, lp.DoRA(r=2), lora(name="mine"))
+    with pytest.raises(ValueError, match=r"'default' is no LoRA of this model; it has \['mine'\]"):
+        as_plain_lora(model)
+
+
+def test_freeze_a():
+    model = net()
+    report = lp.apply(model, lora(freeze_A=True))
+    assert report.trainable == 2 * (12 + 12 + 8)
+    model(torch.randn(4, 8)).sum().backward()
+    assert all(p.grad is None for n, p in model.named_parameters() if n.endswith("lora_A"))
+    assert set(lp.adapter_state(model)) == {f"{i}.adapters.default.lora_{n}" for i in (0, 2, 4) for n in "AB"}
+    tokens = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    lp.apply(tokens, lora(freeze_A=True, targets="0"))
+    adapter = tokens[0].adapters["default"]
+    assert adapter.lora_A.requires_grad
+    assert not adapter.lora_B.requires_grad
+
+
+def rates(model, method, groups):
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(groups(trained), lr=0.01)
+    method.regroup(optimizer, model)
+    of = {id(p): g for g in optimizer.param_groups for p in g["params"]}
+    assert sum(len(g["params"]) for g in optimizer.param_groups) == len(trained)
+    return {n: of[id(p)] for n, p in trained.items()}
+
+
+def test_lora_plus_splits_the_users_groups():
+    model = nn.ModuleDict({"e": nn.Embedding(5, 8), "body": net()})
+    method = lora(lora_plus_ratio=16, targets=["e", "0", "2"], trainable=["6"])
+    lp.apply(model, method)
+
+    def groups(trained):
+        first = [p for n, p in trained.items() if ".0." in n]
+        rest = [p for n, p in trained.items() if ".0." not in n]
+        return [{"params": first, "weight_decay": 0.5}, {"params": rest, "lr": 0.001, "betas": (0.5, 0.9)}]
+
+    of = rates(model, method, groups)
+    for name, group in of.items():
+        faster = 16 if name.endswith("lora_B") and not name.startswith("e.") else 1
+        if ".0." in name:
+            assert math.isclose(group["lr"], 0.01 * faster)
+            assert group["weight_decay"] == 0.5
+        else:
+            assert math.isclose(group["lr"], 0.001 * faster)
+            assert group["betas"] == (0.5, 0.9)
+
+
+def test_lora_plus_of_two_adapters():
+    model = net()
+    first, second = lora(lora_plus_ratio=4), lora(name="second")
+    lp.apply(model, first, second)
+    of = rates(model, first, lambda trained: list(trained.values()))
+    assert {n for n, g in of.items() if g["lr"] > 0.011} == {f"{i}.adapters.default.lora_B" for i in (0, 2, 4)}
+
+
+@pytest.mark.parametrize("groups", [False, True])
+@pytest.mark.parametrize("schedule", ["lambda", "onecycle"])
+def test_lora_plus_in_a_trainer(schedule, groups):
+    """The schedule made before the split goes on at both rates, and a resumed run meets it bit for bit."""
+    whole, resumed = check_fit(lambda: lora(lora_plus_ratio=8), groups=groups, schedule=schedule)
+    plain = Task(groups=groups, schedule=schedule)
+    trainer(lora(), 8, "c").fit(plain, loader())
+    assert len(plain.rates) == len(whole.rates) == 8
+    for mine, one in zip(whole.rates, plain.rates):
+        assert mine[:2] == pytest.approx([one[0], 8 * one[0]])
+        assert mine[2:] == pytest.approx(one[1:])
+    assert resumed.rates == whole.rates[3:]
+
+
+def test_lora_plus_is_the_two_rates_of_the_paper():
+    """One SGD step moves B so many times as far as at the optimizer's rate."""
+    model, method = net(), lora(lora_plus_ratio=16)
+    lp.apply(model, method)
+    perturb(model)
+    before = lp.adapter_state(model)
+    before = {k: v.clone() for k, v in before.items()}
+    optimizer = torch.optim.SGD(lp.trainable_parameters(model), lr=1e-3)
+    method.regroup(optimizer, model)
+    model(torch.randn(4, 8)).square().sum().backward()
+    optimizer.step()
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            close(before[name] - p.detach(), p.grad * (16e-3 if name.endswith("B") else 1e-3), 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"init": "pizza"}, r"init must be one of 'kaiming', .* or 'pissa_niter_<iterations>' .*, got 'pizza'"),
+        ({"init": "pissa_niter_"}, "init must be one of"),
+        ({"init": "orthogonal", "r": 3}, "r must be even; it is 3 at '0': take 4"),
+        ({"init": "pissa", "r": 9}, r"takes r=9 directions of '0' \(12x8\), which has 8: .* rank_pattern=\{'0': 8\}"),
+        ({"init": "olora", "alpha": -1}, "needs alpha above 0"),
+        ({"lora_plus_ratio": 0}, "lora_plus_ratio must be a number above 0, or None, got 0"),
+        ({"lora_plus_ratio": 4, "freeze_A": True}, "drop one"),
+        ({"rank_pattern": {"nope": 2}}, "rank_pattern: 'nope' matches nothing"),
+        ({"alpha_pattern": {"0": 0}}, r"alpha_pattern\['0'\] must be a finite number other than 0"),
+    ],
+)
+def test_errors(options, message):
+    with pytest.raises(ValueError, match=message):
+        lp.apply(net(), lora(**options))
+
+
+def test_a_base_without_values():
+    with torch.device("meta"):
+        model = net()
+    with pytest.raises(ValueError, match="init='pissa' reads the weights, and '0' is on the meta device"):
+        lp.apply(model, lora(init="pissa"))
