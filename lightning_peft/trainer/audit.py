@@ -10,12 +10,12 @@ import os
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core.host import hosts
+from lightning_peft.core.host import AdapterStack, hosts
 from lightning_peft.core.inject import injection_of
 from lightning_peft.core.sites import output_head, weight_sites
 from lightning_peft.core.state import adapter_state
@@ -121,9 +121,8 @@ class CallAudit:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         # An adapter without parameters only helps another one, which is watched itself.
-        self.watched = {
-            n: h for n, h in hosts(model) if h.adapters.active and any(True for _ in h.adapters.parameters())
-        }  # type: ignore[union-attr]
+        stacks = [(name, host, cast(AdapterStack, host.adapters)) for name, host in hosts(model)]
+        self.watched = {n: h for n, h, stack in stacks if stack.active and any(True for _ in stack.parameters())}
         for host in self.watched.values():
             host.__dict__["_peft_seen"] = set()
             add_mixin(host, _Watched)

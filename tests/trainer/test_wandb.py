@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,17 @@ def _offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     for name in ("DATA", "CACHE", "CONFIG", "ARTIFACT"):
         monkeypatch.setenv(f"WANDB_{name}_DIR", str(tmp_path / name.lower()))
     yield
-    wandb.teardown()  # the service too, as between processes: it writes the last records when it ends
+    wandb.finish()
 
 
 def records(root: Path) -> list[tuple[str, Any]]:
     """Everything written offline below ``root``: (run id, record)."""
     from wandb.proto import wandb_internal_pb2 as pb
 
+    # wandb's service may write on for a moment after finish(), where it has had a run of that id before.
+    end = time.monotonic() + 20
+    while not all(_complete(file) for file in root.rglob("run-*.wandb")) and time.monotonic() < end:
+        time.sleep(0.1)
     found = []
     for file in sorted(root.rglob("run-*.wandb")):
         for data in _scan(file):
@@ -39,6 +44,13 @@ def records(root: Path) -> list[tuple[str, Any]]:
             record.ParseFromString(data)
             found.append((file.stem.removeprefix("run-"), record))
     return found
+
+
+def _complete(path: Path) -> bool:
+    from wandb.proto import wandb_internal_pb2 as pb
+
+    chunks = _scan(path)
+    return bool(chunks) and pb.Record.FromString(chunks[-1]).WhichOneof("record_type") in ("exit", "footer", "final")
 
 
 def _scan(path: Path) -> list[bytes]:
@@ -89,7 +101,7 @@ def test_killed_run_goes_on_under_its_id(tmp_path: Path, how: str) -> None:
     with pytest.raises(RuntimeError, match="killed"):
         trainer(tmp_path, *every_step(tmp_path), Killed(), logger=log, log_every_n_steps=1).fit(Toy(), loader())
     run_id = log.version
-    wandb.teardown()
+    wandb.finish()
 
     again = logger(tmp_path / "second")
     if how == "with resume_wandb":
@@ -98,7 +110,7 @@ def test_killed_run_goes_on_under_its_id(tmp_path: Path, how: str) -> None:
     run = trainer(tmp_path, logger=again, log_every_n_steps=1, enable_checkpointing=False)
     run.fit(Toy(), loader(), val_loader(), ckpt_path=tmp_path / "step=3.ckpt")
     assert again.version == run_id
-    wandb.teardown()
+    wandb.finish()
 
     for part in ("first", "second"):
         found = records(tmp_path / part)
@@ -117,7 +129,7 @@ def test_killed_run_goes_on_under_its_id(tmp_path: Path, how: str) -> None:
 
 def test_an_id_of_the_users_own_stays(tmp_path: Path) -> None:
     trainer(tmp_path, *every_step(tmp_path), logger=logger(tmp_path), max_epochs=1).fit(Toy(), loader())
-    wandb.teardown()
+    wandb.finish()
     mine = WandbLogger(save_dir=str(tmp_path), project="test", id="mine")
     resume_wandb([mine], tmp_path / "step=3.ckpt")
     trainer(tmp_path, logger=mine, enable_checkpointing=False).fit(Toy(), loader(), ckpt_path=tmp_path / "step=3.ckpt")
