@@ -1,0 +1,1 @@
+"""Methods compared on real data with real pretrained weights: see ``docs/results.md``."""
