@@ -2,7 +2,7 @@
 
     python -m benchmarks.real e2e --markdown docs/results/e2e.md        # every method, one after the other
     python -m benchmarks.real cifar --methods lora ssf                  # those whose label holds a word
-    python -m benchmarks.real banking77 --tune 1e-3 3e-3                # learning rates, on held-out training data
+    python -m benchmarks.real banking77 --tune 1e-3 3e-3                # learning rates, on data held out for that
 
 Every run has the same data, number of steps, schedule and seed; it differs in the callback and its learning rate.
 The data lies beside the repository or where LIGHTNING_PEFT_DATA says; without it a study says so and stops.
@@ -11,7 +11,6 @@ The data lies beside the repository or where LIGHTNING_PEFT_DATA says; without i
 from __future__ import annotations
 
 import argparse
-import importlib
 import logging
 import sys
 import tempfile
@@ -24,17 +23,15 @@ from rich.console import Console
 from rich.table import Table
 
 import lightning_peft as lp
-from benchmarks.real import report
+from benchmarks.real import STUDIES, load, report
 from benchmarks.real.study import MissingData, Result, Row, Study
-
-STUDIES = ("e2e", "cifar", "banking77")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one study; 0 if every method that is there ran."""
     options = _parse(arguments)
-    study: Study = importlib.import_module(f"benchmarks.real.{options.study}").STUDY
-    console = Console(soft_wrap=True)
+    study = load(options.study)
+    console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 160)
     torch.set_num_threads(options.threads)
     warnings.filterwarnings("ignore", message=".*does not have many workers|.*LeafSpec")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -93,7 +90,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="of torch (default: 1)")
     parser.add_argument(
-        "--tune", nargs="+", type=float, metavar="LR", help="try these rates on held-out training data instead"
+        "--tune", nargs="+", type=float, metavar="LR", help="try these rates, on data held out for that"
     )
     parser.add_argument("--markdown", type=Path, help="write the table there, and a plot beside it (.png)")
     parser.add_argument("--traceback", action="store_true", help="stop at the first failure")

@@ -30,9 +30,14 @@ class Banking77(Study):
     steps = 150
     grid = "1e-3, 3e-3, 1e-2"
     rows = (
-        Row("linear probe", "LinearProbe", {"head": "classifier"}, 3e-2),
-        Row("prompt tuning, 10 tokens", "PromptTuning", {"num_virtual_tokens": 10, **HEAD}, 1e-2),
-        Row("P-tuning, 10 tokens", "PTuning", {"num_virtual_tokens": 10, **HEAD}, 1e-2),
+        Row("linear probe", "LinearProbe", {"targets": "classifier"}, 3e-2),
+        Row(
+            "prompt tuning, 10 tokens",
+            "PromptTuning",
+            {"num_virtual_tokens": 10, "position": "after_bos", **HEAD},
+            1e-2,
+        ),
+        Row("P-tuning, 10 tokens", "PTuning", {"num_virtual_tokens": 10, "position": "after_bos", **HEAD}, 1e-2),
         Row("prefix tuning, 10 tokens", "PrefixTuning", {"num_virtual_tokens": 10, **HEAD}, 1e-2),
         Row("IA3", "IA3", HEAD, 1e-2),
         Row("BitFit", "BitFit", HEAD, 1e-2),

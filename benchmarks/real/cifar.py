@@ -11,30 +11,35 @@ from benchmarks.real.study import Row, Study, need
 from lightning_peft.data import ImageData
 from lightning_peft.tasks import ImageClassifier
 
-CONVS = ["re:.*layer.*conv.", "linear"]
+TUNING = 300
+CONVS = {"targets": "re:.*layer.*conv.", "trainable": "linear"}
+HEAD = {"trainable": "linear"}
+BLOCKS = {"targets": "re:.*layer\\d[.]\\d", "bottleneck_size": 8, "trainable": "linear"}
 
 
 class Cifar(Study):
     name = "cifar"
     title = "ResNet-20 on JPEG CIFAR-10: a domain shift"
     task = (
-        "The pretrained network scores 91.8 % on CIFAR-10; on the same kind of images after JPEG compression it "
-        "loses ten points. Trained on 1,000 such images, tested on another 1,000 (one standard error is about "
-        "1.2 points), mirrored and shifted by up to 2 pixels in training."
+        "The pretrained network scores 91.8 % on CIFAR-10's test images; on such images after JPEG compression it "
+        "loses eleven points. Trained on 1,000 compressed images, mirrored and shifted by up to 2 pixels, tested on "
+        "700 (one standard error is about 1.4 points; another 300 chose the learning rates). The classifier, 650 "
+        "parameters, trains with every method. The training images are of CIFAR-10's training set, which the network "
+        "has seen before compression."
     )
     metrics = {"accuracy %": "{:.1f}", "loss": "{:.3f}"}
     higher_is_better = True
-    steps = 240
+    steps = 120
     grid = "1e-4, 3e-4, 1e-3, 3e-3, 1e-2"
     rows = (
         Row("base"),
-        Row("linear probe", "LinearProbe", {"head": "linear"}, 3e-3),
-        Row("norm tuning", "NormTuning", {"trainable": "linear"}, 3e-3),
-        Row("BitFit", "BitFit", {"trainable": "linear"}, 3e-3),
-        Row("SSF", "SSF", {"targets": CONVS}, 3e-3),
-        Row("bottleneck, 8", "BottleneckAdapter", {"targets": "re:.*layer..[0-9]", "bottleneck_size": 8}, 3e-3),
-        Row("LoRA r=4, convolutions", "LoRA", {"r": 4, "alpha": 8, "targets": CONVS}, 3e-3),
-        Row("DoRA r=4, convolutions", "DoRA", {"r": 4, "alpha": 8, "targets": CONVS}, 3e-3),
+        Row("linear probe", "LinearProbe", {}, 3e-3),
+        Row("BitFit", "BitFit", HEAD, 3e-3),
+        Row("norm tuning", "NormTuning", HEAD, 3e-3),
+        Row("SSF", "SSF", HEAD, 3e-3),
+        Row("bottleneck of 8 after each block", "BottleneckAdapter", BLOCKS, 3e-3),
+        Row("LoRA r=4 on convolutions", "LoRA", {"r": 4, "alpha": 8, **CONVS}, 3e-3),
+        Row("DoRA r=4 on convolutions", "DoRA", {"r": 4, "alpha": 8, **CONVS}, 3e-3),
         Row("last block", "LastLayers", {}, 1e-3),
         Row("full fine-tuning", "FullFineTuning", {}, 3e-4),
     )
@@ -43,13 +48,12 @@ class Cifar(Study):
         self.weights = str(need("cifar_resnet/resnet20-12fca82f.th"))
         self.train = str(need("cifar10/cifar10_train_1000_a.npz"))
         self.test = str(need("cifar10/cifar10_test_1000.npz"))
-        if tuning:
-            with np.load(self.train) as arrays:
-                images, labels, classes = arrays["images"], arrays["labels"], arrays["classes"]
-            held = np.arange(len(labels)) % 4 == 0
-            self.train, self.test = str(folder / "train.npz"), str(folder / "held.npz")
-            np.savez(self.train, images=images[~held], labels=labels[~held], classes=classes)
-            np.savez(self.test, images=images[held], labels=labels[held], classes=classes)
+        with np.load(self.test) as arrays:
+            images, labels, classes = arrays["images"], arrays["labels"], arrays["classes"]
+        # Held-out training images would not do to choose by: the network has seen them all, before compression.
+        chosen = slice(0, TUNING) if tuning else slice(TUNING, None)
+        self.test = str(folder / "test.npz")
+        np.savez(self.test, images=images[chosen], labels=labels[chosen], classes=classes)
 
     def module(self, lr: float) -> ImageClassifier:
         return ImageClassifier("benchmarks.real.resnet.ResNet20", 10, weights=self.weights, lr=lr)

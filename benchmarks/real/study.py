@@ -42,7 +42,7 @@ class Row:
         label: its name in the table.
         method: its class in ``lightning_peft``; ``None`` evaluates the base as it is.
         arguments: of the class, ``trainable`` aside where the study gives it to all.
-        lr: peak learning rate, the best of the study's grid on held-out training data.
+        lr: peak learning rate, the best of the study's grid on data that the test does not use.
     """
 
     label: str
@@ -89,7 +89,7 @@ class Study(ABC):
     def prepare(self, folder: Path, tuning: bool) -> None:
         """Check that everything is there and write what the data modules read into ``folder``.
 
-        With ``tuning`` a part of the training data stands in for the test data.
+        With ``tuning``, data that the final test does not use stands in for the test data.
         """
 
     @abstractmethod
