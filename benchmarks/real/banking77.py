@@ -27,7 +27,7 @@ class Banking77(Study):
     )
     metrics = {"accuracy %": "{:.1f}", "loss": "{:.3f}"}
     higher_is_better = True
-    steps = 150
+    steps = 200
     grid = "1e-3, 3e-3, 1e-2"
     rows = (
         Row("linear probe", "LinearProbe", {"targets": "classifier"}, 3e-2),

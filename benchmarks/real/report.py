@@ -6,6 +6,7 @@ import importlib.metadata
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 from benchmarks.measure import hardware, versions
 from benchmarks.real.study import Result, Study
@@ -88,15 +89,27 @@ def _plot(study: Study, results: list[Result], path: Path) -> bool:
             axes.annotate(result.label, (0.01, value), xycoords=("axes fraction", "data"), fontsize=8, va="bottom")
             continue
         axes.scatter(result.percent, value, s=22, color="C0")
-        axes.annotate(
-            result.label, (result.percent, value), xytext=(4, 4), textcoords="offset points", fontsize=7, ha="left"
-        )
     axes.set_xscale("log")
     axes.set_xlabel("trainable parameters, % of all")
     axes.set_ylabel(f"{metric} on test data ({'higher' if study.higher_is_better else 'lower'} is better)")
     axes.margins(x=0.15)
     axes.spines[["top", "right"]].set_visible(False)
+    _label(axes, [(r.label, r.percent, r.scores[metric]) for r in results if r.trainable])
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110, bbox_inches="tight")
     pyplot.close(figure)
     return True
+
+
+def _label(axes: Any, points: list[tuple[str, float, float]]) -> None:
+    """Write each label beside its point, at the first of some places where it covers no other."""
+    places = [(5, 3, "left"), (5, -10, "left"), (-5, 3, "right"), (-5, -10, "right"), (5, 12, "left"), (5, -19, "left")]
+    taken: list[Any] = []
+    for label, x, y in points:
+        for dx, dy, side in places:
+            text = axes.annotate(label, (x, y), xytext=(dx, dy), textcoords="offset points", fontsize=7, ha=side)
+            box = text.get_window_extent()
+            if not any(box.overlaps(other) for other in taken) or (dx, dy, side) == places[-1]:
+                break
+            text.remove()
+        taken.append(box)
