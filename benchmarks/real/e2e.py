@@ -13,10 +13,6 @@ from lightning_peft.data import GenerationData
 from lightning_peft.tasks import LanguageModel
 
 PROMPT = "{prompt} ||"
-SHOWN = (
-    "name : Blue Spice | Type : coffee shop | area : city centre",
-    "name : The Mill | Type : pub | food : Italian | price : cheap | area : riverside | near : Raja Indian Cuisine",
-)
 
 
 class E2E(Study):
@@ -25,7 +21,7 @@ class E2E(Study):
     task = (
         "The pretrained model is a Llama of 260,032 parameters that writes children's stories; the task is to "
         "put a restaurant's attributes into a sentence. Trained on the E2E validation file (4,672 pairs), tested on "
-        "every 12th pair of the test file (392), whose restaurants are others. `loss` is the cross entropy in nats "
+        "every 12th pair of the test file (392), half of whose 18 restaurants are new. `loss` is the cross entropy in nats "
         "per token of the reference text given the attributes, end of text included; `stories` is that of "
         "TinyStories with the adapter still on: what was forgotten (an adapter can be switched off, a changed base "
         "cannot)."
@@ -34,6 +30,10 @@ class E2E(Study):
     higher_is_better = False
     steps = 300
     batch_size = 8
+    prompts = (
+        "name : Blue Spice | Type : coffee shop | area : city centre",
+        "name : The Mill | Type : pub | food : Italian | price : cheap | area : riverside | near : Raja Indian Cuisine",
+    )
     grid = "two neighbours among 3e-3, 1e-2, 3e-2, 1e-1 and 3e-1, by the loss after 60 steps,"
     rows = (
         Row("base"),
@@ -55,7 +55,7 @@ class E2E(Study):
         self.model = str(need("stories260K"))
         train = need("e2e/valid.txt").read_text().splitlines()
         test = need("e2e/test.txt").read_text().splitlines()[::12]
-        if tuning:  # by restaurant, as the test file is
+        if tuning:  # by meaning: no attributes of the test are in training
             meanings = list(dict.fromkeys(line.partition("||")[0] for line in train))
             held = set(meanings[::10])
             test = [line for line in train if line.partition("||")[0] in held][::2]
@@ -86,7 +86,7 @@ class E2E(Study):
 
     def samples(self, module: L.LightningModule) -> list[str]:
         assert isinstance(module, LanguageModel)
-        prompts = [PROMPT.replace("{prompt}", shown) for shown in SHOWN]
+        prompts = [PROMPT.replace("{prompt}", shown) for shown in self.prompts]
         return [" ".join(text.split()) for text in module.generate(prompts, max_new_tokens=80)]
 
 

@@ -53,7 +53,8 @@ def write(study: Study, results: list[Result], path: Path, steps: int, seed: int
     if _plot(study, results, path.with_suffix(".png")):
         lines += [f"![{study.title}]({path.stem}.png)", ""]
     if any(result.samples for result in results):
-        lines += ["## What they write", "", "Greedy, cut at 80 tokens.", ""]
+        lines += ["## What they write", "", "Greedily, at most 80 tokens, for these in turn:", ""]
+        lines += [*(f"- `{prompt}`" for prompt in study.prompts), ""]
         for result in results:
             lines += [f"- **{result.label}**", *(f"    - {sample}" for sample in result.samples)]
         lines.append("")

@@ -84,6 +84,7 @@ class Study(ABC):
     steps: ClassVar[int]
     grid: ClassVar[str]
     rows: ClassVar[tuple[Row, ...]]
+    prompts: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def prepare(self, folder: Path, tuning: bool) -> None:
@@ -105,7 +106,7 @@ class Study(ABC):
         """The values of ``metrics``, after training."""
 
     def samples(self, module: L.LightningModule) -> list[str]:
-        """Texts to show beside the table."""
+        """What it writes for each of ``prompts``."""
         return []
 
     def run(self, row: Row, lr: float, steps: int, seed: int) -> Result:
