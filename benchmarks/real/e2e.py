@@ -21,8 +21,8 @@ class E2E(Study):
     task = (
         "The pretrained model is a Llama of 260,032 parameters that writes children's stories; the task is to "
         "put a restaurant's attributes into a sentence. Trained on the E2E validation file (4,672 pairs), tested on "
-        "every 12th pair of the test file (392), half of whose 18 restaurants are new. `loss` is the cross entropy in nats "
-        "per token of the reference text given the attributes, end of text included; `stories` is that of "
+        "every 12th pair of the test file (392), half of whose 18 restaurants are new. `loss` is the cross entropy "
+        "in nats per token of the reference text given the attributes, end of text included; `stories` is that of "
         "TinyStories with the adapter still on: what was forgotten (an adapter can be switched off, a changed base "
         "cannot)."
     )
