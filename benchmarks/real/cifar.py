@@ -30,7 +30,7 @@ class Cifar(Study):
     metrics = {"accuracy %": "{:.1f}", "loss": "{:.3f}"}
     higher_is_better = True
     steps = 120
-    grid = "three or four neighbours among 1e-4, 3e-4, 1e-3, 3e-3, 1e-2 and 3e-2, by the loss,"
+    grid = "three or four neighbours among 1e-4, 3e-4, 1e-3, 3e-3, 1e-2 and 3e-2, by the loss (DoRA takes LoRA's)"
     rows = (
         Row("base"),
         Row("linear probe", "LinearProbe", {}, 3e-2),

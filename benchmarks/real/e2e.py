@@ -34,7 +34,7 @@ class E2E(Study):
         "name : Blue Spice | Type : coffee shop | area : city centre",
         "name : The Mill | Type : pub | food : Italian | price : cheap | area : riverside | near : Raja Indian Cuisine",
     )
-    grid = "two neighbours among 3e-3, 1e-2, 3e-2, 1e-1 and 3e-1, by the loss after 60 steps,"
+    grid = "two neighbours among 3e-3, 1e-2, 3e-2, 1e-1 and 3e-1, by the loss after 60 steps (DoRA and r=2 take LoRA's)"
     rows = (
         Row("base"),
         Row("norm tuning", "NormTuning", {}, 1e-1),

@@ -42,7 +42,7 @@ def write(study: Study, results: list[Result], path: Path, steps: int, seed: int
         study.task,
         "",
         f"Each run: {steps} steps of AdamW, linear warmup and decay, seed {seed}. Learning rate: the best of "
-        f"{study.grid} on data held out for that, for each method. `step ms` is the median time of a training step; "
+        f"{study.grid} on data held out for that. `step ms` is the median time of a training step; "
         "`checkpoint kB` what a weights-only checkpoint takes on disk.",
         "",
         "| " + " | ".join(headers(study)) + " |",
