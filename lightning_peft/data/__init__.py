@@ -1,6 +1,8 @@
 """Ready LightningDataModules. They import transformers and datasets when they are set up, not before."""
 
+from lightning_peft.data.generation import GenerationData
 from lightning_peft.data.language import LanguageModelData
 from lightning_peft.data.text import TextClassificationData
+from lightning_peft.data.vision import ImageData
 
-__all__ = ["LanguageModelData", "TextClassificationData"]
+__all__ = ["GenerationData", "ImageData", "LanguageModelData", "TextClassificationData"]

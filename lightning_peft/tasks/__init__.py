@@ -2,5 +2,6 @@
 
 from lightning_peft.tasks.language import LanguageModel
 from lightning_peft.tasks.text import TextClassifier
+from lightning_peft.tasks.vision import ImageClassifier
 
-__all__ = ["LanguageModel", "TextClassifier"]
+__all__ = ["ImageClassifier", "LanguageModel", "TextClassifier"]

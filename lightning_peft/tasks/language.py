@@ -57,15 +57,18 @@ class LanguageModel(L.LightningModule):
         self.model = load_model(auto[self.objective], model, pretrained, dtype)
 
     def setup(self, stage: str) -> None:
-        """Check that the data hides tokens if, and only if, the model is to guess them.
+        """Check that the data is for this objective: that it hides tokens if the model is to guess them.
 
         Raises:
-            ValueError: One does and the other does not.
+            ValueError: It is for the other one.
         """
         data: Any = getattr(self.trainer, "datamodule", None)
-        if not hasattr(data, "mask"):
-            return
-        if (data.mask is None) == (self.objective == "masked"):
+        if getattr(data, "objective", self.objective) != self.objective:
+            raise ValueError(
+                f"{type(data).__name__} is for models whose objective is {data.objective!r}; this one's is "
+                f"{self.objective!r}: take another model, or LanguageModelData."
+            )
+        if hasattr(data, "mask") and (data.mask is None) == (self.objective == "masked"):
             fix = "pass mask=0.15, say," if data.mask is None else "pass mask=None"
             raise ValueError(
                 f"the model's objective is {self.objective!r} and the data has mask={data.mask}: {fix} to "
@@ -91,6 +94,35 @@ class LanguageModel(L.LightningModule):
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """The likeliest token at each position, ``(batch, length)``."""
         return self(batch["input_ids"], batch["attention_mask"]).argmax(-1)
+
+    def generate(self, prompts: list[str], max_new_tokens: int = 64, **options: Any) -> list[str]:
+        """Continue texts, greedily unless ``options`` say otherwise; a causal model's.
+
+        Args:
+            prompts: One or more texts, as the data made them for training; continued as one batch.
+            max_new_tokens: The most tokens to add to each; fewer where the model ends its text.
+            **options: Of transformers' ``generate`` (``do_sample=True``, ``num_beams=4``).
+
+        Returns:
+            What was added to each prompt, without special tokens.
+
+        Raises:
+            ValueError: The objective is masked.
+        """
+        if self.objective != "causal":
+            raise ValueError("a masked language model does not continue texts: generate needs objective='causal'.")
+        tokenizer = load_tokenizer(self.hparams["model"])
+        tokenizer.padding_side = "left"  # what is generated follows the prompt
+        batch = tokenizer(prompts, return_tensors="pt", padding=True).to(self.device)
+        known = {k: batch[k] for k in ("input_ids", "attention_mask")}
+        chosen = {"do_sample": False, "pad_token_id": tokenizer.pad_token_id, **options}
+        training = self.training
+        self.eval()
+        try:
+            ids = self.model.generate(**known, max_new_tokens=max_new_tokens, **chosen)
+        finally:
+            self.train(training)
+        return tokenizer.batch_decode(ids[:, known["input_ids"].shape[1] :], skip_special_tokens=True)
 
     def configure_optimizers(self) -> Any:
         """AdamW over the trainable parameters, with a linear warmup and decay."""
@@ -121,7 +153,9 @@ class LanguageModel(L.LightningModule):
     def _loss(self, batch: dict[str, Tensor], stage: str) -> Tensor:
         # Labels are transformers' own: the causal shift is done in the model, and -100 is not predicted.
         loss = self.model(**batch).loss
-        self.log(f"{stage}/loss", loss, prog_bar=True, batch_size=len(batch["input_ids"]))
+        # Weighted by predicted tokens, so that the mean over batches is the mean over tokens.
+        predicted = int((batch["labels"][:, int(self.objective == "causal") :] != -100).sum())
+        self.log(f"{stage}/loss", loss, prog_bar=True, batch_size=max(1, predicted))
         return loss
 
 

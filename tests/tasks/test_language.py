@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from lightning_peft import demo
-from lightning_peft.data import LanguageModelData
+from lightning_peft.data import GenerationData, LanguageModelData
 from lightning_peft.tasks import LanguageModel, TextClassifier
 
 QUIET = {
@@ -69,3 +69,35 @@ def test_fit_exports_a_folder_that_loads_again(tmp_path):
         assert parameter.dtype == torch.float32
         torch.testing.assert_close(parameter, module.model.get_parameter(name), atol=1e-3, rtol=1e-3)
     assert TextClassifier(str(tmp_path / "out")).num_labels == 17
+
+
+def test_loss_is_the_mean_over_predicted_tokens(gpt2, tmp_path):
+    path = tmp_path / "pairs.csv"
+    path.write_text("prompt,target\nread a file,x\nwrite,one two three four five six seven eight nine ten\n")
+    module = LanguageModel(gpt2).eval()
+    data = GenerationData(str(path), str(path), batch_size=1, tokenizer="demo")
+    logged = L.Trainer(**QUIET | {"limit_val_batches": 1.0}).validate(module, data, verbose=False)[0]["val/loss"]
+    data.batch_size = 2
+    with torch.no_grad():
+        batch = next(iter(data.val_dataloader()))
+        assert logged == pytest.approx(module.model(**batch).loss.item(), rel=1e-5)
+
+
+def test_pairs_are_for_causal_models(tmp_path):
+    path = tmp_path / "pairs.csv"
+    path.write_text("prompt,target\na,b\n")
+    with pytest.raises(ValueError, match=r"GenerationData is for models whose objective is 'causal'; this one's is"):
+        L.Trainer(max_steps=1, **QUIET).fit(LanguageModel("demo", pretrained=False), GenerationData(str(path)))
+
+
+def test_generates_the_same_alone_and_in_a_batch(gpt2):
+    torch.manual_seed(0)
+    module = LanguageModel(gpt2, pretrained=False)
+    prompts = ["open a file and read it", "sockets"]
+    options = {"max_new_tokens": 5, "suppress_tokens": [0, 1, 2, 3, 4]}  # the special ones
+    both = module.generate(prompts, **options)
+    assert both == [module.generate([prompt], **options)[0] for prompt in prompts]
+    assert all(both)
+    assert module.training
+    with pytest.raises(ValueError, match="needs objective='causal'"):
+        LanguageModel("demo", pretrained=False).generate(["a"])

@@ -1,0 +1,15 @@
+"""Methods compared on real data with real pretrained weights: see ``docs/results.md``."""
+
+from __future__ import annotations
+
+import importlib
+
+from benchmarks.real.study import Study
+
+STUDIES = ("e2e", "cifar", "banking77")
+
+
+def load(name: str) -> Study:
+    """One of ``STUDIES``."""
+    study: Study = importlib.import_module(f"benchmarks.real.{name}").STUDY
+    return study

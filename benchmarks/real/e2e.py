@@ -1,0 +1,109 @@
+"""E2E, restaurant facts to a sentence, with a 260k-parameter Llama that has only ever seen TinyStories."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from benchmarks.real.study import Row, Study, need
+from lightning_peft.data import GenerationData
+from lightning_peft.tasks import LanguageModel
+
+PROMPT = "{prompt} ||"
+
+
+class E2E(Study):
+    name = "e2e"
+    title = "stories260K on E2E: data to text"
+    task = (
+        "The pretrained model is a Llama of 260,032 parameters that writes children's stories; the task is to "
+        "put a restaurant's attributes into a sentence. Trained on the E2E validation file (4,672 pairs), tested on "
+        "every 12th pair of the test file (392), half of whose 18 restaurants are new. `loss` is the cross entropy "
+        "in nats per token of the reference text given the attributes, end of text included; `stories` is that of "
+        "TinyStories with the adapter still on: what was forgotten (an adapter can be switched off, a changed base "
+        "cannot)."
+    )
+    metrics = {"loss": "{:.3f}", "stories": "{:.3f}"}
+    higher_is_better = False
+    steps = 300
+    batch_size = 8
+    prompts = (
+        "name : Blue Spice | Type : coffee shop | area : city centre",
+        "name : The Mill | Type : pub | food : Italian | price : cheap | area : riverside | near : Raja Indian Cuisine",
+    )
+    grid = "two neighbours among 3e-3, 1e-2, 3e-2, 1e-1 and 3e-1, by the loss after 60 steps (DoRA and r=2 take LoRA's)"
+    rows = (
+        Row("base"),
+        Row("norm tuning", "NormTuning", {}, 1e-1),
+        Row("prompt tuning, 20 tokens", "PromptTuning", {"num_virtual_tokens": 20}, 1e-1),
+        Row("P-tuning, 20 tokens", "PTuning", {"num_virtual_tokens": 20}, 3e-2),
+        Row("prefix tuning, 20 tokens", "PrefixTuning", {"num_virtual_tokens": 20}, 1e-1),
+        Row("IA3", "IA3", {}, 1e-1),
+        Row("SSF", "SSF", {}, 3e-2),
+        Row("bottleneck of 8, serial", "BottleneckAdapter", {"bottleneck_size": 8}, 3e-2),
+        Row("LoRA r=2", "LoRA", {"r": 2, "alpha": 4}, 1e-2),
+        Row("LoRA r=8", "LoRA", {"r": 8, "alpha": 16}, 1e-2),
+        Row("DoRA r=8", "DoRA", {"r": 8, "alpha": 16}, 1e-2),
+        Row("last block", "LastLayers", {}, 1e-2),
+        Row("full fine-tuning", "FullFineTuning", {}, 3e-3),
+    )
+
+    def prepare(self, folder: Path, tuning: bool) -> None:
+        self.model = str(need("stories260K"))
+        train = need("e2e/valid.txt").read_text().splitlines()
+        test = need("e2e/test.txt").read_text().splitlines()[::12]
+        if tuning:  # by meaning: no attributes of the test are in training
+            meanings = list(dict.fromkeys(line.partition("||")[0] for line in train))
+            held = set(meanings[::10])
+            test = [line for line in train if line.partition("||")[0] in held][::2]
+            train = [line for line in train if line.partition("||")[0] not in held]
+        self.train, self.test = folder / "train.txt", folder / "test.txt"
+        self.train.write_text("\n".join(train))
+        self.test.write_text("\n".join(test))
+        self.stories = need("tinystories/tiny_stories.txt").read_text()[:120_000]
+
+    def module(self, lr: float) -> LanguageModel:
+        return LanguageModel(self.model, lr=lr)
+
+    def data(self) -> GenerationData:
+        return GenerationData(
+            str(self.train),
+            test=str(self.test),
+            prompt="text",
+            separator="||",
+            template=PROMPT,
+            batch_size=self.batch_size,
+        )
+
+    def scores(self, trainer: L.Trainer, module: L.LightningModule, data: L.LightningDataModule) -> dict[str, float]:
+        assert isinstance(module, LanguageModel)
+        assert isinstance(data, GenerationData)
+        loss = trainer.test(module, data, verbose=False)[0]["test/loss"]
+        return {"loss": loss, "stories": _story_loss(module, data, self.stories)}
+
+    def samples(self, module: L.LightningModule) -> list[str]:
+        assert isinstance(module, LanguageModel)
+        prompts = [PROMPT.replace("{prompt}", shown) for shown in self.prompts]
+        return [" ".join(text.split()) for text in module.generate(prompts, max_new_tokens=80)]
+
+
+@torch.no_grad()
+def _story_loss(module: LanguageModel, data: GenerationData, text: str, length: int = 256) -> float:
+    """Nats per token of a running text, cut into blocks that each begin as a text does."""
+    ids = torch.tensor(data.tokenizer(text, add_special_tokens=False)["input_ids"])
+    blocks = ids[: len(ids) // length * length].view(-1, length)
+    begin = torch.full((len(blocks), 1), data.tokenizer.bos_token_id)
+    module.eval()
+    losses = [_loss(module, part) for part in torch.cat([begin, blocks], 1).split(16)]
+    return float(torch.cat(losses).mean())
+
+
+def _loss(module: LanguageModel, ids: Tensor) -> Tensor:
+    logits = module(ids, torch.ones_like(ids))[:, :-1]
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+
+
+STUDY = E2E()

@@ -1,0 +1,103 @@
+"""Pairs of a prompt and the text that should follow it, for causal language models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_peft.data.base import Example, TextDataModule
+
+
+class GenerationData(TextDataModule):
+    """Prompts with their targets: the loss is on the target alone, end-of-text token included.
+
+    An example is the prompt's tokens, the target's and the end-of-text token. Where that is longer than
+    ``max_length``, the prompt loses its beginning first, then the target its end.
+
+    Args:
+        source: The path of a txt, csv, tsv, json, jsonl or parquet file; or a hub dataset's id.
+        validation: Beside a file: another file. Of a hub dataset: the split's name, if not ``"validation"``.
+        test: The same for the test split, which ``predict`` uses too.
+        prompt: The column of prompts.
+        target: The column of targets.
+        separator: Where each row is one text that holds both (a line of a txt file): what stands between
+            them. The first one counts, ``prompt`` names the column, and ``target`` is not read.
+        template: The prompt as the model sees it, ``"{prompt}"`` standing for the row's own.
+        tokenizer: A model's folder or hub id; ``None`` takes the tokenizer of the module being trained.
+        batch_size: Examples per batch and process.
+        max_length: The most tokens of an example.
+        num_workers: Worker processes per loader.
+
+    Raises:
+        ValueError: ``template`` has no ``{prompt}``, or a row no ``separator``.
+
+    Example::
+
+        data = GenerationData("e2e.txt", prompt="text", separator="||", template="{prompt} ||")
+    """
+
+    objective = "causal"
+
+    def __init__(
+        self,
+        source: str,
+        validation: str | None = None,
+        test: str | None = None,
+        prompt: str = "prompt",
+        target: str = "target",
+        separator: str | None = None,
+        template: str = "{prompt}",
+        tokenizer: str | None = None,
+        batch_size: int = 16,
+        max_length: int = 256,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__(source, validation, test, tokenizer, batch_size, max_length, num_workers)
+        if "{prompt}" not in template:
+            raise ValueError(f"template={template!r} has no '{{prompt}}', so every prompt would be the same.")
+        if separator == "":
+            raise ValueError("separator='' separates nothing; pass None where prompt and target are two columns.")
+        self.prompt, self.target, self.separator, self.template = prompt, target, separator, template
+        self.columns = (prompt, target) if separator is None else (prompt,)
+        self.save_hyperparameters()
+
+    def pairs(self, rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
+        """The prompt as the model sees it, and the target, of each row."""
+        if self.separator is None:
+            texts = [(row[self.prompt], row[self.target]) for row in rows]
+        else:
+            parts = [row[self.prompt].partition(self.separator) for row in rows]
+            for index, (text, found, _) in enumerate(parts):
+                if not found:
+                    raise ValueError(f"row {index} has no separator {self.separator!r}: {text[:80]!r}")
+            texts = [(before, after) for before, _, after in parts]
+        return [(self.template.replace("{prompt}", before.strip()), after.strip()) for before, after in texts]
+
+    def examples(self, rows: list[dict[str, Any]], split: str) -> list[Example]:
+        """Tokenize pairs; ``target`` is the number of tokens at the end that are predicted."""
+        pairs = self.pairs(rows)
+        end = self.tokenizer.eos_token_id
+        ends = [] if end is None else [end]
+        prompts = self.tokenizer([prompt for prompt, _ in pairs])["input_ids"]
+        targets = self.tokenizer([target for _, target in pairs], add_special_tokens=False)["input_ids"]
+        examples = []
+        for before, after in zip(prompts, targets):
+            before = before[:-1] if before[-1:] == ends and ends else before  # a tokenizer that ends each text
+            after = (after + ends)[: self.max_length]
+            before = before[max(0, len(before) + len(after) - self.max_length) :]
+            examples.append({"input_ids": before + after, "target": len(after)})
+        return examples
+
+    def collate(self, examples: list[Example], split: str) -> dict[str, Tensor]:
+        """``input_ids``, ``attention_mask``, ``labels``: ``(batch, longest)``; -100 is not predicted."""
+        batch = self.pad(examples)
+        labels = torch.full_like(batch["input_ids"], -100)
+        labels[batch["attention_mask"].bool()] = torch.cat(
+            [
+                torch.tensor([-100] * (len(e["input_ids"]) - e["target"]) + e["input_ids"][-e["target"] :])
+                for e in examples
+            ]
+        )
+        return {**batch, "labels": labels}

@@ -1,0 +1,158 @@
+"""Labelled images from ``.npz`` files."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class ImageData(L.LightningDataModule):
+    """Images of one size with one label each, held in memory.
+
+    A file holds an array of images, ``(N, height, width, channels)`` of uint8, and one of labels, ``(N,)`` of
+    integers; an array ``classes``, where there is one, names the classes. Batches are ``{"images", "labels"}``,
+    images as normalised float32 ``(batch, channels, height, width)``.
+
+    Args:
+        train: The path of an ``.npz`` file.
+        validation: Another one, or ``None``.
+        test: Another one, which ``predict`` uses too, or ``None``.
+        images: The name of the array of images.
+        labels: The name of the array of labels.
+        mean: Subtracted from each channel, of values in [0, 1]; ImageNet's by default.
+        std: What each channel is then divided by.
+        flip: Mirror a training image left to right, half the time.
+        crop: Shift a training image by up to this many pixels each way, zeros coming in; 0 leaves it.
+        batch_size: Images per batch and process.
+        num_workers: Worker processes per loader.
+
+    Raises:
+        FileNotFoundError: A file is not there.
+        ValueError: An array is missing or has another shape or type than said above.
+    """
+
+    def __init__(
+        self,
+        train: str,
+        validation: str | None = None,
+        test: str | None = None,
+        images: str = "images",
+        labels: str = "labels",
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+        flip: bool = True,
+        crop: int = 0,
+        batch_size: int = 64,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size}: it must be at least 1.")
+        if crop < 0:
+            raise ValueError(f"crop={crop}: it is a number of pixels, at least 0.")
+        self.files = {"train": train, "validation": validation, "test": test}
+        self.images, self.labels = images, labels
+        self.mean, self.std = tuple(mean), tuple(std)
+        self.flip, self.crop = flip, crop
+        self.batch_size, self.num_workers = batch_size, num_workers
+        self.classes: list[Any] = []
+        self._data: dict[str, TensorDataset] = {}
+        self.save_hyperparameters()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read the training file, and with it the classes' names."""
+        self._read("train")
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Shuffled, augmented batches of the training file."""
+        return self._loader("train")
+
+    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
+        """Batches of the validation file; an empty list where there is none."""
+        return self._loader("validation") if self.files["validation"] is not None else []
+
+    def test_dataloader(self) -> DataLoader[Any] | list[Any]:
+        """Batches of the test file; an empty list where there is none."""
+        return self._loader("test") if self.files["test"] is not None else []
+
+    def predict_dataloader(self) -> DataLoader[Any] | list[Any]:
+        """The test file's batches."""
+        return self.test_dataloader()
+
+    def _loader(self, split: str) -> DataLoader[Any]:
+        return DataLoader(
+            self._read(split),
+            batch_size=self.batch_size,
+            shuffle=split == "train",
+            collate_fn=_Batch(self.mean, self.std, *((self.flip, self.crop) if split == "train" else (False, 0))),
+            num_workers=self.num_workers,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def _read(self, split: str) -> TensorDataset:
+        import numpy as np
+
+        if split in self._data:
+            return self._data[split]
+        path = Path(str(self.files[split])).expanduser()
+        if not path.is_file():
+            near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.npz")], n=1)
+            raise FileNotFoundError(
+                f"{split}: there is no file {str(path)!r}{f' (near it: {near[0]!r})' if near else ''}."
+            )
+        with np.load(path) as arrays:
+            for name in (self.images, self.labels):
+                if name not in arrays:
+                    raise ValueError(f"{path.name} has no array {name!r}; it has {', '.join(arrays)}.")
+            images, labels = arrays[self.images], arrays[self.labels]
+            names = arrays["classes"].tolist() if "classes" in arrays else sorted(set(labels.tolist()))
+        channels = len(self.mean)
+        if images.ndim != 4 or images.dtype != np.uint8 or images.shape[-1] != channels or len(self.std) != channels:
+            raise ValueError(
+                f"{path.name}: {self.images!r} is {images.dtype} {images.shape}; expected uint8 (N, height, width, "
+                f"{channels}), with as many channels as mean ({channels}) and std ({len(self.std)}) have numbers."
+            )
+        if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
+            raise ValueError(
+                f"{path.name}: {self.labels!r} is {labels.dtype} {labels.shape}; expected integers ({len(images)},)."
+            )
+        if split == "train":
+            self.classes = names
+        self._data[split] = TensorDataset(torch.from_numpy(images), torch.from_numpy(labels.astype("int64")))
+        return self._data[split]
+
+
+class _Batch:
+    """Collate: stack, augment from torch's global generator, normalise. Picklable for worker processes."""
+
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...], flip: bool, crop: int) -> None:
+        self.mean = torch.tensor(mean).view(1, -1, 1, 1)
+        self.std = torch.tensor(std).view(1, -1, 1, 1)
+        self.flip, self.crop = flip, crop
+
+    def __call__(self, rows: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+        images = torch.stack([image for image, _ in rows]).permute(0, 3, 1, 2).float() / 255
+        images = (images - self.mean) / self.std
+        if self.flip:
+            images = torch.where(torch.rand(len(images), 1, 1, 1) < 0.5, images.flip(-1), images)
+        if self.crop:
+            images = self._shifted(images)
+        return {"images": images.contiguous(), "labels": torch.stack([label for _, label in rows])}
+
+    def _shifted(self, images: Tensor) -> Tensor:
+        height, width = images.shape[-2:]
+        padded = torch.nn.functional.pad(images, [self.crop] * 4)
+        corners = torch.randint(2 * self.crop + 1, (len(images), 2)).tolist()
+        return torch.stack(
+            [image[:, y : y + height, x : x + width] for image, (y, x) in zip(padded, corners, strict=True)]
+        )
