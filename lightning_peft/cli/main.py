@@ -14,6 +14,7 @@ from rich.console import Console
 
 import lightning_peft as lp
 from lightning_peft.cli.methods import methods
+from lightning_peft.trainer.logs import resume_wandb
 
 __all__ = ["PEFTCLI", "PEFTTrainer", "main"]
 
@@ -94,6 +95,10 @@ class PEFTCLI(LightningCLI):
             # jsonargparse lists what is wrong with each type it tried; the first is the method's own message.
             reasons = [line.strip(" -") for line in str(error).partition("Errors:")[2].splitlines() if line.strip()]
             raise MisconfigurationException(reasons[0] if reasons else str(error)) from error
+
+    def before_fit(self) -> None:
+        # Before the loggers start: a resumed run goes on under its own id.
+        resume_wandb(self.trainer.loggers, self._get(self.config, "ckpt_path"))
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:

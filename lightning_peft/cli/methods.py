@@ -33,12 +33,12 @@ def methods(name: str | None = None) -> None:
             table.add_row(command, method.__name__, (method.__doc__ or "").partition("\n")[0])
         Console().print(table)
         return
-    method = known.get(name) or next((m for m in known.values() if m.__name__.lower() == name.lower()), None)
-    if method is None:
+    found = known.get(name) or next((m for m in known.values() if m.__name__.lower() == name.lower()), None)
+    if found is None:
         near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.4) or sorted(known)
         sys.exit(f"error: no method named {name!r}; nearest: {', '.join(near)}")
-    module = sys.modules[method.__module__]
-    Console().print(f"{module.__doc__}\n{inspect.getdoc(method)}", markup=False, highlight=False)
+    module = sys.modules[found.__module__]
+    Console().print(f"{module.__doc__}\n{inspect.getdoc(found)}", markup=False, highlight=False)
 
 
 def _exported() -> list[type[lp.PEFTMethod]]:
