@@ -1,0 +1,20 @@
+"""A selection method of one's own: the parameters with the fewest elements train."""
+
+from __future__ import annotations
+
+from torch import nn
+
+import lightning_peft as lp
+
+
+class Smallest(lp.SelectionMethod):
+    """Trains every parameter of the base that has at most so many elements."""
+
+    def __init__(self, elements: int = 64, targets: str = "all", **options) -> None:
+        super().__init__(targets, **options)
+        self.elements = elements
+
+    def choose(self, model: nn.Module, plan) -> None:
+        for name, parameter in model.named_parameters():
+            if parameter.numel() <= self.elements:
+                plan.train[name] = "small enough"
