@@ -8,7 +8,7 @@ well.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ __all__ = ["Adapter", "WeightAdapter", "WeightGroup"]
 
 class Adapter(nn.Module):
     """Base class of all adapters: runs around the module that carries it."""
+
+    #: whether it only looks on, so that the module computes the same with it as without
+    transparent: ClassVar[bool] = False
 
     def run(self, host: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The host's output, given ``call``, the host's forward with the adapters before this one."""

@@ -20,58 +20,97 @@ class MergeError(ValueError):
 
 
 @torch.no_grad()
-def merge(model: nn.Module, name: str | None = None) -> None:
+def merge(model: nn.Module, name: str | None = None, partial: bool = False) -> list[str]:
     """Fold the active adapters, or the one called ``name``, into the base weights.
 
     Computed in float32, as in evaluation (no dropout), and rounded once to the weight's type. The originals are kept
     for :func:`unmerge`.
 
+    Args:
+        model: the adapted model; changed in place.
+        name: one adapter; by default all that are active.
+        partial: fold what can be folded, and let the rest run beside it as before, instead of refusing.
+
+    Returns:
+        What was left to run beside the weights, each with its place and the reason; empty unless ``partial``.
+
     Raises:
         MergeError: an adapter that is no function of a weight, one that would change places with an earlier one where
             that makes a difference, a weight that other modules share, a result that is not finite, adapters merged
-            already; named before anything is changed.
+            already; all are named before anything is changed. With ``partial``, if nothing can be folded.
         ValueError: no adapter of that name.
     """
     if name is not None and name not in adapter_names(model):
         raise ValueError(f"no adapter named {name!r}; the model has {list(adapter_names(model))}")
     owners = _owners(model)
-    merged: list[tuple[nn.Module, dict[str, torch.Tensor]]] = []
+    merged: list[tuple[nn.Module, tuple[str, ...], dict[str, torch.Tensor]]] = []
+    left: dict[str, list[str]] = {}  # why, by adapter
     for host_name, host in hosts(model):
         stack = cast(AdapterStack, host.adapters)
         if stack.merged is not None:
             raise MergeError(f"{host_name!r} has adapters merged already: lp.unmerge(model) first")
-        names = stack.active if name is None else tuple(n for n in stack if n == name)
-        adapters = [cast(Adapter, stack[n]) for n in names]
-        for adapter_name, adapter in zip(names, adapters):
-            if not adapter.weights():
-                raise MergeError(f"{adapter_name!r} at {host_name!r} ({type(adapter).__name__}) is no weight change")
-        if name is not None and adapters:
-            _check_order(host_name, stack, name)
-        if adapters:
-            merged.append((host, _merged_weights(host_name, host, adapters, owners)))
-    for host, weights in merged:
+        names, reasons = _split(host_name, stack, name)
+        try:
+            if names:
+                adapters = [cast(Adapter, stack[n]) for n in names]
+                merged.append((host, names, _merged_weights(host_name, host, adapters, owners)))
+        except MergeError as error:
+            reasons |= {n: str(error) for n in names}
+        for n, reason in reasons.items():
+            left.setdefault(n, []).append(reason)
+    if left and not (partial and merged):
+        also = " (lp.merge(model, partial=True) folds all else)" if merged else ""
+        raise MergeError(f"{'; '.join(_named(left))}{also}")
+    for host, names, weights in merged:
         stack = cast(AdapterStack, host.adapters)
         stack.merged = {p: _copy(stored_parameter(host, p)) for p in weights}
-        stack.merged_names = stack.active if name is None else (name,)
+        stack.merged_names = names
         for parameter, weight in weights.items():
             _set(host, parameter, weight)
         stack.refresh()
+    return _named(left)
 
 
-def _check_order(host_name: str, stack: AdapterStack, name: str) -> None:
-    """Folded in alone, an adapter comes ahead of those that ran before it: only sums may change places."""
+def _split(host_name: str, stack: AdapterStack, name: str | None) -> tuple[tuple[str, ...], dict[str, str]]:
+    """The names at one host that can be folded, in order, and why each of the others cannot."""
+    names: tuple[str, ...] = ()
+    reasons: dict[str, str] = {}
+    for n in stack.active if name is None else [n for n in stack if n == name]:
+        adapter = cast(Adapter, stack[n])
+        where = f"{n!r} at {host_name!r} ({type(adapter).__name__})"
+        if adapter.transparent:
+            continue
+        if not adapter.weights():
+            reasons[n] = f"{where} is no weight change"
+        elif reasons:
+            reasons[n] = f"{where} runs after {next(iter(reasons))!r}, and folded in it would run before it"
+        elif name is not None and (reason := _moved(host_name, stack, name)):
+            reasons[n] = reason
+        else:
+            names += (n,)
+    return names, reasons
+
+
+def _named(left: dict[str, list[str]]) -> list[str]:
+    """One sentence for each adapter, whatever the number of its places."""
+    return [r[0] + (f", and so at {len(r) - 1} more places" if len(r) > 1 else "") for r in left.values()]
+
+
+def _moved(host_name: str, stack: AdapterStack, name: str) -> str | None:
+    """Folded in alone, an adapter comes ahead of those that ran before it: why it may not, unless both are sums."""
     order = list(stack)
     earlier = [n for n in stack.active if order.index(n) < order.index(name)]
-    if not earlier:
-        return
     for other in earlier:
+        if cast(Adapter, stack[other]).transparent:
+            continue
         for part in (stack[other], stack[name]):
             kinds = [type(weight) for weight in cast(Adapter, part).weights().values()]
             if not kinds or any(kind.transform is not WeightAdapter.transform for kind in kinds):
-                raise MergeError(
+                return (
                     f"{name!r} at {host_name!r} runs after {other!r}, and folded in alone it would run before it, "
                     f"which is not the same for {type(part).__name__}: merge both, or let {name!r} alone be active"
                 )
+    return None
 
 
 def _merged_weights(
@@ -150,12 +189,22 @@ def unload(model: nn.Module, merge: bool = False) -> nn.Module:
         merge: fold the active adapters into the weights first; otherwise the base is as it was.
 
     Raises:
-        MergeError: ``merge=True`` and an adapter cannot be folded.
+        MergeError: ``merge=True`` and an active adapter cannot be folded, or was left out of an earlier merge.
     """
     from lightning_peft.core.inject import injected_name, injection_of
 
-    if merge and not any(cast(AdapterStack, h.adapters).merged for _, h in hosts(model)):
+    stacks = {name: cast(AdapterStack, host.adapters) for name, host in hosts(model)}
+    if merge and not any(stack.merged for stack in stacks.values()):
         _merge(model)
+    elif merge:
+        beside = {
+            n for stack in stacks.values() for n, a in stack.items() if a in stack.running() and not a.transparent
+        }
+        if beside:
+            raise MergeError(
+                f"{sorted(beside)} are not merged but run beside the weights, and would be lost: lp.unmerge(model), "
+                "lp.set_active(model, ...) what is to stay, then unload again"
+            )
     if not merge:
         unmerge(model)
     record, injected = injection_of(model), model.get_submodule(injected_name(model))
