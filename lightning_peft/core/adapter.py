@@ -32,6 +32,19 @@ class Adapter(nn.Module):
         """The adapters of the host's weights in this one, by parameter name; empty where it has none."""
         return {}
 
+    def copies(self) -> Mapping[str, Tensor]:
+        """What stands in place of the host's own parameters and buffers, by name; empty where nothing does."""
+        return {}
+
+    @property
+    def replacement(self) -> Adapter | None:
+        """The copies of parameters that go with this adapter and come ahead of it; None where there are none."""
+        return self._modules.get("replacement")  # type: ignore[return-value]
+
+    def parts(self) -> tuple[Adapter, ...]:
+        """What runs for this adapter, in order."""
+        return (self,) if self.replacement is None else (self.replacement, self)
+
     @property
     def rewrites(self) -> bool:
         """Whether the host must run with its adapted weight in place instead of around its own."""

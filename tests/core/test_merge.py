@@ -55,7 +55,7 @@ def _no_weight() -> nn.Module:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (_tied, r"embed.weight is the same tensor as \['lm_head.weight'\].*untie them first"),
+        (_tied, r"embed.weight is the same tensor as \['lm_head.weight'\].*untie=True\) gives it a tensor of its own"),
         (_quantised, "mid.weight is stored as torch.int8: a quantised weight"),
         (_infinite, "down.weight would hold NaN or infinity"),
         (_overflowing, "down.weight would hold NaN or infinity"),
@@ -174,3 +174,20 @@ def test_a_merge_that_could_fold_nothing_is_refused():
     attach(model, "down", "add", Add(1.0))
     with pytest.raises(MergeError, match="no weight change"):
         lp.merge(model, partial=True)
+
+
+def test_a_tied_weight_gets_a_tensor_of_its_own_where_that_is_asked_for():
+    kind = KINDS["tied"]
+    model = _tied()
+    weight, expected, before = model.embed.weight, evaluate(model, kind), bits(model)
+    lp.merge(model, untie=True)
+    torch.testing.assert_close(evaluate(model, kind), expected)
+    assert model.lm_head.weight is weight
+    assert_same_bits({"w": model.lm_head.weight}, {"w": before["lm_head.weight"]})
+    lp.unmerge(model)
+    assert model.embed.weight is weight
+    assert_same_bits(bits(model), before)
+    lp.merge(model, untie=True)
+    lp.unload(model, merge=True)
+    assert model.embed.weight is not model.lm_head.weight
+    torch.testing.assert_close(evaluate(model, kind), expected)
