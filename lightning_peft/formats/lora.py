@@ -6,7 +6,7 @@
 | convolution | the same | (r, in, *kernel), (out, r / groups, 1, ...); PEFT's A reads all groups |
 | Embedding | ``lora_embedding_A``, ``lora_embedding_B`` | (r, vocabulary), (dim, r) |
 | MultiheadAttention | ``lora_A.weight``, ...; ``base_layer.out_proj.lora_A.weight``, ... | both projections or none |
-| bare parameter | the same, after one ``base_layer.`` for each parameter around it | (experts r, in), (out, r experts) |
+| bare parameter | the same, after a ``base_layer.`` for each parameter around it | (experts r, in), (out, r experts) |
 | DoRA | ``lora_magnitude_vector`` | (out), of a convolution (1, out, 1, ...) |
 
 PEFT adds the change of an attention's ``out_proj`` twice as it runs, so half of it is written.
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lightning_peft.core.sites import Site, weight_sites
 from lightning_peft.core.targets import no_match
-from lightning_peft.formats.converter import Options, Reading, Tensors, Writing
+from lightning_peft.formats.converter import Converter, Options, Reading, Tensors, Writing
 from lightning_peft.formats.files import FormatError
 from lightning_peft.formats.names import PREFIX, Base
 from lightning_peft.formats.snapshot import Part, Snapshot
