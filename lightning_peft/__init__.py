@@ -19,6 +19,9 @@ from lightning_peft.core.merge import MergeError, merge, unload, unmerge
 from lightning_peft.core.report import Report
 from lightning_peft.core.state import StateError, adapter_state
 from lightning_peft.core.targets import TargetError
+from lightning_peft.formats.files import FormatError
+from lightning_peft.formats.load import load_adapter
+from lightning_peft.formats.save import save_adapter
 from lightning_peft.methods.activation import ActivationMethod
 from lightning_peft.methods.adalora import AdaLoRA
 from lightning_peft.methods.bitfit import BitFit
@@ -62,6 +65,7 @@ __all__ = [
     "BottleneckAdapter",
     "DoRA",
     "DyLoRA",
+    "FormatError",
     "FullFineTuning",
     "GradualUnfreezing",
     "InjectionError",
@@ -91,8 +95,10 @@ __all__ = [
     "disabled",
     "fold",
     "inspect",
+    "load_adapter",
     "load_from_checkpoint",
     "merge",
+    "save_adapter",
     "set_active",
     "trainable_parameters",
     "unload",

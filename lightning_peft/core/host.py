@@ -27,6 +27,7 @@ __all__ = [
     "adapter_names",
     "attach",
     "check_host",
+    "deactivate",
     "detach",
     "disabled",
     "effective_weights",
@@ -279,6 +280,13 @@ def set_active(model: nn.Module, *names: str) -> None:
         if stack.merged is not None:
             raise ValueError("adapters are merged into the base: lp.unmerge(model) first")
         stack.active = tuple(n for n in stack if n in names)
+        stack.refresh()
+
+
+def deactivate(model: nn.Module, name: str) -> None:
+    """Let the adapter called ``name`` take no part; the others stay as they are."""
+    for stack in _stacks(model):
+        stack.active = tuple(n for n in stack.active if n != name)
         stack.refresh()
 
 

@@ -6,7 +6,7 @@ planning, so an error leaves the model as it was.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
@@ -26,11 +26,14 @@ __all__ = [
     "InjectionError",
     "Method",
     "Plan",
+    "Trains",
     "apply",
+    "check_injectable",
     "injected_name",
     "injection_of",
     "inspect",
     "later_parameters",
+    "put_in",
     "trainable_parameters",
 ]
 
@@ -75,6 +78,19 @@ class Method(Protocol):
     def regroup(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None: ...
 
 
+@dataclass(frozen=True)
+class Trains:
+    """What one method trains of the base itself, by name in the module that methods were applied to.
+
+    Attributes:
+        modules: modules that train in full.
+        parameters: single parameters, those that train only later in the run included.
+    """
+
+    modules: tuple[str, ...] = ()
+    parameters: tuple[str, ...] = ()
+
+
 @dataclass
 class Injection:
     """The record of what was put into a model; it lives on the model itself.
@@ -86,6 +102,7 @@ class Injection:
         buffers: the base's persistent buffers as they were, to tell which ones training moves.
         trained_before: names of the base parameters that required gradients before.
         later: names of the parameters that train later; with the values they started from once they do.
+        trains: what each method trains of the base itself, by adapter name.
     """
 
     methods: dict[str, Method]
@@ -94,6 +111,7 @@ class Injection:
     buffers: dict[str, Tensor]
     trained_before: frozenset[str]
     later: dict[str, Tensor | None] = field(default_factory=dict)
+    trains: dict[str, Trains] = field(default_factory=dict)
 
 
 def injection_of(model: nn.Module) -> Injection | None:
@@ -148,21 +166,30 @@ def apply(model: nn.Module, *methods: Method) -> Report:
     new = _not_yet_applied(wanted, record)
     if not new and record is not None:
         return record.report
-    _check_injectable(model)
-    plans = [method.plan(model) for method in new]
-    for method, plan in zip(new, plans):
-        for host, *_ in plan.attach:
-            check_host(model, host, method.name)
+    check_injectable(model)
+    return put_in(model, {method.name: (method, method.plan(model)) for method in new})
 
+
+def put_in(model: nn.Module, plans: Mapping[str, tuple[Method, Plan]]) -> Report:
+    """Carry out what :func:`apply` planned: the methods and their plans, by adapter name.
+
+    Raises:
+        ValueError: a module cannot take an adapter of that name; nothing was changed.
+    """
+    for name, (_, plan) in plans.items():
+        for host, *_ in plan.attach:
+            check_host(model, host, name)
+    record = injection_of(model)
     first = record is None
     if record is None:
         trained = frozenset(canonical(name) for name, p in model.named_parameters() if p.requires_grad)
         model.requires_grad_(False)
         record = Injection({}, Report(), {}, {}, trained)
-    for method, plan in zip(new, plans):
+    for name, (method, plan) in plans.items():
         _commit(model, method, plan, record.report)
-        record.methods[method.name] = method
+        record.methods[name] = method
         record.later |= dict.fromkeys(plan.later)
+        record.trains[name] = Trains(tuple(plan.train_modules), (*plan.train, *plan.later))
     record.later = {n: v for n, v in record.later.items() if v is not None or not model.get_parameter(n).requires_grad}
     if not any(method.train_norm_stats for method in record.methods.values()):
         frozen = freeze_norm_statistics(model)
@@ -248,7 +275,12 @@ def _difference(there: dict[str, Any], here: dict[str, Any]) -> str:
     return ", ".join(f"{k}={there.get(k)!r} there, {here.get(k)!r} here" for k in changed) or "of another class"
 
 
-def _check_injectable(model: nn.Module) -> None:
+def check_injectable(model: nn.Module) -> None:
+    """Whether ``model`` can take adapters at all.
+
+    Raises:
+        InjectionError: it is compiled, sharded or wrapped for distributed training.
+    """
     for name, module in model.named_modules():
         where = name or "the model"
         if isinstance(module, torch._dynamo.eval_frame.OptimizedModule) or module._compiled_call_impl is not None:

@@ -12,6 +12,7 @@ import torch
 from lightning_peft.core.inject import apply
 from lightning_peft.core.state import StateError
 from lightning_peft.core.targets import TargetError
+from lightning_peft.core.torch_file import read_torch_file
 from lightning_peft.methods.callback import registered_method
 from lightning_peft.trainer.manifest import KEY
 from lightning_peft.trainer.module import adapt_module
@@ -34,10 +35,10 @@ def load_from_checkpoint(module_class: type[M], path: str | Path, map_location: 
         **kwargs: arguments of ``module_class`` that override or complete the saved hyperparameters.
 
     Raises:
-        StateError: the checkpoint has no manifest, does not fit, or was trained on another base.
+        StateError: the checkpoint has no manifest, does not fit, was trained on another base, or would run code.
         ValueError: it names a method that is not defined here.
     """
-    checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+    checkpoint = read_torch_file(path, map_location)
     if not isinstance(checkpoint, dict) or KEY not in checkpoint:
         raise StateError(f"{path} has no {KEY!r} manifest: it was not saved by a run with methods attached")
     methods = [registered_method(entry["method"])(**entry["config"]) for entry in checkpoint[KEY]["methods"]]

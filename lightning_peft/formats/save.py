@@ -1,0 +1,67 @@
+"""``lp.save_adapter``: an adapter as a directory of its own, in Hugging Face PEFT's format."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lightning_peft.core.inject import injection_of
+from lightning_peft.formats.converter import NotInPeftError
+from lightning_peft.formats.files import write_files
+from lightning_peft.formats.registry import converter_for_method
+from lightning_peft.formats.snapshot import Snapshot, take_snapshot
+
+__all__ = ["METADATA", "save_adapter"]
+
+#: the key of our own facts in the metadata of the tensors' file, which PEFT ignores
+METADATA = "lightning_peft"
+
+
+def save_adapter(model: nn.Module, directory: str | Path, name: str | None = None, **options: Any) -> None:
+    """Write an adapter to a directory: ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+    Args:
+        model: an adapted module, trained or not.
+        directory: where to; made if it is not there.
+        name: the adapter; by default all of them: one goes into ``directory`` itself, several into folders of their
+            names inside it.
+        **options: of the format.
+
+    Raises:
+        ValueError: the model has no adapter of that name.
+        StateError: adapters are merged into the weights.
+    """
+    record = injection_of(model)
+    names = [name] if name is not None else list(record.methods) if record is not None else [""]
+    snapshots = {each: take_snapshot(model, each) for each in names}
+    for each, snapshot in snapshots.items():
+        write_snapshot(snapshot, Path(directory) / each if len(names) > 1 else Path(directory), **options)
+
+
+def write_snapshot(snapshot: Snapshot, directory: Path, **options: Any) -> None:
+    """Write what one method has put into a model."""
+    converter = converter_for_method(snapshot.method)
+    if converter is None:
+        raise NotInPeftError(f"{type(snapshot.method).__name__} has no counterpart in PEFT")
+    writing = converter.write(snapshot, **options)
+    config = {**_common(snapshot, converter.peft_type), **writing.config}
+    write_files(directory, config, writing.tensors, {METADATA: json.dumps(_facts(snapshot))}, None)
+
+
+def _common(snapshot: Snapshot, peft_type: str) -> dict[str, Any]:
+    config = getattr(snapshot.base.module, "config", None)
+    return {
+        "peft_type": peft_type,
+        "task_type": None,
+        "inference_mode": True,
+        "base_model_name_or_path": getattr(config, "_name_or_path", None) or None,
+        "revision": None,
+    }
+
+
+def _facts(snapshot: Snapshot) -> dict[str, Any]:
+    method = snapshot.method
+    return {"method": type(method).__name__, "config": method.config(), "fingerprint": snapshot.fingerprint}

@@ -1,0 +1,156 @@
+"""What a method has put into a model, taken apart: the facts and the tensors that an adapter directory is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from lightning_peft.core.adapter import Adapter
+from lightning_peft.core.host import AdapterStack, hosts
+from lightning_peft.core.inject import Injection, injected_name, injection_of
+from lightning_peft.core.sites import ConvLayout, EmbeddingLayout, NormLayout, TransposedLayout
+from lightning_peft.core.state import StateError, canonical
+from lightning_peft.core.swap import original_class
+from lightning_peft.formats.names import Base, base_of
+from lightning_peft.methods.callback import PEFTMethod
+
+__all__ = ["Part", "Snapshot", "kind_of", "take_snapshot", "whole"]
+
+
+@dataclass
+class Part:
+    """One adapter of one module, or of one of its weights.
+
+    Attributes:
+        host: the module that carries it, by its name in the base.
+        parameter: the adapted weight's name inside the host; ``""`` where the adapter is of no weight.
+        kind: ``Linear``, ``Conv1D`` (Hugging Face's, stored transposed), ``Conv``, ``Embedding``, ``Norm``,
+            ``Attention`` (a projection of ``nn.MultiheadAttention``), ``Parameter`` (a bare one), or the host's class.
+        shape: the adapted weight's, as it is stored.
+        facts: plain values: the adapter's ``r`` and ``scale``, a convolution's ``groups``, ``dilation`` and
+            ``padding_mode``.
+        tensors: the adapter's own, by name inside it.
+    """
+
+    host: str
+    parameter: str
+    kind: str
+    shape: tuple[int, ...]
+    facts: dict[str, Any] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The weight's name as patterns know it: the module's, or the parameter's where it is one of several."""
+        return f"{self.host}.{self.parameter}".removesuffix(".weight").strip(".")
+
+
+@dataclass
+class Snapshot:
+    """One method's share of a model.
+
+    Attributes:
+        method: the method, with its configuration.
+        parts: its adapters.
+        heads: modules that it trains in full, by their names in the base.
+        trained: what it trains of the base itself (heads, biases, buffers that moved), by name in the base.
+        base: the base they were put into.
+        fingerprint: what identifies the frozen base, by names of the base.
+    """
+
+    method: PEFTMethod
+    parts: list[Part]
+    heads: list[str]
+    trained: dict[str, Tensor]
+    base: Base
+    fingerprint: dict[str, Any]
+
+
+def take_snapshot(model: nn.Module, name: str) -> Snapshot:
+    """What the method called ``name`` has put into ``model``.
+
+    Raises:
+        ValueError: the model has no method of that name.
+        StateError: adapters are merged into the weights.
+    """
+    record = injection_of(model)
+    if record is None:
+        raise ValueError("no method was applied to this model: lp.apply(model, ...) or train it first")
+    if name not in record.methods:
+        raise ValueError(f"no adapter named {name!r}; the model has {list(record.methods)}")
+    root = model.get_submodule(injected_name(model))
+    if any(cast(AdapterStack, host.adapters).merged is not None for _, host in hosts(root)):
+        raise StateError("adapters are merged into the base, whose weights are not its own: lp.unmerge(model) first")
+    base = base_of(root, _used(root, record))
+    return Snapshot(
+        method=cast(PEFTMethod, record.methods[name]),
+        parts=list(_parts(base, name)),
+        heads=[cast(str, base.inner(head)) for head in record.trains[name].modules],
+        trained=_trained(base, record, name),
+        base=base,
+        fingerprint=_fingerprint(base, record),
+    )
+
+
+def _used(root: nn.Module, record: Injection) -> list[str]:
+    trained = [name for trains in record.trains.values() for name in (*trains.modules, *trains.parameters)]
+    return [*(canonical(name) for name, _ in hosts(root)), *trained]
+
+
+def _parts(base: Base, name: str) -> Iterator[Part]:
+    for host_name, host in hosts(base.module):
+        stack = cast(AdapterStack, host.adapters)
+        if name in stack:
+            adapter = cast(Adapter, stack[name])
+            weights = adapter.weights()
+            for parameter, part in weights.items():
+                stored = host.get_parameter(parameter)
+                facts = {n: getattr(part, n) for n in ("r", "scale") if hasattr(part, n)}
+                facts |= _conv_facts(host) if isinstance(part.layout, ConvLayout) else {}
+                tensors = {key: whole(value) for key, value in part.state_dict().items()}
+                kind = kind_of(host, part.layout)
+                yield Part(canonical(host_name), parameter, kind, tuple(stored.shape), facts, tensors)
+            if not weights:
+                tensors = {key: whole(value) for key, value in adapter.state_dict().items()}
+                yield Part(canonical(host_name), "", original_class(host).__name__, (), {}, tensors)
+
+
+def kind_of(host: nn.Module, layout: Any) -> str:
+    """What kind of weight a layout of ``host`` reads: see :class:`Part`."""
+    if isinstance(host, nn.MultiheadAttention):
+        return "Attention"
+    kinds = {TransposedLayout: "Conv1D", EmbeddingLayout: "Embedding", ConvLayout: "Conv", NormLayout: "Norm"}
+    return kinds.get(type(layout), "Linear" if isinstance(host, nn.Linear) else "Parameter")
+
+
+def _conv_facts(host: Any) -> dict[str, Any]:
+    return {"groups": host.groups, "dilation": list(host.dilation), "padding_mode": host.padding_mode}
+
+
+def _trained(base: Base, record: Injection, name: str) -> dict[str, Tensor]:
+    trains = record.trains[name]
+    state = {canonical(key): value for key, value in base.root.state_dict().items()}
+    adapters = [f"{host}.adapters." if host else "adapters." for host, _ in hosts(base.root)]
+    inside = [f"{head}." if head else "" for head in trains.modules]
+    wanted = {
+        key
+        for key in state
+        if (key in trains.parameters or any(key.startswith(prefix) for prefix in inside))
+        and not any(key.startswith(prefix) for prefix in adapters)
+    }
+    return {cast(str, base.inner(key)): whole(state[key]) for key in sorted(wanted)}
+
+
+def _fingerprint(base: Base, record: Injection) -> dict[str, Any]:
+    values = {base.inner(name): value for name, value in record.fingerprint.get("values", {}).items()}
+    return {"values": {name: value for name, value in values.items() if name}}
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """``tensor`` on the CPU and of its own; of a sharded one all of it."""
+    if hasattr(tensor, "full_tensor"):
+        tensor = tensor.full_tensor()
+    return tensor.detach().to("cpu", copy=True).contiguous()
