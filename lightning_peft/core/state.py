@@ -10,12 +10,12 @@ from __future__ import annotations
 import difflib
 import hashlib
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core.host import adapter_names, hosts
+from lightning_peft.core.host import AdapterStack, adapter_names, hosts
 
 __all__ = [
     "StateError",
@@ -151,8 +151,10 @@ def check_fingerprint(model: nn.Module, saved: Mapping[str, Any]) -> None:
     """Compare the base with the one a state was trained on.
 
     Raises:
-        StateError: a tensor of the base is missing or holds other values.
+        StateError: a tensor of the base is missing or holds other values, or adapters are merged into it.
     """
+    if any(cast(AdapterStack, host.adapters).merged is not None for _, host in hosts(model)):
+        raise StateError("adapters are merged into the base, so that it cannot be compared: lp.unmerge(model) first")
     frozen = _frozen(model)
     trained = _owned_keys(model) | _moved_buffers(model)
     for name, values in saved["values"].items():
