@@ -95,6 +95,10 @@ class WeightAdapter(Adapter):
         """The adapted bias (out,), for methods that change it with the weight; None where there is none."""
         return bias
 
+    def low_rank(self) -> tuple[Tensor, Tensor] | None:
+        """A (..., k, in) and B (..., out, k) whose product B A is :meth:`delta`; None where there is no such form."""
+        return None
+
     def output(self, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """The host's output from its input ``x`` and its output ``y`` so far, without forming the matrix.
 

@@ -20,6 +20,7 @@ from lightning_peft.core.host import (
     hosts,
     stored_tensor,
 )
+from lightning_peft.core.lowrank import evaluating
 from lightning_peft.core.state import canonical
 from lightning_peft.core.swap import restore_class
 
@@ -213,14 +214,8 @@ def _merged_weights(host_name: str, host: nn.Module, names: Iterable[str]) -> di
             full = f"{host_name}.{parameter}".lstrip(".")
             raise MergeError(f"{full} is stored as {dtype}: a quantised weight cannot take an exact change")
     wide = any(t is not None and t.dtype == torch.float64 for t in stored.values())
-    modes = [(module, module.training) for adapter in adapters for module in adapter.modules()]
-    try:
-        for adapter in adapters:
-            adapter.eval()
+    with evaluating(*adapters):
         weights = effective_weights(host, adapters, torch.float64 if wide else torch.float32)
-    finally:
-        for module, mode in modes:
-            module.training = mode
     for parameter, weight in weights.items():
         current = stored_tensor(host, parameter)
         dtype = _dtype(host) if current is None else current.dtype

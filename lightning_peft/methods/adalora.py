@@ -336,6 +336,9 @@ class AdaLoRAAdapter(WeightAdapter):
     def delta(self, weight: Tensor) -> Tensor:
         return (self.lora_B @ (self.lora_A * self.lora_E)) * self.scale
 
+    def low_rank(self) -> tuple[Tensor, Tensor]:
+        return self.lora_A * self.lora_E, self.lora_B * self.scale
+
     def output(self, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         def down(x: Tensor, a: Tensor) -> Tensor:
             return self.layout.down(host, x, a)

@@ -51,6 +51,9 @@ class DoRAAdapter(LoRAAdapter):
     def transform(self, weight: Tensor) -> Tensor:
         return self.gain(weight)[..., None] * (weight + self.delta(weight))
 
+    def low_rank(self) -> None:
+        return None
+
     def output(self, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         z = super().output(host, x, y)
         weight, bias, first = stored_tensor(host, self.parameter), stored_tensor(host, "bias"), True

@@ -192,6 +192,10 @@ class DyLoRAAdapter(LoRAAdapter):
         a, b = self.pair()
         return (b @ a) * self.scale
 
+    def low_rank(self) -> tuple[Tensor, Tensor]:
+        a, b = self.pair()
+        return a, b * self.scale
+
     def output(self, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         def down(x: Tensor, a: Tensor) -> Tensor:
             return self.layout.down(host, x, a)

@@ -86,6 +86,10 @@ class LoRAAdapter(WeightAdapter):
         a, b = self.factors()
         return (b @ a) * self.scale
 
+    def low_rank(self) -> tuple[Tensor, Tensor] | None:
+        a, b = self.factors()
+        return a, b * self.scale
+
     def output(self, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         def down(x: Tensor, a: Tensor) -> Tensor:
             return self.layout.down(host, x, a)

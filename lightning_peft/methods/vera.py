@@ -96,6 +96,10 @@ class VeRAAdapter(WeightAdapter):
         a, b = self.matrices()
         return self.vera_lambda_b[..., None] * ((b * self.vera_lambda_d[..., None, :]) @ a)
 
+    def low_rank(self) -> tuple[Tensor, Tensor]:
+        a, b = self.matrices()
+        return self.vera_lambda_d[..., None] * a, self.vera_lambda_b[..., None] * b
+
     def output(self, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         def down(x: Tensor, a: Tensor) -> Tensor:
             return self.layout.down(host, x, a)
