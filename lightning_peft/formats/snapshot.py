@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.host import AdapterStack, hosts
 from lightning_peft.core.inject import Injection, injected_name, injection_of
-from lightning_peft.core.sites import ConvLayout, EmbeddingLayout, NormLayout, TransposedLayout
+from lightning_peft.core.sites import ConvLayout, EmbeddingLayout, Layout, NormLayout, TransposedLayout
 from lightning_peft.core.state import StateError, canonical
 from lightning_peft.core.swap import original_class
 from lightning_peft.formats.names import Base, base_of
@@ -31,7 +31,7 @@ class Part:
             ``Attention`` (a projection of ``nn.MultiheadAttention``), ``Parameter`` (a bare one), or the host's class.
         shape: the adapted weight's, as it is stored.
         facts: plain values: the adapter's ``r`` and ``scale``, a convolution's ``groups``, ``dilation`` and
-            ``padding_mode``.
+            ``padding_mode``; ``own_forward`` of a layer that computes something else than its class does.
         tensors: the adapter's own, by name inside it.
     """
 
@@ -109,7 +109,7 @@ def _parts(base: Base, name: str) -> Iterator[Part]:
             for parameter, part in weights.items():
                 stored = host.get_parameter(parameter)
                 facts = {n: getattr(part, n) for n in ("r", "scale") if hasattr(part, n)}
-                facts |= _conv_facts(host) if isinstance(part.layout, ConvLayout) else {}
+                facts |= _layer_facts(host, part.layout)
                 tensors = {key: whole(value) for key, value in part.state_dict().items()}
                 kind = kind_of(host, part.layout)
                 yield Part(canonical(host_name), parameter, kind, tuple(stored.shape), facts, tensors)
@@ -126,8 +126,15 @@ def kind_of(host: nn.Module, layout: Any) -> str:
     return kinds.get(type(layout), "Linear" if isinstance(host, nn.Linear) else "Parameter")
 
 
-def _conv_facts(host: Any) -> dict[str, Any]:
-    return {"groups": host.groups, "dilation": list(host.dilation), "padding_mode": host.padding_mode}
+def _layer_facts(host: Any, layout: Layout) -> dict[str, Any]:
+    facts: dict[str, Any] = {}
+    if isinstance(layout, ConvLayout):
+        facts = {"groups": host.groups, "dilation": list(host.dilation), "padding_mode": host.padding_mode}
+    if getattr(host, "is_transposed", False):
+        facts["is_transposed"] = True
+    if type(layout) is not Layout and not layout.has_activation and not hasattr(host, "embed_scale"):
+        facts["own_forward"] = True
+    return facts
 
 
 def _trained(base: Base, record: Injection, name: str) -> dict[str, Tensor]:
