@@ -199,7 +199,7 @@ def _touched(adapter: Adapter) -> set[str] | None:
     touched = set(adapter.copies())
     for parameter, part in adapter.weights().items():
         touched.add(parameter)
-        if parameter in BIASES and type(part).transform_bias is not WeightAdapter.transform_bias:
+        if parameter in BIASES and part.changes_bias:
             touched.add(BIASES[parameter])
     return touched or None
 
