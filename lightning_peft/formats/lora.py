@@ -1,32 +1,30 @@
-"""LoRA and DoRA as PEFT writes them: ``peft_type`` LORA.
-
-| weight | keys after the module | shapes |
-|---|---|---|
-| Linear, Conv1D | ``lora_A.weight``, ``lora_B.weight`` | (r, in), (out, r) |
-| convolution | the same | (r, in, *kernel), (out, r / groups, 1, ...); PEFT's A reads all groups |
-| Embedding | ``lora_embedding_A``, ``lora_embedding_B`` | (r, vocabulary), (dim, r) |
-| MultiheadAttention | ``lora_A.weight``, ...; ``base_layer.out_proj.lora_A.weight``, ... | both projections or none |
-| bare parameter | the same, after a ``base_layer.`` for each parameter around it | (experts r, in), (out, r experts) |
-| DoRA | ``lora_magnitude_vector`` | (out), of a convolution (1, out, 1, ...) |
-
-PEFT adds the change of an attention's ``out_proj`` twice as it runs, so half of it is written.
-"""
+"""LoRA and DoRA as PEFT writes them: ``peft_type`` LORA. For the tensors see ``lora_tensors.py``."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from lightning_peft.core.sites import Site, weight_sites
+from lightning_peft.core.sites import weight_sites
 from lightning_peft.core.targets import no_match
 from lightning_peft.formats.converter import Converter, Options, Reading, Tensors, Writing
 from lightning_peft.formats.files import FormatError
-from lightning_peft.formats.names import PREFIX, Base
-from lightning_peft.formats.snapshot import Part, Snapshot
-from lightning_peft.formats.targets import pattern_value, resolve, target_modules
+from lightning_peft.formats.lora_tensors import entries, take_attention, take_layer, take_parameter
+from lightning_peft.formats.names import Base
+from lightning_peft.formats.own import bias_option
+from lightning_peft.formats.snapshot import Snapshot
+from lightning_peft.formats.targets import (
+    parameters_of,
+    pattern_keys,
+    pattern_value,
+    resolve,
+    target_modules,
+    target_parameters,
+)
 from lightning_peft.methods.dora import DoRA
 from lightning_peft.methods.lora import LoRA
 
@@ -42,81 +40,57 @@ class LoRAConverter(Converter):
     def write(self, snapshot: Snapshot, fold_scale: bool = False, **options: Any) -> Writing:
         method = snapshot.method
         assert isinstance(method, LoRA)
-        pairs = [_Pair.of(part) for part in snapshot.parts]
-        tensors: dict[str, Tensor] = {}
-        for pair in pairs:
-            if fold_scale:
-                pair.b, pair.scale = pair.b * pair.scale, 1.0
-            tensors |= pair.tensors()
+        found = list(entries(snapshot.parts, fold_scale))
         rslora = method.use_rslora and not fold_scale
-        ranks = {pair.part.name: pair.r for pair in pairs}
-        alphas = {pair.part.name: _plain(pair.scale * (math.sqrt(pair.r) if rslora else pair.r)) for pair in pairs}
+        ranks = {entry.name: entry.r for entry in found}
+        alphas = {entry.name: _clean(entry.scale * _divisor(entry.r, rslora)) for entry in found}
         r, alpha = _most_common(ranks.values()), _most_common(alphas.values())
+        modules = [entry.name for entry in found if not entry.is_parameter]
+        parameters = [entry.name for entry in found if entry.is_parameter]
         config = {
             "r": r,
             "lora_alpha": alpha,
-            "rank_pattern": {name: value for name, value in ranks.items() if value != r},
-            "alpha_pattern": {name: value for name, value in alphas.items() if value != alpha},
+            "rank_pattern": pattern_keys(ranks, r),
+            "alpha_pattern": pattern_keys(alphas, alpha),
             "lora_dropout": method.dropout,
             "use_rslora": rslora,
             "use_dora": isinstance(method, DoRA),
             "fan_in_fan_out": any(part.kind == "Conv1D" for part in snapshot.parts),
             "init_lora_weights": True,
-            "bias": "none",
-            "target_modules": target_modules(ranks, snapshot.base),
+            "target_modules": target_modules(modules, snapshot.base),
+            "bias": bias_option(snapshot, modules),
         }
-        return Writing(config, tensors)
+        if method.lora_bias:
+            config["lora_bias"] = True
+        if parameters:
+            config["target_parameters"] = target_parameters(parameters, snapshot.base)
+        tensors = {key: value for entry in found for key, value in entry.tensors.items()}
+        return Writing(config, tensors, wrapped=modules)
 
     def read(self, options: Options, tensors: Tensors, base: Base, name: str, **common: Any) -> Reading:
-        sites = weight_sites(base.module)
-        r, alpha = options.number("r", 8), options.number("lora_alpha", 8)
-        ranks, alphas = options.get("rank_pattern") or {}, options.get("alpha_pattern") or {}
-        dora = bool(options.get("use_dora", False))
-        found: dict[str, dict[str, Tensor]] = {}
-        rank_at: dict[str, int] = {}
-        alpha_at: dict[str, float] = {}
-        for module in resolve(options, base):
-            if module not in sites:
-                raise FormatError(f"target_modules: {no_match(module, {n: s.module for n, s in sites.items()})}")
-            rank_at[module] = pattern_value(ranks, module, r)
-            alpha_at[module] = pattern_value(alphas, module, alpha)
-            found[module] = _take(tensors, sites[module], rank_at[module], dora)
         _check(options)
+        pairs = _pairs(options, tensors, base)
+        dora, rslora = bool(options.get("use_dora", False)), bool(options.get("use_rslora", False))
+        lora_bias = any("lora_bias" in pair for pair, _ in pairs.values())
+        ranks = {site: pair["lora_A"].shape[-2] for site, (pair, _) in pairs.items()}
+        alphas = {site: _clean(scale * _divisor(ranks[site], rslora)) for site, (_, scale) in pairs.items()}
+        r, alpha = _most_common(ranks.values()), _most_common(alphas.values())
+        init = options.get("init_lora_weights", True)
         method = (DoRA if dora else LoRA)(
             r=r,
             alpha=alpha,
-            dropout=options.number("lora_dropout", 0.0),
-            targets=base.patterns(found),
+            dropout=_dropout(options, pairs, base),
+            targets=base.patterns(pairs),
             name=name,
-            use_rslora=bool(options.get("use_rslora", False)),
-            rank_pattern={base.patterns([n])[0]: value for n, value in rank_at.items() if value != r},
-            alpha_pattern={base.patterns([n])[0]: value for n, value in alpha_at.items() if value != alpha},
+            use_rslora=rslora,
+            rank_pattern=_exactly(ranks, r, base),
+            alpha_pattern=_exactly(alphas, alpha, base),
+            bias=options.get("bias", "none"),
+            lora_bias=lora_bias,
+            init=init if init in _FROM_WEIGHT else "kaiming",
             **common,
         )
-        return Reading(method, found)
-
-
-class _Pair:
-    """A (r, in) and B (out, r) of one weight, with what scales their product."""
-
-    def __init__(self, part: Part, a: Tensor, b: Tensor, scale: float) -> None:
-        self.part, self.a, self.b, self.scale = part, a, b, scale
-
-    @classmethod
-    def of(cls, part: Part) -> _Pair:
-        a, b = part.tensors["lora_A"], part.tensors["lora_B"]
-        return cls(part, a, b, part.facts["scale"])
-
-    @property
-    def r(self) -> int:
-        return self.a.shape[-2]
-
-    def tensors(self) -> dict[str, Tensor]:
-        key = f"{PREFIX}{self.part.host}"
-        tensors = {f"{key}.lora_A.weight": self.a, f"{key}.lora_B.weight": self.b}
-        if "magnitude" in self.part.tensors:
-            tensors[f"{key}.lora_magnitude_vector"] = self.part.tensors["magnitude"]
-        return tensors
+        return Reading(method, {site: pair for site, (pair, _) in pairs.items()})
 
 
 #: options of PEFT's that make LoRA compute something else; the value by which they do not
@@ -126,49 +100,92 @@ _REFUSED: dict[str, Any] = {
     "kasa_config": None,
     "layer_replication": None,
     "monteclora_config": None,
+    "trainable_token_indices": None,
     "use_bdlora": None,
     "use_qalora": False,
     "velora_config": None,
 }
-#: options that only training, sharding or PEFT's bookkeeping reads; a kind of layer says itself how it is stored
+#: options that only training, sharding or PEFT's bookkeeping reads; a kind of layer says itself how it is stored, and
+#: tied layers have tensors of their own in the file
 _IGNORED = (
     *("megatron_config", "megatron_core", "runtime_config", "fan_in_fan_out", "qalora_group_size"),
-    *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+    *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "ensure_weight_tying"),
 )
 #: initialisations that leave the base as it is
-_PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal", "mica", None)
+_PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+#: initialisations that take a part of the weight out of it, the same part whenever they are repeated
+_FROM_WEIGHT = ("pissa", "olora")
 
 
 def _check(options: Options) -> None:
     """Refuse what would compute something else."""
     options.refuse(**_REFUSED)
     options.ignore(*_IGNORED)
-    options.refuse(trainable_token_indices=None, target_parameters=None, modules_to_save=None)
-    options.refuse(ensure_weight_tying=False, lora_bias=False, bias="none")
+    if options.get("bias", "none") not in ("none", "lora_only", "all"):
+        raise FormatError(f"bias must be 'none', 'lora_only' or 'all', got {options.get('bias')!r}")
     init = options.get("init_lora_weights", True)
-    if init not in _PLAIN_INITS:
+    if init not in (*_PLAIN_INITS, *_FROM_WEIGHT):
         raise FormatError(
-            f"init_lora_weights={init!r} changed the base as it was initialised: save the adapter with PEFT's "
-            "path_initial_model_for_weight_conversion, which makes it plain LoRA"
+            f"init_lora_weights={init!r} changed the base by what cannot be repeated here: save the adapter with "
+            "PEFT's path_initial_model_for_weight_conversion, which makes it plain LoRA"
         )
 
 
-def _take(tensors: Tensors, site: Site, r: int, dora: bool) -> dict[str, Tensor]:
-    rows, columns = site.shape
-    taken = {
-        "lora_A": tensors.take(f"{site.name}.lora_A.weight", (r, columns)),
-        "lora_B": tensors.take(f"{site.name}.lora_B.weight", (rows, r)),
-    }
-    if dora:
-        taken["magnitude"] = tensors.take(f"{site.name}.lora_magnitude_vector", (rows,))
-    return taken
+def _pairs(options: Options, tensors: Tensors, base: Base) -> dict[str, tuple[dict[str, Tensor], float]]:
+    """Our tensors and the scale of their product, by the name of the weight."""
+    sites = weight_sites(base.module)
+    r, alpha = options.number("r", 8), options.number("lora_alpha", 8)
+    ranks, alphas = options.get("rank_pattern") or {}, options.get("alpha_pattern") or {}
+    dora, rslora = bool(options.get("use_dora", False)), bool(options.get("use_rslora", False))
+    lora_bias = bool(options.get("lora_bias", False))
+
+    def at(name: str) -> tuple[int, float]:
+        rank = pattern_value(ranks, name, r)
+        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+            raise FormatError(f"the rank of {name!r} must be an integer of at least 1, got {rank!r}")
+        return rank, pattern_value(alphas, name, alpha) / _divisor(rank, rslora)
+
+    found: dict[str, tuple[dict[str, Tensor], float]] = {}
+    for name in resolve(options, base):
+        rank, scale = at(name)
+        if isinstance(base.module.get_submodule(name), nn.MultiheadAttention):
+            both = take_attention(tensors, name, sites, rank)
+            found |= {site: (pair, scale) for site, pair in both.items()}
+        elif name in sites:
+            found[name] = take_layer(tensors, sites[name], rank, dora, lora_bias), scale
+        else:
+            raise FormatError(f"target_modules: {no_match(name, {n: site.module for n, site in sites.items()})}")
+    for host, parameters in parameters_of(options.get("target_parameters") or [], base).items():
+        for outside, parameter in enumerate(reversed(parameters)):
+            rank, scale = at(f"{host}.{parameter}")
+            site = sites.get(f"{host}.{parameter}") or sites.get(host)
+            if site is None or site.parameter != parameter:
+                raise FormatError(f"target_parameters: {host}.{parameter} is no weight that can be adapted")
+            found[site.name] = take_parameter(tensors, site, outside, rank), scale
+    return found
+
+
+def _dropout(options: Options, pairs: Mapping[str, Any], base: Base) -> float:
+    """The dropout, where every adapted weight can have one."""
+    sites = weight_sites(base.module)
+    wanted = options.number("lora_dropout", 0.0)
+    return wanted if all(sites[name].layout.has_activation for name in pairs) else 0.0
+
+
+def _exactly(values: Mapping[str, Any], default: Any, base: Base) -> dict[str, Any]:
+    others = [name for name, value in values.items() if value != default]
+    return dict(zip(base.patterns(others), (values[name] for name in others)))
+
+
+def _divisor(r: int, rslora: bool) -> float:
+    return math.sqrt(r) if rslora else r
 
 
 def _most_common(values: Any) -> Any:
     return Counter(values).most_common(1)[0][0]
 
 
-def _plain(value: float) -> float | int:
+def _clean(value: float) -> float | int:
     """Without the noise of a division and its inverse."""
     near = round(value, 9)
     return int(near) if near == int(near) else near

@@ -10,7 +10,7 @@ from torch import nn
 
 from lightning_peft.core.swap import original_class
 from lightning_peft.core.targets import no_match
-from lightning_peft.formats.converter import Options
+from lightning_peft.formats.converter import NotInPeftError, Options
 from lightning_peft.formats.files import FormatError
 from lightning_peft.formats.names import Base
 
@@ -110,3 +110,46 @@ def pattern_value(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
         if re.match(rf"(.*\.)?({pattern})$", name):
             return value
     return default
+
+
+def pattern_keys(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
+    """``rank_pattern`` or ``alpha_pattern`` by which PEFT finds just these values at these names."""
+    others = {name: value for name, value in values.items() if value != default}
+    clash = any(a != b and a.endswith(f".{b}") for a in values for b in others)
+    special = any(re.escape(name).replace("\\.", ".") != name for name in others)
+    # Plain names, which other readers understand, unless one would be taken for another.
+    return {f"^{re.escape(name)}": value for name, value in others.items()} if clash or special else others
+
+
+def target_parameters(names: Sequence[str], base: Base) -> list[str]:
+    """``target_parameters`` by which PEFT finds exactly the parameters called ``names``.
+
+    Raises:
+        NotInPeftError: one of them is the end of another parameter's name.
+    """
+    for other, _ in base.module.named_parameters():
+        for name in names:
+            if other.endswith(f".{name}") and other not in names:
+                raise NotInPeftError(f"PEFT would take {other!r} for the parameter {name!r}")
+    return sorted(names)
+
+
+def parameters_of(patterns: Sequence[str], base: Base) -> dict[str, list[str]]:
+    """The parameters that ``target_parameters`` means: module -> names in it, in their order there.
+
+    Raises:
+        FormatError: a pattern means none.
+    """
+    found: dict[str, list[str]] = {}
+    hit: set[str] = set()
+    for host, module in base.modules().items():
+        for parameter in module._parameters:
+            name = f"{host}.{parameter}"
+            means = [p for p in patterns if name == p or name.endswith(f".{p}")]
+            if means and module._parameters[parameter] is not None:
+                found.setdefault(host, []).append(parameter)
+                hit.update(means)
+    for pattern in patterns:
+        if pattern not in hit:
+            raise FormatError(f"target_parameters: {pattern!r} names no parameter of this base")
+    return found

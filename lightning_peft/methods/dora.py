@@ -117,3 +117,11 @@ class DoRA(LoRA):
     """
 
     adapter_class = DoRAAdapter
+
+    def build(self, site: Site) -> LoRAAdapter:
+        if self.lora_bias:
+            raise ValueError(
+                "lora_bias=True has no place in DoRA, which scales the weight and leaves the bias alone; "
+                "bias='lora_only' trains the biases of the base"
+            )
+        return super().build(site)

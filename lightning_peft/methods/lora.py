@@ -4,7 +4,8 @@
 
 Only A and B train: r (in + out) parameters for a matrix of in x out. B (for an embedding: A) starts at zero, so
 the adapted model starts as its base. With ``use_rslora`` s = alpha / sqrt(r), which keeps the size of the update
-independent of the rank. On activations it is y + s B (A x): two thin products beside the layer's own.
+independent of the rank. On activations it is y + s B (A x): two thin products beside the layer's own. With
+``lora_bias`` there is a bias in the second: y + s (B (A x) + c).
 
 Where A and B start as a part of W (PiSSA, OLoRA), their first values A0 and B0 are kept, and
 
@@ -35,6 +36,7 @@ from lightning_peft.core.targets import base_modules
 from lightning_peft.methods.callback import one_of, probability
 from lightning_peft.methods.lora_init import check_init, initial_factors, reads_weight
 from lightning_peft.methods.ranked import RankedMethod
+from lightning_peft.methods.weight import check_bias
 from lightning_peft.ops.dropout import dropped
 from lightning_peft.trainer.groups import split_groups
 
@@ -45,10 +47,12 @@ class LoRAAdapter(WeightAdapter):
     """A and B of one matrix: ``lora_A`` (..., r, in) and ``lora_B`` (..., out, r).
 
     ``lora_A0`` and ``lora_B0`` are their first values where those are a part of the weight; None otherwise.
+    ``lora_bias`` (out) is B's bias, or None.
     """
 
     lora_A0: Tensor | None
     lora_B0: Tensor | None
+    lora_bias: Tensor | None
 
     def __init__(
         self,
@@ -58,6 +62,7 @@ class LoRAAdapter(WeightAdapter):
         dropout: float = 0.0,
         init: str = "kaiming",
         freeze_A: bool = False,
+        bias: bool = False,
     ) -> None:
         super().__init__(site)
         self.r = r
@@ -70,6 +75,7 @@ class LoRAAdapter(WeightAdapter):
         self.register_buffer("lora_B0", b.clone() if kept else None)
         self.lora_A = nn.Parameter(a, requires_grad=self.looked_up or not freeze_A)
         self.lora_B = nn.Parameter(b, requires_grad=not (self.looked_up and freeze_A))
+        self.register_parameter("lora_bias", nn.Parameter(torch.zeros(b.shape[-2])) if bias else None)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A (..., k, in) and B (..., out, k) of the plain low-rank update s B A that this adapter makes.
@@ -96,7 +102,20 @@ class LoRAAdapter(WeightAdapter):
 
         a, b = self.factors()
         h = dropped(down, x, a, self.dropout) if self.dropout and self.training else down(x, a)
-        return self.layout.up(host, h, b, y, self.scale)
+        out = self.layout.up(host, h, b, y, self.scale)
+        if self.lora_bias is None:
+            return out
+        return (out + self.scale * self.layout.features(host, self.lora_bias)).to(out.dtype)
+
+    @property
+    def changes_bias(self) -> bool:
+        return self.lora_bias is not None
+
+    def transform_bias(self, bias: Tensor | None) -> Tensor | None:
+        if self.lora_bias is None:
+            return bias
+        own = self.scale * self.lora_bias
+        return own if bias is None else bias + own
 
     def extra_repr(self) -> str:
         return f"r={self.r}, scale={self.scale:g}, dropout={self.dropout}"
@@ -118,6 +137,8 @@ class LoRA(RankedMethod):
         rank_pattern: other ranks by pattern, as in ``{"q_proj": 4, "re:.*layers\\.0\\..*": 16}``; the last match wins.
         alpha_pattern: other alphas, likewise.
         bias: base biases to train: ``"none"``, ``"lora_only"`` (of the adapted layers) or ``"all"``.
+        lora_bias: give B a bias of its own, for layers that have one or could (Linear, Conv1D, Conv1d/2d/3d, the
+            projections of ``nn.MultiheadAttention``).
         init: ``"kaiming"`` (A uniform as in ``nn.Linear``, B zero), ``"gaussian"`` (A normal with standard deviation
             1/r, B zero); an embedding has A zero and B normal instead. ``"orthogonal"`` (both not zero, their product
             is; r must be even). ``"pissa"`` starts from the r largest singular values of the weight
@@ -161,6 +182,7 @@ class LoRA(RankedMethod):
         init: str = "kaiming",
         lora_plus_ratio: float | None = None,
         freeze_A: bool = False,
+        lora_bias: bool = False,
         **options: Any,
     ) -> None:
         patterns: dict[str, Any] = {"rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern}
@@ -179,6 +201,7 @@ class LoRA(RankedMethod):
         self.init = init
         self.lora_plus_ratio = lora_plus_ratio
         self.freeze_A = freeze_A
+        self.lora_bias = lora_bias
 
     def scale_at(self, site: Site) -> float:
         scale = super().scale_at(site)
@@ -198,7 +221,15 @@ class LoRA(RankedMethod):
                 f"calling a layer: set dropout=0, or exclude it and add a second {type(self).__name__} with dropout=0 "
                 "for it"
             )
-        return self.adapter_class(site, r, self.scale_at(site), self.dropout, self.init, self.freeze_A)
+        if self.lora_bias:
+            check_bias(site)
+            attention = isinstance(site.module, nn.MultiheadAttention)
+            if isinstance(site.layout, EmbeddingLayout) or not (attention or site.parameter == "weight"):
+                raise ValueError(
+                    f"lora_bias=True cannot be had on {site.name!r}, which adds no bias: exclude it, and add a second "
+                    "LoRA without for it"
+                )
+        return self.adapter_class(site, r, self.scale_at(site), self.dropout, self.init, self.freeze_A, self.lora_bias)
 
     def plan(self, model: nn.Module) -> Plan:
         plan = super().plan(model)
