@@ -14,6 +14,7 @@ from rich.console import Console
 
 import lightning_peft as lp
 from lightning_peft.cli.inspect import inspect_path, names_a_path
+from lightning_peft.cli.merge import merge
 from lightning_peft.cli.methods import methods
 from lightning_peft.formats.files import FormatError
 from lightning_peft.trainer.logs import resume_wandb
@@ -123,6 +124,8 @@ def main(args: Sequence[str] | None = None) -> None:
     try:
         if given[:1] == ["inspect"] and names_a_path(given[1:]):
             inspect_path(given[1:])
+        elif given[:1] == ["merge"]:
+            merge(given[1:])
         else:
             PEFTCLI(args=args)
     except USER_ERRORS as error:
