@@ -22,7 +22,8 @@ from lightning_peft.trainer.logs import resume_wandb
 __all__ = ["PEFTCLI", "PEFTTrainer", "main"]
 
 DESCRIPTION = """Fine-tune any LightningModule. Methods are callbacks of the trainer:
---trainer.callbacks+=LoRA --trainer.callbacks.r=8. `lightning-peft methods` lists them all."""
+--trainer.callbacks+=LoRA --trainer.callbacks.r=8. `lightning-peft methods` lists them all, and
+`lightning-peft merge` folds what was trained into its base."""
 
 #: what a user can mend by changing a setting; shown as one line instead of a traceback
 USER_ERRORS = (

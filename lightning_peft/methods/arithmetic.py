@@ -94,7 +94,10 @@ def combine(
         lp.set_active(model, "mix")
     """
     shares = [1 / max(1, len(names))] * len(names) if weights is None else list(weights)
-    _check(model, names, shares, name, how, r, energy, density)
+    check_name(name)
+    if name in adapter_names(model):
+        raise ValueError(f"the model has an adapter named {name!r} already: give the new one another name=")
+    _check(model, names, shares, how, r, energy, density)
     root = model.get_submodule(injected_name(model))
     made = _made(root, dict(zip(names, shares)), how, r, energy, density, seed)
     _put_in(root, name, made)
@@ -133,7 +136,7 @@ def to_lora(
     if new_name is not None:
         return combine(model, [name], [1.0], new_name, r=r, energy=energy)
     check_deletable(model, name)
-    _check(model, [name], [1.0], f"{name}_", "linear", r, energy, None)
+    _check(model, [name], [1.0], "linear", r, energy, None)
     root = model.get_submodule(injected_name(model))
     made = _made(root, {name: 1.0}, "linear", r, energy, None, 0)
     before = {host: (list(stack), stack.active) for host, stack in _stacks(root) if name in stack}
@@ -157,21 +160,17 @@ def _check(
     model: nn.Module,
     names: Sequence[str],
     shares: Sequence[float],
-    name: str,
     how: str,
     r: int | None,
     energy: float | None,
     density: float | None,
 ) -> None:
     known = adapter_names(model)
-    check_name(name)
     one_of("how", how, _HOWS)
     if isinstance(names, str) or not names or len(set(names)) != len(names):
         raise ValueError(f"names must be a list of different adapters, got {names!r}")
     if missing := [n for n in names if n not in known]:
         raise ValueError(f"no adapter named {missing[0]!r}; the model has {list(known)}")
-    if name in known:
-        raise ValueError(f"the model has an adapter named {name!r} already: give the new one another name=")
     if len(shares) != len(names) or not all(isinstance(w, int | float) and math.isfinite(w) for w in shares):
         raise ValueError(f"weights must be a finite number for each of {list(names)}, got {list(shares)!r}")
     if any(stack.merged is not None for _, stack in _stacks(model)):
@@ -270,7 +269,11 @@ def _random(task: Tensor, density: float, generator: torch.Generator) -> Tensor:
 
 def _factors(part: WeightAdapter) -> Factors | None:
     with evaluating(part):
-        return part.low_rank()
+        found = part.low_rank()
+    if found is None:
+        return None
+    a, b = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in found)
+    return a, b
 
 
 def _changes(root: nn.Module, names: Collection[str]) -> dict[str, tuple[Tensor, dict[str, WeightAdapter]]]:

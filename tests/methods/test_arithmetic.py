@@ -218,6 +218,19 @@ def test_a_weight_that_one_of_them_leaves_alone():
     check(model, kind, "mix", expected(model, {"a": 0.5, "b": 0.5}))
 
 
+def test_adapters_of_low_precision_are_combined_in_a_higher_one():
+    kind = KINDS["linear"]
+    model = kind.build().bfloat16()
+    lp.apply(model, *(lp.LoRA(r=2, name=name, adapter_dtype="bfloat16") for name in "ab"))
+    perturb(model)
+    lp.combine(model, ["a", "b"], weights=[0.3, 0.7], name="mix", r=3)
+    parts = {name: model.up.adapters[name] for name in ("a", "b", "mix")}
+    a, b = (parts[name].lora_B.double() @ parts[name].lora_A.double() * parts[name].scale for name in "ab")
+    u, s, v = torch.linalg.svd(0.3 * a + 0.7 * b, full_matrices=False)
+    found = parts["mix"].delta(model.up.weight.float()).double()
+    torch.testing.assert_close(found, u[:, :3] @ torch.diag(s[:3]) @ v[:3], rtol=1e-4, atol=1e-6)
+
+
 def _own(model: nn.Module, name: str, state: dict[str, torch.Tensor], **options: Any) -> None:
     method = lp.LoRA(r=2, name=name, **options)
     plan = method.plan(model)
