@@ -17,6 +17,7 @@ from lightning_peft.core.host import active, disabled, set_active
 from lightning_peft.core.inject import InjectionError, apply, inspect, trainable_parameters
 from lightning_peft.core.merge import MergeError, merge, unload, unmerge
 from lightning_peft.core.report import Report
+from lightning_peft.core.rows import RowError, rows
 from lightning_peft.core.state import StateError, adapter_state
 from lightning_peft.core.targets import TargetError
 from lightning_peft.methods.activation import ActivationMethod
@@ -77,6 +78,7 @@ __all__ = [
     "PrefixTuning",
     "PromptTuning",
     "Report",
+    "RowError",
     "SelectionMethod",
     "StateError",
     "TargetError",
@@ -93,6 +95,7 @@ __all__ = [
     "inspect",
     "load_from_checkpoint",
     "merge",
+    "rows",
     "set_active",
     "trainable_parameters",
     "unload",

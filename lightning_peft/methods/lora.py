@@ -30,18 +30,18 @@ from torch import Tensor, nn
 from lightning_peft.core.adapter import WeightAdapter
 from lightning_peft.core.host import AdapterStack, hosts
 from lightning_peft.core.inject import Plan
+from lightning_peft.core.low_rank import LowRankAdapter
 from lightning_peft.core.sites import EmbeddingLayout, Site
 from lightning_peft.core.targets import base_modules
 from lightning_peft.methods.callback import one_of, probability
 from lightning_peft.methods.lora_init import check_init, initial_factors, reads_weight
 from lightning_peft.methods.ranked import RankedMethod
-from lightning_peft.ops.dropout import dropped
 from lightning_peft.trainer.groups import split_groups
 
 __all__ = ["LoRA", "LoRAAdapter"]
 
 
-class LoRAAdapter(WeightAdapter):
+class LoRAAdapter(LowRankAdapter):
     """A and B of one matrix: ``lora_A`` (..., r, in) and ``lora_B`` (..., out, r).
 
     ``lora_A0`` and ``lora_B0`` are their first values where those are a part of the weight; None otherwise.
@@ -81,18 +81,6 @@ class LoRAAdapter(WeightAdapter):
             return self.lora_A, self.lora_B
         a = torch.cat([self.lora_A, self.lora_A - self.lora_A0], dim=-2)
         return a, torch.cat([self.lora_B - self.lora_B0, self.lora_B0], dim=-1)
-
-    def delta(self, weight: Tensor) -> Tensor:
-        a, b = self.factors()
-        return (b @ a) * self.scale
-
-    def output(self, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        def down(x: Tensor, a: Tensor) -> Tensor:
-            return self.layout.down(host, x, a)
-
-        a, b = self.factors()
-        h = dropped(down, x, a, self.dropout) if self.dropout and self.training else down(x, a)
-        return self.layout.up(host, h, b, y, self.scale)
 
     def extra_repr(self) -> str:
         return f"r={self.r}, scale={self.scale:g}, dropout={self.dropout}"
