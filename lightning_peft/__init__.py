@@ -18,6 +18,7 @@ from lightning_peft.core.host import active, disabled, set_active
 from lightning_peft.core.inject import InjectionError, apply, inspect, trainable_parameters
 from lightning_peft.core.merge import MergeError, merge, unload, unmerge
 from lightning_peft.core.report import Report
+from lightning_peft.core.rows import RowError, rows
 from lightning_peft.core.state import StateError, adapter_state
 from lightning_peft.core.targets import TargetError
 from lightning_peft.formats.files import FormatError
@@ -82,6 +83,7 @@ __all__ = [
     "PrefixTuning",
     "PromptTuning",
     "Report",
+    "RowError",
     "SelectionMethod",
     "StateError",
     "TargetError",
@@ -100,6 +102,7 @@ __all__ = [
     "load_adapter",
     "load_from_checkpoint",
     "merge",
+    "rows",
     "save_adapter",
     "set_active",
     "trainable_parameters",
