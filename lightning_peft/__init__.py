@@ -27,6 +27,7 @@ from lightning_peft.methods.callback import PEFTMethod
 from lightning_peft.methods.dora import DoRA
 from lightning_peft.methods.dylora import DyLoRA
 from lightning_peft.methods.full import FullFineTuning
+from lightning_peft.methods.gated_lora import GatedLoRA
 from lightning_peft.methods.gradual import GradualUnfreezing
 from lightning_peft.methods.ia3 import IA3
 from lightning_peft.methods.last_layers import LastLayers
@@ -63,6 +64,7 @@ __all__ = [
     "DoRA",
     "DyLoRA",
     "FullFineTuning",
+    "GatedLoRA",
     "GradualUnfreezing",
     "InjectionError",
     "LastLayers",
