@@ -32,6 +32,7 @@ from lightning_peft.methods.callback import PEFTMethod
 from lightning_peft.methods.dora import DoRA
 from lightning_peft.methods.dylora import DyLoRA
 from lightning_peft.methods.full import FullFineTuning
+from lightning_peft.methods.gated_lora import GatedLoRA
 from lightning_peft.methods.gradual import GradualUnfreezing
 from lightning_peft.methods.ia3 import IA3
 from lightning_peft.methods.last_layers import LastLayers
@@ -69,6 +70,7 @@ __all__ = [
     "DyLoRA",
     "FormatError",
     "FullFineTuning",
+    "GatedLoRA",
     "GradualUnfreezing",
     "InjectionError",
     "LastLayers",
