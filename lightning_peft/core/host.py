@@ -299,7 +299,7 @@ def active(model: nn.Module, *names: str) -> Iterator[None]:
         yield
     finally:
         for stack, names_before in before:
-            stack.active = names_before
+            stack.active = tuple(n for n in names_before if n in stack)  # without what was deleted meanwhile
             stack.refresh()
 
 

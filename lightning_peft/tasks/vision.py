@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from torch import Tensor, nn
 
+from lightning_peft.core.torch_file import read_torch_file
 from lightning_peft.tasks.optim import adamw
 
 
@@ -124,7 +124,7 @@ def _build(path: str, arguments: dict[str, Any]) -> nn.Module:
 def _load(network: nn.Module, path: Path) -> None:
     if not path.is_file():
         raise FileNotFoundError(f"weights: there is no file {str(path)!r}.")
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    state = read_torch_file(path)
     if isinstance(state, Mapping):
         state = state.get("state_dict", state)
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
