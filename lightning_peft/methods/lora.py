@@ -104,6 +104,10 @@ class LoRAAdapter(WeightAdapter):
             return out
         return (out + self.scale * self.layout.features(host, self.lora_bias)).to(out.dtype)
 
+    @property
+    def changes_bias(self) -> bool:
+        return self.lora_bias is not None
+
     def transform_bias(self, bias: Tensor | None) -> Tensor | None:
         if self.lora_bias is None:
             return bias
