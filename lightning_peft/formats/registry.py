@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 
+from lightning_peft.formats.adalora import AdaLoRAConverter
 from lightning_peft.formats.converter import Converter
 from lightning_peft.formats.files import FormatError
 from lightning_peft.formats.lora import LoRAConverter
@@ -11,7 +12,7 @@ from lightning_peft.methods.callback import PEFTMethod
 
 __all__ = ["CONVERTERS", "converter_for_method", "converter_for_type"]
 
-CONVERTERS: tuple[Converter, ...] = (LoRAConverter(),)
+CONVERTERS: tuple[Converter, ...] = (LoRAConverter(), AdaLoRAConverter())
 
 
 def converter_for_type(peft_type: str) -> Converter:
