@@ -80,6 +80,8 @@ class ActivationAdapter(Adapter):
 class InputTap(Adapter):
     """Lends the input of the module it sits on to the adapter at the end of the sub-layer. It has no parameters."""
 
+    transparent = True
+
     def __init__(self, reader: str) -> None:
         super().__init__()
         self.reader = reader

@@ -8,7 +8,7 @@ well.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,9 @@ __all__ = ["Adapter", "WeightAdapter", "WeightGroup"]
 class Adapter(nn.Module):
     """Base class of all adapters: runs around the module that carries it."""
 
+    #: whether it only looks on, so that the module computes the same with it as without
+    transparent: ClassVar[bool] = False
+
     def run(self, host: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The host's output, given ``call``, the host's forward with the adapters before this one."""
         raise NotImplementedError
@@ -28,6 +31,19 @@ class Adapter(nn.Module):
     def weights(self) -> Mapping[str, WeightAdapter]:
         """The adapters of the host's weights in this one, by parameter name; empty where it has none."""
         return {}
+
+    def copies(self) -> Mapping[str, Tensor]:
+        """What stands in place of the host's own parameters and buffers, by name; empty where nothing does."""
+        return {}
+
+    @property
+    def replacement(self) -> Adapter | None:
+        """The copies of parameters that go with this adapter and come ahead of it; None where there are none."""
+        return self._modules.get("replacement")  # type: ignore[return-value]
+
+    def parts(self) -> tuple[Adapter, ...]:
+        """What runs for this adapter, in order."""
+        return (self,) if self.replacement is None else (self.replacement, self)
 
     @property
     def rewrites(self) -> bool:
