@@ -10,7 +10,6 @@ from torch import Tensor
 
 from lightning_peft.core.sites import Site, weight_sites
 from lightning_peft.core.targets import no_match
-from lightning_peft.formats.biases import take_biases
 from lightning_peft.formats.converter import Converter, NotInPeftError, Options, Reading, Tensors, Writing
 from lightning_peft.formats.files import FormatError
 from lightning_peft.formats.names import PREFIX, Base
@@ -131,7 +130,7 @@ class LayerConverter(Converter):
 
     def read(self, options: Options, tensors: Tensors, base: Base, name: str, **common: Any) -> Reading:
         names = resolve(options, base)
-        options.ignore("init_weights", "fan_in_fan_out")
+        options.ignore("init_weights", "fan_in_fan_out", "bias")
         sites = weight_sites(base.root)
         for module in names:
             if base.outer(module) not in sites:
@@ -150,8 +149,7 @@ class LayerConverter(Converter):
                 elif key not in self.ours_alone:
                     theirs, there = self.place(key, shape, layer)
                     mine[key] = tensors.take(f"{module}.{theirs}", there).reshape(shape)
-        trained = take_biases(tensors, base) if options.get("bias", "none") != "none" else {}
-        return Reading(method, found, trained)
+        return Reading(method, found)
 
 
 def flag(options: Options, option: str, default: bool = False) -> bool:
