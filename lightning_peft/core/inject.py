@@ -177,8 +177,8 @@ def put_in(model: nn.Module, plans: Mapping[str, tuple[Method, Plan]]) -> Report
         ValueError: a module cannot take an adapter of that name; nothing was changed.
     """
     for name, (_, plan) in plans.items():
-        for host, *_ in plan.attach:
-            check_host(model, host, name)
+        for host, _, adapter, _ in plan.attach:
+            check_host(model, host, name, copies=bool(adapter.copies()))
     record = injection_of(model)
     first = record is None
     if record is None:

@@ -34,10 +34,12 @@ class Writing:
     Attributes:
         config: PEFT's options, without those that every method has.
         tensors: by PEFT's full keys.
+        wrapped: the modules that PEFT wraps, whose own parameters it then calls ``<module>.base_layer.<parameter>``.
     """
 
     config: dict[str, Any]
     tensors: dict[str, Tensor]
+    wrapped: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -46,13 +48,12 @@ class Reading:
 
     Attributes:
         method: ours, whose targets mean exactly the modules that the file adapts.
-        tensors: the adapters' tensors: host in the base -> name inside the adapter -> tensor.
-        trained: values of the base's own parameters and buffers (biases), by name in the base.
+        tensors: the adapters' tensors: the weight's name in the base (the host's, where an adapter is of no weight)
+            -> name inside the adapter -> tensor.
     """
 
     method: PEFTMethod
     tensors: dict[str, dict[str, Tensor]]
-    trained: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Converter(ABC):
@@ -168,27 +169,23 @@ class Tensors:
 
         Args:
             key: without the prefix.
-            shape: what it has to be; None for a dimension stands for any size above 0.
+            shape: what it has to be; None for a dimension stands for any size.
             prefix: what every key starts with.
 
         Raises:
-            FormatError: it is missing, misshapen, empty or not finite.
+            FormatError: it is missing or misshapen.
         """
         full = prefix + key
         tensor = self._left.pop(full, None)
         if tensor is None:
             near = difflib.get_close_matches(full, self._left, n=1, cutoff=0.6)
             raise FormatError(f"the file has no tensor {full!r}" + (f"; nearest: {near[0]!r}" if near else ""))
-        if not tensor.numel():
-            raise FormatError(f"{full!r} is empty: {tuple(tensor.shape)}; it was saved from a sharded model, it seems")
         fits = shape is None or (
             len(shape) == tensor.ndim and all(want in (None, have) for want, have in zip(shape, tensor.shape))
         )
         if not fits:
             wanted = "x".join("*" if n is None else str(n) for n in shape or ())
             raise FormatError(f"{full!r} is {'x'.join(map(str, tensor.shape))}; this base needs {wanted}")
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise FormatError(f"{full!r} holds NaN or infinity")
         return tensor
 
     def done(self) -> None:

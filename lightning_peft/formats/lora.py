@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from lightning_peft.core.sites import weight_sites
 from lightning_peft.core.targets import no_match
-from lightning_peft.formats.biases import take_biases, write_biases
 from lightning_peft.formats.converter import Converter, Options, Reading, Tensors, Writing
 from lightning_peft.formats.files import FormatError
 from lightning_peft.formats.lora_tensors import entries, take_attention, take_layer, take_parameter
 from lightning_peft.formats.names import Base
+from lightning_peft.formats.own import bias_option
 from lightning_peft.formats.snapshot import Snapshot
 from lightning_peft.formats.targets import (
     parameters_of,
@@ -58,14 +58,14 @@ class LoRAConverter(Converter):
             "fan_in_fan_out": any(part.kind == "Conv1D" for part in snapshot.parts),
             "init_lora_weights": True,
             "target_modules": target_modules(modules, snapshot.base),
-            "bias": method.bias,
+            "bias": bias_option(snapshot, modules),
         }
         if method.lora_bias:
             config["lora_bias"] = True
         if parameters:
             config["target_parameters"] = target_parameters(parameters, snapshot.base)
         tensors = {key: value for entry in found for key, value in entry.tensors.items()}
-        return Writing(config, tensors | write_biases(snapshot, modules))
+        return Writing(config, tensors, wrapped=modules)
 
     def read(self, options: Options, tensors: Tensors, base: Base, name: str, **common: Any) -> Reading:
         _check(options)
@@ -75,8 +75,6 @@ class LoRAConverter(Converter):
         ranks = {site: pair["lora_A"].shape[-2] for site, (pair, _) in pairs.items()}
         alphas = {site: _clean(scale * _divisor(ranks[site], rslora)) for site, (_, scale) in pairs.items()}
         r, alpha = _most_common(ranks.values()), _most_common(alphas.values())
-        bias = options.get("bias", "none")
-        trained = take_biases(tensors, base) if bias != "none" else {}
         init = options.get("init_lora_weights", True)
         method = (DoRA if dora else LoRA)(
             r=r,
@@ -87,12 +85,12 @@ class LoRAConverter(Converter):
             use_rslora=rslora,
             rank_pattern=_exactly(ranks, r, base),
             alpha_pattern=_exactly(alphas, alpha, base),
-            bias=bias,
+            bias=options.get("bias", "none"),
             lora_bias=lora_bias,
             init=init if init in _FROM_WEIGHT else "kaiming",
             **common,
         )
-        return Reading(method, {site: pair for site, (pair, _) in pairs.items()}, trained)
+        return Reading(method, {site: pair for site, (pair, _) in pairs.items()})
 
 
 #: options of PEFT's that make LoRA compute something else; the value by which they do not

@@ -19,7 +19,7 @@ from lightning_peft.formats.names import PREFIX, Base
 from lightning_peft.formats.snapshot import Snapshot
 from lightning_peft.formats.targets import heads_of
 
-__all__ = ["modules_to_save", "take_own", "write_own"]
+__all__ = ["bias_option", "modules_to_save", "take_own", "write_own"]
 
 #: heads that PEFT names by itself for a task, whether or not the model has them
 _USUAL = ("classifier", "score", "qa_outputs")
@@ -41,6 +41,17 @@ def modules_to_save(snapshot: Snapshot) -> list[str] | None:
         inside = all(other.startswith(f"{head}.") for other in others if other.endswith(head) or f"{head}." in other)
         found.append(PREFIX + head if clash and not inside else head)
     return found or None
+
+
+def bias_option(snapshot: Snapshot, targets: Iterable[str]) -> str:
+    """``bias`` as PEFT says it: ``"none"``, ``"lora_only"`` of the adapted modules, or ``"all"``."""
+    heads = tuple(f"{head}." for head in snapshot.heads)
+    owners = {
+        name.rpartition(".")[0] for name in snapshot.trained if name.endswith("bias") and not name.startswith(heads)
+    }
+    targets = set(targets)
+    of_targets = targets | {f"{name}.out_proj" for name in targets}
+    return "none" if not owners else "lora_only" if owners <= of_targets else "all"
 
 
 def write_own(snapshot: Snapshot, targets: Iterable[str]) -> dict[str, Tensor]:
@@ -87,6 +98,7 @@ def take_own(options: Options, tensors: Tensors, base: Base) -> tuple[list[str],
             value = tensors.take(key.removeprefix(PREFIX))
             if value.shape != state[name].shape or not torch.equal(value, state[name].to(value)):
                 values[name] = value
+    _check_vocabulary(values, base)
     return names, values
 
 
@@ -94,7 +106,7 @@ def _ends(base: Base) -> set[str]:
     return {name.rpartition(".")[2] for name in base.modules()}
 
 
-def check_vocabulary(values: dict[str, Tensor], base: Base) -> None:
+def _check_vocabulary(values: dict[str, Tensor], base: Base) -> None:
     """Refuse an embedding of another vocabulary than the base's.
 
     Raises:

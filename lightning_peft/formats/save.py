@@ -11,6 +11,7 @@ from torch import nn
 from lightning_peft.core.inject import injection_of
 from lightning_peft.formats.converter import NotInPeftError
 from lightning_peft.formats.files import write_files
+from lightning_peft.formats.own import modules_to_save, write_own
 from lightning_peft.formats.registry import converter_for_method
 from lightning_peft.formats.snapshot import Snapshot, take_snapshot
 
@@ -47,8 +48,9 @@ def write_snapshot(snapshot: Snapshot, directory: Path, **options: Any) -> None:
     if converter is None:
         raise NotInPeftError(f"{type(snapshot.method).__name__} has no counterpart in PEFT")
     writing = converter.write(snapshot, **options)
-    config = {**_common(snapshot, converter.peft_type), **writing.config}
-    write_files(directory, config, writing.tensors, {METADATA: json.dumps(_facts(snapshot))}, None)
+    config = {**_common(snapshot, converter.peft_type), **writing.config, "modules_to_save": modules_to_save(snapshot)}
+    tensors = writing.tensors | write_own(snapshot, writing.wrapped)
+    write_files(directory, config, tensors, {METADATA: json.dumps(_facts(snapshot))}, None)
 
 
 def _common(snapshot: Snapshot, peft_type: str) -> dict[str, Any]:

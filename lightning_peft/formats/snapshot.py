@@ -12,7 +12,7 @@ from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.host import AdapterStack, hosts
 from lightning_peft.core.inject import Injection, injected_name, injection_of
 from lightning_peft.core.sites import ConvLayout, EmbeddingLayout, Layout, NormLayout, TransposedLayout
-from lightning_peft.core.state import StateError, canonical
+from lightning_peft.core.state import StateError, canonical, trainable_keys
 from lightning_peft.core.swap import original_class
 from lightning_peft.formats.names import Base, base_of
 from lightning_peft.methods.callback import PEFTMethod
@@ -88,8 +88,8 @@ def take_snapshot(model: nn.Module, name: str) -> Snapshot:
     return Snapshot(
         method=cast(PEFTMethod, record.methods[name]),
         parts=list(_parts(base, name)),
-        heads=[cast(str, base.inner(head)) for head in record.trains[name].modules],
-        trained=_trained(base, record, name),
+        heads=_heads(base, record, name),
+        trained={**_trained(base, record, name), **_copies(base, name)},
         base=base,
         fingerprint=_fingerprint(base, record),
     )
@@ -110,12 +110,15 @@ def _parts(base: Base, name: str) -> Iterator[Part]:
                 stored = host.get_parameter(parameter)
                 facts = {n: getattr(part, n) for n in ("r", "scale") if hasattr(part, n)}
                 facts |= _layer_facts(host, part.layout)
-                tensors = {key: whole(value) for key, value in part.state_dict().items()}
                 kind = kind_of(host, part.layout)
-                yield Part(canonical(host_name), parameter, kind, tuple(stored.shape), facts, tensors)
-            if not weights:
-                tensors = {key: whole(value) for key, value in adapter.state_dict().items()}
-                yield Part(canonical(host_name), "", original_class(host).__name__, (), {}, tensors)
+                yield Part(canonical(host_name), parameter, kind, tuple(stored.shape), facts, _tensors(part))
+            if not weights and not adapter.copies():
+                yield Part(canonical(host_name), "", original_class(host).__name__, (), {}, _tensors(adapter))
+
+
+def _tensors(adapter: Adapter) -> dict[str, Tensor]:
+    own = adapter.state_dict()
+    return {key: whole(value) for key, value in own.items() if not key.startswith("replacement.")}
 
 
 def kind_of(host: nn.Module, layout: Any) -> str:
@@ -137,6 +140,22 @@ def _layer_facts(host: Any, layout: Layout) -> dict[str, Any]:
     return facts
 
 
+def _copies(base: Base, name: str) -> dict[str, Tensor]:
+    """What stands in place of the base's own values, by name in the base."""
+    found = {}
+    for host_name, host in hosts(base.module):
+        stack = cast(AdapterStack, host.adapters)
+        for part in cast(Adapter, stack[name]).parts() if name in stack else ():
+            for key, value in part.copies().items():
+                found[f"{canonical(host_name)}.{key}".lstrip(".")] = whole(value)
+    return found
+
+
+def _heads(base: Base, record: Injection, name: str) -> list[str]:
+    in_full = record.trains[name].modules or cast(PEFTMethod, record.methods[name]).heads(base.root)
+    return [cast(str, base.inner(head)) for head in in_full]
+
+
 def _trained(base: Base, record: Injection, name: str) -> dict[str, Tensor]:
     trains = record.trains[name]
     state = {canonical(key): value for key, value in base.root.state_dict().items()}
@@ -148,6 +167,8 @@ def _trained(base: Base, record: Injection, name: str) -> dict[str, Tensor]:
         if (key in trains.parameters or any(key.startswith(prefix) for prefix in inside))
         and not any(key.startswith(prefix) for prefix in adapters)
     }
+    if record.methods[name].train_norm_stats:
+        wanted |= trainable_keys(base.root) & dict(base.root.named_buffers()).keys()
     return {cast(str, base.inner(key)): whole(state[key]) for key in sorted(wanted)}
 
 

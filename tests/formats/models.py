@@ -25,7 +25,12 @@ import lightning_peft as lp
 def llama(**options: Any) -> nn.Module:
     """Two layers with grouped-query attention."""
     sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    heads = {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.2,
+    }
     return LlamaForCausalLM(LlamaConfig(**{**sizes, **heads, **options})).eval()
 
 
@@ -90,14 +95,15 @@ class Called(L.LightningModule):
 
 def gpt2() -> nn.Module:
     """Weights stored transposed (``Conv1D``), embeddings tied to the head."""
-    sizes = {"vocab_size": 64, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32}
+    sizes = {"vocab_size": 64, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32, "initializer_range": 0.2}
     return GPT2LMHeadModel(GPT2Config(**sizes)).eval()
 
 
 def bert() -> nn.Module:
     """A classifier with biases everywhere."""
     sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
-    config = BertConfig(**sizes, num_attention_heads=2, max_position_embeddings=32, num_labels=3)
+    more = {"num_attention_heads": 2, "max_position_embeddings": 32, "num_labels": 3, "initializer_range": 0.3}
+    config = BertConfig(**sizes, **more)
     return BertForSequenceClassification(config).eval()
 
 
