@@ -126,7 +126,8 @@ class LayerConverter(Converter):
                     theirs, shape = self.place(key, tuple(tensor.shape), layer)
                     tensors[f"{PREFIX}{part.host}.{theirs}"] = tensor.reshape(shape)
         targets = target_modules((part.name for part in snapshot.parts), snapshot.base)
-        return Writing({"target_modules": targets, **self.config(snapshot)}, tensors)
+        wrapped = [part.host for part in snapshot.parts]
+        return Writing({"target_modules": targets, **self.config(snapshot)}, tensors, wrapped)
 
     def read(self, options: Options, tensors: Tensors, base: Base, name: str, **common: Any) -> Reading:
         names = resolve(options, base)

@@ -9,6 +9,9 @@ from lightning_peft.formats.converter import Converter
 from lightning_peft.formats.files import FormatError
 from lightning_peft.formats.kin import LoHaConverter, LoKrConverter, OFTConverter, VeRAConverter
 from lightning_peft.formats.lora import LoRAConverter
+from lightning_peft.formats.native import NativeConverter
+from lightning_peft.formats.selection import NormTuningConverter
+from lightning_peft.formats.sequence import PrefixTuningConverter, PromptTuningConverter, PTuningConverter
 from lightning_peft.methods.callback import PEFTMethod
 
 __all__ = ["CONVERTERS", "converter_for_method", "converter_for_type"]
@@ -20,6 +23,11 @@ CONVERTERS: tuple[Converter, ...] = (
     LoKrConverter(),
     OFTConverter(),
     IA3Converter(),
+    PromptTuningConverter(),
+    PTuningConverter(),
+    PrefixTuningConverter(),
+    NormTuningConverter(),
+    NativeConverter(),
 )
 
 

@@ -12,13 +12,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_peft.core.attention import find_attention
 from lightning_peft.core.swap import original_class
 from lightning_peft.formats.converter import Converter, NotInPeftError, Options, Reading, Tensors, Writing
 from lightning_peft.formats.files import FormatError
-from lightning_peft.formats.names import Base, _is_pretrained
+from lightning_peft.formats.names import Base
 from lightning_peft.formats.snapshot import Snapshot, whole
 from lightning_peft.methods.p_tuning import PTuning
 from lightning_peft.methods.prefix_tuning import PrefixAdapter, PrefixTuning
@@ -39,10 +39,17 @@ _TASKS = {
 }
 #: what PEFT derives from the base
 _DERIVED = ("token_dim", "num_attention_heads", "num_layers")
+#: what made a prompt, which is in the file as it came out
+_MAKING = (
+    *("prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"),
+    *("encoder_reparameterization_type", "encoder_hidden_size", "encoder_num_layers", "encoder_dropout"),
+)
 
 
 class _PromptConverter(Converter):
     """What prompt tuning and P-tuning have in common."""
+
+    prefix = "base_model."
 
     def write(self, snapshot: Snapshot, **options: Any) -> Writing:
         method = snapshot.method
@@ -52,6 +59,7 @@ class _PromptConverter(Converter):
                 raise NotInPeftError(f"PEFT puts a prompt first, not by {option}={getattr(method, option)!r}")
         task = _task(snapshot.base)
         (adapter,) = _adapters(snapshot, PromptAdapter).values()
+        _add_heads(snapshot, task)
         prompt = _folded(adapter)
         config = {
             "task_type": task,
@@ -59,7 +67,7 @@ class _PromptConverter(Converter):
             "token_dim": prompt.shape[1],
             "num_transformer_submodules": 1,
             "num_attention_heads": _heads(snapshot.base),
-            "num_layers": snapshot.base.module.config.num_hidden_layers,
+            "num_layers": _config(snapshot.base).num_hidden_layers,
         }
         return Writing({**config, **self.own()}, {"prompt_embeddings": prompt})
 
@@ -72,16 +80,18 @@ class _PromptConverter(Converter):
         raise NotImplementedError
 
     def read(self, options: Options, tensors: Tensors, base: Base, name: str, **common: Any) -> Reading:
-        method = self.make(options.get("num_virtual_tokens"), name, **common)
-        options.ignore(*_DERIVED, *(option for option in options if option.startswith(("encoder_", "prompt_tuning_"))))
-        options.ignore("tokenizer_name_or_path", "tokenizer_kwargs")
-        host: Any = base.root.get_submodule(outer := method.host(base.root))
+        method = self.make(_count(options), name, **common)
+        options.ignore(*_DERIVED, *_MAKING)
+        outer, _ = method.find(base.root)
+        host: Any = base.root.get_submodule(outer)
         width = host.get_input_embeddings().embedding_dim
-        tokens, sides = options.get("num_virtual_tokens"), options.get("num_transformer_submodules") or 1
+        tokens, sides = method.placement().tokens, options.get("num_transformer_submodules") or 1
         prompt = tensors.take("prompt_embeddings", (None, width), prefix="")
         # Of an encoder-decoder PEFT stores a decoder's prompt too, and never uses it.
         if len(prompt) != tokens * sides:
-            raise FormatError(f"'prompt_embeddings' has {len(prompt)} rows; {tokens} x {sides} virtual tokens are declared")
+            raise FormatError(
+                f"'prompt_embeddings' has {len(prompt)} rows; {tokens} x {sides} virtual tokens are declared"
+            )
         inner = base.inner(outer)
         if inner is None:
             raise FormatError(f"the module that takes the tokens, {outer!r}, is not in the base")
@@ -118,6 +128,7 @@ class PrefixTuningConverter(Converter):
     """``peft_type`` PREFIX_TUNING."""
 
     peft_type = "PREFIX_TUNING"
+    prefix = "base_model."
     methods = (PrefixTuning,)
 
     def write(self, snapshot: Snapshot, **options: Any) -> Writing:
@@ -131,6 +142,7 @@ class PrefixTuningConverter(Converter):
         everywhere = find_attention(snapshot.base.module, "all-attention", (), method.kv_dim)
         if adapters.keys() != everywhere.keys() or task == "SEQ_2_SEQ_LM":
             raise NotInPeftError("PEFT's prefixes are those of every attention of a decoder")
+        _add_heads(snapshot, task)
         parts = [part for adapter in adapters.values() for part in _folded(adapter)]
         if len({part.shape for part in parts}) > 1:
             raise NotInPeftError("PEFT's prefixes have one width in all layers, for keys and for values")
@@ -151,7 +163,7 @@ class PrefixTuningConverter(Converter):
         if options.get("num_transformer_submodules") not in (None, 1):
             raise FormatError("num_transformer_submodules=2: prefixes of an encoder-decoder are not supported")
         method = PrefixTuning(
-            options.get("num_virtual_tokens"),
+            _count(options),
             targets=base.patterns(sites),
             name=name,
             shift_positions=True,
@@ -194,7 +206,7 @@ def _folded(adapter: Any) -> Any:
 def _task(base: Base) -> str:
     """The task that PEFT has to know."""
     name = original_class(base.module).__name__
-    if not _is_pretrained(base.module):
+    if not hasattr(_config(base), "num_hidden_layers"):
         raise NotInPeftError(f"PEFT's prompts need a model of transformers; {name} is none")
     task = next((task for end, task in _TASKS.items() if name.endswith(end)), None)
     if task is None:
@@ -202,6 +214,30 @@ def _task(base: Base) -> str:
     return task
 
 
+def _count(options: Options) -> int:
+    """How many virtual tokens there are."""
+    tokens = options.get("num_virtual_tokens")
+    if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
+        raise FormatError(f"num_virtual_tokens must be an integer of at least 1, got {tokens!r}")
+    return tokens
+
+
+def _add_heads(snapshot: Snapshot, task: str) -> None:
+    """Let the head of a task be written, trained or not: PEFT makes a copy of it and wants its values."""
+    usual = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+    for name, module in snapshot.base.modules().items():
+        if name.endswith(usual.get(task, ())):
+            for key, value in module.state_dict().items():
+                if ".adapters." not in f".{key}":
+                    snapshot.trained.setdefault(f"{name}.{key}", whole(value))
+
+
 def _heads(base: Base, of_keys: bool = False) -> int:
-    config: Any = base.module.config
+    config = _config(base)
     return (of_keys and getattr(config, "num_key_value_heads", None)) or config.num_attention_heads
+
+
+def _config(base: Base) -> Any:
+    """The base's configuration; of its text model, where it has several."""
+    config: Any = getattr(base.module, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
