@@ -11,6 +11,7 @@ Example::
 
 from lightning_peft.core.activation import ActivationAdapter
 from lightning_peft.core.adapter import Adapter, WeightAdapter
+from lightning_peft.core.delete import delete_adapter
 from lightning_peft.core.drop import adapter_drop
 from lightning_peft.core.fold import fold
 from lightning_peft.core.host import active, disabled, set_active
@@ -92,6 +93,7 @@ __all__ = [
     "adapter_drop",
     "adapter_state",
     "apply",
+    "delete_adapter",
     "disabled",
     "fold",
     "inspect",

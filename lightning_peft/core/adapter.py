@@ -91,6 +91,11 @@ class WeightAdapter(Adapter):
         """The adapted matrix; override it where the method is no sum."""
         return weight + self.delta(weight)
 
+    @property
+    def changes_bias(self) -> bool:
+        """Whether :meth:`transform_bias` changes anything."""
+        return type(self).transform_bias is not WeightAdapter.transform_bias
+
     def transform_bias(self, bias: Tensor | None) -> Tensor | None:
         """The adapted bias (out,), for methods that change it with the weight; None where there is none."""
         return bias

@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core.adapter import Adapter, WeightAdapter
+from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.swap import add_mixin, has_mixin, original_class, remove_mixin
 
 __all__ = [
@@ -140,7 +140,7 @@ def effective_weights(
             assert stored is not None
             matrix = part.transform(part.layout.matrix(stored)).to(stored.dtype)
             now[parameter] = part.layout.stored(matrix, stored)
-            if parameter in BIASES and type(part).transform_bias is not WeightAdapter.transform_bias:
+            if parameter in BIASES and part.changes_bias:
                 bias = part.transform_bias(current(BIASES[parameter]))
                 if bias is not None:
                     now[BIASES[parameter]] = bias.to(stored.dtype)
@@ -299,7 +299,7 @@ def active(model: nn.Module, *names: str) -> Iterator[None]:
         yield
     finally:
         for stack, names_before in before:
-            stack.active = names_before
+            stack.active = tuple(n for n in names_before if n in stack)  # without what was deleted meanwhile
             stack.refresh()
 
 

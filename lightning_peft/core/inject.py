@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.freeze import freeze_norm_statistics, hold_statistics, keep_full_precision
-from lightning_peft.core.host import attach, check_host
+from lightning_peft.core.host import attach, check_host, hosts
 from lightning_peft.core.report import Report
 from lightning_peft.core.state import canonical, fingerprint
 from lightning_peft.core.swap import original_class
@@ -113,6 +113,29 @@ class Injection:
     later: dict[str, Tensor | None] = field(default_factory=dict)
     trains: dict[str, Trains] = field(default_factory=dict)
 
+    def widen(self, model: nn.Module, inner: str) -> None:
+        """Let the record of the module called ``inner`` speak of ``model`` around it, and freeze the rest of that."""
+
+        def outer(name: str) -> str:
+            return f"{inner}.{name}" if name else inner
+
+        inside = model.get_submodule(inner)
+        rest = {id(p) for p in model.parameters()} - {id(p) for p in inside.parameters()}
+        others = {name: p for name, p in model.named_parameters() if id(p) in rest}
+        trained = {canonical(name) for name, p in others.items() if p.requires_grad}
+        for parameter in others.values():
+            parameter.requires_grad_(False)
+        self.trained_before = frozenset(trained | {outer(name) for name in self.trained_before})
+        self.later = {outer(name): value for name, value in self.later.items()}
+        self.trains = {
+            adapter: Trains(tuple(map(outer, trains.modules)), tuple(map(outer, trains.parameters)))
+            for adapter, trains in self.trains.items()
+        }
+        self.report.entries = [entry._replace(module=outer(entry.module)) for entry in self.report.entries]
+        self.buffers = _buffers_now(model) | {outer(name): buffer for name, buffer in self.buffers.items()}
+        self.fingerprint = fingerprint(model, leave_out=self.later)
+        model.__dict__["_peft_injection"] = inside.__dict__.pop("_peft_injection")
+
 
 def injection_of(model: nn.Module) -> Injection | None:
     """The record of ``model``, or of the one module inside it that methods were applied to."""
@@ -143,7 +166,7 @@ def apply(model: nn.Module, *methods: Method) -> Report:
     """Freeze ``model`` and put ``methods`` into it, without a Trainer or inside ``configure_model``.
 
     Applying the same methods again changes nothing. A later call with other methods adds them and leaves what
-    already trains alone.
+    already trains alone; for a module around the one that has methods already, the rest of it is frozen then.
 
     Args:
         model: any module; changed in place.
@@ -154,7 +177,8 @@ def apply(model: nn.Module, *methods: Method) -> Report:
 
     Raises:
         TargetError: a pattern matches nothing.
-        InjectionError: two methods under one name; a model that is compiled or sharded; no method at all.
+        InjectionError: two methods under one name; a model that is compiled or sharded, or a part of one that has
+            methods already; no method at all.
 
     Example::
 
@@ -181,6 +205,8 @@ def put_in(model: nn.Module, plans: Mapping[str, tuple[Method, Plan]]) -> Report
             check_host(model, host, name, copies=bool(adapter.copies()))
     record = injection_of(model)
     first = record is None
+    if record is not None and (inner := injected_name(model)):
+        record.widen(model, inner)
     if record is None:
         trained = frozenset(canonical(name) for name, p in model.named_parameters() if p.requires_grad)
         model.requires_grad_(False)
@@ -195,11 +221,10 @@ def put_in(model: nn.Module, plans: Mapping[str, tuple[Method, Plan]]) -> Report
         frozen = freeze_norm_statistics(model)
         if frozen and first:
             record.report.notes.append(f"{len(frozen)} frozen norm layers keep their running statistics")
-    record.report.trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    record.report.total = sum(p.numel() for p in model.parameters())
+    record.report.count(model)
     if first:
         record.fingerprint = fingerprint(model, leave_out=record.later)
-        record.buffers = {canonical(name): b.detach().clone() for name, b in _persistent_buffers(model).items()}
+        record.buffers = _buffers_now(model)
         model.__dict__["_peft_injection"] = record
     return record.report
 
@@ -214,28 +239,24 @@ def inspect(model: nn.Module, *methods: Method) -> Report:
     wanted: Sequence[Method] = methods or _callbacks_of(model)
     record = injection_of(model)
     new = _not_yet_applied(wanted, record)
-    report = Report() if record is None else _copy(record.report)
+    report = Report() if record is None else record.report.copy()
     report.total = sum(p.numel() for p in model.parameters())
     trained: dict[int, int] = {}
     for method in new:
         plan = method.plan(model)
         for _, shown, adapter, what in plan.attach:
             count = sum(p.numel() for p in adapter.parameters() if p.requires_grad)
-            report.add(shown, what, count)
+            report.add(shown, what, count, method.name)
             report.trainable += count
             report.total += sum(p.numel() for p in adapter.parameters())
         for name, parameters, what in _unfrozen(model, plan):
-            report.add(name, what, sum(p.numel() for p in parameters))
+            report.add(name, what, sum(p.numel() for p in parameters), method.name)
             trained |= {id(p): p.numel() for p in parameters}
         for name, what in dict.fromkeys(plan.later.values()):
-            report.add(name, what, 0)
+            report.add(name, what, 0, method.name)
         report.notes += plan.notes
     report.trainable += sum(trained.values())
     return report
-
-
-def _copy(report: Report) -> Report:
-    return Report(report.trainable, report.total, dict(report.modules), dict(report.parameters), list(report.notes))
 
 
 def _callbacks_of(model: nn.Module) -> Sequence[Any]:
@@ -279,8 +300,13 @@ def check_injectable(model: nn.Module) -> None:
     """Whether ``model`` can take adapters at all.
 
     Raises:
-        InjectionError: it is compiled, sharded or wrapped for distributed training.
+        InjectionError: it is compiled, sharded or wrapped for distributed training, or part of an adapted model.
     """
+    if injection_of(model) is None and (adapted := next(hosts(model), None)) is not None:
+        raise InjectionError(
+            f"{adapted[0] or 'the model'} carries adapters that were put into a larger model, of which this is a part: "
+            "apply further methods to that one"
+        )
     for name, module in model.named_modules():
         where = name or "the model"
         if isinstance(module, torch._dynamo.eval_frame.OptimizedModule) or module._compiled_call_impl is not None:
@@ -303,13 +329,13 @@ def _commit(model: nn.Module, method: Method, plan: Plan, report: Report) -> Non
         if reference is not None and not reference.is_meta:
             adapter.to(reference.device)
         attach(model, host, method.name, adapter)
-        report.add(shown, what, sum(p.numel() for p in adapter.parameters() if p.requires_grad))
+        report.add(shown, what, sum(p.numel() for p in adapter.parameters() if p.requires_grad), method.name)
     for name, parameters, what in _unfrozen(model, plan):
         for parameter in parameters:
             parameter.requires_grad_(True)
-        report.add(name, what, sum(p.numel() for p in parameters))
+        report.add(name, what, sum(p.numel() for p in parameters), method.name)
     for name, what in dict.fromkeys(plan.later.values()):
-        report.add(name, what, 0)
+        report.add(name, what, 0, method.name)
     report.notes += plan.notes
     # A model that trains as a whole keeps the type that was asked for.
     keep_full_precision((model.get_submodule(name) for name in plan.train_modules if name), _shared(model))
@@ -337,6 +363,7 @@ def _shared(model: nn.Module) -> set[int]:
     return shared
 
 
-def _persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
+def _buffers_now(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of the persistent buffers."""
     stored = model.state_dict().keys()
-    return {name: buffer for name, buffer in model.named_buffers() if name in stored}
+    return {canonical(name): b.detach().clone() for name, b in model.named_buffers() if name in stored}

@@ -199,7 +199,7 @@ def _touched(adapter: Adapter) -> set[str] | None:
     touched = set(adapter.copies())
     for parameter, part in adapter.weights().items():
         touched.add(parameter)
-        if parameter in BIASES and type(part).transform_bias is not WeightAdapter.transform_bias:
+        if parameter in BIASES and part.changes_bias:
             touched.add(BIASES[parameter])
     return touched or None
 
@@ -293,6 +293,7 @@ def unload(model: nn.Module, merge: bool = False) -> nn.Module:
     for module in model.modules():
         restore_class(module)
         module.__dict__.pop("_peft_injection", None)
+        module.__dict__.pop("_hold_statistics", None)
         if (dtype := module.__dict__.pop("_compute_dtype", None)) is not None:
             module.to(dtype)
         if (mode := module.__dict__.pop("_mode_asked", None)) is not None:

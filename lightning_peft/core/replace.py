@@ -25,7 +25,7 @@ from lightning_peft.core.state import StateError
 from lightning_peft.core.swap import original_class
 from lightning_peft.core.targets import base_modules
 
-__all__ = ["Replacement", "replace_trained", "replacements"]
+__all__ = ["Replacement", "replace_trained", "replacements", "saved_copies"]
 
 
 class Replacement(Adapter):
@@ -121,6 +121,24 @@ def replace_trained(
     for host, adapter in found.items():
         plan.attach.append((host, host, adapter, f"own {', '.join(adapter.stored_as)}"))
     plan.train, plan.train_modules, plan.later, plan.hold_statistics = {}, [], {}, []
+    return found
+
+
+def saved_copies(plan: Plan, model: nn.Module, name: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What :func:`replace_trained` was given for the adapter called ``name``, from the state of the model it is in.
+
+    Args:
+        plan: what the adapter's method would do to ``model``.
+        model: the base, without that adapter.
+        name: the adapter.
+        state: by key.
+    """
+    found: dict[str, Tensor] = {}
+    for full, place in _places(model):
+        if full in plan.train or full in plan.later or any(f"{full}.".startswith(f"{m}.") for m in plan.train_modules):
+            prefix = f"{place.host}.adapters.{name}".lstrip(".")
+            keys = [f"{prefix}.{beside}{place.name}{end}" for beside in ("replacement.", "") for end in ("", "_")]
+            found.update({full: state[key] for key in keys if key in state})
     return found
 
 

@@ -10,12 +10,12 @@ from __future__ import annotations
 import difflib
 import hashlib
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core.host import adapter_names, hosts
+from lightning_peft.core.host import AdapterStack, adapter_names, hosts
 
 __all__ = [
     "StateError",
@@ -156,8 +156,10 @@ def check_fingerprint(model: nn.Module, saved: Mapping[str, Any], plain: bool = 
         plain: nothing was applied to ``model`` yet, so that all of it is base although it requires gradients.
 
     Raises:
-        StateError: a tensor of the base is missing or holds other values.
+        StateError: a tensor of the base is missing or holds other values, or adapters are merged into it.
     """
+    if any(cast(AdapterStack, host.adapters).merged is not None for _, host in hosts(model)):
+        raise StateError("adapters are merged into the base, so that it cannot be compared: lp.unmerge(model) first")
     trained = set() if plain else _owned_keys(model) | _moved_buffers(model)
     frozen = _tensors_but(model, trained)
     for name, values in saved["values"].items():

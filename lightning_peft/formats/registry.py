@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 
 from lightning_peft.formats.activation import IA3Converter
+from lightning_peft.formats.adalora import AdaLoRAConverter
 from lightning_peft.formats.converter import Converter
 from lightning_peft.formats.files import FormatError
 from lightning_peft.formats.kin import LoHaConverter, LoKrConverter, OFTConverter, VeRAConverter
@@ -18,6 +19,7 @@ __all__ = ["CONVERTERS", "converter_for_method", "converter_for_type"]
 
 CONVERTERS: tuple[Converter, ...] = (
     LoRAConverter(),
+    AdaLoRAConverter(),
     VeRAConverter(),
     LoHaConverter(),
     LoKrConverter(),

@@ -36,6 +36,7 @@ from lightning_peft.core.targets import base_modules
 from lightning_peft.methods.callback import one_of, probability
 from lightning_peft.methods.lora_init import check_init, initial_factors, reads_weight
 from lightning_peft.methods.ranked import RankedMethod
+from lightning_peft.methods.token_rows import check_tokens, plan_token_rows
 from lightning_peft.methods.weight import check_bias
 from lightning_peft.ops.dropout import dropped
 from lightning_peft.trainer.groups import split_groups
@@ -103,6 +104,10 @@ class LoRAAdapter(WeightAdapter):
             return out
         return (out + self.scale * self.layout.features(host, self.lora_bias)).to(out.dtype)
 
+    @property
+    def changes_bias(self) -> bool:
+        return self.lora_bias is not None
+
     def transform_bias(self, bias: Tensor | None) -> Tensor | None:
         if self.lora_bias is None:
             return bias
@@ -137,6 +142,8 @@ class LoRA(RankedMethod):
             (arXiv:2404.02948), ``"pissa_niter_4"`` from their fast approximation by 4 iterations, ``"olora"`` from
             its QR decomposition (arXiv:2406.01775); these learn faster, keep a second pair of factors, and cost a
             decomposition of every weight at the start. The base is never changed.
+        trainable_tokens: ids of tokens whose rows of the input embedding train in full (new or special ones), or
+            lists of ids by pattern of the embedding: ``{"embed_tokens": [128255]}``. A tied output head follows.
         lora_plus_ratio: train B at so many times the optimizer's learning rate (LoRA+, arXiv:2402.12354, which found
             16 good); None trains both alike. The groups of your optimizer are split and keep their options, and its
             schedulers follow. Embeddings, whose A starts at zero, keep one rate.
@@ -175,6 +182,7 @@ class LoRA(RankedMethod):
         lora_plus_ratio: float | None = None,
         freeze_A: bool = False,
         lora_bias: bool = False,
+        trainable_tokens: Sequence[int] | Mapping[str, Sequence[int]] = (),
         **options: Any,
     ) -> None:
         patterns: dict[str, Any] = {"rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern}
@@ -194,6 +202,12 @@ class LoRA(RankedMethod):
         self.lora_plus_ratio = lora_plus_ratio
         self.freeze_A = freeze_A
         self.lora_bias = lora_bias
+        check_tokens(trainable_tokens)
+        self.trainable_tokens = (
+            {pattern: list(ids) for pattern, ids in trainable_tokens.items()}
+            if isinstance(trainable_tokens, Mapping)
+            else list(trainable_tokens)
+        )
 
     def scale_at(self, site: Site) -> float:
         scale = super().scale_at(site)
@@ -237,6 +251,7 @@ class LoRA(RankedMethod):
             for parameter, value in module._parameters.items() if wanted else ():
                 if value is not None and parameter.endswith("bias"):
                     plan.train[f"{name}.{parameter}" if name else parameter] = "bias trains"
+        plan_token_rows(plan, model, self.trainable_tokens, self.initialising)
         return plan
 
     def regroup(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
