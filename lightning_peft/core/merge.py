@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lightning_peft.core.adapter import Adapter, WeightAdapter
+from lightning_peft.core.decompose import evaluating
 from lightning_peft.core.host import (
     BIASES,
     AdapterStack,
@@ -20,7 +21,6 @@ from lightning_peft.core.host import (
     hosts,
     stored_tensor,
 )
-from lightning_peft.core.lowrank import evaluating
 from lightning_peft.core.state import canonical
 from lightning_peft.core.swap import restore_class
 

@@ -105,7 +105,7 @@ def _planned(root: nn.Module, files: AdapterFiles, name: str, trainable: bool, c
         check_fingerprint(base.module, facts["fingerprint"], plain=injection_of(root) is None)
     options, tensors = Options(files.config), Tensors(files.tensors)
     converter = converter_for_type(options.get("peft_type"))
-    heads, own = take_own(options, tensors, base)
+    heads, own = take_own(options, tensors, base, converter.prefix)
     reading = converter.read(options, tensors, base, name, trainable=base.patterns(heads))
     options.done()
     tensors.done()
@@ -114,6 +114,7 @@ def _planned(root: nn.Module, files: AdapterFiles, name: str, trainable: bool, c
     if not trainable:
         for _, _, adapter, _ in plan.attach:
             adapter.requires_grad_(False)
+    own |= reading.own
     replace_trained(plan, root, {base.outer(key): value for key, value in own.items()}, trainable)
     return reading.method, plan
 

@@ -25,6 +25,7 @@ from lightning_peft.formats.targets import (
     target_modules,
     target_parameters,
 )
+from lightning_peft.formats.tokens import take_tokens, write_tokens
 from lightning_peft.methods.dora import DoRA
 from lightning_peft.methods.lora import LoRA
 
@@ -40,7 +41,7 @@ class LoRAConverter(Converter):
     def write(self, snapshot: Snapshot, fold_scale: bool = False, **options: Any) -> Writing:
         method = snapshot.method
         assert isinstance(method, LoRA)
-        found = list(entries(snapshot.parts, fold_scale))
+        found = list(entries([part for part in snapshot.parts if "tokens" not in part.facts], fold_scale))
         rslora = method.use_rslora and not fold_scale
         ranks = {entry.name: entry.r for entry in found}
         alphas = {entry.name: _clean(entry.scale * _divisor(entry.r, rslora)) for entry in found}
@@ -65,7 +66,9 @@ class LoRAConverter(Converter):
         if parameters:
             config["target_parameters"] = target_parameters(parameters, snapshot.base)
         tensors = {key: value for entry in found for key, value in entry.tensors.items()}
-        return Writing(config, tensors, wrapped=modules)
+        if rows := write_tokens(snapshot):
+            config["trainable_token_indices"] = rows.config
+        return Writing(config, tensors | (rows.tensors if rows else {}), wrapped=modules)
 
     def read(self, options: Options, tensors: Tensors, base: Base, name: str, **common: Any) -> Reading:
         _check(options)
@@ -76,6 +79,7 @@ class LoRAConverter(Converter):
         alphas = {site: _clean(scale * _divisor(ranks[site], rslora)) for site, (_, scale) in pairs.items()}
         r, alpha = _most_common(ranks.values()), _most_common(alphas.values())
         init = options.get("init_lora_weights", True)
+        tokens, rows = take_tokens(options, tensors, base)
         method = (DoRA if dora else LoRA)(
             r=r,
             alpha=alpha,
@@ -88,9 +92,10 @@ class LoRAConverter(Converter):
             bias=options.get("bias", "none"),
             lora_bias=lora_bias,
             init=init if init in _FROM_WEIGHT else "kaiming",
+            trainable_tokens=tokens,
             **common,
         )
-        return Reading(method, {site: pair for site, (pair, _) in pairs.items()})
+        return Reading(method, {site: pair for site, (pair, _) in pairs.items()} | rows)
 
 
 #: options of PEFT's that make LoRA compute something else; the value by which they do not
@@ -100,7 +105,6 @@ _REFUSED: dict[str, Any] = {
     "kasa_config": None,
     "layer_replication": None,
     "monteclora_config": None,
-    "trainable_token_indices": None,
     "use_bdlora": None,
     "use_qalora": False,
     "velora_config": None,

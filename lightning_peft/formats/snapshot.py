@@ -30,8 +30,8 @@ class Part:
         kind: ``Linear``, ``Conv1D`` (Hugging Face's, stored transposed), ``Conv``, ``Embedding``, ``Norm``,
             ``Attention`` (a projection of ``nn.MultiheadAttention``), ``Parameter`` (a bare one), or the host's class.
         shape: the adapted weight's, as it is stored.
-        facts: plain values: the adapter's ``r`` and ``scale``, a convolution's ``groups``, ``dilation`` and
-            ``padding_mode``; ``own_forward`` of a layer that computes something else than its class does.
+        facts: plain values: the adapter's ``r`` and ``scale``, its ``tokens``; a convolution's ``groups``, ``dilation``
+            and ``padding_mode``; ``own_forward`` of a layer that computes something else than its class does.
         tensors: the adapter's own, by name inside it.
     """
 
@@ -108,7 +108,7 @@ def _parts(base: Base, name: str) -> Iterator[Part]:
             weights = adapter.weights()
             for parameter, part in weights.items():
                 stored = host.get_parameter(parameter)
-                facts = {n: getattr(part, n) for n in ("r", "scale") if hasattr(part, n)}
+                facts = {n: getattr(part, n) for n in ("r", "scale", "tokens") if hasattr(part, n)}
                 facts |= _layer_facts(host, part.layout)
                 kind = kind_of(host, part.layout)
                 yield Part(canonical(host_name), parameter, kind, tuple(stored.shape), facts, _tensors(part))

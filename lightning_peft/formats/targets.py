@@ -88,8 +88,8 @@ def _all_linear(base: Base, modules: Mapping[str, nn.Module], task: Any) -> list
     return [name for name in linear if modules[name] is not head]
 
 
-def heads_of(patterns: Sequence[str], base: Base) -> list[str]:
-    """The modules that ``modules_to_save`` means: those whose name ends so, letters and all.
+def heads_of(patterns: Sequence[str], base: Base, option: str = "modules_to_save") -> list[str]:
+    """The modules that ``modules_to_save`` (or another such option) means: those whose name ends so, letters and all.
 
     Raises:
         FormatError: a pattern is the end of no name.
@@ -99,7 +99,7 @@ def heads_of(patterns: Sequence[str], base: Base) -> list[str]:
     for pattern in patterns:
         hits = [name for full, name in modules.items() if full.endswith(pattern)]
         if not hits:
-            raise FormatError(f"modules_to_save: {no_match(pattern, base.modules())}")
+            raise FormatError(f"{option}: {no_match(pattern, base.modules())}")
         found += [hit for hit in hits if hit not in found]
     return found
 

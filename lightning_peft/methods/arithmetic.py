@@ -29,10 +29,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.adapter import Adapter, WeightAdapter
+from lightning_peft.core.decompose import Factors, LowRankReport, change, evaluating, product
 from lightning_peft.core.delete import check_deletable, take_out
 from lightning_peft.core.host import BIASES, AdapterStack, adapter_names, check_name, deactivate, hosts, stored_tensor
 from lightning_peft.core.inject import injected_name, injection_of, put_in
-from lightning_peft.core.lowrank import Factors, LowRankReport, change, evaluating, product
 from lightning_peft.core.replace import replacements
 from lightning_peft.core.sites import weight_sites
 from lightning_peft.methods.callback import one_of

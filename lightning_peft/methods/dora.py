@@ -51,9 +51,6 @@ class DoRAAdapter(LoRAAdapter):
     def transform(self, weight: Tensor) -> Tensor:
         return self.gain(weight)[..., None] * (weight + self.delta(weight))
 
-    def low_rank(self) -> None:
-        return None
-
     def output(self, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         z = super().output(host, x, y)
         weight, bias, first = stored_tensor(host, self.parameter), stored_tensor(host, "bias"), True
@@ -66,6 +63,9 @@ class DoRAAdapter(LoRAAdapter):
         if bias is None:
             return (z * by).to(z.dtype)
         return torch.addcmul(self.layout.features(host, (1 - gain) * bias), z, by).to(z.dtype)
+
+    def row_link(self, host: nn.Module) -> None:
+        return None  # its norms are those of what the other adapters of a row have made of the weight
 
     def _remembered(self, weight: Tensor, first: bool) -> Tensor:
         """The norms for the stored weight; in evaluation they are computed once."""

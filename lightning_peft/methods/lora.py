@@ -31,19 +31,21 @@ from torch import Tensor, nn
 from lightning_peft.core.adapter import WeightAdapter
 from lightning_peft.core.host import AdapterStack, hosts
 from lightning_peft.core.inject import Plan
+from lightning_peft.core.low_rank import LowRankAdapter
+from lightning_peft.core.row_links import RowLink
 from lightning_peft.core.sites import EmbeddingLayout, Site
 from lightning_peft.core.targets import base_modules
 from lightning_peft.methods.callback import one_of, probability
 from lightning_peft.methods.lora_init import check_init, initial_factors, reads_weight
 from lightning_peft.methods.ranked import RankedMethod
+from lightning_peft.methods.token_rows import check_tokens, plan_token_rows
 from lightning_peft.methods.weight import check_bias
-from lightning_peft.ops.dropout import dropped
 from lightning_peft.trainer.groups import split_groups
 
 __all__ = ["LoRA", "LoRAAdapter"]
 
 
-class LoRAAdapter(WeightAdapter):
+class LoRAAdapter(LowRankAdapter):
     """A and B of one matrix: ``lora_A`` (..., r, in) and ``lora_B`` (..., out, r).
 
     ``lora_A0`` and ``lora_B0`` are their first values where those are a part of the weight; None otherwise.
@@ -88,24 +90,15 @@ class LoRAAdapter(WeightAdapter):
         a = torch.cat([self.lora_A, self.lora_A - self.lora_A0], dim=-2)
         return a, torch.cat([self.lora_B - self.lora_B0, self.lora_B0], dim=-1)
 
-    def delta(self, weight: Tensor) -> Tensor:
-        a, b = self.factors()
-        return (b @ a) * self.scale
-
-    def low_rank(self) -> tuple[Tensor, Tensor] | None:
-        a, b = self.factors()
-        return a, b * self.scale
-
     def output(self, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        def down(x: Tensor, a: Tensor) -> Tensor:
-            return self.layout.down(host, x, a)
-
-        a, b = self.factors()
-        h = dropped(down, x, a, self.dropout) if self.dropout and self.training else down(x, a)
-        out = self.layout.up(host, h, b, y, self.scale)
+        out = super().output(host, x, y)
         if self.lora_bias is None:
             return out
         return (out + self.scale * self.layout.features(host, self.lora_bias)).to(out.dtype)
+
+    def row_link(self, host: nn.Module) -> type[RowLink] | None:
+        # The products of all rows together have no place for a bias.
+        return super().row_link(host) if self.lora_bias is None else WeightAdapter.row_link(self, host)
 
     @property
     def changes_bias(self) -> bool:
@@ -145,6 +138,8 @@ class LoRA(RankedMethod):
             (arXiv:2404.02948), ``"pissa_niter_4"`` from their fast approximation by 4 iterations, ``"olora"`` from
             its QR decomposition (arXiv:2406.01775); these learn faster, keep a second pair of factors, and cost a
             decomposition of every weight at the start. The base is never changed.
+        trainable_tokens: ids of tokens whose rows of the input embedding train in full (new or special ones), or
+            lists of ids by pattern of the embedding: ``{"embed_tokens": [128255]}``. A tied output head follows.
         lora_plus_ratio: train B at so many times the optimizer's learning rate (LoRA+, arXiv:2402.12354, which found
             16 good); None trains both alike. The groups of your optimizer are split and keep their options, and its
             schedulers follow. Embeddings, whose A starts at zero, keep one rate.
@@ -183,6 +178,7 @@ class LoRA(RankedMethod):
         lora_plus_ratio: float | None = None,
         freeze_A: bool = False,
         lora_bias: bool = False,
+        trainable_tokens: Sequence[int] | Mapping[str, Sequence[int]] = (),
         **options: Any,
     ) -> None:
         patterns: dict[str, Any] = {"rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern}
@@ -202,6 +198,12 @@ class LoRA(RankedMethod):
         self.lora_plus_ratio = lora_plus_ratio
         self.freeze_A = freeze_A
         self.lora_bias = lora_bias
+        check_tokens(trainable_tokens)
+        self.trainable_tokens = (
+            {pattern: list(ids) for pattern, ids in trainable_tokens.items()}
+            if isinstance(trainable_tokens, Mapping)
+            else list(trainable_tokens)
+        )
 
     def scale_at(self, site: Site) -> float:
         scale = super().scale_at(site)
@@ -245,6 +247,7 @@ class LoRA(RankedMethod):
             for parameter, value in module._parameters.items() if wanted else ():
                 if value is not None and parameter.endswith("bias"):
                     plan.train[f"{name}.{parameter}" if name else parameter] = "bias trains"
+        plan_token_rows(plan, model, self.trainable_tokens, self.initialising)
         return plan
 
     def regroup(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
