@@ -75,6 +75,14 @@ class LoHaAdapter(RowDropAdapter):
         keep = self.drops(update)
         return update if keep is None else update * keep[..., None]
 
+    def low_rank(self) -> tuple[Tensor, Tensor] | None:
+        if self.hada_t1 is not None:
+            return None
+        # A product of sums of r terms is the sum of the r^2 products.
+        a = (self.hada_w1_b[..., :, None, :] * self.hada_w2_b[..., None, :, :]).flatten(-3, -2)
+        b = (self.hada_w1_a[..., :, None] * self.hada_w2_a[..., None, :]).flatten(-2)
+        return a, b * self.scale
+
 
 class LoHa(RankedMethod):
     """The elementwise product of two low-rank updates, of rank r squared (arXiv:2108.06098).
