@@ -482,3 +482,33 @@ def test_adapters_that_are_any_module_around_the_host():
     want = one_by_one(model, names, lambda i: model(x[i : i + 1]))
     with lp.rows(model, names):
         close(model(x), torch.cat(want))
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_half_precision(autocast):
+    model, x = two_loras(), torch.randn(4, 6)
+    if not autocast:
+        model, x = model.bfloat16(), x.bfloat16()
+    names = ["a", None, "b", "a"]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        want = torch.cat(one_by_one(model, names, lambda i: model(x[i : i + 1])))
+        with lp.rows(model, names):
+            got = model(x)
+            with torch.inference_mode():
+                close(model(x).clone(), got, 0.02)
+            model(x).float().sum().backward()  # what was kept in inference is not what gradients go through
+    assert got.dtype == want.dtype == torch.bfloat16
+    close(got, want, 0.02)
+    assert model.up.adapters["b"].lora_B.grad.abs().max() > 0
+
+
+def test_models_can_be_copied_inside_and_train_on_outside():
+    import copy
+
+    model, x = two_loras(), torch.randn(2, 6)
+    before = model(x)
+    with lp.rows(model, ["a", None]):
+        other = copy.deepcopy(model)
+        model(x).sum().backward()
+    assert torch.equal(other(x), before)
+    assert torch.equal(model(x), before)
