@@ -21,11 +21,8 @@ from lightning_peft.core.swap import original_class
 from lightning_peft.core.targets import TargetError, as_patterns, base_modules, match, match_modules, no_match
 from lightning_peft.core.tokens import Placement
 from lightning_peft.methods.callback import PEFTMethod, one_of, positive_int
-from lightning_peft.methods.sequence import (
-    PromptAdapter,
-    PromptLabels,
-    PromptMask,
-    PromptStrip,
+from lightning_peft.methods.sequence import PromptAdapter, PromptLabels, PromptMask, PromptStrip
+from lightning_peft.methods.token_hosts import (
     around,
     batch_first,
     is_causal,

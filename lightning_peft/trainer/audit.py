@@ -196,11 +196,8 @@ class GradientAudit:
                     f"{_few(bad)} got a gradient that is not finite in the first step: lower the learning rate, or "
                     "alpha",
                 )
-            ran = [
-                name
-                for name in self.waiting
-                if called is not None and name.partition(".adapters.")[0] in called and _is_active(self.model, name)
-            ]
+            ran = [n for n in self.waiting if called is not None and n.partition(".adapters.")[0] in called]
+            ran = [n for n in ran if _is_active(self.model, n) and self._took_part(n)]
             if ran:
                 self._report(
                     sorted(ran),
@@ -217,8 +214,14 @@ class GradientAudit:
         if idle and self.done:
             self._report(sorted(idle), "their adapters are not active (lp.set_active)", routing=False)
         if self.waiting and self.done:
-            self._report(sorted(self.waiting), "their modules were not called")
+            self._report(sorted(self.waiting), "their modules were not called, or no row named them")
         self.waiting = set()
+
+    def _took_part(self, name: str) -> bool:
+        """Whether a parameter's adapter ran where its host did; under lp.rows a batch may name others."""
+        host, _, rest = name.partition(".adapters.")
+        named = cast(AdapterStack, self.model.get_submodule(host).adapters).named if rest else None
+        return named is None or rest.partition(".")[0] in named
 
     def _report(self, names: list[str], why: str, routing: bool = True) -> None:
         self.waiting -= set(names)
