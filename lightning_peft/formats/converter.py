@@ -50,10 +50,12 @@ class Reading:
         method: ours, whose targets mean exactly the modules that the file adapts.
         tensors: the adapters' tensors: the weight's name in the base (the host's, where an adapter is of no weight)
             -> name inside the adapter -> tensor.
+        own: values of the base's own parameters that stand under other names in the file, by name in the base.
     """
 
     method: PEFTMethod
     tensors: dict[str, dict[str, Tensor]]
+    own: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Converter(ABC):
@@ -61,6 +63,8 @@ class Converter(ABC):
 
     peft_type: ClassVar[str]
     methods: ClassVar[tuple[type[PEFTMethod], ...]]
+    #: what the keys of the base's own values start with
+    prefix: ClassVar[str] = PREFIX
 
     @abstractmethod
     def write(self, snapshot: Snapshot, **options: Any) -> Writing:

@@ -129,12 +129,13 @@ def read_plan(
         check_fingerprint(base.module, facts["fingerprint"], plain=injection_of(root) is None)
     options, tensors = Options(files.config), Tensors(files.tensors)
     converter = converter_for_type(options.get("peft_type"))
-    heads, own = take_own(options, tensors, base)
+    heads, own = take_own(options, tensors, base, converter.prefix)
     reading = converter.read(options, tensors, base, name, trainable=base.patterns(heads))
     options.done()
     tensors.done()
     plan = reading.method.plan(root)
     _fill(plan, reading, base)
+    own |= reading.own
     return reading.method, plan, {base.outer(key): value for key, value in own.items()}
 
 

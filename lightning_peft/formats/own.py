@@ -54,12 +54,13 @@ def bias_option(snapshot: Snapshot, targets: Iterable[str]) -> str:
     return "none" if not owners else "lora_only" if owners <= of_targets else "all"
 
 
-def write_own(snapshot: Snapshot, targets: Iterable[str]) -> dict[str, Tensor]:
+def write_own(snapshot: Snapshot, targets: Iterable[str], prefix: str = PREFIX) -> dict[str, Tensor]:
     """What a method trains of the base itself, by PEFT's keys.
 
     Args:
         snapshot: of the method.
         targets: the modules that PEFT wraps for its adapters.
+        prefix: what every key starts with.
     """
     modules = snapshot.base.module
     wrapped = set(targets)
@@ -70,7 +71,7 @@ def write_own(snapshot: Snapshot, targets: Iterable[str]) -> dict[str, Tensor]:
         for i in range(len(parts) - 1, 0, -1):
             if ".".join(parts[:i]) in wrapped | attention:
                 parts.insert(i, "base_layer")
-        found[PREFIX + ".".join(parts)] = value
+        found[prefix + ".".join(parts)] = value
     return found
 
 
@@ -78,8 +79,15 @@ def _is_attention(module: nn.Module, name: str) -> bool:
     return isinstance(module.get_submodule(name), nn.MultiheadAttention)
 
 
-def take_own(options: Options, tensors: Tensors, base: Base) -> tuple[list[str], dict[str, Tensor]]:
+def take_own(
+    options: Options, tensors: Tensors, base: Base, prefix: str = PREFIX
+) -> tuple[list[str], dict[str, Tensor]]:
     """The heads of a file, and all that it holds of the base's own values and that differs from them.
+
+    Args:
+        options, tensors: the file's.
+        base: where to put them.
+        prefix: what every key starts with.
 
     Returns:
         The names of the heads, and values by name in the base.
@@ -91,11 +99,11 @@ def take_own(options: Options, tensors: Tensors, base: Base) -> tuple[list[str],
     heads = [h for h in options.get("modules_to_save") or [] if h not in _USUAL or h in _ends(base)]
     names = heads_of(heads, base)
     wanted = [key for key in state if any(key.startswith(f"{head}.") for head in names)]
-    values = {key: tensors.take(key) for key in wanted}
+    values = {key: tensors.take(key, prefix=prefix) for key in wanted}
     for key in tensors.keys():  # noqa: SIM118
-        name = ".".join(part for part in key.removeprefix(PREFIX).split(".") if part != "base_layer")
-        if key.startswith(PREFIX) and name in state and name not in values:
-            value = tensors.take(key.removeprefix(PREFIX))
+        name = ".".join(part for part in key.removeprefix(prefix).split(".") if part != "base_layer")
+        if key.startswith(prefix) and name in state and name not in values:
+            value = tensors.take(key.removeprefix(prefix), prefix=prefix)
             if value.shape != state[name].shape or not torch.equal(value, state[name].to(value)):
                 values[name] = value
     _check_vocabulary(values, base)

@@ -4,15 +4,33 @@ from __future__ import annotations
 
 import difflib
 
+from lightning_peft.formats.activation import IA3Converter
 from lightning_peft.formats.adalora import AdaLoRAConverter
 from lightning_peft.formats.converter import Converter
 from lightning_peft.formats.files import FormatError
+from lightning_peft.formats.kin import LoHaConverter, LoKrConverter, OFTConverter, VeRAConverter
 from lightning_peft.formats.lora import LoRAConverter
+from lightning_peft.formats.native import NativeConverter
+from lightning_peft.formats.selection import NormTuningConverter
+from lightning_peft.formats.sequence import PrefixTuningConverter, PromptTuningConverter, PTuningConverter
 from lightning_peft.methods.callback import PEFTMethod
 
 __all__ = ["CONVERTERS", "converter_for_method", "converter_for_type"]
 
-CONVERTERS: tuple[Converter, ...] = (LoRAConverter(), AdaLoRAConverter())
+CONVERTERS: tuple[Converter, ...] = (
+    LoRAConverter(),
+    AdaLoRAConverter(),
+    VeRAConverter(),
+    LoHaConverter(),
+    LoKrConverter(),
+    OFTConverter(),
+    IA3Converter(),
+    PromptTuningConverter(),
+    PTuningConverter(),
+    PrefixTuningConverter(),
+    NormTuningConverter(),
+    NativeConverter(),
+)
 
 
 def converter_for_type(peft_type: str) -> Converter:

@@ -14,6 +14,8 @@ from lightning_peft.formats.card import model_card
 from lightning_peft.formats.common import common_options
 from lightning_peft.formats.converter import NotInPeftError
 from lightning_peft.formats.files import write_files
+from lightning_peft.formats.names import PREFIX
+from lightning_peft.formats.native import NATIVE, NativeConverter
 from lightning_peft.formats.own import modules_to_save, write_own
 from lightning_peft.formats.registry import converter_for_method
 from lightning_peft.formats.snapshot import Snapshot, take_snapshot
@@ -26,6 +28,9 @@ METADATA = "lightning_peft"
 
 def save_adapter(model: nn.Module, directory: str | Path, name: str | None = None, **options: Any) -> list[str]:
     """Write an adapter to a directory: ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+    They are Hugging Face PEFT's, where it has the same method; otherwise ``peft_type`` is ``LIGHTNING_PEFT`` and
+    ``reason`` says what PEFT lacks.
 
     Args:
         model: an adapted module, trained or not.
@@ -57,12 +62,18 @@ def write_snapshots(snapshots: Mapping[str, Snapshot], directory: str | Path, **
 def write_snapshot(snapshot: Snapshot, directory: Path, **options: Any) -> None:
     """Write what one method has put into a model."""
     converter = converter_for_method(snapshot.method)
-    if converter is None:
-        raise NotInPeftError(f"{type(snapshot.method).__name__} has no counterpart in PEFT")
-    writing = converter.write(snapshot, **options)
-    heads = {"modules_to_save": modules_to_save(snapshot)}
-    config = {**common_options(snapshot, converter.peft_type), **writing.config, **heads}
-    tensors = writing.tensors | write_own(snapshot, writing.wrapped)
+    own: dict[str, Any]
+    prefix = PREFIX if converter is None else converter.prefix
+    try:
+        if converter is None:
+            raise NotInPeftError(f"{type(snapshot.method).__name__} has no counterpart in PEFT")
+        writing = converter.write(snapshot, **options)
+        peft_type, own = converter.peft_type, {"modules_to_save": modules_to_save(snapshot)}
+    except NotInPeftError as reason:
+        writing, peft_type, own = NativeConverter().write(snapshot), NATIVE, {"reason": str(reason)}
+        prefix = PREFIX
+    config = {**common_options(snapshot, peft_type), **writing.config, **own}
+    tensors = writing.tensors | write_own(snapshot, writing.wrapped, prefix)
     metadata = {METADATA: json.dumps(_facts(snapshot))}
     write_files(directory, config, tensors, metadata, model_card(snapshot, config, tensors))
 
