@@ -136,7 +136,8 @@ def apply(model: nn.Module, *methods: Method) -> Report:
 
     Raises:
         TargetError: a pattern matches nothing.
-        InjectionError: two methods under one name; a model that is compiled or sharded; no method at all.
+        InjectionError: two methods under one name; a model that is compiled or sharded; a module that can take no
+            adapter; no method at all.
 
     Example::
 
@@ -152,7 +153,10 @@ def apply(model: nn.Module, *methods: Method) -> Report:
     plans = [method.plan(model) for method in new]
     for method, plan in zip(new, plans):
         for host, *_ in plan.attach:
-            check_host(model, host, method.name)
+            try:
+                check_host(model, host, method.name)
+            except ValueError as error:
+                raise InjectionError(f"{type(method).__name__} {method.name!r}: {error}") from error
 
     first = record is None
     if record is None:
