@@ -30,7 +30,7 @@ from torch.optim import Optimizer
 
 from lightning_peft.core.adapter import WeightAdapter
 from lightning_peft.core.sites import Site
-from lightning_peft.methods.callback import positive_int, probability
+from lightning_peft.methods.callback import nonzero, positive_int, probability
 from lightning_peft.methods.weight import WeightMethod, check_low_rank
 from lightning_peft.ops.dropout import dropped
 
@@ -114,8 +114,7 @@ class AdaLoRA(WeightMethod):
                 raise ValueError(f"{argument} must lie between 0 and 1, got {beta!r}")
         if not isinstance(orth_reg_weight, int | float) or not 0 <= orth_reg_weight < math.inf:
             raise ValueError(f"orth_reg_weight must be 0 or above, got {orth_reg_weight!r}")
-        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha) or alpha == 0:
-            raise ValueError(f"alpha must be a finite number other than 0, got {alpha!r}")
+        nonzero("alpha", alpha)
         probability("dropout", dropout)
         self.target_r, self.init_r, self.alpha, self.dropout = target_r, init_r, alpha, dropout
         self.tinit, self.tfinal, self.deltaT = tinit, tfinal, deltaT

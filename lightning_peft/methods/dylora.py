@@ -13,7 +13,6 @@ Adaptation", arXiv:2210.07558.
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 from collections.abc import Sequence
 from typing import Any, cast
@@ -25,10 +24,9 @@ from torch import Tensor, nn
 from lightning_peft.core.adapter import WeightAdapter
 from lightning_peft.core.inject import injection_of
 from lightning_peft.core.sites import Site
-from lightning_peft.methods.callback import positive_int, probability
+from lightning_peft.methods.callback import nonzero, positive_int, probability
 from lightning_peft.methods.lora import LoRAAdapter
 from lightning_peft.methods.weight import WeightMethod, check_low_rank
-from lightning_peft.ops.dropout import dropped
 
 __all__ = ["DyLoRA"]
 
@@ -83,8 +81,7 @@ class DyLoRA(WeightMethod):
         super().__init__(targets=targets, exclude=exclude, trainable=trainable, name=name, **options)
         positive_int("r", r)
         probability("dropout", dropout)
-        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha) or alpha == 0:
-            raise ValueError(f"alpha must be a finite number other than 0, got {alpha!r}")
+        nonzero("alpha", alpha)
         self.r = r
         self.alpha = alpha
         self.dropout = dropout
@@ -175,8 +172,8 @@ class DyLoRAAdapter(LoRAAdapter):
             self.r, self.scale = rank, self.alpha / rank
             self.gate, self.last = torch.ones_like(self.gate[:rank]), torch.ones_like(self.last[:rank])
 
-    def pair(self) -> tuple[Tensor, Tensor]:
-        """A and B as they run, to be scaled by ``self.scale``."""
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A and B as they run: of the rank that trains, or that evaluation uses."""
         a: Tensor = self.lora_A
         b: Tensor = self.lora_B
         if not self.training:
@@ -187,18 +184,6 @@ class DyLoRAAdapter(LoRAAdapter):
             a = a.detach() + (a - a.detach()) * self.last  # the same values; gradients in row and column b alone
             b = b.detach() + (b - b.detach()) * self.last.mT
         return a * self.gate, b
-
-    def delta(self, weight: Tensor) -> Tensor:
-        a, b = self.pair()
-        return (b @ a) * self.scale
-
-    def output(self, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        def down(x: Tensor, a: Tensor) -> Tensor:
-            return self.layout.down(host, x, a)
-
-        a, b = self.pair()
-        h = dropped(down, x, a, self.dropout) if self.dropout and self.training else down(x, a)
-        return self.layout.up(host, h, b, y, self.scale)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rank={self.rank}, frozen={self.frozen}"
