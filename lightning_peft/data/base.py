@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_peft.data.rows import is_file, load_rows
-from lightning_peft.tasks.pretrained import load_tokenizer
+from lightning_peft.formats.pretrained import load_tokenizer
 
 Example = dict[str, Any]
 

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from lightning_peft.core.adapter import WeightAdapter
 from lightning_peft.core.inject import Plan
 from lightning_peft.core.sites import EmbeddingLayout, Site
-from lightning_peft.methods.callback import positive_int, probability
+from lightning_peft.methods.callback import positive, positive_int, probability
 from lightning_peft.methods.weight import WeightMethod
 
 __all__ = ["OFT"]
@@ -181,8 +181,7 @@ class OFT(WeightMethod):
         positive_int("num_cayley_neumann_terms", num_cayley_neumann_terms)
         if num_cayley_neumann_terms < 2:
             raise ValueError("num_cayley_neumann_terms must be at least 2: with one term nothing turns")
-        if isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 < eps < math.inf:
-            raise ValueError(f"eps must be a number above 0, got {eps!r}")
+        positive("eps", eps)
         self.block_size = block_size
         self.r = r
         self.dropout = dropout

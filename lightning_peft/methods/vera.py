@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lightning_peft.core.adapter import WeightAdapter
 from lightning_peft.core.sites import EmbeddingLayout, Site
-from lightning_peft.methods.callback import positive_int, probability
+from lightning_peft.methods.callback import nonzero, positive_int, probability
 from lightning_peft.methods.weight import WeightMethod
 from lightning_peft.ops.dropout import dropped
 
@@ -159,9 +159,7 @@ class VeRA(WeightMethod):
         super().__init__(targets=targets, exclude=exclude, trainable=trainable, name=name, **options)
         positive_int("r", r)
         probability("dropout", dropout)
-        number = isinstance(d_initial, int | float) and not isinstance(d_initial, bool) and math.isfinite(d_initial)
-        if not number or d_initial == 0:
-            raise ValueError(f"d_initial must be a finite number other than 0, got {d_initial!r}: at 0 nothing trains")
+        nonzero("d_initial", d_initial)  # at 0 nothing would train
         if isinstance(projection_seed, bool) or not isinstance(projection_seed, int):
             raise ValueError(f"projection_seed must be an integer, got {projection_seed!r}")
         self.r = r

@@ -11,8 +11,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from lightning_peft.core.rows import rows
+from lightning_peft.formats.pretrained import load_model, load_tokenizer, locate
 from lightning_peft.tasks.optim import adamw
-from lightning_peft.tasks.pretrained import load_model, load_tokenizer, locate
 
 Objective = Literal["causal", "masked"]
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lightning_peft.core.rows import rows
+from lightning_peft.formats.pretrained import load_model
 from lightning_peft.tasks.optim import adamw
-from lightning_peft.tasks.pretrained import load_model
 
 
 class TextClassifier(L.LightningModule):
