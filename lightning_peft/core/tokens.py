@@ -80,7 +80,9 @@ class Placement:
             # A row with fewer real tokens than the template names has its virtual tokens at its ends.
             least = torch.minimum(first + offset, end) if anchor == "start" else torch.maximum(end - offset, least)
             columns += [least] * count
-        return Layout(torch.stack(columns, 1), length, first)
+        return Layout(
+            torch.stack(columns, 1), length, first, mask is None and self.slots[0] == ("start", 0, self.tokens)
+        )
 
 
 class Layout:
@@ -90,13 +92,14 @@ class Layout:
         before: (batch, T): the index of the real column that each virtual token stands before.
         length: L, the number of real columns.
         first: (batch,): the first column that is no padding.
+        ahead: whether it is known that in every row all virtual tokens stand before all real ones.
     """
 
-    def __init__(self, before: Tensor, length: int, first: Tensor) -> None:
+    def __init__(self, before: Tensor, length: int, first: Tensor, ahead: bool = False) -> None:
         tokens = before.shape[1]
         columns = torch.arange(length, device=before.device)
         virtual = torch.arange(tokens, device=before.device)
-        self.before, self.length, self.tokens, self.first = before, length, tokens, first
+        self.before, self.length, self.tokens, self.first, self.ahead = before, length, tokens, first, ahead
         self.passed = (before[:, None] <= columns[None, :, None]).sum(-1)
         #: (batch, L): where the real tokens are in the longer sequence
         self.keep = columns + self.passed
@@ -109,8 +112,10 @@ class Layout:
     def insert(self, x: Tensor, virtual: Tensor) -> Tensor:
         """``x`` (batch, L, ...) with ``virtual`` (T, ...) among it."""
         x = x.expand(self.order.shape[0], *x.shape[1:])
-        both = torch.cat([x, virtual.to(x.dtype).expand(x.shape[0], *virtual.shape)], 1)
-        return take(both, self.order, 1)
+        virtual = virtual.to(x.dtype).expand(x.shape[0], *virtual.shape)
+        if self.ahead:
+            return torch.cat([virtual, x], 1)
+        return take(torch.cat([x, virtual], 1), self.order, 1)
 
     def fill(self, x: Tensor, value: float) -> Tensor:
         """``x`` (batch, L) with ``value`` where the virtual tokens are."""
@@ -144,6 +149,9 @@ class Layout:
 
 def take(x: Tensor, index: Tensor, dim: int) -> Tensor:
     """``x`` at ``index`` (batch, n) along ``dim``."""
+    if dim == 1:  # by whole rows, which unlike gather keeps no copy of x for backward
+        first = torch.arange(x.shape[0], device=x.device)[:, None] * x.shape[1]
+        return x.flatten(0, 1).index_select(0, (first + index).flatten()).unflatten(0, tuple(index.shape))
     shape = [1] * x.ndim
     shape[0], shape[dim] = index.shape
     size = list(x.shape)
@@ -189,4 +197,6 @@ def _strip(x: Tensor, layout: Layout, index: Tensor) -> Tensor:
         for dim in (2, 3):
             x = take(x, index, dim) if x.shape[dim] == whole else x
         return x
-    return take(x, index, 1) if x.ndim == 3 and x.shape[1] == whole else x
+    if x.ndim != 3 or x.shape[1] != whole:
+        return x
+    return x[:, layout.tokens :] if layout.ahead else take(x, index, 1)
