@@ -1,6 +1,6 @@
 """What a method costs over its frozen base: training-step time and saved activations, beside PEFT.
 
-    python -m benchmarks.step --json /tmp/step.json --markdown benchmarks/results/cpu.md --threads 1 --clock cpu
+    python -m benchmarks.step --json step.json --markdown benchmarks/results/cpu.md --threads 1 --clock cpu
     python -m benchmarks.step --case llama --method LoRA DoRA --repeats 40
 
 Each row of ``methods.py`` is measured on each of its cases beside the *floor* (the frozen base with gradients through
