@@ -11,14 +11,19 @@ Example::
 
 from lightning_peft.core.activation import ActivationAdapter
 from lightning_peft.core.adapter import Adapter, WeightAdapter
+from lightning_peft.core.delete import delete_adapter
 from lightning_peft.core.drop import adapter_drop
 from lightning_peft.core.fold import fold
 from lightning_peft.core.host import active, disabled, set_active
 from lightning_peft.core.inject import InjectionError, apply, inspect, trainable_parameters
 from lightning_peft.core.merge import MergeError, merge, unload, unmerge
 from lightning_peft.core.report import Report
+from lightning_peft.core.rows import RowError, rows
 from lightning_peft.core.state import StateError, adapter_state
 from lightning_peft.core.targets import TargetError
+from lightning_peft.formats.files import FormatError
+from lightning_peft.formats.load import load_adapter
+from lightning_peft.formats.save import save_adapter
 from lightning_peft.methods.activation import ActivationMethod
 from lightning_peft.methods.adalora import AdaLoRA
 from lightning_peft.methods.bitfit import BitFit
@@ -27,6 +32,7 @@ from lightning_peft.methods.callback import PEFTMethod
 from lightning_peft.methods.dora import DoRA
 from lightning_peft.methods.dylora import DyLoRA
 from lightning_peft.methods.full import FullFineTuning
+from lightning_peft.methods.gated_lora import GatedLoRA
 from lightning_peft.methods.gradual import GradualUnfreezing
 from lightning_peft.methods.ia3 import IA3
 from lightning_peft.methods.last_layers import LastLayers
@@ -62,7 +68,9 @@ __all__ = [
     "BottleneckAdapter",
     "DoRA",
     "DyLoRA",
+    "FormatError",
     "FullFineTuning",
+    "GatedLoRA",
     "GradualUnfreezing",
     "InjectionError",
     "LastLayers",
@@ -77,6 +85,7 @@ __all__ = [
     "PrefixTuning",
     "PromptTuning",
     "Report",
+    "RowError",
     "SelectionMethod",
     "StateError",
     "TargetError",
@@ -88,11 +97,15 @@ __all__ = [
     "adapter_drop",
     "adapter_state",
     "apply",
+    "delete_adapter",
     "disabled",
     "fold",
     "inspect",
+    "load_adapter",
     "load_from_checkpoint",
     "merge",
+    "rows",
+    "save_adapter",
     "set_active",
     "trainable_parameters",
     "unload",

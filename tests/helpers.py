@@ -20,11 +20,17 @@ def adapter_parameters(model: nn.Module, name: str | None = None) -> dict[str, n
     return {k: p for k, p in model.named_parameters() if any(k.startswith(s) for s in stacks)}
 
 
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that train, by key; a tied one under each of its."""
+    return {k: p for k, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
+
+
 def perturb(model: nn.Module, seed: int = 7, scale: float = 0.15, name: str | None = None) -> nn.Module:
-    """Move every adapter parameter, as training would."""
+    """Move every adapter parameter, as training would; what trains of the base where there are no adapters."""
     generator = torch.Generator().manual_seed(seed)
+    trained = {k: p for k, p in model.named_parameters() if p.requires_grad}
     with torch.no_grad():
-        for parameter in adapter_parameters(model, name).values():
+        for parameter in (adapter_parameters(model, name) or trained).values():
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
             parameter.add_(noise.to(parameter.dtype), alpha=scale)
     return model

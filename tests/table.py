@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import lightning_peft as lp
+from tests.holes import ANY, HOLES, REFUSED
 from tests.kinds import KINDS, Kind
 
 
@@ -28,6 +29,8 @@ class Row:
         identity: whether the adapted model starts as its base.
         mergeable: whether the change can be folded into the weights.
         additive: whether it is a sum, which may change places with others.
+        selects: whether it adds nothing and trains parameters of the base.
+        kinds: the kinds that an option of another row is held on; by default all.
     """
 
     make: Callable[..., lp.PEFTMethod]
@@ -35,6 +38,8 @@ class Row:
     identity: bool = True
     mergeable: bool = True
     additive: bool = True
+    selects: bool = False
+    kinds: tuple[str, ...] = tuple(KINDS)
 
 
 class Rescale(lp.WeightMethod):
@@ -76,12 +81,72 @@ def lora_patterns(kind: Kind, **options: Any) -> lp.PEFTMethod:
     return lora(rank_pattern={first: 3}, alpha_pattern={first: 5})(kind, **options)
 
 
+def lora_half(kind: Kind, model: nn.Module) -> int:
+    """r out for each matrix; r vocabulary for an embedding, whose other factor stays."""
+    looked_up = {name for name in kind.matrices if isinstance(_module(model, name), nn.Embedding)}
+    return sum(2 * prod(b) * (i if name in looked_up else o) for name, (*b, o, i) in kind.matrices.items())
+
+
 def weight(method: Callable[..., lp.PEFTMethod], **fixed: Any) -> Callable[..., lp.PEFTMethod]:
     return lambda kind, **options: method(**{"targets": kind.targets, **fixed, **options})
 
 
+def triplets(kind: Kind, model: nn.Module) -> int:
+    """r (in + out + 1) for each matrix."""
+    return low_rank(2)(kind, model) + sum(2 * prod(batch) for *batch, _, _ in kind.matrices.values())
+
+
 def per_row(kind: Kind, model: nn.Module) -> int:
     return sum(prod(rows) for *rows, _ in kind.matrices.values())
+
+
+def per_input(kind: Kind, model: nn.Module) -> int:
+    """One for each input of a layer: of a convolution its channels, whatever the kernel."""
+    inputs = {name: getattr(_module(model, name), "in_channels", shape[-1]) for name, shape in kind.matrices.items()}
+    return sum(prod(kind.matrices[name][:-2]) * width for name, width in inputs.items())
+
+
+def bottlenecks(m: int) -> Callable[[Kind, nn.Module], int]:
+    """2 m d + d + m for each layer that gives d features; an attention is one layer."""
+
+    def count(kind: Kind, model: nn.Module) -> int:
+        widths = {}
+        for name, (*_, o, _) in kind.matrices.items():
+            parent = name.rpartition(".")[0]
+            attention = _module(model, parent)
+            if isinstance(attention, nn.MultiheadAttention):
+                widths[parent] = attention.embed_dim
+            else:
+                widths[name] = o
+        return sum(2 * m * d + d + m for d in widths.values())
+
+    return count
+
+
+def prompt(method: Callable[..., lp.PEFTMethod], **fixed: Any) -> Callable[..., lp.PEFTMethod]:
+    """A method of virtual tokens, where the kind has its token sequence."""
+    targets = lambda kind: kind.tokens[0] if kind.tokens is not None else "inputs"  # noqa: E731
+    return lambda kind, **options: method(3, targets=targets(kind), **fixed, **options)
+
+
+def tokens(layers: int = 0) -> Callable[[Kind, nn.Module], int]:
+    """T d, and d (d + 1) for each square layer of a network that makes them."""
+
+    def count(kind: Kind, model: nn.Module) -> int:
+        assert kind.tokens is not None
+        _, d = kind.tokens
+        return 3 * d + layers * d * (d + 1)
+
+    return count
+
+
+def in_modules(names: Callable[[Kind], tuple[str, ...]]) -> Callable[[Kind, nn.Module], int]:
+    """All parameters of some modules, each once."""
+    return lambda kind, model: sum({p: p.numel() for n in names(kind) for p in _module(model, n).parameters()}.values())
+
+
+def norms(model: nn.Module) -> int:
+    return sum(p.numel() for m in model.modules() if "Norm" in type(m).__name__ for p in m.parameters(recurse=False))
 
 
 def kronecker(r: int) -> Callable[[Kind, nn.Module], int]:
@@ -121,6 +186,13 @@ def _module(model: nn.Module, name: str) -> nn.Module | None:
     return dict(model.named_modules()).get(name)
 
 
+def selection(method: Callable[..., lp.PEFTMethod], **fixed: Any) -> Callable[..., lp.PEFTMethod]:
+    return lambda kind, **options: method(**fixed, **options)
+
+
+#: for an option that a layer kind does not change
+SOME = ("linear", "conv2d", "embedding", "mha", "llama")
+
 METHODS: dict[str, Row] = {
     "lora": Row(lora(), low_rank(2)),
     "lora_rs": Row(lora(use_rslora=True, r=3), low_rank(3)),
@@ -142,6 +214,56 @@ METHODS: dict[str, Row] = {
     "loha": Row(weight(lp.LoHa, r=2), lambda kind, model: 2 * low_rank(2)(kind, model)),
     "lokr": Row(weight(lp.LoKr, r=1), kronecker(1)),
     "oft": Row(weight(lp.OFT, block_size=3), rotations(3), additive=False),
+    "lora_freeze_A": Row(lora(freeze_A=True), lora_half),
+    "gated_lora": Row(
+        weight(lp.GatedLoRA, r=2, alpha=4),
+        lambda kind, model: low_rank(2)(kind, model) + sum(i + 1 for _, i in kind.matrices.values()),
+        mergeable=False,
+    ),
+    "adalora": Row(weight(lp.AdaLoRA, target_r=1, init_r=2), triplets),
+    "dylora": Row(weight(lp.DyLoRA, r=2, alpha=4), low_rank(2)),
+    "dylora_frozen": Row(weight(lp.DyLoRA, r=2, alpha=4, frozen=True), low_rank(2), kinds=SOME),
+    "ia3": Row(weight(lp.IA3, feedforward_targets=()), per_row, additive=False),
+    "ia3_inputs": Row(
+        lambda kind, **options: lp.IA3(targets=(), feedforward_targets=kind.targets, **options),
+        per_input,
+        additive=False,
+    ),
+    "ssf": Row(weight(lp.SSF), lambda kind, model: 2 * per_row(kind, model), additive=False),
+    "bottleneck": Row(
+        weight(lp.BottleneckAdapter, bottleneck_size=2, non_linearity="gelu"), bottlenecks(2), mergeable=False
+    ),
+    "prefix": Row(
+        lambda kind, **options: lp.PrefixTuning(3, **options),
+        lambda kind, model: 3 * kind.keys,
+        identity=False,
+        mergeable=False,
+    ),
+    "prefix_gate": Row(
+        lambda kind, **options: lp.PrefixTuning(3, gate=True, **options),
+        lambda kind, model: 3 * kind.keys + 3,
+        mergeable=False,
+    ),
+    "prompt": Row(prompt(lp.PromptTuning, init="random"), tokens(), identity=False, mergeable=False),
+    "ptuning": Row(prompt(lp.PTuning), tokens(layers=3), identity=False, mergeable=False),
+    "visual_prompt": Row(
+        lambda kind, **options: lp.VisualPromptTuning(2, **options),
+        lambda kind, model: 2 * 16,
+        identity=False,
+        mergeable=False,
+    ),
+    "visual_prompt_deep": Row(
+        lambda kind, **options: lp.VisualPromptTuning(2, deep=True, **options),
+        lambda kind, model: 2 * 16 * 3,
+        identity=False,
+        mergeable=False,
+    ),
+    "full": Row(selection(lp.FullFineTuning), in_modules(lambda kind: ("",)), selects=True),
+    "linear_probe": Row(selection(lp.LinearProbe), in_modules(lambda kind: (str(kind.head),)), selects=True),
+    "last_layers": Row(selection(lp.LastLayers, n=1), in_modules(lambda kind: kind.last), selects=True),
+    "gradual": Row(selection(lp.GradualUnfreezing), in_modules(lambda kind: ("",)), selects=True),
+    "bitfit": Row(selection(lp.BitFit), lambda kind, model: all_biases(model), selects=True),
+    "norm_tuning": Row(selection(lp.NormTuning), lambda kind, model: norms(model), selects=True),
     "rescale": Row(
         lambda kind, **options: Rescale(targets=kind.targets, **options),
         lambda kind, model: sum(prod(rows) for *rows, _ in kind.matrices.values()),
@@ -150,41 +272,28 @@ METHODS: dict[str, Row] = {
     ),
 }
 
-ANY = "*"
-
-_READS = "dropout acts on a layer's input; here the module reads the weight itself, and LoRA says so"
-_TIED = "one tensor under two names: a merge into one would change the other, and is refused"
-_NORMS = "the norm layers' biases train, so these layers are not frozen: their statistics move, and are saved"
-_FIXED = "its start follows from the weights or is a constant: there is no randomness to seed"
-_IDS = "reentrant checkpointing gives gradients only where an input takes one; token ids take none"
-
-#: (method, kind, invariant) -> why it is not held there; what refuses with an error is tested to do so
-HOLES: dict[tuple[str, str, str], str] = {
-    ("lora_dropout", "mha", ANY): _READS,
-    ("lora_dropout", "mha_batch_first", ANY): _READS,
-    ("lora_dropout", "mha_kdim", ANY): _READS,
-    ("lora_dropout", "encoder", ANY): _READS,
-    ("lora_dropout", "experts", ANY): _READS,
-    ("lora_dropout", "scaled", ANY): _READS,
-    (ANY, "tied", "merge"): _TIED,
-    (ANY, "tied", "merge_float64"): _TIED,
-    (ANY, "tied", "merge_two"): _TIED,
-    (ANY, "tied", "merge_unload"): _TIED,
-    **{(ANY, kind, "checkpointing_reentrant"): _IDS for kind in ("embedding", "tied", "scaled", "llama", "gpt2")},
-    **{(method, ANY, "seeded"): _FIXED for method in ("lora_pissa", "lora_olora", "vera", "oft")},
-    ("lora_dropout", ANY, "modes"): "random while training",
-    ("lora_bias", "resnet", "modes"): _NORMS,
-    ("lora_bias", "resnet", "training"): _NORMS,
-    (ANY, "llama", "merge_float64"): "its RMSNorm and rotary embedding compute in float32 whatever the model's type",
+#: why a method that trains the base itself has nothing to show there
+_NOTHING_ADDED = {
+    "seeded": "nothing new is initialised",
+    "disabled": "nothing is added that could be turned off",
+    "eval": "nothing is added that could fail to run",
+    "two": "two that train the same parameters are one",
+    "bfloat16": "what trains belongs to the base, and how it is kept is for tests/methods/test_selection.py",
 }
 
 
 def hole(method: str, kind: str, invariant: str) -> str | None:
     """Why ``invariant`` is not held for ``method`` on ``kind``, or None where it is."""
+    if (method, kind) in REFUSED:
+        return REFUSED[method, kind][0]
     for key in [(m, k, i) for m in (method, ANY) for k in (kind, ANY) for i in (invariant, ANY)]:
         if key in HOLES:
             return HOLES[key]
     row = METHODS[method]
+    if kind not in row.kinds:
+        return "an option of another row, which this kind does not change"
+    if row.selects and (invariant in _NOTHING_ADDED or invariant.startswith("merge")):
+        return _NOTHING_ADDED.get(invariant, "it is in the weights already")
     if not row.mergeable and invariant.startswith("merge"):
         return "no function of a weight"
     return "starts elsewhere than its base" if invariant == "identity" and not row.identity else None

@@ -13,7 +13,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 
 import lightning_peft as lp
+from lightning_peft.cli.inspect import inspect_path, names_a_path
 from lightning_peft.cli.methods import methods
+from lightning_peft.formats.files import FormatError
 from lightning_peft.trainer.logs import resume_wandb
 
 __all__ = ["PEFTCLI", "PEFTTrainer", "main"]
@@ -28,6 +30,7 @@ USER_ERRORS = (
     lp.StateError,
     lp.AuditError,
     lp.MergeError,
+    FormatError,
     MisconfigurationException,
 )
 
@@ -42,7 +45,7 @@ class PEFTTrainer(L.Trainer):
         ckpt_path: str | None = None,
         weights_only: bool | None = None,
     ) -> None:
-        """Show what the attached methods would adapt and train, before any training.
+        """Show what the attached methods would adapt and train, before any training; of a PATH, what it holds.
 
         ``ckpt_path`` and ``weights_only`` are there so that the file of a fit is one of an inspect, and not looked at.
         """
@@ -118,6 +121,9 @@ def main(args: Sequence[str] | None = None) -> None:
         methods(parser.parse_args(given[1:]).name)
         return
     try:
-        PEFTCLI(args=args)
+        if given[:1] == ["inspect"] and names_a_path(given[1:]):
+            inspect_path(given[1:])
+        else:
+            PEFTCLI(args=args)
     except USER_ERRORS as error:
         sys.exit(f"error: {error}")

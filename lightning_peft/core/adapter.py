@@ -8,11 +8,12 @@ well.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.core.row_links import AfterRows, RowLink
 from lightning_peft.core.sites import Site
 
 __all__ = ["Adapter", "WeightAdapter", "WeightGroup"]
@@ -20,6 +21,9 @@ __all__ = ["Adapter", "WeightAdapter", "WeightGroup"]
 
 class Adapter(nn.Module):
     """Base class of all adapters: runs around the module that carries it."""
+
+    #: whether it only looks on, so that the module computes the same with it as without
+    transparent: ClassVar[bool] = False
 
     def run(self, host: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The host's output, given ``call``, the host's forward with the adapters before this one."""
@@ -29,10 +33,33 @@ class Adapter(nn.Module):
         """The adapters of the host's weights in this one, by parameter name; empty where it has none."""
         return {}
 
+    def copies(self) -> Mapping[str, Tensor]:
+        """What stands in place of the host's own parameters and buffers, by name; empty where nothing does."""
+        return {}
+
+    @property
+    def replacement(self) -> Adapter | None:
+        """The copies of parameters that go with this adapter and come ahead of it; None where there are none."""
+        return self._modules.get("replacement")  # type: ignore[return-value]
+
+    def parts(self) -> tuple[Adapter, ...]:
+        """What runs for this adapter, in order."""
+        return (self,) if self.replacement is None else (self.replacement, self)
+
     @property
     def rewrites(self) -> bool:
         """Whether the host must run with its adapted weight in place instead of around its own."""
         return False
+
+    #: whether its parts at several hosts work on one sequence, so that a batch of rows must pass all of them together
+    spans_hosts = False
+
+    def row_link(self, host: nn.Module) -> Callable[..., RowLink] | None:
+        """What lets adapters of this kind serve one batch whose rows name different ones, and the same for all of them.
+
+        None where the host has to run once for each adapter. See :mod:`lightning_peft.core.rows`.
+        """
+        return None
 
     @property
     def foldable(self) -> bool:
@@ -75,6 +102,11 @@ class WeightAdapter(Adapter):
         """The adapted matrix; override it where the method is no sum."""
         return weight + self.delta(weight)
 
+    @property
+    def changes_bias(self) -> bool:
+        """Whether :meth:`transform_bias` changes anything."""
+        return type(self).transform_bias is not WeightAdapter.transform_bias
+
     def transform_bias(self, bias: Tensor | None) -> Tensor | None:
         """The adapted bias (out,), for methods that change it with the weight; None where there is none."""
         return bias
@@ -94,8 +126,19 @@ class WeightAdapter(Adapter):
         return {self.parameter: self}
 
     def run(self, host: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        x = args[0] if args else next(iter(kwargs.values()))
-        return self.output(host, x, call(*args, **kwargs))
+        return self.output(host, self.reads(args, kwargs), call(*args, **kwargs))
+
+    def reads(self, args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
+        """The input of :meth:`output` in a call of the host."""
+        return args[0] if args else next(iter(kwargs.values()))
+
+    def after(self, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """The new output of some rows, given their input and their output so far."""
+        return self.output(host, x, y)
+
+    def row_link(self, host: nn.Module) -> type[RowLink] | None:
+        around = not self.rewrites and type(self).run is WeightAdapter.run
+        return AfterRows if around else None
 
 
 class WeightGroup(Adapter):

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core.adapter import Adapter, WeightAdapter
+from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.swap import add_mixin, has_mixin, original_class, remove_mixin
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "adapter_names",
     "attach",
     "check_host",
+    "deactivate",
     "detach",
     "disabled",
     "effective_weights",
@@ -43,6 +44,9 @@ class AdapterStack(nn.ModuleDict):
         disabled: whether none does, for the time being.
         merged: original weights and biases by name while adapters are folded into them; None otherwise.
         merged_names: the adapters that are folded in.
+        skipped: the adapters that are left out here, whatever is active.
+        router: what chooses the adapters for each row of the batch; None where all rows have the active ones.
+        place: where the router finds the rows.
     """
 
     def __init__(self) -> None:
@@ -51,6 +55,9 @@ class AdapterStack(nn.ModuleDict):
         self.disabled = False
         self.merged: dict[str, Tensor | None] | None = None
         self.merged_names: tuple[str, ...] = ()
+        self.skipped: tuple[str, ...] = ()
+        self.router: Any = None
+        self.place: Any = None
         self.refresh()
 
     def forward(self, x: Any) -> Any:
@@ -59,11 +66,14 @@ class AdapterStack(nn.ModuleDict):
 
     def refresh(self) -> None:
         """Work out what runs, after the names, ``active``, ``disabled`` or ``merged`` have changed."""
-        names = () if self.disabled else tuple(n for n in self if n in self.active and n not in self.merged_names)
-        running = tuple(cast(Adapter, self[n]) for n in names)
+        self._folded, self._around = self._parts(() if self.disabled else self.active)
+
+    def _parts(self, names: Iterable[str]) -> tuple[tuple[Adapter, ...], tuple[Adapter, ...]]:
+        left = tuple(n for n in self if n in names and n not in self.merged_names and n not in self.skipped)
+        running = tuple(part for n in left for part in cast(Adapter, self[n]).parts())
         # Everything up to the last adapter that rewrites the weight is folded into it, to keep the order.
         split = max((i for i, adapter in enumerate(running, 1) if adapter.rewrites), default=0)
-        self._folded, self._around = running[:split], running[split:]
+        return running[:split], running[split:]
 
     def running(self, before: Adapter | None = None) -> tuple[Adapter, ...]:
         """The adapters that run, in order; only those ahead of ``before`` where it is given."""
@@ -72,12 +82,30 @@ class AdapterStack(nn.ModuleDict):
 
     def run(self, host: Any, forward: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
         """The host's output; ``forward`` is the original one."""
+        if self.router is not None and not self.disabled:
+            return self.router.run(host, forward, args, kwargs)
+        return self.run_active(host, forward, args, kwargs)
+
+    def run_as(self, names: Iterable[str], host: Any, forward: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+        """The host's output with the adapters called ``names``, whatever is active."""
+        before = self._folded, self._around
+        self._folded, self._around = self._parts(names)
+        try:
+            return self.run_active(host, forward, args, kwargs)
+        finally:
+            self._folded, self._around = before
+
+    def run_active(self, host: Any, forward: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+        """The host's output with the active adapters for all rows."""
         call = forward
         if self._folded:
             call = functools.partial(_run_with, host, effective_weights(host, self._folded), forward)
         for adapter in self._around:
             call = functools.partial(adapter.run, host, call)
         return call(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "router": None}  # a copy is not inside the context
 
 
 class Adapted(nn.Module):
@@ -103,13 +131,15 @@ class _Projection:
         self.bias = bias
 
 
-_BIASES = {"weight": "bias", "in_proj_weight": "in_proj_bias", "out_proj.weight": "out_proj.bias"}
+BIASES = {"weight": "bias", "in_proj_weight": "in_proj_bias", "out_proj.weight": "out_proj.bias"}
 
 
 def effective_weights(
     host: nn.Module, adapters: Sequence[Adapter], dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]:
     """The host's weights, and the biases that change with them, after ``adapters`` in order.
+
+    What an adapter puts in place of the host's own hides what earlier ones have made of it.
 
     Args:
         host: the module that owns them.
@@ -124,26 +154,31 @@ def effective_weights(
     def current(name: str) -> Tensor | None:
         if name in now:
             return now[name]
-        stored = stored_parameter(host, name)
+        stored = stored_tensor(host, name)
         return stored if stored is None or dtype is None else stored.to(dtype)
 
     for adapter in adapters:
+        for name, copy in adapter.copies().items():
+            stored = stored_tensor(host, name)
+            assert stored is not None
+            now[name] = copy.to(dtype or stored.dtype) if copy.is_floating_point() else copy
         for parameter, part in adapter.weights().items():
             stored = current(parameter)
             assert stored is not None
             matrix = part.transform(part.layout.matrix(stored)).to(stored.dtype)
             now[parameter] = part.layout.stored(matrix, stored)
-            if parameter in _BIASES and type(part).transform_bias is not WeightAdapter.transform_bias:
-                bias = part.transform_bias(current(_BIASES[parameter]))
+            if parameter in BIASES and part.changes_bias:
+                bias = part.transform_bias(current(BIASES[parameter]))
                 if bias is not None:
-                    now[_BIASES[parameter]] = bias.to(stored.dtype)
+                    now[BIASES[parameter]] = bias.to(stored.dtype)
     return now
 
 
-def stored_parameter(host: nn.Module, name: str) -> Tensor | None:
-    """A parameter of the host or of its child, by dotted name; None where it has none."""
+def stored_tensor(host: nn.Module, name: str) -> Tensor | None:
+    """A parameter or buffer of the host or of its child, by dotted name; None where it has none."""
     owner, _, last = name.rpartition(".")
-    return host.get_submodule(owner)._parameters.get(last)
+    module = host.get_submodule(owner)
+    return module._parameters[last] if last in module._parameters else module._buffers.get(last)
 
 
 def _run_with(host: Any, weights: dict[str, Tensor], forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -155,20 +190,27 @@ def _run_with(host: Any, weights: dict[str, Tensor], forward: Callable[..., Any]
             in_place[child] = _Projection(*pair)
         else:
             in_place[name] = weight
+    flat = host._flat_weights if isinstance(host, nn.RNNBase) else None  # the list it reads instead of its weights
+    if flat is not None:
+        host._flat_weights = [in_place.get(n, w) for n, w in zip(host._flat_weights_names, flat)]
     host._weights_in_place = in_place
     try:
         return forward(*args, **kwargs)
     finally:
         del host._weights_in_place
+        if flat is not None:
+            host._flat_weights = flat
 
 
 def attach(model: nn.Module, host_name: str, name: str, adapter: Adapter) -> None:
     """Put ``adapter`` under ``name`` into the module called ``host_name``, after those already there.
 
+    Copies of parameters go with the adapter of that name where there is one, and come ahead of it.
+
     Raises:
         ValueError: see :func:`check_host`.
     """
-    check_host(model, host_name, name)
+    check_host(model, host_name, name, copies=bool(adapter.copies()))
     host = model.get_submodule(host_name)
     if not has_mixin(host, Adapted):
         host.adapters = AdapterStack()
@@ -176,13 +218,17 @@ def attach(model: nn.Module, host_name: str, name: str, adapter: Adapter) -> Non
         add_mixin(host, Adapted)
         _keep_slow_paths(model, host_name, host)
     stack = cast(AdapterStack, host.adapters)
-    stack[name] = adapter.train(host.training)
-    stack.active = (*stack.active, name)
+    adapter.train(host.training)
+    if name in stack:
+        cast(Any, stack[name]).replacement = adapter
+    else:
+        stack[name] = adapter
+        stack.active = (*stack.active, name)
     stack.refresh()
 
 
-def check_host(model: nn.Module, host_name: str, name: str) -> None:
-    """Whether the module called ``host_name`` can take an adapter called ``name``.
+def check_host(model: nn.Module, host_name: str, name: str, copies: bool = False) -> None:
+    """Whether the module called ``host_name`` can take an adapter called ``name``, or ``copies`` that go with it.
 
     Raises:
         ValueError: the name is taken there, or the module has an ``adapters`` of its own.
@@ -194,7 +240,9 @@ def check_host(model: nn.Module, host_name: str, name: str) -> None:
                 f"{host_name!r} ({original_class(host).__name__}) has an attribute 'adapters' of its own; "
                 "exclude it, or rename that attribute"
             )
-    elif name in cast(AdapterStack, host.adapters):
+    elif name in (stack := cast(AdapterStack, host.adapters)):
+        if copies and not any(part.copies() for part in cast(Adapter, stack[name]).parts()):
+            return
         raise ValueError(f"{host_name!r} already carries an adapter named {name!r}: give this one another name=")
 
 
@@ -262,6 +310,13 @@ def set_active(model: nn.Module, *names: str) -> None:
         stack.refresh()
 
 
+def deactivate(model: nn.Module, name: str) -> None:
+    """Let the adapter called ``name`` take no part; the others stay as they are."""
+    for stack in _stacks(model):
+        stack.active = tuple(n for n in stack.active if n != name)
+        stack.refresh()
+
+
 @contextmanager
 def active(model: nn.Module, *names: str) -> Iterator[None]:
     """Within the context only the adapters called ``names`` take part."""
@@ -271,7 +326,7 @@ def active(model: nn.Module, *names: str) -> Iterator[None]:
         yield
     finally:
         for stack, names_before in before:
-            stack.active = names_before
+            stack.active = tuple(n for n in names_before if n in stack)  # without what was deleted meanwhile
             stack.refresh()
 
 

@@ -6,7 +6,7 @@ planning, so an error leaves the model as it was.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.freeze import freeze_norm_statistics, hold_statistics, keep_full_precision
-from lightning_peft.core.host import attach, check_host
+from lightning_peft.core.host import attach, check_host, hosts
 from lightning_peft.core.report import Report
 from lightning_peft.core.state import canonical, fingerprint
 from lightning_peft.core.swap import original_class
@@ -26,11 +26,14 @@ __all__ = [
     "InjectionError",
     "Method",
     "Plan",
+    "Trains",
     "apply",
+    "check_injectable",
     "injected_name",
     "injection_of",
     "inspect",
     "later_parameters",
+    "put_in",
     "trainable_parameters",
 ]
 
@@ -75,6 +78,19 @@ class Method(Protocol):
     def regroup(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None: ...
 
 
+@dataclass(frozen=True)
+class Trains:
+    """What one method trains of the base itself, by name in the module that methods were applied to.
+
+    Attributes:
+        modules: modules that train in full.
+        parameters: single parameters, those that train only later in the run included.
+    """
+
+    modules: tuple[str, ...] = ()
+    parameters: tuple[str, ...] = ()
+
+
 @dataclass
 class Injection:
     """The record of what was put into a model; it lives on the model itself.
@@ -86,6 +102,7 @@ class Injection:
         buffers: the base's persistent buffers as they were, to tell which ones training moves.
         trained_before: names of the base parameters that required gradients before.
         later: names of the parameters that train later; with the values they started from once they do.
+        trains: what each method trains of the base itself, by adapter name.
     """
 
     methods: dict[str, Method]
@@ -94,6 +111,30 @@ class Injection:
     buffers: dict[str, Tensor]
     trained_before: frozenset[str]
     later: dict[str, Tensor | None] = field(default_factory=dict)
+    trains: dict[str, Trains] = field(default_factory=dict)
+
+    def widen(self, model: nn.Module, inner: str) -> None:
+        """Let the record of the module called ``inner`` speak of ``model`` around it, and freeze the rest of that."""
+
+        def outer(name: str) -> str:
+            return f"{inner}.{name}" if name else inner
+
+        inside = model.get_submodule(inner)
+        rest = {id(p) for p in model.parameters()} - {id(p) for p in inside.parameters()}
+        others = {name: p for name, p in model.named_parameters() if id(p) in rest}
+        trained = {canonical(name) for name, p in others.items() if p.requires_grad}
+        for parameter in others.values():
+            parameter.requires_grad_(False)
+        self.trained_before = frozenset(trained | {outer(name) for name in self.trained_before})
+        self.later = {outer(name): value for name, value in self.later.items()}
+        self.trains = {
+            adapter: Trains(tuple(map(outer, trains.modules)), tuple(map(outer, trains.parameters)))
+            for adapter, trains in self.trains.items()
+        }
+        self.report.entries = [entry._replace(module=outer(entry.module)) for entry in self.report.entries]
+        self.buffers = _buffers_now(model) | {outer(name): buffer for name, buffer in self.buffers.items()}
+        self.fingerprint = fingerprint(model, leave_out=self.later)
+        model.__dict__["_peft_injection"] = inside.__dict__.pop("_peft_injection")
 
 
 def injection_of(model: nn.Module) -> Injection | None:
@@ -125,7 +166,7 @@ def apply(model: nn.Module, *methods: Method) -> Report:
     """Freeze ``model`` and put ``methods`` into it, without a Trainer or inside ``configure_model``.
 
     Applying the same methods again changes nothing. A later call with other methods adds them and leaves what
-    already trains alone.
+    already trains alone; for a module around the one that has methods already, the rest of it is frozen then.
 
     Args:
         model: any module; changed in place.
@@ -136,7 +177,8 @@ def apply(model: nn.Module, *methods: Method) -> Report:
 
     Raises:
         TargetError: a pattern matches nothing.
-        InjectionError: two methods under one name; a model that is compiled or sharded; no method at all.
+        InjectionError: two methods under one name; a model that is compiled or sharded, or a part of one that has
+            methods already; no method at all.
 
     Example::
 
@@ -148,31 +190,41 @@ def apply(model: nn.Module, *methods: Method) -> Report:
     new = _not_yet_applied(wanted, record)
     if not new and record is not None:
         return record.report
-    _check_injectable(model)
-    plans = [method.plan(model) for method in new]
-    for method, plan in zip(new, plans):
-        for host, *_ in plan.attach:
-            check_host(model, host, method.name)
+    check_injectable(model)
+    return put_in(model, {method.name: (method, method.plan(model)) for method in new})
 
+
+def put_in(model: nn.Module, plans: Mapping[str, tuple[Method, Plan]]) -> Report:
+    """Carry out what :func:`apply` planned: the methods and their plans, by adapter name.
+
+    Raises:
+        ValueError: a module cannot take an adapter of that name; nothing was changed.
+    """
+    for name, (_, plan) in plans.items():
+        for host, _, adapter, _ in plan.attach:
+            check_host(model, host, name, copies=bool(adapter.copies()))
+    record = injection_of(model)
     first = record is None
+    if record is not None and (inner := injected_name(model)):
+        record.widen(model, inner)
     if record is None:
         trained = frozenset(canonical(name) for name, p in model.named_parameters() if p.requires_grad)
         model.requires_grad_(False)
         record = Injection({}, Report(), {}, {}, trained)
-    for method, plan in zip(new, plans):
+    for name, (method, plan) in plans.items():
         _commit(model, method, plan, record.report)
-        record.methods[method.name] = method
+        record.methods[name] = method
         record.later |= dict.fromkeys(plan.later)
+        record.trains[name] = Trains(tuple(plan.train_modules), (*plan.train, *plan.later))
     record.later = {n: v for n, v in record.later.items() if v is not None or not model.get_parameter(n).requires_grad}
     if not any(method.train_norm_stats for method in record.methods.values()):
         frozen = freeze_norm_statistics(model)
         if frozen and first:
             record.report.notes.append(f"{len(frozen)} frozen norm layers keep their running statistics")
-    record.report.trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    record.report.total = sum(p.numel() for p in model.parameters())
+    record.report.count(model)
     if first:
         record.fingerprint = fingerprint(model, leave_out=record.later)
-        record.buffers = {canonical(name): b.detach().clone() for name, b in _persistent_buffers(model).items()}
+        record.buffers = _buffers_now(model)
         model.__dict__["_peft_injection"] = record
     return record.report
 
@@ -187,28 +239,24 @@ def inspect(model: nn.Module, *methods: Method) -> Report:
     wanted: Sequence[Method] = methods or _callbacks_of(model)
     record = injection_of(model)
     new = _not_yet_applied(wanted, record)
-    report = Report() if record is None else _copy(record.report)
+    report = Report() if record is None else record.report.copy()
     report.total = sum(p.numel() for p in model.parameters())
     trained: dict[int, int] = {}
     for method in new:
         plan = method.plan(model)
         for _, shown, adapter, what in plan.attach:
             count = sum(p.numel() for p in adapter.parameters() if p.requires_grad)
-            report.add(shown, what, count)
+            report.add(shown, what, count, method.name)
             report.trainable += count
             report.total += sum(p.numel() for p in adapter.parameters())
         for name, parameters, what in _unfrozen(model, plan):
-            report.add(name, what, sum(p.numel() for p in parameters))
+            report.add(name, what, sum(p.numel() for p in parameters), method.name)
             trained |= {id(p): p.numel() for p in parameters}
         for name, what in dict.fromkeys(plan.later.values()):
-            report.add(name, what, 0)
+            report.add(name, what, 0, method.name)
         report.notes += plan.notes
     report.trainable += sum(trained.values())
     return report
-
-
-def _copy(report: Report) -> Report:
-    return Report(report.trainable, report.total, dict(report.modules), dict(report.parameters), list(report.notes))
 
 
 def _callbacks_of(model: nn.Module) -> Sequence[Any]:
@@ -248,7 +296,17 @@ def _difference(there: dict[str, Any], here: dict[str, Any]) -> str:
     return ", ".join(f"{k}={there.get(k)!r} there, {here.get(k)!r} here" for k in changed) or "of another class"
 
 
-def _check_injectable(model: nn.Module) -> None:
+def check_injectable(model: nn.Module) -> None:
+    """Whether ``model`` can take adapters at all.
+
+    Raises:
+        InjectionError: it is compiled, sharded or wrapped for distributed training, or part of an adapted model.
+    """
+    if injection_of(model) is None and (adapted := next(hosts(model), None)) is not None:
+        raise InjectionError(
+            f"{adapted[0] or 'the model'} carries adapters that were put into a larger model, of which this is a part: "
+            "apply further methods to that one"
+        )
     for name, module in model.named_modules():
         where = name or "the model"
         if isinstance(module, torch._dynamo.eval_frame.OptimizedModule) or module._compiled_call_impl is not None:
@@ -271,13 +329,13 @@ def _commit(model: nn.Module, method: Method, plan: Plan, report: Report) -> Non
         if reference is not None and not reference.is_meta:
             adapter.to(reference.device)
         attach(model, host, method.name, adapter)
-        report.add(shown, what, sum(p.numel() for p in adapter.parameters() if p.requires_grad))
+        report.add(shown, what, sum(p.numel() for p in adapter.parameters() if p.requires_grad), method.name)
     for name, parameters, what in _unfrozen(model, plan):
         for parameter in parameters:
             parameter.requires_grad_(True)
-        report.add(name, what, sum(p.numel() for p in parameters))
+        report.add(name, what, sum(p.numel() for p in parameters), method.name)
     for name, what in dict.fromkeys(plan.later.values()):
-        report.add(name, what, 0)
+        report.add(name, what, 0, method.name)
     report.notes += plan.notes
     # A model that trains as a whole keeps the type that was asked for.
     keep_full_precision((model.get_submodule(name) for name in plan.train_modules if name), _shared(model))
@@ -305,6 +363,7 @@ def _shared(model: nn.Module) -> set[int]:
     return shared
 
 
-def _persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
+def _buffers_now(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of the persistent buffers."""
     stored = model.state_dict().keys()
-    return {name: buffer for name, buffer in model.named_buffers() if name in stored}
+    return {canonical(name): b.detach().clone() for name, b in model.named_buffers() if name in stored}

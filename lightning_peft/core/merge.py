@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from typing import cast
+import itertools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from lightning_peft.core.adapter import Adapter, WeightAdapter
-from lightning_peft.core.host import AdapterStack, adapter_names, detach, effective_weights, hosts, stored_parameter
+from lightning_peft.core.host import (
+    BIASES,
+    AdapterStack,
+    adapter_names,
+    detach,
+    effective_weights,
+    hosts,
+    stored_tensor,
+)
 from lightning_peft.core.state import canonical
 from lightning_peft.core.swap import restore_class
 
@@ -20,72 +31,188 @@ class MergeError(ValueError):
 
 
 @torch.no_grad()
-def merge(model: nn.Module, name: str | None = None) -> None:
+def merge(model: nn.Module, name: str | None = None, partial: bool = False, untie: bool = False) -> list[str]:
     """Fold the active adapters, or the one called ``name``, into the base weights.
 
     Computed in float32, as in evaluation (no dropout), and rounded once to the weight's type. The originals are kept
     for :func:`unmerge`.
 
+    Args:
+        model: the adapted model; changed in place.
+        name: one adapter; by default all that are active.
+        partial: fold what can be folded, and let the rest run beside it as before, instead of refusing.
+        untie: a weight that other modules share (an embedding tied to the output head) and that changes in one of them
+            only gets a tensor of its own there; by default it is refused. Where all of them change alike, it stays
+            one tensor. :func:`unmerge` ties it again.
+
+    Returns:
+        What was left to run beside the weights, each with its place and the reason; empty unless ``partial``.
+
     Raises:
         MergeError: an adapter that is no function of a weight, one that would change places with an earlier one where
             that makes a difference, a weight that other modules share, a result that is not finite, adapters merged
-            already; named before anything is changed.
+            already; all are named before anything is changed. With ``partial``, if nothing can be folded.
         ValueError: no adapter of that name.
     """
     if name is not None and name not in adapter_names(model):
         raise ValueError(f"no adapter named {name!r}; the model has {list(adapter_names(model))}")
-    owners = _owners(model)
-    merged: list[tuple[nn.Module, dict[str, torch.Tensor]]] = []
+    folds: list[_Fold] = []
+    left: dict[str, list[str]] = {}  # why, by adapter
     for host_name, host in hosts(model):
         stack = cast(AdapterStack, host.adapters)
         if stack.merged is not None:
             raise MergeError(f"{host_name!r} has adapters merged already: lp.unmerge(model) first")
-        names = stack.active if name is None else tuple(n for n in stack if n == name)
-        adapters = [cast(Adapter, stack[n]) for n in names]
-        for adapter_name, adapter in zip(names, adapters):
-            if not adapter.weights():
-                raise MergeError(f"{adapter_name!r} at {host_name!r} ({type(adapter).__name__}) is no weight change")
-        if name is not None and adapters:
-            _check_order(host_name, stack, name)
-        if adapters:
-            merged.append((host, _merged_weights(host_name, host, adapters, owners)))
-    for host, weights in merged:
-        stack = cast(AdapterStack, host.adapters)
-        stack.merged = {p: _copy(stored_parameter(host, p)) for p in weights}
-        stack.merged_names = stack.active if name is None else (name,)
-        for parameter, weight in weights.items():
-            _set(host, parameter, weight)
+        names, reasons = _split(host_name, stack, name)
+        try:
+            if names:
+                folds.append(_Fold(host_name, host, names, _merged_weights(host_name, host, names)))
+        except MergeError as error:
+            reasons |= {n: str(error) for n in names}
+        for n, reason in reasons.items():
+            left.setdefault(n, []).append(reason)
+    tied = _tied(model, folds)
+    for fold in folds if not untie else ():
+        for full in (full for full in fold.full_names() if full in tied):
+            reason = f"{full} is the same tensor as {tied[full]}, which would change with it: {_UNTIE}"
+            for n in fold.names:
+                left.setdefault(n, []).append(reason)
+    if not untie:
+        folds = [fold for fold in folds if not tied.keys() & fold.full_names()]
+    if left and not (partial and folds):
+        also = " (lp.merge(model, partial=True) folds all else)" if folds else ""
+        raise MergeError(f"{'; '.join(_named(left))}{also}")
+    for fold in folds:
+        fold.keep_originals(tied)
+    for fold in folds:
+        fold.write()
+    return _named(left)
+
+
+_UNTIE = "lp.merge(model, untie=True) gives it a tensor of its own"
+
+
+@dataclass
+class _Fold:
+    """What is to be written at one host.
+
+    Attributes:
+        host_name, host: the module.
+        names: the adapters that are folded, in order.
+        weights: the new values by name in the host.
+    """
+
+    host_name: str
+    host: nn.Module
+    names: tuple[str, ...]
+    weights: dict[str, torch.Tensor]
+
+    def full_names(self) -> dict[str, torch.Tensor]:
+        return {f"{self.host_name}.{p}".lstrip("."): weight for p, weight in self.weights.items()}
+
+    def keep_originals(self, tied: Mapping[str, Any]) -> None:
+        """Copies of what is written in place; the parameter itself where another takes its place."""
+        stack = cast(AdapterStack, self.host.adapters)
+        stack.merged, stack.merged_names = {}, self.names
+        for name, full in zip(self.weights, self.full_names()):
+            stored = stored_tensor(self.host, name)
+            whole = stored is not None and (full in tied or stored.shape != self.weights[name].shape)
+            stack.merged[name] = stored if whole or stored is None else stored.detach().clone()
+
+    def write(self) -> None:
+        stack = cast(AdapterStack, self.host.adapters)
+        assert stack.merged is not None
+        for name, weight in self.weights.items():
+            original = stack.merged[name]
+            if original is None or isinstance(original, nn.Parameter):
+                dtype = _dtype(self.host) if original is None else original.dtype
+                weight = nn.Parameter(weight.to(dtype, copy=True), requires_grad=False)
+            _set(self.host, name, weight)
         stack.refresh()
 
 
-def _check_order(host_name: str, stack: AdapterStack, name: str) -> None:
-    """Folded in alone, an adapter comes ahead of those that ran before it: only sums may change places."""
+def _tied(model: nn.Module, folds: Iterable[_Fold]) -> dict[str, list[str]]:
+    """What cannot be written in place: the other names of a tensor that does not change alike under all of them."""
+    new = {full: weight for fold in folds for full, weight in fold.full_names().items()}
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    modules = {name: id(module) for name, module in model.named_modules(remove_duplicate=False)}
+    found: dict[str, list[str]] = {}
+    for group in names.values():
+        owners = {modules[name.rpartition(".")[0]]: name for name in reversed(group)}  # one name for each owner
+        changed = [name for name in owners.values() if name in new]
+        alike = len(changed) == len(owners) and all(torch.equal(new[changed[0]], new[n]) for n in changed[1:])
+        if not alike and len(owners) > 1:
+            found |= {name: [n for n in owners.values() if n != name] for name in changed}
+    return found
+
+
+def _split(host_name: str, stack: AdapterStack, name: str | None) -> tuple[tuple[str, ...], dict[str, str]]:
+    """The names at one host that can be folded, in order, and why each of the others cannot."""
+    names: tuple[str, ...] = ()
+    reasons: dict[str, str] = {}
+    for n in stack.active if name is None else [n for n in stack if n == name]:
+        adapter = cast(Adapter, stack[n])
+        where = f"{n!r} at {host_name!r} ({type(adapter).__name__})"
+        if adapter.transparent:
+            continue
+        if any(_touched(part) is None for part in adapter.parts()):
+            reasons[n] = f"{where} is no weight change"
+        elif reasons:
+            reasons[n] = f"{where} runs after {next(iter(reasons))!r}, and folded in it would run before it"
+        elif name is not None and (reason := _moved(host_name, stack, name)):
+            reasons[n] = reason
+        else:
+            names += (n,)
+    return names, reasons
+
+
+def _named(left: dict[str, list[str]]) -> list[str]:
+    """One sentence for each adapter, whatever the number of its places."""
+    return [r[0] + (f", and so at {len(r) - 1} more places" if len(r) > 1 else "") for r in left.values()]
+
+
+def _moved(host_name: str, stack: AdapterStack, name: str) -> str | None:
+    """Folded in alone, an adapter comes ahead of those that ran before it: why it may not, unless both are sums."""
     order = list(stack)
     earlier = [n for n in stack.active if order.index(n) < order.index(name)]
-    if not earlier:
-        return
     for other in earlier:
-        for part in (stack[other], stack[name]):
-            kinds = [type(weight) for weight in cast(Adapter, part).weights().values()]
-            if not kinds or any(kind.transform is not WeightAdapter.transform for kind in kinds):
-                raise MergeError(
-                    f"{name!r} at {host_name!r} runs after {other!r}, and folded in alone it would run before it, "
-                    f"which is not the same for {type(part).__name__}: merge both, or let {name!r} alone be active"
-                )
+        if cast(Adapter, stack[other]).transparent:
+            continue
+        pairs = itertools.product(*(cast(Adapter, stack[n]).parts() for n in (other, name)))
+        for pair in pairs:
+            touched = [_touched(part) for part in pair]
+            if None not in touched and set.isdisjoint(*cast(Any, touched)):
+                continue
+            for part in pair:
+                kinds = [type(weight) for weight in part.weights().values()]
+                if not kinds or any(kind.transform is not WeightAdapter.transform for kind in kinds):
+                    return (
+                        f"{name!r} at {host_name!r} runs after {other!r}, and folded in alone it would run before it, "
+                        f"which is not the same for {type(part).__name__}: merge both, or let {name!r} alone be active"
+                    )
+    return None
 
 
-def _merged_weights(
-    host_name: str, host: nn.Module, adapters: list[Adapter], owners: dict[int, list[str]]
-) -> dict[str, torch.Tensor]:
-    for parameter in dict.fromkeys(p for adapter in adapters for p in adapter.weights()):
-        stored = host.get_parameter(parameter)
-        full = f"{host_name}.{parameter}" if host_name else parameter
-        if not stored.is_floating_point():
-            raise MergeError(f"{full} is stored as {stored.dtype}: a quantised weight cannot take an exact change")
-        if len(owners[id(stored)]) > 1:
-            others = [n for n in owners[id(stored)] if n != full]
-            raise MergeError(f"{full} is the same tensor as {others}, which would change with it: untie them first")
-    wide = any(host.get_parameter(p).dtype == torch.float64 for a in adapters for p in a.weights())
+def _touched(adapter: Adapter) -> set[str] | None:
+    """The host's own tensors that an adapter is a function of and changes; None where it is no weight change."""
+    touched = set(adapter.copies())
+    for parameter, part in adapter.weights().items():
+        touched.add(parameter)
+        if parameter in BIASES and part.changes_bias:
+            touched.add(BIASES[parameter])
+    return touched or None
+
+
+def _merged_weights(host_name: str, host: nn.Module, names: Iterable[str]) -> dict[str, torch.Tensor]:
+    stack = cast(AdapterStack, host.adapters)
+    adapters = [part for name in names for part in cast(Adapter, stack[name]).parts()]
+    stored = {p: stored_tensor(host, p) for a in adapters for p in (*a.copies(), *a.weights())}
+    for parameter in (p for adapter in adapters for p in adapter.weights()):
+        if not (dtype := cast(torch.Tensor, stored[parameter]).dtype).is_floating_point:
+            full = f"{host_name}.{parameter}".lstrip(".")
+            raise MergeError(f"{full} is stored as {dtype}: a quantised weight cannot take an exact change")
+    wide = any(t is not None and t.dtype == torch.float64 for t in stored.values())
     modes = [(module, module.training) for adapter in adapters for module in adapter.modules()]
     try:
         for adapter in adapters:
@@ -95,37 +222,29 @@ def _merged_weights(
         for module, mode in modes:
             module.training = mode
     for parameter, weight in weights.items():
-        if not weight.isfinite().all() or not weight.to(_dtype(host)).isfinite().all():
+        current = stored_tensor(host, parameter)
+        dtype = _dtype(host) if current is None else current.dtype
+        if not weight.isfinite().all() or not weight.to(dtype).isfinite().all():
             raise MergeError(f"{host_name}.{parameter} would hold NaN or infinity after the merge")
-    return weights
+    return {parameter: weight.detach() for parameter, weight in weights.items()}
 
 
 def _dtype(host: nn.Module) -> torch.dtype:
     return next(p.dtype for p in host.parameters(recurse=False))
 
 
-def _copy(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    return None if tensor is None else tensor.detach().clone()
-
-
 def _set(host: nn.Module, name: str, value: torch.Tensor | None) -> None:
-    """Write a parameter in place; one that was None comes to be, or goes again."""
-    owner, _, last = name.rpartition(".")
-    parameters = host.get_submodule(owner)._parameters
-    current = parameters[last]
-    if current is not None and value is not None:
-        current.copy_(value)
-    elif value is None:
-        parameters[last] = None
+    """Write a parameter or buffer in place; a ``nn.Parameter`` takes the place of the one there, None takes it away."""
+    path, _, last = name.rpartition(".")
+    owner = host.get_submodule(path)
+    if value is None or isinstance(value, nn.Parameter):
+        before = owner._parameters[last]
+        owner._parameters[last] = value
+        for width in ("out_features", "out_channels", "num_embeddings"):
+            if before is not None and value is not None and getattr(owner, width, None) == len(before):
+                setattr(owner, width, len(value))
     else:
-        parameters[last] = nn.Parameter(value.to(_dtype(host)), requires_grad=False)
-
-
-def _owners(model: nn.Module) -> dict[int, list[str]]:
-    owners: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name)
-    return owners
+        cast(torch.Tensor, stored_tensor(owner, last)).copy_(value)
 
 
 _merge = merge  # ``unload`` has an argument of the same name
@@ -150,12 +269,22 @@ def unload(model: nn.Module, merge: bool = False) -> nn.Module:
         merge: fold the active adapters into the weights first; otherwise the base is as it was.
 
     Raises:
-        MergeError: ``merge=True`` and an adapter cannot be folded.
+        MergeError: ``merge=True`` and an active adapter cannot be folded, or was left out of an earlier merge.
     """
     from lightning_peft.core.inject import injected_name, injection_of
 
-    if merge and not any(cast(AdapterStack, h.adapters).merged for _, h in hosts(model)):
+    stacks = {name: cast(AdapterStack, host.adapters) for name, host in hosts(model)}
+    if merge and not any(stack.merged for stack in stacks.values()):
         _merge(model)
+    elif merge:
+        beside = {
+            n for stack in stacks.values() for n, a in stack.items() if a in stack.running() and not a.transparent
+        }
+        if beside:
+            raise MergeError(
+                f"{sorted(beside)} are not merged but run beside the weights, and would be lost: lp.unmerge(model), "
+                "lp.set_active(model, ...) what is to stay, then unload again"
+            )
     if not merge:
         unmerge(model)
     record, injected = injection_of(model), model.get_submodule(injected_name(model))
@@ -164,6 +293,7 @@ def unload(model: nn.Module, merge: bool = False) -> nn.Module:
     for module in model.modules():
         restore_class(module)
         module.__dict__.pop("_peft_injection", None)
+        module.__dict__.pop("_hold_statistics", None)
         if (dtype := module.__dict__.pop("_compute_dtype", None)) is not None:
             module.to(dtype)
         if (mode := module.__dict__.pop("_mode_asked", None)) is not None:

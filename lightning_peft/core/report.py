@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import io
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
-__all__ = ["Report"]
+__all__ = ["Entry", "Report"]
+
+
+class Entry(NamedTuple):
+    """One thing that one method did: at which module, what, with how many trainable parameters."""
+
+    module: str
+    what: str
+    parameters: int
+    adapter: str
 
 
 @dataclass
@@ -19,34 +30,57 @@ class Report:
     Attributes:
         trainable: the number of parameters that train.
         total: the number of all parameters, the adapters' included.
-        modules: what was done where: qualified name to description.
-        parameters: the number of trainable parameters there.
+        entries: what was done, in order.
         notes: what was left alone and why.
     """
 
     trainable: int = 0
     total: int = 0
-    modules: dict[str, str] = field(default_factory=dict)
-    parameters: dict[str, int] = field(default_factory=dict)
+    entries: list[Entry] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def modules(self) -> dict[str, str]:
+        """What was done where: qualified name to description."""
+        found: dict[str, str] = {}
+        for entry in self.entries:
+            found[entry.module] = f"{found[entry.module]} + {entry.what}" if entry.module in found else entry.what
+        return found
+
+    @property
+    def parameters(self) -> dict[str, int]:
+        """The number of trainable parameters there."""
+        found: dict[str, int] = {}
+        for entry in self.entries:
+            found[entry.module] = found.get(entry.module, 0) + entry.parameters
+        return found
 
     @property
     def percent(self) -> float:
         """Trainable parameters in percent of all."""
         return 100 * self.trainable / self.total if self.total else 0.0
 
-    def add(self, name: str, what: str, parameters: int) -> None:
-        """Note that ``what`` was done at ``name``, with so many trainable parameters."""
-        self.modules[name] = f"{self.modules[name]} + {what}" if name in self.modules else what
-        self.parameters[name] = self.parameters.get(name, 0) + parameters
+    def add(self, name: str, what: str, parameters: int, adapter: str) -> None:
+        """Note that the method called ``adapter`` did ``what`` at ``name``, with so many trainable parameters."""
+        self.entries.append(Entry(name, what, parameters, adapter))
+
+    def count(self, model: nn.Module) -> None:
+        """Count anew what ``model`` has and trains."""
+        self.trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        self.total = sum(p.numel() for p in model.parameters())
+
+    def copy(self) -> Report:
+        """A report of its own that says the same."""
+        return replace(self, entries=[*self.entries], notes=[*self.notes])
 
     def rows(self) -> list[tuple[str, int, str, int]]:
         """The table's rows: name (``*`` for a layer's number), how many such modules, what, parameters in all."""
         grouped: dict[tuple[str, str], list[str]] = {}
+        counts = self.parameters
         for name, what in self.modules.items():
             grouped.setdefault((re.sub(r"(?<![^.])\d+(?![^.])", "*", name), what), []).append(name)
         return [
-            (kind if len(names) > 1 else names[0], len(names), what, sum(self.parameters[n] for n in names))
+            (kind if len(names) > 1 else names[0], len(names), what, sum(counts[n] for n in names))
             for (kind, what), names in grouped.items()
         ]
 

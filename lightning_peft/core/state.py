@@ -10,12 +10,12 @@ from __future__ import annotations
 import difflib
 import hashlib
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core.host import adapter_names, hosts
+from lightning_peft.core.host import AdapterStack, adapter_names, hosts
 
 __all__ = [
     "StateError",
@@ -139,7 +139,7 @@ def fingerprint(
         samples: values taken from each, evenly over the tensor.
         leave_out: names of parameters that are frozen now and train later.
     """
-    frozen = {name: tensor for name, tensor in _frozen(model).items() if name not in leave_out}
+    frozen = _tensors_but(model, _owned_keys(model) | _moved_buffers(model) | set(leave_out))
     shapes = hashlib.sha256(repr([(n, tuple(t.shape)) for n, t in sorted(frozen.items())]).encode()).hexdigest()
     names = list(frozen)
     chosen = names[:: max(1, len(names) // tensors)]
@@ -147,14 +147,21 @@ def fingerprint(
     return {"shapes": shapes, "values": values}
 
 
-def check_fingerprint(model: nn.Module, saved: Mapping[str, Any]) -> None:
+def check_fingerprint(model: nn.Module, saved: Mapping[str, Any], plain: bool = False) -> None:
     """Compare the base with the one a state was trained on.
 
+    Args:
+        model: the base, adapted or not.
+        saved: what :func:`fingerprint` gave for the other.
+        plain: nothing was applied to ``model`` yet, so that all of it is base although it requires gradients.
+
     Raises:
-        StateError: a tensor of the base is missing or holds other values.
+        StateError: a tensor of the base is missing or holds other values, or adapters are merged into it.
     """
-    frozen = _frozen(model)
-    trained = _owned_keys(model) | _moved_buffers(model)
+    if any(cast(AdapterStack, host.adapters).merged is not None for _, host in hosts(model)):
+        raise StateError("adapters are merged into the base, so that it cannot be compared: lp.unmerge(model) first")
+    trained = set() if plain else _owned_keys(model) | _moved_buffers(model)
+    frozen = _tensors_but(model, trained)
     for name, values in saved["values"].items():
         if name in trained:
             continue
@@ -174,10 +181,9 @@ def check_fingerprint(model: nn.Module, saved: Mapping[str, Any]) -> None:
             )
 
 
-def _frozen(model: nn.Module) -> dict[str, Tensor]:
-    owned = _owned_keys(model) | _moved_buffers(model)
+def _tensors_but(model: nn.Module, without: set[str]) -> dict[str, Tensor]:
     state = {canonical(k): v for k, v in model.state_dict().items() if isinstance(v, Tensor)}
-    return {k: v for k, v in state.items() if k not in owned}
+    return {k: v for k, v in state.items() if k not in without}
 
 
 def _sample(tensor: Tensor, samples: int) -> list[float]:

@@ -71,7 +71,7 @@ def _after(root: nn.Module, record: Injection) -> None:
             module.train(getattr(module, "_mode_asked", root.training))
     if not any(method.train_norm_stats for method in record.methods.values()):
         freeze_norm_statistics(root)
-    record.report.trainable = sum(p.numel() for p in root.parameters() if p.requires_grad)
+    record.report.count(root)
 
 
 def _root(model: nn.Module) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import inspect
 import os
@@ -32,7 +33,9 @@ def registered_method(name: str) -> type[PEFTMethod]:
         ValueError: no such method is defined.
     """
     if name not in _REGISTRY:
-        raise ValueError(f"no method named {name!r}; defined are {sorted(_REGISTRY)}")
+        near = difflib.get_close_matches(name, _REGISTRY, n=1)
+        hint = f"; nearest: {near[0]!r}" if near else ""
+        raise ValueError(f"no method named {name!r}; defined are {sorted(_REGISTRY)}{hint}")
     return _REGISTRY[name]
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core.host import Adapted, effective_weights, stored_parameter
+from lightning_peft.core.host import Adapted, effective_weights, stored_tensor
 from lightning_peft.core.sites import Site
 from lightning_peft.core.swap import has_mixin
 from lightning_peft.methods.lora import LoRA, LoRAAdapter
@@ -53,7 +53,7 @@ class DoRAAdapter(LoRAAdapter):
 
     def output(self, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         z = super().output(host, x, y)
-        weight, bias, first = stored_parameter(host, self.parameter), stored_parameter(host, "bias"), True
+        weight, bias, first = stored_tensor(host, self.parameter), stored_tensor(host, "bias"), True
         if before := host.adapters.running(before=self):  # type: ignore[union-attr, operator]
             now, first = effective_weights(host, before), False
             weight, bias = now.get(self.parameter, weight), now.get("bias", bias)
@@ -63,6 +63,9 @@ class DoRAAdapter(LoRAAdapter):
         if bias is None:
             return (z * by).to(z.dtype)
         return torch.addcmul(self.layout.features(host, (1 - gain) * bias), z, by).to(z.dtype)
+
+    def row_link(self, host: nn.Module) -> None:
+        return None  # its norms are those of what the other adapters of a row have made of the weight
 
     def _remembered(self, weight: Tensor, first: bool) -> Tensor:
         """The norms for the stored weight; in evaluation they are computed once."""
@@ -114,3 +117,11 @@ class DoRA(LoRA):
     """
 
     adapter_class = DoRAAdapter
+
+    def build(self, site: Site) -> LoRAAdapter:
+        if self.lora_bias:
+            raise ValueError(
+                "lora_bias=True has no place in DoRA, which scales the weight and leaves the bias alone; "
+                "bias='lora_only' trains the biases of the base"
+            )
+        return super().build(site)

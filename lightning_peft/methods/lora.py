@@ -4,7 +4,8 @@
 
 Only A and B train: r (in + out) parameters for a matrix of in x out. B (for an embedding: A) starts at zero, so
 the adapted model starts as its base. With ``use_rslora`` s = alpha / sqrt(r), which keeps the size of the update
-independent of the rank. On activations it is y + s B (A x): two thin products beside the layer's own.
+independent of the rank. On activations it is y + s B (A x): two thin products beside the layer's own. With
+``lora_bias`` there is a bias in the second: y + s (B (A x) + c).
 
 Where A and B start as a part of W (PiSSA, OLoRA), their first values A0 and B0 are kept, and
 
@@ -30,25 +31,30 @@ from torch import Tensor, nn
 from lightning_peft.core.adapter import WeightAdapter
 from lightning_peft.core.host import AdapterStack, hosts
 from lightning_peft.core.inject import Plan
+from lightning_peft.core.low_rank import LowRankAdapter
+from lightning_peft.core.row_links import RowLink
 from lightning_peft.core.sites import EmbeddingLayout, Site
 from lightning_peft.core.targets import base_modules
 from lightning_peft.methods.callback import one_of, probability
 from lightning_peft.methods.lora_init import check_init, initial_factors, reads_weight
 from lightning_peft.methods.ranked import RankedMethod
-from lightning_peft.ops.dropout import dropped
+from lightning_peft.methods.token_rows import check_tokens, plan_token_rows
+from lightning_peft.methods.weight import check_bias
 from lightning_peft.trainer.groups import split_groups
 
 __all__ = ["LoRA", "LoRAAdapter"]
 
 
-class LoRAAdapter(WeightAdapter):
+class LoRAAdapter(LowRankAdapter):
     """A and B of one matrix: ``lora_A`` (..., r, in) and ``lora_B`` (..., out, r).
 
     ``lora_A0`` and ``lora_B0`` are their first values where those are a part of the weight; None otherwise.
+    ``lora_bias`` (out) is B's bias, or None.
     """
 
     lora_A0: Tensor | None
     lora_B0: Tensor | None
+    lora_bias: Tensor | None
 
     def __init__(
         self,
@@ -58,6 +64,7 @@ class LoRAAdapter(WeightAdapter):
         dropout: float = 0.0,
         init: str = "kaiming",
         freeze_A: bool = False,
+        bias: bool = False,
     ) -> None:
         super().__init__(site)
         self.r = r
@@ -70,6 +77,7 @@ class LoRAAdapter(WeightAdapter):
         self.register_buffer("lora_B0", b.clone() if kept else None)
         self.lora_A = nn.Parameter(a, requires_grad=self.looked_up or not freeze_A)
         self.lora_B = nn.Parameter(b, requires_grad=not (self.looked_up and freeze_A))
+        self.register_parameter("lora_bias", nn.Parameter(torch.zeros(b.shape[-2])) if bias else None)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A (..., k, in) and B (..., out, k) of the plain low-rank update s B A that this adapter makes.
@@ -82,17 +90,25 @@ class LoRAAdapter(WeightAdapter):
         a = torch.cat([self.lora_A, self.lora_A - self.lora_A0], dim=-2)
         return a, torch.cat([self.lora_B - self.lora_B0, self.lora_B0], dim=-1)
 
-    def delta(self, weight: Tensor) -> Tensor:
-        a, b = self.factors()
-        return (b @ a) * self.scale
-
     def output(self, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        def down(x: Tensor, a: Tensor) -> Tensor:
-            return self.layout.down(host, x, a)
+        out = super().output(host, x, y)
+        if self.lora_bias is None:
+            return out
+        return (out + self.scale * self.layout.features(host, self.lora_bias)).to(out.dtype)
 
-        a, b = self.factors()
-        h = dropped(down, x, a, self.dropout) if self.dropout and self.training else down(x, a)
-        return self.layout.up(host, h, b, y, self.scale)
+    def row_link(self, host: nn.Module) -> type[RowLink] | None:
+        # The products of all rows together have no place for a bias.
+        return super().row_link(host) if self.lora_bias is None else WeightAdapter.row_link(self, host)
+
+    @property
+    def changes_bias(self) -> bool:
+        return self.lora_bias is not None
+
+    def transform_bias(self, bias: Tensor | None) -> Tensor | None:
+        if self.lora_bias is None:
+            return bias
+        own = self.scale * self.lora_bias
+        return own if bias is None else bias + own
 
     def extra_repr(self) -> str:
         return f"r={self.r}, scale={self.scale:g}, dropout={self.dropout}"
@@ -114,12 +130,16 @@ class LoRA(RankedMethod):
         rank_pattern: other ranks by pattern, as in ``{"q_proj": 4, "re:.*layers\\.0\\..*": 16}``; the last match wins.
         alpha_pattern: other alphas, likewise.
         bias: base biases to train: ``"none"``, ``"lora_only"`` (of the adapted layers) or ``"all"``.
+        lora_bias: give B a bias of its own, for layers that have one or could (Linear, Conv1D, Conv1d/2d/3d, the
+            projections of ``nn.MultiheadAttention``).
         init: ``"kaiming"`` (A uniform as in ``nn.Linear``, B zero), ``"gaussian"`` (A normal with standard deviation
             1/r, B zero); an embedding has A zero and B normal instead. ``"orthogonal"`` (both not zero, their product
             is; r must be even). ``"pissa"`` starts from the r largest singular values of the weight
             (arXiv:2404.02948), ``"pissa_niter_4"`` from their fast approximation by 4 iterations, ``"olora"`` from
             its QR decomposition (arXiv:2406.01775); these learn faster, keep a second pair of factors, and cost a
             decomposition of every weight at the start. The base is never changed.
+        trainable_tokens: ids of tokens whose rows of the input embedding train in full (new or special ones), or
+            lists of ids by pattern of the embedding: ``{"embed_tokens": [128255]}``. A tied output head follows.
         lora_plus_ratio: train B at so many times the optimizer's learning rate (LoRA+, arXiv:2402.12354, which found
             16 good); None trains both alike. The groups of your optimizer are split and keep their options, and its
             schedulers follow. Embeddings, whose A starts at zero, keep one rate.
@@ -157,6 +177,8 @@ class LoRA(RankedMethod):
         init: str = "kaiming",
         lora_plus_ratio: float | None = None,
         freeze_A: bool = False,
+        lora_bias: bool = False,
+        trainable_tokens: Sequence[int] | Mapping[str, Sequence[int]] = (),
         **options: Any,
     ) -> None:
         patterns: dict[str, Any] = {"rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern}
@@ -175,6 +197,13 @@ class LoRA(RankedMethod):
         self.init = init
         self.lora_plus_ratio = lora_plus_ratio
         self.freeze_A = freeze_A
+        self.lora_bias = lora_bias
+        check_tokens(trainable_tokens)
+        self.trainable_tokens = (
+            {pattern: list(ids) for pattern, ids in trainable_tokens.items()}
+            if isinstance(trainable_tokens, Mapping)
+            else list(trainable_tokens)
+        )
 
     def scale_at(self, site: Site) -> float:
         scale = super().scale_at(site)
@@ -194,7 +223,15 @@ class LoRA(RankedMethod):
                 f"calling a layer: set dropout=0, or exclude it and add a second {type(self).__name__} with dropout=0 "
                 "for it"
             )
-        return self.adapter_class(site, r, self.scale_at(site), self.dropout, self.init, self.freeze_A)
+        if self.lora_bias:
+            check_bias(site)
+            attention = isinstance(site.module, nn.MultiheadAttention)
+            if isinstance(site.layout, EmbeddingLayout) or not (attention or site.parameter == "weight"):
+                raise ValueError(
+                    f"lora_bias=True cannot be had on {site.name!r}, which adds no bias: exclude it, and add a second "
+                    "LoRA without for it"
+                )
+        return self.adapter_class(site, r, self.scale_at(site), self.dropout, self.init, self.freeze_A, self.lora_bias)
 
     def plan(self, model: nn.Module) -> Plan:
         plan = super().plan(model)
@@ -210,6 +247,7 @@ class LoRA(RankedMethod):
             for parameter, value in module._parameters.items() if wanted else ():
                 if value is not None and parameter.endswith("bias"):
                     plan.train[f"{name}.{parameter}" if name else parameter] = "bias trains"
+        plan_token_rows(plan, model, self.trainable_tokens, self.initialising)
         return plan
 
     def regroup(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:

@@ -82,7 +82,7 @@ class PromptMethod(PEFTMethod):
     def plan(self, model: nn.Module) -> Plan:
         plan = Plan(train_modules=self.heads(model))
         placement = self.placement()
-        name, other = self._host(model)
+        name, other = self.find(model)
         host: Any = model.get_submodule(name)
         tokens = name in token_models(model)
         embedding = host.get_input_embeddings() if tokens else None
@@ -121,8 +121,12 @@ class PromptMethod(PEFTMethod):
             plan.attach += [(n, n, PromptLabels(adapter), "labels of virtual tokens are -100") for n in generating[-1:]]
         return plan
 
-    def _host(self, model: nn.Module) -> tuple[str, str | None]:
-        """The module that gets the prompt, and the decoder (or encoder) beside it."""
+    def find(self, model: nn.Module) -> tuple[str, str | None]:
+        """The names of the module that gets the prompt, and of the decoder (or encoder) beside it.
+
+        Raises:
+            TargetError: there is none, or several.
+        """
         models = token_models(model)
         patterns = as_patterns(self.targets, "targets")
         if patterns != ("inputs",):

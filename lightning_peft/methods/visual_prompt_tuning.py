@@ -11,6 +11,7 @@ Jia et al. 2022, "Visual Prompt Tuning", arXiv:2203.12119.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,6 +25,7 @@ from lightning_peft.core.blocks import find_blocks
 from lightning_peft.core.inject import Plan
 from lightning_peft.core.swap import original_class
 from lightning_peft.core.targets import TargetError, as_patterns, base_modules, match_modules
+from lightning_peft.core.tokens import by_name
 from lightning_peft.methods.callback import PEFTMethod, positive_int, probability
 from lightning_peft.methods.sequence import TokenError, batch_first, token_width
 
@@ -152,6 +154,8 @@ class BlockPrompt(Adapter):
         dim: of the sequence in the input.
     """
 
+    spans_hosts = True
+
     def __init__(
         self,
         prompt: Tensor | None,
@@ -176,6 +180,15 @@ class BlockPrompt(Adapter):
                 f"{original_class(host).__name__} was called with {got}; visual prompts need (batch, length, width) "
                 f"with at least {least} in front of the patches"
             )
+        for name, value in by_name(host, args, kwargs).items():
+            parts = value if isinstance(value, tuple) else (value,)
+            with_length = [tuple(t.shape) for t in parts if isinstance(t, Tensor) and x.shape[self.dim] in t.shape]
+            if with_length and re.search("mask|position|rotary|key|memory", name):
+                raise TokenError(
+                    f"{original_class(host).__name__} was called with {name} of shape {with_length[0]}, made for the "
+                    "patches alone: visual prompts are for blocks that get patch tokens only. For others take "
+                    "lp.PromptTuning or lp.PrefixTuning"
+                )
         if self.prompt is not None:
             prompt = F.dropout(self.prompt, self.dropout, self.training).to(x.dtype).unsqueeze(1 - self.dim)
             shape = list(x.shape)

@@ -196,7 +196,11 @@ class GradientAudit:
                     f"{_few(bad)} got a gradient that is not finite in the first step: lower the learning rate, or "
                     "alpha",
                 )
-            ran = [n for n in self.waiting if called is not None and n.partition(".adapters.")[0] in called]
+            ran = [
+                name
+                for name in self.waiting
+                if called is not None and name.partition(".adapters.")[0] in called and _is_active(self.model, name)
+            ]
             if ran:
                 self._report(
                     sorted(ran),
@@ -209,6 +213,9 @@ class GradientAudit:
 
     def finish(self) -> None:
         """Report what got no gradient so far."""
+        idle = {name for name in self.waiting if not _is_active(self.model, name)}
+        if idle and self.done:
+            self._report(sorted(idle), "their adapters are not active (lp.set_active)", routing=False)
         if self.waiting and self.done:
             self._report(sorted(self.waiting), "their modules were not called")
         self.waiting = set()
@@ -222,6 +229,15 @@ class GradientAudit:
             warnings.warn(f"{message}. Others of the same kind did, so this may be routing.", stacklevel=2)
         else:
             report(self.model, f"{message}; exclude them, or find out why")
+
+
+def _is_active(model: nn.Module, parameter: str) -> bool:
+    """Whether the adapter that owns ``parameter``, if one does, takes part."""
+    for name, host in hosts(model):
+        prefix = f"{name}.adapters." if name else "adapters."
+        if parameter.startswith(prefix):
+            return parameter.removeprefix(prefix).partition(".")[0] in cast(AdapterStack, host.adapters).active
+    return True
 
 
 def _finite(gradient: Tensor) -> bool:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import lightning as L
 import torch
+from torch import Tensor
 
-from lightning_peft.core.inject import apply
+from lightning_peft.core.host import set_active
+from lightning_peft.core.inject import apply, injection_of, put_in
+from lightning_peft.core.replace import replace_trained, saved_copies
 from lightning_peft.core.state import StateError
 from lightning_peft.core.targets import TargetError
-from lightning_peft.methods.callback import registered_method
+from lightning_peft.core.torch_file import read_torch_file
+from lightning_peft.methods.callback import PEFTMethod, registered_method
 from lightning_peft.trainer.manifest import KEY
 from lightning_peft.trainer.module import adapt_module
 
@@ -34,26 +39,47 @@ def load_from_checkpoint(module_class: type[M], path: str | Path, map_location: 
         **kwargs: arguments of ``module_class`` that override or complete the saved hyperparameters.
 
     Raises:
-        StateError: the checkpoint has no manifest, does not fit, or was trained on another base.
+        StateError: the checkpoint has no manifest, does not fit, was trained on another base, or would run code.
         ValueError: it names a method that is not defined here.
     """
-    checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+    checkpoint = read_torch_file(path, map_location)
     if not isinstance(checkpoint, dict) or KEY not in checkpoint:
         raise StateError(f"{path} has no {KEY!r} manifest: it was not saved by a run with methods attached")
-    methods = [registered_method(entry["method"])(**entry["config"]) for entry in checkpoint[KEY]["methods"]]
+    methods = [(_method(entry), entry.get("trains", True)) for entry in checkpoint[KEY]["methods"]]
     accepted = inspect.signature(module_class.__init__).parameters
     anything = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
     saved = {k: v for k, v in checkpoint.get("hyper_parameters", {}).items() if anything or k in accepted}
     module = module_class(**{**{k: v for k, v in saved.items() if not k.startswith("_")}, **kwargs})
-    module.__dict__["_peft_methods"] = methods  # for a configure_model that calls lp.apply(self)
+    # For a configure_model that calls lp.apply(self).
+    module.__dict__["_peft_methods"] = [method for method, trains in methods if trains]
     module.configure_model()
     try:
-        apply(module, *methods)
+        _put_in(module, methods, checkpoint["state_dict"])
     except TargetError:
         module.setup("predict")
-        apply(module, *methods)
+        _put_in(module, methods, checkpoint["state_dict"])
     del module.__dict__["_peft_methods"]
     adapt_module(module)
     module.on_load_checkpoint(checkpoint)
     module.load_state_dict(checkpoint["state_dict"])
+    if not all(trains for _, trains in methods):
+        set_active(module, *checkpoint[KEY]["active"])
     return module.to(map_location) if isinstance(map_location, str | torch.device) else module
+
+
+def _method(entry: dict[str, Any]) -> PEFTMethod:
+    return registered_method(entry["method"])(**entry["config"])
+
+
+def _put_in(module: L.LightningModule, methods: Iterable[tuple[PEFTMethod, bool]], state: dict[str, Tensor]) -> None:
+    """Apply the methods in order; those that did not train come as they were, frozen beside the base."""
+    for method, trains in methods:
+        record = injection_of(module)
+        if trains:
+            apply(module, method)
+        elif record is None or method.name not in record.methods:
+            plan = method.plan(module)
+            replace_trained(plan, module, saved_copies(plan, module, method.name, state))
+            for _, _, adapter, _ in plan.attach:
+                adapter.requires_grad_(False)
+            put_in(module, {method.name: (method, plan)})

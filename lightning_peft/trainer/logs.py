@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.loggers import WandbLogger
 from rich.console import Console
 from safetensors.torch import save_file
@@ -19,6 +18,7 @@ from torch import nn
 
 from lightning_peft.core.inject import Injection
 from lightning_peft.core.state import adapter_state
+from lightning_peft.core.torch_file import read_torch_file
 from lightning_peft.trainer.manifest import KEY, manifest
 
 __all__ = ["continue_runs", "log_end", "log_start", "resume_wandb", "run_ids"]
@@ -69,7 +69,7 @@ def resume_wandb(loggers: Iterable[Any], ckpt_path: str | Path | None) -> None:
         path = path / "meta.pt"
     if not path.is_file():
         return
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=path.suffix != ".pt")
+    checkpoint = read_torch_file(path, mmap=path.suffix != ".pt")
     for logger, run_id in zip(_wandb_loggers(loggers), checkpoint.get(KEY, {}).get("wandb", [])):
         if run_id is not None and logger._experiment is None and logger._wandb_init.get("id") is None:
             _set_run_id(logger, run_id)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
-from lightning_peft.core.inject import Injection, injection_of
-from lightning_peft.core.state import StateError
+from lightning_peft.core.host import AdapterStack, hosts
+from lightning_peft.core.inject import injection_of
+from lightning_peft.core.state import StateError, adapter_state
 from lightning_peft.core.thaw import thawed
 
-__all__ = ["KEY", "check_manifest", "manifest"]
+__all__ = ["KEY", "check_manifest", "manifest", "trains"]
 
 KEY = "lightning_peft"
 VERSION = 1
@@ -23,7 +24,11 @@ def manifest(model: nn.Module) -> dict[str, Any]:
     assert record is not None
     return {
         "version": VERSION,
-        "methods": [{"method": type(method).__name__, "config": method.config()} for method in record.methods.values()],
+        "methods": [
+            {"method": type(method).__name__, "config": method.config(), "trains": trains(model, name)}
+            for name, method in record.methods.items()
+        ],
+        "active": sorted({n for _, host in hosts(model) for n in cast(AdapterStack, host.adapters).active}),
         "fingerprint": record.fingerprint,
         "thawed": thawed(model),
         "trainable": record.report.trainable,
@@ -31,13 +36,30 @@ def manifest(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def check_manifest(record: Injection, checkpoint: Mapping[str, Any]) -> None:
+def trains(model: nn.Module, name: str) -> bool:
+    """Whether what was put in under ``name`` trains; a loaded adapter is frozen, and a part of the base so to speak."""
+    record = injection_of(model)
+    assert record is not None
+    own = record.trains.get(name)
+    return (own is not None and bool(own.modules or own.parameters)) or any(
+        parameter.requires_grad
+        for _, host in hosts(model)
+        for stack in [cast(AdapterStack, host.adapters)]
+        if name in stack
+        for parameter in stack[name].parameters()
+    )
+
+
+def check_manifest(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
     """Compare the methods that made a checkpoint with those attached now.
+
+    Frozen adapters may be there on either side only: they are left out of the checkpoint's state, or stay as they are.
 
     Raises:
         StateError: no manifest; another version; a method missing, added or of another configuration.
     """
-    saved = checkpoint.get(KEY)
+    record, saved = injection_of(model), checkpoint.get(KEY)
+    assert record is not None
     if saved is None:
         raise StateError(
             "this checkpoint was saved without adapters: it has no 'lightning_peft' manifest. To start from its "
@@ -48,6 +70,10 @@ def check_manifest(record: Injection, checkpoint: Mapping[str, Any]) -> None:
     there = {entry["config"]["name"]: entry for entry in saved["methods"]}
     for name, entry in there.items():
         if name not in record.methods:
+            if not entry.get("trains", True):
+                for key in [k for k in checkpoint["state_dict"] if f".adapters.{name}." in f".{k}"]:
+                    del checkpoint["state_dict"][key]
+                continue
             raise StateError(
                 f"the checkpoint holds a {entry['method']} named {name!r}, which this run does not attach; "
                 f"attached are {list(record.methods)}"
@@ -55,6 +81,9 @@ def check_manifest(record: Injection, checkpoint: Mapping[str, Any]) -> None:
     for name, method in record.methods.items():
         kind = type(method).__name__
         if name not in there:
+            if not trains(model, name):
+                checkpoint["state_dict"].update(adapter_state(model, name))
+                continue
             raise StateError(f"the checkpoint holds no {kind} named {name!r}; it holds {list(there)}")
         if there[name]["method"] != kind:
             raise StateError(f"{name!r} is a {there[name]['method']} in the checkpoint and a {kind} in this run")

@@ -98,7 +98,7 @@ class AdaptedModule(L.LightningModule):
         super().on_load_checkpoint(checkpoint)
         record = injection_of(self)
         if record is not None:
-            check_manifest(record, checkpoint)
+            check_manifest(self, checkpoint)
             check_fingerprint(self, checkpoint[KEY]["fingerprint"])
             continue_runs(self._trainer, checkpoint[KEY].get("wandb", []))
             if self._trainer is not None and self._trainer.precision == "64-true":

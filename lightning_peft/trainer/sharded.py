@@ -15,6 +15,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
 from lightning_peft.core.state import StateError, adapter_state, canonical, check_state
+from lightning_peft.core.torch_file import read_torch_file
 from lightning_peft.trainer.module import trimmed
 
 __all__ = ["adapt"]
@@ -51,7 +52,7 @@ def _load_file(strategy: Any, path: Path, weights_only: bool) -> dict[str, Any]:
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
     from torch.distributed.tensor import DTensor, distribute_tensor
 
-    checkpoint = torch.load(path, map_location="cpu", weights_only=weights_only)
+    checkpoint = _read(path, weights_only)
     module = strategy.lightning_module
     module.on_load_checkpoint(checkpoint)
     state = checkpoint["state_dict"]
@@ -70,6 +71,10 @@ def _load_file(strategy: Any, path: Path, weights_only: bool) -> dict[str, Any]:
     return checkpoint
 
 
+def _read(path: Path, weights_only: bool) -> dict[str, Any]:
+    return read_torch_file(path) if weights_only else torch.load(path, map_location="cpu", weights_only=False)
+
+
 def _by_name(saved: dict[str, Any], module: nn.Module) -> dict[str, Any]:
     """Optimizer state with the parameters' names for the numbers that Lightning writes."""
     names = [name for name, _ in module.named_parameters()]
@@ -85,7 +90,7 @@ def _load_directory(strategy: Any, path: Path, weights_only: bool) -> dict[str, 
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
-    metadata = torch.load(path / "meta.pt", map_location="cpu", weights_only=weights_only)
+    metadata = _read(path / "meta.pt", weights_only)
     module = strategy.lightning_module
     module.on_load_checkpoint(metadata)
     state = trimmed(module, adapter_state(module))

@@ -87,6 +87,16 @@ def test_inspect_shows_the_table_and_trains_nothing():
     assert not Path("checkpoints").exists()
 
 
+def test_inspect_of_a_path_needs_no_model():
+    run("fit", *RUN, *LORA)
+    out = run("inspect", str(checkpoint()))
+    assert "LoRA" in out
+    for path, message in (("nowhere", "there is no file or directory nowhere"), (".", "has no adapter_config.json")):
+        with pytest.raises(SystemExit) as stop:
+            run("inspect", path)
+        assert message in str(stop.value.code)
+
+
 @pytest.mark.parametrize(
     ("argument", "message"),
     [

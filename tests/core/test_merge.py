@@ -55,7 +55,7 @@ def _no_weight() -> nn.Module:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (_tied, r"embed.weight is the same tensor as \['lm_head.weight'\].*untie them first"),
+        (_tied, r"embed.weight is the same tensor as \['lm_head.weight'\].*untie=True\) gives it a tensor of its own"),
         (_quantised, "mid.weight is stored as torch.int8: a quantised weight"),
         (_infinite, "down.weight would hold NaN or infinity"),
         (_overflowing, "down.weight would hold NaN or infinity"),
@@ -132,3 +132,62 @@ def test_unload_inside_a_larger_model_gives_its_gradients_back():
     lp.unload(outer)
     assert [n for n, p in outer.named_parameters() if not p.requires_grad] == ["inner.up.bias"]
     assert "_peft_injection" not in vars(inner)
+
+
+def _hybrid() -> nn.Module:
+    """LoRA everywhere, and at ``down`` something that is no weight change with a second LoRA after it."""
+    model = adapted(METHODS["lora"], LINEAR)
+    attach(model, "down", "add", Add(1.0))
+    lp.apply(model, lp.LoRA(r=2, name="after", targets=["mid", "down"]))
+    return perturb(model)
+
+
+def test_a_partial_merge_folds_what_it_can_and_names_the_rest():
+    model = _hybrid()
+    expected, before = evaluate(model, LINEAR), bits(model)
+    with pytest.raises(MergeError, match=r"'add' at 'down'.*; 'after' at 'down' .*\(lp.merge\(model, partial=True\)"):
+        lp.merge(model)
+    assert lp.merge(model, partial=True) == [
+        "'add' at 'down' (Add) is no weight change",
+        "'after' at 'down' (LoRAAdapter) runs after 'add', and folded in it would run before it",
+    ]
+    assert model.mid.adapters.merged_names == ("default", "after")
+    assert model.down.adapters.merged_names == ("default",)
+    torch.testing.assert_close(evaluate(model, LINEAR), expected)
+    with pytest.raises(MergeError, match=r"\['add', 'after'\] are not merged.* would be lost"):
+        lp.unload(model, merge=True)
+    lp.unmerge(model)
+    assert_same_bits(bits(model), before)
+    assert torch.equal(evaluate(model, LINEAR), expected)
+
+
+def test_a_partial_merge_of_a_tied_model_leaves_what_is_tied():
+    model = _tied()
+    expected = evaluate(model, KINDS["tied"])
+    (left,) = lp.merge(model, partial=True)
+    assert "embed.weight is the same tensor" in left
+    torch.testing.assert_close(evaluate(model, KINDS["tied"]), expected)
+
+
+def test_a_merge_that_could_fold_nothing_is_refused():
+    model = LINEAR.build()
+    attach(model, "down", "add", Add(1.0))
+    with pytest.raises(MergeError, match="no weight change"):
+        lp.merge(model, partial=True)
+
+
+def test_a_tied_weight_gets_a_tensor_of_its_own_where_that_is_asked_for():
+    kind = KINDS["tied"]
+    model = _tied()
+    weight, expected, before = model.embed.weight, evaluate(model, kind), bits(model)
+    lp.merge(model, untie=True)
+    torch.testing.assert_close(evaluate(model, kind), expected)
+    assert model.lm_head.weight is weight
+    assert_same_bits({"w": model.lm_head.weight}, {"w": before["lm_head.weight"]})
+    lp.unmerge(model)
+    assert model.embed.weight is weight
+    assert_same_bits(bits(model), before)
+    lp.merge(model, untie=True)
+    lp.unload(model, merge=True)
+    assert model.embed.weight is not model.lm_head.weight
+    torch.testing.assert_close(evaluate(model, kind), expected)

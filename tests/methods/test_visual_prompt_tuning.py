@@ -10,6 +10,7 @@ from torch import nn
 import lightning_peft as lp
 from lightning_peft.methods.sequence import TokenError
 from lightning_peft.methods.visual_prompt_tuning import BlockPrompt
+from tests.kinds import KINDS
 from tests.methods.tiny import Classifier, ViT, randomise, trainer, vit
 
 IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(3))
@@ -210,3 +211,11 @@ def test_bad_targets():
     lp.apply(model, lp.VisualPromptTuning(4, targets=["blocks.1", "blocks.2"], leading_tokens=30))
     with pytest.raises(TokenError, match="at least 30 in front of the patches"):
         model(IMAGES)
+
+
+def test_blocks_that_get_more_than_patches_are_refused_at_the_first_forward():
+    for kind, argument in {"encoder": "src_key_padding_mask", "mha": "key", "llama": "position"}.items():
+        model = KINDS[kind].build()
+        lp.apply(model, lp.VisualPromptTuning(2))
+        with pytest.raises(TokenError, match=f"{argument}.*made for the patches alone.*PrefixTuning"):
+            model(*KINDS[kind].batch())

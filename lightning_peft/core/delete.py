@@ -1,0 +1,55 @@
+"""Take one adapter out of a model again."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from torch import nn
+
+from lightning_peft.core.host import AdapterStack, adapter_names, detach, hosts
+from lightning_peft.core.inject import injected_name, injection_of
+from lightning_peft.core.merge import unload
+
+__all__ = ["delete_adapter"]
+
+
+def delete_adapter(model: nn.Module, name: str) -> None:
+    """Take the adapter called ``name`` out of ``model``; the others stay as they are.
+
+    A module whose last adapter goes has its original class again, and with the last method gone the model is the
+    plain one that :func:`lightning_peft.unload` gives. What the method trained of the base itself (a head, biases)
+    has no earlier values to go back to: it stays as it is, and keeps training.
+
+    Args:
+        model: the adapted model; changed in place.
+        name: the adapter.
+
+    Raises:
+        ValueError: no adapter of that name, or one that is merged into the base or in training: an optimizer would
+            go on with parameters that no longer take part.
+    """
+    if name not in adapter_names(model):
+        raise ValueError(f"no adapter named {name!r}; the model has {list(adapter_names(model))}")
+    root, record = model.get_submodule(injected_name(model)), injection_of(model)
+    found = [(host_name, cast(AdapterStack, host.adapters)) for host_name, host in hosts(model)]
+    found = [(host_name, stack) for host_name, stack in found if name in stack]
+    if any(name in stack.merged_names for _, stack in found):
+        raise ValueError(f"{name!r} is merged into the base: lp.unmerge(model) first")
+    trains = any(p.requires_grad for _, stack in found for p in cast(nn.Module, stack[name]).parameters())
+    if trains and (_fitting(model) or _fitting(root)):
+        raise ValueError(f"{name!r} is in training, and the optimizer holds its parameters: delete it after the fit")
+    for host_name, _ in found:
+        detach(model, host_name, name)
+    if record is None:
+        return
+    record.methods.pop(name, None)
+    record.trains.pop(name, None)
+    record.report.entries = [entry for entry in record.report.entries if entry.adapter != name]
+    record.report.count(root)
+    if not record.methods:
+        unload(model)
+
+
+def _fitting(module: Any) -> bool:
+    state = getattr(getattr(module, "_trainer", None), "state", None)
+    return state is not None and state.fn == "fit" and state.status == "running"

@@ -1,0 +1,225 @@
+"""What an adapter directory or a checkpoint holds, told without a model and without reading a tensor's values."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from lightning_peft.core.state import StateError
+from lightning_peft.core.torch_file import read_torch_file
+from lightning_peft.formats.files import FormatError, TensorInfo, adapter_folders, read_config, read_header
+from lightning_peft.formats.registry import converter_for_type
+from lightning_peft.formats.save import METADATA
+from lightning_peft.trainer.manifest import KEY
+
+__all__ = ["AdapterSummary", "Description", "describe"]
+
+#: options of a method or of PEFT that say what an adapter is, where they are there
+_SHOWN = (
+    *("r", "init_r", "target_r", "alpha", "lora_alpha", "bottleneck_size", "num_virtual_tokens", "oft_block_size"),
+    *("block_size", "targets", "target_modules", "trainable", "modules_to_save"),
+)
+
+
+@dataclass
+class AdapterSummary:
+    """One adapter, as its files tell.
+
+    Attributes:
+        name: the adapter's; empty in a file of PEFT's, which does not say.
+        method: the class of this package, or PEFT's type.
+        made_by: ``"lightning_peft"`` or ``"peft"``.
+        config: all options.
+        base: the base model's name, where it is told.
+        tensors: types and shapes, by name in the file.
+        metrics: of the run that trained it, where they are told.
+        note: why it cannot be loaded; empty where it can.
+    """
+
+    name: str
+    method: str
+    made_by: str
+    config: dict[str, Any]
+    base: str | None
+    tensors: dict[str, TensorInfo]
+    metrics: dict[str, float] = field(default_factory=dict)
+    note: str = ""
+
+    @property
+    def parameters(self) -> int:
+        """The number of values in the file."""
+        return sum(t.numel for t in self.tensors.values())
+
+
+@dataclass
+class Description:
+    """What is at a path.
+
+    Attributes:
+        path: the directory or the file.
+        kind: ``"adapter"`` or ``"checkpoint"``.
+        size: bytes on the disk.
+        adapters: one or more.
+        facts: what is true of the whole: epoch, step, counts, metrics.
+    """
+
+    path: Path
+    kind: str
+    size: int
+    adapters: list[AdapterSummary]
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def __rich__(self) -> Table:
+        # Text, for which nothing that a file says is markup or moves the cursor.
+        title = _text(f"{self.path}: {self.kind}, {_bytes(self.size)}")
+        table = Table(title=title, title_justify="left", show_header=False)
+        table.add_column("what", no_wrap=True)
+        table.add_column("is", overflow="fold")
+        for key, value in self.facts.items():
+            table.add_row(_text(key), _text(value))
+        for adapter in self.adapters:
+            table.add_section()
+            for key, value in _rows(adapter).items():
+                table.add_row(_text(key), _text(value))
+        return table
+
+    def __str__(self) -> str:
+        text = io.StringIO()
+        Console(file=text, width=120).print(self)
+        return text.getvalue()
+
+
+def describe(path: str | Path) -> Description:
+    """Say what an adapter directory (with one adapter or several) or a checkpoint holds.
+
+    Nothing in it is run, and no model is needed.
+
+    Args:
+        path: a directory with ``adapter_config.json``, or with folders that have one; or a ``.ckpt`` file.
+
+    Raises:
+        FormatError: the directory holds no adapter, or its files cannot be trusted.
+        StateError: the file is no checkpoint of a run with methods attached, or would run code.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FormatError(f"there is no file or directory {path}")
+    if path.is_dir() and not (path / "meta.pt").is_file():
+        folders = adapter_folders(path)
+        found = [_adapter(folder) for folder in folders]
+        size = sum(file.stat().st_size for folder in folders for file in folder.iterdir() if file.is_file())
+        return Description(path, "adapter" if len(found) == 1 else f"{len(found)} adapters", size, found)
+    try:
+        return _checkpoint(path)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise StateError(f"{path}: what it says of its run cannot be read: {error!r}") from error
+
+
+def _adapter(folder: Path) -> AdapterSummary:
+    config, (tensors, metadata) = read_config(folder), read_header(folder)
+    facts = own_facts(metadata, folder)
+    note = ""
+    try:
+        converter_for_type(config["peft_type"])
+    except FormatError as error:
+        note = str(error)
+    return AdapterSummary(
+        name=str(facts.get("config", {}).get("name", "")),
+        method=str(facts.get("method", config["peft_type"])),
+        made_by="lightning_peft" if facts else "peft",
+        config=facts.get("config") or config,
+        base=config.get("base_model_name_or_path"),
+        tensors=tensors,
+        metrics=facts.get("metrics") or {},
+        note=note,
+    )
+
+
+def own_facts(metadata: Mapping[str, str], where: Path) -> dict[str, Any]:
+    """What this package added to a tensor file's metadata; empty for a file of PEFT's.
+
+    Raises:
+        FormatError: it is no JSON object.
+    """
+    try:
+        facts = json.loads(metadata.get(METADATA, "{}"))
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{where}: the metadata {METADATA!r} is no JSON: {error}") from error
+    if not isinstance(facts, dict) or not isinstance(facts.get("config", {}), dict):
+        raise FormatError(f"{where}: the metadata {METADATA!r} is no JSON object with the method's configuration")
+    return facts
+
+
+def _checkpoint(path: Path) -> Description:
+    sharded = path.is_dir()
+    checkpoint = read_torch_file(path / "meta.pt" if sharded else path, mmap=not sharded)
+    manifest = checkpoint.get(KEY) if isinstance(checkpoint, dict) else None
+    if not isinstance(manifest, dict):
+        raise StateError(f"{path} has no {KEY!r} manifest: it was not saved by a run with methods attached")
+    hyper = checkpoint.get("hyper_parameters") or {}
+    base = next((hyper[key] for key in ("model", "network") if isinstance(hyper.get(key), str)), None)
+    state = {
+        key: TensorInfo(str(value.dtype).removeprefix("torch."), tuple(value.shape))
+        for key, value in checkpoint.get("state_dict", {}).items()
+    }
+    adapters = []
+    for entry in manifest["methods"]:
+        name = entry["config"]["name"]
+        own = {key: info for key, info in state.items() if f".adapters.{name}." in f".{key}"}
+        adapters.append(AdapterSummary(name, entry["method"], "lightning_peft", entry["config"], base, own))
+    rest = sum(info.numel for key, info in state.items() if not any(key in a.tensors for a in adapters))
+    facts = {
+        "epoch, step": f"{checkpoint.get('epoch')}, {checkpoint.get('global_step')}",
+        "trains": f"{manifest['trainable']:,} of {manifest['total']:,} parameters",
+    }
+    if rest:
+        facts["of the base's own"] = f"{rest:,} values (heads and other parts that train in full)"
+    for key, value in _scores(checkpoint.get("callbacks") or {}).items():
+        facts[key] = f"{value:.6g}"
+    size = sum(f.stat().st_size for f in path.rglob("*") if f.is_file()) if sharded else path.stat().st_size
+    return Description(path, "checkpoint", size, adapters, facts)
+
+
+def _scores(callbacks: Mapping[str, Any]) -> dict[str, float]:
+    """The values by which ModelCheckpoint chose, by the name of what it watched."""
+    scores = {}
+    for state in callbacks.values():
+        if isinstance(state, dict) and state.get("monitor") and state.get("current_score") is not None:
+            scores[str(state["monitor"])] = state["current_score"]
+    return {key: float(value) for key, value in scores.items()}
+
+
+def _rows(adapter: AdapterSummary) -> dict[str, Any]:
+    kinds = Counter(info.dtype for info in adapter.tensors.values())
+    rows: dict[str, Any] = {
+        "name": adapter.name or "(not told; PEFT's files have none)",
+        "method": adapter.method,
+        "made by": {"peft": "Hugging Face PEFT"}.get(adapter.made_by, adapter.made_by),
+        "base": adapter.base or "(not told)",
+        "parameters": f"{adapter.parameters:,} in {len(adapter.tensors)} tensors"
+        + "".join(f", {count} {dtype}" for dtype, count in kinds.items()),
+    }
+    rows |= {key: adapter.config[key] for key in _SHOWN if adapter.config.get(key) not in (None, [], {}, "")}
+    rows |= {key: f"{value:.6g}" for key, value in adapter.metrics.items() if isinstance(value, int | float)}
+    return {**rows, "cannot be loaded": adapter.note} if adapter.note else rows
+
+
+def _text(value: Any) -> Text:
+    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    text = text if len(text) <= 400 else f"{text[:400]} ..."
+    return Text("".join(c if c.isprintable() else ascii(c)[1:-1] for c in text))
+
+
+def _bytes(size: int) -> str:
+    power = min(3, int(math.log(max(size, 1), 1000)))
+    return f"{size:,} bytes" if not power else f"{size / 1000**power:.3g} {('', 'kB', 'MB', 'GB')[power]}"

@@ -1,0 +1,142 @@
+"""``lp.load_adapter``: an adapter directory, ours or Hugging Face PEFT's, onto a model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.core.host import adapter_names, check_name, deactivate
+from lightning_peft.core.inject import Method, Plan, check_injectable, injected_name, injection_of, put_in
+from lightning_peft.core.replace import replace_trained
+from lightning_peft.core.state import check_fingerprint
+from lightning_peft.formats.converter import Options, Reading, Tensors
+from lightning_peft.formats.files import CONFIG, AdapterFiles, FormatError, adapter_folders, read_files
+from lightning_peft.formats.names import PREFIX, Base, base_for_keys
+from lightning_peft.formats.own import take_own
+from lightning_peft.formats.registry import converter_for_type
+from lightning_peft.formats.save import METADATA
+
+__all__ = ["load_adapter"]
+
+
+def load_adapter(
+    model: nn.Module,
+    directory: str | Path,
+    name: str | None = None,
+    trainable: bool = False,
+    check_base: bool = True,
+) -> list[str]:
+    """Put the adapter of a directory, ours or Hugging Face PEFT's, into ``model``.
+
+    All is read and checked before anything is changed: an error leaves the model as it was. The adapter is frozen and
+    takes part at once where the model carries no other; beside others it waits for :func:`lightning_peft.set_active`.
+    Heads, biases and statistics that were trained with it come as copies of its own, in place of the base's while it
+    is active.
+
+    Args:
+        model: any module that holds the base: a LightningModule, or the bare model.
+        directory: one that holds ``adapter_config.json``; or one of folders that do: then all of them are loaded, each
+            under its folder's name.
+        name: what to call the adapter; by default what it was called when it was saved.
+        trainable: let its parameters train.
+        check_base: refuse an adapter that was trained on another base. Files of PEFT's own do not say on which.
+
+    Returns:
+        The adapters' names.
+
+    Raises:
+        FormatError: a file that cannot be read or trusted, an option that would compute something else, a tensor that
+            is missing, misshapen or left over; named with what was expected.
+        StateError: the adapter was trained on another base.
+        ValueError: the model has an adapter of that name already.
+        InjectionError: the model is compiled or sharded.
+
+    Example::
+
+        lp.load_adapter(model, "runs/summaries")
+        lp.load_adapter(model, "runs/questions", name="questions")
+        lp.set_active(model, "questions")
+    """
+    root = model.get_submodule(injected_name(model))
+    check_injectable(root)
+    folders = [Path(directory)] if (Path(directory) / CONFIG).exists() else adapter_folders(directory)
+    if name is not None and len(folders) > 1:
+        raise ValueError(f"{directory} holds {[f.name for f in folders]}: give the folder of one, or no name")
+    taken = [*adapter_names(root), *(record.methods if (record := injection_of(root)) is not None else ())]
+    plans: dict[str, tuple[Method, Plan]] = {}
+    for folder in folders:
+        files = read_files(folder)
+        called = name or (folder.name if len(folders) > 1 else _saved_name(files))
+        check_name(called)
+        if called in taken:
+            raise ValueError(f"the model already has an adapter named {called!r}: give this one another name=")
+        try:
+            plans[called] = _planned(root, files, called, trainable, check_base)
+        except FormatError as error:
+            raise FormatError(f"{folder}: {error}") from error
+    put_in(root, plans)
+    if taken:
+        for called in plans:
+            deactivate(root, called)
+    return list(plans)
+
+
+def _saved_name(files: AdapterFiles) -> str:
+    return str(_facts(files).get("config", {}).get("name", "default"))
+
+
+def _facts(files: AdapterFiles) -> dict[str, Any]:
+    """What this package wrote beside what PEFT reads; empty for PEFT's own files."""
+    try:
+        facts = json.loads(files.metadata.get(METADATA, "{}"))
+    except ValueError as error:
+        raise FormatError(f"{files.directory}: the metadata {METADATA!r} is no JSON: {error}") from error
+    return facts if isinstance(facts, dict) else {}
+
+
+def _planned(root: nn.Module, files: AdapterFiles, name: str, trainable: bool, check_base: bool) -> tuple[Method, Plan]:
+    """The method and the plan by which ``root`` gets the adapter; changes nothing."""
+    base = base_for_keys(root, [key.removeprefix(PREFIX) for key in files.tensors])
+    if check_base and "fingerprint" in (facts := _facts(files)):
+        check_fingerprint(base.module, facts["fingerprint"], plain=injection_of(root) is None)
+    options, tensors = Options(files.config), Tensors(files.tensors)
+    converter = converter_for_type(options.get("peft_type"))
+    heads, own = take_own(options, tensors, base, converter.prefix)
+    reading = converter.read(options, tensors, base, name, trainable=base.patterns(heads))
+    options.done()
+    tensors.done()
+    plan = reading.method.plan(root)
+    _fill(plan, reading, base)
+    if not trainable:
+        for _, _, adapter, _ in plan.attach:
+            adapter.requires_grad_(False)
+    own |= reading.own
+    replace_trained(plan, root, {base.outer(key): value for key, value in own.items()}, trainable)
+    return reading.method, plan
+
+
+@torch.no_grad()
+def _fill(plan: Plan, reading: Reading, base: Base) -> None:
+    """Give the adapters of a plan the values that were read."""
+    left = {base.outer(name): tensors for name, tensors in reading.tensors.items()}
+    for host, _, adapter, _ in plan.attach:
+        weights: dict[str, nn.Module] = {part.site_name: part for part in adapter.weights().values()}
+        for name, part in (weights or {host: adapter}).items():
+            _fill_one(part, name, left.pop(name, {}))
+    if left:
+        raise FormatError(f"nothing takes the tensors of {sorted(left)}")
+
+
+def _fill_one(adapter: nn.Module, name: str, tensors: dict[str, Tensor]) -> None:
+    state = adapter.state_dict()
+    absent = dict(adapter.named_parameters()).keys() - tensors.keys()
+    unknown = tensors.keys() - state.keys()
+    wrong = {key: t for key, t in tensors.items() if key in state and t.shape != state[key].shape}
+    if absent or unknown or wrong:
+        shapes = [f"{key} is {tuple(t.shape)}, not {tuple(state[key].shape)}" for key, t in wrong.items()]
+        raise FormatError(f"{name!r}: missing {sorted(absent)}, unknown {sorted(unknown)}, misshapen {shapes}")
+    adapter.load_state_dict(tensors, strict=False)

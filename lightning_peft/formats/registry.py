@@ -1,0 +1,52 @@
+"""The converters, one for each of PEFT's kinds that this package has."""
+
+from __future__ import annotations
+
+import difflib
+
+from lightning_peft.formats.activation import IA3Converter
+from lightning_peft.formats.adalora import AdaLoRAConverter
+from lightning_peft.formats.converter import Converter
+from lightning_peft.formats.files import FormatError
+from lightning_peft.formats.kin import LoHaConverter, LoKrConverter, OFTConverter, VeRAConverter
+from lightning_peft.formats.lora import LoRAConverter
+from lightning_peft.formats.native import NativeConverter
+from lightning_peft.formats.selection import NormTuningConverter
+from lightning_peft.formats.sequence import PrefixTuningConverter, PromptTuningConverter, PTuningConverter
+from lightning_peft.methods.callback import PEFTMethod
+
+__all__ = ["CONVERTERS", "converter_for_method", "converter_for_type"]
+
+CONVERTERS: tuple[Converter, ...] = (
+    LoRAConverter(),
+    AdaLoRAConverter(),
+    VeRAConverter(),
+    LoHaConverter(),
+    LoKrConverter(),
+    OFTConverter(),
+    IA3Converter(),
+    PromptTuningConverter(),
+    PTuningConverter(),
+    PrefixTuningConverter(),
+    NormTuningConverter(),
+    NativeConverter(),
+)
+
+
+def converter_for_type(peft_type: str) -> Converter:
+    """The converter that reads ``peft_type``.
+
+    Raises:
+        FormatError: there is none.
+    """
+    known = {converter.peft_type: converter for converter in CONVERTERS}
+    if peft_type not in known:
+        near = difflib.get_close_matches(str(peft_type).upper(), known, n=1)
+        hint = f"; nearest: {near[0]!r}" if near else ""
+        raise FormatError(f"peft_type {peft_type!r} is none that can be read; known are {sorted(known)}{hint}")
+    return known[peft_type]
+
+
+def converter_for_method(method: PEFTMethod) -> Converter | None:
+    """The converter that writes ``method``; None where PEFT has nothing like it."""
+    return next((converter for converter in CONVERTERS if type(method) in converter.methods), None)

@@ -1,0 +1,81 @@
+"""``lp.save_adapter``: an adapter as a directory of its own, in Hugging Face PEFT's format."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lightning_peft.core.inject import injection_of
+from lightning_peft.formats.converter import NotInPeftError
+from lightning_peft.formats.files import write_files
+from lightning_peft.formats.names import PREFIX
+from lightning_peft.formats.native import NATIVE, NativeConverter
+from lightning_peft.formats.own import modules_to_save, write_own
+from lightning_peft.formats.registry import converter_for_method
+from lightning_peft.formats.snapshot import Snapshot, take_snapshot
+
+__all__ = ["METADATA", "save_adapter"]
+
+#: the key of our own facts in the metadata of the tensors' file, which PEFT ignores
+METADATA = "lightning_peft"
+
+
+def save_adapter(model: nn.Module, directory: str | Path, name: str | None = None, **options: Any) -> None:
+    """Write an adapter to a directory: ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+    They are Hugging Face PEFT's, where it has the same method; otherwise ``peft_type`` is ``LIGHTNING_PEFT`` and
+    ``reason`` says what PEFT lacks.
+
+    Args:
+        model: an adapted module, trained or not.
+        directory: where to; made if it is not there.
+        name: the adapter; by default all of them: one goes into ``directory`` itself, several into folders of their
+            names inside it.
+        **options: of the format.
+
+    Raises:
+        ValueError: the model has no adapter of that name.
+        StateError: adapters are merged into the weights.
+    """
+    record = injection_of(model)
+    names = [name] if name is not None else list(record.methods) if record is not None else [""]
+    snapshots = {each: take_snapshot(model, each) for each in names}
+    for each, snapshot in snapshots.items():
+        write_snapshot(snapshot, Path(directory) / each if len(names) > 1 else Path(directory), **options)
+
+
+def write_snapshot(snapshot: Snapshot, directory: Path, **options: Any) -> None:
+    """Write what one method has put into a model."""
+    converter = converter_for_method(snapshot.method)
+    own: dict[str, Any]
+    prefix = PREFIX if converter is None else converter.prefix
+    try:
+        if converter is None:
+            raise NotInPeftError(f"{type(snapshot.method).__name__} has no counterpart in PEFT")
+        writing = converter.write(snapshot, **options)
+        peft_type, own = converter.peft_type, {"modules_to_save": modules_to_save(snapshot)}
+    except NotInPeftError as reason:
+        writing, peft_type, own = NativeConverter().write(snapshot), NATIVE, {"reason": str(reason)}
+        prefix = PREFIX
+    config = {**_common(snapshot, peft_type), **writing.config, **own}
+    tensors = writing.tensors | write_own(snapshot, writing.wrapped, prefix)
+    write_files(directory, config, tensors, {METADATA: json.dumps(_facts(snapshot))}, None)
+
+
+def _common(snapshot: Snapshot, peft_type: str) -> dict[str, Any]:
+    config = getattr(snapshot.base.module, "config", None)
+    return {
+        "peft_type": peft_type,
+        "task_type": None,
+        "inference_mode": True,
+        "base_model_name_or_path": getattr(config, "_name_or_path", None) or None,
+        "revision": None,
+    }
+
+
+def _facts(snapshot: Snapshot) -> dict[str, Any]:
+    method = snapshot.method
+    return {"method": type(method).__name__, "config": method.config(), "fingerprint": snapshot.fingerprint}

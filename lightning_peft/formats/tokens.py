@@ -1,0 +1,94 @@
+"""Trained rows of embeddings as PEFT writes them: ``trainable_token_indices``.
+
+``<embedding>.token_adapter.trainable_tokens_delta`` (tokens, dim) holds the new rows, not differences. Of tied layers
+PEFT stores the input embedding's alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_peft.core.sites import Site, weight_sites
+from lightning_peft.formats.converter import NotInPeftError, Options, Tensors
+from lightning_peft.formats.files import FormatError
+from lightning_peft.formats.names import PREFIX, Base
+from lightning_peft.formats.snapshot import Snapshot
+from lightning_peft.formats.targets import heads_of
+
+__all__ = ["TokenEntry", "take_tokens", "write_tokens"]
+
+
+@dataclass
+class TokenEntry:
+    """The option and the tensors."""
+
+    config: list[int] | dict[str, list[int]]
+    tensors: dict[str, Tensor]
+
+
+def write_tokens(snapshot: Snapshot) -> TokenEntry | None:
+    """The trained rows of ``snapshot``; None where there are none.
+
+    Raises:
+        NotInPeftError: a layer is tied in a way that PEFT does not know.
+    """
+    parts = [part for part in snapshot.parts if "tokens" in part.facts]
+    if not parts:
+        return None
+    entrance = _input_embedding(snapshot.base)
+    ties = bool(getattr(getattr(snapshot.base.module, "config", None), "tie_word_embeddings", False))
+    ids: dict[str, list[int]] = {}
+    tensors = {}
+    for part in parts:
+        if part.kind == "Embedding":
+            ids[part.host] = part.facts["tokens"]
+            tensors[f"{PREFIX}{part.host}.token_adapter.trainable_tokens_delta"] = part.tensors["rows"]
+        elif not ties:
+            raise NotInPeftError(f"{part.host!r} is tied to an embedding, which only the model's own code says")
+    return TokenEntry(ids[entrance] if entrance is not None and list(ids) == [entrance] else ids, tensors)
+
+
+def take_tokens(
+    options: Options, tensors: Tensors, base: Base
+) -> tuple[dict[str, list[int]], dict[str, dict[str, Tensor]]]:
+    """``trainable_tokens`` for our method, by pattern, and the rows by the layer's name.
+
+    Raises:
+        FormatError: an embedding that the base does not have; rows missing or misshapen.
+    """
+    wanted = options.get("trainable_token_indices")
+    if not wanted:
+        return {}, {}
+    sites = weight_sites(base.module)
+    if not isinstance(wanted, Mapping):
+        entrance = _input_embedding(base)
+        if entrance is None:
+            raise FormatError("trainable_token_indices names no embedding, and the base does not say which is its own")
+        wanted = {entrance: wanted}
+    ids: dict[str, list[int]] = {}
+    rows: dict[str, dict[str, Tensor]] = {}
+    for pattern, tokens in wanted.items():
+        for name in heads_of([pattern], base, "trainable_token_indices"):
+            if name in rows:
+                continue  # tied to one that came before
+            if name not in sites:
+                raise FormatError(f"trainable_token_indices: {name!r} is no embedding")
+            key, order = f"{name}.token_adapter.trainable_tokens_delta", torch.tensor(tokens).argsort()
+            own = tensors.take(key, (len(tokens), sites[name].shape[0]))[order]
+            ids[base.patterns([name])[0]] = sorted(tokens)
+            rows |= {tied: {"rows": own} for tied in _tied(sites, name)}
+    return ids, rows
+
+
+def _tied(sites: Mapping[str, Site], name: str) -> list[str]:
+    return [n for n, s in sites.items() if s.module._parameters.get(s.parameter) is sites[name].weight]
+
+
+def _input_embedding(base: Base) -> str | None:
+    module: Any = getattr(base.module, "get_input_embeddings", lambda: None)()
+    return next((name for name, m in base.modules().items() if m is module), None) if module is not None else None

@@ -1,0 +1,125 @@
+"""What is told of an adapter's files without a model."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+
+import lightning_peft as lp
+from lightning_peft.formats.describe import describe
+from lightning_peft.formats.files import CONFIG, WEIGHTS, FormatError, read_files, write_files
+from lightning_peft.formats.save import save_adapter
+from tests.formats.models import adapted, llama, made_by_peft
+from tests.trainer.toys import Toy, loader, lora, trainer, val_loader
+
+
+def test_ours(tmp_path):
+    model = adapted(llama(), lp.LoRA(r=3, targets=["q_proj"], name="mine"))
+    save_adapter(model, tmp_path / "a")
+    found = describe(tmp_path / "a")
+    (adapter,) = found.adapters
+    assert (found.kind, adapter.name, adapter.method, adapter.made_by) == ("adapter", "mine", "LoRA", "lightning_peft")
+    assert adapter.parameters == 2 * 3 * (32 + 32) == sum(p.numel() for p in lp.trainable_parameters(model))
+    assert found.size == sum(p.stat().st_size for p in (tmp_path / "a").iterdir())
+    assert adapter.config["r"] == 3
+    for shown in ("mine", "LoRA", "384 in 4 tensors", "q_proj"):
+        assert shown in str(found)
+
+
+def test_pefts_and_several(tmp_path):
+    base = llama()
+    made_by_peft(base, peft.LoraConfig(r=2, target_modules=["v_proj"]), tmp_path)
+    made_by_peft(base, peft.BOFTConfig(boft_block_size=4, target_modules=["v_proj"]), tmp_path / "second")
+    found = describe(tmp_path)
+    first, second = found.adapters
+    assert (found.kind, first.method, first.made_by, first.note) == ("2 adapters", "LORA", "peft", "")
+    assert first.parameters == 2 * 2 * (32 + 16)
+    assert second.method == "BOFT"
+    assert "known are" in second.note
+    assert "Hugging Face PEFT" in str(found)
+    assert "cannot be loaded" in str(found)
+
+
+def test_an_unknown_type_is_looked_up_and_the_nearest_named(tmp_path, monkeypatch):
+    (tmp_path / "hostile_method.py").write_text("open('ran', 'w')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for peft_type, hint in (("LORRA", "nearest: 'LORA'"), ("hostile_method.Evil", "none that can be read")):
+        write_files(tmp_path / "a", {"peft_type": peft_type}, {"a": torch.ones(1)}, {}, None)
+        assert hint in describe(tmp_path / "a").adapters[0].note
+        with pytest.raises(FormatError, match=hint):
+            lp_load(tmp_path / "a")
+    assert not Path("ran").exists()
+
+
+def lp_load(directory: Path) -> None:
+    from lightning_peft.formats.load import load_adapter
+
+    load_adapter(nn.Sequential(nn.Linear(2, 2)), directory)
+
+
+def test_a_checkpoint(tmp_path):
+    save = ModelCheckpoint(tmp_path, filename="run", monitor="val_loss")
+    run = trainer(tmp_path, save, method=lora(r=4, name="mine"), max_epochs=2)
+    module = Toy()
+    run.fit(module, loader(), val_loader())
+    found = describe(tmp_path / "run.ckpt")
+    (adapter,) = found.adapters
+    assert (found.kind, adapter.name, adapter.method, adapter.config["r"]) == ("checkpoint", "mine", "LoRA", 4)
+    expected = lp.adapter_state(module, "mine")
+    assert adapter.tensors.keys() == expected.keys()
+    assert adapter.parameters == sum(v.numel() for v in expected.values())
+    assert found.facts["val_loss"] == f"{save.current_score.item():.6g}"
+    assert found.facts["of the base's own"].startswith("34 values")
+    trains = sum(p.numel() for p in lp.trainable_parameters(module))
+    assert found.facts["trains"].startswith(f"{trains} of ")
+    assert found.size == (tmp_path / "run.ckpt").stat().st_size
+
+
+class Payload:
+    def __reduce__(self):
+        return os.mkdir, ("ran",)
+
+
+def test_a_checkpoint_that_would_run_code_or_is_none():
+    torch.save({"lightning_peft": Payload()}, "bad.ckpt")
+    with pytest.raises(lp.StateError, match="mkdir would be run"):
+        describe("bad.ckpt")
+    assert not Path("ran").exists()
+    for content in ({"state_dict": {}}, [1]):
+        torch.save(content, "plain.ckpt")
+        with pytest.raises(lp.StateError, match="has no 'lightning_peft' manifest"):
+            describe("plain.ckpt")
+    for manifest in ({}, {"methods": 3}, {"methods": [{}]}, {"methods": [], "trainable": "x", "total": []}):
+        torch.save({"lightning_peft": manifest}, "odd.ckpt")
+        with pytest.raises(lp.StateError, match="what it says of its run cannot be read"):
+            describe("odd.ckpt")
+    with pytest.raises(FormatError, match="no file or directory nowhere"):
+        describe("nowhere")
+
+
+def test_what_a_file_says_is_no_markup(tmp_path):
+    text = "[red]x[/red]\x1b[2J\nsecond line"
+    write_files(tmp_path, {"peft_type": "LORA", "base_model_name_or_path": text}, {"a": torch.ones(1)}, {}, None)
+    assert r"[red]x[/red]\x1b[2J\nsecond line" in str(describe(tmp_path))
+
+
+def test_metadata_that_is_none(tmp_path):
+    save_adapter(adapted(llama(), lp.LoRA(r=3, targets=["q_proj"])), tmp_path)
+    files = read_files(tmp_path)
+    for text in ("{", "[]", json.dumps({"config": 1}), "[" * 100_000):
+        write_files(tmp_path, files.config, files.tensors, {"lightning_peft": text}, None)
+        with pytest.raises(FormatError, match="the metadata 'lightning_peft' is no JSON"):
+            describe(tmp_path)
+    (tmp_path / WEIGHTS).unlink()
+    with pytest.raises(FormatError, match=f"has no {WEIGHTS}"):
+        describe(tmp_path)
+    (tmp_path / CONFIG).unlink()
+    with pytest.raises(FormatError, match=f"has no {CONFIG}"):
+        describe(tmp_path)

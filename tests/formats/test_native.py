@@ -1,0 +1,187 @@
+"""What PEFT cannot say, in the same two files: what is loaded is exactly what was saved."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lightning_peft as lp
+from lightning_peft.formats.files import FormatError, read_files, write_files
+from lightning_peft.formats.load import load_adapter
+from lightning_peft.formats.save import save_adapter
+from tests.formats import models
+from tests.formats.models import Called, Wrapped, adapted, logits, moved, tokens
+
+
+class Vision(nn.Module):
+    """A transformer over patches, as visual prompts need one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb = nn.Embedding(64, 16)
+        layer = nn.TransformerEncoderLayer(16, 2, 24, batch_first=True, dropout=0.0)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.norm = nn.BatchNorm1d(16)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.encoder(self.emb(x)).mean(1)))
+
+
+METHODS: dict[str, tuple[str, Any]] = {
+    "SSF": ("bert", lambda: lp.SSF()),
+    "DyLoRA": ("bert", lambda: lp.DyLoRA(4, targets=["query"])),
+    "bottleneck": ("bert", lambda: lp.BottleneckAdapter(bottleneck_size=4)),
+    "parallel": ("bert", lambda: lp.BottleneckAdapter("scaled_parallel", bottleneck_size=4)),
+    "VPT": ("Vision", lambda: lp.VisualPromptTuning(3, targets=["encoder"])),
+    "deep VPT": ("Vision", lambda: lp.VisualPromptTuning(3, targets=["encoder"], deep=True)),
+    "BitFit": ("bert", lambda: lp.BitFit()),
+    "BitFit and a head": ("bert", lambda: lp.BitFit(trainable=["classifier"])),
+    "LastLayers": ("bert", lambda: lp.LastLayers()),
+    "LinearProbe": ("bert", lambda: lp.LinearProbe()),
+    "FullFineTuning": ("bert", lambda: lp.FullFineTuning()),
+    "GradualUnfreezing": ("bert", lambda: lp.GradualUnfreezing()),
+    "gated prefix": ("bert", lambda: lp.PrefixTuning(3, gate=True)),
+    "prefix with its network": ("bert", lambda: lp.PrefixTuning(3, bottleneck_size=5)),
+    "prompt by template": ("bert", lambda: lp.PromptTuning(template="v2 x1 v3 x*", trainable=["classifier"])),
+    "p-tuning with its network": ("bert", lambda: lp.PTuning(3, position="after_bos", encoder="lstm")),
+    "LoHa of 3 dimensions": ("Convolutions", lambda: lp.LoHa(2, targets=["conv3"])),
+    "IA3 of attention": ("Attention", lambda: lp.IA3(targets=["out_proj"], feedforward_targets=())),
+    "OFT of a convolution": ("Convolutions", lambda: lp.OFT(2, targets=["conv2", "grouped"])),
+    "LoKr of bare parameters": ("Experts", lambda: lp.LoKr(2, targets=["layers.0.up", "layers.0.down"])),
+}
+
+
+def build(name: str) -> nn.Module:
+    return moved((Vision if name == "Vision" else getattr(models, name))())
+
+
+@pytest.mark.parametrize("case", list(METHODS))
+def test_what_is_loaded_is_exactly_what_was_saved(case, tmp_path):
+    name, make = METHODS[case]
+    base, x = build(name), tokens()
+    ours = adapted(base, make())
+    save_adapter(ours, tmp_path / "a")
+    config = read_files(tmp_path / "a").config
+    assert config["peft_type"] == "LIGHTNING_PEFT"
+    assert "PEFT" in config["reason"]
+    assert not torch.allclose(logits(ours, x), logits(base, x), atol=1e-3)
+
+    again = copy.deepcopy(base)
+    load_adapter(again, tmp_path / "a", name="other")
+    assert torch.equal(logits(again, x), logits(ours, x))
+    with lp.disabled(again):
+        assert torch.equal(logits(again, x), logits(base, x))
+    save_adapter(again, tmp_path / "b")
+    first, second = read_files(tmp_path / "a").tensors, read_files(tmp_path / "b").tensors
+    assert all(torch.equal(value, first[key]) for key, value in second.items())
+    before = base.state_dict()
+    for key in first.keys() - second.keys():  # it is the base's own value: a part that had not thawed
+        assert torch.equal(first[key], before[key.removeprefix("base_model.model.")])
+
+
+@pytest.mark.parametrize("case", ["BitFit and a head", "bottleneck", "prompt by template", "FullFineTuning"])
+def test_beside_another_adapter(case, tmp_path):
+    name, make = METHODS[case]
+    base, x = build(name), tokens()
+    ours = adapted(base, make())
+    save_adapter(ours, tmp_path)
+    here = adapted(base, lp.LoRA(2, targets=["query"]))
+    before = logits(here, x)
+    load_adapter(here, tmp_path, name="other")
+    assert torch.equal(logits(here, x), before), "it waits to be set active"
+    with lp.active(here, "other"):
+        torch.testing.assert_close(logits(here, x), logits(ours, x))
+
+
+@pytest.mark.parametrize("patterns", [["net.bert.encoder.layer.0.intermediate.dense"], "re:net\\.bert.*query",
+                                      ["query", "net.bert.encoder.layer.*.output.dense"]])  # fmt: skip
+def test_patterns_lose_the_name_of_the_module_around_the_base(patterns, tmp_path):
+    base, x = build("bert"), tokens()
+    ours = adapted(Wrapped(copy.deepcopy(base)), lp.SSF(targets=patterns, trainable="net.classifier"))
+    save_adapter(ours, tmp_path)
+    assert "net" not in str(read_files(tmp_path).config["config"]["trainable"])
+    for other in (copy.deepcopy(base), Called(copy.deepcopy(base)), Wrapped(copy.deepcopy(base))):
+        load_adapter(other, tmp_path)
+        assert torch.equal(logits(other, x), logits(ours, x))
+
+
+class Shift(lp.WeightMethod):
+    def build(self, site):
+        return ShiftAdapter(site)
+
+
+class ShiftAdapter(lp.WeightAdapter):
+    def __init__(self, site):
+        super().__init__(site)
+        self.rows = nn.Parameter(torch.zeros(site.shape[-2], 1))
+
+    def delta(self, weight):
+        return self.rows.expand_as(weight)
+
+
+def test_a_method_of_ones_own(tmp_path):
+    base, x = build("bert"), tokens()
+    ours = adapted(base, Shift(targets=["query", "value"]))
+    save_adapter(ours, tmp_path)
+    again = copy.deepcopy(base)
+    load_adapter(again, tmp_path)
+    assert torch.equal(logits(again, x), logits(ours, x))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"method": "Schift"}, "no method named 'Schift'; defined are .*; nearest: 'Shift'"),
+        ({"method": "hostile_method.Evil"}, "no method named 'hostile_method.Evil'"),
+        ({"method": ["Shift"]}, "method must name a class"),
+        ({"config": "targets"}, "config hold its arguments"),
+        ({"config": {"target": ["query"]}}, "Shift cannot be made as the file says.*target"),
+        ({"config": {"targets": ["querry"]}}, "'querry' matches nothing; nearest: .*query"),
+        ({"config": {"targets": ["query"]}}, "nothing takes the tensors of .*value"),
+        ({"config": {"targets": ["query", "value", "key"]}}, "missing .*rows"),
+    ],
+)
+def test_files_that_cannot_be_read(change, reason, tmp_path, monkeypatch):
+    (tmp_path / "hostile_method.py").write_text("open('ran', 'w')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    base = build("bert")
+    save_adapter(adapted(base, Shift(targets=["query", "value"])), tmp_path / "a")
+    files = read_files(tmp_path / "a")
+    write_files(tmp_path / "a", {**files.config, **change}, files.tensors, files.metadata, None)
+    with pytest.raises(ValueError, match=reason) as error:
+        load_adapter(base, tmp_path / "a")
+    assert isinstance(error.value, FormatError | lp.TargetError)
+    assert not any("adapters" in key for key in base.state_dict())
+    assert "hostile_method" not in sys.modules
+    assert not Path("ran").exists()
+
+
+def test_a_tokenizer_that_a_file_names_is_not_looked_up(tmp_path, monkeypatch):
+    base, x = build("bert"), tokens()
+    ours = adapted(base, lp.PromptTuning(3, position="after_bos"))
+    save_adapter(ours, tmp_path)
+    files = read_files(tmp_path)
+    start = {"init": "text", "init_text": "Is it good?", "tokenizer": "somewhere/else"}
+    config = {**files.config, "config": files.config["config"] | start}
+    write_files(tmp_path, config, files.tensors, files.metadata, None)
+    again = copy.deepcopy(base)
+    load_adapter(again, tmp_path)
+    assert torch.equal(logits(again, x), logits(ours, x))
+
+
+def test_a_folded_network_stays_folded(tmp_path):
+    base, x = build("bert"), tokens()
+    ours = adapted(base, lp.PrefixTuning(3, bottleneck_size=5))
+    lp.fold(ours)
+    save_adapter(ours, tmp_path)
+    again = copy.deepcopy(base)
+    load_adapter(again, tmp_path)
+    assert torch.equal(logits(again, x), logits(ours, x))
+    assert any(key.endswith("prefix_keys") for key in again.state_dict())

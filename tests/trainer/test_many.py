@@ -1,0 +1,165 @@
+"""Further adapters beside the one that trains: they change nothing of the training, its checkpoints and its end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
+
+import lightning_peft as lp
+from lightning_peft.core.host import deactivate
+from lightning_peft.core.inject import injection_of, put_in
+from lightning_peft.core.replace import replace_trained
+from lightning_peft.core.state import StateError
+from lightning_peft.trainer.audit import AuditError
+from tests.helpers import perturb
+
+from .toys import Toy, every_step, loader, lora, same, state_of, trainer, val_loader
+
+
+def add_frozen(module: L.LightningModule, name: str = "b") -> None:
+    """What loading an adapter does: one that is frozen, waits, and has a head of its own."""
+    method = lp.LoRA(r=2, name=name, trainable=["head"])
+    plan = method.plan(module)
+    replace_trained(plan, module, {"head.weight": torch.ones(2, 16), "head.bias": torch.zeros(2)})
+    for _, _, adapter, _ in plan.attach:
+        adapter.requires_grad_(False)
+    others = injection_of(module) is not None
+    put_in(module, {name: (method, plan)})
+    perturb(module, name=name)
+    if others:
+        deactivate(module, name)
+
+
+class Adds(Callback):
+    """Puts a frozen adapter in at one moment of a fit."""
+
+    def __init__(self, moment: str) -> None:
+        self.moment = moment
+
+    def act(self, moment: str, module: L.LightningModule) -> None:
+        if moment == self.moment and "b" not in injection_of(module).methods:
+            add_frozen(module)
+
+    def on_fit_start(self, trainer, module) -> None:
+        self.act("fit", module)
+
+    def on_train_batch_start(self, trainer, module, batch, index) -> None:
+        self.act(f"batch {trainer.global_step}", module)
+
+    def on_validation_start(self, trainer, module) -> None:
+        self.act("validation", module)
+
+
+class Compares(Toy):
+    """Looks at another adapter while validating."""
+
+    def validation_step(self, batch: Any, index: int) -> None:
+        names = set(injection_of(self).methods)
+        with lp.disabled(self):
+            self.log("base", self.loss(batch))
+        if "b" in names:
+            with lp.active(self, "b"):
+                self.log("other", self.loss(batch))
+        super().validation_step(batch, index)
+
+
+def fit(root: Path, moment: str | None, *callbacks: Callback, ckpt: Path | None = None, kind: Any = Compares) -> Any:
+    L.seed_everything(3 if ckpt is None else 99, verbose=False)
+    module = kind()
+    added = [Adds(moment)] if moment else []
+    run = trainer(
+        root, *added, *callbacks, enable_checkpointing=any("Checkpoint" in type(c).__name__ for c in callbacks)
+    )
+    if moment == "before":
+        lp.apply(module, lora(name="default"))
+        add_frozen(module)
+    run.fit(module, loader(), val_loader(), ckpt_path=ckpt)
+    return module, run
+
+
+def trained(result: Any) -> dict[str, Any]:
+    state = state_of(*result)
+    weights = {k: v for k, v in state["weights"].items() if ".adapters.b." not in k}
+    return {**state, "weights": weights}
+
+
+@pytest.mark.parametrize("moment", ["before", "fit", "batch 0", "batch 3", "validation"])
+def test_a_frozen_adapter_beside_it_changes_nothing_of_a_training(tmp_path: Path, moment: str) -> None:
+    module, run = fit(tmp_path, moment)
+    assert same(trained((module, run)), trained(fit(tmp_path, None)))
+    assert not any(".adapters.b." in n for n, p in module.named_parameters() if p.requires_grad)
+    report = injection_of(module).report
+    assert report.trainable == sum(p.numel() for p in lp.trainable_parameters(module))
+    with lp.active(module, "b"):
+        x, own = torch.randn(3, 16), module.head.adapters["b"]
+        assert torch.equal(module.head(x), torch.nn.functional.linear(x, own.weight, own.bias))
+
+
+def test_an_average_of_what_trains_goes_on(tmp_path: Path) -> None:
+    results = [trained(fit(tmp_path, moment, EMAWeightAveraging(decay=0.5))) for moment in (None, "batch 3")]
+    assert same(*results)
+
+
+@pytest.mark.parametrize("moment", ["before", "fit", "batch 3"])
+def test_resume_is_exact_with_and_without_the_frozen_one(tmp_path: Path, moment: str) -> None:
+    expected = trained(fit(tmp_path, moment, *every_step(tmp_path)))
+    for step in (2, 6):
+        path = tmp_path / f"step={step}.ckpt"
+        assert same(trained(fit(tmp_path, moment, ckpt=path)), expected)
+        assert same(trained(fit(tmp_path, None, ckpt=path)), expected)
+    plain = trained(fit(tmp_path / "plain", None, *every_step(tmp_path / "plain")))
+    assert same(trained(fit(tmp_path, "before", ckpt=tmp_path / "plain" / "step=2.ckpt")), plain)
+
+
+def test_one_that_trained_is_still_missed(tmp_path: Path) -> None:
+    fit(tmp_path, "before", *every_step(tmp_path))
+    with pytest.raises(StateError, match="the checkpoint holds a LoRA named 'default', which this run does not attach"):
+        trainer(tmp_path, method=lora(name="other")).fit(Compares(), loader(), ckpt_path=tmp_path / "step=2.ckpt")
+
+
+def test_a_checkpoint_alone_gives_both_back(tmp_path: Path) -> None:
+    module, _ = fit(tmp_path, "batch 3", *every_step(tmp_path))
+    again = lp.load_from_checkpoint(Compares, tmp_path / "step=10.ckpt")
+    x = torch.randn(3, 16)
+    for names in (("default",), ("b",), ("default", "b")):
+        with lp.active(module, *names), lp.active(again, *names):
+            assert torch.equal(module.eval()(x), again.eval()(x))
+    assert torch.equal(module.eval()(x), again.eval()(x))
+    assert [n for n, p in again.named_parameters() if p.requires_grad] == [
+        n for n, p in module.named_parameters() if p.requires_grad
+    ]
+
+
+class Deletes(Callback):
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def on_train_batch_end(self, trainer, module, *args) -> None:
+        if trainer.global_step == 3:
+            lp.delete_adapter(module, self.name)
+
+
+def test_the_frozen_one_can_be_deleted_in_a_training_and_the_other_cannot(tmp_path: Path) -> None:
+    module, run = fit(tmp_path, "fit", Deletes("b"))
+    assert same(trained((module, run)), trained(fit(tmp_path, None)))
+    assert list(injection_of(module).methods) == ["default"]
+    with pytest.raises(ValueError, match="'default' is in training, and the optimizer holds its parameters"):
+        fit(tmp_path, None, Deletes("default"))
+    module, _ = fit(tmp_path, None)
+    lp.delete_adapter(module, "default")  # after the fit
+    assert not any("adapters" in name for name in module.state_dict())
+
+
+class Idle(Toy):
+    def on_train_start(self) -> None:
+        lp.set_active(self)
+
+
+def test_training_what_is_not_active_is_named(tmp_path: Path) -> None:
+    with pytest.raises(AuditError, match=r"got no gradient.*: their adapters are not active \(lp.set_active\)"):
+        fit(tmp_path, None, kind=Idle)
