@@ -213,12 +213,14 @@ def plot(cases: Cases, path: Path) -> None:
         names = [name for name in METHODS if name in rows]
         for axes, what in ((grid[0][column], "step time"), (grid[1][column], "saved activations")):
             for which, color, marker in (("peft", "tab:orange", "o"), ("ours", "tab:blue", "_")):
-                points = [(i, _value(rows[name], which, what)) for i, name in enumerate(names)]
-                points = [(x, y) for x, y in points if y is not None]
-                axes.plot(*zip(*points), marker, color=color, markersize=9 if marker == "_" else 5, label=which, mew=2)
+                values = {i: _value(rows[name], which, what) for i, name in enumerate(names)}
+                known = {i: value for i, value in values.items() if value is not None}
+                size = 9 if marker == "_" else 5
+                axes.plot(list(known), list(known.values()), marker, color=color, ms=size, mew=2, label=which)
             axes.axhline(1, color="gray", linewidth=0.8, linestyle="--")
             axes.grid(axis="y", alpha=0.3)
             axes.set_xticks(range(len(names)), names, rotation=90)
+            axes.set_xlim(-1, len(names))
         grid[0][column].set_title(case)
     grid[0][0].set_ylabel("step time / floor")
     grid[1][0].set_ylabel("saved activations / floor")
