@@ -4,7 +4,7 @@
 
 Only d in R^r and b in R^out train: r + out parameters for each matrix. b starts at zero, so the adapted model starts
 as its base. One A and one B, as large as the largest of the adapted matrices, serve every layer; a layer uses their
-first columns and first rows. On activations it is y + b * B (d * A x).
+first columns and first rows. On activations it is y + (diag(b) B diag(d)) (A x), two thin products.
 
 Kopiczko, Blankevoort and Asano 2023, "VeRA: Vector-based Random Matrix Adaptation", arXiv:2310.11454.
 """
@@ -92,9 +92,13 @@ class VeRAAdapter(WeightAdapter):
         a, b = shared.vera_A[:, :columns], shared.vera_B[:rows]
         return a.to(self.vera_lambda_d.device), b.to(self.vera_lambda_d.device)
 
+    def scaled(self, b: Tensor) -> Tensor:
+        """diag(b) B diag(d): both vectors get their gradients from that of one small matrix."""
+        return b * (self.vera_lambda_b[..., None] * self.vera_lambda_d[..., None, :])
+
     def delta(self, weight: Tensor) -> Tensor:
         a, b = self.matrices()
-        return self.vera_lambda_b[..., None] * ((b * self.vera_lambda_d[..., None, :]) @ a)
+        return self.scaled(b) @ a
 
     def low_rank(self) -> tuple[Tensor, Tensor]:
         a, b = self.matrices()
@@ -106,9 +110,7 @@ class VeRAAdapter(WeightAdapter):
 
         a, b = self.matrices()
         h = dropped(down, x, a, self.dropout) if self.dropout and self.training else down(x, a)
-        h = h * self.layout.hidden(host, self.vera_lambda_d.to(h.dtype))
-        z = self.layout.mix(host, h, b)
-        return y + (z * self.layout.features(host, self.vera_lambda_b.to(z.dtype))).to(y.dtype)
+        return self.layout.up(host, h, self.scaled(b), y, 1.0)
 
     def extra_repr(self) -> str:
         return f"r={self.vera_lambda_d.shape[-1]}, dropout={self.dropout}"
