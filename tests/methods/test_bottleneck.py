@@ -132,8 +132,8 @@ def test_a_run_that_breaks_off_leaves_nothing_that_cannot_be_copied():
     model = encoder()
     lp.apply(model, lp.BottleneckAdapter("parallel", bottleneck_size=4))
     model.layers[0].linear1(BATCHES[encoder].clone().requires_grad_() * 2)  # and never on to linear2
-    assert model.layers[0].linear1.adapters["default"]._input is not None
-    assert copy.deepcopy(model).layers[0].linear1.adapters["default"]._input is None
+    assert model.layers[0].linear1.adapters["default"].lent is not None
+    assert copy.deepcopy(model).layers[0].linear1.adapters["default"].lent is None
     pickle.dumps(model)
 
 
