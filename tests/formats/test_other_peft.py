@@ -1,7 +1,7 @@
 """The exchange with another release of PEFT, in a process of its own.
 
-    pip install --no-deps --target /somewhere peft==0.18.1
-    LIGHTNING_PEFT_OTHER_PEFT=/somewhere pytest tests/formats/test_other_peft.py
+pip install --no-deps --target /somewhere peft==0.18.1
+LIGHTNING_PEFT_OTHER_PEFT=/somewhere pytest tests/formats/test_other_peft.py
 """
 
 import os
