@@ -1,12 +1,19 @@
-"""The options that every adapter of PEFT's has: what it is, for which task, and on which base."""
+"""What every adapter directory says: PEFT's common options, and our own facts beside them."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from lightning_peft.formats.files import FormatError
 from lightning_peft.formats.snapshot import Snapshot
 
-__all__ = ["common_options", "task_type"]
+__all__ = ["METADATA", "common_options", "own_facts", "task_type"]
+
+#: the key of our own facts in the metadata of the tensors' file, which PEFT ignores
+METADATA = "lightning_peft"
 
 #: the end of a Hugging Face class name -> PEFT's task, and the heads it then looks for by itself
 _TASKS = {
@@ -44,3 +51,19 @@ def task_type(snapshot: Snapshot) -> str | None:
         if facts["pretrained"] and facts["class"].endswith(end):
             return task if not heads or set(heads) & set(snapshot.heads) else None
     return None
+
+
+def own_facts(metadata: Mapping[str, str], where: Path) -> dict[str, Any]:
+    """What this package added to a tensor file's metadata; empty for a file of PEFT's.
+
+    Raises:
+        FormatError: it is no JSON object.
+    """
+    try:
+        facts = json.loads(metadata.get(METADATA, "{}"))
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{where}: the metadata {METADATA!r} is no JSON: {error}") from error
+    parts = (facts.get("config", {}), facts.get("fingerprint", {})) if isinstance(facts, dict) else ()
+    if not parts or not all(isinstance(part, dict) for part in parts):
+        raise FormatError(f"{where}: the metadata {METADATA!r} is no JSON object with the method's configuration")
+    return facts
