@@ -107,7 +107,8 @@ class LoKr(RankedMethod):
     """A Kronecker product of two small matrices as the update (arXiv:2309.14859).
 
     Choose it for the smallest files at full rank: around 2 sqrt(in out) parameters for each matrix, and on linear
-    layers also the least computing. It is more rigid than LoRA, and wants a higher learning rate.
+    layers also the least computing. It is more rigid than LoRA, and wants a higher learning rate;
+    merged it costs nothing.
 
     Args:
         r: the rank of a factor that is decomposed; a factor of sides up to 2 r stays full.
