@@ -28,7 +28,7 @@ class LowRankAdapter(WeightAdapter):
 
     def delta(self, weight: Tensor) -> Tensor:
         a, b = self.factors()
-        return (b @ a) * self.scale
+        return (b * self.scale) @ a
 
     def output(self, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         def down(x: Tensor, a: Tensor) -> Tensor:
