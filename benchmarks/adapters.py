@@ -41,7 +41,7 @@ OPERATIONS = ("inject", "save", "load second", "switch", "merge", "unmerge", "un
 WHY = {
     "save": "the base's fingerprint and a model card are written too.",
     "load second": "the base's fingerprint is checked, and every tensor before anything is changed.",
-    "merge": "the original weights are kept, so that unmerge gives them back bit for bit.",
+    "merge": "computed in float32, rounded once and checked; the originals are kept, so that unmerge is exact.",
 }
 
 
