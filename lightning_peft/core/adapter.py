@@ -53,6 +53,8 @@ class Adapter(nn.Module):
 
     #: whether its parts at several hosts work on one sequence, so that a batch of rows must pass all of them together
     spans_hosts = False
+    #: what lends it the input of another module
+    taps: tuple[Any, ...] = ()
 
     def row_link(self, host: nn.Module) -> Callable[..., RowLink] | None:
         """What lets adapters of this kind serve one batch whose rows name different ones, and the same for all of them.

@@ -28,7 +28,7 @@ class LowRankAdapter(WeightAdapter):
 
     def delta(self, weight: Tensor) -> Tensor:
         a, b = self.factors()
-        return (b @ a) * self.scale
+        return (b * self.scale) @ a
 
     def low_rank(self) -> tuple[Tensor, Tensor] | None:
         if type(self).transform is not WeightAdapter.transform:

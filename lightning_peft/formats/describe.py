@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import math
 from collections import Counter
 from collections.abc import Mapping
@@ -17,9 +16,9 @@ from rich.text import Text
 
 from lightning_peft.core.state import StateError
 from lightning_peft.core.torch_file import read_torch_file
+from lightning_peft.formats.common import own_facts
 from lightning_peft.formats.files import FormatError, TensorInfo, adapter_folders, read_config, read_header
 from lightning_peft.formats.registry import converter_for_type
-from lightning_peft.formats.save import METADATA
 from lightning_peft.trainer.manifest import KEY
 
 __all__ = ["AdapterSummary", "Description", "describe"]
@@ -143,21 +142,6 @@ def _adapter(folder: Path) -> AdapterSummary:
         metrics=facts.get("metrics") or {},
         note=note,
     )
-
-
-def own_facts(metadata: Mapping[str, str], where: Path) -> dict[str, Any]:
-    """What this package added to a tensor file's metadata; empty for a file of PEFT's.
-
-    Raises:
-        FormatError: it is no JSON object.
-    """
-    try:
-        facts = json.loads(metadata.get(METADATA, "{}"))
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{where}: the metadata {METADATA!r} is no JSON: {error}") from error
-    if not isinstance(facts, dict) or not isinstance(facts.get("config", {}), dict):
-        raise FormatError(f"{where}: the metadata {METADATA!r} is no JSON object with the method's configuration")
-    return facts
 
 
 def _checkpoint(path: Path) -> Description:

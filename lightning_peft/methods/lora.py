@@ -158,7 +158,9 @@ class LoRA(RankedMethod):
         trainer = L.Trainer(callbacks=[lp.LoRA(r=8, targets=["q_proj", "v_proj"], trainable=["classifier"])])
     """
 
-    may_change = RankedMethod.may_change | {"dropout", "bias", "init", "lora_plus_ratio", "freeze_A"}
+    may_change = RankedMethod.may_change | {
+        *("dropout", "bias", "init", "lora_plus_ratio", "freeze_A", "trainable_tokens")
+    }
     adapter_class: ClassVar[type[LoRAAdapter]] = LoRAAdapter
 
     def __init__(
