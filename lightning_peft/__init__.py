@@ -20,6 +20,7 @@ from lightning_peft.core.merge import MergeError, merge, unload, unmerge
 from lightning_peft.core.report import Report
 from lightning_peft.core.state import StateError, adapter_state
 from lightning_peft.core.targets import TargetError
+from lightning_peft.formats.describe import describe
 from lightning_peft.formats.files import FormatError
 from lightning_peft.formats.load import load_adapter
 from lightning_peft.formats.save import save_adapter
@@ -94,6 +95,7 @@ __all__ = [
     "adapter_state",
     "apply",
     "delete_adapter",
+    "describe",
     "disabled",
     "fold",
     "inspect",

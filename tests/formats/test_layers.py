@@ -249,3 +249,45 @@ def test_files_that_cannot_be_read(config, change, reason, tmp_path):
     with pytest.raises((FormatError, ValueError), match=reason):
         load_adapter(base, tmp_path)
     assert base.state_dict().keys() == before.keys()
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        lp.VeRA(4, targets=["query"], trainable=["classifier"]),
+        lp.LoKr(2, targets=["query"], trainable=["classifier"]),
+        lp.OFT(4, targets=["query", "word_embeddings"], trainable=["classifier"]),
+        lp.IA3(trainable=["classifier"]),
+    ],
+    ids=lambda m: type(m).__name__,
+)
+def test_with_a_head_and_an_embedding(method, tmp_path):
+    base, x = build("bert"), tokens()
+    ours = adapted(base, method)
+    save_adapter(ours, tmp_path / "ours")
+    assert read_files(tmp_path / "ours").config["modules_to_save"] == ["classifier"]
+    theirs = read_by_peft(base, tmp_path / "ours")
+    close(logits(theirs, x), logits(ours, x))
+    theirs.save_pretrained(tmp_path / "theirs")
+    for folder in ("ours", "theirs"):
+        again = copy.deepcopy(base)
+        load_adapter(again, tmp_path / folder)
+        close(logits(again, x), logits(ours, x))
+
+
+def test_two_beside_one_another(tmp_path):
+    base, x = build("llama"), tokens()
+    expected = {}
+    for name, method in {
+        "vera": lp.VeRA(4, targets=["q_proj"], projection_seed=3),
+        "ia3": lp.IA3(),
+        "oft": lp.OFT(4),
+    }.items():
+        ours = adapted(base, method)
+        expected[name] = logits(ours, x)
+        save_adapter(ours, tmp_path / name)
+    here = copy.deepcopy(base)
+    load_adapter(here, tmp_path)
+    for name, wanted in expected.items():
+        with lp.active(here, name):
+            close(logits(here, x), wanted)
