@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +16,7 @@ from lightning_peft.formats.files import CONFIG, AdapterFiles, FormatError, adap
 from lightning_peft.formats.names import PREFIX, Base, base_for_keys
 from lightning_peft.formats.own import take_own
 from lightning_peft.formats.registry import converter_for_type
-from lightning_peft.formats.save import METADATA
+from lightning_peft.formats.save import read_facts
 
 __all__ = ["load_adapter"]
 
@@ -86,22 +84,13 @@ def load_adapter(
 
 
 def _saved_name(files: AdapterFiles) -> str:
-    return str(_facts(files).get("config", {}).get("name", "default"))
-
-
-def _facts(files: AdapterFiles) -> dict[str, Any]:
-    """What this package wrote beside what PEFT reads; empty for PEFT's own files."""
-    try:
-        facts = json.loads(files.metadata.get(METADATA, "{}"))
-    except ValueError as error:
-        raise FormatError(f"{files.directory}: the metadata {METADATA!r} is no JSON: {error}") from error
-    return facts if isinstance(facts, dict) else {}
+    return str(read_facts(files.metadata, files.directory).get("config", {}).get("name", "default"))
 
 
 def _planned(root: nn.Module, files: AdapterFiles, name: str, trainable: bool, check_base: bool) -> tuple[Method, Plan]:
     """The method and the plan by which ``root`` gets the adapter; changes nothing."""
     base = base_for_keys(root, [key.removeprefix(PREFIX) for key in files.tensors])
-    if check_base and "fingerprint" in (facts := _facts(files)):
+    if check_base and "fingerprint" in (facts := read_facts(files.metadata, files.directory)):
         check_fingerprint(base.module, facts["fingerprint"], plain=injection_of(root) is None)
     options, tensors = Options(files.config), Tensors(files.tensors)
     converter = converter_for_type(options.get("peft_type"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,14 @@ from torch import nn
 
 from lightning_peft.core.inject import injection_of
 from lightning_peft.formats.converter import NotInPeftError
-from lightning_peft.formats.files import write_files
+from lightning_peft.formats.files import FormatError, parse_json, write_files
 from lightning_peft.formats.names import PREFIX
 from lightning_peft.formats.native import NATIVE, NativeConverter
 from lightning_peft.formats.own import modules_to_save, write_own
 from lightning_peft.formats.registry import converter_for_method
 from lightning_peft.formats.snapshot import Snapshot, take_snapshot
 
-__all__ = ["METADATA", "save_adapter"]
+__all__ = ["METADATA", "read_facts", "save_adapter"]
 
 #: the key of our own facts in the metadata of the tensors' file, which PEFT ignores
 METADATA = "lightning_peft"
@@ -74,6 +75,27 @@ def _common(snapshot: Snapshot, peft_type: str) -> dict[str, Any]:
         "base_model_name_or_path": getattr(config, "_name_or_path", None) or None,
         "revision": None,
     }
+
+
+def read_facts(metadata: Mapping[str, str], where: Path) -> dict[str, Any]:
+    """What this package wrote beside what PEFT reads; empty for PEFT's own files.
+
+    Args:
+        metadata: of the tensors' file.
+        where: what to call that file in errors.
+
+    Raises:
+        FormatError: it is not what :func:`save_adapter` writes.
+    """
+    what = f"the metadata {METADATA!r} of {where}"
+    facts = parse_json(metadata.get(METADATA, "{}").encode(), what)
+    values = facts.get("fingerprint", {}).get("values", {}) if isinstance(facts.get("fingerprint", {}), dict) else None
+    numbers = isinstance(values, dict) and all(
+        isinstance(sample, list) and all(isinstance(v, int | float) for v in sample) for sample in values.values()
+    )
+    if not numbers or not all(isinstance(facts.get(key, {}), dict) for key in ("config", "metrics")):
+        raise FormatError(f"{what} is not what this package writes")
+    return facts
 
 
 def _facts(snapshot: Snapshot) -> dict[str, Any]:

@@ -23,8 +23,11 @@ _OWNERS = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoin
 _PATHS = {"PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath", "Path", "PurePath"}
 
 
-def check_metadata(folder: Path) -> None:
+def check_metadata(folder: Path) -> Any:
     """Make sure that reading a distributed checkpoint runs nothing and stays in its folder.
+
+    Returns:
+        torch's ``Metadata``: what tensors there are, and where.
 
     Raises:
         StateError: its metadata is missing or damaged, names other classes than torch's, or files elsewhere.
@@ -42,6 +45,7 @@ def check_metadata(folder: Path) -> None:
     outside = sorted(file for file in files if Path(file).name != file)
     if outside:
         raise StateError(f"{path} names files outside of its folder: {outside[:3]}")
+    return metadata
 
 
 class PlainPlanner(DefaultLoadPlanner):
