@@ -18,6 +18,7 @@ from lightning_peft.core.host import active, disabled, set_active
 from lightning_peft.core.inject import InjectionError, apply, inspect, trainable_parameters
 from lightning_peft.core.merge import MergeError, merge, unload, unmerge
 from lightning_peft.core.report import Report
+from lightning_peft.core.rows import RowError, rows
 from lightning_peft.core.state import StateError, adapter_state
 from lightning_peft.core.targets import TargetError
 from lightning_peft.formats.describe import describe
@@ -32,6 +33,7 @@ from lightning_peft.methods.callback import PEFTMethod
 from lightning_peft.methods.dora import DoRA
 from lightning_peft.methods.dylora import DyLoRA
 from lightning_peft.methods.full import FullFineTuning
+from lightning_peft.methods.gated_lora import GatedLoRA
 from lightning_peft.methods.gradual import GradualUnfreezing
 from lightning_peft.methods.ia3 import IA3
 from lightning_peft.methods.last_layers import LastLayers
@@ -69,6 +71,7 @@ __all__ = [
     "DyLoRA",
     "FormatError",
     "FullFineTuning",
+    "GatedLoRA",
     "GradualUnfreezing",
     "InjectionError",
     "LastLayers",
@@ -83,6 +86,7 @@ __all__ = [
     "PrefixTuning",
     "PromptTuning",
     "Report",
+    "RowError",
     "SelectionMethod",
     "StateError",
     "TargetError",
@@ -102,6 +106,7 @@ __all__ = [
     "load_adapter",
     "load_from_checkpoint",
     "merge",
+    "rows",
     "save_adapter",
     "set_active",
     "trainable_parameters",

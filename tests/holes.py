@@ -7,6 +7,7 @@ from tests.kinds import KINDS
 ANY = "*"
 
 _READS = "dropout acts on a layer's input; here the module reads the weight itself"
+_NO_VECTORS = "the gate reads the vectors that a linear layer is called with"
 _SHARED = "its three projections share one bias, which cannot change with one of them"
 _NO_SHIFT = "an embedding or a bare parameter has no bias, so no place for a shift"
 _NO_INPUT = "an embedding is called with ids, which nothing can scale"
@@ -20,6 +21,7 @@ _NO_NORM = "no norm layers"
 _NOTHING_FIRST = "there is no head, so nothing would train before the first block thaws"
 
 _ATTEND = [name for name, kind in KINDS.items() if kind.keys]
+_LINEAR = ["linear", "linear_4d", "fused_qkv", "llama", "gpt2", "vit"]
 _LOOKED_UP = ["embedding", "tied", "scaled"]
 
 
@@ -34,6 +36,7 @@ def _but(kinds: list[str]) -> list[str]:
 #: (method, kind) -> why it cannot be had there, and what its error at the start says
 REFUSED: dict[tuple[str, str], tuple[str, str]] = {
     **_on(["mha", "mha_batch_first", "mha_kdim", "encoder", "experts", "scaled"], _READS, "dropout", "lora_dropout"),
+    **_on(_but(_LINEAR), _NO_VECTORS, "not called with vectors", "gated_lora"),
     **_on(["mha_kdim"], _SHARED, "shares the bias", "ia3", "ssf"),
     **_on([*_LOOKED_UP, "experts"], _NO_SHIFT, "no place for a shift", "ssf"),
     **_on(_LOOKED_UP, _NO_INPUT, "no input to scale", "ia3_inputs"),

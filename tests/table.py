@@ -215,6 +215,11 @@ METHODS: dict[str, Row] = {
     "lokr": Row(weight(lp.LoKr, r=1), kronecker(1)),
     "oft": Row(weight(lp.OFT, block_size=3), rotations(3), additive=False),
     "lora_freeze_A": Row(lora(freeze_A=True), lora_half),
+    "gated_lora": Row(
+        weight(lp.GatedLoRA, r=2, alpha=4),
+        lambda kind, model: low_rank(2)(kind, model) + sum(i + 1 for _, i in kind.matrices.values()),
+        mergeable=False,
+    ),
     "adalora": Row(weight(lp.AdaLoRA, target_r=1, init_r=2), triplets),
     "dylora": Row(weight(lp.DyLoRA, r=2, alpha=4), low_rank(2)),
     "dylora_frozen": Row(weight(lp.DyLoRA, r=2, alpha=4, frozen=True), low_rank(2), kinds=SOME),

@@ -1,11 +1,12 @@
 """Compare methods on real data with real pretrained weights.
 
-    python -m benchmarks.real e2e --markdown docs/results/e2e.md        # every method, one after the other
-    python -m benchmarks.real cifar --methods lora ssf                  # those whose label holds a word
-    python -m benchmarks.real banking77 --tune 1e-3 3e-3                # learning rates, on data held out for that
+    python -m benchmarks.real cifar --data ~/data                      # every method of one study
+    python -m benchmarks.real cifar --methods lora ssf --steps 50      # those whose label holds a word, fewer steps
+    python -m benchmarks.real e2e --seeds 0 1 --store e2e.jsonl --markdown e2e.md
 
-Every run has the same data, number of steps, schedule and seed; it differs in the callback and its learning rate.
-The data lies beside the repository or where LIGHTNING_PEFT_DATA says; without it a study says so and stops.
+For each method a learning rate is searched on data held out for that; then it is trained once for each seed and
+tested. Data, steps and schedule are the same for all; only the callback and its rate differ. Runs that are in
+--store are not made again: an interrupted command goes on where it was.
 """
 
 from __future__ import annotations
@@ -14,23 +15,25 @@ import argparse
 import logging
 import sys
 import tempfile
-import time
 import warnings
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 import lightning_peft as lp
 from benchmarks.real import STUDIES, load, report
-from benchmarks.real.study import MissingData, Result, Row, Study
+from benchmarks.real import study as studies
+from benchmarks.real.store import Result, Store
+from benchmarks.real.study import MissingData, Row, Study
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one study; 0 if every method that is there ran."""
     options = _parse(arguments)
-    study = load(options.study)
+    if options.data is not None:
+        studies.DATA = options.data
+    study, store = load(options.study), Store(options.store)
     console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 160)
     torch.set_num_threads(options.threads)
     warnings.filterwarnings("ignore", message=".*does not have many workers|.*LeafSpec")
@@ -40,44 +43,78 @@ def main(arguments: list[str] | None = None) -> int:
     if not rows:
         console.print(f"no label holds any of {options.methods}; there are: {', '.join(r.label for r in study.rows)}")
         return 2
-    steps = options.steps or study.steps
-    start, failed = time.perf_counter(), False
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            study.prepare(Path(folder), tuning=bool(options.tune))
-        except MissingData as error:
-            console.print(f"skipped: {error}")
-            return 0
-        results: list[Result] = []
+    try:
+        found, failed = _run(study, store, rows, options, console)
+    except MissingData as error:
+        console.print(f"skipped: {error}")
+        return 0
+    if not found:
+        return 1
+    console.print(report.table(study, found))
+    if options.markdown is not None:
+        report.write(study, store, found, options.markdown)
+    return int(failed)
+
+
+def _run(
+    study: Study, store: Store, rows: list[Row], options: argparse.Namespace, console: Console
+) -> tuple[dict[Row, list[Result]], bool]:
+    """The results of each row that could be run, one for each seed, and whether any failed."""
+    steps, search_steps = (
+        default if asked is None else asked
+        for asked, default in ((options.steps, study.steps), (options.search_steps, study.search_steps))
+    )
+    found: dict[Row, list[Result]] = {}
+    broken: set[Row] = set()
+    for seed in options.seeds:  # the seed outermost: what is there when time runs out is a whole comparison
         for row in rows:
             if row.method is not None and not hasattr(lp, row.method):
-                console.print(f"skipped: {row.label}: lightning_peft has no {row.method}")
+                if seed == options.seeds[0]:
+                    console.print(f"skipped: {row.label}: lightning_peft has no {row.method}")
                 continue
-            for lr in options.tune or [row.lr]:
-                try:
-                    result = study.run(row, lr, steps, options.seed)
-                except Exception as error:
-                    console.print(f"failed: {row.label}: {type(error).__name__}: {error}", style="red")
-                    failed = True
-                    if options.traceback:
-                        raise
-                    continue
-                results.append(result)
-                shown = ", ".join(f"{k} {f.format(result.scores[k])}" for k, f in study.metrics.items())
-                console.print(f"{row.label}, lr {lr:g}: {shown}", highlight=False)
-                if row.method is None:
-                    break
-    if not results:
-        return 1
-    console.print(_table(study, results))
-    for result in results if not options.tune else ():
-        for sample in result.samples:
-            console.print(f"  {result.label}: {sample}", highlight=False, markup=False)
-    seconds = time.perf_counter() - start
-    console.print(f"{seconds:.0f} s")
-    if options.markdown is not None:
-        report.write(study, results, options.markdown, steps, options.seed, seconds)
-    return int(failed)
+            if row in broken or (row.method is None and row in found):
+                continue
+            try:
+                lr = _rate(study, store, row, search_steps, console) if row.method is not None else 0.0
+                result = _made(study, store, row, lr, steps, seed, tuning=False)
+            except MissingData:
+                raise
+            except Exception as error:
+                if options.traceback:
+                    raise
+                console.print(f"failed: {row.label}: {type(error).__name__}: {error}", style="red")
+                broken.add(row)
+                continue
+            found.setdefault(row, []).append(result)
+            shown = ", ".join(f"{k} {f.format(result.scores[k])}" for k, f in study.metrics.items())
+            console.print(f"{row.label}, seed {seed}, lr {lr:g}: {shown}, {result.seconds:.0f} s", highlight=False)
+    return found, bool(broken)
+
+
+def _rate(study: Study, store: Store, row: Row, steps: int, console: Console) -> float:
+    if row.lr_of:
+        row = next(other for other in study.rows if other.label == row.lr_of)
+
+    if steps == 0:
+        return row.lr
+
+    def loss(lr: float) -> float:
+        value = _made(study, store, row, lr, steps, 0, tuning=True).scores["loss"]
+        console.print(f"  {row.label}, lr {lr:g}: held-out loss {value:.3f}", highlight=False)
+        return value
+
+    return studies.search(row.lr, loss)
+
+
+def _made(study: Study, store: Store, row: Row, lr: float, steps: int, seed: int, tuning: bool) -> Result:
+    """The run from the store, or made now and stored."""
+    result = store.get(study.setting(row, lr, steps, seed, tuning))
+    if result is None:
+        with tempfile.TemporaryDirectory() as folder:
+            study.prepare(Path(folder), tuning)
+            result = study.run(row, lr, steps, seed, tuning)
+        store.add(result)
+    return result
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -85,32 +122,22 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         prog="python -m benchmarks.real", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("study", choices=STUDIES)
+    parser.add_argument("--data", type=Path, help="folder of the data (default: LIGHTNING_PEFT_DATA, ../shared/data)")
     parser.add_argument("--methods", nargs="+", help="words: only rows whose label holds one of them")
     parser.add_argument("--steps", type=int, help="optimizer steps of each run (default: the study's)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1, help="of torch (default: 1)")
     parser.add_argument(
-        "--tune", nargs="+", type=float, metavar="LR", help="try these rates, on data held out for that"
+        "--search-steps", type=int, help="steps of each run of the rate's search (default: the study's)"
     )
-    parser.add_argument("--markdown", type=Path, help="write the table there, and a plot beside it (.png)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--threads", type=int, default=1, help="of torch (default: 1)")
+    parser.add_argument("--store", type=Path, help="keep each run there as a JSON line; runs that are there count")
+    parser.add_argument("--markdown", type=Path, help="write the tables there, and a plot beside it (.svg)")
     parser.add_argument("--traceback", action="store_true", help="stop at the first failure")
-    options = parser.parse_args(arguments)
-    if options.tune and options.markdown:
-        parser.error("--markdown is for test results; --tune gives none")
-    return options
+    return parser.parse_args(arguments)
 
 
 def _wanted(row: Row, words: list[str] | None) -> bool:
     return words is None or any(word.lower() in row.label.lower() for word in words)
-
-
-def _table(study: Study, results: list[Result]) -> Table:
-    table = Table(title=study.title, title_justify="left")
-    for index, header in enumerate(report.headers(study)):
-        table.add_column(header, justify="right" if index else "left")
-    for result in results:
-        table.add_row(*report.cells(study, result))
-    return table
 
 
 if __name__ == "__main__":

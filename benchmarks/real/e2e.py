@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -13,6 +15,13 @@ from lightning_peft.data import GenerationData
 from lightning_peft.tasks import LanguageModel
 
 PROMPT = "{prompt} ||"
+LENGTH = 100
+PREFIX = {"num_virtual_tokens": 20}
+
+
+def prompt(tokens: int) -> dict[str, Any]:
+    """Virtual tokens behind BOS, which stays where the model has always seen it: see the second table."""
+    return {"num_virtual_tokens": tokens, "position": "after_bos"}
 
 
 class E2E(Study):
@@ -24,9 +33,10 @@ class E2E(Study):
         "every 12th pair of the test file (392), half of whose 18 restaurants are new. `loss` is the cross entropy "
         "in nats per token of the reference text given the attributes, end of text included; `stories` is that of "
         "TinyStories with the adapter still on: what was forgotten (an adapter can be switched off, a changed base "
-        "cannot)."
+        "cannot). `slots %` is the share of attribute values, `family friendly` aside, that the greedy text repeats "
+        "word by word, over 52 sets of attributes; the people who wrote the references repeat 87 %."
     )
-    metrics = {"loss": "{:.3f}", "stories": "{:.3f}"}
+    metrics = {"loss": "{:.3f}", "slots %": "{:.1f}", "stories": "{:.3f}"}
     higher_is_better = False
     steps = 300
     batch_size = 8
@@ -34,21 +44,28 @@ class E2E(Study):
         "name : Blue Spice | Type : coffee shop | area : city centre",
         "name : The Mill | Type : pub | food : Italian | price : cheap | area : riverside | near : Raja Indian Cuisine",
     )
-    grid = "two neighbours among 3e-3, 1e-2, 3e-2, 1e-1 and 3e-1, by the loss after 60 steps (DoRA and r=2 take LoRA's)"
+    search_steps = 60
     rows = (
         Row("base"),
         Row("norm tuning", "NormTuning", {}, 1e-1),
-        Row("prompt tuning, 20 tokens", "PromptTuning", {"num_virtual_tokens": 20}, 1e-1),
-        Row("P-tuning, 20 tokens", "PTuning", {"num_virtual_tokens": 20}, 3e-2),
-        Row("prefix tuning, 20 tokens", "PrefixTuning", {"num_virtual_tokens": 20}, 1e-1),
+        Row("prompt tuning, 20 tokens", "PromptTuning", prompt(20), 1e-1),
+        Row("P-tuning, 20 tokens", "PTuning", prompt(20), 3e-2),
+        Row("prefix tuning, 20 tokens", "PrefixTuning", PREFIX, 1e-1),
         Row("IA3", "IA3", {}, 1e-1),
         Row("SSF", "SSF", {}, 3e-2),
         Row("bottleneck of 8, serial", "BottleneckAdapter", {"bottleneck_size": 8}, 3e-2),
-        Row("LoRA r=2", "LoRA", {"r": 2, "alpha": 4}, 1e-2),
+        Row("LoRA r=2", "LoRA", {"r": 2, "alpha": 4}, lr_of="LoRA r=8"),
         Row("LoRA r=8", "LoRA", {"r": 8, "alpha": 16}, 1e-2),
-        Row("DoRA r=8", "DoRA", {"r": 8, "alpha": 16}, 1e-2),
+        Row("DoRA r=8", "DoRA", {"r": 8, "alpha": 16}, lr_of="LoRA r=8"),
         Row("last block", "LastLayers", {}, 1e-2),
         Row("full fine-tuning", "FullFineTuning", {}, 3e-3),
+        Row("prompt before BOS", "PromptTuning", {"num_virtual_tokens": 20}, 1e-1, probe=True),
+        Row("prompt of 5 tokens", "PromptTuning", prompt(5), 1e-1, probe=True),
+        Row("prompt of 80 tokens", "PromptTuning", prompt(80), 1e-1, probe=True),
+        Row("prefix of 5 tokens", "PrefixTuning", {"num_virtual_tokens": 5}, 1e-1, probe=True),
+        Row("prefix of 80 tokens", "PrefixTuning", {"num_virtual_tokens": 80}, 1e-1, probe=True),
+        Row("prefix from deviation 1", "PrefixTuning", {**PREFIX, "init_std": 1.0}, 1e-1, probe=True),
+        Row("prefix through a network", "PrefixTuning", {**PREFIX, "bottleneck_size": 64}, 1e-2, probe=True),
     )
 
     def prepare(self, folder: Path, tuning: bool) -> None:
@@ -60,6 +77,8 @@ class E2E(Study):
             held = set(meanings[::10])
             test = [line for line in train if line.partition("||")[0] in held][::2]
             train = [line for line in train if line.partition("||")[0] not in held]
+        self.tuning = tuning
+        self.asked = list(dict.fromkeys(line.partition("||")[0] for line in test))[::7]
         self.train, self.test = folder / "train.txt", folder / "test.txt"
         self.train.write_text("\n".join(train))
         self.test.write_text("\n".join(test))
@@ -82,12 +101,29 @@ class E2E(Study):
         assert isinstance(module, LanguageModel)
         assert isinstance(data, GenerationData)
         loss = trainer.test(module, data, verbose=False)[0]["test/loss"]
-        return {"loss": loss, "stories": _story_loss(module, data, self.stories)}
+        if self.tuning:
+            return {"loss": loss}
+        texts = _write(module, self.asked)
+        slots = sum(map(named, self.asked, texts)) / len(texts)
+        return {"loss": loss, "slots %": 100 * slots, "stories": _story_loss(module, data, self.stories)}
 
     def samples(self, module: L.LightningModule) -> list[str]:
         assert isinstance(module, LanguageModel)
-        prompts = [PROMPT.replace("{prompt}", shown) for shown in self.prompts]
-        return [" ".join(text.split()) for text in module.generate(prompts, max_new_tokens=80)]
+        return _write(module, self.prompts)
+
+
+def named(meaning: str, text: str) -> float:
+    """The share of the attributes' values that the text repeats; "family friendly : yes" has none to repeat."""
+    pairs = [part.partition(" : ")[::2] for part in meaning.lower().split("|")]
+    values = [" ".join(value.split()) for key, value in pairs if key.strip() != "family friendly"]
+    said = " ".join(text.lower().split())
+    return sum(value in said for value in values) / len(values)
+
+
+def _write(module: LanguageModel, meanings: Sequence[str]) -> list[str]:
+    """Greedy texts, their spaces made single."""
+    prompts = [PROMPT.replace("{prompt}", meaning) for meaning in meanings]
+    return [" ".join(text.split()) for text in module.generate(prompts, max_new_tokens=LENGTH)]
 
 
 @torch.no_grad()

@@ -4,76 +4,156 @@ from __future__ import annotations
 
 import importlib.metadata
 import shlex
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
+from rich.table import Table
+
 from benchmarks.measure import hardware, versions
-from benchmarks.real.study import Result, Study
+from benchmarks.real.store import Result, Store
+from benchmarks.real.study import Row, Study
+
+Found = dict[Row, list[Result]]
 
 
-def headers(study: Study) -> list[str]:
-    """The table's columns."""
-    return ["method", "trainable", "%", *study.metrics, "step ms", "checkpoint kB", "lr"]
+def table(study: Study, found: Found) -> Table:
+    """The results for the terminal."""
+    shown = Table(title=study.title, title_justify="left")
+    for index, header in enumerate(_headers(study)):
+        shown.add_column(header, justify="right" if index else "left")
+    for cells in _cells(study, found):
+        shown.add_row(*cells)
+    return shown
 
 
-def cells(study: Study, result: Result) -> list[str]:
-    """One row of the table."""
-    trained = result.step_ms is not None
-    return [
-        result.label,
-        f"{result.trainable:,}",
-        f"{result.percent:.3g}",
-        *[form.format(result.scores[name]) for name, form in study.metrics.items()],
-        f"{result.step_ms:.0f}" if result.step_ms is not None else "",
-        f"{result.checkpoint / 1000:,.1f}" if trained else "",
-        f"{result.lr:g}" if trained else "",
-    ]
-
-
-def write(study: Study, results: list[Result], path: Path, steps: int, seed: int, seconds: float) -> None:
+def write(study: Study, store: Store, found: Found, path: Path) -> None:
     """Write the page, and the plot beside it where matplotlib is installed."""
-    found = versions()
-    found["lightning"] = importlib.metadata.version("lightning")
-    found.pop("peft", None)
-    lines = [
-        f"# {study.title}",
-        "",
-        study.task,
-        "",
-        f"Each run: {steps} steps of AdamW, linear warmup and decay, seed {seed}. Learning rate: the best of "
-        f"{study.grid} on data held out for that. `step ms` is the median time of a training step; "
-        "`checkpoint kB` what a weights-only checkpoint takes on disk.",
-        "",
-        "| " + " | ".join(headers(study)) + " |",
-        "|---|" + "---:|" * (len(headers(study)) - 1),
-        *("| " + " | ".join(cells(study, result)) + " |" for result in results),
-        "",
-    ]
-    if _plot(study, results, path.with_suffix(".png")):
-        lines += [f"![{study.title}]({path.stem}.png)", ""]
-    if any(result.samples for result in results):
-        lines += ["## What they write", "", "Greedily, at most 80 tokens, for these in turn:", ""]
-        lines += [*(f"- `{prompt}`" for prompt in study.prompts), ""]
-        for result in results:
-            lines += [f"- **{result.label}**", *(f"    - {sample}" for sample in result.samples)]
-        lines.append("")
-    lines += [
-        "## How it was made",
-        "",
-        "```bash",
-        shlex.join(["python", "-m", "benchmarks.real", *sys.argv[1:]]),
-        "```",
-        "",
-        f"{seconds / 60:.0f} minutes on {hardware('cpu')}, shared with other work while it ran, so that step times "
-        "are good to about a fifth. " + ", ".join(f"{name} {version}" for name, version in found.items()) + ".",
-        "",
-    ]
+    compared = {row: results for row, results in found.items() if not row.probe}
+    probes = {row: results for row, results in found.items() if row.probe}
+    lines = [f"# {study.title}", "", study.task, "", _protocol(found), "", *_markdown(study, compared)]
+    if _plot(study, compared, path.with_suffix(".svg")):
+        lines += [f"![{study.title}]({path.stem}.svg)", ""]
+    if probes:
+        lines += ["## Questions asked of some of them", "", study.probes, "", *_markdown(study, probes)]
+    lines += _samples(study, compared)
+    lines += _searches(study, store, found)
+    lines += _made(found)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines))
 
 
-def _plot(study: Study, results: list[Result], path: Path) -> bool:
+def _headers(study: Study) -> list[str]:
+    return ["method", "trainable", "%", *study.metrics, "step ms", "step / full", "checkpoint kB", "lr"]
+
+
+def _cells(study: Study, found: Found) -> list[list[str]]:
+    """The rows of the table: means over the seeds, with their standard deviation."""
+    full = next((_step_ms(results) for row, results in found.items() if row.method == "FullFineTuning"), None)
+    lines = []
+    for row, results in found.items():
+        first, step = results[0], _step_ms(results)
+        cells = [row.label, f"{first.trainable:,}", f"{first.percent:.3g}"]
+        cells += [_spread([r.scores[name] for r in results], form) for name, form in study.metrics.items()]
+        if step is None:
+            cells += [""] * 4
+        else:
+            cells += [f"{step:.0f}", f"{step / full:.2f}" if full else "", f"{first.checkpoint / 1000:,.1f}"]
+            cells += [f"{first.setting.lr:g}"]
+        lines.append(cells)
+    return lines
+
+
+def _markdown(study: Study, found: Found) -> list[str]:
+    headers = _headers(study)
+    rows = [headers, ["---"] + ["---:"] * (len(headers) - 1), *_cells(study, found)]
+    return [*("| " + " | ".join(cells) + " |" for cells in rows), ""]
+
+
+def _step_ms(results: list[Result]) -> float | None:
+    steps = [r.step_ms for r in results if r.step_ms is not None]
+    return statistics.median(steps) if steps else None
+
+
+def _spread(values: list[float], form: str) -> str:
+    mean = form.format(statistics.fmean(values))
+    return f"{mean} ± {form.format(statistics.stdev(values))}" if len(values) > 1 else mean
+
+
+def _protocol(found: Found) -> str:
+    trained = [results for row, results in found.items() if row.method is not None]
+    steps = "/".join(sorted({str(r.setting.steps) for results in trained for r in results}))
+    seeds = [[r.setting.seed for r in results] for results in trained]
+    fewest, most = (pick(map(len, seeds)) if seeds else 0 for pick in (min, max))
+    number = f"{most}" if fewest == most else f"{fewest} to {most}"
+    return (
+        f"Each run: {steps} steps of AdamW, linear warmup and decay. Scores are the mean of {number} seed(s) "
+        f"({', '.join(map(str, sorted({s for one in seeds for s in one})))}), ± their standard deviation. `step ms` is "
+        "the median processor time of a training step, `step / full` its ratio to full fine-tuning's; `checkpoint kB` "
+        "is what a weights-only checkpoint takes on disk; `lr` is the rate that the search below chose."
+    )
+
+
+def _samples(study: Study, found: Found) -> list[str]:
+    if not any(result.samples for results in found.values() for result in results):
+        return []
+    lines = ["## What they write", "", "Greedily, with the first seed, for these in turn:", ""]
+    lines += [*(f"- `{prompt}`" for prompt in study.prompts), ""]
+    for row, (first, *_) in found.items():
+        lines += [f"- **{row.label}**", *(f"    - {sample}" for sample in first.samples)]
+    return [*lines, ""]
+
+
+def _searches(study: Study, store: Store, found: Found) -> list[str]:
+    tried = {row.label: store.tried(study.name, row.call) for row in found if row.method is not None}
+    tried = {label: results for label, results in tried.items() if results}
+    if not tried:
+        return []
+    rates = sorted({r.setting.lr for results in tried.values() for r in results})
+    steps = next(iter(tried.values()))[0].setting.steps
+    lines = [
+        "## The rates that were tried",
+        "",
+        f"Loss on held-out training data after {steps} steps; the search goes on until both neighbours are worse. "
+        + " ".join(f"{row.label} takes the rate of {row.lr_of}." for row in found if row.lr_of),
+        "",
+        "| method | " + " | ".join(f"{lr:g}" for lr in rates) + " |",
+        "|---|" + "---:|" * len(rates),
+    ]
+    for label, results in tried.items():
+        losses = {r.setting.lr: r.scores["loss"] for r in results}
+        best = min(losses.values())
+        cells = [f"{losses[lr]:.3f}" if lr in losses else "" for lr in rates]
+        cells = [f"**{cell}**" if lr in losses and losses[lr] == best else cell for cell, lr in zip(cells, rates)]
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
+def _made(found: Found) -> list[str]:
+    versions_found = {name: version for name, version in versions().items() if name != "peft"}
+    versions_found["lightning"] = importlib.metadata.version("lightning")
+    seconds = sum(result.seconds for results in found.values() for result in results)
+    return [
+        "## How it was made",
+        "",
+        "```bash",
+        shlex.join(["python", "-m", "benchmarks.real", *_shown(sys.argv[1:])]),
+        "```",
+        "",
+        f"{seconds / 60:.0f} minutes without the search, on {hardware('cpu')}, shared with much other work. "
+        + ", ".join(f"{name} {version}" for name, version in versions_found.items())
+        + ".",
+        "",
+    ]
+
+
+def _shown(arguments: list[str]) -> list[str]:
+    """The command without the folders of this machine."""
+    return ["DATA" if before == "--data" else word for before, word in zip(["", *arguments], arguments, strict=False)]
+
+
+def _plot(study: Study, found: Found, path: Path) -> bool:
     try:
         import matplotlib
     except ImportError:
@@ -81,23 +161,27 @@ def _plot(study: Study, results: list[Result], path: Path) -> bool:
     matplotlib.use("agg")
     from matplotlib import pyplot
 
+    pyplot.rcParams["svg.hashsalt"] = study.name  # the same results give the same file
     metric = next(iter(study.metrics))
     figure, axes = pyplot.subplots(figsize=(7, 4.2))
-    for result in results:
-        value = result.scores[metric]
-        if result.trainable == 0:
-            axes.axhline(value, color="gray", linestyle=":", linewidth=1)
-            axes.annotate(result.label, (0.01, value), xycoords=("axes fraction", "data"), fontsize=8, va="bottom")
+    points = []
+    for row, results in found.items():
+        values = [result.scores[metric] for result in results]
+        if row.method is None:
+            axes.axhline(values[0], color="gray", linestyle=":", linewidth=1)
+            axes.annotate(row.label, (0.01, values[0]), xycoords=("axes fraction", "data"), fontsize=8, va="bottom")
             continue
-        axes.scatter(result.percent, value, s=22, color="C0")
+        points.append((row.label, results[0].trainable, statistics.fmean(values)))
+        axes.vlines(results[0].trainable, min(values), max(values), color="C0", linewidth=1)
+    axes.scatter([x for _, x, _ in points], [y for _, _, y in points], s=22, color="C0")
     axes.set_xscale("log")
-    axes.set_xlabel("trainable parameters, % of all")
+    axes.set_xlabel("trainable parameters")
     axes.set_ylabel(f"{metric} on test data ({'higher' if study.higher_is_better else 'lower'} is better)")
     axes.margins(x=0.15)
     axes.spines[["top", "right"]].set_visible(False)
-    _label(axes, [(r.label, r.percent, r.scores[metric]) for r in results if r.trainable])
+    _label(axes, points)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110, bbox_inches="tight")
+    figure.savefig(path, bbox_inches="tight", metadata={"Date": None})
     pyplot.close(figure)
     return True
 

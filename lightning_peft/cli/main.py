@@ -13,6 +13,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 
 import lightning_peft as lp
+from lightning_peft.cli.export import export
+from lightning_peft.cli.import_adapter import import_adapter
 from lightning_peft.cli.inspect import inspect_path, names_a_path
 from lightning_peft.cli.methods import methods
 from lightning_peft.formats.files import FormatError
@@ -28,6 +30,7 @@ USER_ERRORS = (
     lp.TargetError,
     lp.InjectionError,
     lp.StateError,
+    lp.FormatError,
     lp.AuditError,
     lp.MergeError,
     FormatError,
@@ -121,7 +124,11 @@ def main(args: Sequence[str] | None = None) -> None:
         methods(parser.parse_args(given[1:]).name)
         return
     try:
-        if given[:1] == ["inspect"] and names_a_path(given[1:]):
+        if given[:1] == ["export"]:
+            export(given[1:])
+        elif given[:1] == ["import"]:
+            import_adapter(given[1:])
+        elif given[:1] == ["inspect"] and names_a_path(given[1:]):
             inspect_path(given[1:])
         else:
             PEFTCLI(args=args)

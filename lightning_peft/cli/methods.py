@@ -12,12 +12,12 @@ from rich.table import Table
 
 import lightning_peft as lp
 
-__all__ = ["command_name", "methods"]
+__all__ = ["command_name", "exported", "methods"]
 
 
 def command_name(method: type[lp.PEFTMethod]) -> str:
-    """The name of a method on the command line: ``PrefixTuning`` is ``prefix-tuning``, ``LoRA`` is ``lora``."""
-    return re.sub(r"(?<=[a-z])(?=[A-Z][a-z])", "-", method.__name__).lower()
+    """The name of a method on the command line: ``PrefixTuning`` is ``prefix-tuning``, ``AdaLoRA`` is ``adalora``."""
+    return re.sub(r"(?<=.)(?=[A-Z][a-z]{3})|(?<=[a-z]{4})(?=[A-Z])", "-", method.__name__).lower()
 
 
 def methods(name: str | None = None) -> None:
@@ -26,7 +26,7 @@ def methods(name: str | None = None) -> None:
     Args:
         name: a method's class or command-line name, such as ``LoRA`` or ``prefix-tuning``.
     """
-    known = {command_name(m): m for m in _exported()}
+    known = {command_name(m): m for m in exported()}
     if name is None:
         table = Table("name", "class", "what it is")
         for command, method in sorted(known.items()):
@@ -41,6 +41,7 @@ def methods(name: str | None = None) -> None:
     Console().print(f"{module.__doc__}\n{inspect.getdoc(found)}", markup=False, highlight=False)
 
 
-def _exported() -> list[type[lp.PEFTMethod]]:
+def exported() -> list[type[lp.PEFTMethod]]:
+    """The methods that the package exports."""
     found = (getattr(lp, name) for name in lp.__all__)
     return [m for m in found if isinstance(m, type) and issubclass(m, lp.PEFTMethod) and not inspect.isabstract(m)]

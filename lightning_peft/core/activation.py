@@ -6,7 +6,6 @@ tensor is the hidden state (Hugging Face's ``ModelOutput`` included); the rest i
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +14,8 @@ from torch import Tensor, nn
 
 from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.blocks import find_blocks
+from lightning_peft.core.outputs import first_tensor, hidden_state, with_hidden_state
+from lightning_peft.core.row_links import AfterRows, RowLink, WholeBatch
 from lightning_peft.core.sites import find_sites, weight_sites
 from lightning_peft.core.sublayers import channels_first, find_sublayers, output_width
 from lightning_peft.core.swap import original_class
@@ -67,14 +68,24 @@ class ActivationAdapter(Adapter):
 
     def run(self, host: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         output = call(*args, **kwargs)
-        y = hidden_state(output, self.site_name)
+        y, x = hidden_state(output, self.site_name), self.reads(args, kwargs)
+        return with_hidden_state(output, self.after(host, y if x is None else x, y))
+
+    def reads(self, args: tuple, kwargs: Mapping[str, Any]) -> Tensor | None:
+        """The sub-layer's input, in a call of the host that ends it; None where there is none."""
+        return self._taps[0].take() if self._taps else first_tensor(args, kwargs)
+
+    def after(self, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """The new output of some rows, given their input and their output so far."""
         if y.shape[self.axis] != self.width:
             raise ValueError(
                 f"{self.site_name!r} gives an output of shape {tuple(y.shape)}, whose dimension {self.axis} is not the "
                 f"{self.width} features its layers promise: set width= (and channels_first=) to what it gives"
             )
-        x = self._taps[0].take() if self._taps else first_tensor(args, kwargs)
-        return with_hidden_state(output, self(y if x is None else x, y))
+        return self(x, y)
+
+    def row_link(self, host: nn.Module) -> type[RowLink] | None:
+        return AfterRows if type(self).run is ActivationAdapter.run else None
 
 
 class InputTap(Adapter):
@@ -91,6 +102,9 @@ class InputTap(Adapter):
         self._input = first_tensor(args, kwargs)
         return call(*args, **kwargs)
 
+    def row_link(self, host: nn.Module) -> type[RowLink]:
+        return WholeBatch
+
     def take(self) -> Tensor:
         """The input of the run in progress, once."""
         x, self._input = self._input, None
@@ -103,50 +117,6 @@ class InputTap(Adapter):
 
     def extra_repr(self) -> str:
         return f"read by {self.reader}"
-
-
-def first_tensor(args: Iterable[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
-    """The first floating-point tensor among a call's arguments."""
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, Tensor) and value.is_floating_point():
-            return value
-    return None
-
-
-def hidden_state(output: Any, where: str) -> Tensor:
-    """The tensor that an adapter changes in a module's output.
-
-    Raises:
-        TypeError: the output holds no tensor in first place.
-    """
-    first = output
-    if isinstance(output, Mapping):
-        first = output[_key(output)] if len(output) else None
-    elif isinstance(output, tuple | list) and output:
-        first = output[0]
-    if not isinstance(first, Tensor):
-        raise TypeError(
-            f"{where!r} gives {type(output).__name__} with {type(first).__name__} in first place: an activation "
-            "adapter needs a tensor, or a tuple or mapping whose first item is one"
-        )
-    return first
-
-
-def with_hidden_state(output: Any, new: Tensor) -> Any:
-    """``output`` with ``new`` in the place of its hidden state; the rest is shared, nothing is changed in place."""
-    if isinstance(output, Tensor):
-        return new
-    if dataclasses.is_dataclass(output) and isinstance(output, Mapping):
-        return dataclasses.replace(output, **{_key(output): new})  # type: ignore[type-var]
-    if isinstance(output, Mapping):
-        return {**output, _key(output): new}
-    if hasattr(output, "_replace"):
-        return output._replace(**{output._fields[0]: new})
-    return type(output)((new, *output[1:]))
-
-
-def _key(output: Mapping[str, Any]) -> str:
-    return "last_hidden_state" if "last_hidden_state" in output else next(iter(output))
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.core.row_links import AfterRows, RowLink
 from lightning_peft.core.sites import Site
 
 __all__ = ["Adapter", "WeightAdapter", "WeightGroup"]
@@ -49,6 +50,16 @@ class Adapter(nn.Module):
     def rewrites(self) -> bool:
         """Whether the host must run with its adapted weight in place instead of around its own."""
         return False
+
+    #: whether its parts at several hosts work on one sequence, so that a batch of rows must pass all of them together
+    spans_hosts = False
+
+    def row_link(self, host: nn.Module) -> Callable[..., RowLink] | None:
+        """What lets adapters of this kind serve one batch whose rows name different ones, and the same for all of them.
+
+        None where the host has to run once for each adapter. See :mod:`lightning_peft.core.rows`.
+        """
+        return None
 
     @property
     def foldable(self) -> bool:
@@ -115,8 +126,19 @@ class WeightAdapter(Adapter):
         return {self.parameter: self}
 
     def run(self, host: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        x = args[0] if args else next(iter(kwargs.values()))
-        return self.output(host, x, call(*args, **kwargs))
+        return self.output(host, self.reads(args, kwargs), call(*args, **kwargs))
+
+    def reads(self, args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
+        """The input of :meth:`output` in a call of the host."""
+        return args[0] if args else next(iter(kwargs.values()))
+
+    def after(self, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """The new output of some rows, given their input and their output so far."""
+        return self.output(host, x, y)
+
+    def row_link(self, host: nn.Module) -> type[RowLink] | None:
+        around = not self.rewrites and type(self).run is WeightAdapter.run
+        return AfterRows if around else None
 
 
 class WeightGroup(Adapter):

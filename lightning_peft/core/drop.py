@@ -58,13 +58,13 @@ def adapter_drop(model: nn.Module, blocks: int | Sequence[int], name: str | None
         )
     if any(stack.merged is not None for stack in stacks.values()):
         raise ValueError("adapters are merged into the base: lp.unmerge(model) first")
-    before = {host: stack.active for host, stack in stacks.items()}
+    before = {host: stack.skipped for host, stack in stacks.items()}
     try:
         for stack in stacks.values():
-            stack.active = tuple(n for n in stack.active if name is not None and n != name)
+            stack.skipped = (*stack.skipped, *(stack if name is None else (name,)))
             stack.refresh()
         yield tuple(stacks)
     finally:
         for host, stack in stacks.items():
-            stack.active = before[host]
+            stack.skipped = before[host]
             stack.refresh()

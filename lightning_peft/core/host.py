@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -44,6 +44,9 @@ class AdapterStack(nn.ModuleDict):
         disabled: whether none does, for the time being.
         merged: original weights and biases by name while adapters are folded into them; None otherwise.
         merged_names: the adapters that are folded in.
+        skipped: the adapters that are left out here, whatever is active.
+        router: what chooses the adapters for each row of the batch; None where all rows have the active ones.
+        place: where the router finds the rows.
     """
 
     def __init__(self) -> None:
@@ -52,6 +55,9 @@ class AdapterStack(nn.ModuleDict):
         self.disabled = False
         self.merged: dict[str, Tensor | None] | None = None
         self.merged_names: tuple[str, ...] = ()
+        self.skipped: tuple[str, ...] = ()
+        self.router: Any = None
+        self.place: Any = None
         self.refresh()
 
     def forward(self, x: Any) -> Any:
@@ -60,11 +66,14 @@ class AdapterStack(nn.ModuleDict):
 
     def refresh(self) -> None:
         """Work out what runs, after the names, ``active``, ``disabled`` or ``merged`` have changed."""
-        names = () if self.disabled else tuple(n for n in self if n in self.active and n not in self.merged_names)
-        running = tuple(part for n in names for part in cast(Adapter, self[n]).parts())
+        self._folded, self._around = self._parts(() if self.disabled else self.active)
+
+    def _parts(self, names: Iterable[str]) -> tuple[tuple[Adapter, ...], tuple[Adapter, ...]]:
+        left = tuple(n for n in self if n in names and n not in self.merged_names and n not in self.skipped)
+        running = tuple(part for n in left for part in cast(Adapter, self[n]).parts())
         # Everything up to the last adapter that rewrites the weight is folded into it, to keep the order.
         split = max((i for i, adapter in enumerate(running, 1) if adapter.rewrites), default=0)
-        self._folded, self._around = running[:split], running[split:]
+        return running[:split], running[split:]
 
     def running(self, before: Adapter | None = None) -> tuple[Adapter, ...]:
         """The adapters that run, in order; only those ahead of ``before`` where it is given."""
@@ -73,12 +82,30 @@ class AdapterStack(nn.ModuleDict):
 
     def run(self, host: Any, forward: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
         """The host's output; ``forward`` is the original one."""
+        if self.router is not None and not self.disabled:
+            return self.router.run(host, forward, args, kwargs)
+        return self.run_active(host, forward, args, kwargs)
+
+    def run_as(self, names: Iterable[str], host: Any, forward: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+        """The host's output with the adapters called ``names``, whatever is active."""
+        before = self._folded, self._around
+        self._folded, self._around = self._parts(names)
+        try:
+            return self.run_active(host, forward, args, kwargs)
+        finally:
+            self._folded, self._around = before
+
+    def run_active(self, host: Any, forward: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+        """The host's output with the active adapters for all rows."""
         call = forward
         if self._folded:
             call = functools.partial(_run_with, host, effective_weights(host, self._folded), forward)
         for adapter in self._around:
             call = functools.partial(adapter.run, host, call)
         return call(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "router": None}  # a copy is not inside the context
 
 
 class Adapted(nn.Module):

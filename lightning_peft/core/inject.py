@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.freeze import freeze_norm_statistics, hold_statistics, keep_full_precision
 from lightning_peft.core.host import attach, check_host, hosts
+from lightning_peft.core.parts import Part, parts_of
 from lightning_peft.core.report import Report
 from lightning_peft.core.state import canonical, fingerprint
 from lightning_peft.core.swap import original_class
@@ -103,6 +104,7 @@ class Injection:
         trained_before: names of the base parameters that required gradients before.
         later: names of the parameters that train later; with the values they started from once they do.
         trains: what each method trains of the base itself, by adapter name.
+        parts: where each method's adapters are and on what layers, without their tensors, by adapter name.
     """
 
     methods: dict[str, Method]
@@ -112,6 +114,7 @@ class Injection:
     trained_before: frozenset[str]
     later: dict[str, Tensor | None] = field(default_factory=dict)
     trains: dict[str, Trains] = field(default_factory=dict)
+    parts: dict[str, list[Part]] = field(default_factory=dict)
 
     def widen(self, model: nn.Module, inner: str) -> None:
         """Let the record of the module called ``inner`` speak of ``model`` around it, and freeze the rest of that."""
@@ -131,6 +134,8 @@ class Injection:
             adapter: Trains(tuple(map(outer, trains.modules)), tuple(map(outer, trains.parameters)))
             for adapter, trains in self.trains.items()
         }
+        for part in (part for parts in self.parts.values() for part in parts):
+            part.host = outer(part.host)
         self.report.entries = [entry._replace(module=outer(entry.module)) for entry in self.report.entries]
         self.buffers = _buffers_now(model) | {outer(name): buffer for name, buffer in self.buffers.items()}
         self.fingerprint = fingerprint(model, leave_out=self.later)
@@ -216,6 +221,7 @@ def put_in(model: nn.Module, plans: Mapping[str, tuple[Method, Plan]]) -> Report
         record.methods[name] = method
         record.later |= dict.fromkeys(plan.later)
         record.trains[name] = Trains(tuple(plan.train_modules), (*plan.train, *plan.later))
+        record.parts[name] = list(parts_of(model, name, tensors=False))
     record.later = {n: v for n, v in record.later.items() if v is not None or not model.get_parameter(n).requires_grad}
     if not any(method.train_norm_stats for method in record.methods.values()):
         frozen = freeze_norm_statistics(model)

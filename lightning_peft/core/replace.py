@@ -138,7 +138,9 @@ def saved_copies(plan: Plan, model: nn.Module, name: str, state: Mapping[str, Te
         if full in plan.train or full in plan.later or any(f"{full}.".startswith(f"{m}.") for m in plan.train_modules):
             prefix = f"{place.host}.adapters.{name}".lstrip(".")
             keys = [f"{prefix}.{beside}{place.name}{end}" for beside in ("replacement.", "") for end in ("", "_")]
-            found.update({full: state[key] for key in keys if key in state})
+            for key in keys:
+                if key in state:
+                    found[full] = state[key]
     return found
 
 

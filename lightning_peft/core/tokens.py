@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_peft.core.swap import original_class
 
-__all__ = ["Layout", "Placement", "by_name", "parameters_of", "strip"]
+__all__ = ["Layout", "Placement", "RowPlacement", "by_name", "parameters_of", "strip"]
 
 
 def parameters_of(module: nn.Module) -> list[str]:
@@ -83,6 +83,44 @@ class Placement:
         return Layout(torch.stack(columns, 1), length, first)
 
 
+@dataclass(frozen=True)
+class RowPlacement:
+    """A placement for each row of a batch, None for rows without virtual tokens.
+
+    Rows with fewer of them than others have the missing ones as padding after all their tokens.
+    """
+
+    rows: tuple[Placement | None, ...]
+
+    @property
+    def counts(self) -> list[int]:
+        """How many virtual tokens each row has."""
+        return [0 if row is None else row.tokens for row in self.rows]
+
+    @property
+    def tokens(self) -> int:
+        """How many virtual tokens there are in the longest row."""
+        return max(self.counts)
+
+    @property
+    def padded(self) -> bool:
+        """Whether rows have different numbers of virtual tokens."""
+        return len(set(self.counts)) > 1
+
+    def layout(self, batch: int, length: int, mask: Tensor | None, device: torch.device) -> Layout:
+        """As :meth:`Placement.layout`, for a batch that has the same number of entries for each row."""
+        before = torch.full((batch, self.tokens), length, device=device)
+        row = torch.arange(len(self.rows), device=device).repeat_interleave(batch // len(self.rows))
+        first = torch.zeros(batch, dtype=torch.long, device=device)
+        for placement in dict.fromkeys(p for p in self.rows if p is not None):
+            layout = placement.layout(batch, length, mask, device)
+            theirs = torch.tensor([p == placement for p in self.rows], device=device)[row]
+            before[:, : placement.tokens] = torch.where(theirs[:, None], layout.before, before[:, : placement.tokens])
+            first = layout.first
+        there = torch.arange(self.tokens, device=device) < torch.tensor(self.counts, device=device)[row, None]
+        return Layout(before, length, first, there)
+
+
 class Layout:
     """Where each virtual and each real token of a batch goes.
 
@@ -90,9 +128,10 @@ class Layout:
         before: (batch, T): the index of the real column that each virtual token stands before.
         length: L, the number of real columns.
         first: (batch,): the first column that is no padding.
+        there: (batch, T): False for virtual tokens that are padding; by default none is.
     """
 
-    def __init__(self, before: Tensor, length: int, first: Tensor) -> None:
+    def __init__(self, before: Tensor, length: int, first: Tensor, there: Tensor | None = None) -> None:
         tokens = before.shape[1]
         columns = torch.arange(length, device=before.device)
         virtual = torch.arange(tokens, device=before.device)
@@ -101,16 +140,25 @@ class Layout:
         #: (batch, L): where the real tokens are in the longer sequence
         self.keep = columns + self.passed
         #: (batch, L): the last position before the next real token, whose output predicts it
-        self.predicts = columns + (before[:, None] <= columns[None, :, None] + 1).sum(-1)
+        self.there = torch.ones_like(before, dtype=torch.bool) if there is None else there
+        self.predicts = columns + ((before[:, None] <= columns[None, :, None] + 1) & self.there[:, None]).sum(-1)
         order = torch.zeros(before.shape[0], length + tokens, dtype=torch.long, device=before.device)
         order = order.scatter(1, self.keep, columns.expand_as(self.keep))
         self.order = order.scatter(1, before + virtual, (length + virtual).expand_as(before))
 
     def insert(self, x: Tensor, virtual: Tensor) -> Tensor:
-        """``x`` (batch, L, ...) with ``virtual`` (T, ...) among it."""
-        x = x.expand(self.order.shape[0], *x.shape[1:])
-        both = torch.cat([x, virtual.to(x.dtype).expand(x.shape[0], *virtual.shape)], 1)
-        return take(both, self.order, 1)
+        """``x`` (batch, L, ...) with ``virtual`` among it: (T, ...), or (rows, T, ...) with its own for each row."""
+        batch = self.order.shape[0]
+        x = x.expand(batch, *x.shape[1:])
+        if virtual.ndim < x.ndim:
+            virtual = virtual.expand(batch, *virtual.shape)
+        elif len(virtual) != batch:
+            virtual = virtual.repeat_interleave(batch // len(virtual), 0)
+        return take(torch.cat([x, virtual.to(x.dtype)], 1), self.order, 1)
+
+    def mask(self, x: Tensor) -> Tensor:
+        """An attention mask (batch, L), 1 for what is seen, with the virtual tokens."""
+        return self.insert(x, self.there)
 
     def fill(self, x: Tensor, value: float) -> Tensor:
         """``x`` (batch, L) with ``value`` where the virtual tokens are."""

@@ -17,8 +17,9 @@ from lightning_peft.formats.names import PREFIX, Base, base_for_keys
 from lightning_peft.formats.own import take_own
 from lightning_peft.formats.registry import converter_for_type
 from lightning_peft.formats.save import read_facts
+from lightning_peft.methods.callback import PEFTMethod
 
-__all__ = ["load_adapter"]
+__all__ = ["load_adapter", "read_plan", "saved_name"]
 
 
 def load_adapter(
@@ -68,7 +69,7 @@ def load_adapter(
     plans: dict[str, tuple[Method, Plan]] = {}
     for folder in folders:
         files = read_files(folder)
-        called = name or (folder.name if len(folders) > 1 else _saved_name(files))
+        called = name or (folder.name if len(folders) > 1 else saved_name(files))
         check_name(called)
         if called in taken:
             raise ValueError(f"the model already has an adapter named {called!r}: give this one another name=")
@@ -83,12 +84,35 @@ def load_adapter(
     return list(plans)
 
 
-def _saved_name(files: AdapterFiles) -> str:
+def saved_name(files: AdapterFiles) -> str:
+    """What the adapter was called when it was saved."""
     return str(read_facts(files.metadata, files.directory).get("config", {}).get("name", "default"))
 
 
 def _planned(root: nn.Module, files: AdapterFiles, name: str, trainable: bool, check_base: bool) -> tuple[Method, Plan]:
-    """The method and the plan by which ``root`` gets the adapter; changes nothing."""
+    """The method and the plan by which ``root`` gets the adapter beside others; changes nothing."""
+    method, plan, own = read_plan(root, files, name, check_base)
+    if not trainable:
+        for _, _, adapter, _ in plan.attach:
+            adapter.requires_grad_(False)
+    replace_trained(plan, root, own, trainable)
+    return method, plan
+
+
+def read_plan(
+    root: nn.Module, files: AdapterFiles, name: str, check_base: bool
+) -> tuple[PEFTMethod, Plan, dict[str, Tensor]]:
+    """The method that made an adapter, its plan with the values of the file, and what it trained of the base itself.
+
+    Args:
+        root: what to put the adapter into; left as it is.
+        files: the adapter's.
+        name: what to call it.
+        check_base: whether to compare the base.
+
+    Raises:
+        FormatError, StateError: see :func:`load_adapter`.
+    """
     base = base_for_keys(root, [key.removeprefix(PREFIX) for key in files.tensors])
     if check_base and "fingerprint" in (facts := read_facts(files.metadata, files.directory)):
         check_fingerprint(base.module, facts["fingerprint"], plain=injection_of(root) is None)
@@ -100,12 +124,8 @@ def _planned(root: nn.Module, files: AdapterFiles, name: str, trainable: bool, c
     tensors.done()
     plan = reading.method.plan(root)
     _fill(plan, reading, base)
-    if not trainable:
-        for _, _, adapter, _ in plan.attach:
-            adapter.requires_grad_(False)
     own |= reading.own
-    replace_trained(plan, root, {base.outer(key): value for key, value in own.items()}, trainable)
-    return reading.method, plan
+    return reading.method, plan, {base.outer(key): value for key, value in own.items()}
 
 
 @torch.no_grad()

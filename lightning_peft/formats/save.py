@@ -10,6 +10,8 @@ from typing import Any
 from torch import nn
 
 from lightning_peft.core.inject import injection_of
+from lightning_peft.formats.card import model_card
+from lightning_peft.formats.common import common_options
 from lightning_peft.formats.converter import NotInPeftError
 from lightning_peft.formats.files import FormatError, parse_json, write_files
 from lightning_peft.formats.names import PREFIX
@@ -18,13 +20,13 @@ from lightning_peft.formats.own import modules_to_save, write_own
 from lightning_peft.formats.registry import converter_for_method
 from lightning_peft.formats.snapshot import Snapshot, take_snapshot
 
-__all__ = ["METADATA", "read_facts", "save_adapter"]
+__all__ = ["METADATA", "read_facts", "save_adapter", "write_snapshots"]
 
 #: the key of our own facts in the metadata of the tensors' file, which PEFT ignores
 METADATA = "lightning_peft"
 
 
-def save_adapter(model: nn.Module, directory: str | Path, name: str | None = None, **options: Any) -> None:
+def save_adapter(model: nn.Module, directory: str | Path, name: str | None = None, **options: Any) -> list[str]:
     """Write an adapter to a directory: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
     They are Hugging Face PEFT's, where it has the same method; otherwise ``peft_type`` is ``LIGHTNING_PEFT`` and
@@ -35,7 +37,11 @@ def save_adapter(model: nn.Module, directory: str | Path, name: str | None = Non
         directory: where to; made if it is not there.
         name: the adapter; by default all of them: one goes into ``directory`` itself, several into folders of their
             names inside it.
-        **options: of the format.
+        **options: of the format: ``fold_scale=True`` multiplies LoRA's B by the scale, for readers that know neither
+            rsLoRA nor alpha.
+
+    Returns:
+        The adapters' names.
 
     Raises:
         ValueError: the model has no adapter of that name.
@@ -43,9 +49,14 @@ def save_adapter(model: nn.Module, directory: str | Path, name: str | None = Non
     """
     record = injection_of(model)
     names = [name] if name is not None else list(record.methods) if record is not None else [""]
-    snapshots = {each: take_snapshot(model, each) for each in names}
-    for each, snapshot in snapshots.items():
-        write_snapshot(snapshot, Path(directory) / each if len(names) > 1 else Path(directory), **options)
+    write_snapshots({each: take_snapshot(model, each) for each in names}, directory, **options)
+    return names
+
+
+def write_snapshots(snapshots: Mapping[str, Snapshot], directory: str | Path, **options: Any) -> None:
+    """Write one adapter into ``directory`` itself, several into folders of their names inside it."""
+    for name, snapshot in snapshots.items():
+        write_snapshot(snapshot, Path(directory) / name if len(snapshots) > 1 else Path(directory), **options)
 
 
 def write_snapshot(snapshot: Snapshot, directory: Path, **options: Any) -> None:
@@ -61,20 +72,10 @@ def write_snapshot(snapshot: Snapshot, directory: Path, **options: Any) -> None:
     except NotInPeftError as reason:
         writing, peft_type, own = NativeConverter().write(snapshot), NATIVE, {"reason": str(reason)}
         prefix = PREFIX
-    config = {**_common(snapshot, peft_type), **writing.config, **own}
+    config = {**common_options(snapshot, peft_type), **writing.config, **own}
     tensors = writing.tensors | write_own(snapshot, writing.wrapped, prefix)
-    write_files(directory, config, tensors, {METADATA: json.dumps(_facts(snapshot))}, None)
-
-
-def _common(snapshot: Snapshot, peft_type: str) -> dict[str, Any]:
-    config = getattr(snapshot.base.module, "config", None)
-    return {
-        "peft_type": peft_type,
-        "task_type": None,
-        "inference_mode": True,
-        "base_model_name_or_path": getattr(config, "_name_or_path", None) or None,
-        "revision": None,
-    }
+    metadata = {METADATA: json.dumps(_facts(snapshot))}
+    write_files(directory, config, tensors, metadata, model_card(snapshot, config, tensors))
 
 
 def read_facts(metadata: Mapping[str, str], where: Path) -> dict[str, Any]:
@@ -100,4 +101,10 @@ def read_facts(metadata: Mapping[str, str], where: Path) -> dict[str, Any]:
 
 def _facts(snapshot: Snapshot) -> dict[str, Any]:
     method = snapshot.method
-    return {"method": type(method).__name__, "config": method.config(), "fingerprint": snapshot.fingerprint}
+    return {
+        "version": 1,
+        "method": type(method).__name__,
+        "config": method.config(),
+        "fingerprint": snapshot.fingerprint,
+        "metrics": snapshot.metrics,
+    }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -11,41 +10,12 @@ from torch import Tensor, nn
 from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.host import AdapterStack, hosts
 from lightning_peft.core.inject import Injection, injected_name, injection_of
-from lightning_peft.core.sites import ConvLayout, EmbeddingLayout, Layout, NormLayout, TransposedLayout
+from lightning_peft.core.parts import Part, kind_of, parts_of, whole
 from lightning_peft.core.state import StateError, canonical, trainable_keys
-from lightning_peft.core.swap import original_class
 from lightning_peft.formats.names import Base, base_of
 from lightning_peft.methods.callback import PEFTMethod
 
-__all__ = ["Part", "Snapshot", "kind_of", "take_snapshot", "whole"]
-
-
-@dataclass
-class Part:
-    """One adapter of one module, or of one of its weights.
-
-    Attributes:
-        host: the module that carries it, by its name in the base.
-        parameter: the adapted weight's name inside the host; ``""`` where the adapter is of no weight.
-        kind: ``Linear``, ``Conv1D`` (Hugging Face's, stored transposed), ``Conv``, ``Embedding``, ``Norm``,
-            ``Attention`` (a projection of ``nn.MultiheadAttention``), ``Parameter`` (a bare one), or the host's class.
-        shape: the adapted weight's, as it is stored.
-        facts: plain values: the adapter's ``r`` and ``scale``, its ``tokens``; a convolution's ``groups``, ``dilation``
-            and ``padding_mode``; ``own_forward`` of a layer that computes something else than its class does.
-        tensors: the adapter's own, by name inside it.
-    """
-
-    host: str
-    parameter: str
-    kind: str
-    shape: tuple[int, ...]
-    facts: dict[str, Any] = field(default_factory=dict)
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-
-    @property
-    def name(self) -> str:
-        """The weight's name as patterns know it: the module's, or the parameter's where it is one of several."""
-        return f"{self.host}.{self.parameter}".removesuffix(".weight").strip(".")
+__all__ = ["Part", "Snapshot", "kind_of", "take_snapshot"]
 
 
 @dataclass
@@ -59,6 +29,7 @@ class Snapshot:
         trained: what it trains of the base itself (heads, biases, buffers that moved), by name in the base.
         base: the base they were put into.
         fingerprint: what identifies the frozen base, by names of the base.
+        metrics: of the run that trained it, where they are known.
     """
 
     method: PEFTMethod
@@ -67,6 +38,7 @@ class Snapshot:
     trained: dict[str, Tensor]
     base: Base
     fingerprint: dict[str, Any]
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
 def take_snapshot(model: nn.Module, name: str) -> Snapshot:
@@ -87,7 +59,7 @@ def take_snapshot(model: nn.Module, name: str) -> Snapshot:
     base = base_of(root, _used(root, record))
     return Snapshot(
         method=cast(PEFTMethod, record.methods[name]),
-        parts=list(_parts(base, name)),
+        parts=list(parts_of(base.module, name)),
         heads=_heads(base, record, name),
         trained={**_trained(base, record, name), **_copies(base, name)},
         base=base,
@@ -98,46 +70,6 @@ def take_snapshot(model: nn.Module, name: str) -> Snapshot:
 def _used(root: nn.Module, record: Injection) -> list[str]:
     trained = [name for trains in record.trains.values() for name in (*trains.modules, *trains.parameters)]
     return [*(canonical(name) for name, _ in hosts(root)), *trained]
-
-
-def _parts(base: Base, name: str) -> Iterator[Part]:
-    for host_name, host in hosts(base.module):
-        stack = cast(AdapterStack, host.adapters)
-        if name in stack:
-            adapter = cast(Adapter, stack[name])
-            weights = adapter.weights()
-            for parameter, part in weights.items():
-                stored = host.get_parameter(parameter)
-                facts = {n: getattr(part, n) for n in ("r", "scale", "tokens") if hasattr(part, n)}
-                facts |= _layer_facts(host, part.layout)
-                kind = kind_of(host, part.layout)
-                yield Part(canonical(host_name), parameter, kind, tuple(stored.shape), facts, _tensors(part))
-            if not weights and not adapter.copies():
-                yield Part(canonical(host_name), "", original_class(host).__name__, (), {}, _tensors(adapter))
-
-
-def _tensors(adapter: Adapter) -> dict[str, Tensor]:
-    own = adapter.state_dict()
-    return {key: whole(value) for key, value in own.items() if not key.startswith("replacement.")}
-
-
-def kind_of(host: nn.Module, layout: Any) -> str:
-    """What kind of weight a layout of ``host`` reads: see :class:`Part`."""
-    if isinstance(host, nn.MultiheadAttention):
-        return "Attention"
-    kinds = {TransposedLayout: "Conv1D", EmbeddingLayout: "Embedding", ConvLayout: "Conv", NormLayout: "Norm"}
-    return kinds.get(type(layout), "Linear" if isinstance(host, nn.Linear) else "Parameter")
-
-
-def _layer_facts(host: Any, layout: Layout) -> dict[str, Any]:
-    facts: dict[str, Any] = {}
-    if isinstance(layout, ConvLayout):
-        facts = {"groups": host.groups, "dilation": list(host.dilation), "padding_mode": host.padding_mode}
-    if getattr(host, "is_transposed", False):
-        facts["is_transposed"] = True
-    if type(layout) is not Layout and not layout.has_activation and not hasattr(host, "embed_scale"):
-        facts["own_forward"] = True
-    return facts
 
 
 def _copies(base: Base, name: str) -> dict[str, Tensor]:
@@ -175,10 +107,3 @@ def _trained(base: Base, record: Injection, name: str) -> dict[str, Tensor]:
 def _fingerprint(base: Base, record: Injection) -> dict[str, Any]:
     values = {base.inner(name): value for name, value in record.fingerprint.get("values", {}).items()}
     return {"values": {name: value for name, value in values.items() if name}}
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """``tensor`` on the CPU and of its own; of a sharded one all of it."""
-    if hasattr(tensor, "full_tensor"):
-        tensor = tensor.full_tensor()
-    return tensor.detach().to("cpu", copy=True).contiguous()

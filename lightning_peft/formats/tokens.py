@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,8 +39,8 @@ def write_tokens(snapshot: Snapshot) -> TokenEntry | None:
     parts = [part for part in snapshot.parts if "tokens" in part.facts]
     if not parts:
         return None
-    entrance = _input_embedding(snapshot.base)
-    ties = bool(getattr(getattr(snapshot.base.module, "config", None), "tie_word_embeddings", False))
+    facts = snapshot.base.facts()
+    entrance, ties = facts["embedding"], facts["tied"]
     ids: dict[str, list[int]] = {}
     tensors = {}
     for part in parts:
@@ -55,24 +54,25 @@ def write_tokens(snapshot: Snapshot) -> TokenEntry | None:
 
 def take_tokens(
     options: Options, tensors: Tensors, base: Base
-) -> tuple[dict[str, list[int]], dict[str, dict[str, Tensor]]]:
-    """``trainable_tokens`` for our method, by pattern, and the rows by the layer's name.
+) -> tuple[list[int] | dict[str, list[int]], dict[str, dict[str, Tensor]]]:
+    """``trainable_tokens`` for our method, and the rows by the layer's name.
 
     Raises:
         FormatError: an embedding that the base does not have; rows missing or misshapen.
     """
     wanted = options.get("trainable_token_indices")
     if not wanted:
-        return {}, {}
+        return [], {}
     sites = weight_sites(base.module)
+    where = wanted
     if not isinstance(wanted, Mapping):
-        entrance = _input_embedding(base)
+        entrance = base.facts()["embedding"]
         if entrance is None:
             raise FormatError("trainable_token_indices names no embedding, and the base does not say which is its own")
-        wanted = {entrance: wanted}
+        where = {entrance: wanted}
     ids: dict[str, list[int]] = {}
     rows: dict[str, dict[str, Tensor]] = {}
-    for pattern, tokens in wanted.items():
+    for pattern, tokens in where.items():
         for name in heads_of([pattern], base, "trainable_token_indices"):
             if name in rows:
                 continue  # tied to one that came before
@@ -82,13 +82,8 @@ def take_tokens(
             own = tensors.take(key, (len(tokens), sites[name].shape[0]))[order]
             ids[base.patterns([name])[0]] = sorted(tokens)
             rows |= {tied: {"rows": own} for tied in _tied(sites, name)}
-    return ids, rows
+    return ids if isinstance(wanted, Mapping) else list(wanted), rows
 
 
 def _tied(sites: Mapping[str, Site], name: str) -> list[str]:
     return [n for n, s in sites.items() if s.module._parameters.get(s.parameter) is sites[name].weight]
-
-
-def _input_embedding(base: Base) -> str | None:
-    module: Any = getattr(base.module, "get_input_embeddings", lambda: None)()
-    return next((name for name, m in base.modules().items() if m is module), None) if module is not None else None

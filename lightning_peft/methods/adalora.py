@@ -28,10 +28,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_peft.core.adapter import WeightAdapter
+from lightning_peft.core.low_rank import LowRankAdapter
 from lightning_peft.core.sites import Site
 from lightning_peft.methods.callback import positive_int, probability
 from lightning_peft.methods.weight import WeightMethod, check_low_rank
-from lightning_peft.ops.dropout import dropped
 
 __all__ = ["AdaLoRA"]
 
@@ -309,7 +309,7 @@ class AdaLoRA(WeightMethod):
         self.step, self._scores = state_dict["step"], dict(state_dict["scores"])
 
 
-class AdaLoRAAdapter(WeightAdapter):
+class AdaLoRAAdapter(LowRankAdapter):
     """``lora_A`` (..., r, in), ``lora_E`` (..., r, 1) and ``lora_B`` (..., out, r) of one matrix.
 
     Attributes:
@@ -333,16 +333,8 @@ class AdaLoRAAdapter(WeightAdapter):
         """The three parameters by name."""
         return {"lora_A": self.lora_A, "lora_E": self.lora_E, "lora_B": self.lora_B}
 
-    def delta(self, weight: Tensor) -> Tensor:
-        return (self.lora_B @ (self.lora_A * self.lora_E)) * self.scale
-
-    def output(self, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        def down(x: Tensor, a: Tensor) -> Tensor:
-            return self.layout.down(host, x, a)
-
-        a = self.lora_A * self.lora_E
-        h = dropped(down, x, a, self.dropout) if self.dropout and self.training else down(x, a)
-        return self.layout.up(host, h, self.lora_B, y, self.scale)
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return self.lora_A * self.lora_E, self.lora_B
 
     def extra_repr(self) -> str:
         return f"r={self.r}, scale={self.scale:g}, dropout={self.dropout}"

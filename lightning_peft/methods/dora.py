@@ -64,6 +64,9 @@ class DoRAAdapter(LoRAAdapter):
             return (z * by).to(z.dtype)
         return torch.addcmul(self.layout.features(host, (1 - gain) * bias), z, by).to(z.dtype)
 
+    def row_link(self, host: nn.Module) -> None:
+        return None  # its norms are those of what the other adapters of a row have made of the weight
+
     def _remembered(self, weight: Tensor, first: bool) -> Tensor:
         """The norms for the stored weight; in evaluation they are computed once."""
         if self.training or not first or torch.compiler.is_compiling() or weight.is_inference():

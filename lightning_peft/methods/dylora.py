@@ -28,7 +28,6 @@ from lightning_peft.core.sites import Site
 from lightning_peft.methods.callback import positive_int, probability
 from lightning_peft.methods.lora import LoRAAdapter
 from lightning_peft.methods.weight import WeightMethod, check_low_rank
-from lightning_peft.ops.dropout import dropped
 
 __all__ = ["DyLoRA"]
 
@@ -175,8 +174,7 @@ class DyLoRAAdapter(LoRAAdapter):
             self.r, self.scale = rank, self.alpha / rank
             self.gate, self.last = torch.ones_like(self.gate[:rank]), torch.ones_like(self.last[:rank])
 
-    def pair(self) -> tuple[Tensor, Tensor]:
-        """A and B as they run, to be scaled by ``self.scale``."""
+    def factors(self) -> tuple[Tensor, Tensor]:
         a: Tensor = self.lora_A
         b: Tensor = self.lora_B
         if not self.training:
@@ -187,18 +185,6 @@ class DyLoRAAdapter(LoRAAdapter):
             a = a.detach() + (a - a.detach()) * self.last  # the same values; gradients in row and column b alone
             b = b.detach() + (b - b.detach()) * self.last.mT
         return a * self.gate, b
-
-    def delta(self, weight: Tensor) -> Tensor:
-        a, b = self.pair()
-        return (b @ a) * self.scale
-
-    def output(self, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        def down(x: Tensor, a: Tensor) -> Tensor:
-            return self.layout.down(host, x, a)
-
-        a, b = self.pair()
-        h = dropped(down, x, a, self.dropout) if self.dropout and self.training else down(x, a)
-        return self.layout.up(host, h, b, y, self.scale)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rank={self.rank}, frozen={self.frozen}"

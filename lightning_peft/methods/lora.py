@@ -31,6 +31,8 @@ from torch import Tensor, nn
 from lightning_peft.core.adapter import WeightAdapter
 from lightning_peft.core.host import AdapterStack, hosts
 from lightning_peft.core.inject import Plan
+from lightning_peft.core.low_rank import LowRankAdapter
+from lightning_peft.core.row_links import RowLink
 from lightning_peft.core.sites import EmbeddingLayout, Site
 from lightning_peft.core.targets import base_modules
 from lightning_peft.methods.callback import one_of, probability
@@ -38,13 +40,12 @@ from lightning_peft.methods.lora_init import check_init, initial_factors, reads_
 from lightning_peft.methods.ranked import RankedMethod
 from lightning_peft.methods.token_rows import check_tokens, plan_token_rows
 from lightning_peft.methods.weight import check_bias
-from lightning_peft.ops.dropout import dropped
 from lightning_peft.trainer.groups import split_groups
 
 __all__ = ["LoRA", "LoRAAdapter"]
 
 
-class LoRAAdapter(WeightAdapter):
+class LoRAAdapter(LowRankAdapter):
     """A and B of one matrix: ``lora_A`` (..., r, in) and ``lora_B`` (..., out, r).
 
     ``lora_A0`` and ``lora_B0`` are their first values where those are a part of the weight; None otherwise.
@@ -89,20 +90,15 @@ class LoRAAdapter(WeightAdapter):
         a = torch.cat([self.lora_A, self.lora_A - self.lora_A0], dim=-2)
         return a, torch.cat([self.lora_B - self.lora_B0, self.lora_B0], dim=-1)
 
-    def delta(self, weight: Tensor) -> Tensor:
-        a, b = self.factors()
-        return (b @ a) * self.scale
-
     def output(self, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        def down(x: Tensor, a: Tensor) -> Tensor:
-            return self.layout.down(host, x, a)
-
-        a, b = self.factors()
-        h = dropped(down, x, a, self.dropout) if self.dropout and self.training else down(x, a)
-        out = self.layout.up(host, h, b, y, self.scale)
+        out = super().output(host, x, y)
         if self.lora_bias is None:
             return out
         return (out + self.scale * self.layout.features(host, self.lora_bias)).to(out.dtype)
+
+    def row_link(self, host: nn.Module) -> type[RowLink] | None:
+        # The products of all rows together have no place for a bias.
+        return super().row_link(host) if self.lora_bias is None else WeightAdapter.row_link(self, host)
 
     @property
     def changes_bias(self) -> bool:
@@ -162,7 +158,9 @@ class LoRA(RankedMethod):
         trainer = L.Trainer(callbacks=[lp.LoRA(r=8, targets=["q_proj", "v_proj"], trainable=["classifier"])])
     """
 
-    may_change = RankedMethod.may_change | {"dropout", "bias", "init", "lora_plus_ratio", "freeze_A"}
+    may_change = RankedMethod.may_change | {
+        *("dropout", "bias", "init", "lora_plus_ratio", "freeze_A", "trainable_tokens")
+    }
     adapter_class: ClassVar[type[LoRAAdapter]] = LoRAAdapter
 
     def __init__(

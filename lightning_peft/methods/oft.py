@@ -13,15 +13,19 @@ The Cayley-Neumann form replaces the inverse by the start of its series,
 
 orthogonal up to higher powers of Q only, and (as in Hugging Face PEFT, whose files are read) with Q for -Q.
 
+Constrained OFT keeps the turn small: each Q_i stays in the ball ||Q_i||_F <= eps / sqrt(n).
+
 Qiu et al. 2023, "Controlling Text-to-Image Diffusion by Orthogonal Finetuning", arXiv:2306.07280. On activations and
 Cayley-Neumann: Qiu et al. 2025, "Orthogonal Finetuning Made Scalable", arXiv:2506.19847.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import lightning as L
 import torch
 from torch import Tensor, nn
 
@@ -39,12 +43,13 @@ class OFTAdapter(WeightAdapter):
 
     places: Tensor
 
-    def __init__(self, site: Site, block_size: int, share: bool, terms: int, dropout: float) -> None:
+    def __init__(self, site: Site, block_size: int, share: bool, terms: int, dropout: float, eps: float) -> None:
         super().__init__(site)
         self.on_rows = isinstance(site.layout, EmbeddingLayout)
         self.block_size = block_size
         self.terms = terms
         self.dropout = dropout
+        self.eps = eps
         *batch, rows, columns = site.shape
         self.blocks = (rows if self.on_rows else columns) // block_size
         entries = block_size * (block_size - 1) // 2
@@ -52,11 +57,20 @@ class OFTAdapter(WeightAdapter):
         upper = torch.triu_indices(block_size, block_size, 1)
         self.register_buffer("places", upper[0] * block_size + upper[1], persistent=False)
 
+    def constrained(self) -> Tensor:
+        """The entries, those of each block that left the ball put back onto it; their gradient passes through."""
+        # Every entry is twice in Q, once with the other sign.
+        norm = math.sqrt(2) * torch.linalg.vector_norm(self.oft_R.detach(), dim=-1, keepdim=True)
+        radius = self.eps / math.sqrt(self.oft_R.shape[-2])
+        inside = self.oft_R.detach() * (radius / norm.clamp_min(radius))
+        return self.oft_R + (inside - self.oft_R.detach())
+
     def rotation(self) -> Tensor:
         """The blocks of R (..., blocks, b, b); while training each is the identity with probability ``dropout``."""
         b = self.block_size
         with torch.autocast(self.oft_R.device.type, enabled=False):
-            entries = self.oft_R.to(torch.promote_types(self.oft_R.dtype, torch.float32))
+            entries = self.constrained() if self.eps < math.inf else self.oft_R
+            entries = entries.to(torch.promote_types(entries.dtype, torch.float32))
             flat = entries.new_zeros(*entries.shape[:-1], b * b)
             upper = flat.index_copy(-1, self.places, entries).unflatten(-1, (b, b))
             q = upper - upper.mT
@@ -123,12 +137,14 @@ class OFT(WeightMethod):
         block_share: one block for all places.
         use_cayley_neumann: the series in place of the inverse: cheaper on a GPU, orthogonal up to Q^(terms - 1).
         num_cayley_neumann_terms: how many terms of it, at least 2.
+        coft: constrained OFT: no further from the base than ``eps``.
+        eps: with ``coft``, the radius of the ball that the entries of a matrix's blocks stay in.
         **options: ``seed``, ``adapter_dtype``, ``train_norm_stats``, ``audit`` of
             :class:`lightning_peft.PEFTMethod`.
 
     Raises:
-        ValueError: r and block_size together, or one that is not positive, a dropout outside [0, 1), too few terms, or
-            a matrix whose side has no divisor near.
+        ValueError: r and block_size together, or one that is not positive, a dropout outside [0, 1), too few terms, an
+            eps that is not positive, or a matrix whose side has no divisor near.
 
     Example::
 
@@ -149,6 +165,8 @@ class OFT(WeightMethod):
         block_share: bool = False,
         use_cayley_neumann: bool = False,
         num_cayley_neumann_terms: int = 5,
+        coft: bool = False,
+        eps: float = 6e-5,
         **options: Any,
     ) -> None:
         super().__init__(targets=targets, exclude=exclude, trainable=trainable, name=name, **options)
@@ -163,12 +181,16 @@ class OFT(WeightMethod):
         positive_int("num_cayley_neumann_terms", num_cayley_neumann_terms)
         if num_cayley_neumann_terms < 2:
             raise ValueError("num_cayley_neumann_terms must be at least 2: with one term nothing turns")
+        if isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 < eps < math.inf:
+            raise ValueError(f"eps must be a number above 0, got {eps!r}")
         self.block_size = block_size
         self.r = r
         self.dropout = dropout
         self.block_share = block_share
         self.use_cayley_neumann = use_cayley_neumann
         self.num_cayley_neumann_terms = num_cayley_neumann_terms
+        self.coft = coft
+        self.eps = eps
 
     def build(self, site: Site) -> OFTAdapter:
         side = site.shape[-2 if isinstance(site.layout, EmbeddingLayout) else -1]
@@ -185,7 +207,15 @@ class OFT(WeightMethod):
                 f"divides into blocks of {', '.join(map(str, sizes[:8])) or 'none'}; exclude it, or take one of these"
             )
         terms = self.num_cayley_neumann_terms if self.use_cayley_neumann else 0
-        return OFTAdapter(site, size, self.block_share, terms, self.dropout)
+        return OFTAdapter(site, size, self.block_share, terms, self.dropout, self.eps if self.coft else math.inf)
+
+    @torch.no_grad()
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        for part in self.parts(pl_module).values() if self.coft else ():
+            assert isinstance(part, OFTAdapter)
+            part.oft_R.copy_(part.constrained())  # so that what is stored is what is computed with
 
     def plan(self, model: nn.Module) -> Plan:
         plan = super().plan(model)

@@ -24,9 +24,11 @@ from torch import Tensor, nn
 
 from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.attention import AttentionSite, find_attention
+from lightning_peft.core.batch import Place, RowError, assemble, take
 from lightning_peft.core.blocks import find_blocks
 from lightning_peft.core.inject import Plan
 from lightning_peft.core.intercept import AttentionError, call_with_prefix
+from lightning_peft.core.row_links import RowLink
 from lightning_peft.core.swap import original_class
 from lightning_peft.core.targets import TargetError, base_modules
 from lightning_peft.core.tokens import by_name, parameters_of
@@ -207,6 +209,9 @@ class PrefixAdapter(Adapter):
     def run(self, host: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return call_with_prefix(host, self, call, *args, **kwargs)
 
+    def row_link(self, host: nn.Module) -> type[RowLink]:
+        return PrefixRows
+
     @property
     def extends(self) -> bool:
         return self.gate is None
@@ -216,11 +221,7 @@ class PrefixAdapter(Adapter):
             return key, value, mask
         keys, values = self.key_values()
         if mask is not None:
-            if type(mask) not in (Tensor, nn.Parameter):
-                raise AttentionError(f"a mask of type {type(mask).__name__} cannot be widened for a prefix")
-            if mask.shape[-1] != key.shape[-2]:  # one column for all keys
-                mask = mask.expand(*mask.shape[:-1], key.shape[-2])
-            mask = F.pad(mask, (self.tokens, 0), value=True if mask.dtype == torch.bool else 0.0)
+            mask = F.pad(_columns(mask, key), (self.tokens, 0), value=True if mask.dtype == torch.bool else 0.0)
         return (
             torch.cat([self._by_head(keys, key), key], -2),
             torch.cat([self._by_head(values, value), value], -2),
@@ -276,23 +277,108 @@ class PrefixAdapter(Adapter):
         return f"tokens={self.tokens}, widths={self.widths}, gated={self.gate is not None}"
 
 
-class PositionShift(Adapter):
-    """Moves the positions of the user's tokens up by the prefix's length; has no parameters."""
+class PrefixRows(RowLink):
+    """The prefixes of each row, padded to the longest; what is padding is masked."""
 
-    def __init__(self, tokens: int) -> None:
+    def run(self, host: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return call_with_prefix(host, self, call, *args, **kwargs)
+
+    @property
+    def extends(self) -> bool:
+        return any(adapter.extends for adapter, _ in self.groups)
+
+    def extend(self, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        if not self.extends:
+            return key, value, mask
+        self._check(key)
+        lengths = [0 if a is None or not a.extends else a.tokens for a in self.adapters]
+        longest = max(lengths)
+        if min(lengths) < longest or mask is not None:
+            mask = self._widened(mask, key, lengths)
+        joined = [(adapter.key_values(), adapter, rows) for adapter, rows in self.groups if adapter.extends]
+        rest = tuple(i for i, length in enumerate(lengths) if not length)
+        longer = []
+        for i, own in enumerate((key, value)):
+            pieces: list[tuple[tuple[int, ...], Tensor]] = []
+            for prefix, adapter, rows in joined:
+                laid_out = adapter._by_head(prefix[i], take(own, 0, rows, self.n))
+                pieces.append((rows, F.pad(laid_out, (0, 0, longest - adapter.tokens, 0))))
+            if rest:
+                none = take(own, 0, rest, self.n)
+                pieces.append((rest, none.new_zeros(*none.shape[:-2], longest, none.shape[-1])))
+            longer.append(torch.cat([assemble(pieces, 0), own], -2))
+        return longer[0], longer[1], mask
+
+    def _widened(self, mask: Tensor | None, key: Tensor, lengths: list[int]) -> Tensor:
+        columns = torch.arange(max(lengths), device=key.device)
+        seen = columns >= max(lengths) - torch.tensor(lengths, device=key.device)[:, None]
+        seen = seen.repeat_interleave(len(key) // self.n, 0).view(len(key), *[1] * (key.ndim - 2), -1)
+        if mask is None:
+            mask = key.new_zeros([1] * (key.ndim - 1) + [key.shape[-2]])
+        mask = _columns(mask, key)
+        mask = mask.view([1] * (key.ndim - mask.ndim) + list(mask.shape)).expand(len(key), *[-1] * (key.ndim - 1))
+        seen = seen.expand(*mask.shape[:-1], -1)
+        if mask.dtype != torch.bool:
+            seen = torch.zeros_like(seen, dtype=mask.dtype).masked_fill(~seen, float("-inf"))
+        return torch.cat([seen, mask], -1)
+
+    def add(self, out: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        if all(adapter.extends for adapter, _ in self.groups):
+            return out
+        self._check(out)
+        whole = (out, query, key, value)
+        pieces: list[tuple[tuple[int, ...], Tensor]] = []
+        for adapter, rows in self.groups:
+            o, q, k, v = (take(t, 0, rows, self.n) for t in whole)
+            pieces.append((rows, adapter.add(o, q, k, v, scale)))
+        if rest := tuple(i for i in range(self.n) if self.adapters[i] is None):
+            pieces.append((rest, take(out, 0, rest, self.n)))
+        return assemble(pieces, 0)
+
+    def _check(self, t: Tensor) -> None:
+        if len(t) % self.n:
+            raise RowError(
+                f"{self.place} attends in a batch of {len(t)} for {self.n} rows: give as many names as the batch has "
+                "rows"
+            )
+
+
+def _columns(mask: Tensor, key: Tensor) -> Tensor:
+    """``mask`` with a column for each key."""
+    if type(mask) not in (Tensor, nn.Parameter):
+        raise AttentionError(f"a mask of type {type(mask).__name__} cannot be widened for a prefix")
+    return mask if mask.shape[-1] == key.shape[-2] else mask.expand(*mask.shape[:-1], key.shape[-2])
+
+
+def shift_rows(place: Place, adapters: Sequence[PositionShift | None]) -> PositionShift:
+    """One that serves rows of different prefixes."""
+    return PositionShift(*(0 if a is None else a.tokens[0] for a in adapters))
+
+
+class PositionShift(Adapter):
+    """Moves the positions of the user's tokens up by the prefix's length; has no parameters.
+
+    Args:
+        tokens: the prefix's length; several for the rows of a batch.
+    """
+
+    def __init__(self, *tokens: int) -> None:
         super().__init__()
         self.tokens = tokens
 
+    def row_link(self, host: nn.Module) -> Any:
+        return shift_rows
+
     def run(self, host: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         given = by_name(host, args, kwargs)
-        positions = given.get("position_ids")
+        positions, ids = given.get("position_ids"), given.get("input_ids")
+        like = given["inputs_embeds"][..., 0] if ids is None else ids
         if positions is None:
-            ids = given.get("input_ids")
-            like = given["inputs_embeds"][..., 0] if ids is None else ids
             cache = given.get("past_key_values")
             past = cache.get_seq_length() if cache is not None else 0
             positions = torch.arange(like.shape[1], device=like.device).unsqueeze(0) + past
-        given["position_ids"] = positions + self.tokens
+        by_row = torch.tensor(self.tokens, device=like.device).repeat_interleave(len(like) // len(self.tokens))
+        given["position_ids"] = positions + (self.tokens[0] if len(self.tokens) == 1 else by_row[:, None])
         return call(**given)
 
 
@@ -317,6 +403,7 @@ def _owner_of_positions(model: nn.Module, sites: list[str]) -> str:
         for name, module in base_modules(model)
         if all(s.startswith(f"{name}." if name else "") and s != name for s in sites)
         and "position_ids" in parameters_of(module)
+        and {"input_ids", "inputs_embeds"} & {*parameters_of(module)}  # a layer is told positions that others made
     ]
     if not around:
         raise TargetError("shift_positions=True needs a module around the attention that takes position_ids; none does")

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from lightning_peft.core.adapter import WeightAdapter
 from lightning_peft.core.inject import Plan
 from lightning_peft.core.sites import Site
 from lightning_peft.core.targets import TargetError, match, no_match
@@ -65,7 +66,8 @@ class RankedMethod(WeightMethod):
         parts = {
             part.site_name: model.get_submodule(host)
             for host, _, adapter, _ in plan.attach
-            for part in adapter.weights().values()
+            for part in adapter.modules()
+            if isinstance(part, WeightAdapter)
         }
         for argument in ("rank_pattern", "alpha_pattern"):
             for pattern in getattr(self, argument):

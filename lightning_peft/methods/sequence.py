@@ -13,16 +13,19 @@ Two kinds of module can carry a prompt:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_peft.core.adapter import Adapter
+from lightning_peft.core.batch import Place, row_dim
+from lightning_peft.core.row_links import RowLink
 from lightning_peft.core.swap import original_class
 from lightning_peft.core.targets import TargetError, base_modules
-from lightning_peft.core.tokens import Placement, by_name, parameters_of, strip
+from lightning_peft.core.tokens import Layout, Placement, RowPlacement, by_name, parameters_of, strip
 
 __all__ = ["PromptAdapter", "PromptLabels", "PromptMask", "PromptStrip", "TokenError", "token_models", "token_width"]
 
@@ -96,13 +99,7 @@ class PromptAdapter(Adapter):
             )
         tokens = self.placement.tokens
         if _cached(given.get("past_key_values")):  # the virtual tokens are in the cache already
-            if mask is not None:
-                start = Placement((("start", 0, tokens),)).layout(len(mask), mask.shape[1], mask, mask.device)
-                given["attention_mask"] = start.fill(mask, 1)
-            for name in ("position_ids", "cache_position"):
-                if given.get(name) is not None:
-                    given[name] = given[name] + tokens
-            return call(**given)
+            return call(**self._continued(host, given))
         if embeds is None:
             embeds = host.get_input_embeddings()(ids)
         batch, length = embeds.shape[:2]
@@ -111,10 +108,11 @@ class PromptAdapter(Adapter):
                 f"{length} tokens and {tokens} virtual ones are more than the {self.limit} positions of {_kind(host)}: "
                 f"truncate inputs to {self.limit - tokens}"
             )
+        mask = self._mask(host, mask, embeds)
         layout = self.placement.layout(batch, length, mask, embeds.device)
         given["input_ids"], given["inputs_embeds"] = None, layout.insert(embeds, self.virtual())
         if mask is not None:
-            given["attention_mask"] = layout.fill(mask, 1)
+            given["attention_mask"] = layout.mask(mask)
         if given.get("token_type_ids") is not None:
             given["token_type_ids"] = layout.fill(given["token_type_ids"], 0)
         if given.get("position_ids") is not None:
@@ -124,7 +122,26 @@ class PromptAdapter(Adapter):
         if given.get("cache_position") is not None:
             given["cache_position"] = torch.arange(length + tokens, device=embeds.device)
         out = call(**{n: v for n, v in given.items() if n != "input_ids" or "input_ids" in parameters_of(host)})
+        self._note(layout, given, out)
         return strip(out, layout, self.causal) if self.shorten else out
+
+    def _continued(self, host: Any, given: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a call whose cache holds the virtual tokens already."""
+        mask, tokens = given.get("attention_mask"), self.placement.tokens
+        if mask is not None:
+            start = Placement((("start", 0, tokens),)).layout(len(mask), mask.shape[1], mask, mask.device)
+            given["attention_mask"] = start.mask(mask)
+        for name in ("position_ids", "cache_position"):
+            if given.get(name) is not None:
+                given[name] = given[name] + tokens
+        return given
+
+    def _mask(self, host: Any, mask: Tensor | None, embeds: Tensor) -> Tensor | None:
+        """The mask (batch, length) of the real tokens."""
+        return mask
+
+    def _note(self, layout: Layout, given: dict[str, Any], out: Any) -> None:
+        """Remember what a later call with the same cache needs to know."""
 
     def _around_sequence(self, host: Any, call: Callable[..., Any], given: dict[str, Any]) -> Any:
         first, x = next(iter(given.items()), ("", None))
@@ -140,7 +157,7 @@ class PromptAdapter(Adapter):
             if not isinstance(value, Tensor):
                 continue
             if name == "attention_mask" and value.ndim == 2:
-                given[name] = layout.fill(value, 1)
+                given[name] = layout.mask(value)
             elif name in _PADDING:
                 given[name] = layout.fill(value, 0)
             elif name in _SQUARE and value.ndim == 2:
@@ -160,8 +177,88 @@ class PromptAdapter(Adapter):
             return strip(out.transpose(0, 1), layout, self.causal).transpose(0, 1)
         return strip(out, layout, self.causal)
 
+    def row_link(self, host: nn.Module) -> Callable[..., RowLink] | None:
+        # Elsewhere there is no mask to hide the padding of shorter prompts.
+        return PromptRows if "inputs_embeds" in parameters_of(host) else None
+
     def extra_repr(self) -> str:
         return f"tokens={self.placement.tokens}, slots={self.placement.slots}"
+
+
+class PromptRows(RowLink, PromptAdapter):
+    """The prompts of each row, padded to the longest; what is padding is masked."""
+
+    def __init__(self, place: Place, adapters: Sequence[PromptAdapter | None]) -> None:
+        nn.Module.__init__(self)
+        RowLink.__init__(self, place, adapters)
+        self.placement: Any = row_placement(self.adapters)
+        prompts = [adapter for adapter, _ in self.groups]
+        self.limit = min((p.limit for p in prompts if p.limit is not None), default=None)
+        self.causal = any(p.causal for p in prompts)
+
+    run = PromptAdapter.run
+
+    @property
+    def shorten(self) -> bool:  # type: ignore[override]  # labels around the model switch it
+        return all(adapter.shorten for adapter, _ in self.groups)
+
+    def virtual(self) -> Tensor:
+        """The virtual tokens' embeddings, (rows, T, width)."""
+        tokens = self.placement.tokens
+        made = {a: F.pad(v, (0, 0, 0, tokens - len(v))) for a, _ in self.groups for v in [a.virtual()]}
+        none = torch.zeros_like(next(iter(made.values())))
+        return torch.stack([none if a is None else made[a] for a in self.adapters])
+
+    def _mask(self, host: Any, mask: Tensor | None, embeds: Tensor) -> Tensor | None:
+        if len(embeds) % self.n:
+            row_dim(self.place, embeds, self.n)  # says what is wrong
+        if mask is not None or not self.placement.padded:
+            return mask
+        if "attention_mask" not in parameters_of(host):
+            raise TokenError(
+                f"{_kind(host)} takes no attention_mask, so that rows with fewer virtual tokens than others cannot be "
+                "padded: give all rows prompts of one length"
+            )
+        return torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
+
+    def _note(self, layout: Layout, given: dict[str, Any], out: Any) -> None:
+        values = out.values() if isinstance(out, dict) else out if isinstance(out, tuple) else ()
+        caches = [v for v in (given.get("past_key_values"), *values) if hasattr(v, "get_seq_length")]
+        for cache in caches:
+            vars(cache).setdefault("_peft_layouts", {})[self._key()] = layout
+
+    def _key(self) -> tuple[int, ...]:
+        return tuple(map(id, self.adapters))
+
+    def _continued(self, host: Any, given: dict[str, Any]) -> dict[str, Any]:
+        cache, mask = given["past_key_values"], given.get("attention_mask")
+        embeds = given["inputs_embeds"] if given.get("input_ids") is None else given["input_ids"]
+        layout = getattr(cache, "_peft_layouts", {}).get(self._key())
+        if layout is None or len(layout.there) != len(embeds):
+            raise TokenError(
+                f"{_kind(host)} got a KV cache that was filled with other virtual tokens than its rows name: generate "
+                "within one lp.rows, from an empty cache"
+            )
+        missing = (~layout.there).sum(1, keepdim=True)
+        past, new = cache.get_seq_length(), embeds.shape[1]
+        if mask is None and self.placement.padded:
+            mask = torch.ones(len(embeds), past + new - layout.tokens, dtype=torch.long, device=embeds.device)
+        if mask is not None:
+            start, later = mask[:, : layout.length], mask[:, layout.length :]
+            given["attention_mask"] = torch.cat([layout.mask(start), later], 1)
+        if given.get("position_ids") is not None:
+            given["position_ids"] = given["position_ids"] + layout.tokens - missing
+        elif self.placement.padded:
+            if "position_ids" not in parameters_of(host):
+                raise TokenError(
+                    f"{_kind(host)} takes no position_ids, so that rows with different numbers of virtual tokens "
+                    "cannot go on from one KV cache: call it with use_cache=False, or give all rows prompts "
+                    "of one length"
+                )
+            given["position_ids"] = past + torch.arange(new, device=embeds.device) - missing
+        if given.get("cache_position") is not None:
+            given["cache_position"] = given["cache_position"] + layout.tokens
+        return given
 
 
 class PromptLabels(Adapter):
@@ -170,44 +267,54 @@ class PromptLabels(Adapter):
     The model inside is told to leave these positions in, so that the first real token is predicted, and counts, too.
     """
 
-    def __init__(self, prompt: PromptAdapter) -> None:
+    def __init__(self, *prompts: PromptAdapter, placement: Any = None) -> None:
         super().__init__()
-        self._prompt = (prompt,)  # a tuple is not registered
+        self._prompts = prompts  # a tuple is not registered
+        self.placement = prompts[0].placement if placement is None else placement
 
     def run(self, host: Any, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         given = by_name(host, args, kwargs)
-        labels, (prompt,) = given.get("labels"), self._prompt
+        labels = given.get("labels")
         if labels is None or _cached(given.get("past_key_values")):
             return call(*args, **kwargs)
-        layout = prompt.placement.layout(len(labels), labels.shape[1], given.get("attention_mask"), labels.device)
+        layout = self.placement.layout(len(labels), labels.shape[1], given.get("attention_mask"), labels.device)
         given["labels"] = layout.fill(labels, -100)
-        prompt.shorten = False
         try:
+            for prompt in self._prompts:
+                prompt.shorten = False
             out = call(**given)
         finally:
-            prompt.shorten = True
+            for prompt in self._prompts:
+                prompt.shorten = True
         if isinstance(out, dict):
             strip(out, layout, True, ("logits",))
             return strip(out, layout, False, ("hidden_states", "attentions"))
         loss, *rest = out
         return (loss, *strip(tuple(rest), layout, True))
 
+    def row_link(self, host: nn.Module) -> Any:
+        return label_rows
+
 
 class PromptMask(Adapter):
     """Around a decoder: its mask of the encoder's states grows by the encoder's virtual tokens."""
 
-    def __init__(self, placement: Placement) -> None:
+    def __init__(self, placement: Placement | RowPlacement) -> None:
         super().__init__()
         self.placement = placement
 
     def run(self, host: Any, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         given = by_name(host, args, kwargs)
         mask, states = given.get("encoder_attention_mask"), given.get("encoder_hidden_states")
+        if mask is None and states is not None and getattr(self.placement, "padded", False):
+            mask = torch.ones(len(states), states.shape[1] - self.placement.tokens, device=states.device)
         if mask is not None and states is not None and states.shape[1] == mask.shape[1] + self.placement.tokens:
-            given["encoder_attention_mask"] = self.placement.layout(len(mask), mask.shape[1], mask, mask.device).fill(
-                mask, 1
-            )
+            layout = self.placement.layout(len(mask), mask.shape[1], mask, mask.device)
+            given["encoder_attention_mask"] = layout.mask(mask)
         return call(**given)
+
+    def row_link(self, host: nn.Module) -> Any:
+        return mask_rows
 
 
 class PromptStrip(Adapter):
@@ -215,7 +322,7 @@ class PromptStrip(Adapter):
 
     names = ("encoder_last_hidden_state", "encoder_hidden_states", "encoder_attentions", "cross_attentions")
 
-    def __init__(self, placement: Placement) -> None:
+    def __init__(self, placement: Placement | RowPlacement) -> None:
         super().__init__()
         self.placement = placement
 
@@ -228,6 +335,30 @@ class PromptStrip(Adapter):
         length = states.shape[1] - self.placement.tokens
         layout = self.placement.layout(states.shape[0], length, given.get("attention_mask"), states.device)
         return strip(out, layout, names=self.names)
+
+    def row_link(self, host: nn.Module) -> Any:
+        return strip_rows
+
+
+def row_placement(adapters: Sequence[Any]) -> RowPlacement:
+    """Where the virtual tokens of each row stand."""
+    return RowPlacement(tuple(None if adapter is None else adapter.placement for adapter in adapters))
+
+
+def label_rows(place: Place, adapters: Sequence[PromptLabels | None]) -> PromptLabels:
+    """One that serves rows of different prompts."""
+    prompts = {prompt: None for a in adapters if a is not None for prompt in a._prompts}
+    return PromptLabels(*prompts, placement=row_placement(adapters))
+
+
+def mask_rows(place: Place, adapters: Sequence[PromptMask | None]) -> PromptMask:
+    """One that serves rows of different prompts."""
+    return PromptMask(row_placement(adapters))
+
+
+def strip_rows(place: Place, adapters: Sequence[PromptStrip | None]) -> PromptStrip:
+    """One that serves rows of different prompts."""
+    return PromptStrip(row_placement(adapters))
 
 
 def token_models(model: nn.Module) -> dict[str, nn.Module]:

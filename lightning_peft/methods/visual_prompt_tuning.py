@@ -154,6 +154,8 @@ class BlockPrompt(Adapter):
         dim: of the sequence in the input.
     """
 
+    spans_hosts = True
+
     def __init__(
         self,
         prompt: Tensor | None,

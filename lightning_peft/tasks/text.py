@@ -23,6 +23,7 @@ class TextClassifier(L.LightningModule):
         pretrained: ``False`` builds the same network with random weights: the baseline that shows what
             pretraining is worth.
         dtype: The parameters' dtype; ``None`` leaves them as they are stored.
+        config: Changes to the model's configuration. A bias that it adds starts at zero.
         lr: Peak learning rate of AdamW.
         weight_decay: Decoupled weight decay, of matrices only.
         warmup: Fraction of the steps over which the rate rises to ``lr``, before it falls linearly to 0.
@@ -42,6 +43,7 @@ class TextClassifier(L.LightningModule):
         lr: float = 2e-3,
         weight_decay: float = 0.01,
         warmup: float = 0.1,
+        config: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         from torchmetrics import MetricCollection
@@ -49,8 +51,8 @@ class TextClassifier(L.LightningModule):
         from transformers import AutoModelForSequenceClassification
 
         self.save_hyperparameters()
-        labels = {} if num_labels is None else {"num_labels": num_labels}
-        self.model = load_model(AutoModelForSequenceClassification, model, pretrained, dtype, **labels)
+        changes = {**(config or {}), **({} if num_labels is None else {"num_labels": num_labels})}
+        self.model = load_model(AutoModelForSequenceClassification, model, pretrained, dtype, **changes)
         if self.model.config.pad_token_id is None:  # decoders read the last token that is not padding
             self.model.config.pad_token_id = self.model.config.eos_token_id
         self.num_labels: int = self.model.config.num_labels

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import pkgutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,10 @@ class ImageClassifier(L.LightningModule):
     Logs ``train/loss``, and ``loss`` and ``acc`` (accuracy) under ``val/`` and ``test/``.
 
     Args:
-        network: The import path of a class or function that gives an ``nn.Module``
-            (``"torchvision.models.resnet18"``), which turns images ``(batch, channels, height, width)`` into
-            logits ``(batch, num_classes)``, plain or as the ``logits`` of a Hugging Face output.
+        network: The import path of a class, function or method that gives an ``nn.Module``
+            (``"torchvision.models.resnet18"``, ``"transformers.AutoModelForImageClassification.from_pretrained"``),
+            which turns images ``(batch, channels, height, width)`` into logits ``(batch, num_classes)``, plain or as
+            the ``logits`` of a Hugging Face output.
         num_classes: The number of classes.
         network_args: What ``network`` is called with.
         weights: A file of pretrained weights: a state dict, or a dictionary that holds one as ``state_dict``.
@@ -110,11 +111,10 @@ class ImageClassifier(L.LightningModule):
 
 
 def _build(path: str, arguments: dict[str, Any]) -> nn.Module:
-    module, _, name = path.rpartition(".")
     try:
-        factory = getattr(importlib.import_module(module), name)
+        factory = pkgutil.resolve_name(path)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"network={path!r} is no import path of a class or function: {error}.") from error
+        raise ValueError(f"network={path!r} is no import path of a class, function or method: {error}.") from error
     network = factory(**arguments)
     if not isinstance(network, nn.Module):
         raise ValueError(f"network={path!r} gives a {type(network).__name__}; expected an nn.Module.")

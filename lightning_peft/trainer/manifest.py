@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any, cast
 
 from torch import nn
 
+from lightning_peft.core.base import base_of
 from lightning_peft.core.host import AdapterStack, hosts
-from lightning_peft.core.inject import injection_of
+from lightning_peft.core.inject import Injection, Trains, injected_name, injection_of
+from lightning_peft.core.parts import Part
 from lightning_peft.core.state import StateError, adapter_state
 from lightning_peft.core.thaw import thawed
 
@@ -25,15 +28,34 @@ def manifest(model: nn.Module) -> dict[str, Any]:
     return {
         "version": VERSION,
         "methods": [
-            {"method": type(method).__name__, "config": method.config(), "trains": trains(model, name)}
+            {
+                "method": type(method).__name__,
+                "config": method.config(),
+                "trains": trains(model, name),
+                "parts": [_plain(part) for part in record.parts.get(name, ())],
+                "own": asdict(record.trains.get(name, Trains())),
+            }
             for name, method in record.methods.items()
         ],
+        "base": _base_facts(model, record),
         "active": sorted({n for _, host in hosts(model) for n in cast(AdapterStack, host.adapters).active}),
         "fingerprint": record.fingerprint,
         "thawed": thawed(model),
         "trainable": record.report.trainable,
         "total": record.report.total,
     }
+
+
+def _plain(part: Part) -> dict[str, Any]:
+    return {"host": part.host, "parameter": part.parameter, "kind": part.kind, "shape": part.shape, "facts": part.facts}
+
+
+def _base_facts(model: nn.Module, record: Injection) -> dict[str, Any]:
+    """What an adapter directory says of the base, so that one can be made from a checkpoint alone."""
+    own = [name for trains in record.trains.values() for name in (*trains.modules, *trains.parameters)]
+    hosts = [part.host for parts in record.parts.values() for part in parts]
+    base = base_of(model.get_submodule(injected_name(model)), [*hosts, *own])
+    return {"name": base.name, **base.facts(), "modules": [name for name in base.modules() if name]}
 
 
 def trains(model: nn.Module, name: str) -> bool:

@@ -7,9 +7,11 @@ import pytest
 import torch
 
 import lightning_peft as lp
-from benchmarks.real import STUDIES, load, report
+from benchmarks.real import STUDIES, load
 from benchmarks.real.__main__ import main
-from benchmarks.real.study import DATA, MissingData, Row, Study
+from benchmarks.real.e2e import named
+from benchmarks.real.store import Store
+from benchmarks.real.study import DATA, MissingData, Row, Study, search
 from lightning_peft.data import ImageData
 from lightning_peft.tasks import ImageClassifier
 
@@ -17,13 +19,17 @@ torch.manual_seed(0)
 
 
 class Tiny(Study):
-    name, title, task = "tiny", "A tiny study", "Red or not."
-    metrics = {"accuracy %": "{:.1f}"}
-    higher_is_better, steps, grid = True, 3, "0.1"
+    name, title, task, probes = "tiny", "A tiny study", "Red or not.", "Does the rank matter?"
+    metrics = {"accuracy %": "{:.1f}", "loss": "{:.3f}"}
+    higher_is_better, steps, search_steps = True, 3, 2
+    prompts = ("what does it say?",)
     rows = (
         Row("base"),
         Row("LoRA", "LoRA", {"r": 1, "targets": "1"}, 0.1),
+        Row("DoRA", "DoRA", {"r": 1, "targets": "1"}, lr_of="LoRA"),
         Row("one from the future", "NoSuchMethod", {}, 0.1),
+        Row("LoRA r=2", "LoRA", {"r": 2, "targets": "1"}, lr_of="LoRA", probe=True),
+        Row("full fine-tuning", "FullFineTuning", {}, 0.01),
     )
 
     def prepare(self, folder: Path, tuning: bool) -> None:
@@ -38,7 +44,8 @@ class Tiny(Study):
         return ImageData(self.file, test=self.file, batch_size=4)
 
     def scores(self, trainer, module, data):
-        return {"accuracy %": 100 * trainer.test(module, data, verbose=False)[0]["test/acc"]}
+        found = trainer.test(module, data, verbose=False)[0]
+        return {"accuracy %": 100 * found["test/acc"], "loss": found["test/loss"]}
 
     def samples(self, module):
         return ["what it says"]
@@ -53,18 +60,90 @@ def tiny(monkeypatch):
     monkeypatch.setattr("benchmarks.real.__main__.load", lambda name: Tiny())
 
 
-def test_a_row_is_trained_measured_and_written(tiny, tmp_path, capsys):
-    page = tmp_path / "results" / "tiny.md"
-    assert main(["e2e", "--markdown", str(page)]) == 0
+def test_every_row_is_trained_for_each_seed_and_written(tiny, tmp_path, capsys):
+    page, runs = tmp_path / "results" / "tiny.md", tmp_path / "runs.jsonl"
+    command = ["e2e", "--seeds", "0", "1", "--store", str(runs), "--markdown", str(page)]
+    assert main(command) == 0
     shown, text = capsys.readouterr().out, page.read_text()
-    assert "skipped: one from the future: lightning_peft has no NoSuchMethod" in shown
-    assert "| LoRA | 50 | 33.8 |" in text
-    assert "| base | 0 | 0 |" in text
+    assert shown.count("skipped: one from the future: lightning_peft has no NoSuchMethod") == 1
     assert "3 steps of AdamW" in text
-    assert "seed 0" in text
+    assert "the mean of 2 seed(s) (0, 1)" in text
+    assert "| base | 0 | 0 |" in text
     assert "    - what it says" in text
     assert f"torch {torch.__version__}" in text
-    assert page.with_suffix(".png").stat().st_size > 5000
+    assert page.with_suffix(".svg").stat().st_size > 5000
+    compared, _, probes = text.partition("## Questions asked of some of them")
+    assert "| LoRA | 50 | 33.8 |" in compared
+    assert "| LoRA r=2 |" not in compared
+    assert "Does the rank matter?\n\n| method" in probes
+    assert "| LoRA r=2 | 100 |" in probes.partition("##")[0]
+    assert "DoRA takes the rate of LoRA." in text
+    line = next(line for line in compared.splitlines() if line.startswith("| LoRA |"))
+    losses = [r.scores["loss"] for r in _runs(runs, "LoRA(r=1", tuning=False)]
+    assert len(losses) == 2
+    assert f"{np.mean(losses):.3f} ± {np.std(losses, ddof=1):.3f}" in line
+
+    before = runs.read_text()
+    assert main(command) == 0  # all is there: nothing runs again, and the page is the same
+    assert runs.read_text() == before
+    assert page.read_text() == text
+
+
+def _runs(path, method, tuning):
+    results = Store(path).all().values()
+    return [r for r in results if r.setting.method.startswith(method) and r.setting.tuning == tuning]
+
+
+def test_an_interrupted_study_goes_on_where_it_was(tiny, monkeypatch, tmp_path):
+    whole, halves = tmp_path / "whole.jsonl", tmp_path / "halves.jsonl"
+    assert main(["e2e", "--methods", "lora", "--store", str(whole)]) == 0
+    made, run = [], Study.run
+
+    def interrupted(*args, **kwargs):
+        if len(made) == 2:
+            made.append(None)
+            raise KeyboardInterrupt
+        made.append(run(*args, **kwargs))
+        return made[-1]
+
+    monkeypatch.setattr(Study, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        main(["e2e", "--methods", "lora", "--store", str(halves)])
+    assert len(halves.read_text().splitlines()) == 2
+    assert main(["e2e", "--methods", "lora", "--store", str(halves)]) == 0
+    assert [(r.setting, r.scores) for r in _runs(halves, "LoRA", False)] == [
+        (r.setting, r.scores) for r in _runs(whole, "LoRA", False)
+    ]
+    assert len(made) - 1 == len(whole.read_text().splitlines())
+
+
+def test_the_rate_is_the_best_of_those_tried(tiny, tmp_path):
+    runs = tmp_path / "runs.jsonl"
+    assert main(["e2e", "--methods", "lora", "--store", str(runs)]) == 0
+    tried = {r.setting.lr: r.scores["loss"] for r in _runs(runs, "LoRA(r=1", tuning=True)}
+    (final,) = _runs(runs, "LoRA(r=1", tuning=False)
+    assert len(tried) >= 3
+    assert final.setting.lr == min(tried, key=tried.get)
+    assert min(tried) < final.setting.lr < max(tried)
+
+
+@pytest.mark.parametrize("best", [1e-4, 3e-3, 1e-2, 3.0])
+def test_the_search_walks_to_the_best_rate_and_tries_both_neighbours(best):
+    tried = []
+
+    def loss(lr):
+        tried.append(lr)
+        return abs(np.log(lr / best)) if lr <= 3 * best else float("nan")
+
+    assert search(1e-2, loss) == pytest.approx(best)
+    assert len(tried) == len(set(tried))
+    assert min(tried) < 0.5 * best
+    assert max(tried) > 2 * best
+
+
+def test_a_search_that_finds_no_number_says_so():
+    with pytest.raises(ValueError, match=r"no number at any rate from 0\.01 down"):
+        search(1e-2, lambda lr: float("nan"))
 
 
 def test_the_same_seed_gives_the_same_scores(tmp_path):
@@ -77,28 +156,26 @@ def test_the_same_seed_gives_the_same_scores(tmp_path):
     assert 500 < first.checkpoint < 60_000
 
 
-def test_tuning_tries_each_rate_and_writes_no_page(tiny, tmp_path, capsys):
-    assert main(["e2e", "--tune", "0.1", "0.2", "--methods", "lora"]) == 0
-    shown = capsys.readouterr().out
-    assert "LoRA, lr 0.1: accuracy" in shown
-    assert "LoRA, lr 0.2: accuracy" in shown
-    with pytest.raises(SystemExit):
-        main(["e2e", "--tune", "0.1", "--markdown", str(tmp_path / "x.md")])
-
-
 def test_a_failing_method_is_told_and_the_others_run(tiny, monkeypatch, capsys):
-    monkeypatch.setattr(Tiny, "rows", (Row("bad", "LoRA", {"r": 0}), Row("base")))
+    monkeypatch.setattr(Tiny, "rows", (Row("bad", "LoRA", {"r": 0}, 0.1), Row("base")))
     assert main(["e2e"]) == 1
     shown = capsys.readouterr().out
     assert "failed: bad: ValueError: r must be" in shown
-    assert "base, lr 0: accuracy" in shown
+    assert "base, seed 0, lr 0: accuracy" in shown
     assert main(["e2e", "--methods", "nothing"]) == 2
 
 
-def test_missing_data_is_told(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr("benchmarks.real.study.DATA", tmp_path)
-    assert main(["cifar"]) == 0
-    assert "skipped: there is no cifar_resnet" in capsys.readouterr().out
+def test_missing_data_is_told(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("benchmarks.real.study.DATA", DATA)  # --data changes it
+    assert main(["cifar", "--data", str(tmp_path)]) == 0
+    assert f"skipped: there is no cifar_resnet/resnet20-12fca82f.th in {tmp_path}" in capsys.readouterr().out
+
+
+def test_a_text_names_its_attributes_word_by_word():
+    meaning = "name : The Mill | price : more than £30 | family friendly : yes | near : Burger King"
+    assert named(meaning, "the  Mill is near Burger King .") == pytest.approx(2 / 3)
+    assert named(meaning, "The Mill , more than £30 , near Burger King .") == 1
+    assert named(meaning, "yes") == 0
 
 
 @pytest.mark.parametrize("name", STUDIES)
@@ -120,8 +197,9 @@ def test_a_few_steps_of_lora_already_beat_the_base(tmp_path):
     study.prepare(tmp_path, tuning=True)
     study.test.write_text("\n".join(study.test.read_text().splitlines()[:32]))
     study.stories = study.stories[:4000]
+    study.tuning, study.asked = False, study.asked[:2]
     base = study.run(study.rows[0], 0.0, 0, seed=0)
     lora = study.run(next(r for r in study.rows if r.method == "LoRA"), 1e-2, 8, seed=0)
     assert lora.scores["loss"] < base.scores["loss"] - 0.5
     assert len(lora.samples) == 2
-    assert len(report.cells(study, lora)) == len(report.headers(study))
+    assert set(lora.scores) == set(study.metrics)

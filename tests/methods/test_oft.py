@@ -18,6 +18,7 @@ from tests.methods.kin import (
     net,
     perturb,
 )
+from tests.methods.tiny import Classifier, trainer
 
 COUNT = 2 * 6 + 3 * 6 + 3 * 6  # blocks of 4 on 8, 12 and 12 columns
 
@@ -47,7 +48,7 @@ def test_fit():
 
 # PEFT's 3 terms are its 4 (a loop that should not run takes one more power), so 3 is left out.
 @pytest.mark.parametrize("terms", [0, 2, 4, 5, 7])
-@pytest.mark.parametrize("case", ["linear", "share", "r", "embedding", "pointwise"])
+@pytest.mark.parametrize("case", ["linear", "share", "r", "embedding", "pointwise", "coft", "coft share"])
 def test_parity_with_peft(case, terms):
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
@@ -55,6 +56,9 @@ def test_parity_with_peft(case, terms):
     base, x, targets = net(), torch.randn(2, 5, 8), ["0", "2", "4"]
     if case == "share":
         options, theirs = options | {"block_share": True}, theirs | {"block_share": True}
+    elif case.startswith("coft"):
+        also = {"coft": True, "eps": 0.2, "block_share": case.endswith("share")}
+        options, theirs = options | also, theirs | also
     elif case == "r":
         options, theirs = {"r": 2}, {"r": 2, "oft_block_size": 0}
     elif case == "embedding":
@@ -186,3 +190,28 @@ def test_a_convolution_is_turned_as_its_rows_are():
         plain.weight.copy_(turned.view_as(plain.weight))
     x = torch.randn(2, 6, 9, 11, dtype=torch.float64)
     close(layer(x), plain(x), 1e-11)
+
+
+def test_constrained_blocks_stay_in_their_ball():
+    model, x = net(), torch.randn(3, 8)
+    lp.apply(model, oft(coft=True, eps=0.1))
+    plain = model(x)
+    perturb(model, scale=5.0)
+    assert 1e-4 < (model(x) - plain).abs().max() < 0.5
+    part = model[0].adapters["default"]
+    assert part.oft_R.norm() > 1
+    turned = (part.rotation() - torch.eye(4)).flatten(1).norm(dim=1)
+    radius = 0.1 / part.blocks**0.5
+    assert ((turned < 2 * radius) & (turned > radius)).all()  # R - I is close to -2 Q
+
+
+def test_training_keeps_the_constrained_entries_themselves_in_the_ball():
+    model, method = Classifier(), lp.OFT(4, targets=["qkv"], coft=True, eps=0.01, trainable=["head"])
+    trainer(".", method, epochs=3).fit(model)
+    parts = method.parts(model)
+    assert len(parts) == 3
+    method.on_train_batch_start(None, model, None, 0)
+    for part in parts.values():
+        norms = 2**0.5 * part.oft_R.detach().norm(dim=-1)
+        assert (norms <= 0.01 / part.blocks**0.5 * 1.0001).all()
+        assert (norms > 0.001).any()

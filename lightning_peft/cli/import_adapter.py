@@ -1,0 +1,53 @@
+"""``lightning-peft import``: an adapter directory as a Lightning checkpoint.
+
+The checkpoint is what a run would have saved that trained this adapter in this module and has made no step since:
+``lp.load_from_checkpoint`` and ``test --ckpt_path`` take it as any other, and ``fit --ckpt_path`` trains on from it
+with a new optimizer.
+"""
+
+from __future__ import annotations
+
+import sys
+from argparse import ArgumentParser
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from lightning_peft.cli.module import build_arguments, find_module
+from lightning_peft.core.targets import TargetError
+from lightning_peft.formats.checkpoint import import_checkpoint
+from lightning_peft.formats.files import FormatError
+from lightning_peft.trainer.manifest import KEY
+
+__all__ = ["import_adapter"]
+
+
+def import_adapter(args: Sequence[str]) -> None:
+    """Run the command.
+
+    Args:
+        args: what comes after ``import``.
+    """
+    parser = ArgumentParser(
+        prog="lightning-peft import",
+        description="Make a Lightning checkpoint of an adapter directory, this package's or Hugging Face PEFT's.",
+    )
+    parser.add_argument("directory", help="an adapter directory")
+    parser.add_argument("checkpoint", help="the file to write, such as out.ckpt")
+    parser.add_argument("--model", required=True, help="the module's class, as my.package.Module; see --model.width=16")
+    parser.add_argument("--name", help="what to call the adapter; by default what it was called")
+    parser.add_argument("--any-base", action="store_true", help="also where it was trained on another base")
+    options, rest = parser.parse_known_args(args)
+    arguments = build_arguments(parser, rest)
+    module = find_module(options.model)(**arguments)
+    module.configure_model()
+    try:
+        checkpoint = import_checkpoint(module, options.directory, options.name, check_base=not options.any_base)
+    except (FormatError, TargetError):
+        module.setup("predict")  # a module may build its layers only here
+        checkpoint = import_checkpoint(module, options.directory, options.name, check_base=not options.any_base)
+    Path(options.checkpoint).parent.mkdir(parents=True, exist_ok=True)
+    torch.save(checkpoint, options.checkpoint)
+    names = ", ".join(entry["config"]["name"] for entry in checkpoint[KEY]["methods"])
+    print(f"{options.checkpoint}: {names}", file=sys.stderr)

@@ -1,0 +1,235 @@
+"""Where the rows of a batch are in the tensors that a module takes and gives.
+
+They are the first dimension, possibly several entries to a row (beams, windows, flattened tokens), row by row. In
+modules that take the sequence first they are the second one. Whatever else is met is an error that names the module.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.core.swap import original_class
+from lightning_peft.core.tokens import parameters_of
+
+__all__ = ["Place", "RowError", "assemble", "entries", "places", "row_dim", "split", "take", "tensors"]
+
+#: arguments that are (length, length) for all rows
+_SQUARE = ("mask", "src_mask", "tgt_mask", "memory_mask", "attn_mask")
+_TRANSFORMERS = (
+    nn.TransformerEncoderLayer,
+    nn.TransformerDecoderLayer,
+    nn.TransformerEncoder,
+    nn.TransformerDecoder,
+    nn.Transformer,
+)
+
+
+class RowError(ValueError):
+    """Adapters that cannot be told apart by row, and where."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A module, and how it sees the batch.
+
+    Attributes:
+        name: its qualified name.
+        kind: its class's name.
+        order: whether it takes the batch or the sequence first; ``"either"`` in a model that has modules of both.
+    """
+
+    name: str
+    kind: str
+    order: Literal["batch", "sequence", "either"]
+
+    def __str__(self) -> str:
+        return f"{self.name or 'the model'!r} ({self.kind})"
+
+
+def places(model: nn.Module, names: Iterable[str]) -> dict[str, Place]:
+    """How the modules called ``names`` see the batch, as far as their classes and those around them tell."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    mixed = _sequence_first(model)
+    found = {}
+    for name in names:
+        parts = name.split(".") if name else []
+        around = [modules[".".join(parts[:i])] for i in range(len(parts) + 1)]
+        order: Literal["batch", "sequence", "either"] = "either" if mixed else "batch"
+        if isinstance(modules[name], nn.MultiheadAttention | nn.RNNBase):
+            order = "sequence" if _sequence_first(modules[name]) else "batch"
+        elif mixed and any(isinstance(m, _TRANSFORMERS) and _sequence_first(m) for m in around):
+            order = "sequence"
+        found[name] = Place(name, original_class(modules[name]).__name__, order)
+    return found
+
+
+def _sequence_first(module: nn.Module) -> bool:
+    return any(isinstance(m, nn.MultiheadAttention | nn.RNNBase) and not m.batch_first for m in module.modules())
+
+
+def row_dim(place: Place, x: Tensor, n: int) -> int:
+    """The dimension of ``x``, an input of the module at ``place``, that holds the ``n`` rows.
+
+    Raises:
+        RowError: none does, or it cannot be told.
+    """
+    fits = [d for d in range(min(2, x.ndim)) if x.shape[d] and x.shape[d] % n == 0]
+    dim = 1 if place.order == "sequence" and x.ndim > 2 else 0
+    looked_up = not x.is_floating_point()
+    if place.order == "either" and x.ndim > (1 if looked_up else 2):
+        if len(fits) > 1:
+            raise RowError(
+                f"{place} was called with {tuple(x.shape)} for {n} rows, in a model that has modules with "
+                "batch_first=False: whether its rows are the first or the second dimension cannot be told. Build the "
+                "model with batch_first=True, or use another batch size"
+            )
+        dim = fits[0] if fits else 0
+    if dim not in fits:
+        raise RowError(
+            f"{place} was called with a tensor of shape {tuple(x.shape)}, whose dimension {dim} is no multiple of the "
+            f"{n} rows. Give as many names as the batch has rows; a module that does not see the batch row by row (the "
+            "experts of a mixture, a table that all rows share) cannot have another adapter for each row: exclude it"
+        )
+    if x.ndim == 2 and not looked_up and re.search(r"(^|\.)experts\.\d+(\.|$)", place.name):
+        raise RowError(
+            f"{place} is one of several experts, which get the tokens of all rows mixed: adapters there cannot be told "
+            "apart by row. Exclude it"
+        )
+    if x.ndim == 1 and looked_up and (len(x) != n or torch.equal(x, torch.arange(n, device=x.device))):
+        raise RowError(
+            f"{place} was called with {len(x)} indices that look like positions, which all rows share: its adapters "
+            "cannot be told apart by row. Exclude it, or call it with (batch, length) indices"
+        )
+    return dim
+
+
+def take(x: Tensor, dim: int, rows: Sequence[int], n: int) -> Tensor:
+    """The entries of ``x`` along ``dim`` that belong to ``rows``, of ``n`` in all."""
+    repeats = x.shape[dim] // n
+    if rows[-1] - rows[0] + 1 == len(rows):  # they are in ascending order
+        return x.narrow(dim, rows[0] * repeats, len(rows) * repeats)
+    return x.index_select(dim, entries(tuple(rows), repeats, x.device))
+
+
+@functools.lru_cache(maxsize=4096)
+def entries(rows: tuple[int, ...], repeats: int, device: torch.device) -> Tensor:
+    """The indices of the entries that belong to ``rows`` where each row has ``repeats``."""
+    with torch.inference_mode(False):  # so that backward may keep it
+        return torch.tensor([r * repeats + i for r in rows for i in range(repeats)], device=device)
+
+
+def assemble(pieces: Sequence[tuple[Sequence[int], Tensor]], dim: int) -> Tensor:
+    """One tensor from the entries of some rows each; the inverse of :func:`take`."""
+    order = [row for rows, _ in pieces for row in rows]
+    whole = torch.cat([piece for _, piece in pieces], dim)
+    if order == sorted(order):
+        return whole
+    inverse = tuple(sorted(range(len(order)), key=order.__getitem__))
+    return whole.index_select(dim, entries(inverse, whole.shape[dim] // len(order), whole.device))
+
+
+def split(
+    place: Place,
+    module: nn.Module,
+    groups: Sequence[Sequence[int]],
+    call: Callable[[int, tuple, dict[str, Any]], Any],
+    args: tuple,
+    kwargs: dict[str, Any],
+) -> Any:
+    """Run a module once for each group of rows, and put the outputs together.
+
+    Args:
+        place: where the module is.
+        module: the module.
+        groups: the rows of each group.
+        call: runs it, given the number of the group and its arguments.
+        args, kwargs: the arguments of the whole batch.
+
+    Raises:
+        RowError: the rows cannot be found in the arguments or in the outputs, or there is a KV cache.
+    """
+    n = sum(map(len, groups))
+    values = (*args, *kwargs.values())
+    if any(hasattr(value, "get_seq_length") for value in values):
+        raise RowError(
+            f"the rows at {place} need a run each, and its KV cache is one for all: call the model with "
+            "use_cache=False, or give these rows one adapter"
+        )
+    first = next((v for v in values if isinstance(v, Tensor) and v.ndim), None)
+    if first is None:
+        raise RowError(f"{place} was called without a tensor, so that its rows cannot be told apart")
+    where = row_dim(place, first, n)
+    size = first.shape[where]
+    names = parameters_of(module)[: len(args)] if len(values) > 1 else []
+    names += [""] * (len(args) - len(names))
+
+    def part(value: Any, rows: Sequence[int], name: str) -> Any:
+        def of(t: Tensor) -> Tensor:
+            dim = where if t.ndim > 2 and name != "attn_mask" else 0
+            shared = t.ndim == 0 or (t.ndim == 2 and name in _SQUARE)
+            if shared or t.shape[dim] % n or (t.shape[dim] not in (size, n) and name != "attn_mask"):
+                return t
+            return take(t, dim, rows, n)
+
+        return _map(of, value)
+
+    outputs = []
+    for i, rows in enumerate(groups):
+        positional = tuple(part(value, rows, name) for name, value in zip(names, args))
+        outputs.append(call(i, positional, {name: part(value, rows, name) for name, value in kwargs.items()}))
+    if isinstance(module, nn.MultiheadAttention | nn.RNNBase):  # whose second output has another order than the first
+        second = 0 if isinstance(module, nn.MultiheadAttention) else 1
+        hidden, rest = ([o[i] for o in outputs] for i in (0, 1))
+        return _together(place, groups, hidden, where), _together(place, groups, rest, second)
+    return _together(place, groups, outputs, where)
+
+
+def _together(place: Place, groups: Sequence[Sequence[int]], outputs: list[Any], where: int) -> Any:
+    first = outputs[0]
+    if isinstance(first, Tensor):
+        dim = where if first.ndim > 2 else 0
+        if first.ndim and all(
+            o.shape[dim] * len(groups[0]) == first.shape[dim] * len(rows) for rows, o in zip(groups, outputs)
+        ):
+            return assemble(list(zip(groups, outputs)), dim)
+        raise RowError(
+            f"{place} ran once for each group of rows, and its outputs, of shapes {[tuple(o.shape) for o in outputs]}, "
+            "cannot be put together: it must give one output for each row (and no loss)"
+        )
+    if isinstance(first, Mapping):
+        merged = {key: _together(place, groups, [o[key] for o in outputs], where) for key in first}
+        return merged if type(first) is dict else type(first)(**merged)
+    if isinstance(first, tuple | list):
+        parts = [_together(place, groups, list(values), where) for values in zip(*outputs)]
+        return type(first)(*parts) if hasattr(first, "_fields") else type(first)(parts)
+    return first
+
+
+def _map(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return function(value)
+    if type(value) in (tuple, list):
+        return type(value)(_map(function, v) for v in value)
+    if type(value) is dict:
+        return {k: _map(function, v) for k, v in value.items()}
+    return value
+
+
+def tensors(values: Iterable[Any]) -> list[Tensor]:
+    """All tensors in nested tuples, lists and mappings."""
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, Mapping):
+            found += tensors(value.values())
+        elif isinstance(value, tuple | list):
+            found += tensors(value)
+    return found
