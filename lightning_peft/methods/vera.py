@@ -79,7 +79,7 @@ class VeRAAdapter(WeightAdapter):
         super().__init__(site)
         *batch, rows, _ = site.shape
         self.dropout = 0.0 if isinstance(site.layout, EmbeddingLayout) else dropout
-        self.vera_lambda_d = nn.Parameter(torch.full((*batch, len(shared.vera_A)), d_initial))
+        self.vera_lambda_d = nn.Parameter(torch.full((*batch, len(shared.vera_A)), float(d_initial)))
         self.vera_lambda_b = nn.Parameter(torch.zeros(*batch, rows))
         if owner:
             self.projection = shared
