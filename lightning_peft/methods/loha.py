@@ -78,6 +78,14 @@ class LoHaAdapter(RowDropAdapter):
             return tucker(cores[0], a1 * self.scale, b1) * tucker(cores[1], a2, b2)
         return ((a1 * self.scale) @ b1) * (a2 @ b2)
 
+    def low_rank(self) -> tuple[Tensor, Tensor] | None:
+        if self.hada_t1 is not None:
+            return None
+        # A product of sums of r terms is the sum of the r^2 products.
+        a = (self.hada_w1_b[..., :, None, :] * self.hada_w2_b[..., None, :, :]).flatten(-3, -2)
+        b = (self.hada_w1_a[..., :, None] * self.hada_w2_a[..., None, :]).flatten(-2)
+        return a, b * self.scale
+
 
 class LoHa(RankedMethod):
     """The elementwise product of two low-rank updates, of rank r squared (arXiv:2108.06098).

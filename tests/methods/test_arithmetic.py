@@ -27,7 +27,6 @@ WEIGHT_METHODS = {
     "adalora": lambda kind, **o: lp.AdaLoRA(init_r=3, target_r=2, targets=kind.targets, **o),
     "dylora": lambda kind, **o: lp.DyLoRA(r=3, targets=kind.targets, **o),
 }
-LOW_RANK = {"lora_rs", "lora_patterns", "lora_pissa", "vera", "adalora", "dylora"}
 KINDS_HERE = ["linear", "conv2d", "embedding", "mha", "experts", "gpt2", "tied"]
 
 
@@ -294,7 +293,7 @@ def _activation() -> nn.Module:
     return model
 
 
-TWO = (lp.LoRA(r=2, name="a"), lp.LoHa(r=2, name="b"))
+TWO = (lp.LoRA(r=2, name="a"), lp.LoKr(r=2, name="b"))
 
 
 @pytest.mark.parametrize(
