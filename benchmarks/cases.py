@@ -6,6 +6,7 @@ arguments of the model's ``forward``, whose output carries ``loss``.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -42,6 +43,22 @@ class Case:
         layers = (nn.Linear, nn.Conv2d)
         named = self.model.named_modules()
         return [name for name, m in named if isinstance(m, layers) and not name.startswith(self.head)]
+
+    @property
+    def norms(self) -> list[str]:
+        """Qualified names of the norm layers."""
+        return [name for name, m in self.model.named_modules() if "Norm" in type(m).__name__]
+
+    @property
+    def keys_values(self) -> list[str]:
+        """Those of the targets that make keys and values; all of them where nothing attends."""
+        found = [name for name in self.targets if name.rpartition(".")[2] in ("k_proj", "v_proj", "key", "value")]
+        return found or self.targets
+
+    @property
+    def feedforward(self) -> list[str]:
+        """The second linear layer of each feed-forward, by qualified name."""
+        return [name for name in self.targets if re.search(r"\.mlp\.down_proj$|\d\.output\.dense$", name)]
 
 
 def llama(size: str) -> Case:
@@ -90,6 +107,30 @@ def bert(size: str) -> Case:
     inputs = {"input_ids": ids, "labels": torch.randint(config.num_labels, (batch,))}
     model = BertForSequenceClassification(config)
     return Case(model, inputs, "bert.embeddings", "classifier", ids.numel())
+
+
+def vit(size: str) -> Case:
+    """A vision transformer: a patch embedding, a class token, pre-norm blocks."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    hidden, layers, batch, side = {
+        "tiny": (32, 2, 2, 16),
+        "small": (256, 4, 8, 64),
+        "large": (1024, 8, 32, 224),
+    }[size]
+    config = ViTConfig(
+        hidden_size=hidden,
+        intermediate_size=4 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=max(hidden // 64, 2),
+        image_size=side,
+        patch_size=4 if side < 224 else 16,
+        num_labels=10,
+    )
+    pixels, labels = torch.randn(batch, 3, side, side), torch.randint(10, (batch,))
+    patches = (side // config.patch_size) ** 2
+    model = ViTForImageClassification(config)
+    return Case(model, {"pixel_values": pixels, "labels": labels}, "vit.embeddings", "classifier", batch * patches)
 
 
 def resnet(size: str) -> Case:
@@ -143,7 +184,7 @@ class Block(nn.Module):
         return F.relu(self.bn2(self.conv2(h)) + self.shortcut(x))
 
 
-CASES: dict[str, Callable[[str], Case]] = {"llama": llama, "bert": bert, "resnet": resnet}
+CASES: dict[str, Callable[[str], Case]] = {"llama": llama, "bert": bert, "resnet": resnet, "vit": vit}
 
 
 def build(name: str, size: str, device: torch.device, dtype: torch.dtype) -> Case:

@@ -10,10 +10,11 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+from benchmarks.methods import Hooks
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,8 @@ class Saved:
         batch: bytes of storages of the input batch that are kept.
     """
 
-    activations: int
-    batch: int
+    activations: int = 0
+    batch: int = 0
 
 
 class _Held:
@@ -90,19 +91,28 @@ def graph_nodes(output: Tensor) -> Iterator[object]:
 
 
 def train_step(
-    model: nn.Module, batch: dict[str, Tensor], optimizer: torch.optim.Optimizer | None, autocast: bool
+    model: nn.Module,
+    batch: dict[str, Tensor],
+    optimizer: torch.optim.Optimizer | None,
+    autocast: bool,
+    hooks: Hooks,
+    clock: str = "wall",
 ) -> float:
-    """Run forward, backward and the optimizer's step; return the seconds it took."""
+    """Run forward, backward and the optimizer's step; return the seconds it took by ``"wall"`` or ``"cpu"`` time."""
     device = next(model.parameters()).device
+    now = {"wall": time.perf_counter, "cpu": time.process_time}[clock]
     _synchronize(device)
-    start = time.perf_counter()
+    start = now()
+    hooks.begin()
     loss = forward_loss(model, batch, autocast)
     loss.backward()
+    hooks.gradients()
     if optimizer is not None:
         optimizer.step()
+        hooks.stepped()
         optimizer.zero_grad()
     _synchronize(device)
-    return time.perf_counter() - start
+    return now() - start
 
 
 def forward_loss(model: nn.Module, batch: dict[str, Tensor], autocast: bool) -> Tensor:
@@ -144,11 +154,8 @@ def paired_ratio(times: list[float], reference: list[float]) -> Spread:
 
 
 def hardware(device: str) -> str:
-    """The processor's name, core count and threads in use, and the accelerator's name."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
-    cpu = f"{model or platform.processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    """The kind of processor, its cores and the threads in use, and the accelerator's name."""
+    cpu = f"{os.cpu_count()}-core {platform.machine().replace('_', '-')} CPU, threads: {torch.get_num_threads()}"
     return f"{torch.cuda.get_device_name()} ({cpu})" if device == "cuda" else cpu
 
 

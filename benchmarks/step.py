@@ -1,11 +1,12 @@
 """What a method costs over its frozen base: training-step time and saved activations, beside PEFT.
 
-    python -m benchmarks.step                                # every case, under three minutes on two cores
-    python -m benchmarks.step --case llama --autocast --markdown benchmarks/results/llama.md
+    python -m benchmarks.step --json step.json --markdown benchmarks/results/cpu.md --threads 1 --clock cpu
+    python -m benchmarks.step --case llama --method LoRA DoRA --repeats 40
 
-Each case runs full fine-tuning, the *floor* (the frozen base with gradients through every layer and no
-adapter) and every method of ``METHODS`` in both libraries, in turn within each repetition, so that drift
-of the machine hits all alike. ``README.md`` says what each number means.
+Each row of ``methods.py`` is measured on each of its cases beside the *floor* (the frozen base with gradients through
+every layer and no adapter) and PEFT's variant. The three take turns within each repetition, so that drift of
+the machine hits all alike. With ``--json`` a run that broke off goes on where it was. ``README.md`` says what each
+number means.
 """
 
 from __future__ import annotations
@@ -21,119 +22,61 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+import lightning_peft as lp
 from benchmarks.cases import CASES, SIZES, Case, build
-from benchmarks.measure import (
-    Saved,
-    Spread,
-    forward_loss,
-    hardware,
-    paired_ratio,
-    peak_cuda_bytes,
-    saved_bytes,
-    train_step,
-    versions,
-)
-
-# ----------------------------------------------------------------------------------------------- methods
-
-
-@dataclass(frozen=True)
-class Method:
-    """One row: the same method in both libraries, each built from a rank and the targets' names.
-
-    Imports belong inside the two functions, so that a missing library skips its variant only.
-    """
-
-    ours: Callable[[int, list[str]], object]
-    peft: Callable[[int, list[str]], object] | None = None
-
-
-def lora(dropout: float) -> Method:
-    """LoRA with ``alpha = 2 * r``."""
-
-    def ours(rank: int, targets: list[str]) -> object:
-        import lightning_peft as lp
-
-        return lp.LoRA(r=rank, alpha=2 * rank, dropout=dropout, targets=targets)
-
-    def theirs(rank: int, targets: list[str]) -> object:
-        from peft import LoraConfig
-
-        return LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=dropout, target_modules=targets)
-
-    return Method(ours, theirs)
-
-
-METHODS: dict[str, Method] = {
-    "LoRA": lora(dropout=0.0),
-    "LoRA, dropout 0.1": lora(dropout=0.1),
-}
+from benchmarks.measure import Saved, forward_loss, hardware, peak_cuda_bytes, saved_bytes, train_step, versions
+from benchmarks.methods import METHODS, Hooks, Method
+from benchmarks.page import line_of, markdown, plot
 
 # ---------------------------------------------------------------------------------------------- variants
 
 
-@dataclass(frozen=True)
+@dataclass
 class Variant:
-    """A way to train the case's model: ``prepare`` changes it in place and returns what to run."""
+    """A model that is ready to be measured, and what its method does around a step."""
 
-    name: str
-    prepare: Callable[[Case, int], nn.Module]
-    method: str | None = None
-
-
-def full(case: Case, rank: int) -> nn.Module:
-    """Every parameter trains."""
-    return case.model
+    model: nn.Module
+    hooks: Hooks = field(default_factory=Hooks)
 
 
-def floor(case: Case, rank: int) -> nn.Module:
-    """Nothing trains, but the entry's output asks for its gradient, so backward visits every layer."""
+def frozen(case: Case, entry: bool) -> Case:
+    """Nothing trains; with ``entry`` the entry's output asks for its gradient, so backward visits every layer."""
     case.model.requires_grad_(False)
     for module in case.model.modules():
         if isinstance(module, _BatchNorm):
             module.eval()  # a frozen base normalises with its own statistics
-    case.model.get_submodule(case.entry).register_forward_hook(_require_grad)
-    return case.model
+    if entry:
+        case.model.get_submodule(case.entry).register_forward_hook(_require_grad)
+    return case
 
 
 def _require_grad(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
     return output if output.requires_grad else output.detach().requires_grad_()
 
 
-def variants(methods: list[str]) -> list[Variant]:
-    """Full fine-tuning, the floor, and each method in both libraries, on top of the floor."""
-    listed = [Variant("full", full), Variant("floor", floor)]
-    for name in methods:
-        if METHODS[name].peft is not None:
-            listed.append(Variant(f"peft {name}", _with_peft(METHODS[name]), name))
-        listed.append(Variant(f"ours {name}", _with_ours(METHODS[name]), name))
-    return listed
+def floor(case: Case, method: Method, rank: int) -> Variant:
+    """The frozen base."""
+    return Variant(frozen(case, entry=True).model)
 
 
-def _with_peft(method: Method) -> Callable[[Case, int], nn.Module]:
-    def prepare(case: Case, rank: int) -> nn.Module:
-        from peft import get_peft_model
-
-        return get_peft_model(floor(case, rank), method.peft(rank, case.targets))
-
-    return prepare
+def ours(case: Case, method: Method, rank: int) -> Variant:
+    """The base under our method."""
+    callback = method.ours(frozen(case, method.entry), rank)
+    lp.apply(case.model, callback)
+    return Variant(case.model, method.steps(callback, case.model))
 
 
-def _with_ours(method: Method) -> Callable[[Case, int], nn.Module]:
-    def prepare(case: Case, rank: int) -> nn.Module:
-        import lightning_peft as lp
-
-        lp.apply(floor(case, rank), method.ours(rank, case.targets))
-        return case.model
-
-    return prepare
+def peft(case: Case, method: Method, rank: int) -> Variant:
+    """The base under PEFT's."""
+    assert method.peft is not None
+    model = method.peft(frozen(case, method.entry), rank)
+    return Variant(model, method.peft_steps(model))
 
 
-# ------------------------------------------------------------------------------------------------- a run
+# ------------------------------------------------------------------------------------------------- a row
 
 
 @dataclass
@@ -142,6 +85,7 @@ class Run:
 
     Attributes:
         times: seconds per step, one per repetition.
+        saved: what the forward leaves for backward.
         trainable: number of trainable parameters.
         dtypes: their dtypes.
         adapted: names of the base's modules that own trainable parameters.
@@ -150,10 +94,8 @@ class Run:
         skipped: why the variant did not run.
     """
 
-    name: str
-    method: str | None = None
     times: list[float] = field(default_factory=list)
-    saved: Saved | None = None
+    saved: Saved = field(default_factory=Saved)
     trainable: int = 0
     dtypes: list[str] = field(default_factory=list)
     adapted: list[str] = field(default_factory=list)
@@ -161,189 +103,108 @@ class Run:
     peak: int | None = None
     skipped: str | None = None
 
+    @classmethod
+    def load(cls, stored: dict) -> Run:
+        """The inverse of ``asdict``."""
+        return cls(**{**stored, "saved": Saved(**stored["saved"])})
 
-def measure(case: Case, listed: list[Variant], args: argparse.Namespace) -> list[Run]:
-    """Measure the variants on copies of one case: memory once each, then time in turn."""
-    runs, steps = [], {}
-    for variant in listed:
-        run = Run(variant.name, variant.method)
-        runs.append(run)
+
+Row = dict[str, Run]  # "floor", "ours" and, where it has the method, "peft"
+
+
+def measure(name: str, case_name: str, case: Case, args: argparse.Namespace) -> Row:
+    """Measure one method on copies of one case: memory once each, then time in turn."""
+    method, makers = METHODS[name], {"floor": floor, "ours": ours, "peft": peft}
+    row: Row = {}
+    steps: dict[str, Callable[[], float]] = {}
+    for which, make in makers.items():
+        if which == "peft" and method.peft is None:
+            continue
+        row[which] = run = Run()
+        if which == "peft" and case_name in method.lacks:
+            run.skipped = method.lacks[case_name]
+            continue
         try:
-            model = variant.prepare(copy.deepcopy(case), args.rank)
-        except (ImportError, AttributeError, NotImplementedError) as error:
+            variant = make(copy.deepcopy(case), method, args.rank)
+        except ImportError as error:
             run.skipped = f"{type(error).__name__}: {error}"
             continue
-        steps[run.name] = _inspect(run, model, case, args)
-    _time([run for run in runs if not run.skipped], steps, args)
-    return runs
+        steps[which] = inspect(run, variant, case, args)
+    take_turns({which: row[which] for which in steps}, steps, args)
+    return row
 
 
-def _inspect(run: Run, model: nn.Module, case: Case, args: argparse.Namespace) -> Callable[[], float]:
+def inspect(run: Run, variant: Variant, case: Case, args: argparse.Namespace) -> Callable[[], float]:
     """Record everything but time, and return the step to be timed."""
-    device = torch.device(args.device)
+    model, hooks = variant.model, variant.hooks
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     run.trainable = sum(p.numel() for p in trained.values())
     run.dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in trained.values()})
     run.adapted = owners(trained, [name for name, _ in case.model.named_modules() if name])
+    hooks.begin()
     with torch.no_grad():
         run.loss = forward_loss(model, case.batch, args.autocast).item()
     run.saved = saved_bytes(lambda: forward_loss(model, case.batch, args.autocast), model, case.batch.values())
-
     optimizer = torch.optim.AdamW(trained.values(), lr=1e-4, fused=True) if trained else None
 
     def step() -> float:
-        return train_step(model, case.batch, optimizer, args.autocast)
+        return train_step(model, case.batch, optimizer, args.autocast, hooks, args.clock)
 
     step()  # the optimizer's state exists from here on
-    run.peak = peak_cuda_bytes(step, device)
+    run.peak = peak_cuda_bytes(step, torch.device(args.device))
     return step
 
 
 def owners(parameters: dict[str, nn.Parameter], modules: list[str]) -> list[str]:
     """The base's modules that hold the parameters: for each the longest module name that starts its name."""
-    names = [name.removeprefix("base_model.model.") for name in parameters]
+    names = [name.removeprefix("base_model.model.").removeprefix("base_model.") for name in parameters]
     held = ([m for m in modules if name.startswith(m + ".")] for name in names)
     return sorted({max(found, key=len, default="") for found in held})
 
 
-def _time(runs: list[Run], steps: dict[str, Callable[[], float]], args: argparse.Namespace) -> None:
-    """Round-robin: every repetition runs each variant once, each time starting with another one."""
+def take_turns(row: Row, steps: dict[str, Callable[[], float]], args: argparse.Namespace) -> None:
+    """Every repetition runs each variant once, each time starting with another one."""
     gc.collect()
     gc.disable()
+    order = list(row)
     for repetition in range(-args.warmup, args.repeats):
-        turn = repetition % len(runs)
-        for run in runs[turn:] + runs[:turn]:
-            seconds = steps[run.name]()
+        turn = repetition % len(order)
+        for which in order[turn:] + order[:turn]:
+            seconds = steps[which]()
             if repetition >= 0:
-                run.times.append(seconds)
+                row[which].times.append(seconds)
     gc.enable()
 
 
-def faults(runs: list[Run]) -> list[str]:
-    """What makes the comparison unfair: other trainable parameters, targets or dtypes, or another base."""
-    done = [run for run in runs if not run.skipped]
-    base = _named(done, "floor")
+def faults(name: str, row: Row) -> list[str]:
+    """What makes a row's comparison unfair: another base, or other trainable parameters, targets or dtypes."""
+    mine, theirs, base = row["ours"], row.get("peft"), row["floor"]
     found = []
-    for ours in done:
-        peft = _named(done, f"peft {ours.method}")
-        if base and ours.method and abs(ours.loss - base.loss) > 1e-2 * abs(base.loss):
-            found.append(f"{ours.name}: first loss {ours.loss:.4f}, floor's {base.loss:.4f}")
-        if peft is None or peft is ours:
-            continue
-        if ours.trainable != peft.trainable:
-            found.append(f"{ours.name}: {ours.trainable:,} trainable parameters, peft {peft.trainable:,}")
-        if ours.adapted != peft.adapted:
-            differ = sorted(set(ours.adapted) ^ set(peft.adapted))
-            found.append(f"{ours.name}: other targets than peft: {', '.join(differ)}")
-        if ours.dtypes != peft.dtypes:
-            found.append(f"{ours.name}: trainable in {ours.dtypes}, peft in {peft.dtypes}")
+    if METHODS[name].identity and abs(mine.loss - base.loss) > 1e-2 * abs(base.loss):
+        found.append(f"first loss {mine.loss:.4f}, the floor's {base.loss:.4f}")
+    if theirs is None or theirs.skipped:
+        return found
+    if mine.trainable != theirs.trainable:
+        found.append(f"{mine.trainable:,} trainable parameters, PEFT {theirs.trainable:,}")
+    if METHODS[name].identity and mine.adapted != theirs.adapted:
+        found.append(f"other targets than PEFT: {', '.join(sorted(set(mine.adapted) ^ set(theirs.adapted)))}")
+    if mine.dtypes != theirs.dtypes:
+        found.append(f"trainable in {mine.dtypes}, PEFT in {theirs.dtypes}")
     return found
 
 
-def _named(runs: list[Run], name: str) -> Run | None:
-    return next((run for run in runs if run.name == name and not run.skipped), None)
-
-
-# ------------------------------------------------------------------------------------------------ report
-
-COLUMNS = [
-    "variant",
-    "trainable",
-    "step ms",
-    "min",
-    "time / floor",
-    "time / peft",
-    "saved MB",
-    "saved / floor",
-    "saved / peft",
-]
-
-
-def rows(runs: list[Run]) -> list[list[str]]:
-    """The table's cells, one row per variant, in the order of ``COLUMNS`` (and the CUDA peak where known)."""
-    base = _named(runs, "floor")
-    return [_row(run, base, _named(runs, f"peft {run.method}")) for run in runs]
-
-
-def _row(run: Run, base: Run | None, peft: Run | None) -> list[str]:
-    if run.skipped:
-        return [run.name, "skipped"]
-    peft = None if peft is run else peft
-    time, saved = Spread.of(run.times), run.saved.activations
-    cells = [run.name, f"{run.trainable:,}", f"{1e3 * time.median:.1f}", f"{1e3 * time.min:.1f}"]
-    cells += [_ratio(run, base), _ratio(run, peft), f"{saved / 1e6:.2f}"]
-    cells += [f"{saved / other.saved.activations:.3f}" if other else "" for other in (base, peft)]
-    if run.peak is not None:
-        cells.append(f"{run.peak / 1e6:.1f}")
-    return cells
-
-
-def _ratio(run: Run, reference: Run | None) -> str:
-    if reference is None:
-        return ""
-    ratio = paired_ratio(run.times, reference.times)
-    return f"{ratio.median:.3f} ({ratio.low:.2f}..{ratio.high:.2f})"
-
-
-def columns(device: str) -> list[str]:
-    """The table's headings on a device."""
-    return [*COLUMNS, "peak MB"] if device == "cuda" else COLUMNS
-
-
-def heading(name: str, case: Case, args: argparse.Namespace) -> str:
-    """One line that says what was run."""
-    precision = f"{args.dtype}{', bfloat16 autocast' if args.autocast else ''}"
-    count = sum(p.numel() for p in case.model.parameters())
-    return f"{name} ({args.size}): {count:,} parameters, {case.tokens} rows, r = {args.rank}, {precision}"
-
-
-def show(title: str, runs: list[Run], args: argparse.Namespace, console: Console) -> None:
-    """Print a case's table and the batch's own saved bytes."""
-    table = Table(title=title, title_justify="left")
-    for index, column in enumerate(columns(args.device)):
-        table.add_column(column, justify="right" if index else "left", no_wrap=True)
-    for cells in rows(runs):
-        table.add_row(*cells)
-    console.print(table)
-    batch = {run.saved.batch for run in runs if run.saved}
-    for line in skipped(runs):
-        console.print(line, style="yellow")
-    console.print(f"saved of the batch itself, not counted above: {sorted(batch)} bytes", highlight=False)
-
-
-def skipped(runs: list[Run]) -> list[str]:
-    """Why each variant without numbers has none."""
-    return [f"skipped {run.name}: {run.skipped}" for run in runs if run.skipped]
-
-
-def markdown(sections: dict[str, list[Run]], args: argparse.Namespace) -> str:
-    """The report as a page for ``benchmarks/results``."""
-    head = columns(args.device)
-    lines = ["# Step cost over the frozen floor", ""]
-    lines += [f"Command: `python -m benchmarks.step {' '.join(args.line)}`.", ""]
-    lines += [f"Hardware: {hardware(args.device)}.", ""]
-    lines += ["Versions: " + ", ".join(f"{k} {v}" for k, v in versions().items()) + ".", ""]
-    lines += [f"{args.repeats} repetitions; ratios are medians of paired ratios (quartiles in brackets)."]
-    for title, runs in sections.items():
-        lines += ["", f"## {title}", "", _line(head), _line(["---", *["---:"] * (len(head) - 1)])]
-        lines += [_line(cells + [""] * (len(head) - len(cells))) for cells in rows(runs)]
-        lines += ["", *(f"- not comparable: {fault}" for fault in faults(runs))]
-        lines += [f"- {reason}" for reason in skipped(runs)]
-    return "\n".join(lines).rstrip() + "\n"
-
-
-def _line(cells: list[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
-def as_json(sections: dict[str, list[Run]], args: argparse.Namespace) -> str:
-    """Every raw number: seconds per repetition, bytes, counts."""
-    about = {"hardware": hardware(args.device), "versions": versions(), "arguments": vars(args)}
-    cases = {title: [asdict(run) for run in runs] for title, runs in sections.items()}
-    return json.dumps({**about, "cases": cases}, indent=1, default=str)
+def report(case_name: str, name: str, row: Row, console: Console) -> int:
+    """Print a row and what is unfair about it; returns how much that is."""
+    console.print(f"{case_name:7}{name:22}{line_of(row)}")
+    found = faults(name, row)
+    for fault in found:
+        console.print(f"NOT COMPARABLE: {fault}", style="bold red")
+    return len(found)
 
 
 # -------------------------------------------------------------------------------------------------- main
+
+SETTINGS = ("size", "rank", "dtype", "autocast", "device", "threads", "clock", "repeats")
 
 
 def parse(line: list[str] | None = None) -> argparse.Namespace:
@@ -357,13 +218,31 @@ def parse(line: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--autocast", action="store_true", help="bfloat16 autocast around the forward")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, help="of torch on the CPU (default: torch's own)")
+    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="cpu: this process's CPU time")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--warmup", type=int, default=2)
-    parser.add_argument("--json", type=Path, help="write every raw number here")
-    parser.add_argument("--markdown", type=Path, help="write the tables here")
+    parser.add_argument("--json", type=Path, help="every raw number; rows that it has already are not run again")
+    parser.add_argument("--redo", action="store_true", help="run the chosen rows again all the same")
+    parser.add_argument("--markdown", type=Path, help="write the tables here, and a plot beside them")
     args = parser.parse_args(line)
     args.line = sys.argv[1:] if line is None else line
     return args
+
+
+def stored(args: argparse.Namespace) -> dict:
+    """What ``--json`` holds of a run with these settings, or nothing yet."""
+    about = {
+        "command": " ".join(args.line),
+        "hardware": hardware(args.device),
+        "versions": versions(),
+        "settings": {key: getattr(args, key) for key in SETTINGS},
+    }
+    if args.json is None or not args.json.exists():
+        return {**about, "cases": {}}
+    before = json.loads(args.json.read_text())
+    if before["settings"] != about["settings"]:
+        raise SystemExit(f"{args.json} holds a run with other settings, {before['settings']}: give another file")
+    return before
 
 
 def main(line: list[str] | None = None) -> int:
@@ -371,25 +250,33 @@ def main(line: list[str] | None = None) -> int:
     args = parse(line)
     if args.threads:
         torch.set_num_threads(args.threads)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=150)  # a file or a pipe has no width of its own
-    console.print(hardware(args.device), versions(), highlight=False)
-    sections, unfair = {}, []
-    for name in args.case:
-        case = build(name, args.size, torch.device(args.device), getattr(torch, args.dtype))
-        runs = measure(case, variants(args.method), args)
-        title = heading(name, case, args)
-        sections[title] = runs
-        show(title, runs, args, console)
-        for fault in faults(runs):
-            unfair.append(fault)
-            console.print(f"NOT COMPARABLE: {fault}", style="bold red")
-    if args.json:
-        args.json.write_text(as_json(sections, args))
+    console, results, unfair = Console(soft_wrap=True, highlight=False), stored(args), 0
+    console.print(results["hardware"], results["versions"])
+    for case_name in args.case:
+        chosen = [m for m in args.method if case_name in METHODS[m].on]
+        if not chosen:
+            continue
+        done = results["cases"].setdefault(case_name, {"rows": {}})
+        todo = [m for m in chosen if args.redo or m not in done["rows"]]
+        if todo:
+            case = build(case_name, args.size, torch.device(args.device), getattr(torch, args.dtype))
+            count = sum(p.numel() for p in case.model.parameters())
+            done["title"] = f"{case_name}: {count:,} parameters, {case.tokens} rows"
+        for name in todo:
+            row = measure(name, case_name, case, args)
+            done["rows"][name] = {which: asdict(run) for which, run in row.items()}
+            if args.json:
+                args.json.write_text(json.dumps(results, indent=1))
+            unfair += report(case_name, name, row, console)
     if args.markdown:
         args.markdown.parent.mkdir(parents=True, exist_ok=True)
-        args.markdown.write_text(markdown(sections, args))
+        picture = args.markdown.with_suffix(".png")
+        cases = {
+            name: (case["title"], {m: {w: Run.load(r) for w, r in row.items()} for m, row in case["rows"].items()})
+            for name, case in results["cases"].items()
+        }
+        plot(cases, picture)
+        args.markdown.write_text(markdown(results, cases, picture.name, faults))
     return 1 if unfair else 0
 
 

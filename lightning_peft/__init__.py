@@ -26,6 +26,7 @@ from lightning_peft.formats.load import load_adapter
 from lightning_peft.formats.save import save_adapter
 from lightning_peft.methods.activation import ActivationMethod
 from lightning_peft.methods.adalora import AdaLoRA
+from lightning_peft.methods.arithmetic import combine, to_lora
 from lightning_peft.methods.bitfit import BitFit
 from lightning_peft.methods.bottleneck import BottleneckAdapter
 from lightning_peft.methods.callback import PEFTMethod
@@ -97,6 +98,7 @@ __all__ = [
     "adapter_drop",
     "adapter_state",
     "apply",
+    "combine",
     "delete_adapter",
     "disabled",
     "fold",
@@ -107,6 +109,7 @@ __all__ = [
     "rows",
     "save_adapter",
     "set_active",
+    "to_lora",
     "trainable_parameters",
     "unload",
     "unmerge",

@@ -54,8 +54,8 @@ class Banking77(Study):
     steps = 200
     search_steps = 50
     rows = (
-        Row("linear probe", "LinearProbe", {"targets": "classifier"}, HEAD_LR),
-        Row("prompt tuning, 10 tokens", "PromptTuning", PROMPT, 1e-2),
+        Row("linear probe", "LinearProbe", {"targets": "classifier"}, 3e-1),
+        Row("prompt tuning, 10 tokens", "PromptTuning", PROMPT, 3e-3),
         Row("P-tuning, 10 tokens", "PTuning", PROMPT, 3e-3),
         Row("prefix tuning, 10 tokens", "PrefixTuning", {"num_virtual_tokens": 10, **HEAD}, 3e-2),
         Row("IA3", "IA3", HEAD, 3e-2),
@@ -65,7 +65,7 @@ class Banking77(Study):
         Row("bottleneck, Houlsby", "BottleneckAdapter", {"preset": "houlsby", **HEAD}, lr_of="bottleneck, Pfeiffer"),
         Row("LoRA r=8", "LoRA", {"r": 8, "alpha": 16, **HEAD}, 3e-3),
         Row("DoRA r=8", "DoRA", {"r": 8, "alpha": 16, **HEAD}, lr_of="LoRA r=8"),
-        Row("last block", "LastLayers", {}, 1e-3),
+        Row("last block", "LastLayers", {}, 3e-4),
         Row("full fine-tuning", "FullFineTuning", {}, 3e-4),
     )
 

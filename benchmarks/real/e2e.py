@@ -15,7 +15,6 @@ from lightning_peft.data import GenerationData
 from lightning_peft.tasks import LanguageModel
 
 PROMPT = "{prompt} ||"
-LENGTH = 100
 PREFIX = {"num_virtual_tokens": 20}
 
 
@@ -103,13 +102,13 @@ class E2E(Study):
         loss = trainer.test(module, data, verbose=False)[0]["test/loss"]
         if self.tuning:
             return {"loss": loss}
-        texts = _write(module, self.asked)
+        texts = _write(module, self.asked, 100)
         slots = sum(map(named, self.asked, texts)) / len(texts)
         return {"loss": loss, "slots %": 100 * slots, "stories": _story_loss(module, data, self.stories)}
 
     def samples(self, module: L.LightningModule) -> list[str]:
         assert isinstance(module, LanguageModel)
-        return _write(module, self.prompts)
+        return _write(module, self.prompts, 80)
 
 
 def named(meaning: str, text: str) -> float:
@@ -120,10 +119,10 @@ def named(meaning: str, text: str) -> float:
     return sum(value in said for value in values) / len(values)
 
 
-def _write(module: LanguageModel, meanings: Sequence[str]) -> list[str]:
-    """Greedy texts, their spaces made single."""
+def _write(module: LanguageModel, meanings: Sequence[str], tokens: int) -> list[str]:
+    """Greedy texts of at most so many tokens, their spaces made single."""
     prompts = [PROMPT.replace("{prompt}", meaning) for meaning in meanings]
-    return [" ".join(text.split()) for text in module.generate(prompts, max_new_tokens=LENGTH)]
+    return [" ".join(text.split()) for text in module.generate(prompts, max_new_tokens=tokens)]
 
 
 @torch.no_grad()

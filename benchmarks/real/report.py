@@ -82,23 +82,23 @@ def _spread(values: list[float], form: str) -> str:
 
 
 def _protocol(found: Found) -> str:
-    trained = [results for row, results in found.items() if row.method is not None]
-    steps = "/".join(sorted({str(r.setting.steps) for results in trained for r in results}))
-    seeds = [[r.setting.seed for r in results] for results in trained]
-    fewest, most = (pick(map(len, seeds)) if seeds else 0 for pick in (min, max))
-    number = f"{most}" if fewest == most else f"{fewest} to {most}"
+    results = [result for row, of_row in found.items() if row.method is not None for result in of_row]
+    steps = "/".join(sorted({str(result.setting.steps) for result in results}))
+    seeds = sorted({result.setting.seed for result in results})
+    scores = f"seed {seeds[0]}"
+    if len(seeds) > 1:
+        scores = f"scores are means over the seeds {', '.join(map(str, seeds))}, ± their standard deviation"
     return (
-        f"Each run: {steps} steps of AdamW, linear warmup and decay. Scores are the mean of {number} seed(s) "
-        f"({', '.join(map(str, sorted({s for one in seeds for s in one})))}), ± their standard deviation. `step ms` is "
-        "the median processor time of a training step, `step / full` its ratio to full fine-tuning's; `checkpoint kB` "
-        "is what a weights-only checkpoint takes on disk; `lr` is the rate that the search below chose."
+        f"Each run: {steps} steps of AdamW, linear warmup and decay, {scores}. `step ms` is the median processor time "
+        "of a training step, `step / full` its ratio to full fine-tuning's; `checkpoint kB` is what a weights-only "
+        "checkpoint takes on disk; `lr` is the peak learning rate."
     )
 
 
 def _samples(study: Study, found: Found) -> list[str]:
     if not any(result.samples for results in found.values() for result in results):
         return []
-    lines = ["## What they write", "", "Greedily, with the first seed, for these in turn:", ""]
+    lines = ["## What they write", "", "Greedily, at most 80 tokens, with the first seed, for these in turn:", ""]
     lines += [*(f"- `{prompt}`" for prompt in study.prompts), ""]
     for row, (first, *_) in found.items():
         lines += [f"- **{row.label}**", *(f"    - {sample}" for sample in first.samples)]
@@ -112,21 +112,18 @@ def _searches(study: Study, store: Store, found: Found) -> list[str]:
         return []
     rates = sorted({r.setting.lr for results in tried.values() for r in results})
     steps = next(iter(tried.values()))[0].setting.steps
-    lines = [
-        "## The rates that were tried",
-        "",
-        f"Loss on held-out training data after {steps} steps; the search goes on until both neighbours are worse. "
-        + " ".join(f"{row.label} takes the rate of {row.lr_of}." for row in found if row.lr_of),
-        "",
-        "| method | " + " | ".join(f"{lr:g}" for lr in rates) + " |",
-        "|---|" + "---:|" * len(rates),
-    ]
+    notes = [f"Loss on held-out data after {steps} steps; the search goes on until both neighbours are worse."]
+    notes += [f"{row.label} takes the rate of {row.lr_of}." for row in found if row.lr_of]
+    written = [row.label for row in found if row.method is not None and not row.lr_of and row.label not in tried]
+    notes += [f"Not searched, with the rate as written in the study: {', '.join(written)}."] if written else []
+    lines = ["## The rates that were tried", "", " ".join(notes), ""]
+    lines += ["| method | " + " | ".join(f"{lr:g}" for lr in rates) + " |", "|---|" + "---:|" * len(rates)]
     for label, results in tried.items():
         losses = {r.setting.lr: r.scores["loss"] for r in results}
-        best = min(losses.values())
-        cells = [f"{losses[lr]:.3f}" if lr in losses else "" for lr in rates]
-        cells = [f"**{cell}**" if lr in losses and losses[lr] == best else cell for cell, lr in zip(cells, rates)]
-        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+        shown = {
+            lr: f"**{loss:.3f}**" if loss == min(losses.values()) else f"{loss:.3f}" for lr, loss in losses.items()
+        }
+        lines.append(f"| {label} | " + " | ".join(shown.get(lr, "") for lr in rates) + " |")
     return [*lines, ""]
 
 

@@ -16,6 +16,7 @@ import lightning_peft as lp
 from lightning_peft.cli.export import export
 from lightning_peft.cli.import_adapter import import_adapter
 from lightning_peft.cli.inspect import inspect_path, names_a_path
+from lightning_peft.cli.merge import merge
 from lightning_peft.cli.methods import methods
 from lightning_peft.formats.files import FormatError
 from lightning_peft.trainer.logs import resume_wandb
@@ -23,7 +24,8 @@ from lightning_peft.trainer.logs import resume_wandb
 __all__ = ["PEFTCLI", "PEFTTrainer", "main"]
 
 DESCRIPTION = """Fine-tune any LightningModule. Methods are callbacks of the trainer:
---trainer.callbacks+=LoRA --trainer.callbacks.r=8. `lightning-peft methods` lists them all."""
+--trainer.callbacks+=LoRA --trainer.callbacks.r=8. `lightning-peft methods` lists them all, and
+`lightning-peft merge` folds what was trained into its base."""
 
 #: what a user can mend by changing a setting; shown as one line instead of a traceback
 USER_ERRORS = (
@@ -130,6 +132,8 @@ def main(args: Sequence[str] | None = None) -> None:
             import_adapter(given[1:])
         elif given[:1] == ["inspect"] and names_a_path(given[1:]):
             inspect_path(given[1:])
+        elif given[:1] == ["merge"]:
+            merge(given[1:])
         else:
             PEFTCLI(args=args)
     except USER_ERRORS as error:

@@ -38,7 +38,12 @@ def methods(name: str | None = None) -> None:
         near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.4) or sorted(known)
         sys.exit(f"error: no method named {name!r}; nearest: {', '.join(near)}")
     module = sys.modules[found.__module__]
-    Console().print(f"{module.__doc__}\n{inspect.getdoc(found)}", markup=False, highlight=False)
+    Console().print(_plain(f"{module.__doc__}\n{inspect.getdoc(found)}"), markup=False, highlight=False)
+
+
+def _plain(text: str) -> str:
+    """A docstring as one reads it on a terminal, without the markup of references and code."""
+    return re.sub(r":\w+:`~?([^`]+)`", r"\1", text).replace("``", "")
 
 
 def exported() -> list[type[lp.PEFTMethod]]:

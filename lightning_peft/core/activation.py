@@ -60,7 +60,7 @@ class ActivationAdapter(Adapter):
         self.site_name = site.name
         self.width = site.width
         self.axis = site.axis
-        self._taps: tuple[InputTap, ...] = ()  # in a tuple, so that it is no child
+        self.taps: tuple[InputTap, ...] = ()  # in a tuple, so that it is no child
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """The new output from the input ``x`` and the output ``y`` so far; shaped as ``y``."""
@@ -73,7 +73,7 @@ class ActivationAdapter(Adapter):
 
     def reads(self, args: tuple, kwargs: Mapping[str, Any]) -> Tensor | None:
         """The sub-layer's input, in a call of the host that ends it; None where there is none."""
-        return self._taps[0].take() if self._taps else first_tensor(args, kwargs)
+        return self.taps[0].take() if self.taps else first_tensor(args, kwargs)
 
     def after(self, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """The new output of some rows, given their input and their output so far."""
@@ -89,17 +89,21 @@ class ActivationAdapter(Adapter):
 
 
 class InputTap(Adapter):
-    """Lends the input of the module it sits on to the adapter at the end of the sub-layer. It has no parameters."""
+    """Lends the input of the module it sits on to the adapter at the end of the sub-layer. It has no parameters.
+
+    Attributes:
+        lent: the input of the run in progress; None once it is taken.
+    """
 
     transparent = True
 
     def __init__(self, reader: str) -> None:
         super().__init__()
         self.reader = reader
-        self._input: Tensor | None = None
+        self.lent: Tensor | None = None
 
     def run(self, host: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        self._input = first_tensor(args, kwargs)
+        self.lent = first_tensor(args, kwargs)
         return call(*args, **kwargs)
 
     def row_link(self, host: nn.Module) -> type[RowLink]:
@@ -107,13 +111,13 @@ class InputTap(Adapter):
 
     def take(self) -> Tensor:
         """The input of the run in progress, once."""
-        x, self._input = self._input, None
+        x, self.lent = self.lent, None
         if x is None:
             raise RuntimeError(f"{self.reader!r} ran before the module whose input its adapter reads")
         return x
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_input": None}  # a run that broke off may have left one, which no copy can hold
+        return {**self.__dict__, "lent": None}  # a run that broke off may have left one, which no copy can hold
 
     def extra_repr(self) -> str:
         return f"read by {self.reader}"

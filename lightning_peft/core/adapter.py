@@ -53,6 +53,8 @@ class Adapter(nn.Module):
 
     #: whether its parts at several hosts work on one sequence, so that a batch of rows must pass all of them together
     spans_hosts = False
+    #: what lends it the input of another module
+    taps: tuple[Any, ...] = ()
 
     def row_link(self, host: nn.Module) -> Callable[..., RowLink] | None:
         """What lets adapters of this kind serve one batch whose rows name different ones, and the same for all of them.
@@ -110,6 +112,10 @@ class WeightAdapter(Adapter):
     def transform_bias(self, bias: Tensor | None) -> Tensor | None:
         """The adapted bias (out,), for methods that change it with the weight; None where there is none."""
         return bias
+
+    def low_rank(self) -> tuple[Tensor, Tensor] | None:
+        """A (..., k, in) and B (..., out, k) whose product B A is :meth:`delta`; None where there is no such form."""
+        return None
 
     def output(self, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """The host's output from its input ``x`` and its output ``y`` so far, without forming the matrix.

@@ -195,13 +195,13 @@ def _together(place: Place, groups: Sequence[Sequence[int]], outputs: list[Any],
     first = outputs[0]
     if isinstance(first, Tensor):
         dim = where if first.ndim > 2 else 0
-        if first.ndim and all(
-            o.shape[dim] * len(groups[0]) == first.shape[dim] * len(rows) for rows, o in zip(groups, outputs)
-        ):
+        per_row = {o.shape[dim] / len(rows) if o.ndim else 0.0 for rows, o in zip(groups, outputs)}
+        rest = {(*o.shape[:dim], *o.shape[dim + 1 :]) for o in outputs}
+        if len(per_row) == len(rest) == 1 and first.ndim:
             return assemble(list(zip(groups, outputs)), dim)
         raise RowError(
             f"{place} ran once for each group of rows, and its outputs, of shapes {[tuple(o.shape) for o in outputs]}, "
-            "cannot be put together: it must give one output for each row (and no loss)"
+            "cannot be put together: it must give one output for each row (and no loss), of one shape for all"
         )
     if isinstance(first, Mapping):
         merged = {key: _together(place, groups, [o[key] for o in outputs], where) for key in first}

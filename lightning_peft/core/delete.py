@@ -10,7 +10,7 @@ from lightning_peft.core.host import AdapterStack, adapter_names, detach, hosts
 from lightning_peft.core.inject import injected_name, injection_of
 from lightning_peft.core.merge import unload
 
-__all__ = ["delete_adapter"]
+__all__ = ["check_deletable", "delete_adapter", "take_out"]
 
 
 def delete_adapter(model: nn.Module, name: str) -> None:
@@ -28,26 +28,40 @@ def delete_adapter(model: nn.Module, name: str) -> None:
         ValueError: no adapter of that name, or one that is merged into the base or in training: an optimizer would
             go on with parameters that no longer take part.
     """
+    check_deletable(model, name)
+    take_out(model, name)
+    record = injection_of(model)
+    if record is not None and not record.methods:
+        unload(model)
+
+
+def check_deletable(model: nn.Module, name: str) -> None:
+    """See :func:`delete_adapter` for what it raises."""
     if name not in adapter_names(model):
         raise ValueError(f"no adapter named {name!r}; the model has {list(adapter_names(model))}")
-    root, record = model.get_submodule(injected_name(model)), injection_of(model)
-    found = [(host_name, cast(AdapterStack, host.adapters)) for host_name, host in hosts(model)]
-    found = [(host_name, stack) for host_name, stack in found if name in stack]
-    if any(name in stack.merged_names for _, stack in found):
+    found = [stack for _, stack in _stacks(model, name)]
+    if any(name in stack.merged_names for stack in found):
         raise ValueError(f"{name!r} is merged into the base: lp.unmerge(model) first")
-    trains = any(p.requires_grad for _, stack in found for p in cast(nn.Module, stack[name]).parameters())
-    if trains and (_fitting(model) or _fitting(root)):
+    trains = any(p.requires_grad for stack in found for p in cast(nn.Module, stack[name]).parameters())
+    if trains and (_fitting(model) or _fitting(model.get_submodule(injected_name(model)))):
         raise ValueError(f"{name!r} is in training, and the optimizer holds its parameters: delete it after the fit")
-    for host_name, _ in found:
+
+
+def take_out(model: nn.Module, name: str) -> None:
+    """Take the adapter called ``name`` out of the modules and the record, and leave all else."""
+    for host_name, _ in _stacks(model, name):
         detach(model, host_name, name)
-    if record is None:
-        return
-    record.methods.pop(name, None)
-    record.trains.pop(name, None)
-    record.report.entries = [entry for entry in record.report.entries if entry.adapter != name]
-    record.report.count(root)
-    if not record.methods:
-        unload(model)
+    record = injection_of(model)
+    if record is not None:
+        record.methods.pop(name, None)
+        record.trains.pop(name, None)
+        record.report.entries = [entry for entry in record.report.entries if entry.adapter != name]
+        record.report.count(model.get_submodule(injected_name(model)))
+
+
+def _stacks(model: nn.Module, name: str) -> list[tuple[str, AdapterStack]]:
+    found = [(host_name, cast(AdapterStack, host.adapters)) for host_name, host in hosts(model)]
+    return [(host_name, stack) for host_name, stack in found if name in stack]
 
 
 def _fitting(module: Any) -> bool:

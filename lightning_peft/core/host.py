@@ -47,6 +47,7 @@ class AdapterStack(nn.ModuleDict):
         skipped: the adapters that are left out here, whatever is active.
         router: what chooses the adapters for each row of the batch; None where all rows have the active ones.
         place: where the router finds the rows.
+        named: the adapters that rows of some batch have named so far; None where none was ever routed.
     """
 
     def __init__(self) -> None:
@@ -58,6 +59,7 @@ class AdapterStack(nn.ModuleDict):
         self.skipped: tuple[str, ...] = ()
         self.router: Any = None
         self.place: Any = None
+        self.named: set[str] | None = None
         self.refresh()
 
     def forward(self, x: Any) -> Any:

@@ -183,7 +183,7 @@ def apply(model: nn.Module, *methods: Method) -> Report:
     Raises:
         TargetError: a pattern matches nothing.
         InjectionError: two methods under one name; a model that is compiled or sharded, or a part of one that has
-            methods already; no method at all.
+            methods already; a module that can take no adapter; no method at all.
 
     Example::
 
@@ -203,11 +203,14 @@ def put_in(model: nn.Module, plans: Mapping[str, tuple[Method, Plan]]) -> Report
     """Carry out what :func:`apply` planned: the methods and their plans, by adapter name.
 
     Raises:
-        ValueError: a module cannot take an adapter of that name; nothing was changed.
+        InjectionError: a module cannot take an adapter of that name; nothing was changed.
     """
-    for name, (_, plan) in plans.items():
+    for name, (method, plan) in plans.items():
         for host, _, adapter, _ in plan.attach:
-            check_host(model, host, name, copies=bool(adapter.copies()))
+            try:
+                check_host(model, host, name, copies=bool(adapter.copies()))
+            except ValueError as error:
+                raise InjectionError(f"{type(method).__name__} {name!r}: {error}") from error
     record = injection_of(model)
     first = record is None
     if record is not None and (inner := injected_name(model)):

@@ -28,7 +28,13 @@ class LowRankAdapter(WeightAdapter):
 
     def delta(self, weight: Tensor) -> Tensor:
         a, b = self.factors()
-        return (b @ a) * self.scale
+        return (b * self.scale) @ a
+
+    def low_rank(self) -> tuple[Tensor, Tensor] | None:
+        if type(self).transform is not WeightAdapter.transform:
+            return None
+        a, b = self.factors()
+        return a, b * self.scale
 
     def output(self, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         def down(x: Tensor, a: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lightning_peft.core.adapter import Adapter, WeightAdapter
+from lightning_peft.core.decompose import evaluating
 from lightning_peft.core.host import (
     BIASES,
     AdapterStack,
@@ -213,20 +214,16 @@ def _merged_weights(host_name: str, host: nn.Module, names: Iterable[str]) -> di
             full = f"{host_name}.{parameter}".lstrip(".")
             raise MergeError(f"{full} is stored as {dtype}: a quantised weight cannot take an exact change")
     wide = any(t is not None and t.dtype == torch.float64 for t in stored.values())
-    modes = [(module, module.training) for adapter in adapters for module in adapter.modules()]
-    try:
-        for adapter in adapters:
-            adapter.eval()
+    with evaluating(*adapters):
         weights = effective_weights(host, adapters, torch.float64 if wide else torch.float32)
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    rounded: dict[str, torch.Tensor] = {}
     for parameter, weight in weights.items():
         current = stored_tensor(host, parameter)
-        dtype = _dtype(host) if current is None else current.dtype
-        if not weight.isfinite().all() or not weight.to(dtype).isfinite().all():
+        rounded[parameter] = weight.detach().to(_dtype(host) if current is None else current.dtype)
+        # The extremes tell, since NaN is both of them: isfinite would take longer than all the rest.
+        if weight.numel() and not torch.stack(rounded[parameter].aminmax()).isfinite().all():
             raise MergeError(f"{host_name}.{parameter} would hold NaN or infinity after the merge")
-    return {parameter: weight.detach() for parameter, weight in weights.items()}
+    return rounded
 
 
 def _dtype(host: nn.Module) -> torch.dtype:

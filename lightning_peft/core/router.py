@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.adapter import Adapter
-from lightning_peft.core.batch import Place, RowError, row_dim, split
+from lightning_peft.core.batch import Place, RowError, row_dim, split, take
 from lightning_peft.core.host import AdapterStack
 from lightning_peft.core.recompute import frame, in_backward, note, noted
 
@@ -51,7 +51,7 @@ class Router:
         self.root = root
         self.open = True
         self.unnoted = False  # whether a forward without gradients ran in training, as reentrant checkpointing does
-        self._plans: dict[tuple[Place, Rows], _Plan] = {}
+        self._plans: dict[tuple[Place, Rows, tuple[str, ...]], _Plan] = {}
 
     def run(self, host: Any, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         """The output of an adapted module, each row with its adapters."""
@@ -106,7 +106,7 @@ class Router:
 
     def _route(self, host: Any, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         stack = cast(AdapterStack, host.adapters)
-        key = stack.place, self.rows
+        key = stack.place, self.rows, stack.skipped
         if key not in self._plans:
             self._plans[key] = self._plan(host, stack)
         plan = self._plans[key]
@@ -133,11 +133,20 @@ class Router:
     ) -> Any:
         """The output of a module that runs once for each group of rows."""
 
+        stack = cast(dict[str, Adapter], getattr(module, "adapters", {}))
+        taps = [(tap, tap.lent) for adapter in stack.values() for tap in adapter.taps if tap.lent is not None]
+
         def of_group(i: int, args: tuple, kwargs: dict[str, Any]) -> Any:
+            for tap, x in taps:  # it lent the input of all rows
+                tap.lent = take(x, row_dim(place, x, len(self.rows)), groups[i], len(self.rows))
             with self.inside(tuple(self.rows[row] for row in groups[i])):
                 return call(args, kwargs)
 
-        return split(place, module, groups, of_group, args, kwargs)
+        try:
+            return split(place, module, groups, of_group, args, kwargs)
+        finally:
+            for tap, _ in taps:
+                tap.lent = None
 
     def span(self, module: nn.Module, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         """The output of the module around all hosts of adapters that span several."""

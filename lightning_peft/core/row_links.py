@@ -91,9 +91,11 @@ class LowRankRows(RowLink):
         whole = whole.reshape(self.n, -1, y.shape[-1])
         b = b.to(whole.dtype)
         if len(self.rows) == self.n:
-            out = torch.baddbmm(whole, h.to(whole.dtype), b)
+            out = torch.baddbmm(whole, h.to(b.dtype), b)
         else:
-            out = whole.index_add(0, entries(self.rows, 1, y.device), torch.bmm(h.to(b.dtype), b).to(whole.dtype))
+            # The layer has just made its output, so that without a backward nothing else needs it as it is.
+            add = torch.Tensor.index_add if torch.is_grad_enabled() else torch.Tensor.index_add_
+            out = add(whole, 0, entries(self.rows, 1, y.device), torch.bmm(h.to(b.dtype), b).to(whole.dtype))
         return out.view(shape).movedim(0, dim)
 
     def _down(self, x: Tensor, a: Tensor) -> Tensor:

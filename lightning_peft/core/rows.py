@@ -59,6 +59,7 @@ def rows(model: nn.Module, names: Sequence[str | Sequence[str] | None] | None) -
             stack = cast(AdapterStack, host.adapters)
             leave.callback(_restore, stack, stack.router, stack.place, router)
             stack.router, stack.place = router, where[name]
+            stack.named = {*(stack.named or ()), *(name for row in wanted for name in row)}
         if root is not None:
             module = model.get_submodule(root)
             vars(module)["_peft_router"] = router

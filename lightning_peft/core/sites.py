@@ -1,8 +1,6 @@
 """Where a weight method attaches: one weight of one module, seen as a matrix W (out x in).
 
-A :class:`Layout` says how a stored weight reads as a matrix and, for layers that are called with activations,
-how the layer's own operation multiplies by a low-rank pair (A, B) without forming the matrix. Methods see only
-matrices, so convolutions, embeddings and transposed storage are handled here and nowhere else.
+How a stored weight reads as a matrix is its :class:`~lightning_peft.core.layouts.Layout`.
 """
 
 from __future__ import annotations
@@ -13,173 +11,34 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from lightning_peft.core.layouts import (
+    ConvLayout,
+    EmbeddingLayout,
+    Layout,
+    LinearLayout,
+    NormLayout,
+    TransposedLayout,
+    layout_of,
+)
 from lightning_peft.core.swap import original_class
 from lightning_peft.core.targets import TargetError, as_patterns, base_modules, match, no_match
 
-__all__ = ["Layout", "Site", "find_sites", "norm_sites", "output_head", "weight_sites"]
-
-
-class Layout:
-    """A weight that is stored as the matrix it is and read directly by its module (no activation path)."""
-
-    has_activation = False
-    #: whether the layer is called with vectors (..., in) and gives vectors (..., out)
-    vectors = False
-
-    def matrix(self, weight: Tensor) -> Tensor:
-        """The stored weight as a matrix (..., out, in); a view where it can be."""
-        return weight
-
-    def stored(self, matrix: Tensor, like: Tensor) -> Tensor:
-        """The inverse of :meth:`matrix`: ``matrix`` in the shape that ``like`` is stored in."""
-        return matrix
-
-    def down(self, host: Any, x: Tensor, a: Tensor) -> Tensor:
-        """The layer's operation on ``x`` with the matrix ``a`` (r x in) for weight."""
-        raise NotImplementedError
-
-    def up(self, host: Any, h: Tensor, b: Tensor, y: Tensor, scale: float) -> Tensor:
-        """``y`` plus ``scale`` times the matrix ``b`` (out x r) applied to ``h``."""
-        raise NotImplementedError
-
-    def features(self, host: Any, v: Tensor) -> Tensor:
-        """``v``, one value for each input or output feature, shaped to broadcast over the layer's activations."""
-        raise NotImplementedError
-
-    def inputs(self, host: Any, matrix: torch.Size) -> tuple[int, int]:
-        """The number of input features, and of the groups they fall into; columns are (features / groups * kernel)."""
-        return matrix[-1], 1
-
-    def hidden(self, host: Any, v: Tensor) -> Tensor:
-        """``v``, one value for each of r rows, shaped to broadcast over what :meth:`down` gives."""
-        return self.features(host, v)
-
-    def mix(self, host: Any, h: Tensor, b: Tensor) -> Tensor:
-        """The matrix ``b`` (out x r) applied to ``h``."""
-        raise NotImplementedError
-
-    def kernel(self, weight: Tensor) -> torch.Size:
-        """The kernel's size where the matrix has columns (in * kernel); empty for what has none."""
-        return torch.Size()
-
-
-class LinearLayout(Layout):
-    """``nn.Linear``: the weight is W itself."""
-
-    has_activation = True
-    vectors = True
-
-    def down(self, host: Any, x: Tensor, a: Tensor) -> Tensor:
-        return F.linear(x, _cast(a, x))
-
-    def up(self, host: Any, h: Tensor, b: Tensor, y: Tensor, scale: float) -> Tensor:
-        # One fused operation: no scaled copy and no separate sum.
-        b = _cast(b, y)
-        out = torch.addmm(y.reshape(-1, y.shape[-1]), _cast(h, y).reshape(-1, h.shape[-1]), b.t(), alpha=scale)
-        return out.view(y.shape)
-
-    def features(self, host: Any, v: Tensor) -> Tensor:
-        return v
-
-    def mix(self, host: Any, h: Tensor, b: Tensor) -> Tensor:
-        return F.linear(h, _cast(b, h))
-
-
-class TransposedLayout(LinearLayout):
-    """Hugging Face's ``Conv1D`` (GPT-2): the weight is stored as W^T."""
-
-    def matrix(self, weight: Tensor) -> Tensor:
-        return weight.t()
-
-    def stored(self, matrix: Tensor, like: Tensor) -> Tensor:
-        return matrix.t()
-
-
-class NormLayout(Layout):
-    """The weight of a norm layer, one value for each feature, as a matrix of one column."""
-
-    def matrix(self, weight: Tensor) -> Tensor:
-        return weight.reshape(-1, 1)
-
-    def stored(self, matrix: Tensor, like: Tensor) -> Tensor:
-        return matrix.reshape(like.shape)
-
-
-class EmbeddingLayout(LinearLayout):
-    """``nn.Embedding``: a linear layer (dim x vocabulary) on one-hot rows, stored transposed."""
-
-    vectors = False
-
-    def matrix(self, weight: Tensor) -> Tensor:
-        return weight.t()
-
-    def stored(self, matrix: Tensor, like: Tensor) -> Tensor:
-        return matrix.t()
-
-    def down(self, host: Any, x: Tensor, a: Tensor) -> Tensor:
-        return F.embedding(x, a.t(), padding_idx=host.padding_idx)
-
-
-class ConvLayout(Layout):
-    """``nn.Conv1d/2d/3d``: W is (out x in/groups * kernel); any stride, dilation, groups and padding mode."""
-
-    has_activation = True
-
-    def matrix(self, weight: Tensor) -> Tensor:
-        return weight.flatten(1)
-
-    def stored(self, matrix: Tensor, like: Tensor) -> Tensor:
-        return matrix.reshape(like.shape)
-
-    def down(self, host: Any, x: Tensor, a: Tensor) -> Tensor:
-        # Every group sees the same A, as W = BA says: A is repeated, and h has r channels for each group.
-        kernel = _cast(a, x).view(-1, host.in_channels // host.groups, *host.kernel_size)
-        if host.groups > 1:
-            kernel = kernel.repeat(host.groups, *[1] * (kernel.ndim - 1))
-        padding = host.padding
-        if host.padding_mode != "zeros":
-            x = F.pad(x, host._reversed_padding_repeated_twice, mode=host.padding_mode)
-            padding = 0
-        conv = _CONV[len(host.kernel_size)]
-        return conv(x, kernel, None, host.stride, padding, host.dilation, host.groups)
-
-    def up(self, host: Any, h: Tensor, b: Tensor, y: Tensor, scale: float) -> Tensor:
-        b, h = _cast(b, y), _cast(h, y)
-        if host.groups == 1 and y.is_contiguous() and y.ndim > len(host.kernel_size) + 1:
-            # A 1x1 convolution is a product for each image; as such it adds to y in one operation.
-            out = torch.baddbmm(y.flatten(2), b.expand(len(y), *b.shape), h.flatten(2), alpha=scale)
-            return out.view(y.shape)
-        return torch.add(y, self.mix(host, h, b), alpha=scale)
-
-    def features(self, host: Any, v: Tensor) -> Tensor:
-        return v.view(-1, *[1] * len(host.kernel_size))
-
-    def hidden(self, host: Any, v: Tensor) -> Tensor:
-        return self.features(host, v.repeat(host.groups))
-
-    def mix(self, host: Any, h: Tensor, b: Tensor) -> Tensor:
-        kernel = _cast(b, h).view(*b.shape, *[1] * len(host.kernel_size))
-        return _CONV[len(host.kernel_size)](h, kernel, groups=host.groups)
-
-    def kernel(self, weight: Tensor) -> torch.Size:
-        return weight.shape[2:]
-
-    def inputs(self, host: Any, matrix: torch.Size) -> tuple[int, int]:
-        return host.in_channels, host.groups
-
-
-_CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-
-
-def _cast(t: Tensor, like: Tensor) -> Tensor:
-    """Adapters are kept in float32; without autocast they compute in the activation's type."""
-    if t.dtype == like.dtype or torch.is_autocast_enabled(like.device.type):
-        return t
-    return t.to(like.dtype)
+__all__ = [
+    "ConvLayout",
+    "EmbeddingLayout",
+    "Layout",
+    "LinearLayout",
+    "NormLayout",
+    "Site",
+    "TransposedLayout",
+    "find_sites",
+    "norm_sites",
+    "output_head",
+    "weight_sites",
+]
 
 
 @dataclass(frozen=True)
@@ -250,7 +109,7 @@ def _sites_of(name: str, module: nn.Module) -> list[Site]:
         names = packed or ("q_proj_weight", "k_proj_weight", "v_proj_weight")
         sites = [Site(inside(p), name, module, p, Layout(), linear_like=True) for p in names]
         return [*sites, Site(inside("out_proj"), name, module, "out_proj.weight", Layout(), linear_like=True)]
-    if (found := _layout(module)) is not None:
+    if (found := layout_of(module)) is not None:
         layout, linear_like = found
         return [Site(name, name, module, "weight", layout, linear_like)] if name else []
     if isinstance(module, nn.RNNBase | nn.Sequential | nn.ModuleList | nn.ModuleDict):
@@ -259,38 +118,6 @@ def _sites_of(name: str, module: nn.Module) -> list[Site]:
         return []  # an embedding that rescales its own rows as it runs: frozen rows would not stay frozen
     bare = {p: t for p, t in module._parameters.items() if t is not None and t.ndim in (2, 3)}
     return [Site(inside(p), name, module, p, Layout()) for p, t in bare.items() if t.is_floating_point()]
-
-
-_FORWARDS = {nn.Linear: LinearLayout, nn.Conv1d: ConvLayout, nn.Conv2d: ConvLayout, nn.Conv3d: ConvLayout}
-
-
-def _layout(module: nn.Module) -> tuple[Layout, bool] | None:
-    cls = original_class(module)
-    if isinstance(module, nn.modules.conv._ConvTransposeNd):
-        return None
-    for kind, layout in _FORWARDS.items():
-        if isinstance(module, kind):
-            return _guarded(layout(), cls, kind), kind is nn.Linear
-    if isinstance(module, nn.Embedding):
-        if module.max_norm is not None:
-            return None
-        return _guarded(EmbeddingLayout(), cls, nn.Embedding), False
-    if any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in cls.__mro__):
-        return TransposedLayout(), True
-    return None
-
-
-def _guarded(layout: Layout, cls: Any, kind: Any) -> Layout:
-    """Without the activation path where a subclass computes something else than the layer it derives from.
-
-    Such a layer (a scaled embedding, say) runs with the adapted weight in place instead, which is right for
-    any forward that reads ``self.weight``.
-    """
-    if cls.forward is not kind.forward or getattr(cls, "_conv_forward", None) is not getattr(
-        kind, "_conv_forward", None
-    ):
-        layout.has_activation = layout.vectors = False
-    return layout
 
 
 def find_sites(
@@ -400,7 +227,7 @@ def output_head(model: nn.Module, sites: dict[str, Site] | None = None) -> str |
     """The name of the layer that makes the model's output, or None where there is none to tell.
 
     It is what a Hugging Face model's ``get_output_embeddings`` says; else the last linear-like layer in model
-    order, unless that layer is one of a repeated kind (``layers.11.mlp.down_proj``).
+    order, unless that layer is one of a repeated kind (``layers.11.mlp.down_proj``, the last of a ``ModuleList``).
     """
     sites = weight_sites(model) if sites is None else sites
     names = {id(site.module): name for name, site in sites.items()}
@@ -412,5 +239,7 @@ def output_head(model: nn.Module, sites: dict[str, Site] | None = None) -> str |
     if len(linear) < 2 or isinstance(sites[linear[-1]].module, nn.MultiheadAttention):
         return None
     last = linear[-1]
-    repeated = any(part.isdigit() for part in last.split(".")[:-1])
+    *around, own = last.split(".")
+    in_list = own.isdigit() and isinstance(model.get_submodule(".".join(around)), nn.ModuleList)
+    repeated = in_list or any(part.isdigit() for part in around)
     return None if repeated else last

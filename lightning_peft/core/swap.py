@@ -63,7 +63,8 @@ def _swapped(original: type, mixins: tuple[type, ...]) -> type:
     forward = next((mixin.__dict__["forward"] for mixin in mixins if "forward" in mixin.__dict__), None)
     if forward is not None and hasattr(original, "forward"):
         namespace["forward"] = _signed(forward, original.forward)
-    return type(original)(f"Adapted{original.__name__}", (*mixins, original), namespace)
+    # By the original's name: transformers writes it into config.json, and reads kinds of modules from it.
+    return type(original)(original.__name__, (*mixins, original), namespace)
 
 
 def _signed(function: Any, like: Any) -> Any:

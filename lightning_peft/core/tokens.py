@@ -80,7 +80,8 @@ class Placement:
             # A row with fewer real tokens than the template names has its virtual tokens at its ends.
             least = torch.minimum(first + offset, end) if anchor == "start" else torch.maximum(end - offset, least)
             columns += [least] * count
-        return Layout(torch.stack(columns, 1), length, first)
+        ahead = mask is None and self.slots[0] == ("start", 0, self.tokens)
+        return Layout(torch.stack(columns, 1), length, first, ahead=ahead)
 
 
 @dataclass(frozen=True)
@@ -129,18 +130,21 @@ class Layout:
         length: L, the number of real columns.
         first: (batch,): the first column that is no padding.
         there: (batch, T): False for virtual tokens that are padding; by default none is.
+        ahead: whether it is known that in every row all virtual tokens stand before all real ones.
     """
 
-    def __init__(self, before: Tensor, length: int, first: Tensor, there: Tensor | None = None) -> None:
+    def __init__(
+        self, before: Tensor, length: int, first: Tensor, there: Tensor | None = None, ahead: bool = False
+    ) -> None:
         tokens = before.shape[1]
         columns = torch.arange(length, device=before.device)
         virtual = torch.arange(tokens, device=before.device)
-        self.before, self.length, self.tokens, self.first = before, length, tokens, first
+        self.before, self.length, self.tokens, self.first, self.ahead = before, length, tokens, first, ahead
         self.passed = (before[:, None] <= columns[None, :, None]).sum(-1)
         #: (batch, L): where the real tokens are in the longer sequence
         self.keep = columns + self.passed
-        #: (batch, L): the last position before the next real token, whose output predicts it
         self.there = torch.ones_like(before, dtype=torch.bool) if there is None else there
+        #: (batch, L): the last position before the next real token, whose output predicts it
         self.predicts = columns + ((before[:, None] <= columns[None, :, None] + 1) & self.there[:, None]).sum(-1)
         order = torch.zeros(before.shape[0], length + tokens, dtype=torch.long, device=before.device)
         order = order.scatter(1, self.keep, columns.expand_as(self.keep))
@@ -149,12 +153,14 @@ class Layout:
     def insert(self, x: Tensor, virtual: Tensor) -> Tensor:
         """``x`` (batch, L, ...) with ``virtual`` among it: (T, ...), or (rows, T, ...) with its own for each row."""
         batch = self.order.shape[0]
-        x = x.expand(batch, *x.shape[1:])
+        x, virtual = x.expand(batch, *x.shape[1:]), virtual.to(x.dtype)
         if virtual.ndim < x.ndim:
             virtual = virtual.expand(batch, *virtual.shape)
         elif len(virtual) != batch:
             virtual = virtual.repeat_interleave(batch // len(virtual), 0)
-        return take(torch.cat([x, virtual.to(x.dtype)], 1), self.order, 1)
+        if self.ahead:
+            return torch.cat([virtual, x], 1)
+        return take(torch.cat([x, virtual], 1), self.order, 1)
 
     def mask(self, x: Tensor) -> Tensor:
         """An attention mask (batch, L), 1 for what is seen, with the virtual tokens."""
@@ -192,6 +198,9 @@ class Layout:
 
 def take(x: Tensor, index: Tensor, dim: int) -> Tensor:
     """``x`` at ``index`` (batch, n) along ``dim``."""
+    if dim == 1:  # by whole rows, which unlike gather keeps no copy of x for backward
+        first = torch.arange(x.shape[0], device=x.device)[:, None] * x.shape[1]
+        return x.flatten(0, 1).index_select(0, (first + index).flatten()).unflatten(0, tuple(index.shape))
     shape = [1] * x.ndim
     shape[0], shape[dim] = index.shape
     size = list(x.shape)
@@ -237,4 +246,6 @@ def _strip(x: Tensor, layout: Layout, index: Tensor) -> Tensor:
         for dim in (2, 3):
             x = take(x, index, dim) if x.shape[dim] == whole else x
         return x
-    return take(x, index, 1) if x.ndim == 3 and x.shape[1] == whole else x
+    if x.ndim != 3 or x.shape[1] != whole:
+        return x
+    return x[:, layout.tokens :] if layout.ahead else take(x, index, 1)

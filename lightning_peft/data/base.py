@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_peft.data.rows import is_file, load_rows
-from lightning_peft.tasks.pretrained import load_tokenizer
+from lightning_peft.formats.pretrained import load_tokenizer
 
 Example = dict[str, Any]
 
@@ -34,6 +34,7 @@ class TextDataModule(L.LightningDataModule):
         batch_size: int,
         max_length: int,
         num_workers: int,
+        adapter_column: str | None = None,
     ) -> None:
         super().__init__()
         for name, value in (("batch_size", batch_size), ("max_length", max_length)):
@@ -43,6 +44,7 @@ class TextDataModule(L.LightningDataModule):
         self.splits = {"validation": validation, "test": test}
         self.tokenizer_name = tokenizer
         self.batch_size, self.max_length, self.num_workers = batch_size, max_length, num_workers
+        self.adapter_column = adapter_column
         self.tokenizer: Any = None
         self._examples: dict[str, Sequence[Example]] = {}
 
@@ -84,9 +86,10 @@ class TextDataModule(L.LightningDataModule):
     def rows(self, split: str) -> list[dict[str, Any]]:
         """The rows of ``"train"``, ``"validation"`` or ``"test"``, as they are in the source."""
         wanted = self.splits.get(split)
+        columns = self.columns if self.adapter_column is None else (*self.columns, self.adapter_column)
         if is_file(self.source) and wanted is not None:
-            return load_rows(wanted, split, self.columns)
-        return load_rows(self.source, wanted or split, self.columns)
+            return load_rows(wanted, split, columns)
+        return load_rows(self.source, wanted or split, columns)
 
     def examples(self, rows: list[dict[str, Any]], split: str) -> Sequence[Example]:
         """Tokenize rows: dictionaries with ``input_ids`` and whatever ``collate`` needs."""
@@ -104,9 +107,28 @@ class TextDataModule(L.LightningDataModule):
     def _has(self, split: str) -> bool:
         return not is_file(self.source) or self.splits[split] is not None
 
+    def _check_rows(self, examples: Sequence[Example], rows: list[dict[str, Any]]) -> None:
+        if len(examples) != len(rows):
+            raise ValueError(
+                f"adapter_column={self.adapter_column!r}, but {len(rows)} rows have become {len(examples)} examples, "
+                "which may hold texts of several adapters: pass block_size=None."
+            )
+        for i, row in enumerate(rows):
+            if not isinstance(row[self.adapter_column], str | None):  # type: ignore[index]
+                raise ValueError(
+                    f"row {i} has {row[self.adapter_column]!r} in the column {self.adapter_column!r}: it must name an "  # type: ignore[index]
+                    "adapter, or be empty for the base alone."
+                )
+
     def _loader(self, split: str) -> DataLoader[Example]:
         if split not in self._examples:
-            self._examples[split] = self.examples(self.rows(split), split)
+            rows = self.rows(split)
+            examples = self.examples(rows, split)
+            if self.adapter_column is not None:
+                self._check_rows(examples, rows)
+                for example, row in zip(examples, rows):
+                    example["adapter"] = row[self.adapter_column] or None
+            self._examples[split] = examples
         return DataLoader(
             self._examples[split],  # type: ignore[arg-type]  # a sequence is a map-style dataset
             batch_size=self.batch_size,
@@ -123,5 +145,8 @@ class _Collate:
     def __init__(self, data: TextDataModule, split: str) -> None:
         self.data, self.split = data, split
 
-    def __call__(self, examples: list[Example]) -> dict[str, Tensor]:
-        return self.data.collate(examples, self.split)
+    def __call__(self, examples: list[Example]) -> dict[str, Any]:
+        batch: dict[str, Any] = self.data.collate(examples, self.split)
+        if self.data.adapter_column is not None:
+            batch["adapters"] = [example["adapter"] for example in examples]
+        return batch

@@ -29,6 +29,8 @@ class GenerationData(TextDataModule):
         batch_size: Examples per batch and process.
         max_length: The most tokens of an example.
         num_workers: Worker processes per loader.
+        adapter_column: The column that names each row's adapter, empty for the base alone. Batches then have
+            ``"adapters"``, a list of names, for :func:`lightning_peft.rows`.
 
     Raises:
         ValueError: ``template`` has no ``{prompt}``, or a row no ``separator``.
@@ -53,8 +55,9 @@ class GenerationData(TextDataModule):
         batch_size: int = 16,
         max_length: int = 256,
         num_workers: int = 0,
+        adapter_column: str | None = None,
     ) -> None:
-        super().__init__(source, validation, test, tokenizer, batch_size, max_length, num_workers)
+        super().__init__(source, validation, test, tokenizer, batch_size, max_length, num_workers, adapter_column)
         if "{prompt}" not in template:
             raise ValueError(f"template={template!r} has no '{{prompt}}', so every prompt would be the same.")
         if separator == "":

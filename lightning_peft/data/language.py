@@ -28,6 +28,8 @@ class LanguageModelData(TextDataModule):
         batch_size: Examples per batch and process.
         max_length: Longer texts are cut to this many tokens.
         num_workers: Worker processes per loader.
+        adapter_column: The column that names each row's adapter, empty for the base alone. Batches then have
+            ``"adapters"``, a list of names, for :func:`lightning_peft.rows`.
     """
 
     def __init__(
@@ -42,8 +44,9 @@ class LanguageModelData(TextDataModule):
         batch_size: int = 32,
         max_length: int = 128,
         num_workers: int = 0,
+        adapter_column: str | None = None,
     ) -> None:
-        super().__init__(source, validation, test, tokenizer, batch_size, max_length, num_workers)
+        super().__init__(source, validation, test, tokenizer, batch_size, max_length, num_workers, adapter_column)
         if mask is not None and not 0 < mask < 1:
             raise ValueError(f"mask={mask}: it is the fraction of tokens to hide, between 0 and 1.")
         if block_size is not None and block_size < 2:

@@ -28,6 +28,8 @@ class TextClassificationData(TextDataModule):
         batch_size: Texts per batch and process.
         max_length: Longer texts are cut to this many tokens.
         num_workers: Worker processes per loader.
+        adapter_column: The column that names each row's adapter, empty for the base alone. Batches then have
+            ``"adapters"``, a list of names, for :func:`lightning_peft.rows`.
 
     Example:
         >>> data = TextClassificationData("demo", batch_size=8)
@@ -47,8 +49,9 @@ class TextClassificationData(TextDataModule):
         batch_size: int = 32,
         max_length: int = 128,
         num_workers: int = 0,
+        adapter_column: str | None = None,
     ) -> None:
-        super().__init__(source, validation, test, tokenizer, batch_size, max_length, num_workers)
+        super().__init__(source, validation, test, tokenizer, batch_size, max_length, num_workers, adapter_column)
         self.text, self.label = text, label
         self.columns = (text, label)
         self.labels: list[Any] = []

@@ -35,6 +35,8 @@ class ImageData(L.LightningDataModule):
         crop: Shift a training image by up to this many pixels each way, zeros coming in; 0 leaves it.
         batch_size: Images per batch and process.
         num_workers: Worker processes per loader.
+        adapters: The name of an array of strings ``(N,)`` that name each image's adapter, empty for the base alone.
+            Batches then have ``"adapters"``, a list of names, for :func:`lightning_peft.rows`.
 
     Raises:
         FileNotFoundError: A file is not there.
@@ -54,6 +56,7 @@ class ImageData(L.LightningDataModule):
         crop: int = 0,
         batch_size: int = 64,
         num_workers: int = 0,
+        adapters: str | None = None,
     ) -> None:
         super().__init__()
         if batch_size < 1:
@@ -61,12 +64,13 @@ class ImageData(L.LightningDataModule):
         if crop < 0:
             raise ValueError(f"crop={crop}: it is a number of pixels, at least 0.")
         self.files = {"train": train, "validation": validation, "test": test}
-        self.images, self.labels = images, labels
+        self.images, self.labels, self.adapters = images, labels, adapters
         self.mean, self.std = tuple(mean), tuple(std)
         self.flip, self.crop = flip, crop
         self.batch_size, self.num_workers = batch_size, num_workers
         self.classes: list[Any] = []
         self._data: dict[str, TensorDataset] = {}
+        self._names: list[str | None] = []  # of the adapters in all splits; images hold their position here
         self.save_hyperparameters()
 
     def setup(self, stage: str | None = None) -> None:
@@ -94,7 +98,9 @@ class ImageData(L.LightningDataModule):
             self._read(split),
             batch_size=self.batch_size,
             shuffle=split == "train",
-            collate_fn=_Batch(self.mean, self.std, *((self.flip, self.crop) if split == "train" else (False, 0))),
+            collate_fn=_Batch(
+                self.mean, self.std, *((self.flip, self.crop) if split == "train" else (False, 0)), self._names
+            ),
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
         )
@@ -111,10 +117,11 @@ class ImageData(L.LightningDataModule):
                 f"{split}: there is no file {str(path)!r}{f' (near it: {near[0]!r})' if near else ''}."
             )
         with np.load(path) as arrays:
-            for name in (self.images, self.labels):
+            for name in filter(None, (self.images, self.labels, self.adapters)):
                 if name not in arrays:
                     raise ValueError(f"{path.name} has no array {name!r}; it has {', '.join(arrays)}.")
             images, labels = arrays[self.images], arrays[self.labels]
+            adapters = arrays[self.adapters] if self.adapters is not None else None
             names = arrays["classes"].tolist() if "classes" in arrays else sorted(set(labels.tolist()))
         channels = len(self.mean)
         if images.ndim != 4 or images.dtype != np.uint8 or images.shape[-1] != channels or len(self.std) != channels:
@@ -128,26 +135,41 @@ class ImageData(L.LightningDataModule):
             )
         if split == "train":
             self.classes = names
-        self._data[split] = TensorDataset(torch.from_numpy(images), torch.from_numpy(labels.astype("int64")))
+        tensors = [torch.from_numpy(images), torch.from_numpy(labels.astype("int64"))]
+        if adapters is not None:
+            if adapters.shape != labels.shape or adapters.dtype.kind != "U":
+                raise ValueError(
+                    f"{path.name}: {self.adapters!r} is {adapters.dtype} {adapters.shape}; expected strings "
+                    f"({len(images)},)."
+                )
+            own = [name or None for name in adapters.tolist()]
+            self._names += [name for name in dict.fromkeys(own) if name not in self._names]
+            tensors.append(torch.tensor([self._names.index(name) for name in own]))
+        self._data[split] = TensorDataset(*tensors)
         return self._data[split]
 
 
 class _Batch:
     """Collate: stack, augment from torch's global generator, normalise. Picklable for worker processes."""
 
-    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...], flip: bool, crop: int) -> None:
+    def __init__(
+        self, mean: tuple[float, ...], std: tuple[float, ...], flip: bool, crop: int, adapters: list[str | None]
+    ) -> None:
         self.mean = torch.tensor(mean).view(1, -1, 1, 1)
         self.std = torch.tensor(std).view(1, -1, 1, 1)
-        self.flip, self.crop = flip, crop
+        self.flip, self.crop, self.adapters = flip, crop, adapters
 
-    def __call__(self, rows: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-        images = torch.stack([image for image, _ in rows]).permute(0, 3, 1, 2).float() / 255
+    def __call__(self, rows: list[tuple[Tensor, ...]]) -> dict[str, Any]:
+        images = torch.stack([row[0] for row in rows]).permute(0, 3, 1, 2).float() / 255
         images = (images - self.mean) / self.std
         if self.flip:
             images = torch.where(torch.rand(len(images), 1, 1, 1) < 0.5, images.flip(-1), images)
         if self.crop:
             images = self._shifted(images)
-        return {"images": images.contiguous(), "labels": torch.stack([label for _, label in rows])}
+        batch: dict[str, Any] = {"images": images.contiguous(), "labels": torch.stack([row[1] for row in rows])}
+        if self.adapters:
+            batch["adapters"] = [self.adapters[int(row[2])] for row in rows]
+        return batch
 
     def _shifted(self, images: Tensor) -> Tensor:
         height, width = images.shape[-2:]

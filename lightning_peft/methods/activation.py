@@ -83,7 +83,7 @@ class ActivationMethod(PEFTMethod):
                 adapter = self.build(site)
             if adapter.reads_input and site.start != site.host:
                 tap = InputTap(site.host)
-                adapter._taps = (tap,)
+                adapter.taps = (tap,)
                 plan.attach.append((site.start, site.start, tap, f"its input goes to the adapter at {site.host}"))
             kind = original_class(site.module).__name__
             plan.attach.append((site.host, site.host, adapter, f"{self.describe(adapter)} on {kind} {site.width}"))

@@ -16,6 +16,7 @@ Zhang et al. 2023, "Adaptive Budget Allocation for Parameter-Efficient Fine-Tuni
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,7 +31,7 @@ from torch.optim import Optimizer
 from lightning_peft.core.adapter import WeightAdapter
 from lightning_peft.core.low_rank import LowRankAdapter
 from lightning_peft.core.sites import Site
-from lightning_peft.methods.callback import positive_int, probability
+from lightning_peft.methods.callback import nonzero, positive_int, probability
 from lightning_peft.methods.weight import WeightMethod, check_low_rank
 
 __all__ = ["AdaLoRA"]
@@ -46,7 +47,8 @@ class AdaLoRA(WeightMethod):
     The callback drives it: the orthogonality term's gradient is added before each optimizer step (exactly what a
     term in the loss would add, under accumulation, mixed precision and clipping too), scores are updated and the
     budget allocated right after the step, from gradients that all processes share. The number of steps is the
-    Trainer's. Scores are in the checkpoint, masks in the adapters: a run resumes exactly. Ranks go to the loggers.
+    Trainer's. Scores are in the checkpoint, masks in the adapters: a run resumes exactly. Ranks go to the loggers,
+    and at the end a picture of them to W&B (with matplotlib).
 
     Without a Trainer, give ``total_step``, call ``method.regularize(model)`` between backward and the optimizer's
     step, and ``method.allocate(model)`` between the step and ``zero_grad``.
@@ -112,8 +114,7 @@ class AdaLoRA(WeightMethod):
                 raise ValueError(f"{argument} must lie between 0 and 1, got {beta!r}")
         if not isinstance(orth_reg_weight, int | float) or not 0 <= orth_reg_weight < math.inf:
             raise ValueError(f"orth_reg_weight must be 0 or above, got {orth_reg_weight!r}")
-        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha) or alpha == 0:
-            raise ValueError(f"alpha must be a finite number other than 0, got {alpha!r}")
+        nonzero("alpha", alpha)
         probability("dropout", dropout)
         self.target_r, self.init_r, self.alpha, self.dropout = target_r, init_r, alpha, dropout
         self.tinit, self.tfinal, self.deltaT = tinit, tfinal, deltaT
@@ -290,6 +291,13 @@ class AdaLoRA(WeightMethod):
         metrics[f"{self.name}/rank_total"] = float(sum(ranks.values()))
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """The picture of the ranks goes to the loggers that take pictures (W&B)."""
+        if trainer.is_global_zero and importlib.util.find_spec("matplotlib") is not None:
+            for logger in trainer.loggers:
+                if hasattr(logger, "log_image"):
+                    logger.log_image(f"{self.name}/ranks", [self.plot(pl_module)])
 
     def _release(self) -> None:
         for hook in self._hooks:

@@ -18,6 +18,7 @@ from typing import Any
 from torch import nn
 
 from lightning_peft.core.inject import Plan
+from lightning_peft.core.swap import original_class
 from lightning_peft.core.targets import TargetError
 from lightning_peft.methods.selection import SelectionMethod
 
@@ -62,8 +63,8 @@ class BitFit(SelectionMethod):
         chosen = self.matching(model, _is_bias)
         if all(any(name.startswith(f"{head}.") for head in plan.train_modules) for name in chosen):
             raise TargetError(
-                f"BitFit finds no bias in {type(model).__name__}{' but in trainable' if chosen else ''}, whose layers "
-                "were built without: NormTuning or LoRA train models of this kind"
+                f"BitFit finds no bias in {original_class(model).__name__}{' but in trainable' if chosen else ''}, "
+                "whose layers were built without: NormTuning or LoRA train models of this kind"
             )
         plan.train |= dict.fromkeys(chosen, "bias trains")
 

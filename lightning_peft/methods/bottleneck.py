@@ -15,7 +15,6 @@ arXiv:2110.07577.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -27,7 +26,7 @@ from lightning_peft.core.activation import ActivationAdapter, ActivationSite
 from lightning_peft.core.inject import Plan
 from lightning_peft.core.targets import TargetError, match, no_match
 from lightning_peft.methods.activation import ActivationMethod
-from lightning_peft.methods.callback import one_of, positive_int, probability
+from lightning_peft.methods.callback import nonzero, one_of, positive, positive_int, probability
 
 __all__ = ["BottleneckAdapter"]
 
@@ -155,13 +154,12 @@ class BottleneckAdapter(ActivationMethod):
         probability("stochastic_depth", self.stochastic_depth)
         if isinstance(self.scaling, str):
             one_of("scaling", self.scaling, ("learned", "channel", "a number"))
-        elif isinstance(self.scaling, bool) or not math.isfinite(self.scaling) or self.scaling == 0:
-            raise ValueError(f"scaling must be a finite number other than 0, 'learned' or 'channel', got {scaling!r}")
+        else:
+            nonzero("scaling", self.scaling)
         for pattern, value in _patterns(self.bottleneck_size).items():
             positive_int(f"bottleneck_size[{pattern!r}]", value)
         for pattern, value in _patterns(self.reduction_factor).items():
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-                raise ValueError(f"reduction_factor[{pattern!r}] must be a number above 0, got {value!r}")
+            positive(f"reduction_factor[{pattern!r}]", value)
 
     def plan(self, model: nn.Module) -> Plan:
         plan = super().plan(model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import inspect
+import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -180,6 +181,23 @@ def positive_int(argument: str, value: Any) -> None:
     """Refuse ``value`` unless it is an integer of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{argument} must be an integer of at least 1, got {value!r}")
+
+
+def nonzero(argument: str, value: Any) -> None:
+    """Refuse ``value`` unless it is a finite number other than 0."""
+    if not is_number(value) or value == 0:
+        raise ValueError(f"{argument} must be a finite number other than 0, got {value!r}")
+
+
+def positive(argument: str, value: Any) -> None:
+    """Refuse ``value`` unless it is a finite number above 0."""
+    if not is_number(value) or value <= 0:
+        raise ValueError(f"{argument} must be a number above 0, got {value!r}")
+
+
+def is_number(value: Any) -> bool:
+    """Whether ``value`` is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def probability(argument: str, value: Any) -> None:

@@ -13,7 +13,6 @@ Adaptation", arXiv:2210.07558.
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 from collections.abc import Sequence
 from typing import Any, cast
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 from lightning_peft.core.adapter import WeightAdapter
 from lightning_peft.core.inject import injection_of
 from lightning_peft.core.sites import Site
-from lightning_peft.methods.callback import positive_int, probability
+from lightning_peft.methods.callback import nonzero, positive_int, probability
 from lightning_peft.methods.lora import LoRAAdapter
 from lightning_peft.methods.weight import WeightMethod, check_low_rank
 
@@ -82,8 +81,7 @@ class DyLoRA(WeightMethod):
         super().__init__(targets=targets, exclude=exclude, trainable=trainable, name=name, **options)
         positive_int("r", r)
         probability("dropout", dropout)
-        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha) or alpha == 0:
-            raise ValueError(f"alpha must be a finite number other than 0, got {alpha!r}")
+        nonzero("alpha", alpha)
         self.r = r
         self.alpha = alpha
         self.dropout = dropout
@@ -175,6 +173,7 @@ class DyLoRAAdapter(LoRAAdapter):
             self.gate, self.last = torch.ones_like(self.gate[:rank]), torch.ones_like(self.last[:rank])
 
     def factors(self) -> tuple[Tensor, Tensor]:
+        """A and B as they run: of the rank that trains, or that evaluation uses."""
         a: Tensor = self.lora_A
         b: Tensor = self.lora_B
         if not self.training:

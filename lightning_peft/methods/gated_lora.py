@@ -44,7 +44,7 @@ class GatedLoRA(LoRA):
     """LoRA whose update a learned gate lets through, position by position (UniPELT, arXiv:2110.07577).
 
     Choose it beside other gated methods (``BottleneckAdapter(gate=True)``, ``PrefixTuning(gate=True)``), where the
-    gates are to find which of them helps the task; alone, LoRA does as well for less. It costs LoRA's two thin
+    gates are to find which of them helps the task; alone, take LoRA, which merges. It costs LoRA's two thin
     products and one number more for each position, at inference too: it cannot be merged.
 
     Args:

@@ -21,6 +21,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from lightning_peft.core.inject import Plan, injection_of
+from lightning_peft.core.swap import original_class
 from lightning_peft.core.targets import TargetError, as_patterns
 from lightning_peft.core.thaw import thaw
 from lightning_peft.methods.callback import one_of, positive_int
@@ -131,7 +132,7 @@ class GradualUnfreezing(SelectionMethod):
         if len(self.schedule) > len(stages):
             raise TargetError(
                 f"schedule={self.schedule} goes past the last block: it has {len(self.schedule)} entries, and "
-                f"{type(model).__name__} has {len(stages)} to thaw: {list(stages)}"
+                f"{original_class(model).__name__} has {len(stages)} to thaw: {list(stages)}"
             )
         return self.schedule
 

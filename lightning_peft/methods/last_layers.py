@@ -17,6 +17,7 @@ from typing import Any
 from torch import nn
 
 from lightning_peft.core.inject import Plan
+from lightning_peft.core.swap import original_class
 from lightning_peft.core.targets import TargetError
 from lightning_peft.methods.callback import positive_int
 from lightning_peft.methods.selection import SelectionMethod, tail_modules
@@ -69,7 +70,7 @@ class LastLayers(SelectionMethod):
         n = self.n if self.n is not None else len(blocks) if self.patterns("blocks") else 1
         if n > len(blocks):
             raise TargetError(
-                f"n={n}, but {type(model).__name__} has {len(blocks)} blocks ({blocks[0] if blocks else 'none'} ...): "
-                "lower n, or name what to train in targets"
+                f"n={n}, but {original_class(model).__name__} has {len(blocks)} blocks "
+                f"({blocks[0] if blocks else 'none'} ...): lower n, or name what to train in targets"
             )
         self.add_modules(model, [*blocks[len(blocks) - n :], *tail_modules(model)], plan)

@@ -17,6 +17,7 @@ from typing import Any
 from torch import nn
 
 from lightning_peft.core.inject import Plan
+from lightning_peft.core.swap import original_class
 from lightning_peft.core.targets import TargetError, match_modules
 from lightning_peft.methods.selection import SelectionMethod, head_module
 
@@ -66,7 +67,7 @@ class LinearProbe(SelectionMethod):
         if head is None:
             last = [name for name, module in model.named_modules() if not any(module.children())][-3:]
             raise TargetError(
-                f"LinearProbe finds no output head in {type(model).__name__}: name it, for example "
+                f"LinearProbe finds no output head in {original_class(model).__name__}: name it, for example "
                 f"trainable=[{(last or ['head'])[-1]!r}]; the last modules are {last}"
             )
         self.add_modules(model, [head], plan)

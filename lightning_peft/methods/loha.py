@@ -26,6 +26,7 @@ from lightning_peft.core.adapter import WeightAdapter
 from lightning_peft.core.sites import Site
 from lightning_peft.methods.ranked import RankedMethod
 from lightning_peft.methods.rowdrop import RowDropAdapter, check_drops
+from lightning_peft.ops.recompute import recomputed
 
 __all__ = ["LoHa", "tucker", "uniform"]
 
@@ -66,14 +67,16 @@ class LoHaAdapter(RowDropAdapter):
         self.hada_w2_b = nn.Parameter(torch.zeros(*batch, r, columns))
 
     def delta(self, weight: Tensor) -> Tensor:
-        if self.hada_t1 is not None and self.hada_t2 is not None:
-            first = tucker(self.hada_t1, self.hada_w1_a, self.hada_w1_b)
-            second = tucker(self.hada_t2, self.hada_w2_a, self.hada_w2_b)
-        else:
-            first, second = self.hada_w1_a @ self.hada_w1_b, self.hada_w2_a @ self.hada_w2_b
-        update = first * second * self.scale
+        factors = self.hada_w1_a, self.hada_w1_b, self.hada_w2_a, self.hada_w2_b
+        cores = [core for core in (self.hada_t1, self.hada_t2) if core is not None]
+        update = recomputed(self._product, *factors, *cores)
         keep = self.drops(update)
         return update if keep is None else update * keep[..., None]
+
+    def _product(self, a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor, *cores: Tensor) -> Tensor:
+        if cores:
+            return tucker(cores[0], a1 * self.scale, b1) * tucker(cores[1], a2, b2)
+        return ((a1 * self.scale) @ b1) * (a2 @ b2)
 
 
 class LoHa(RankedMethod):

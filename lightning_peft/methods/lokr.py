@@ -28,6 +28,7 @@ from lightning_peft.core.sites import Site
 from lightning_peft.methods.loha import tucker, uniform
 from lightning_peft.methods.ranked import RankedMethod
 from lightning_peft.methods.rowdrop import RowDropAdapter, check_drops
+from lightning_peft.ops.recompute import recomputed
 
 __all__ = ["LoKr"]
 
@@ -91,9 +92,13 @@ class LoKrAdapter(RowDropAdapter):
         return not (self.layout.has_activation and self.layout.vectors)
 
     def output(self, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        def product(x: Tensor, first: Tensor, second: Tensor) -> Tensor:
+            h = self.layout.down(host, x.unflatten(-1, self.sides), second)
+            # Expanded: matmul would otherwise copy h to make one product of it.
+            return (first.to(h.dtype).expand(*h.shape[:-2], *first.shape) @ h).flatten(-2)
+
         first, second = self.factors()
-        h = self.layout.down(host, x.unflatten(-1, self.sides), second)
-        z = self.layout.down(host, h.mT, first * self.scale).mT.flatten(-2)
+        z = recomputed(product, x, first * self.scale, second)
         keep = self.drops(z)
         return y + (z if keep is None else z * keep.to(z.dtype)).to(y.dtype)
 
@@ -102,7 +107,8 @@ class LoKr(RankedMethod):
     """A Kronecker product of two small matrices as the update (arXiv:2309.14859).
 
     Choose it for the smallest files at full rank: around 2 sqrt(in out) parameters for each matrix, and on linear
-    layers also the least computing. It is more rigid than LoRA, and wants a higher learning rate.
+    layers also the least computing. It is more rigid than LoRA, and wants a higher learning rate;
+    merged it costs nothing.
 
     Args:
         r: the rank of a factor that is decomposed; a factor of sides up to 2 r stays full.

@@ -68,10 +68,12 @@ class NormTuning(SelectionMethod):
 
     def choose(self, model: nn.Module, plan: Plan) -> None:
         if not any(is_norm(module) for module in model.modules()):
-            raise TargetError(f"NormTuning finds no norm layer with parameters in {type(model).__name__}")
+            raise TargetError(f"NormTuning finds no norm layer with parameters in {original_class(model).__name__}")
         chosen = self.matching(model, lambda m, key, p: is_norm(m) and self.parts in ("all", key))
         if not chosen:
-            raise TargetError(f"parts={self.parts!r}: no norm layer of {type(model).__name__} has a {self.parts}")
+            raise TargetError(
+                f"parts={self.parts!r}: no norm layer of {original_class(model).__name__} has a {self.parts}"
+            )
         layers = list(dict.fromkeys(chosen.values()))
         if self.parts == "all":
             plan.train_modules += [name for name in layers if name not in plan.train_modules]

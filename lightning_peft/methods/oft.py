@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from lightning_peft.core.adapter import WeightAdapter
 from lightning_peft.core.inject import Plan
 from lightning_peft.core.sites import EmbeddingLayout, Site
-from lightning_peft.methods.callback import positive_int, probability
+from lightning_peft.methods.callback import positive, positive_int, probability
 from lightning_peft.methods.weight import WeightMethod
 
 __all__ = ["OFT"]
@@ -75,8 +75,8 @@ class OFTAdapter(WeightAdapter):
             upper = flat.index_copy(-1, self.places, entries).unflatten(-1, (b, b))
             q = upper - upper.mT
             eye = torch.eye(b, dtype=q.dtype, device=q.device)
-            # X (I + Q) = I - Q, transposed, as Q^T = -Q.
-            r = _neumann(q, eye, self.terms) if self.terms else torch.linalg.solve(eye - q, eye + q).mT
+            # (I - Q) (I + Q)^-1 = (2 I - (I + Q)) (I + Q)^-1; I + Q has no singular value below 1.
+            r = _neumann(q, eye, self.terms) if self.terms else 2 * torch.linalg.inv(eye + q) - eye
             r = r.expand(*r.shape[:-3], self.blocks, b, b)
             if self.dropout and self.training:
                 left = torch.rand(*r.shape[:-2], 1, 1, device=r.device) < self.dropout
@@ -106,8 +106,8 @@ class OFTAdapter(WeightAdapter):
 
     def _turn(self, x: Tensor) -> Tensor:
         """x R for vectors ``x``."""
-        parts = x.unflatten(-1, (self.blocks, -1))
-        return torch.einsum("...nk,nkc->...nc", parts, self.rotation().to(x.dtype)).flatten(-2)
+        parts = x.reshape(-1, self.blocks, self.block_size).transpose(0, 1)
+        return (parts @ self.rotation().to(x.dtype)).transpose(0, 1).reshape(x.shape)
 
     def extra_repr(self) -> str:
         return f"blocks={self.blocks}, block_size={self.block_size}"
@@ -181,8 +181,7 @@ class OFT(WeightMethod):
         positive_int("num_cayley_neumann_terms", num_cayley_neumann_terms)
         if num_cayley_neumann_terms < 2:
             raise ValueError("num_cayley_neumann_terms must be at least 2: with one term nothing turns")
-        if isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 < eps < math.inf:
-            raise ValueError(f"eps must be a number above 0, got {eps!r}")
+        positive("eps", eps)
         self.block_size = block_size
         self.r = r
         self.dropout = dropout

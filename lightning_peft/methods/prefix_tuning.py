@@ -32,7 +32,7 @@ from lightning_peft.core.row_links import RowLink
 from lightning_peft.core.swap import original_class
 from lightning_peft.core.targets import TargetError, base_modules
 from lightning_peft.core.tokens import by_name, parameters_of
-from lightning_peft.methods.callback import PEFTMethod, one_of, positive_int
+from lightning_peft.methods.callback import PEFTMethod, one_of, positive, positive_int
 
 __all__ = ["PrefixTuning"]
 
@@ -106,8 +106,7 @@ class PrefixTuning(PEFTMethod):
                 positive_int(argument, value)
         one_of("activation", activation, tuple(_ACTIVATIONS))
         one_of("init", init, ("normal", "zero"))
-        if isinstance(init_std, bool) or not isinstance(init_std, int | float) or not 0 < init_std < float("inf"):
-            raise ValueError(f"init_std must be a number above 0, got {init_std!r}")
+        positive("init_std", init_std)
         if layers is not None and (not layers or any(isinstance(i, bool) or not isinstance(i, int) for i in layers)):
             raise ValueError(f"layers must be a list of block indices such as [0, 1, -1], got {layers!r}")
         self.num_virtual_tokens = num_virtual_tokens

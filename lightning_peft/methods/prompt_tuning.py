@@ -20,12 +20,10 @@ from lightning_peft.core.inject import Plan
 from lightning_peft.core.swap import original_class
 from lightning_peft.core.targets import TargetError, as_patterns, base_modules, match, match_modules, no_match
 from lightning_peft.core.tokens import Placement
+from lightning_peft.formats.pretrained import load_tokenizer
 from lightning_peft.methods.callback import PEFTMethod, one_of, positive_int
-from lightning_peft.methods.sequence import (
-    PromptAdapter,
-    PromptLabels,
-    PromptMask,
-    PromptStrip,
+from lightning_peft.methods.sequence import PromptAdapter, PromptLabels, PromptMask, PromptStrip
+from lightning_peft.methods.token_hosts import (
     around,
     batch_first,
     is_causal,
@@ -182,7 +180,7 @@ class PromptTuning(PromptMethod):
             repeated or cut), or ``"labels"`` (the mean embedding of each class name in ``init_text``, then random
             tokens).
         init_text: the text, or the class names.
-        tokenizer: folder or hub id of the tokenizer for ``init_text``.
+        tokenizer: of the model, for ``init_text``: its folder or hub id, or ``"demo"``.
         **options: ``seed``, ``adapter_dtype``, ``train_norm_stats``, ``audit`` of
             :class:`lightning_peft.PEFTMethod`.
 
@@ -249,9 +247,7 @@ class PromptTuning(PromptMethod):
 
 
 def _tokenize(texts: Sequence[str], name: str, vocabulary: int) -> list[list[int]]:
-    from transformers import AutoTokenizer
-
-    ids = AutoTokenizer.from_pretrained(name)(list(texts), add_special_tokens=False)["input_ids"]
+    ids = load_tokenizer(name)(list(texts), add_special_tokens=False)["input_ids"]
     for text, row in zip(texts, ids):
         if not row:
             raise ValueError(f"init_text: {text!r} has no token")

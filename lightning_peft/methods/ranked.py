@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +11,7 @@ from lightning_peft.core.adapter import WeightAdapter
 from lightning_peft.core.inject import Plan
 from lightning_peft.core.sites import Site
 from lightning_peft.core.targets import TargetError, match, no_match
-from lightning_peft.methods.callback import positive_int
+from lightning_peft.methods.callback import nonzero, positive_int
 from lightning_peft.methods.weight import WeightMethod
 
 __all__ = ["RankedMethod"]
@@ -46,8 +45,7 @@ class RankedMethod(WeightMethod):
             positive_int(f"rank_pattern[{pattern!r}]", rank)
         named = {f"alpha_pattern[{pattern!r}]": value for pattern, value in (alpha_pattern or {}).items()}
         for argument, value in {"alpha": alpha, **named}.items():
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value == 0:
-                raise ValueError(f"{argument} must be a finite number other than 0, got {value!r}")
+            nonzero(argument, value)
         self.r = r
         self.alpha = alpha
         self.rank_pattern = dict(rank_pattern or {})

@@ -24,10 +24,9 @@ from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.batch import Place, row_dim
 from lightning_peft.core.row_links import RowLink
 from lightning_peft.core.swap import original_class
-from lightning_peft.core.targets import TargetError, base_modules
 from lightning_peft.core.tokens import Layout, Placement, RowPlacement, by_name, parameters_of, strip
 
-__all__ = ["PromptAdapter", "PromptLabels", "PromptMask", "PromptStrip", "TokenError", "token_models", "token_width"]
+__all__ = ["PromptAdapter", "PromptLabels", "PromptMask", "PromptStrip", "TokenError"]
 
 
 class TokenError(RuntimeError):
@@ -359,63 +358,6 @@ def mask_rows(place: Place, adapters: Sequence[PromptMask | None]) -> PromptMask
 def strip_rows(place: Place, adapters: Sequence[PromptStrip | None]) -> PromptStrip:
     """One that serves rows of different prompts."""
     return PromptStrip(row_placement(adapters))
-
-
-def token_models(model: nn.Module) -> dict[str, nn.Module]:
-    """The innermost modules that take ``inputs_embeds`` and know their embedding, by name."""
-    found = {
-        name: module
-        for name, module in base_modules(model)
-        if callable(getattr(module, "get_input_embeddings", None)) and "inputs_embeds" in parameters_of(module)
-    }
-    return {n: m for n, m in found.items() if not any(o != n and o.startswith(f"{n}." if n else "") for o in found)}
-
-
-def around(model: nn.Module, inner: str, argument: str) -> list[str]:
-    """The modules around ``inner`` whose forward takes ``argument``, the outermost first."""
-    parents = [
-        name for name, _ in base_modules(model) if name != inner and inner.startswith(f"{name}." if name else "")
-    ]
-    return [name for name in parents if argument in parameters_of(model.get_submodule(name))]
-
-
-def position_limit(module: nn.Module) -> int | None:
-    """How many positions the module's own table of position embeddings has; None where it has no such table."""
-    for name, child in module.named_modules():
-        last = name.rpartition(".")[2]
-        if isinstance(child, nn.Embedding) and (last == "wpe" or ("position" in last and "relative" not in last)):
-            reserved = child.padding_idx + 1 if child.padding_idx is not None else int(getattr(child, "offset", 0))
-            return child.num_embeddings - reserved
-    return None
-
-
-def is_causal(module: nn.Module) -> bool:
-    """Whether the attention in ``module`` looks back only, as far as the module says."""
-    return any(
-        getattr(m, "is_causal", False) is True or getattr(m, "is_decoder", False) is True for m in module.modules()
-    )
-
-
-def token_width(name: str, module: nn.Module) -> int:
-    """The width of the sequence that ``module`` takes, read from its first attention, norm or linear layer.
-
-    Raises:
-        TargetError: it has none of them.
-    """
-    for child in module.modules():
-        if isinstance(child, nn.MultiheadAttention):
-            return child.embed_dim
-        weight = getattr(child, "weight", None)
-        if isinstance(weight, Tensor) and weight.ndim == 1:
-            return weight.shape[0]
-        if isinstance(child, nn.Linear):
-            return child.in_features
-    raise TargetError(f"{name!r} ({_kind(module)}) has no attention, norm or linear layer to read the token width from")
-
-
-def batch_first(module: nn.Module) -> bool:
-    """Whether ``module`` takes (batch, length, width); torch's transformer layers may take the length first."""
-    return all(m.batch_first for m in module.modules() if isinstance(m, nn.MultiheadAttention))
 
 
 def _cached(cache: Any) -> bool:

@@ -4,7 +4,7 @@
 
 Only d in R^r and b in R^out train: r + out parameters for each matrix. b starts at zero, so the adapted model starts
 as its base. One A and one B, as large as the largest of the adapted matrices, serve every layer; a layer uses their
-first columns and first rows. On activations it is y + b * B (d * A x).
+first columns and first rows. On activations it is y + (diag(b) B diag(d)) (A x), two thin products.
 
 Kopiczko, Blankevoort and Asano 2023, "VeRA: Vector-based Random Matrix Adaptation", arXiv:2310.11454.
 """
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lightning_peft.core.adapter import WeightAdapter
 from lightning_peft.core.sites import EmbeddingLayout, Site
-from lightning_peft.methods.callback import positive_int, probability
+from lightning_peft.methods.callback import nonzero, positive_int, probability
 from lightning_peft.methods.weight import WeightMethod
 from lightning_peft.ops.dropout import dropped
 
@@ -92,9 +92,17 @@ class VeRAAdapter(WeightAdapter):
         a, b = shared.vera_A[:, :columns], shared.vera_B[:rows]
         return a.to(self.vera_lambda_d.device), b.to(self.vera_lambda_d.device)
 
+    def scaled(self, b: Tensor) -> Tensor:
+        """diag(b) B diag(d): both vectors get their gradients from that of one small matrix."""
+        return b * (self.vera_lambda_b[..., None] * self.vera_lambda_d[..., None, :])
+
     def delta(self, weight: Tensor) -> Tensor:
         a, b = self.matrices()
-        return self.vera_lambda_b[..., None] * ((b * self.vera_lambda_d[..., None, :]) @ a)
+        return self.scaled(b) @ a
+
+    def low_rank(self) -> tuple[Tensor, Tensor]:
+        a, b = self.matrices()
+        return self.vera_lambda_d[..., None] * a, self.vera_lambda_b[..., None] * b
 
     def output(self, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         def down(x: Tensor, a: Tensor) -> Tensor:
@@ -102,9 +110,7 @@ class VeRAAdapter(WeightAdapter):
 
         a, b = self.matrices()
         h = dropped(down, x, a, self.dropout) if self.dropout and self.training else down(x, a)
-        h = h * self.layout.hidden(host, self.vera_lambda_d.to(h.dtype))
-        z = self.layout.mix(host, h, b)
-        return y + (z * self.layout.features(host, self.vera_lambda_b.to(z.dtype))).to(y.dtype)
+        return self.layout.up(host, h, self.scaled(b), y, 1.0)
 
     def extra_repr(self) -> str:
         return f"r={self.vera_lambda_d.shape[-1]}, dropout={self.dropout}"
@@ -155,9 +161,7 @@ class VeRA(WeightMethod):
         super().__init__(targets=targets, exclude=exclude, trainable=trainable, name=name, **options)
         positive_int("r", r)
         probability("dropout", dropout)
-        number = isinstance(d_initial, int | float) and not isinstance(d_initial, bool) and math.isfinite(d_initial)
-        if not number or d_initial == 0:
-            raise ValueError(f"d_initial must be a finite number other than 0, got {d_initial!r}: at 0 nothing trains")
+        nonzero("d_initial", d_initial)  # at 0 nothing would train
         if isinstance(projection_seed, bool) or not isinstance(projection_seed, int):
             raise ValueError(f"projection_seed must be an integer, got {projection_seed!r}")
         self.r = r

@@ -27,7 +27,8 @@ from lightning_peft.core.swap import original_class
 from lightning_peft.core.targets import TargetError, as_patterns, base_modules, match_modules
 from lightning_peft.core.tokens import by_name
 from lightning_peft.methods.callback import PEFTMethod, positive_int, probability
-from lightning_peft.methods.sequence import TokenError, batch_first, token_width
+from lightning_peft.methods.sequence import TokenError
+from lightning_peft.methods.token_hosts import batch_first, token_width
 
 __all__ = ["VisualPromptTuning"]
 

@@ -8,11 +8,12 @@ it share), a mask of one byte per element, and computes the copy again in backwa
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from lightning_peft.ops.recompute import recomputed
 
 __all__ = ["dropped", "dropped_reference"]
 
@@ -35,32 +36,8 @@ def dropped(project: Project, x: Tensor, weight: Tensor, p: float) -> Tensor:
     """
     if torch.compiler.is_compiling():
         return dropped_reference(project, x, weight, p)  # the compiler decides itself what to keep
-    return _Dropped.apply(x, weight, project, p)
-
-
-class _Dropped(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, project: Project, p: float) -> Tensor:
-        keep = _keep_mask(x, p)
-        ctx.save_for_backward(x, weight, keep)
-        ctx.project, ctx.scale = project, 1 / (1 - p)
-        device = x.device.type
-        ctx.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
-        return project(x * keep, weight) * ctx.scale
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        x, weight, keep = ctx.saved_tensors
-        device, dtype, enabled = ctx.autocast
-        needs_x, needs_weight = ctx.needs_input_grad[:2]
-        with torch.enable_grad(), torch.autocast(device, dtype, enabled):
-            inputs = (x * keep).detach().requires_grad_(needs_x), weight.detach().requires_grad_(needs_weight)
-            h = ctx.project(*inputs)
-        wanted = [t for t in inputs if t.requires_grad]
-        grads = iter(torch.autograd.grad(h, wanted, grad * ctx.scale))
-        grad_x = next(grads) * keep if needs_x else None
-        return grad_x, next(grads) if needs_weight else None, None, None
+    scale = 1 / (1 - p)  # of the projection, which is smaller than x
+    return recomputed(lambda x, weight, keep: project(x * keep, weight) * scale, x, weight, _keep_mask(x, p))
 
 
 def _keep_mask(x: Tensor, p: float) -> Tensor:

@@ -10,14 +10,17 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
+from lightning_peft.core.rows import rows
+from lightning_peft.formats.pretrained import load_model, load_tokenizer, locate
 from lightning_peft.tasks.optim import adamw
-from lightning_peft.tasks.pretrained import load_model, load_tokenizer, locate
 
 Objective = Literal["causal", "masked"]
 
 
 class LanguageModel(L.LightningModule):
     """Predict the next token (causal), or the tokens hidden from the model (masked).
+
+    A batch may name an adapter for each row, as ``"adapters"`` (see :func:`lightning_peft.rows`).
 
     Logs ``train/loss``, ``val/loss`` and ``test/loss``: the mean cross entropy per predicted token, in nats.
 
@@ -79,21 +82,22 @@ class LanguageModel(L.LightningModule):
         """Logits, ``(batch, length, vocabulary)``, of token ids, ``(batch, length)``."""
         return self.model(input_ids=input_ids, attention_mask=attention_mask).logits
 
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """The mean cross entropy of a batch ``{"input_ids", "attention_mask", "labels"}``."""
         return self._loss(batch, "train")
 
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Log ``val/loss``."""
         self._loss(batch, "val")
 
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Log ``test/loss``."""
         self._loss(batch, "test")
 
-    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """The likeliest token at each position, ``(batch, length)``."""
-        return self(batch["input_ids"], batch["attention_mask"]).argmax(-1)
+        with rows(self, batch.get("adapters")):
+            return self(batch["input_ids"], batch["attention_mask"]).argmax(-1)
 
     def generate(self, prompts: list[str], max_new_tokens: int = 64, **options: Any) -> list[str]:
         """Continue texts, greedily unless ``options`` say otherwise; a causal model's.
@@ -150,9 +154,10 @@ class LanguageModel(L.LightningModule):
         if not (folder / "tokenizer_config.json").is_file():  # the model's own folder has it, as it was written
             load_tokenizer(self.hparams["model"]).save_pretrained(folder)
 
-    def _loss(self, batch: dict[str, Tensor], stage: str) -> Tensor:
+    def _loss(self, batch: dict[str, Any], stage: str) -> Tensor:
         # Labels are transformers' own: the causal shift is done in the model, and -100 is not predicted.
-        loss = self.model(**batch).loss
+        with rows(self, batch.get("adapters")):
+            loss = self.model(**{name: value for name, value in batch.items() if name != "adapters"}).loss
         # Weighted by predicted tokens, so that the mean over batches is the mean over tokens.
         predicted = int((batch["labels"][:, int(self.objective == "causal") :] != -100).sum())
         self.log(f"{stage}/loss", loss, prog_bar=True, batch_size=max(1, predicted))

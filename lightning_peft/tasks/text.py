@@ -8,12 +8,15 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from lightning_peft.core.rows import rows
+from lightning_peft.formats.pretrained import load_model
 from lightning_peft.tasks.optim import adamw
-from lightning_peft.tasks.pretrained import load_model
 
 
 class TextClassifier(L.LightningModule):
     """One class for each text.
+
+    A batch may name an adapter for each row, as ``"adapters"`` (see :func:`lightning_peft.rows`).
 
     Logs ``train/loss``, and ``loss``, ``acc`` (accuracy) and ``f1`` (macro F1) under ``val/`` and ``test/``.
 
@@ -99,14 +102,18 @@ class TextClassifier(L.LightningModule):
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """The probability of each class, ``(batch, num_labels)``."""
-        return self(batch["input_ids"], batch["attention_mask"]).softmax(-1)
+        return self._logits(batch).softmax(-1)
 
     def configure_optimizers(self) -> Any:
         """AdamW over the trainable parameters, with a linear warmup and decay."""
         return adamw(self, self.hparams["lr"], self.hparams["weight_decay"], self.hparams["warmup"])
 
-    def _loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        logits = self(batch["input_ids"], batch["attention_mask"])
+    def _logits(self, batch: dict[str, Any]) -> Tensor:
+        with rows(self, batch.get("adapters")):
+            return self(batch["input_ids"], batch["attention_mask"])
+
+    def _loss(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        logits = self._logits(batch)
         return torch.nn.functional.cross_entropy(logits.float(), batch["labels"]), logits
 
     def _evaluate(self, batch: dict[str, Tensor], stage: str, scores: Any) -> None:

@@ -10,12 +10,15 @@ from typing import Any
 import lightning as L
 from torch import Tensor, nn
 
+from lightning_peft.core.rows import rows
 from lightning_peft.core.torch_file import read_torch_file
 from lightning_peft.tasks.optim import adamw
 
 
 class ImageClassifier(L.LightningModule):
     """One class for each image.
+
+    A batch may name an adapter for each image, as ``"adapters"`` (see :func:`lightning_peft.rows`).
 
     Logs ``train/loss``, and ``loss`` and ``acc`` (accuracy) under ``val/`` and ``test/``.
 
@@ -82,8 +85,8 @@ class ImageClassifier(L.LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """The mean cross entropy of a batch ``{"images", "labels"}``."""
-        loss = nn.functional.cross_entropy(self(batch["images"]), batch["labels"])
-        self.log("train/loss", loss, prog_bar=True)
+        loss = nn.functional.cross_entropy(self._logits(batch), batch["labels"])
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["labels"]))
         return loss
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
@@ -96,14 +99,18 @@ class ImageClassifier(L.LightningModule):
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """The likeliest class of each image, ``(batch,)``."""
-        return self(batch["images"]).argmax(-1)
+        return self._logits(batch).argmax(-1)
 
     def configure_optimizers(self) -> Any:
         """AdamW over the trainable parameters, with a linear warmup and decay."""
         return adamw(self, self.hparams["lr"], self.hparams["weight_decay"], self.hparams["warmup"])
 
+    def _logits(self, batch: dict[str, Any]) -> Tensor:
+        with rows(self, batch.get("adapters")):
+            return self(batch["images"])
+
     def _score(self, batch: dict[str, Tensor], stage: str, accuracy: Any) -> None:
-        logits, labels = self(batch["images"]), batch["labels"]
+        logits, labels = self._logits(batch), batch["labels"]
         loss = nn.functional.cross_entropy(logits, labels)
         accuracy(logits, labels)
         self.log(f"{stage}/loss", loss, prog_bar=True, batch_size=len(labels))

@@ -196,11 +196,8 @@ class GradientAudit:
                     f"{_few(bad)} got a gradient that is not finite in the first step: lower the learning rate, or "
                     "alpha",
                 )
-            ran = [
-                name
-                for name in self.waiting
-                if called is not None and name.partition(".adapters.")[0] in called and _is_active(self.model, name)
-            ]
+            ran = [n for n in self.waiting if called is not None and n.partition(".adapters.")[0] in called]
+            ran = [n for n in ran if _took_part(self.model, n)]
             if ran:
                 self._report(
                     sorted(ran),
@@ -213,9 +210,11 @@ class GradientAudit:
 
     def finish(self) -> None:
         """Report what got no gradient so far."""
-        idle = {name for name in self.waiting if not _is_active(self.model, name)}
+        idle = {name for name in self.waiting if not _took_part(self.model, name)}
         if idle and self.done:
-            self._report(sorted(idle), "their adapters are not active (lp.set_active)", routing=False)
+            self._report(
+                sorted(idle), "their adapters are not active (lp.set_active), or no row named them", routing=False
+            )
         if self.waiting and self.done:
             self._report(sorted(self.waiting), "their modules were not called")
         self.waiting = set()
@@ -231,12 +230,15 @@ class GradientAudit:
             report(self.model, f"{message}; exclude them, or find out why")
 
 
-def _is_active(model: nn.Module, parameter: str) -> bool:
-    """Whether the adapter that owns ``parameter``, if one does, takes part."""
+def _took_part(model: nn.Module, parameter: str) -> bool:
+    """Whether the adapter that owns ``parameter``, if one does, runs where its host does: active, or named by rows."""
     for name, host in hosts(model):
         prefix = f"{name}.adapters." if name else "adapters."
         if parameter.startswith(prefix):
-            return parameter.removeprefix(prefix).partition(".")[0] in cast(AdapterStack, host.adapters).active
+            stack = cast(AdapterStack, host.adapters)
+            return parameter.removeprefix(prefix).partition(".")[0] in (
+                stack.active if stack.named is None else stack.named
+            )
     return True
 
 

@@ -80,7 +80,7 @@ def check_manifest(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
     Raises:
         StateError: no manifest; another version; a method missing, added or of another configuration.
     """
-    record, saved = injection_of(model), checkpoint.get(KEY)
+    record, saved, state = injection_of(model), checkpoint.get(KEY), checkpoint.get("state_dict", {})
     assert record is not None
     if saved is None:
         raise StateError(
@@ -93,8 +93,8 @@ def check_manifest(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
     for name, entry in there.items():
         if name not in record.methods:
             if not entry.get("trains", True):
-                for key in [k for k in checkpoint["state_dict"] if f".adapters.{name}." in f".{k}"]:
-                    del checkpoint["state_dict"][key]
+                for key in [k for k in state if f".adapters.{name}." in f".{k}"]:
+                    del state[key]
                 continue
             raise StateError(
                 f"the checkpoint holds a {entry['method']} named {name!r}, which this run does not attach; "
@@ -104,7 +104,7 @@ def check_manifest(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
         kind = type(method).__name__
         if name not in there:
             if not trains(model, name):
-                checkpoint["state_dict"].update(adapter_state(model, name))
+                state.update(adapter_state(model, name))
                 continue
             raise StateError(f"the checkpoint holds no {kind} named {name!r}; it holds {list(there)}")
         if there[name]["method"] != kind:

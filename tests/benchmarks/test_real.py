@@ -67,7 +67,7 @@ def test_every_row_is_trained_for_each_seed_and_written(tiny, tmp_path, capsys):
     shown, text = capsys.readouterr().out, page.read_text()
     assert shown.count("skipped: one from the future: lightning_peft has no NoSuchMethod") == 1
     assert "3 steps of AdamW" in text
-    assert "the mean of 2 seed(s) (0, 1)" in text
+    assert "means over the seeds 0, 1" in text
     assert "| base | 0 | 0 |" in text
     assert "    - what it says" in text
     assert f"torch {torch.__version__}" in text

@@ -12,6 +12,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # benchmarks/ is beside the 
 
 from benchmarks import step
 from benchmarks.measure import Saved, paired_ratio, saved_bytes
+from benchmarks.methods import METHODS
+from benchmarks.page import markdown
 
 ROWS, WIDTH, OUT = 3, 5, 7
 FLOAT = 4
@@ -88,26 +90,74 @@ def test_paired_ratio_divides_out_drift():
 
 
 @pytest.mark.parametrize("case", sorted(step.CASES))
-def test_script_runs(case, tmp_path):
+def test_every_row_is_fair_and_keeps_no_more_than_peft(case, tmp_path):
     if case != "resnet":
         pytest.importorskip("transformers")
     page, numbers = tmp_path / "results" / "page.md", tmp_path / "numbers.json"
-    line = ["--case", case, "--size", "tiny", "--repeats", "2", "--warmup", "1", "--rank", "2"]
-    assert step.main([*line, "--markdown", str(page), "--json", str(numbers)]) == 0
+    line = ["--case", case, "--size", "tiny", "--repeats", "1", "--warmup", "0", "--rank", "1"]
+    assert step.main([*line, "--markdown", str(page), "--json", str(numbers)]) == 0  # fair, or the status is 1
 
-    (runs,) = json.loads(numbers.read_text())["cases"].values()
-    floor = next(run for run in runs if run["name"] == "floor")
-    assert floor["trainable"] == 0
-    for run in runs:
-        if not run["skipped"]:
-            assert len(run["times"]) == 2
-            assert run["method"] is None or run["adapted"]
-        assert f"| {run['name']} |" in page.read_text()
+    rows = json.loads(numbers.read_text())["cases"][case]["rows"]
+    assert set(rows) == {name for name, method in METHODS.items() if case in method.on}
+    for name, row in rows.items():
+        assert row["floor"]["trainable"] == 0
+        assert len(row["ours"]["times"]) == 1
+        assert f"| {name} |" in page.read_text()
+        theirs = row.get("peft")
+        if theirs and not theirs["skipped"] and "saved" not in METHODS[name].why:
+            assert row["ours"]["saved"]["activations"] <= theirs["saved"]["activations"], name
+
+
+def test_a_run_that_broke_off_goes_on(tmp_path, monkeypatch):
+    measured, measure = [], step.measure
+    monkeypatch.setattr(step, "measure", lambda name, *rest: measured.append(name) or measure(name, *rest))
+    line = [
+        "--case",
+        "resnet",
+        "--size",
+        "tiny",
+        "--repeats",
+        "1",
+        "--warmup",
+        "0",
+        "--json",
+        str(tmp_path / "run.json"),
+    ]
+    step.main([*line, "--method", "BitFit"])
+    step.main([*line, "--method", "BitFit", "SSF"])
+    assert measured == ["BitFit", "SSF"]
+    with pytest.raises(SystemExit, match="other settings"):
+        step.main([*line, "--rank", "3"])
+
+
+def _run(**values):
+    return step.Run(**{"trainable": 10, "adapted": ["a"], "loss": 1.0, **values})
 
 
 def test_unequal_variants_are_named():
-    theirs = step.Run("peft LoRA", "LoRA", trainable=10, adapted=["a"], loss=1.0)
-    ours = step.Run("ours LoRA", "LoRA", trainable=12, adapted=["a", "b"], loss=1.0)
-    count, targets = step.faults([theirs, ours])
+    row = {"floor": _run(), "peft": _run(), "ours": _run(trainable=12, adapted=["a", "b"])}
+    count, targets = step.faults("LoRA", row)
     assert "12 trainable" in count
     assert targets.endswith(": b")
+    row = {"floor": _run(), "ours": _run(loss=2.0)}
+    (loss,) = step.faults("LoRA", row)
+    assert "first loss 2.0000" in loss
+
+
+def test_what_is_dearer_than_peft_is_marked_with_its_reason():
+    floor = _run(times=[1.0] * 4, saved=Saved(100))
+    dear = {
+        "floor": floor,
+        "peft": _run(times=[1.0] * 4, saved=Saved(100)),
+        "ours": _run(times=[2.0] * 4, saved=Saved(150)),
+    }
+    about = {
+        "command": "",
+        "hardware": "",
+        "versions": {},
+        "settings": dict.fromkeys(step.SETTINGS) | {"clock": "wall"},
+    }
+    page = markdown(about, {"llama": ("llama", {"PiSSA": dear})}, "", step.faults)
+    assert "| PiSSA | **2.00 (1.00)** | **1.50 (1.00)** |" in page
+    assert "- PiSSA, slower on llama: no reason known." in page
+    assert f"- PiSSA, larger on llama: {METHODS['PiSSA'].why['saved']}" in page

@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from lightning_peft.cli.main import main
+from lightning_peft.cli.methods import command_name, exported
 
 HERE = Path(__file__).parent
 RUN = [
@@ -122,6 +123,17 @@ def test_methods_lists_and_explains():
     assert "2106.09685" in run("methods", "lora")
     with pytest.raises(SystemExit, match="nearest: lora"):
         run("methods", "lorra")
+
+
+@pytest.mark.parametrize("method", exported(), ids=command_name)
+def test_every_method_is_explained(method):
+    text = " ".join(run("methods", command_name(method)).split())
+    for part in ("arXiv:", "Choose it", "cost", "Args:", "Example::", f"lp.{method.__name__}("):
+        assert part in text, part
+    assert "`" not in text
+    first_line = method.__doc__.partition("\n")[0]
+    assert first_line.endswith(".")
+    assert first_line in text
 
 
 def test_module_and_own_script_in_a_fresh_process():

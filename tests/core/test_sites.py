@@ -36,6 +36,7 @@ def test_a_matrix_goes_back_into_storage(kind: str):
         (lambda: nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), "2"),
         (lambda: nn.Sequential(nn.Linear(3, 4)), None),
         (lambda: nn.ModuleList(nn.ModuleDict({"out": nn.Linear(2, 2)}) for _ in range(3)), None),
+        (lambda: nn.ModuleDict({"layers": nn.ModuleList(nn.Linear(2, 2) for _ in range(3))}), None),
     ],
 )
 def test_output_head(model, head: str | None):

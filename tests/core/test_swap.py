@@ -37,7 +37,7 @@ def test_the_object_stays_what_it_was():
     assert isinstance(module, Own)
     assert isinstance(module, Loud)
     assert original_class(module) is Own
-    assert type(module).__name__ == "AdaptedOwn"
+    assert type(module).__name__ == "Own"
     assert type(module).__module__ == Own.__module__
     assert module(1) == ("loud", 1)
 

@@ -208,13 +208,28 @@ class TestTrainer:
         assert sum(method.ranks(module).values()) == 2
         for adapter in method.adapters(module).values():
             assert torch.equal(adapter.lora_E == 0, ~adapter.mask)
-        rows = [m for m in logger.experiment.metrics if "default/rank_total" in m]
         text = (tmp_path / "lightning_logs/version_0/metrics.csv").read_text()
-        assert "default/rank/net.0" in text or rows
+        assert "default/rank/net.0" in text
+        assert "default/rank_total" in text
         assert not t.optimizers[0]._optimizer_step_post_hooks
         figure = method.plot(module, tmp_path / "ranks.png")
         assert (tmp_path / "ranks.png").stat().st_size > 1000
         assert [p.get_width() for p in figure.axes[0].patches] == list(method.ranks(module).values())
+
+    def test_wandb_gets_the_ranks_and_their_picture(self, tmp_path, monkeypatch):
+        pytest.importorskip("wandb")
+        from lightning.pytorch.loggers import WandbLogger
+
+        monkeypatch.setenv("WANDB_MODE", "offline")
+        logger = WandbLogger(save_dir=str(tmp_path), project="test")
+        method = make()
+        trainer(method, max_epochs=3, logger=logger).fit(Module())
+        summary = dict(logger.experiment.summary)
+        logger.experiment.finish()
+        assert summary["default/rank_total"] == 2
+        assert {"default/rank/net.0", "default/rank/net.2"} <= summary.keys()
+        (picture,) = tmp_path.rglob("*.png")
+        assert picture.stat().st_size > 1000
 
     def test_accumulation_and_clipping_equal_a_term_in_the_loss(self):
         class Reference(Module):

@@ -132,8 +132,8 @@ def test_a_run_that_breaks_off_leaves_nothing_that_cannot_be_copied():
     model = encoder()
     lp.apply(model, lp.BottleneckAdapter("parallel", bottleneck_size=4))
     model.layers[0].linear1(BATCHES[encoder].clone().requires_grad_() * 2)  # and never on to linear2
-    assert model.layers[0].linear1.adapters["default"]._input is not None
-    assert copy.deepcopy(model).layers[0].linear1.adapters["default"]._input is None
+    assert model.layers[0].linear1.adapters["default"].lent is not None
+    assert copy.deepcopy(model).layers[0].linear1.adapters["default"].lent is None
     pickle.dumps(model)
 
 
@@ -307,3 +307,24 @@ def test_bad_input():
         lp.apply(ConvNet(), lp.BottleneckAdapter("parallel", targets=["layer1", "layer1.0"]))
     with pytest.raises(lp.TargetError, match=r"looks like feed-forward .*'Block'.*all-blocks"):
         lp.apply(ConvNet(), lp.BottleneckAdapter())
+
+
+@pytest.mark.parametrize(
+    ("preset", "model", "count"),
+    [
+        # BERT base: 12 x (2 x 48 x 768 + 48 + 768); Houlsby's twice that. Both are AdapterHub's counts too.
+        ("pfeiffer", "Bert", 894_528),
+        ("houlsby", "Bert", 1_789_056),
+        # He et al.: 512 at a width of 1024; at BERT's 768 half of it.
+        ("parallel", "Bert", 12 * (2 * 384 * 768 + 384 + 768)),
+        ("scaled_parallel", "Bert", 12 * (2 * 384 * 768 + 384 + 768)),
+        # Adapter+ of the rank 8 that 768 / 96 gives, on ViT-B/16.
+        ("adapterplus", "ViT", 12 * (2 * 8 * 768 + 8 + 768 + 768)),
+    ],
+)
+def test_presets_have_the_papers_sizes_on_base_models(preset, model, count):
+    import transformers
+
+    with torch.device("meta"):
+        base = getattr(transformers, f"{model}Model")(getattr(transformers, f"{model}Config")())
+    assert lp.inspect(base, lp.BottleneckAdapter(preset)).trainable == count

@@ -8,8 +8,6 @@ import torch
 from torch import nn
 
 import lightning_peft as lp
-from lightning_peft.core.state import load_state
-from lightning_peft.methods.lora_plain import as_plain_lora
 from tests.methods.kin import (
     KINDS,
     Task,
@@ -119,31 +117,6 @@ def test_small_steps_survive_bfloat16():
     h = adapter.layout.down(model["l"], x, adapter.factors()[0])
     update = adapter.layout.mix(model["l"], h, adapter.factors()[1]).double() * adapter.scale
     assert (update - exact).norm() < 0.02 * exact.norm()
-
-
-@pytest.mark.parametrize("use_rslora", [False, True])
-@pytest.mark.parametrize("init", ["kaiming", "pissa", "olora"])
-def test_plain_form(init, use_rslora):
-    options = {"rank_pattern": {"2": 1}, "alpha_pattern": {"4": 5.0}, "exclude": "6", "targets": "type:Linear"}
-    model, base, x = net(), net(), torch.randn(5, 8)
-    lp.apply(model, lora(init=init, use_rslora=use_rslora, **options))
-    perturb(model)
-    method, state = as_plain_lora(model)
-    assert method.init == "kaiming"
-    assert method.r == (2 if init == "kaiming" else 4)
-    lp.apply(base, method)
-    load_state(base, state)
-    assert not any(name.endswith("0") and "lora" in name for name in base.state_dict())
-    close(base(x), model(x))
-
-
-def test_plain_form_errors():
-    model = net()
-    with pytest.raises(ValueError, match=r"'default' is no LoRA of this model; it has \[\]"):
-        as_plain_lora(model)
-    lp.apply(model, lp.DoRA(r=2), lora(name="mine"))
-    with pytest.raises(ValueError, match=r"'default' is no LoRA of this model; it has \['mine'\]"):
-        as_plain_lora(model)
 
 
 def test_freeze_a():

@@ -124,7 +124,7 @@ def test_experts():
     ("options", "message"),
     [
         ({"r": 0}, "r must be an integer of at least 1, got 0"),
-        ({"d_initial": 0}, "d_initial must be a finite number other than 0, got 0: at 0 nothing trains"),
+        ({"d_initial": 0}, "d_initial must be a finite number other than 0, got 0"),
         ({"projection_seed": "a"}, "projection_seed must be an integer, got 'a'"),
         ({"dropout": 1.0}, r"dropout must be a probability in \[0, 1\), got 1.0"),
     ],

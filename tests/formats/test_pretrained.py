@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lightning_peft import demo
-from lightning_peft.tasks.pretrained import load_model, load_tokenizer, locate
+from lightning_peft.formats.pretrained import load_model, load_tokenizer, locate
 
 
 def test_locate_demo_folder_and_hub_id(gpt2):

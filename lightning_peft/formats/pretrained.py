@@ -8,12 +8,15 @@ from typing import Any
 
 from lightning_peft import demo
 
+_TOKENIZER = ("tokenizer_config.json", "tokenizer.json", "config.json")
 
-def locate(model: str) -> str:
+
+def locate(model: str, marks: tuple[str, ...] = ("config.json",)) -> str:
     """Resolve a model's name to what ``from_pretrained`` takes.
 
     Args:
-        model: ``"demo"``, the path of a folder with a ``config.json``, or a hub id (``"org/name"``).
+        model: ``"demo"``, the path of a folder with one of ``marks``, or a hub id (``"org/name"``).
+        marks: the files that tell a folder is one.
 
     Returns:
         The folder's path, or the hub id as it was given.
@@ -25,11 +28,11 @@ def locate(model: str) -> str:
         return str(demo.MODEL)
     path = Path(model).expanduser()
     if path.is_dir():
-        if (path / "config.json").is_file():
+        if any((path / mark).is_file() for mark in marks):
             return str(path)
-        inside = sorted(child.parent.name for child in path.glob("*/config.json"))
+        inside = sorted(child.parent.name for child in path.glob(f"*/{marks[0]}"))
         hint = f"; its folder {inside[0]!r} has one" if inside else ""
-        raise FileNotFoundError(f"{model!r} is not a Hugging Face model folder: it has no config.json{hint}.")
+        raise FileNotFoundError(f"{model!r} is not a Hugging Face model folder: it has no {marks[0]}{hint}.")
     # A hub id has at most one slash and does not start like a path; anything else was meant to be on disk.
     if path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
         siblings = [child.name for child in path.parent.glob("*") if child.is_dir()]
@@ -71,7 +74,7 @@ def load_tokenizer(model: str) -> Any:
     """The tokenizer that belongs to a model; one without a padding token pads with its end-of-text token."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(locate(model))
+    tokenizer = AutoTokenizer.from_pretrained(locate(model, _TOKENIZER))
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -1,0 +1,198 @@
+"""``lightning-peft merge``: fold what was trained into its base, and write the plain model."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shutil
+import sys
+import tempfile
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import lightning as L
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import lightning_peft as lp
+from lightning_peft.core.host import adapter_names, hosts
+from lightning_peft.core.inject import injection_of
+from lightning_peft.core.sites import output_head
+from lightning_peft.core.state import StateError
+from lightning_peft.core.torch_file import read_torch_file
+
+__all__ = ["merge"]
+
+EXAMPLE = """examples:
+  lightning-peft merge run.ckpt out/                       the base was built by a task of this package
+  lightning-peft merge run.ckpt out/ --model my.Module     by a class of your own
+  lightning-peft merge run.ckpt model.pt                   a state dict in one file (.pt or .safetensors)
+  lightning-peft merge adapter/ out/ --base path/to/base   an adapter directory"""
+
+#: what stands beside the weights in a Hugging Face folder and belongs to its model
+_BESIDE = [
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model"),
+    *("preprocessor_config.json", "processor_config.json", "chat_template*", "generation_config.json"),
+]
+
+
+def merge(arguments: Sequence[str]) -> None:
+    """Run the command.
+
+    Args:
+        arguments: those after ``merge`` on the command line.
+
+    Raises:
+        StateError: a source that cannot be read or built, or a place to write to that is taken.
+        MergeError: what cannot be folded, each with its reason. Nothing is written then.
+    """
+    parser = ArgumentParser(
+        prog="lightning-peft merge",
+        description="Fold what was trained into its base, and write the plain model: a Hugging Face folder where the "
+        "base is one, else a state dict with the base's own keys.",
+        epilog=EXAMPLE,
+        formatter_class=RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("source", type=Path, help="a checkpoint of a run, or an adapter directory")
+    parser.add_argument("out", type=Path, help="a new folder; or a new file, .safetensors or .pt, for a state dict")
+    parser.add_argument("--model", help="the class that was trained, as an import path (my.package.Module)")
+    parser.add_argument("--base", help="for an adapter directory: 'demo', a folder, or a hub id; else what it names")
+    parser.add_argument("--name", help="merge this adapter; by default those that were active")
+    parser.add_argument("--untie", action="store_true", help="give a tied weight that changes a tensor of its own")
+    given = parser.parse_args(list(arguments))
+    if given.out.exists() and (given.out.is_file() or any(given.out.iterdir())):
+        raise StateError(f"{given.out} exists already: name a new folder or file")
+    model = _from_directory(given.source, given.base) if given.source.is_dir() else _from_checkpoint(given)
+    if given.name is not None:
+        if given.name not in adapter_names(model):
+            raise StateError(f"no adapter named {given.name!r}; {given.source} has {list(adapter_names(model))}")
+        lp.set_active(model, given.name)
+    record = injection_of(model)
+    names = list(record.methods) if record is not None else []
+    idle = [
+        n for n in adapter_names(model) if not any(n in cast(Any, host.adapters).active for _, host in hosts(model))
+    ]
+    lp.merge(model, untie=given.untie)
+    lp.unload(model, merge=True)
+    merged = ", ".join(n for n in names if n not in idle)
+    left = f" ({', '.join(idle)} left out: not active)" if idle else ""
+    print(f"merged {merged} into {_write(model, given.out)}{left}")
+
+
+def _from_checkpoint(given: Any) -> nn.Module:
+    checkpoint = read_torch_file(given.source, mmap=True)
+    saved = checkpoint.get("hyper_parameters", {}) if isinstance(checkpoint, dict) else {}
+    module_class = _module_class(given.model, saved.get("_class_path"))
+    try:
+        return lp.load_from_checkpoint(module_class, given.source)
+    except TypeError as error:
+        raise StateError(
+            f"{module_class.__name__} cannot be built from the hyperparameters in the checkpoint ({error}): call "
+            "self.save_hyperparameters() in its __init__ before training; or merge in Python, "
+            "lp.unload(lp.load_from_checkpoint(Module, path, argument=...), merge=True)"
+        ) from error
+
+
+def _module_class(named: str | None, said: str | None) -> type[L.LightningModule]:
+    """The class that the user names, or the task of this package that the checkpoint does; nothing else is imported."""
+    import lightning_peft.tasks as tasks
+
+    known = {name: getattr(tasks, name) for name in tasks.__all__}
+    if named is None:
+        task = (said or "").rpartition(".")[2]
+        if said is not None and said.startswith("lightning_peft.tasks.") and task in known:
+            return known[task]
+        hint = f"; it says that it was {said}, which is not imported for a file to say so" if said else ""
+        raise StateError(f"name the class that was trained, --model my.package.Module{hint}")
+    if named in known:
+        return known[named]
+    package, _, last = named.rpartition(".")
+    sys.path.insert(0, "")  # a module beside the user, as for `python script.py`
+    try:
+        found = getattr(importlib.import_module(package), last) if package else None
+    except (ImportError, AttributeError) as error:
+        raise StateError(f"--model {named}: {error}") from error
+    finally:
+        sys.path.remove("")
+    if not (isinstance(found, type) and issubclass(found, L.LightningModule)):
+        raise StateError(
+            f"--model {named} is no LightningModule; write package.module.Class, or one of {sorted(known)}"
+        )
+    return found
+
+
+def _from_directory(directory: Path, base: str | None) -> nn.Module:
+    if (directory / "meta.pt").is_file():
+        raise StateError(f"{directory} is a sharded checkpoint: save one file (a full state dict) to merge it")
+    import transformers
+
+    from lightning_peft.tasks.pretrained import load_model, locate
+
+    config = directory / "adapter_config.json"
+    said = json.loads(config.read_text()).get("base_model_name_or_path") if config.is_file() else None
+    where = base or said
+    if not where:
+        raise StateError(f"{directory} does not say what its base is: add --base path/to/base")
+    [architecture] = transformers.AutoConfig.from_pretrained(locate(where)).architectures or [None]
+    if architecture is None or not hasattr(transformers, architecture):
+        raise StateError(f"{where} does not say which class of transformers it is of")
+    model = load_model(getattr(transformers, architecture), where, pretrained=True, dtype=None)
+    lp.load_adapter(model, directory)
+    return model
+
+
+def _write(model: nn.Module, out: Path) -> Path:
+    """Write a plain model; all of it or nothing."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".merge-") as folder:
+        made = Path(folder) / out.name
+        inner = _hugging_face(model)
+        if out.suffix in (".pt", ".safetensors"):
+            state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+            _save(state, made)
+        elif inner is not None:
+            _save_pretrained(inner, made)
+        else:
+            made.mkdir()
+            _save(model.state_dict(), made / "model.safetensors")
+        if out.is_dir():
+            out.rmdir()
+        shutil.move(made, out)
+    return out
+
+
+def _save(state: dict[str, Tensor], path: Path) -> None:
+    if path.suffix == ".pt":
+        torch.save(state, path)
+    else:  # which holds no tensor under two names: tied ones are written twice
+        save_file({key: value.detach().cpu().clone().contiguous() for key, value in state.items()}, path)
+
+
+def _hugging_face(model: nn.Module) -> Any:
+    """The Hugging Face model that ``model`` is, or that holds all of its parameters; None where there is no such."""
+    own = {id(p) for p in model.parameters()}
+    for module in model.modules():
+        holds = {id(p) for p in module.parameters()} == own
+        if holds and callable(getattr(module, "save_pretrained", None)) and hasattr(module, "config"):
+            return module
+    return None
+
+
+def _save_pretrained(model: Any, out: Path) -> None:
+    config = model.config
+    first, last = model.get_input_embeddings(), model.get_output_embeddings()
+    if first is not None and last is not None and first.weight is not last.weight:
+        config.tie_word_embeddings = False
+    head = output_head(model)
+    outputs = len(model.get_submodule(head).weight) if head is not None else None
+    if "Classification" in type(model).__name__ and outputs not in (None, config.num_labels):
+        config.num_labels = outputs  # a head of its own width came with the adapter
+    model.save_pretrained(out)
+    source = Path(config._name_or_path)
+    for pattern in _BESIDE if source.is_dir() else ():
+        for path in source.glob(pattern):
+            if path.is_file() and not (out / path.name).exists():
+                shutil.copy(path, cast(Path, out))
