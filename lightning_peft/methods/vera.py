@@ -121,7 +121,8 @@ class VeRA(WeightMethod):
 
     Choose it when many adapters must be stored or served: it trains r + out parameters per layer, ten times fewer
     than LoRA, at nearly its quality, and wants a learning rate ten times LoRA's. It computes as LoRA of its rank,
-    which is high: at r=256 two products of 256 beside each layer.
+    which is high: at r=256 two products of 256 beside each layer. Merged it
+    costs nothing.
 
     Args:
         r: the rank of the shared matrices.
