@@ -21,6 +21,7 @@ from lightning_peft.core.report import Report
 from lightning_peft.core.rows import RowError, rows
 from lightning_peft.core.state import StateError, adapter_state
 from lightning_peft.core.targets import TargetError
+from lightning_peft.formats.describe import describe
 from lightning_peft.formats.files import FormatError
 from lightning_peft.formats.load import load_adapter
 from lightning_peft.formats.save import save_adapter
@@ -100,6 +101,7 @@ __all__ = [
     "apply",
     "combine",
     "delete_adapter",
+    "describe",
     "disabled",
     "fold",
     "inspect",

@@ -47,10 +47,6 @@ class Layout:
         """The number of input features, and of the groups they fall into; columns are (features / groups * kernel)."""
         return matrix[-1], 1
 
-    def hidden(self, host: Any, v: Tensor) -> Tensor:
-        """``v``, one value for each of r rows, shaped to broadcast over what :meth:`down` gives."""
-        return self.features(host, v)
-
     def mix(self, host: Any, h: Tensor, b: Tensor) -> Tensor:
         """The matrix ``b`` (out x r) applied to ``h``."""
         raise NotImplementedError
@@ -150,9 +146,6 @@ class ConvLayout(Layout):
 
     def features(self, host: Any, v: Tensor) -> Tensor:
         return v.view(-1, *[1] * len(host.kernel_size))
-
-    def hidden(self, host: Any, v: Tensor) -> Tensor:
-        return self.features(host, v.repeat(host.groups))
 
     def mix(self, host: Any, h: Tensor, b: Tensor) -> Tensor:
         kernel = _cast(b, h).view(*b.shape, *[1] * len(host.kernel_size))

@@ -12,7 +12,6 @@ import re
 from typing import Any
 
 from lightning_peft.formats.converter import Options
-from lightning_peft.formats.files import FormatError
 from lightning_peft.formats.layers import Layer, LayerConverter
 from lightning_peft.formats.names import Base
 from lightning_peft.formats.snapshot import Part, Snapshot
@@ -53,8 +52,6 @@ class IA3Converter(LayerConverter):
     def method(self, options: Options, names: list[str], base: Base, **arguments: Any) -> WeightMethod:
         options.ignore("init_ia3_weights")
         patterns = options.get("feedforward_modules") or []
-        if not isinstance(patterns, str | list) or not all(isinstance(p, str) for p in patterns):
-            raise FormatError(f"feedforward_modules must be a string or a list of strings, got {patterns!r}")
         at_input = [name for name in names if _is_feedforward(patterns, name)]
         arguments["targets"] = base.patterns(name for name in names if name not in at_input)
         return IA3(feedforward_targets=base.patterns(at_input), **arguments)

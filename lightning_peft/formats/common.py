@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning_peft.formats.files import FormatError
+from lightning_peft.formats.files import FormatError, parse_json
 from lightning_peft.formats.snapshot import Snapshot
 
 __all__ = ["METADATA", "common_options", "own_facts", "task_type"]
@@ -53,17 +52,22 @@ def task_type(snapshot: Snapshot) -> str | None:
     return None
 
 
-def own_facts(metadata: Mapping[str, str], where: Path) -> dict[str, Any]:
-    """What this package added to a tensor file's metadata; empty for a file of PEFT's.
+def own_facts(metadata: Mapping[str, str], where: str | Path) -> dict[str, Any]:
+    """What this package wrote beside what PEFT reads; empty for PEFT's own files.
+
+    Args:
+        metadata: of the tensors' file.
+        where: what to call that file in errors.
 
     Raises:
-        FormatError: it is no JSON object.
+        FormatError: it is not what :func:`lightning_peft.save_adapter` writes.
     """
-    try:
-        facts = json.loads(metadata.get(METADATA, "{}"))
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{where}: the metadata {METADATA!r} is no JSON: {error}") from error
-    parts = (facts.get("config", {}), facts.get("fingerprint", {})) if isinstance(facts, dict) else ()
-    if not parts or not all(isinstance(part, dict) for part in parts):
-        raise FormatError(f"{where}: the metadata {METADATA!r} is no JSON object with the method's configuration")
+    what = f"the metadata {METADATA!r} of {where}"
+    facts = parse_json(metadata.get(METADATA, "{}").encode(), what)
+    values = facts.get("fingerprint", {}).get("values", {}) if isinstance(facts.get("fingerprint", {}), dict) else None
+    numbers = isinstance(values, dict) and all(
+        isinstance(sample, list) and all(isinstance(v, int | float) for v in sample) for sample in values.values()
+    )
+    if not numbers or not all(isinstance(facts.get(key, {}), dict) for key in ("config", "metrics")):
+        raise FormatError(f"{what} is not what this package writes")
     return facts

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lightning_peft.formats.files import FormatError
 from lightning_peft.formats.names import PREFIX, Base
+from lightning_peft.formats.schema import check_types
 from lightning_peft.formats.snapshot import Snapshot
 from lightning_peft.methods.callback import PEFTMethod
 
@@ -97,6 +98,9 @@ class Options:
 
     Args:
         config: the file's content.
+
+    Raises:
+        FormatError: an option that names modules has a value of another type.
     """
 
     #: of every adapter; they name and describe and change no function
@@ -106,6 +110,7 @@ class Options:
     )
 
     def __init__(self, config: Mapping[str, Any]) -> None:
+        check_types(config)
         self._config = dict(config)
         self._seen = set(self.COMMON)
 
@@ -163,6 +168,10 @@ class Tensors:
     def keys(self) -> list[str]:
         """The keys that are left."""
         return list(self._left)
+
+    def shape(self, full: str) -> tuple[int, ...]:
+        """The shape of the tensor that the file calls ``full``."""
+        return tuple(self._left[full].shape)
 
     def has(self, key: str) -> bool:
         """Whether there is a tensor called ``key``, without the prefix."""

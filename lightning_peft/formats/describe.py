@@ -152,16 +152,14 @@ def _checkpoint(path: Path) -> Description:
         raise StateError(f"{path} has no {KEY!r} manifest: it was not saved by a run with methods attached")
     hyper = checkpoint.get("hyper_parameters") or {}
     base = next((hyper[key] for key in ("model", "network") if isinstance(hyper.get(key), str)), None)
-    state = {
-        key: TensorInfo(str(value.dtype).removeprefix("torch."), tuple(value.shape))
-        for key, value in checkpoint.get("state_dict", {}).items()
-    }
+    state = _sharded_state(path) if sharded else {k: (v.dtype, v.shape) for k, v in checkpoint["state_dict"].items()}
+    tensors = {k: TensorInfo(str(dtype).removeprefix("torch."), tuple(shape)) for k, (dtype, shape) in state.items()}
     adapters = []
     for entry in manifest["methods"]:
         name = entry["config"]["name"]
-        own = {key: info for key, info in state.items() if f".adapters.{name}." in f".{key}"}
+        own = {key: info for key, info in tensors.items() if f".adapters.{name}." in f".{key}"}
         adapters.append(AdapterSummary(name, entry["method"], "lightning_peft", entry["config"], base, own))
-    rest = sum(info.numel for key, info in state.items() if not any(key in a.tensors for a in adapters))
+    rest = sum(info.numel for key, info in tensors.items() if not any(key in a.tensors for a in adapters))
     facts = {
         "epoch, step": f"{checkpoint.get('epoch')}, {checkpoint.get('global_step')}",
         "trains": f"{manifest['trainable']:,} of {manifest['total']:,} parameters",
@@ -172,6 +170,15 @@ def _checkpoint(path: Path) -> Description:
         facts[key] = f"{value:.6g}"
     size = sum(f.stat().st_size for f in path.rglob("*") if f.is_file()) if sharded else path.stat().st_size
     return Description(path, "checkpoint", size, adapters, facts)
+
+
+def _sharded_state(path: Path) -> dict[str, tuple[Any, Any]]:
+    """Types and shapes of the tensors in a folder that several processes wrote."""
+    from lightning_peft.trainer.distributed_files import check_metadata
+
+    stored = check_metadata(path).state_dict_metadata.items()
+    found = {key.removeprefix("state_dict."): info for key, info in stored if key.startswith("state_dict.")}
+    return {key: (info.properties.dtype, info.size) for key, info in found.items()}
 
 
 def _scores(callbacks: Mapping[str, Any]) -> dict[str, float]:

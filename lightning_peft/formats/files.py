@@ -30,6 +30,7 @@ __all__ = [
     "FormatError",
     "TensorInfo",
     "adapter_folders",
+    "parse_json",
     "read_config",
     "read_files",
     "read_header",
@@ -130,7 +131,7 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     path = _file(_folder(directory), CONFIG)
     if path.stat().st_size > MAX_JSON:
         raise FormatError(f"{path} has {path.stat().st_size:,} bytes; a configuration has at most {MAX_JSON:,}")
-    config = _json(path.read_bytes(), str(path))
+    config = parse_json(path.read_bytes(), str(path))
     if not isinstance(config.get("peft_type"), str):
         raise FormatError(f"{path} names no method: peft_type is {config.get('peft_type')!r}, not a string")
     return config
@@ -150,7 +151,7 @@ def read_header(directory: str | Path) -> tuple[dict[str, TensorInfo], dict[str,
             raise FormatError(f"{path} is no safetensors file, or is cut off: it has {size:,} bytes")
         if length > MAX_JSON:
             raise FormatError(f"{path} has a header of {length:,} bytes; at most {MAX_JSON:,} are read")
-        header = _json(file.read(length), f"the header of {path}")
+        header = parse_json(file.read(length), f"the header of {path}")
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise FormatError(f"{path}: __metadata__ must hold strings")
@@ -305,8 +306,12 @@ def _stays_inside(path: Path, directory: Path) -> None:
         raise FormatError(f"{path} is a symbolic link to {target}, outside of the adapter's directory")
 
 
-def _json(data: bytes, where: str) -> dict[str, Any]:
-    """Parse a JSON object: no key twice, no NaN, not too deep."""
+def parse_json(data: bytes, where: str) -> dict[str, Any]:
+    """The JSON object in ``data``: no key twice, no NaN, not too deep.
+
+    Raises:
+        FormatError: it is none; ``where`` says what was read.
+    """
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found: dict[str, Any] = {}

@@ -38,6 +38,7 @@ class VeRAConverter(LayerConverter):
 
     peft_type = "VERA"
     methods = (VeRA,)
+    has_rank = True
     kinds = frozenset({"Linear", "Conv1D"})
     shared = {"projection.vera_A": "base_model.vera_A", "projection.vera_B": "base_model.vera_B"}
     ours_alone = frozenset({"projection.sample"})
@@ -118,6 +119,7 @@ class LoHaConverter(_FactorConverter):
 
     peft_type = "LOHA"
     methods = (LoHa,)
+    has_rank = True
 
     def method(self, options: Options, names: list[str], base: Base, **arguments: Any) -> WeightMethod:
         return LoHa(**self.common(options, names, base), rank_dropout_scale=True, **arguments)

@@ -68,6 +68,8 @@ class LayerConverter(Converter):
     kinds: ClassVar[frozenset[str]]
     #: dimensions of the convolutions that PEFT adapts
     dimensions: ClassVar[frozenset[int]] = frozenset()
+    #: whether some tensor has a side as long as the rank
+    has_rank: ClassVar[bool] = False
     #: our tensors that PEFT stores once for the model, with their full keys there
     shared: ClassVar[dict[str, str]] = {}
     #: our tensors that PEFT does not store
@@ -139,6 +141,11 @@ class LayerConverter(Converter):
                 raise FormatError(f"target_modules: {no_match(module, modules)}")
             self.check(Layer.at(sites[base.outer(module)], module))
         method = self.method(options, names, base, targets=base.patterns(names), name=name, **common)
+        # Before anything of that size is made.
+        longest = max((max(tensors.shape(key), default=1) for key in tensors.keys()), default=0)  # noqa: SIM118
+        for rank in (getattr(method, "r", None), *getattr(method, "rank_pattern", {}).values()):
+            if rank is not None and self.has_rank and rank > longest:
+                raise FormatError(f"r={rank}: no tensor in the file has a side of that length")
         found: dict[str, dict[str, Tensor]] = {}
         for outer, adapter in method.build_all(method.find(base.root, [])[0]).items():
             module = str(base.inner(outer))

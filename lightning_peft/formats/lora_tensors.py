@@ -29,6 +29,7 @@ from lightning_peft.formats.converter import NotInPeftError, Tensors
 from lightning_peft.formats.files import FormatError
 from lightning_peft.formats.names import PREFIX
 from lightning_peft.formats.snapshot import Part, kind_of
+from lightning_peft.methods.lora import plain_factors
 
 __all__ = ["Entry", "entries", "take_attention", "take_layer", "take_parameter", "within_rank"]
 
@@ -63,11 +64,9 @@ class _Pair:
 
     @classmethod
     def of(cls, part: Part) -> _Pair:
-        a, b, scale = part.tensors["lora_A"], part.tensors["lora_B"], part.facts["scale"]
-        if "lora_A0" in part.tensors:  # started as a part of the weight: see LoRAAdapter.factors
-            a0, b0 = part.tensors["lora_A0"], part.tensors["lora_B0"]
-            a, b = torch.cat([a, a - a0], dim=-2), torch.cat([b - b0, b0], dim=-1)
-        return cls(part, a, b, scale)
+        own = part.tensors
+        a, b = plain_factors(own["lora_A"], own["lora_B"], own.get("lora_A0"), own.get("lora_B0"))
+        return cls(part, a, b, part.facts["scale"])
 
     @property
     def r(self) -> int:

@@ -42,7 +42,7 @@ from lightning_peft.methods.token_rows import check_tokens, plan_token_rows
 from lightning_peft.methods.weight import check_bias
 from lightning_peft.trainer.groups import split_groups
 
-__all__ = ["LoRA", "LoRAAdapter"]
+__all__ = ["LoRA", "LoRAAdapter", "plain_factors"]
 
 
 class LoRAAdapter(LowRankAdapter):
@@ -85,10 +85,7 @@ class LoRAAdapter(LowRankAdapter):
         k is r, or 2 r where the first values are taken off; differences are formed first, so that a small change of
         large values survives half precision.
         """
-        if self.lora_A0 is None or self.lora_B0 is None:
-            return self.lora_A, self.lora_B
-        a = torch.cat([self.lora_A, self.lora_A - self.lora_A0], dim=-2)
-        return a, torch.cat([self.lora_B - self.lora_B0, self.lora_B0], dim=-1)
+        return plain_factors(self.lora_A, self.lora_B, self.lora_A0, self.lora_B0)
 
     def output(self, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         out = super().output(host, x, y)
@@ -264,6 +261,13 @@ class LoRA(RankedMethod):
     def describe(self, adapter: WeightAdapter) -> str:
         assert isinstance(adapter, LoRAAdapter)
         return f"{type(self).__name__} r={adapter.r} scale={adapter.scale:g}"
+
+
+def plain_factors(a: Tensor, b: Tensor, a0: Tensor | None, b0: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The pair whose product is B A - B0 A0; the pair (A, B) itself where nothing is taken off."""
+    if a0 is None or b0 is None:
+        return a, b
+    return torch.cat([a, a - a0], dim=-2), torch.cat([b - b0, b0], dim=-1)
 
 
 def lora_parts(adapter: nn.Module) -> Iterator[LoRAAdapter]:

@@ -402,6 +402,7 @@ def _owner_of_positions(model: nn.Module, sites: list[str]) -> str:
         for name, module in base_modules(model)
         if all(s.startswith(f"{name}." if name else "") and s != name for s in sites)
         and "position_ids" in parameters_of(module)
+        and {"input_ids", "inputs_embeds"} & {*parameters_of(module)}  # a layer is told positions that others made
     ]
     if not around:
         raise TargetError("shift_positions=True needs a module around the attention that takes position_ids; none does")

@@ -79,7 +79,7 @@ class VeRAAdapter(WeightAdapter):
         super().__init__(site)
         *batch, rows, _ = site.shape
         self.dropout = 0.0 if isinstance(site.layout, EmbeddingLayout) else dropout
-        self.vera_lambda_d = nn.Parameter(torch.full((*batch, len(shared.vera_A)), d_initial))
+        self.vera_lambda_d = nn.Parameter(torch.full((*batch, len(shared.vera_A)), float(d_initial)))
         self.vera_lambda_b = nn.Parameter(torch.zeros(*batch, rows))
         if owner:
             self.projection = shared
@@ -121,7 +121,8 @@ class VeRA(WeightMethod):
 
     Choose it when many adapters must be stored or served: it trains r + out parameters per layer, ten times fewer
     than LoRA, at nearly its quality, and wants a learning rate ten times LoRA's. It computes as LoRA of its rank,
-    which is high: at r=256 two products of 256 beside each layer.
+    which is high: at r=256 two products of 256 beside each layer. Merged it
+    costs nothing.
 
     Args:
         r: the rank of the shared matrices.

@@ -90,7 +90,12 @@ def _load_directory(strategy: Any, path: Path, weights_only: bool) -> dict[str, 
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
+    from lightning_peft.trainer.distributed_files import PlainPlanner, check_metadata
+
     metadata = _read(path / "meta.pt", weights_only)
+    if weights_only:
+        check_metadata(path)
+    planner = PlainPlanner if weights_only else dcp.DefaultLoadPlanner
     module = strategy.lightning_module
     module.on_load_checkpoint(metadata)
     state = trimmed(module, adapter_state(module))
@@ -98,12 +103,12 @@ def _load_directory(strategy: Any, path: Path, weights_only: bool) -> dict[str, 
     held = {canonical(key.removeprefix("state_dict.")) for key in stored if key.startswith("state_dict.")}
     if held != state.keys():
         raise StateError(f"{path} does not fit this model; it differs in {sorted(held ^ state.keys())[:8]}")
-    dcp.load({"state_dict": state}, checkpoint_id=path)
+    dcp.load({"state_dict": state}, checkpoint_id=path, planner=planner())
     names = {canonical(k): k for k in module.state_dict()}
     nn.Module.load_state_dict(module, {names[k]: v for k, v in state.items()}, strict=False)
     if module.trainer.state.fn is TrainerFn.FITTING:
         for i, optimizer in enumerate(strategy.optimizers):
             saved = {f"optimizer_{i}": get_optimizer_state_dict(module, optimizer)}
-            dcp.load(saved, checkpoint_id=path)
+            dcp.load(saved, checkpoint_id=path, planner=planner())
             set_optimizer_state_dict(module, optimizer, optim_state_dict=saved[f"optimizer_{i}"])
     return metadata

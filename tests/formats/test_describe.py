@@ -82,6 +82,20 @@ def test_a_checkpoint(tmp_path):
     assert found.size == (tmp_path / "run.ckpt").stat().st_size
 
 
+def test_a_checkpoint_of_several_processes(tmp_path):
+    import torch.distributed.checkpoint as dcp
+
+    save = ModelCheckpoint(tmp_path, filename="run")
+    trainer(tmp_path, save, method=lora(r=4), max_epochs=1).fit(Toy(), loader())
+    whole = torch.load(tmp_path / "run.ckpt", weights_only=True)
+    state = whole.pop("state_dict")
+    dcp.save({"state_dict": state}, checkpoint_id=tmp_path / "folder")
+    torch.save(whole, tmp_path / "folder" / "meta.pt")
+    one, several = describe(tmp_path / "run.ckpt"), describe(tmp_path / "folder")
+    assert several.adapters == one.adapters
+    assert several.facts == one.facts
+
+
 class Payload:
     def __reduce__(self):
         return os.mkdir, ("ran",)
@@ -113,10 +127,12 @@ def test_what_a_file_says_is_no_markup(tmp_path):
 def test_metadata_that_is_none(tmp_path):
     save_adapter(adapted(llama(), lp.LoRA(r=3, targets=["q_proj"])), tmp_path)
     files = read_files(tmp_path)
-    for text in ("{", "[]", json.dumps({"config": 1}), "[" * 100_000):
+    odd = ({"config": 1}, {"fingerprint": []}, {"fingerprint": {"values": {"a": "b"}}}, {"metrics": [1]})
+    for text in ("{", "[]", '{"a": NaN}', "[" * 100_000, *map(json.dumps, odd)):
         write_files(tmp_path, files.config, files.tensors, {"lightning_peft": text}, None)
-        with pytest.raises(FormatError, match="the metadata 'lightning_peft' is no JSON"):
-            describe(tmp_path)
+        for read in (describe, lp_load):
+            with pytest.raises(FormatError, match=r"the metadata 'lightning_peft' of .*(is|holds|nested)"):
+                read(tmp_path)
     (tmp_path / WEIGHTS).unlink()
     with pytest.raises(FormatError, match=f"has no {WEIGHTS}"):
         describe(tmp_path)

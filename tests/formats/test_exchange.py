@@ -53,6 +53,9 @@ def test_ours_in_peft_and_back(seed, tmp_path):
             options["targets"] = [t for t in options["targets"] if "emb" not in t and t != "wpe"] or ["all-linear"]
             patterns = ("rank_pattern", "alpha_pattern")
             options |= {p: {t: v for t, v in options[p].items() if t in options["targets"]} for p in patterns}
+    if model in ("bert", "llama"):
+        head = {"bert": "classifier", "llama": "norm"}[model]  # of llama the end of other names too
+        options["trainable"] = rng.choice([(), (f"re:(model.)?{head}",)])
     base, x = getattr(models, model)().eval(), tokens()
     ours = adapted(base, method(**options))
     lp.save_adapter(ours, tmp_path / "ours", fold_scale=rng.random() < 0.3)

@@ -233,11 +233,24 @@ def test_padding_that_peft_leaves_out(tmp_path):
         (peft.LoKrConfig(target_modules=["0"]), {"weight_decompose": True}, "unknown option weight_decompose=True"),
         (peft.LoHaConfig(target_modules=["0"]), {"r": 2.5}, "r must be an integer of at least 1, got 2.5"),
         (peft.LoHaConfig(target_modules=["0"]), {"r": 5}, r"hada_w1_a' is 6x8; this base needs 6x5"),
+        (peft.LoHaConfig(target_modules=["0"]), {"r": 10**12}, "r=1000000000000: no tensor in the file has a side"),
+        (peft.VeraConfig(target_modules=["0"], r=4), {"r": 10**12}, "no tensor in the file has a side of that length"),
+        (peft.LoHaConfig(target_modules=["0"]), {"rank_pattern": {"0": 10**12}}, "no tensor in the file has a side"),
+        (peft.LoHaConfig(target_modules=["0"]), {"rank_pattern": [4]}, "rank_pattern must give numbers by pattern"),
+        (peft.LoHaConfig(target_modules=["0"]), {"alpha_pattern": {"(": 4}}, "alpha_pattern: '[(]' is no regular"),
+        (peft.LoHaConfig(target_modules=["0"]), {"target_modules": "("}, "target_modules: '[(]' is no regular"),
+        (peft.LoHaConfig(target_modules=["0"]), {"target_modules": 1}, "target_modules must be a list of names, got 1"),
+        (peft.LoHaConfig(target_modules=["0"]), {"modules_to_save": "0"}, "modules_to_save must be a list of names"),
+        (peft.LoHaConfig(target_modules=["0"]), {"layers_to_transform": "0"}, "must be numbers of layers, got '0'"),
         (peft.LoHaConfig(target_modules=["0"]), {"target_modules": ["1"]}, "target_modules: '1' matches nothing"),
         (peft.VeraConfig(target_modules=["0"], r=4), {"save_projection": False}, "no place for: .*vera_A"),
         (peft.OFTConfig(target_modules=["0"], oft_block_size=4), {"num_cayley_neumann_terms": 1}, "at least 2"),
         (peft.OFTConfig(target_modules=["0"], oft_block_size=4), {"oft_block_size": None}, "before PEFT 0.14"),
-        (peft.IA3Config(target_modules=["0"], feedforward_modules=[]), {"feedforward_modules": 3}, "must be a string"),
+        (
+            peft.IA3Config(target_modules=["0"], feedforward_modules=[]),
+            {"feedforward_modules": 3},
+            "feedforward_modules must be a list of names",
+        ),
     ],
 )
 def test_files_that_cannot_be_read(config, change, reason, tmp_path):
@@ -249,3 +262,45 @@ def test_files_that_cannot_be_read(config, change, reason, tmp_path):
     with pytest.raises((FormatError, ValueError), match=reason):
         load_adapter(base, tmp_path)
     assert base.state_dict().keys() == before.keys()
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        lp.VeRA(4, targets=["query"], trainable=["classifier"]),
+        lp.LoKr(2, targets=["query"], trainable=["classifier"]),
+        lp.OFT(4, targets=["query", "word_embeddings"], trainable=["classifier"]),
+        lp.IA3(trainable=["classifier"]),
+    ],
+    ids=lambda m: type(m).__name__,
+)
+def test_with_a_head_and_an_embedding(method, tmp_path):
+    base, x = build("bert"), tokens()
+    ours = adapted(base, method)
+    save_adapter(ours, tmp_path / "ours")
+    assert read_files(tmp_path / "ours").config["modules_to_save"] == ["classifier"]
+    theirs = read_by_peft(base, tmp_path / "ours")
+    close(logits(theirs, x), logits(ours, x))
+    theirs.save_pretrained(tmp_path / "theirs")
+    for folder in ("ours", "theirs"):
+        again = copy.deepcopy(base)
+        load_adapter(again, tmp_path / folder)
+        close(logits(again, x), logits(ours, x))
+
+
+def test_two_beside_one_another(tmp_path):
+    base, x = build("llama"), tokens()
+    expected = {}
+    for name, method in {
+        "vera": lp.VeRA(4, targets=["q_proj"], projection_seed=3),
+        "ia3": lp.IA3(),
+        "oft": lp.OFT(4),
+    }.items():
+        ours = adapted(base, method)
+        expected[name] = logits(ours, x)
+        save_adapter(ours, tmp_path / name)
+    here = copy.deepcopy(base)
+    load_adapter(here, tmp_path)
+    for name, wanted in expected.items():
+        with lp.active(here, name):
+            close(logits(here, x), wanted)

@@ -225,3 +225,28 @@ def test_a_base_without_values():
         model = net()
     with pytest.raises(ValueError, match="init='pissa' reads the weights, and '0' is on the meta device"):
         lp.apply(model, lora(init="pissa"))
+
+
+class TestLoraBias:
+    def test_it_trains_and_merges(self):
+        model = nn.Sequential(nn.Linear(6, 5), nn.Conv1d(1, 4, 3), nn.Linear(3, 3, bias=False))
+        x = torch.randn(2, 1, 6)
+        lp.apply(model, lp.LoRA(r=2, alpha=3, targets=["0", "1", "2"], lora_bias=True))
+        with torch.no_grad():
+            for p in lp.trainable_parameters(model):
+                p.add_(torch.randn_like(p))
+        want = model(x)
+        assert not torch.allclose(want, model[2](model[1](model[0](x * 0))), atol=1e-3)
+        want.sum().backward()
+        assert all(model[i].adapters["default"].lora_bias.grad is not None for i in range(3))
+        lp.merge(model)
+        torch.testing.assert_close(model(x), want, rtol=1e-4, atol=1e-5)
+        lp.unload(model)
+        assert model[2].bias is None
+
+    @pytest.mark.parametrize("method", [lp.LoRA, lp.DoRA])
+    def test_what_has_no_bias_is_an_error(self, method):
+        model = nn.Sequential(nn.Embedding(8, 4), nn.Linear(4, 3))
+        targets = ["0"] if method is lp.LoRA else ["1"]
+        with pytest.raises(ValueError, match="lora_bias=True"):
+            lp.apply(model, method(r=2, targets=targets, lora_bias=True))

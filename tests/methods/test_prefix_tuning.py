@@ -536,3 +536,19 @@ def test_attention_that_is_not_intercepted_is_an_error():
         model(torch.randn(2, 5, 16))
     with pytest.raises(AttentionError, match="prefix of width 7 does not fit 4 heads of width 4"):
         _misfit()
+
+
+def test_positions_move_where_they_are_made_whatever_the_layers():
+    """A decoder layer takes positions too, but they are turned into angles before it."""
+    outputs = []
+    for shift in (False, True):
+        torch.manual_seed(1)
+        model = llama()
+        lp.apply(model, lp.PrefixTuning(5, layers=[0], shift_positions=shift, init="zero"))
+        outputs.append(model(input_ids=IDS).logits)
+    torch.testing.assert_close(*outputs)  # rotary positions are relative, and a prefix of zeros has no angle
+    gpt = [gpt2()]
+    gpt.append(copy.deepcopy(gpt[0]))
+    for shift, model in zip((False, True), gpt):
+        lp.apply(model, lp.PrefixTuning(5, layers=[0], shift_positions=shift, init="zero"))
+    assert not torch.allclose(*(model(input_ids=IDS).logits for model in gpt))
