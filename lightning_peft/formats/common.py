@@ -1,12 +1,18 @@
-"""The options that every adapter of PEFT's has: what it is, for which task, and on which base."""
+"""What every adapter directory says: PEFT's common options, and our own facts beside them."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from lightning_peft.formats.files import FormatError, parse_json
 from lightning_peft.formats.snapshot import Snapshot
 
-__all__ = ["common_options", "task_type"]
+__all__ = ["METADATA", "common_options", "own_facts", "task_type"]
+
+#: the key of our own facts in the metadata of the tensors' file, which PEFT ignores
+METADATA = "lightning_peft"
 
 #: the end of a Hugging Face class name -> PEFT's task, and the heads it then looks for by itself
 _TASKS = {
@@ -44,3 +50,24 @@ def task_type(snapshot: Snapshot) -> str | None:
         if facts["pretrained"] and facts["class"].endswith(end):
             return task if not heads or set(heads) & set(snapshot.heads) else None
     return None
+
+
+def own_facts(metadata: Mapping[str, str], where: Path) -> dict[str, Any]:
+    """What this package wrote beside what PEFT reads; empty for PEFT's own files.
+
+    Args:
+        metadata: of the tensors' file.
+        where: what to call that file in errors.
+
+    Raises:
+        FormatError: it is not what this package writes.
+    """
+    what = f"the metadata {METADATA!r} of {where}"
+    facts = parse_json(metadata.get(METADATA, "{}").encode(), what)
+    values = facts.get("fingerprint", {}).get("values", {}) if isinstance(facts.get("fingerprint", {}), dict) else None
+    numbers = isinstance(values, dict) and all(
+        isinstance(sample, list) and all(isinstance(v, int | float) for v in sample) for sample in values.values()
+    )
+    if not numbers or not all(isinstance(facts.get(key, {}), dict) for key in ("config", "metrics")):
+        raise FormatError(f"{what} is not what this package writes")
+    return facts

@@ -16,9 +16,9 @@ from rich.text import Text
 
 from lightning_peft.core.state import StateError
 from lightning_peft.core.torch_file import read_torch_file
+from lightning_peft.formats.common import own_facts
 from lightning_peft.formats.files import FormatError, TensorInfo, adapter_folders, read_config, read_header
 from lightning_peft.formats.registry import converter_for_type
-from lightning_peft.formats.save import read_facts
 from lightning_peft.trainer.manifest import KEY
 
 __all__ = ["AdapterSummary", "Description", "describe"]
@@ -126,7 +126,7 @@ def describe(path: str | Path) -> Description:
 
 def _adapter(folder: Path) -> AdapterSummary:
     config, (tensors, metadata) = read_config(folder), read_header(folder)
-    facts = read_facts(metadata, folder)
+    facts = own_facts(metadata, folder)
     note = ""
     try:
         converter_for_type(config["peft_type"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import torch
@@ -11,12 +12,12 @@ from lightning_peft.core.host import adapter_names, check_name, deactivate
 from lightning_peft.core.inject import Method, Plan, check_injectable, injected_name, injection_of, put_in
 from lightning_peft.core.replace import replace_trained
 from lightning_peft.core.state import check_fingerprint
+from lightning_peft.formats.common import own_facts
 from lightning_peft.formats.converter import Options, Reading, Tensors
 from lightning_peft.formats.files import CONFIG, AdapterFiles, FormatError, adapter_folders, read_files
 from lightning_peft.formats.names import PREFIX, Base, base_for_keys
 from lightning_peft.formats.own import take_own
 from lightning_peft.formats.registry import converter_for_type
-from lightning_peft.formats.save import read_facts
 from lightning_peft.methods.callback import PEFTMethod
 
 __all__ = ["load_adapter", "read_plan", "saved_name"]
@@ -75,8 +76,9 @@ def load_adapter(
             raise ValueError(f"the model already has an adapter named {called!r}: give this one another name=")
         try:
             plans[called] = _planned(root, files, called, trainable, check_base)
-        except FormatError as error:
-            raise FormatError(f"{folder}: {error}") from error
+        except (ValueError, TypeError, AttributeError, KeyError, re.error) as error:
+            what = str(error) if isinstance(error, ValueError) else f"an option has a value it cannot have: {error!r}"
+            raise FormatError(f"{folder}: {what}") from error
     put_in(root, plans)
     if taken:
         for called in plans:
@@ -86,7 +88,7 @@ def load_adapter(
 
 def saved_name(files: AdapterFiles) -> str:
     """What the adapter was called when it was saved."""
-    return str(read_facts(files.metadata, files.directory).get("config", {}).get("name", "default"))
+    return str(own_facts(files.metadata, files.directory).get("config", {}).get("name", "default"))
 
 
 def _planned(root: nn.Module, files: AdapterFiles, name: str, trainable: bool, check_base: bool) -> tuple[Method, Plan]:
@@ -114,7 +116,7 @@ def read_plan(
         FormatError, StateError: see :func:`load_adapter`.
     """
     base = base_for_keys(root, [key.removeprefix(PREFIX) for key in files.tensors])
-    if check_base and "fingerprint" in (facts := read_facts(files.metadata, files.directory)):
+    if check_base and "fingerprint" in (facts := own_facts(files.metadata, files.directory)):
         check_fingerprint(base.module, facts["fingerprint"], plain=injection_of(root) is None)
     options, tensors = Options(files.config), Tensors(files.tensors)
     converter = converter_for_type(options.get("peft_type"))

@@ -13,7 +13,7 @@ from lightning_peft.core.sites import weight_sites
 from lightning_peft.core.targets import no_match
 from lightning_peft.formats.converter import Converter, Options, Reading, Tensors, Writing
 from lightning_peft.formats.files import FormatError
-from lightning_peft.formats.lora_tensors import entries, take_attention, take_layer, take_parameter
+from lightning_peft.formats.lora_tensors import entries, take_attention, take_layer, take_parameter, within_rank
 from lightning_peft.formats.names import Base
 from lightning_peft.formats.own import bias_option
 from lightning_peft.formats.snapshot import Snapshot
@@ -166,7 +166,7 @@ def _pairs(options: Options, tensors: Tensors, base: Base) -> dict[str, tuple[di
             if site is None or site.parameter != parameter:
                 raise FormatError(f"target_parameters: {host}.{parameter} is no weight that can be adapted")
             found[site.name] = take_parameter(tensors, site, outside, rank), scale
-    return found
+    return {name: (within_rank(pair), scale) for name, (pair, scale) in found.items()}
 
 
 def _dropout(options: Options, pairs: Mapping[str, Any], base: Base) -> float:

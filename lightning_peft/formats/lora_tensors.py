@@ -30,7 +30,7 @@ from lightning_peft.formats.files import FormatError
 from lightning_peft.formats.names import PREFIX
 from lightning_peft.formats.snapshot import Part, kind_of
 
-__all__ = ["Entry", "entries", "take_attention", "take_layer", "take_parameter"]
+__all__ = ["Entry", "entries", "take_attention", "take_layer", "take_parameter", "within_rank"]
 
 
 @dataclass
@@ -269,3 +269,14 @@ def take_parameter(tensors: Tensors, site: Site, outside: int, r: int) -> dict[s
     if transposed or isinstance(site.layout, TransposedLayout | EmbeddingLayout):
         a, b = b.mT, a.mT
     return {"lora_A": a.contiguous(), "lora_B": b.contiguous()}
+
+
+def within_rank(pair: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same product with a rank that its matrix can have, where PEFT gave it more."""
+    a, b = pair["lora_A"], pair["lora_B"]
+    rows, columns = b.shape[-2], a.shape[-1]
+    if a.shape[-2] <= max(rows, columns):
+        return pair
+    product, one = b @ a, torch.eye(min(rows, columns), dtype=a.dtype).expand(*a.shape[:-2], -1, -1)
+    a, b = (one, product) if columns <= rows else (product, one)
+    return {**pair, "lora_A": a.contiguous(), "lora_B": b.contiguous()}

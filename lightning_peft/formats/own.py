@@ -36,10 +36,10 @@ def modules_to_save(snapshot: Snapshot) -> list[str] | None:
     found = []
     others = snapshot.base.modules().keys() - set(snapshot.heads)
     for head in snapshot.heads:
-        # PEFT compares the ends of names, letters and all, and leaves out targets in which it finds them.
-        clash = any(other.endswith(head) or re.match(rf"(^|.*\.){head}($|\..*)", other) for other in others)
-        inside = all(other.startswith(f"{head}.") for other in others if other.endswith(head) or f"{head}." in other)
-        found.append(PREFIX + head if clash and not inside else head)
+        # PEFT compares the ends of names, letters and all, and takes targets for heads in which it finds their names.
+        outside = [other for other in others if not other.startswith(f"{head}.")]
+        clash = any(other.endswith(head) or re.match(rf"(^|.*\.){head}($|\..*)", other) for other in outside)
+        found.append(PREFIX + head if clash else head)
     return found or None
 
 

@@ -7,23 +7,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from lightning_peft.core.inject import injection_of
 from lightning_peft.formats.card import model_card
-from lightning_peft.formats.common import common_options
+from lightning_peft.formats.common import METADATA, common_options
 from lightning_peft.formats.converter import NotInPeftError
-from lightning_peft.formats.files import FormatError, parse_json, write_files
+from lightning_peft.formats.files import write_files
 from lightning_peft.formats.names import PREFIX
 from lightning_peft.formats.native import NATIVE, NativeConverter
 from lightning_peft.formats.own import modules_to_save, write_own
 from lightning_peft.formats.registry import converter_for_method
 from lightning_peft.formats.snapshot import Snapshot, take_snapshot
 
-__all__ = ["METADATA", "read_facts", "save_adapter", "write_snapshots"]
-
-#: the key of our own facts in the metadata of the tensors' file, which PEFT ignores
-METADATA = "lightning_peft"
+__all__ = ["save_adapter", "write_snapshots"]
 
 
 def save_adapter(model: nn.Module, directory: str | Path, name: str | None = None, **options: Any) -> list[str]:
@@ -54,9 +52,16 @@ def save_adapter(model: nn.Module, directory: str | Path, name: str | None = Non
 
 
 def write_snapshots(snapshots: Mapping[str, Snapshot], directory: str | Path, **options: Any) -> None:
-    """Write one adapter into ``directory`` itself, several into folders of their names inside it."""
-    for name, snapshot in snapshots.items():
-        write_snapshot(snapshot, Path(directory) / name if len(snapshots) > 1 else Path(directory), **options)
+    """Write one adapter into ``directory`` itself, several into folders of their names inside it.
+
+    In a distributed run every process calls this, and the first one writes.
+    """
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if not distributed or torch.distributed.get_rank() == 0:
+        for name, snapshot in snapshots.items():
+            write_snapshot(snapshot, Path(directory) / name if len(snapshots) > 1 else Path(directory), **options)
+    if distributed:
+        torch.distributed.barrier()
 
 
 def write_snapshot(snapshot: Snapshot, directory: Path, **options: Any) -> None:
@@ -76,27 +81,6 @@ def write_snapshot(snapshot: Snapshot, directory: Path, **options: Any) -> None:
     tensors = writing.tensors | write_own(snapshot, writing.wrapped, prefix)
     metadata = {METADATA: json.dumps(_facts(snapshot))}
     write_files(directory, config, tensors, metadata, model_card(snapshot, config, tensors))
-
-
-def read_facts(metadata: Mapping[str, str], where: Path) -> dict[str, Any]:
-    """What this package wrote beside what PEFT reads; empty for PEFT's own files.
-
-    Args:
-        metadata: of the tensors' file.
-        where: what to call that file in errors.
-
-    Raises:
-        FormatError: it is not what :func:`save_adapter` writes.
-    """
-    what = f"the metadata {METADATA!r} of {where}"
-    facts = parse_json(metadata.get(METADATA, "{}").encode(), what)
-    values = facts.get("fingerprint", {}).get("values", {}) if isinstance(facts.get("fingerprint", {}), dict) else None
-    numbers = isinstance(values, dict) and all(
-        isinstance(sample, list) and all(isinstance(v, int | float) for v in sample) for sample in values.values()
-    )
-    if not numbers or not all(isinstance(facts.get(key, {}), dict) for key in ("config", "metrics")):
-        raise FormatError(f"{what} is not what this package writes")
-    return facts
 
 
 def _facts(snapshot: Snapshot) -> dict[str, Any]:

@@ -66,6 +66,10 @@ def test_wrong_tensors_are_named_and_nothing_is_changed(saved, change, said):
         ({"r": "two"}, "r must be a number"),
         ({"rank_pattern": {"q_proj": 0}}, "rank of .*q_proj"),
         ({"bias": "some"}, "bias must be"),
+        ({"target_modules": "(q_proj"}, "is no regular expression"),
+        ({"target_modules": 5}, "must be a list of names, got 5"),
+        ({"rank_pattern": [1]}, "rank_pattern must give numbers by pattern"),
+        ({"lora_dropout": 2.0}, "dropout must be a probability"),
     ],
 )
 def test_options_that_would_compute_something_else_are_refused(saved, options, said):
@@ -91,6 +95,14 @@ def test_another_base_is_an_error_unless_said_otherwise(saved):
     other = llama()
     unchanged(other, directory, "another base", error=lp.StateError)
     lp.load_adapter(other, directory, check_base=False)
+
+
+@pytest.mark.parametrize("facts", ["[1]", "{", '{"fingerprint": 3}', '{"fingerprint": {"values": 3}}'])
+def test_facts_that_were_tampered_with(saved, facts):
+    base, directory = saved
+    path = directory / "adapter_model.safetensors"
+    save_file(load_file(path), path, {"lightning_peft": facts})
+    unchanged(base, directory, "lightning_peft|cannot have")
 
 
 def test_the_base_in_another_precision_is_the_same(saved):

@@ -1,6 +1,7 @@
 """LoRA's adapter directory against PEFT, both ways."""
 
 import copy
+import json
 
 import peft
 import pytest
@@ -8,7 +9,18 @@ import torch
 from safetensors.torch import load_file
 
 import lightning_peft as lp
-from tests.formats.models import Called, Wrapped, adapted, llama, logits, made_by_peft, read_by_peft, tokens
+from tests.formats.models import (
+    Attention,
+    Called,
+    Convolutions,
+    Wrapped,
+    adapted,
+    llama,
+    logits,
+    made_by_peft,
+    read_by_peft,
+    tokens,
+)
 
 
 @pytest.mark.parametrize("method", [lp.LoRA, lp.DoRA])
@@ -58,3 +70,33 @@ def test_a_loaded_adapter_is_frozen_and_waits_for_its_turn(tmp_path):
     assert {id(p) for p in lp.trainable_parameters(model)} == {id(p) for p in trains}
     lp.set_active(model, "theirs")
     torch.testing.assert_close(logits(model, x), logits(first, x))
+
+
+def test_a_rank_above_both_sides_of_a_matrix(tmp_path):
+    base, x = Convolutions().eval(), tokens()
+    config = peft.LoraConfig(r=20, target_modules=["conv2", "conv3", "inner.head"])
+    theirs = made_by_peft(base, config, tmp_path)
+    ours = copy.deepcopy(base)
+    lp.load_adapter(ours, tmp_path)
+    torch.testing.assert_close(logits(ours, x), logits(theirs, x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [
+        (lp.LoRA(r=2, targets=["conv1"]), "dilation"),
+        (lp.DoRA(r=2, targets=["attn"]), "no DoRA"),
+    ],
+)
+def test_what_peft_cannot_run_is_kept_in_our_own_form(method, said, tmp_path):
+    base, x = (Convolutions() if said == "dilation" else Attention()).eval(), tokens()
+    if said == "dilation":
+        base.conv1.dilation, base.conv1.padding = (2,), (2,)
+    ours = adapted(base, method)
+    lp.save_adapter(ours, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["peft_type"] == "LIGHTNING_PEFT"
+    assert said in config["reason"]
+    again = copy.deepcopy(base)
+    lp.load_adapter(again, tmp_path)
+    torch.testing.assert_close(logits(again, x), logits(ours, x), rtol=0, atol=0)
