@@ -129,7 +129,7 @@ def _from_directory(directory: Path, base: str | None) -> nn.Module:
         raise StateError(f"{directory} is a sharded checkpoint: save one file (a full state dict) to merge it")
     import transformers
 
-    from lightning_peft.tasks.pretrained import load_model, locate
+    from lightning_peft.formats.pretrained import load_model, locate
 
     config = directory / "adapter_config.json"
     said = json.loads(config.read_text()).get("base_model_name_or_path") if config.is_file() else None

@@ -66,9 +66,9 @@ def test_wrong_tensors_are_named_and_nothing_is_changed(saved, change, said):
         ({"r": "two"}, "r must be a number"),
         ({"rank_pattern": {"q_proj": 0}}, "rank of .*q_proj"),
         ({"bias": "some"}, "bias must be"),
-        ({"target_modules": "(q_proj"}, "value it cannot have"),
-        ({"target_modules": 5}, "value it cannot have"),
-        ({"rank_pattern": [1]}, "value it cannot have"),
+        ({"target_modules": "(q_proj"}, "is no regular expression"),
+        ({"target_modules": 5}, "must be a list of names, got 5"),
+        ({"rank_pattern": [1]}, "rank_pattern must give numbers by pattern"),
         ({"lora_dropout": 2.0}, "dropout must be a probability"),
     ],
 )
