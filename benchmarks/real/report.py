@@ -112,7 +112,7 @@ def _searches(study: Study, store: Store, found: Found) -> list[str]:
         return []
     rates = sorted({r.setting.lr for results in tried.values() for r in results})
     steps = next(iter(tried.values()))[0].setting.steps
-    notes = [f"Loss on held-out data after {steps} steps; the search goes on until both neighbours are worse."]
+    notes = [f"Loss on held-out data after {steps} steps. A search ends when both neighbours of the best are worse."]
     notes += [f"{row.label} takes the rate of {row.lr_of}." for row in found if row.lr_of]
     written = [row.label for row in found if row.method is not None and not row.lr_of and row.label not in tried]
     notes += [f"Not searched, with the rate as written in the study: {', '.join(written)}."] if written else []
