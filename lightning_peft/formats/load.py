@@ -17,6 +17,7 @@ from lightning_peft.formats.converter import Options, Reading, Tensors
 from lightning_peft.formats.files import CONFIG, AdapterFiles, FormatError, adapter_folders, read_files
 from lightning_peft.formats.names import PREFIX, Base, base_for_keys
 from lightning_peft.formats.own import take_own
+from lightning_peft.formats.regex import check_regexes
 from lightning_peft.formats.registry import converter_for_type
 from lightning_peft.methods.callback import PEFTMethod
 
@@ -119,6 +120,7 @@ def read_plan(
     if check_base and "fingerprint" in (facts := own_facts(files.metadata, files.directory)):
         check_fingerprint(base.module, facts["fingerprint"], plain=injection_of(root) is None)
     options, tensors = Options(files.config), Tensors(files.tensors)
+    check_regexes(files.config, [name for name, _ in (*root.named_modules(), *root.named_parameters())])
     converter = converter_for_type(options.get("peft_type"))
     heads, own = take_own(options, tensors, base, converter.prefix)
     reading = converter.read(options, tensors, base, name, trainable=base.patterns(heads))
