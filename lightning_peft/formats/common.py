@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from lightning_peft.formats.converter import NotInPeftError
-from lightning_peft.formats.files import FormatError, parse_json
+from lightning_peft.formats.files import FormatError
 from lightning_peft.formats.names import Base
+from lightning_peft.formats.pretrained import public_name
 from lightning_peft.formats.snapshot import Snapshot
+from lightning_peft.formats.strict_json import parse_json
 
 __all__ = ["METADATA", "common_options", "own_facts", "task_of"]
 
@@ -36,7 +38,7 @@ def common_options(snapshot: Snapshot, peft_type: str) -> dict[str, Any]:
         "peft_type": peft_type,
         "task_type": task,
         "auto_mapping": auto if task is None and facts["pretrained"] else None,
-        "base_model_name_or_path": facts["name_or_path"],
+        "base_model_name_or_path": public_name(name) if (name := facts["name_or_path"]) else None,
         "revision": facts["revision"],
         "inference_mode": True,
     }
