@@ -7,7 +7,7 @@ from argparse import ArgumentParser
 from collections.abc import Sequence
 
 import lightning_peft as lp
-from lightning_peft.cli.module import build_arguments, find_module
+from lightning_peft.cli.module import add_model_option, load_module, parse
 from lightning_peft.formats.checkpoint import export_checkpoint
 
 __all__ = ["export"]
@@ -28,15 +28,12 @@ def export(args: Sequence[str]) -> None:
     parser.add_argument("directory", help="where to; several adapters go into folders of their names in it")
     parser.add_argument("--name", help="one adapter; by default all of them")
     parser.add_argument("--fold-scale", action="store_true", help="LoRA: multiply B by the scale, for simple readers")
-    parser.add_argument("--model", help="the module's class, as my.package.Module; its arguments: --model.width=16")
-    options, rest = parser.parse_known_args(args)
-    arguments = build_arguments(parser, rest)
+    add_model_option(parser, "where the checkpoint is not enough, the class that was trained")
+    options, arguments = parse(parser, args)
     extra = {"fold_scale": True} if options.fold_scale else {}
     if options.model is None:
-        if arguments:
-            parser.error(f"--model.{next(iter(arguments))} without --model")
         names = export_checkpoint(options.checkpoint, options.directory, options.name, **extra)
     else:
-        module = lp.load_from_checkpoint(find_module(options.model), options.checkpoint, **arguments)
+        module = load_module(options.checkpoint, options.model, arguments)
         names = lp.save_adapter(module, options.directory, options.name, **extra)
     print(f"{options.directory}: {', '.join(names)}", file=sys.stderr)

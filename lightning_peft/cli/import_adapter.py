@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 
-from lightning_peft.cli.module import build_arguments, find_module
+from lightning_peft.cli.module import add_model_option, find_module, parse
+from lightning_peft.core.state import StateError
 from lightning_peft.core.targets import TargetError
 from lightning_peft.formats.checkpoint import import_checkpoint
 from lightning_peft.formats.files import FormatError
@@ -35,12 +36,14 @@ def import_adapter(args: Sequence[str]) -> None:
     )
     parser.add_argument("directory", help="an adapter directory")
     parser.add_argument("checkpoint", help="the file to write, such as out.ckpt")
-    parser.add_argument("--model", required=True, help="the module's class, as my.package.Module; see --model.width=16")
+    add_model_option(parser, "the class to train or test it in", required=True)
     parser.add_argument("--name", help="what to call the adapter; by default what it was called")
     parser.add_argument("--any-base", action="store_true", help="also where it was trained on another base")
-    options, rest = parser.parse_known_args(args)
-    arguments = build_arguments(parser, rest)
-    module = find_module(options.model)(**arguments)
+    options, arguments = parse(parser, args)
+    try:
+        module = find_module(options.model)(**arguments)
+    except TypeError as error:
+        raise StateError(f"{options.model} cannot be built ({error}): give --model.<argument>=<value>") from error
     module.configure_model()
     try:
         checkpoint = import_checkpoint(module, options.directory, options.name, check_base=not options.any_base)

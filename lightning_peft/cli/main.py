@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import sys
-from argparse import ArgumentParser
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 
@@ -24,8 +23,15 @@ from lightning_peft.trainer.logs import resume_wandb
 __all__ = ["PEFTCLI", "PEFTTrainer", "main"]
 
 DESCRIPTION = """Fine-tune any LightningModule. Methods are callbacks of the trainer:
---trainer.callbacks+=LoRA --trainer.callbacks.r=8. `lightning-peft methods` lists them all, and
-`lightning-peft merge` folds what was trained into its base."""
+--trainer.callbacks+=LoRA --trainer.callbacks.r=8."""
+
+#: the commands beside LightningCLI's: what runs each, and what it does
+COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
+    "methods": (methods, "List the methods, or explain one (methods lora)."),
+    "merge": (merge, "Fold what was trained into its base, and write the plain model."),
+    "export": (export, "Write the adapters of a checkpoint as directories, which Hugging Face PEFT reads."),
+    "import": (import_adapter, "Make a checkpoint of an adapter directory, of this package or Hugging Face PEFT."),
+}
 
 #: what a user can mend by changing a setting; shown as one line instead of a traceback
 USER_ERRORS = (
@@ -36,6 +42,7 @@ USER_ERRORS = (
     lp.AuditError,
     lp.MergeError,
     FormatError,
+    FileNotFoundError,
     MisconfigurationException,
 )
 
@@ -50,7 +57,7 @@ class PEFTTrainer(L.Trainer):
         ckpt_path: str | None = None,
         weights_only: bool | None = None,
     ) -> None:
-        """Show what the attached methods would adapt and train, before any training; of a PATH, what it holds.
+        """Show what methods would adapt and train; of a PATH, adapter or checkpoint, what it holds.
 
         ``ckpt_path`` and ``weights_only`` are there so that the file of a fit is one of an inspect, and not looked at.
         """
@@ -108,6 +115,13 @@ class PEFTCLI(LightningCLI):
         # Before the loggers start: a resumed run goes on under its own id.
         resume_wandb(self.trainer.loggers, self._get(self.config, "ckpt_path"))
 
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        super()._add_subcommands(parser, **kwargs)
+        # Only to be seen in --help: main runs them itself.
+        listed = next(action for action in parser._actions if hasattr(action, "add_subcommand"))
+        for name, (_, what) in COMMANDS.items():
+            listed.add_subcommand(name, LightningArgumentParser(), help=what)
+
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         return {**LightningCLI.subcommands(), "inspect": {"model", "datamodule"}}
@@ -120,20 +134,14 @@ def main(args: Sequence[str] | None = None) -> None:
     import lightning_peft.tasks  # noqa: F401
 
     given = list(sys.argv[1:] if args is None else args)
-    if given[:1] == ["methods"]:
-        parser = ArgumentParser(prog="lightning-peft methods", description="List the methods, or explain one.")
-        parser.add_argument("name", nargs="?", help="a method, such as lora")
-        methods(parser.parse_args(given[1:]).name)
-        return
+    if "" not in sys.path:
+        sys.path.append("")  # a module beside the user; behind all that is installed, as it may be anyone's folder
     try:
-        if given[:1] == ["export"]:
-            export(given[1:])
-        elif given[:1] == ["import"]:
-            import_adapter(given[1:])
-        elif given[:1] == ["inspect"] and names_a_path(given[1:]):
+        if given[:1] == ["inspect"] and names_a_path(given[1:]):
             inspect_path(given[1:])
-        elif given[:1] == ["merge"]:
-            merge(given[1:])
+        elif given and given[0] in COMMANDS:
+            run, _ = COMMANDS[given[0]]
+            run(given[1:])
         else:
             PEFTCLI(args=args)
     except USER_ERRORS as error:

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import shutil
-import sys
 import tempfile
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import lightning as L
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import lightning_peft as lp
+from lightning_peft.cli.module import add_model_option, load_module, parse
 from lightning_peft.core.host import adapter_names, hosts
 from lightning_peft.core.inject import injection_of
 from lightning_peft.core.sites import output_head
 from lightning_peft.core.state import StateError
-from lightning_peft.core.torch_file import read_torch_file
 
 __all__ = ["merge"]
 
@@ -58,14 +55,17 @@ def merge(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("source", type=Path, help="a checkpoint of a run, or an adapter directory")
     parser.add_argument("out", type=Path, help="a new folder; or a new file, .safetensors or .pt, for a state dict")
-    parser.add_argument("--model", help="the class that was trained, as an import path (my.package.Module)")
+    add_model_option(parser, "the class that was trained (not needed for a task of this package)")
     parser.add_argument("--base", help="for an adapter directory: 'demo', a folder, or a hub id; else what it names")
     parser.add_argument("--name", help="merge this adapter; by default those that were active")
     parser.add_argument("--untie", action="store_true", help="give a tied weight that changes a tensor of its own")
-    given = parser.parse_args(list(arguments))
+    given, of_model = parse(parser, arguments)
     if given.out.exists() and (given.out.is_file() or any(given.out.iterdir())):
         raise StateError(f"{given.out} exists already: name a new folder or file")
-    model = _from_directory(given.source, given.base) if given.source.is_dir() else _from_checkpoint(given)
+    if given.source.is_dir():
+        model = _from_directory(given.source, given.base)
+    else:
+        model = load_module(given.source, given.model, of_model)
     if given.name is not None:
         if given.name not in adapter_names(model):
             raise StateError(f"no adapter named {given.name!r}; {given.source} has {list(adapter_names(model))}")
@@ -80,48 +80,6 @@ def merge(arguments: Sequence[str]) -> None:
     merged = ", ".join(n for n in names if n not in idle)
     left = f" ({', '.join(idle)} left out: not active)" if idle else ""
     print(f"merged {merged} into {_write(model, given.out)}{left}")
-
-
-def _from_checkpoint(given: Any) -> nn.Module:
-    checkpoint = read_torch_file(given.source, mmap=True)
-    saved = checkpoint.get("hyper_parameters", {}) if isinstance(checkpoint, dict) else {}
-    module_class = _module_class(given.model, saved.get("_class_path"))
-    try:
-        return lp.load_from_checkpoint(module_class, given.source)
-    except TypeError as error:
-        raise StateError(
-            f"{module_class.__name__} cannot be built from the hyperparameters in the checkpoint ({error}): call "
-            "self.save_hyperparameters() in its __init__ before training; or merge in Python, "
-            "lp.unload(lp.load_from_checkpoint(Module, path, argument=...), merge=True)"
-        ) from error
-
-
-def _module_class(named: str | None, said: str | None) -> type[L.LightningModule]:
-    """The class that the user names, or the task of this package that the checkpoint does; nothing else is imported."""
-    import lightning_peft.tasks as tasks
-
-    known = {name: getattr(tasks, name) for name in tasks.__all__}
-    if named is None:
-        task = (said or "").rpartition(".")[2]
-        if said is not None and said.startswith("lightning_peft.tasks.") and task in known:
-            return known[task]
-        hint = f"; it says that it was {said}, which is not imported for a file to say so" if said else ""
-        raise StateError(f"name the class that was trained, --model my.package.Module{hint}")
-    if named in known:
-        return known[named]
-    package, _, last = named.rpartition(".")
-    sys.path.insert(0, "")  # a module beside the user, as for `python script.py`
-    try:
-        found = getattr(importlib.import_module(package), last) if package else None
-    except (ImportError, AttributeError) as error:
-        raise StateError(f"--model {named}: {error}") from error
-    finally:
-        sys.path.remove("")
-    if not (isinstance(found, type) and issubclass(found, L.LightningModule)):
-        raise StateError(
-            f"--model {named} is no LightningModule; write package.module.Class, or one of {sorted(known)}"
-        )
-    return found
 
 
 def _from_directory(directory: Path, base: str | None) -> nn.Module:

@@ -6,6 +6,8 @@ import difflib
 import inspect
 import re
 import sys
+from argparse import ArgumentParser
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -20,12 +22,16 @@ def command_name(method: type[lp.PEFTMethod]) -> str:
     return re.sub(r"(?<=.)(?=[A-Z][a-z]{3})|(?<=[a-z]{4})(?=[A-Z])", "-", method.__name__).lower()
 
 
-def methods(name: str | None = None) -> None:
-    """List the methods of the package, or explain one.
+def methods(args: Sequence[str]) -> None:
+    """Run the command.
 
     Args:
-        name: a method's class or command-line name, such as ``LoRA`` or ``prefix-tuning``.
+        args: what comes after ``methods``: nothing, or a method's class or command-line name, such as ``LoRA`` or
+            ``prefix-tuning``.
     """
+    parser = ArgumentParser(prog="lightning-peft methods", description="List the methods, or explain one.")
+    parser.add_argument("name", nargs="?", help="a method, such as lora")
+    name = parser.parse_args(args).name
     known = {command_name(m): m for m in exported()}
     if name is None:
         table = Table("name", "class", "what it is")

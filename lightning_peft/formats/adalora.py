@@ -64,7 +64,9 @@ class AdaLoRAConverter(Converter):
 
     def read(self, options: Options, tensors: Tensors, base: Base, name: str, **common: Any) -> Reading:
         sites = weight_sites(base.module)
-        init_r, masks = options.number("init_r", 12), options.get("rank_pattern") or {}
+        init_r, masks = options.get("init_r", 12), options.get("rank_pattern") or {}
+        if isinstance(init_r, bool) or not isinstance(init_r, int) or init_r < 1:
+            raise FormatError(f"init_r must be an integer of at least 1, got {init_r!r}")
         found = {}
         for module in resolve(options, base):
             if module not in sites or kind_of(sites[module].module, sites[module].layout) not in _KINDS:
@@ -101,11 +103,17 @@ def _check_kind(part: Part) -> None:
 
 
 def _take(tensors: Tensors, site: Site, r: int, kept: list[bool] | None) -> dict[str, Tensor]:
-    mask = torch.tensor([True] * r if kept is None else kept, dtype=torch.bool)
-    if mask.shape != (r,):
-        raise FormatError(f"rank_pattern of {site.name!r} has {mask.numel()} entries; init_r is {r}")
-    (rows, columns), left = site.shape, int(mask.sum())
-    a = torch.zeros(r, columns).masked_scatter(mask[:, None], tensors.take(f"{site.name}.lora_A", (left, columns)))
-    e = torch.zeros(r, 1).masked_scatter(mask[:, None], tensors.take(f"{site.name}.lora_E", (left, 1)))
-    b = torch.zeros(rows, r).masked_scatter(mask[None], tensors.take(f"{site.name}.lora_B", (rows, left)))
+    if kept is not None and len(kept) != r:
+        raise FormatError(f"rank_pattern of {site.name!r} has {len(kept)} entries; init_r is {r}")
+    (rows, columns), left = site.shape, r if kept is None else sum(kept)
+    own_a, own_e, own_b = (
+        tensors.take(f"{site.name}.{key}", shape)
+        for key, shape in (("lora_A", (left, columns)), ("lora_E", (left, 1)), ("lora_B", (rows, left)))
+    )
+    if r > max(rows, columns, left, 1024):  # what was pruned away is not in the file, and takes memory here
+        raise FormatError(f"init_r={r} is more than {site.name!r} of {rows}x{columns} can have")
+    mask = torch.ones(r, dtype=torch.bool) if kept is None else torch.tensor(kept)
+    a = torch.zeros(r, columns).masked_scatter(mask[:, None], own_a)
+    e = torch.zeros(r, 1).masked_scatter(mask[:, None], own_e)
+    b = torch.zeros(rows, r).masked_scatter(mask[None], own_b)
     return {"lora_A": a, "lora_E": e, "lora_B": b, "mask": mask[:, None]}

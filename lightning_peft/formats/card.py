@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from lightning_peft.formats.pretrained import is_folder
 from lightning_peft.formats.snapshot import Snapshot
 
 __all__ = ["model_card"]
@@ -20,13 +22,15 @@ def model_card(snapshot: Snapshot, config: Mapping[str, Any], tensors: Mapping[s
         config: ``adapter_config.json``.
         tensors: as they are written.
     """
-    method, facts = snapshot.method, snapshot.base.facts()
-    native, base = config["peft_type"] == "LIGHTNING_PEFT", facts["name_or_path"]
-    head = {"library_name": "lightning_peft" if native else "peft", **({"base_model": base} if base else {})}
+    method, native, path = snapshot.method, config["peft_type"] == "LIGHTNING_PEFT", config["base_model_name_or_path"]
+    # A folder of this machine is nothing to a reader but its name, and the Hub wants a model of its own.
+    base = Path(path).name if path and is_folder(path) else path
+    on_hub = bool(base) and base == path != "demo"
+    head = {"library_name": "lightning_peft" if native else "peft", **({"base_model": base} if on_hub else {})}
     tags = ["lightning_peft", type(method).__name__.lower()]
     rows = {
         "method": type(method).__name__,
-        "base": f"`{base}`" if base else f"`{facts['class']}`",
+        "base": f"`{base or snapshot.base.facts()['class']}`",
         "task": config.get("task_type"),
         "values": f"{sum(t.numel() for t in tensors.values()):,} in {len(tensors)} tensors",
         "adapted": f"{len(snapshot.parts)} weights or modules" if snapshot.parts else None,

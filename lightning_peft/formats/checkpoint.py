@@ -19,13 +19,12 @@ from lightning_peft.core.base import Base
 from lightning_peft.core.inject import put_in
 from lightning_peft.core.parts import Part, whole
 from lightning_peft.core.state import StateError, adapter_state
-from lightning_peft.core.torch_file import read_torch_file
 from lightning_peft.formats.files import FormatError, read_files
 from lightning_peft.formats.load import read_plan, saved_name
 from lightning_peft.formats.save import write_snapshots
 from lightning_peft.formats.snapshot import Snapshot
 from lightning_peft.methods.callback import registered_method
-from lightning_peft.trainer.manifest import KEY, manifest
+from lightning_peft.trainer.manifest import KEY, manifest, read_checkpoint, scores
 from lightning_peft.trainer.module import adapt_module
 
 __all__ = ["export_checkpoint", "import_checkpoint"]
@@ -47,10 +46,8 @@ def export_checkpoint(path: str | Path, directory: str | Path, name: str | None 
         StateError: it is no checkpoint of such a run, or has no adapter of that name.
         FormatError: the base itself has to be looked at.
     """
-    checkpoint = read_torch_file(path)
-    manifest = checkpoint.get(KEY) if isinstance(checkpoint, dict) else None
-    if not isinstance(manifest, dict):
-        raise StateError(f"{path} has no {KEY!r} manifest: it was not saved by a run with methods attached")
+    checkpoint = read_checkpoint(path)
+    manifest = checkpoint[KEY]
     if "base" not in manifest:
         raise FormatError(f"{path} was saved by an earlier release, and does not say enough: give --model")
     entries = {entry["config"]["name"]: entry for entry in manifest["methods"]}
@@ -111,15 +108,6 @@ def import_checkpoint(
         "optimizer_states": [],
         "lr_schedulers": [],
     }
-
-
-def scores(checkpoint: Mapping[str, Any]) -> dict[str, float]:
-    """The values by which ``ModelCheckpoint`` chose, by the name of what it watched."""
-    found = {}
-    for state in (checkpoint.get("callbacks") or {}).values():
-        if isinstance(state, dict) and state.get("monitor") and state.get("current_score") is not None:
-            found[str(state["monitor"])] = float(state["current_score"])
-    return found
 
 
 def _snapshot(name: str, entry: Mapping[str, Any], manifest: Mapping[str, Any], state: dict[str, Tensor]) -> Snapshot:

@@ -6,50 +6,71 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning_peft.formats.files import FormatError, parse_json
+from lightning_peft.formats.converter import NotInPeftError
+from lightning_peft.formats.files import FormatError
+from lightning_peft.formats.names import Base
+from lightning_peft.formats.pretrained import public_name
 from lightning_peft.formats.snapshot import Snapshot
+from lightning_peft.formats.strict_json import parse_json
 
-__all__ = ["METADATA", "common_options", "own_facts", "task_type"]
+__all__ = ["METADATA", "common_options", "own_facts", "task_of"]
 
 #: the key of our own facts in the metadata of the tensors' file, which PEFT ignores
 METADATA = "lightning_peft"
 
-#: the end of a Hugging Face class name -> PEFT's task, and the heads it then looks for by itself
-_TASKS = {
+#: the end of a Hugging Face class's name -> PEFT's task, and the heads that it then looks for by itself
+_TASKS: dict[str, tuple[str, tuple[str, ...]]] = {
     "ForCausalLM": ("CAUSAL_LM", ()),
     "LMHeadModel": ("CAUSAL_LM", ()),
     "ForConditionalGeneration": ("SEQ_2_SEQ_LM", ()),
     "ForSequenceClassification": ("SEQ_CLS", ("classifier", "score")),
     "ForTokenClassification": ("TOKEN_CLS", ("classifier", "score")),
     "ForQuestionAnswering": ("QUESTION_ANS", ("qa_outputs",)),
+    "Model": ("FEATURE_EXTRACTION", ()),
 }
 
 
 def common_options(snapshot: Snapshot, peft_type: str) -> dict[str, Any]:
     """PEFT's options that say what ``snapshot`` is and where it belongs."""
-    facts, task = snapshot.base.facts(), task_type(snapshot)
+    facts, task = snapshot.base.facts(), _task_type(snapshot)
     auto = {"base_model_class": facts["class"], "parent_library": facts["library"]}
     return {
         "peft_type": peft_type,
         "task_type": task,
         "auto_mapping": auto if task is None and facts["pretrained"] else None,
-        "base_model_name_or_path": facts["name_or_path"],
+        "base_model_name_or_path": public_name(name) if (name := facts["name_or_path"]) else None,
         "revision": facts["revision"],
         "inference_mode": True,
     }
 
 
-def task_type(snapshot: Snapshot) -> str | None:
-    """PEFT's task, or None.
+def task_of(base: Base) -> tuple[str, tuple[str, ...]]:
+    """PEFT's task for a model of transformers, and the ends of the names of the heads that it then looks for.
 
-    With a task PEFT looks for the heads that are usual for it, and fails where the file has none: without one of them
-    no task is told.
+    Raises:
+        NotInPeftError: PEFT has no task for it.
     """
-    facts = snapshot.base.facts()
-    for end, (task, heads) in _TASKS.items():
-        if facts["pretrained"] and facts["class"].endswith(end):
-            return task if not heads or set(heads) & set(snapshot.heads) else None
-    return None
+    facts = base.facts()
+    if not facts["pretrained"]:
+        raise NotInPeftError(f"PEFT has tasks for models of transformers; {facts['class']} is none")
+    for end, found in _TASKS.items():
+        if facts["class"].endswith(end):
+            return found
+    raise NotInPeftError(f"PEFT has no task for {facts['class']}; it knows classes that end in {', '.join(_TASKS)}")
+
+
+def _task_type(snapshot: Snapshot) -> str | None:
+    """PEFT's task, or None, with which it adapts any model.
+
+    With a task PEFT looks for the heads that are usual for it, and fails where the file has none; and it gives token
+    ids to all that makes features, images as well.
+    """
+    try:
+        task, heads = task_of(snapshot.base)
+    except NotInPeftError:
+        return None
+    told = task != "FEATURE_EXTRACTION" and (not heads or set(heads) & set(snapshot.heads))
+    return task if told else None
 
 
 def own_facts(metadata: Mapping[str, str], where: str | Path) -> dict[str, Any]:

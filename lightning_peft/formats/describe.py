@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import math
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,10 @@ from rich.table import Table
 from rich.text import Text
 
 from lightning_peft.core.state import StateError
-from lightning_peft.core.torch_file import read_torch_file
 from lightning_peft.formats.common import own_facts
 from lightning_peft.formats.files import FormatError, TensorInfo, adapter_folders, read_config, read_header
 from lightning_peft.formats.registry import converter_for_type
-from lightning_peft.trainer.manifest import KEY
+from lightning_peft.trainer.manifest import KEY, read_checkpoint, scores
 
 __all__ = ["AdapterSummary", "Description", "describe"]
 
@@ -146,10 +144,8 @@ def _adapter(folder: Path) -> AdapterSummary:
 
 def _checkpoint(path: Path) -> Description:
     sharded = path.is_dir()
-    checkpoint = read_torch_file(path / "meta.pt" if sharded else path, mmap=not sharded)
-    manifest = checkpoint.get(KEY) if isinstance(checkpoint, dict) else None
-    if not isinstance(manifest, dict):
-        raise StateError(f"{path} has no {KEY!r} manifest: it was not saved by a run with methods attached")
+    checkpoint = read_checkpoint(path / "meta.pt" if sharded else path, mmap=not sharded)
+    manifest = checkpoint[KEY]
     hyper = checkpoint.get("hyper_parameters") or {}
     base = next((hyper[key] for key in ("model", "network") if isinstance(hyper.get(key), str)), None)
     state = _sharded_state(path) if sharded else {k: (v.dtype, v.shape) for k, v in checkpoint["state_dict"].items()}
@@ -166,7 +162,7 @@ def _checkpoint(path: Path) -> Description:
     }
     if rest:
         facts["of the base's own"] = f"{rest:,} values (heads and other parts that train in full)"
-    for key, value in _scores(checkpoint.get("callbacks") or {}).items():
+    for key, value in scores(checkpoint).items():
         facts[key] = f"{value:.6g}"
     size = sum(f.stat().st_size for f in path.rglob("*") if f.is_file()) if sharded else path.stat().st_size
     return Description(path, "checkpoint", size, adapters, facts)
@@ -179,15 +175,6 @@ def _sharded_state(path: Path) -> dict[str, tuple[Any, Any]]:
     stored = check_metadata(path).state_dict_metadata.items()
     found = {key.removeprefix("state_dict."): info for key, info in stored if key.startswith("state_dict.")}
     return {key: (info.properties.dtype, info.size) for key, info in found.items()}
-
-
-def _scores(callbacks: Mapping[str, Any]) -> dict[str, float]:
-    """The values by which ModelCheckpoint chose, by the name of what it watched."""
-    scores = {}
-    for state in callbacks.values():
-        if isinstance(state, dict) and state.get("monitor") and state.get("current_score") is not None:
-            scores[str(state["monitor"])] = state["current_score"]
-    return {key: float(value) for key, value in scores.items()}
 
 
 def _rows(adapter: AdapterSummary) -> dict[str, Any]:

@@ -7,12 +7,13 @@ in it is run, and all that it declares is held against its real size before memo
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lightning_peft.formats.strict_json import FormatError, parse_json
+
 __all__ = [
     "CARD",
     "CONFIG",
@@ -30,7 +33,6 @@ __all__ = [
     "FormatError",
     "TensorInfo",
     "adapter_folders",
-    "parse_json",
     "read_config",
     "read_files",
     "read_header",
@@ -40,17 +42,12 @@ __all__ = [
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
 
 MAX_JSON = 16 * 2**20  #: bytes of a configuration, or of the header of a tensor file
-MAX_DEPTH = 32  #: lists and objects inside one another in JSON
 MAX_KEY = 1024  #: characters of a tensor's name
 
 _BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "C64": 8,
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
 }  # fmt: skip
-
-
-class FormatError(ValueError):
-    """Files that are no adapter this package reads, or that cannot be trusted, and why."""
 
 
 @dataclass
@@ -260,9 +257,14 @@ def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _folder(directory: str | Path) -> Path:
     path = Path(directory)
     if not path.exists():
-        raise FormatError(f"there is no directory {path}")
+        beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        near = difflib.get_close_matches(path.name, beside, n=3)
+        hub = f"of the Hub, download it first: huggingface_hub.snapshot_download({str(directory)!r})"
+        hint = f"; near it: {', '.join(near)}" if near else f"; {hub}" if str(directory).count("/") == 1 else ""
+        raise FormatError(f"there is no directory {path}{hint}")
     if not path.is_dir():
-        raise FormatError(f"{path} is a file; an adapter is a directory with {CONFIG} and {WEIGHTS}")
+        hint = f"; `lightning-peft export {path} out/` makes one of a checkpoint" if path.suffix == ".ckpt" else ""
+        raise FormatError(f"{path} is a file; an adapter is a directory with {CONFIG} and {WEIGHTS}{hint}")
     return path.resolve()
 
 
@@ -291,6 +293,8 @@ def _file(directory: Path, name: str) -> Path:
 
 def _contents(directory: Path) -> str:
     names = sorted(p.name for p in directory.iterdir())
+    if "config.json" in names:
+        return "it holds a whole model ('config.json'), which from_pretrained loads"
     return f"it holds {', '.join(map(repr, names[:6]))}" if names else "it is empty"
 
 
@@ -304,50 +308,6 @@ def _stays_inside(path: Path, directory: Path) -> None:
     blobs = None if snapshots is None else snapshots.parent.parent / "blobs"
     if not target.is_relative_to(directory) and target.parent != blobs:
         raise FormatError(f"{path} is a symbolic link to {target}, outside of the adapter's directory")
-
-
-def parse_json(data: bytes, where: str) -> dict[str, Any]:
-    """The JSON object in ``data``: no key twice, no NaN, not too deep.
-
-    Raises:
-        FormatError: it is none; ``where`` says what was read.
-    """
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for key, value in pairs:
-            if key in found:
-                raise FormatError(f"{where} names {key[:80]!r} twice")
-            found[key] = value
-        return found
-
-    def finite(number: str) -> float:
-        if not math.isfinite(float(number)):
-            raise FormatError(f"{where} holds the number {number}")
-        return float(number)
-
-    try:
-        found = json.loads(data.decode("utf-8"), object_pairs_hook=once, parse_float=finite, parse_constant=finite)
-    except RecursionError:
-        raise FormatError(f"{where} is nested deeper than {MAX_DEPTH} levels") from None
-    except FormatError:
-        raise
-    except ValueError as error:  # no UTF-8, no JSON, an integer of thousands of digits
-        raise FormatError(f"{where} is no JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise FormatError(f"{where} is a JSON {type(found).__name__}; an object was expected")
-    if any(depth > MAX_DEPTH for depth in _depths(found)):
-        raise FormatError(f"{where} is nested deeper than {MAX_DEPTH} levels")
-    return found
-
-
-def _depths(value: Any) -> Iterator[int]:
-    stack = [(value, 1)]
-    while stack:
-        value, depth = stack.pop()
-        yield depth
-        inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-        stack += [(v, depth + 1) for v in inside if isinstance(v, dict | list)]
 
 
 def _entry(key: str, entry: Any, path: Path) -> tuple[TensorInfo, int, int]:

@@ -11,8 +11,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -22,8 +20,8 @@ from lightning_peft.formats.converter import NotInPeftError, Options, Reading, T
 from lightning_peft.formats.files import FormatError
 from lightning_peft.formats.layers import Layer, LayerConverter, flag
 from lightning_peft.formats.names import Base
+from lightning_peft.formats.patterns import clean, most_common, our_pattern, pattern_keys, pattern_value
 from lightning_peft.formats.snapshot import Snapshot
-from lightning_peft.formats.targets import pattern_keys, pattern_value
 from lightning_peft.methods.loha import LoHa
 from lightning_peft.methods.lokr import LoKr
 from lightning_peft.methods.oft import OFT
@@ -78,8 +76,8 @@ class _FactorConverter(LayerConverter):
         method = snapshot.method
         assert isinstance(method, LoHa | LoKr)
         ranks = {part.name: part.facts["r"] for part in snapshot.parts}
-        alphas = {part.name: _clean(part.facts["scale"] * part.facts["r"]) for part in snapshot.parts}
-        r, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+        alphas = {part.name: clean(part.facts["scale"] * part.facts["r"]) for part in snapshot.parts}
+        r, alpha = (most_common(values.values()) for values in (ranks, alphas))
         return {
             "r": r,
             "alpha": alpha,
@@ -98,7 +96,7 @@ class _FactorConverter(LayerConverter):
             values[option] = options.number(option, default)
             patterns = options.get({"r": "rank_pattern", "alpha": "alpha_pattern"}[option]) or {}
             at = {name: pattern_value(patterns, name, values[option]) for name in names}
-            values[{"r": "rank_pattern", "alpha": "alpha_pattern"}[option]] = _by_pattern(at, values[option], base)
+            values[{"r": "rank_pattern", "alpha": "alpha_pattern"}[option]] = our_pattern(at, values[option], base)
         return values | {
             "rank_dropout": options.number("rank_dropout", 0.0),
             "module_dropout": options.number("module_dropout", 0.0),
@@ -231,14 +229,3 @@ def _within(entries: Tensor, eps: float) -> Tensor:
     limit = eps / math.sqrt(len(entries))
     length = math.sqrt(2) * entries.float().norm(dim=-1, keepdim=True)  # each entry is in the matrix twice
     return torch.where(length <= limit, entries, entries * (limit / length.clamp(min=limit)).to(entries.dtype))
-
-
-def _by_pattern(values: Mapping[str, Any], default: Any, base: Base) -> dict[str, Any]:
-    others = [name for name, value in values.items() if value != default]
-    return dict(zip(base.patterns(others), (values[name] for name in others)))
-
-
-def _clean(value: float) -> float | int:
-    """Without the noise of a division and its inverse."""
-    near = round(value, 9)
-    return int(near) if near == int(near) else near

@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from lightning_peft.core.host import adapter_names, check_name, deactivate
 from lightning_peft.core.inject import Method, Plan, check_injectable, injected_name, injection_of, put_in
 from lightning_peft.core.replace import replace_trained
-from lightning_peft.core.state import check_fingerprint
+from lightning_peft.core.state import StateError, check_fingerprint
+from lightning_peft.core.swap import original_class
 from lightning_peft.formats.common import own_facts
 from lightning_peft.formats.converter import Options, Reading, Tensors
 from lightning_peft.formats.files import CONFIG, AdapterFiles, FormatError, adapter_folders, read_files
-from lightning_peft.formats.names import PREFIX, Base, base_for_keys
+from lightning_peft.formats.names import PREFIX, Base, base_for_keys, base_of
 from lightning_peft.formats.own import take_own
+from lightning_peft.formats.regex import check_regexes
 from lightning_peft.formats.registry import converter_for_type
 from lightning_peft.methods.callback import PEFTMethod
 
@@ -65,7 +67,10 @@ def load_adapter(
     check_injectable(root)
     folders = [Path(directory)] if (Path(directory) / CONFIG).exists() else adapter_folders(directory)
     if name is not None and len(folders) > 1:
-        raise ValueError(f"{directory} holds {[f.name for f in folders]}: give the folder of one, or no name")
+        raise ValueError(
+            f"{directory} holds the adapters {', '.join(f.name for f in folders)}, which cannot all be called "
+            f"{name!r}: give the folder of one, such as {folders[0]}, or no name"
+        )
     taken = [*adapter_names(root), *(record.methods if (record := injection_of(root)) is not None else ())]
     plans: dict[str, tuple[Method, Plan]] = {}
     for folder in folders:
@@ -78,12 +83,23 @@ def load_adapter(
             plans[called] = _planned(root, files, called, trainable, check_base)
         except (ValueError, TypeError, AttributeError, KeyError, re.error) as error:
             what = str(error) if isinstance(error, ValueError) else f"an option has a value it cannot have: {error!r}"
-            raise FormatError(f"{folder}: {what}") from error
+            raise FormatError(f"{_told(files, root)}: {what}") from error
+        except StateError as error:
+            hint = "; check_base=False skips this comparison" if "another base" in str(error) else ""
+            raise StateError(f"{_told(files, root)}: {error}{hint}") from error
     put_in(root, plans)
     if taken:
         for called in plans:
             deactivate(root, called)
     return list(plans)
+
+
+def _told(files: AdapterFiles, root: nn.Module) -> str:
+    """What does not go where, for an error."""
+    facts = own_facts(files.metadata, files.directory)
+    made_for = " of ".join(str(n) for n in (facts.get("base"), files.config.get("base_model_name_or_path")) if n)
+    kind = original_class(base_of(root).module).__name__
+    return f"{files.directory}{f', made for {made_for!a},' if made_for else ''} onto {kind}"
 
 
 def saved_name(files: AdapterFiles) -> str:
@@ -119,6 +135,7 @@ def read_plan(
     if check_base and "fingerprint" in (facts := own_facts(files.metadata, files.directory)):
         check_fingerprint(base.module, facts["fingerprint"], plain=injection_of(root) is None)
     options, tensors = Options(files.config), Tensors(files.tensors)
+    check_regexes(files.config, [name for name, _ in (*root.named_modules(), *root.named_parameters())])
     converter = converter_for_type(options.get("peft_type"))
     heads, own = take_own(options, tensors, base, converter.prefix)
     reading = converter.read(options, tensors, base, name, trainable=base.patterns(heads))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,11 +15,10 @@ from lightning_peft.formats.files import FormatError
 from lightning_peft.formats.lora_tensors import entries, take_attention, take_layer, take_parameter, within_rank
 from lightning_peft.formats.names import Base
 from lightning_peft.formats.own import bias_option
+from lightning_peft.formats.patterns import clean, most_common, our_pattern, pattern_keys, pattern_value
 from lightning_peft.formats.snapshot import Snapshot
 from lightning_peft.formats.targets import (
     parameters_of,
-    pattern_keys,
-    pattern_value,
     resolve,
     target_modules,
     target_parameters,
@@ -44,8 +42,8 @@ class LoRAConverter(Converter):
         found = list(entries([part for part in snapshot.parts if "tokens" not in part.facts], fold_scale))
         rslora = method.use_rslora and not fold_scale
         ranks = {entry.name: entry.r for entry in found}
-        alphas = {entry.name: _clean(entry.scale * _divisor(entry.r, rslora)) for entry in found}
-        r, alpha = _most_common(ranks.values()), _most_common(alphas.values())
+        alphas = {entry.name: clean(entry.scale * _divisor(entry.r, rslora)) for entry in found}
+        r, alpha = most_common(ranks.values()), most_common(alphas.values())
         modules = [entry.name for entry in found if not entry.is_parameter]
         parameters = [entry.name for entry in found if entry.is_parameter]
         config = {
@@ -76,8 +74,8 @@ class LoRAConverter(Converter):
         dora, rslora = bool(options.get("use_dora", False)), bool(options.get("use_rslora", False))
         lora_bias = any("lora_bias" in pair for pair, _ in pairs.values())
         ranks = {site: pair["lora_A"].shape[-2] for site, (pair, _) in pairs.items()}
-        alphas = {site: _clean(scale * _divisor(ranks[site], rslora)) for site, (_, scale) in pairs.items()}
-        r, alpha = _most_common(ranks.values()), _most_common(alphas.values())
+        alphas = {site: clean(scale * _divisor(ranks[site], rslora)) for site, (_, scale) in pairs.items()}
+        r, alpha = most_common(ranks.values()), most_common(alphas.values())
         init = options.get("init_lora_weights", True)
         tokens, rows = take_tokens(options, tensors, base)
         method = (DoRA if dora else LoRA)(
@@ -87,8 +85,8 @@ class LoRAConverter(Converter):
             targets=base.patterns(pairs),
             name=name,
             use_rslora=rslora,
-            rank_pattern=_exactly(ranks, r, base),
-            alpha_pattern=_exactly(alphas, alpha, base),
+            rank_pattern=our_pattern(ranks, r, base),
+            alpha_pattern=our_pattern(alphas, alpha, base),
             bias=options.get("bias", "none"),
             lora_bias=lora_bias,
             init=init if init in _FROM_WEIGHT else "kaiming",
@@ -176,20 +174,5 @@ def _dropout(options: Options, pairs: Mapping[str, Any], base: Base) -> float:
     return wanted if all(sites[name].layout.has_activation for name in pairs) else 0.0
 
 
-def _exactly(values: Mapping[str, Any], default: Any, base: Base) -> dict[str, Any]:
-    others = [name for name, value in values.items() if value != default]
-    return dict(zip(base.patterns(others), (values[name] for name in others)))
-
-
 def _divisor(r: int, rslora: bool) -> float:
     return math.sqrt(r) if rslora else r
-
-
-def _most_common(values: Any) -> Any:
-    return Counter(values).most_common(1)[0][0]
-
-
-def _clean(value: float) -> float | int:
-    """Without the noise of a division and its inverse."""
-    near = round(value, 9)
-    return int(near) if near == int(near) else near

@@ -33,13 +33,23 @@ def locate(model: str, marks: tuple[str, ...] = ("config.json",)) -> str:
         inside = sorted(child.parent.name for child in path.glob(f"*/{marks[0]}"))
         hint = f"; its folder {inside[0]!r} has one" if inside else ""
         raise FileNotFoundError(f"{model!r} is not a Hugging Face model folder: it has no {marks[0]}{hint}.")
-    # A hub id has at most one slash and does not start like a path; anything else was meant to be on disk.
-    if path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
+    if is_folder(model):
         siblings = [child.name for child in path.parent.glob("*") if child.is_dir()]
         near = difflib.get_close_matches(path.name, siblings, n=3, cutoff=0.4)
         hint = f"; near it: {', '.join(near)}" if near else ""
         raise FileNotFoundError(f"there is no model folder {model!r}{hint}.")
     return model
+
+
+def public_name(model: str) -> str:
+    """What :func:`locate` was given for a model: ``"demo"`` for the embedded one, wherever it is installed."""
+    return "demo" if Path(model).parts[-3:] == demo.MODEL.parts[-3:] else model
+
+
+def is_folder(model: str) -> bool:
+    """Whether a model's name is a folder's, there or not; a hub id has at most one slash and starts like no path."""
+    path = Path(model).expanduser()
+    return path.is_dir() or path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1
 
 
 def load_model(auto_class: Any, model: str, pretrained: bool, dtype: str | None, **config: Any) -> Any:

@@ -89,6 +89,7 @@ def _facts(snapshot: Snapshot) -> dict[str, Any]:
         "version": 1,
         "method": type(method).__name__,
         "config": method.config(),
+        "base": snapshot.base.facts()["class"],
         "fingerprint": snapshot.fingerprint,
         "metrics": snapshot.metrics,
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,21 +21,20 @@ def check_types(config: Mapping[str, Any]) -> None:
     """
     for option in (*_NAMES, *_LISTS):
         value = config.get(option)
-        if isinstance(value, str) and option in _NAMES:
-            _check_regex(option, value)
-        elif value is not None and not _is_list(value, str):
+        if value is not None and not (isinstance(value, str) and option in _NAMES) and not _is_list(value, str):
             raise FormatError(f"{option} must be a list of names, got {value!r}")
     layers = config.get("layers_to_transform")
     if layers is not None and not _is_list(layers if isinstance(layers, list) else [layers], int):
         raise FormatError(f"layers_to_transform must be numbers of layers, got {layers!r}")
+    masks = config.get("rank_pattern") if config.get("peft_type") == "ADALORA" else None
+    if masks is not None and not (isinstance(masks, dict) and all(_is_mask(mask) for mask in masks.values())):
+        raise FormatError("rank_pattern of AdaLoRA must say by name which ranks are left, as lists of true and false")
     for option, kinds in (("rank_pattern", int), ("alpha_pattern", (int, float))):
         patterns = config.get(option)
-        if patterns is None or config.get("peft_type") == "ADALORA":
+        if patterns is None or patterns is masks:
             continue
         if not isinstance(patterns, dict) or not _is_list(list(patterns.values()), kinds):
             raise FormatError(f"{option} must give numbers by pattern, got {patterns!r}")
-        for pattern in patterns:
-            _check_regex(option, pattern)
     tokens = config.get("trainable_token_indices")
     if tokens is not None:
         rows = list(tokens.values()) if isinstance(tokens, dict) else [tokens]
@@ -48,8 +46,5 @@ def _is_list(value: Any, kinds: Any) -> bool:
     return isinstance(value, list) and all(isinstance(v, kinds) and not isinstance(v, bool) for v in value)
 
 
-def _check_regex(option: str, pattern: str) -> None:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise FormatError(f"{option}: {pattern!r} is no regular expression: {error}") from error
+def _is_mask(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(v, bool) for v in value)

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from lightning_peft.core.attention import find_attention
-from lightning_peft.core.swap import original_class
+from lightning_peft.formats.common import task_of
 from lightning_peft.formats.converter import Converter, NotInPeftError, Options, Reading, Tensors, Writing
 from lightning_peft.formats.files import FormatError
 from lightning_peft.formats.names import Base
@@ -27,16 +27,6 @@ from lightning_peft.methods.sequence import PromptAdapter
 
 __all__ = ["PTuningConverter", "PrefixTuningConverter", "PromptTuningConverter"]
 
-#: the end of a class's name, and the task by which PEFT chooses how a prompt is used
-_TASKS = {
-    "ForCausalLM": "CAUSAL_LM",
-    "LMHeadModel": "CAUSAL_LM",
-    "ForSequenceClassification": "SEQ_CLS",
-    "ForTokenClassification": "TOKEN_CLS",
-    "ForQuestionAnswering": "QUESTION_ANS",
-    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
-    "Model": "FEATURE_EXTRACTION",
-}
 #: what PEFT derives from the base
 _DERIVED = ("token_dim", "num_attention_heads", "num_layers")
 #: what made a prompt, which is in the file as it came out
@@ -57,9 +47,12 @@ class _PromptConverter(Converter):
         for option, value in (("position", "prefix"), ("template", None), ("side", "encoder"), ("targets", "inputs")):
             if getattr(method, option) != value:
                 raise NotInPeftError(f"PEFT puts a prompt first, not by {option}={getattr(method, option)!r}")
-        task = _task(snapshot.base)
+        task, heads = task_of(snapshot.base)
         (adapter,) = _adapters(snapshot, PromptAdapter).values()
-        _add_heads(snapshot, task)
+        layers = getattr(_config(snapshot.base), "num_hidden_layers", None)
+        if layers is None:
+            raise NotInPeftError("PEFT's prompts need a model whose configuration counts its layers")
+        _add_heads(snapshot, heads)
         prompt = _folded(adapter)
         config = {
             "task_type": task,
@@ -67,7 +60,7 @@ class _PromptConverter(Converter):
             "token_dim": prompt.shape[1],
             "num_transformer_submodules": 1,
             "num_attention_heads": _heads(snapshot.base),
-            "num_layers": _config(snapshot.base).num_hidden_layers,
+            "num_layers": layers,
         }
         return Writing({**config, **self.own()}, {"prompt_embeddings": prompt})
 
@@ -138,11 +131,11 @@ class PrefixTuningConverter(Converter):
             raise NotInPeftError("PEFT's prefixes have no gate")
         if not method.shift_positions:
             raise NotInPeftError("PEFT counts positions from the end of the prefix: shift_positions=True computes that")
-        task, adapters = _task(snapshot.base), _adapters(snapshot, PrefixAdapter)
+        (task, heads), adapters = task_of(snapshot.base), _adapters(snapshot, PrefixAdapter)
         everywhere = find_attention(snapshot.base.module, "all-attention", (), method.kv_dim)
         if adapters.keys() != everywhere.keys() or task == "SEQ_2_SEQ_LM":
             raise NotInPeftError("PEFT's prefixes are those of every attention of a decoder")
-        _add_heads(snapshot, task)
+        _add_heads(snapshot, heads)
         parts = [part for adapter in adapters.values() for part in _folded(adapter)]
         if len({part.shape for part in parts}) > 1:
             raise NotInPeftError("PEFT's prefixes have one width in all layers, for keys and for values")
@@ -203,17 +196,6 @@ def _folded(adapter: Any) -> Any:
         adapter.train(mode)
 
 
-def _task(base: Base) -> str:
-    """The task that PEFT has to know."""
-    name = original_class(base.module).__name__
-    if not hasattr(_config(base), "num_hidden_layers"):
-        raise NotInPeftError(f"PEFT's prompts need a model of transformers; {name} is none")
-    task = next((task for end, task in _TASKS.items() if name.endswith(end)), None)
-    if task is None:
-        raise NotInPeftError(f"PEFT has no task for {name}; it knows models whose names end in {', '.join(_TASKS)}")
-    return task
-
-
 def _count(options: Options) -> int:
     """How many virtual tokens there are."""
     tokens = options.get("num_virtual_tokens")
@@ -222,11 +204,10 @@ def _count(options: Options) -> int:
     return tokens
 
 
-def _add_heads(snapshot: Snapshot, task: str) -> None:
+def _add_heads(snapshot: Snapshot, heads: tuple[str, ...]) -> None:
     """Let the head of a task be written, trained or not: PEFT makes a copy of it and wants its values."""
-    usual = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
     for name, module in snapshot.base.modules().items():
-        if name.endswith(usual.get(task, ())):
+        if name.endswith(heads):
             for key, value in module.state_dict().items():
                 if ".adapters." not in f".{key}":
                     snapshot.trained.setdefault(f"{name}.{key}", whole(value))

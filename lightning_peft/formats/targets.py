@@ -14,7 +14,7 @@ from lightning_peft.formats.converter import NotInPeftError, Options
 from lightning_peft.formats.files import FormatError
 from lightning_peft.formats.names import Base
 
-__all__ = ["heads_of", "pattern_value", "resolve", "target_modules"]
+__all__ = ["heads_of", "parameters_of", "resolve", "target_modules", "target_parameters"]
 
 
 def target_modules(names: Iterable[str], base: Base) -> list[str] | str:
@@ -102,23 +102,6 @@ def heads_of(patterns: Sequence[str], base: Base, option: str = "modules_to_save
             raise FormatError(f"{option}: {no_match(pattern, base.modules())}")
         found += [hit for hit in hits if hit not in found]
     return found
-
-
-def pattern_value(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
-    """The value of the first of PEFT's patterns that means ``name``: a regular expression for its end."""
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
-            return value
-    return default
-
-
-def pattern_keys(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
-    """``rank_pattern`` or ``alpha_pattern`` by which PEFT finds just these values at these names."""
-    others = {name: value for name, value in values.items() if value != default}
-    clash = any(a != b and a.endswith(f".{b}") for a in values for b in others)
-    special = any(re.escape(name).replace("\\.", ".") != name for name in others)
-    # Plain names, which other readers understand, unless one would be taken for another.
-    return {f"^{re.escape(name)}": value for name, value in others.items()} if clash or special else others
 
 
 def target_parameters(names: Sequence[str], base: Base) -> list[str]:

@@ -14,11 +14,9 @@ from torch import Tensor
 from lightning_peft.core.host import set_active
 from lightning_peft.core.inject import apply, injection_of, put_in
 from lightning_peft.core.replace import replace_trained, saved_copies
-from lightning_peft.core.state import StateError
 from lightning_peft.core.targets import TargetError
-from lightning_peft.core.torch_file import read_torch_file
 from lightning_peft.methods.callback import PEFTMethod, registered_method
-from lightning_peft.trainer.manifest import KEY
+from lightning_peft.trainer.manifest import KEY, read_checkpoint
 from lightning_peft.trainer.module import adapt_module
 
 __all__ = ["load_from_checkpoint"]
@@ -42,9 +40,7 @@ def load_from_checkpoint(module_class: type[M], path: str | Path, map_location: 
         StateError: the checkpoint has no manifest, does not fit, was trained on another base, or would run code.
         ValueError: it names a method that is not defined here.
     """
-    checkpoint = read_torch_file(path, map_location)
-    if not isinstance(checkpoint, dict) or KEY not in checkpoint:
-        raise StateError(f"{path} has no {KEY!r} manifest: it was not saved by a run with methods attached")
+    checkpoint = read_checkpoint(path, map_location)
     methods = [(_method(entry), entry.get("trains", True)) for entry in checkpoint[KEY]["methods"]]
     accepted = inspect.signature(module_class.__init__).parameters
     anything = any(p.kind is p.VAR_KEYWORD for p in accepted.values())

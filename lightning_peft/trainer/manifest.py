@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, cast
 
 from torch import nn
@@ -14,8 +15,9 @@ from lightning_peft.core.inject import Injection, Trains, injected_name, injecti
 from lightning_peft.core.parts import Part
 from lightning_peft.core.state import StateError, adapter_state
 from lightning_peft.core.thaw import thawed
+from lightning_peft.core.torch_file import read_torch_file
 
-__all__ = ["KEY", "check_manifest", "manifest", "trains"]
+__all__ = ["KEY", "check_manifest", "manifest", "read_checkpoint", "scores", "trains"]
 
 KEY = "lightning_peft"
 VERSION = 1
@@ -44,6 +46,32 @@ def manifest(model: nn.Module) -> dict[str, Any]:
         "trainable": record.report.trainable,
         "total": record.report.total,
     }
+
+
+def read_checkpoint(path: str | Path, map_location: Any = "cpu", mmap: bool = False) -> dict[str, Any]:
+    """A checkpoint that has a manifest.
+
+    Args:
+        path: a file that a Trainer wrote.
+        map_location: where to put the tensors.
+        mmap: leave their values in the file until they are used.
+
+    Raises:
+        StateError: it has none, cannot be read, or would run code.
+    """
+    checkpoint = read_torch_file(path, map_location, mmap=mmap)
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(KEY), dict):
+        raise StateError(f"{path} has no {KEY!r} manifest: it was not saved by a run with methods attached")
+    return checkpoint
+
+
+def scores(checkpoint: Mapping[str, Any]) -> dict[str, float]:
+    """The values by which ``ModelCheckpoint`` chose, by the name of what it watched."""
+    found = {}
+    for state in (checkpoint.get("callbacks") or {}).values():
+        if isinstance(state, dict) and state.get("monitor") and state.get("current_score") is not None:
+            found[str(state["monitor"])] = float(state["current_score"])
+    return found
 
 
 def _plain(part: Part) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from lightning_peft.cli.main import main
+from lightning_peft.cli.main import COMMANDS, main
 from lightning_peft.cli.methods import command_name, exported
 
 HERE = Path(__file__).parent
@@ -134,6 +134,47 @@ def test_every_method_is_explained(method):
     first_line = method.__doc__.partition("\n")[0]
     assert first_line.endswith(".")
     assert first_line in text
+
+
+def test_help_shows_every_command_and_what_it_does():
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), pytest.raises(SystemExit):
+        main(["--help"])
+    text = " ".join(out.getvalue().split())
+    for command, (_, what) in COMMANDS.items():
+        assert f"{command} {what}" in text
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_command_has_help(command):
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    assert f"usage: lightning-peft {command}" in out.getvalue()
+
+
+def test_a_module_beside_the_user_is_found(monkeypatch):
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
+    run("fit", *RUN, *LORA)
+    Path("beside_the_user.py").write_text("from modules import Module\n")
+    run("merge", str(checkpoint()), "out", "--model=beside_the_user.Module")
+    assert Path("out/model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["merge", "none.ckpt", "out", "--model=modules.Module"], "none.ckpt"),
+        (["export", "none.ckpt", "out"], "none.ckpt"),
+        (["import", "none", "out.ckpt", "--model=modules.Module"], "there is no directory none"),
+        (["import", ".", "out.ckpt", "--model=modules.Module", "--model.wdth=3"], "cannot be built .*wdth"),
+        (["import", ".", "out.ckpt", "--model=modules.Data"], "modules.Data is no LightningModule"),
+    ],
+)
+def test_a_command_says_what_is_wrong_in_a_line(args, message):
+    with pytest.raises(SystemExit, match=rf"^error: .*{message}"):
+        main(args)
 
 
 def test_module_and_own_script_in_a_fresh_process():

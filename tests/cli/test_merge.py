@@ -205,7 +205,7 @@ def test_what_a_selection_method_trained_is_there_without_folding():
         (["run.ckpt", "out", "--model=modules.Modul"], r"--model modules.Modul: module 'modules' has no attribute"),
         (
             ["run.ckpt", "out", "--model=modules.Data"],
-            r"modules.Data is no LightningModule; write package.module.Class",
+            r"modules.Data is no LightningModule; write my.package.Module, or one of",
         ),
         (["run.ckpt", "out", "--model=Module"], r"Module is no LightningModule"),
         (["run.ckpt", "taken", "--model=modules.Module"], r"taken exists already: name a new folder or file"),

@@ -10,6 +10,9 @@ import torch
 import lightning_peft as lp
 from tests.formats.models import Convolutions, adapted, gpt2, llama, logits, moved, read_by_peft, tokens
 
+#: a mask of a great rank, of which the file of rank three holds all that is left
+MANY = [True] * 3 + [False] * 4093
+
 
 def pruned(model, method):
     """Some triplets masked; of the first weight all."""
@@ -55,6 +58,28 @@ def test_we_read_what_peft_pruned(tmp_path):
     ours = copy.deepcopy(base)
     lp.load_adapter(ours, tmp_path)
     torch.testing.assert_close(logits(ours, x), want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"init_r": 10**12}, "lora_A' is 3x32; this base needs 1000000000000x32"),
+        ({"init_r": 2.5}, "init_r must be an integer of at least 1, got 2.5"),
+        ({"rank_pattern": {"layers.0": 3}}, "as lists of true and false"),
+        (
+            {"init_r": 4096, "rank_pattern": {f"model.layers.{i}.self_attn.q_proj.lora_E": MANY for i in range(2)}},
+            "init_r=4096 is more than 'model.layers.0.self_attn.q_proj' of 32x32 can have",
+        ),
+        ({"rank_pattern": {"model.layers.0.self_attn.q_proj.lora_E": [True]}}, "has 1 entries; init_r is 3"),
+    ],
+)
+def test_ranks_that_the_file_does_not_hold(options, said, tmp_path):
+    base = llama()
+    lp.save_adapter(adapted(base, lp.AdaLoRA(target_r=2, init_r=3, targets=["q_proj"])), tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **options}))
+    with pytest.raises(lp.FormatError, match=said):
+        lp.load_adapter(base, tmp_path)
 
 
 def test_a_convolution(tmp_path):

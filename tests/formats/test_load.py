@@ -67,6 +67,8 @@ def test_wrong_tensors_are_named_and_nothing_is_changed(saved, change, said):
         ({"rank_pattern": {"q_proj": 0}}, "rank of .*q_proj"),
         ({"bias": "some"}, "bias must be"),
         ({"target_modules": "(q_proj"}, "is no regular expression"),
+        ({"target_modules": "(" * 9999 + ")" * 9999}, "is no regular expression"),
+        ({"modules_to_save": ["lm_head("]}, r"modules_to_save: 'lm_head\(' is no regular expression"),
         ({"target_modules": 5}, "must be a list of names, got 5"),
         ({"rank_pattern": [1]}, "rank_pattern must give numbers by pattern"),
         ({"lora_dropout": 2.0}, "dropout must be a probability"),
@@ -209,3 +211,18 @@ def test_targets_and_options_mean_what_they_mean_in_peft(where, tmp_path):
     lp.load_adapter(ours, tmp_path)
     torch.testing.assert_close(logits(ours, x), logits(theirs, x), rtol=1e-4, atol=1e-5)
     assert not torch.allclose(logits(ours, x), logits(base, x), atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("target_modules", r"([a-z_.0-9]+)+!"),
+        ("rank_pattern", {r"(\w|\w)*(\w|\.)*(a|\D)*!": 2}),
+        ("modules_to_save", [r"(?:.?){30}!"]),
+    ],
+)
+def test_a_pattern_that_would_never_end(saved, monkeypatch, option, value):
+    base, directory = saved
+    monkeypatch.setattr("lightning_peft.formats.regex.LIMIT", 0.5)
+    edit_config(directory, **{option: value})
+    unchanged(base, directory, "the regular expression .*! takes more than 0.5 seconds".replace("!", ".*"))
