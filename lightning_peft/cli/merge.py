@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import lightning_peft as lp
 from lightning_peft.core.host import adapter_names, hosts
-from lightning_peft.core.inject import injection_of
+from lightning_peft.core.record import injection_of
 from lightning_peft.core.sites import output_head
 from lightning_peft.core.state import StateError
 from lightning_peft.core.torch_file import read_torch_file

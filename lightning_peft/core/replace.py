@@ -20,7 +20,7 @@ from torch.nn.utils import parametrize
 
 from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.host import stored_tensor
-from lightning_peft.core.inject import Plan
+from lightning_peft.core.plan import Plan
 from lightning_peft.core.state import StateError
 from lightning_peft.core.swap import original_class
 from lightning_peft.core.targets import base_modules

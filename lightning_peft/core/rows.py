@@ -17,6 +17,7 @@ from torch import nn
 from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.batch import Place, RowError, places, row_dim, tensors
 from lightning_peft.core.host import AdapterStack, hosts
+from lightning_peft.core.record import injection_of
 from lightning_peft.core.router import Router, Rows, Spanned
 from lightning_peft.core.swap import add_mixin, remove_mixin
 
@@ -90,8 +91,6 @@ class _LengthCheck:
 
 
 def _checked(model: nn.Module, names: Any, stacks: dict[str, AdapterStack]) -> Rows:
-    from lightning_peft.core.inject import injection_of
-
     if isinstance(names, str) or not isinstance(names, Sequence) or not len(names):
         raise RowError(f"names must be a list with one entry for each row of the batch, got {names!r}")
     known = list(dict.fromkeys(name for stack in stacks.values() for name in stack))

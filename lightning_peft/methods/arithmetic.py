@@ -32,7 +32,9 @@ from lightning_peft.core.adapter import Adapter, WeightAdapter
 from lightning_peft.core.decompose import Factors, LowRankReport, change, evaluating, product
 from lightning_peft.core.delete import check_deletable, take_out
 from lightning_peft.core.host import BIASES, AdapterStack, adapter_names, check_name, deactivate, hosts, stored_tensor
-from lightning_peft.core.inject import Method, Plan, injected_name, injection_of, put_in
+from lightning_peft.core.inject import put_in
+from lightning_peft.core.plan import Method, Plan
+from lightning_peft.core.record import injected_module, injection_of
 from lightning_peft.core.replace import replacements
 from lightning_peft.core.sites import weight_sites
 from lightning_peft.methods.callback import one_of
@@ -99,7 +101,7 @@ def combine(
     if name in adapter_names(model):
         raise ValueError(f"the model has an adapter named {name!r} already: give the new one another name=")
     _check(model, names, shares, how, r, energy, density)
-    root = model.get_submodule(injected_name(model))
+    root = injected_module(model)
     made = _made(root, dict(zip(names, shares)), how, r, energy, density, seed)
     _put_in(root, name, made, like=names[0])
     deactivate(root, name)
@@ -135,7 +137,7 @@ def to_lora(
         print(report.error)  # of the change, in the Frobenius norm
     """
     _check(model, [name], [1.0], "linear", r, energy, None)
-    root = model.get_submodule(injected_name(model))
+    root = injected_module(model)
     if not _changes(root, [name]):
         raise ValueError(f"{name!r} changes no matrix: there is nothing to turn into a LoRA")
     if new_name is not None:

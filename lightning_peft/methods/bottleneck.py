@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_peft.core.activation import ActivationAdapter, ActivationSite
-from lightning_peft.core.inject import Plan
+from lightning_peft.core.plan import Plan
 from lightning_peft.core.targets import TargetError, match, no_match
 from lightning_peft.methods.activation import ActivationMethod
 from lightning_peft.methods.callback import nonzero, one_of, positive, positive_int, probability
