@@ -21,6 +21,7 @@ from lightning_peft.core.host import (
     hosts,
     stored_tensor,
 )
+from lightning_peft.core.record import injected_module, injection_of
 from lightning_peft.core.state import canonical
 from lightning_peft.core.swap import restore_class
 
@@ -268,8 +269,6 @@ def unload(model: nn.Module, merge: bool = False) -> nn.Module:
     Raises:
         MergeError: ``merge=True`` and an active adapter cannot be folded, or was left out of an earlier merge.
     """
-    from lightning_peft.core.inject import injected_name, injection_of
-
     stacks = {name: cast(AdapterStack, host.adapters) for name, host in hosts(model)}
     if merge and not any(stack.merged for stack in stacks.values()):
         _merge(model)
@@ -284,7 +283,7 @@ def unload(model: nn.Module, merge: bool = False) -> nn.Module:
             )
     if not merge:
         unmerge(model)
-    record, injected = injection_of(model), model.get_submodule(injected_name(model))
+    record, injected = injection_of(model), injected_module(model)
     for name, _ in list(hosts(model)):
         detach(model, name)
     for module in model.modules():

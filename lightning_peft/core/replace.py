@@ -20,7 +20,7 @@ from torch.nn.utils import parametrize
 
 from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.host import stored_tensor
-from lightning_peft.core.inject import Plan
+from lightning_peft.core.plan import Plan
 from lightning_peft.core.state import StateError
 from lightning_peft.core.swap import original_class
 from lightning_peft.core.targets import base_modules
@@ -133,13 +133,17 @@ def saved_copies(plan: Plan, model: nn.Module, name: str, state: Mapping[str, Te
         name: the adapter.
         state: by key.
     """
+
+    def prefix(host: str) -> str:
+        return f"{host}.adapters.{name}".lstrip(".")
+
+    others = {f"{prefix(host)}.{key}" for host, _, adapter, _ in plan.attach for key in adapter.state_dict()}
     found: dict[str, Tensor] = {}
     for full, place in _places(model):
-        if full in plan.train or full in plan.later or any(f"{full}.".startswith(f"{m}.") for m in plan.train_modules):
-            prefix = f"{place.host}.adapters.{name}".lstrip(".")
-            keys = [f"{prefix}.{beside}{place.name}{end}" for beside in ("replacement.", "") for end in ("", "_")]
-            for key in keys:
-                if key in state:
+        for beside in ("replacement.", ""):
+            for end in ("", "_"):
+                key = f"{prefix(place.host)}.{beside}{place.name}{end}"
+                if key in state and key not in others:
                     found[full] = state[key]
     return found
 

@@ -19,6 +19,7 @@ from torch import nn
 from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.batch import Place, RowError, batch_dims, places, tensors
 from lightning_peft.core.host import AdapterStack, hosts
+from lightning_peft.core.record import injection_of
 from lightning_peft.core.router import Router, Rows, Spanned
 from lightning_peft.core.swap import add_mixin, remove_mixin
 
@@ -136,8 +137,6 @@ def _common(parts: list[list[str]]) -> list[str]:
 
 
 def _checked(model: nn.Module, names: Any, stacks: dict[str, AdapterStack]) -> Rows:
-    from lightning_peft.core.inject import injection_of
-
     if isinstance(names, str) or not isinstance(names, Sequence) or not len(names):
         raise RowError(f"names must be a list with one entry for each row of the batch, got {names!r}")
     known = list(dict.fromkeys(name for stack in stacks.values() for name in stack))

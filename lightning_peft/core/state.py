@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.host import AdapterStack, adapter_names, hosts
+from lightning_peft.core.record import injected_name, injection_of
 
 __all__ = [
     "StateError",
@@ -57,8 +58,6 @@ def _owned_keys(model: nn.Module) -> set[str]:
 
 
 def _moved_buffers(model: nn.Module) -> set[str]:
-    from lightning_peft.core.inject import injected_name, injection_of
-
     record, root = injection_of(model), canonical(injected_name(model))
     before = {} if record is None else {f"{root}.{name}" if root else name: b for name, b in record.buffers.items()}
     buffers = {canonical(name): buffer for name, buffer in model.named_buffers()}

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.host import AdapterStack, hosts
-from lightning_peft.core.inject import Injection, injected_name, injection_of
 from lightning_peft.core.parts import Part, kind_of, parts_of, whole
+from lightning_peft.core.record import Injection, injected_name, injection_of
 from lightning_peft.core.state import StateError, canonical, trainable_keys
 from lightning_peft.formats.names import Base, base_of
 from lightning_peft.methods.callback import PEFTMethod

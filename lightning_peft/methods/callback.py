@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import nn
 
 from lightning_peft.core.host import check_name
-from lightning_peft.core.inject import Plan
+from lightning_peft.core.plan import Plan
 from lightning_peft.core.targets import as_patterns, match_modules
 from lightning_peft.trainer.lifecycle import Lifecycle
 
