@@ -64,7 +64,7 @@ class Base:
             "library": cls.__module__,
             "name_or_path": getattr(config, "_name_or_path", None) or None,
             "revision": getattr(config, "_commit_hash", None),
-            "embedding": next((n for n, m in self.modules().items() if m is embedding), None),
+            "embedding": next((n for n, m in base_modules(self.module) if m is embedding), None),
             "tied": bool(getattr(config, "tie_word_embeddings", False)),
             "pretrained": _is(self.module, "PreTrainedModel", "transformers.modeling_utils"),
         }
