@@ -24,6 +24,7 @@ from lightning_peft.core.plan import Plan
 from lightning_peft.core.state import StateError
 from lightning_peft.core.swap import original_class
 from lightning_peft.core.targets import base_modules
+from lightning_peft.ops.finite import is_finite
 
 __all__ = ["Replacement", "replace_trained", "replacements", "saved_copies"]
 
@@ -192,7 +193,7 @@ def _problem(value: Tensor, place: _Place) -> str | None:
         return f"a {kind.__name__} is never called: the module around it reads its parameters, and would miss a copy"
     if base.is_floating_point() != value.is_floating_point():
         return f"{value.dtype} given, {base.dtype} in the base"
-    if value.is_floating_point() and not value.isfinite().all():
+    if value.is_floating_point() and not is_finite(value):
         return "holds NaN or infinity"
     if value.shape == base.shape:
         return None

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lightning_peft.core.host import AdapterStack, adapter_names, hosts
 from lightning_peft.core.record import injected_name, injection_of
+from lightning_peft.ops.finite import is_finite
 
 __all__ = [
     "StateError",
@@ -102,7 +103,7 @@ def check_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         if given[key].shape != current[key].shape:
             shapes = f"{tuple(given[key].shape)} in the file, {tuple(current[key].shape)} in the model"
             problems.append(f"{key}: {shapes}")
-        elif key in expected and given[key].is_floating_point() and not given[key].isfinite().all():
+        elif key in expected and given[key].is_floating_point() and not is_finite(given[key]):
             problems.append(f"{key}: holds NaN or infinity")
     if problems:
         raise StateError("the state does not fit this model:\n  " + "\n  ".join(problems[:12]))
