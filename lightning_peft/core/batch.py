@@ -205,6 +205,11 @@ def _together(place: Place, groups: Sequence[Sequence[int]], outputs: list[Any],
         rest = {(*o.shape[:dim], *o.shape[dim + 1 :]) for o in outputs}
         if len(per_row) == len(rest) == 1 and first.ndim:
             return assemble(list(zip(groups, outputs)), dim)
+        if len(rest) > 1 and len(per_row) == 1:
+            raise RowError(
+                f"{place} gives outputs of shapes {[tuple(o.shape) for o in outputs]} for rows {[*map(list, groups)]}: "
+                "heads of different widths cannot serve one batch; call the model once for each width"
+            )
         raise RowError(
             f"{place} ran once for each group of rows, and its outputs, of shapes {[tuple(o.shape) for o in outputs]}, "
             "cannot be put together: it must give one output for each row (and no loss), of one shape for all"

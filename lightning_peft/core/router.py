@@ -165,7 +165,7 @@ class Router:
         if len(set(here)) == 1:
             return _Plan(all=here[0])
         names = sorted({name for row in here for name in row}, key=order.__getitem__)
-        links = {name: cast(Adapter, stack[name]).row_link(host) for name in names}
+        links = {name: _link(cast(Adapter, stack[name]), host) for name in names}
         spanning = {self.spanning.intersection(row) for row in here}
         if self.root is not None and len(spanning) > 1:
             raise RowError(
@@ -205,6 +205,11 @@ class Router:
             return  # nothing to tell by, or a table that all rows share
         if all(size % n for size in x.shape[:2]):
             row_dim(place, x, n)  # says what is wrong
+
+
+def _link(adapter: Adapter, host: nn.Module) -> Any:
+    # Copies of the host's own parameters are for a run of the host.
+    return adapter.row_link(host) if adapter.replacement is None else None
 
 
 class Spanned(nn.Module):

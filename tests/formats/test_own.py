@@ -87,3 +87,18 @@ def test_a_resized_vocabulary_is_named(tmp_path):
     other.resize_token_embeddings(70, mean_resizing=False)
     with pytest.raises(lp.FormatError, match="resize_token_embeddings"):
         lp.load_adapter(other, tmp_path, check_base=False)
+
+
+def test_a_second_copy_of_a_head_beside_the_first(tmp_path):
+    base, x = bert(), tokens()
+    alone = {}
+    for name in ("a", "b"):
+        ours = adapted(base, lp.LoRA(r=2, targets=["query"], trainable=["classifier"], name=name))
+        lp.save_adapter(ours, tmp_path / name)
+        alone[name] = logits(ours, x)
+    model = copy.deepcopy(base)
+    lp.load_adapter(model, tmp_path)
+    lp.load_adapter(model, tmp_path / "a", name="again")
+    for name in ("a", "b", "again"):
+        lp.set_active(model, name)
+        torch.testing.assert_close(logits(model, x), alone[name[0]])
