@@ -15,8 +15,9 @@ from lightning_peft.core.delete import delete_adapter
 from lightning_peft.core.drop import adapter_drop
 from lightning_peft.core.fold import fold
 from lightning_peft.core.host import active, disabled, set_active
-from lightning_peft.core.inject import InjectionError, apply, inspect, trainable_parameters
+from lightning_peft.core.inject import InjectionError, apply, inspect
 from lightning_peft.core.merge import MergeError, merge, unload, unmerge
+from lightning_peft.core.record import trainable_parameters
 from lightning_peft.core.report import Report
 from lightning_peft.core.rows import RowError, rows
 from lightning_peft.core.state import StateError, adapter_state

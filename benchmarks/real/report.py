@@ -112,7 +112,7 @@ def _searches(study: Study, store: Store, found: Found) -> list[str]:
         return []
     rates = sorted({r.setting.lr for results in tried.values() for r in results})
     steps = next(iter(tried.values()))[0].setting.steps
-    notes = [f"Loss on held-out data after {steps} steps; the search goes on until both neighbours are worse."]
+    notes = [f"Loss on held-out data after {steps} steps. A search ends when both neighbours of the best are worse."]
     notes += [f"{row.label} takes the rate of {row.lr_of}." for row in found if row.lr_of]
     written = [row.label for row in found if row.method is not None and not row.lr_of and row.label not in tried]
     notes += [f"Not searched, with the rate as written in the study: {', '.join(written)}."] if written else []
@@ -176,6 +176,7 @@ def _plot(study: Study, found: Found, path: Path) -> bool:
     axes.set_ylabel(f"{metric} on test data ({'higher' if study.higher_is_better else 'lower'} is better)")
     axes.margins(x=0.15)
     axes.spines[["top", "right"]].set_visible(False)
+    figure.canvas.draw()  # settles the axes' limits, which the labels' places depend on
     _label(axes, points)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, bbox_inches="tight", metadata={"Date": None})
@@ -186,6 +187,7 @@ def _plot(study: Study, found: Found, path: Path) -> bool:
 def _label(axes: Any, points: list[tuple[str, float, float]]) -> None:
     """Write each label beside its point, at the first of some places where it covers no other."""
     places = [(5, 3, "left"), (5, -10, "left"), (-5, 3, "right"), (-5, -10, "right"), (5, 12, "left"), (5, -19, "left")]
+    places += [(-5, 12, "right"), (-5, -19, "right"), (5, 21, "left"), (5, -28, "left")]
     taken: list[Any] = []
     for label, x, y in points:
         for dx, dy, side in places:

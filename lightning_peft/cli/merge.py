@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import lightning_peft as lp
 from lightning_peft.cli.module import add_model_option, load_module, parse
 from lightning_peft.core.host import adapter_names, hosts
-from lightning_peft.core.inject import injection_of
+from lightning_peft.core.record import injection_of
 from lightning_peft.core.sites import output_head
 from lightning_peft.core.state import StateError
 

@@ -17,7 +17,7 @@ from lightning_peft.core.blocks import find_blocks
 from lightning_peft.core.outputs import first_tensor, hidden_state, with_hidden_state
 from lightning_peft.core.row_links import AfterRows, RowLink, WholeBatch
 from lightning_peft.core.sites import find_sites, weight_sites
-from lightning_peft.core.sublayers import channels_first, find_sublayers, output_width
+from lightning_peft.core.sublayers import channels_first, find_sublayers, input_width, output_width
 from lightning_peft.core.swap import original_class
 from lightning_peft.core.targets import TargetError, as_patterns, base_modules, match, no_match
 
@@ -35,6 +35,7 @@ class ActivationSite:
         start: the name of the module whose input is the sub-layer's; ``host`` where it is its own.
         width: features of the output.
         axis: the dimension of the features: -1, or 1 for feature maps (N, C, ...).
+        input_width: features of the sub-layer's input; None where no layer tells.
     """
 
     name: str
@@ -43,6 +44,7 @@ class ActivationSite:
     start: str
     width: int
     axis: int = -1
+    input_width: int | None = None
 
 
 class ActivationAdapter(Adapter):
@@ -180,7 +182,8 @@ def find_activation_sites(
                 "from its layers: set width= to it (and channels_first=True for feature maps)"
             )
         maps = channels_first(modules[end]) if feature_maps is None else feature_maps
-        sites.append(ActivationSite(name, end, modules[end], span.start, features, 1 if maps else -1))
+        enters = input_width(modules[span.start])
+        sites.append(ActivationSite(name, end, modules[end], span.start, features, 1 if maps else -1, enters))
     order = list(modules)
     return sorted(sites, key=lambda site: order.index(site.host))
 

@@ -6,6 +6,7 @@ other holder of the same model go by the names inside. :class:`Base` maps betwee
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -63,7 +64,7 @@ class Base:
             "library": cls.__module__,
             "name_or_path": getattr(config, "_name_or_path", None) or None,
             "revision": getattr(config, "_commit_hash", None),
-            "embedding": next((n for n, m in self.modules().items() if m is embedding), None),
+            "embedding": next((n for n, m in base_modules(self.module) if m is embedding), None),
             "tied": bool(getattr(config, "tie_word_embeddings", False)),
             "pretrained": _is(self.module, "PreTrainedModel", "transformers.modeling_utils"),
         }
@@ -96,17 +97,18 @@ def base_of(root: nn.Module, used: Iterable[str] = ()) -> Base:
 
 def base_for_keys(root: nn.Module, keys: Iterable[str]) -> Base:
     """The base that ``keys`` (without prefix) were written for: the module in which most of their parts are found."""
-    keys = list(keys)
+    paths = [key.split(".") for key in itertools.islice(keys, 64)]
     first = base_of(root)
-    candidates = [first, *(Base(root, name) for name, _ in base_modules(root))]
+    candidates = [(first.name, first.module), *base_modules(root)]
     # max takes the first of equals: the base as it would be written, then the outermost.
-    return max(candidates, key=lambda base: sum(_depth(base.module, key) for key in keys[:64]))
+    name, _ = max(candidates, key=lambda candidate: sum(_depth(candidate[1], path) for path in paths))
+    return Base(root, name)
 
 
-def _depth(module: nn.Module, key: str) -> int:
-    """How many parts of ``key`` name modules, one inside the other, from ``module`` on."""
+def _depth(module: nn.Module, path: Iterable[str]) -> int:
+    """How many parts of ``path`` name modules, one inside the other, from ``module`` on."""
     depth = 0
-    for part in key.split("."):
+    for part in path:
         child = module._modules.get(part)
         if child is None:
             break

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lightning_peft.core.swap import original_class
 from lightning_peft.core.tokens import parameters_of
 
-__all__ = ["Place", "RowError", "assemble", "entries", "places", "row_dim", "split", "take", "tensors"]
+__all__ = ["Place", "RowError", "assemble", "batch_dims", "entries", "places", "row_dim", "split", "take", "tensors"]
 
 #: arguments that are (length, length) for all rows
 _SQUARE = ("mask", "src_mask", "tgt_mask", "memory_mask", "attn_mask")
@@ -74,23 +74,29 @@ def _sequence_first(module: nn.Module) -> bool:
     return any(isinstance(m, nn.MultiheadAttention | nn.RNNBase) and not m.batch_first for m in module.modules())
 
 
+def batch_dims(place: Place, x: Tensor) -> tuple[int, ...]:
+    """The dimension of ``x``, an input of the module at ``place``, that holds the batch; both if it is open."""
+    if place.order == "either" and x.ndim > (2 if x.is_floating_point() else 1):
+        return (0, 1)
+    return (1,) if place.order == "sequence" and x.ndim > 2 else (0,)
+
+
 def row_dim(place: Place, x: Tensor, n: int) -> int:
     """The dimension of ``x``, an input of the module at ``place``, that holds the ``n`` rows.
 
     Raises:
         RowError: none does, or it cannot be told.
     """
+    dims = batch_dims(place, x)
     fits = [d for d in range(min(2, x.ndim)) if x.shape[d] and x.shape[d] % n == 0]
-    dim = 1 if place.order == "sequence" and x.ndim > 2 else 0
     looked_up = not x.is_floating_point()
-    if place.order == "either" and x.ndim > (1 if looked_up else 2):
-        if len(fits) > 1:
-            raise RowError(
-                f"{place} was called with {tuple(x.shape)} for {n} rows, in a model that has modules with "
-                "batch_first=False: whether its rows are the first or the second dimension cannot be told. Build the "
-                "model with batch_first=True, or use another batch size"
-            )
-        dim = fits[0] if fits else 0
+    if len(dims) > 1 and len(fits) > 1:
+        raise RowError(
+            f"{place} was called with {tuple(x.shape)} for {n} rows, in a model that has modules with "
+            "batch_first=False: whether its rows are the first or the second dimension cannot be told. Build the "
+            "model with batch_first=True, or use another batch size"
+        )
+    dim = fits[0] if len(dims) > 1 and fits else dims[0]
     if dim not in fits:
         raise RowError(
             f"{place} was called with a tensor of shape {tuple(x.shape)}, whose dimension {dim} is no multiple of the "

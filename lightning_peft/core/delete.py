@@ -7,8 +7,8 @@ from typing import Any, cast
 from torch import nn
 
 from lightning_peft.core.host import AdapterStack, adapter_names, detach, hosts
-from lightning_peft.core.inject import injected_name, injection_of
 from lightning_peft.core.merge import unload
+from lightning_peft.core.record import injected_module, injection_of
 
 __all__ = ["check_deletable", "delete_adapter", "take_out"]
 
@@ -43,7 +43,7 @@ def check_deletable(model: nn.Module, name: str) -> None:
     if any(name in stack.merged_names for stack in found):
         raise ValueError(f"{name!r} is merged into the base: lp.unmerge(model) first")
     trains = any(p.requires_grad for stack in found for p in cast(nn.Module, stack[name]).parameters())
-    if trains and (_fitting(model) or _fitting(model.get_submodule(injected_name(model)))):
+    if trains and (_fitting(model) or _fitting(injected_module(model))):
         raise ValueError(f"{name!r} is in training, and the optimizer holds its parameters: delete it after the fit")
 
 
@@ -56,7 +56,7 @@ def take_out(model: nn.Module, name: str) -> None:
         record.methods.pop(name, None)
         record.trains.pop(name, None)
         record.report.entries = [entry for entry in record.report.entries if entry.adapter != name]
-        record.report.count(model.get_submodule(injected_name(model)))
+        record.report.count(injected_module(model))
 
 
 def _stacks(model: nn.Module, name: str) -> list[tuple[str, AdapterStack]]:

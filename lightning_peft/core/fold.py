@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.host import AdapterStack, adapter_names, hosts
-from lightning_peft.core.inject import injection_of
+from lightning_peft.core.record import injection_of
 
 __all__ = ["fold"]
 

@@ -262,8 +262,8 @@ def detach(model: nn.Module, host_name: str, name: str | None = None) -> None:
         for key in [k for k, hook in host._forward_pre_hooks.items() if hook is _slow_path]:
             del host._forward_pre_hooks[key]
         for parent in _parents(model, host_name):
-            if not any(has_mixin(module, Adapted) for module in parent.modules()):
-                vars(parent).update(vars(parent).pop("_before_slow_path", {}))
+            if "_before_slow_path" in vars(parent) and next(hosts(parent), None) is None:
+                vars(parent).update(vars(parent).pop("_before_slow_path"))
 
 
 def check_name(name: str) -> None:

@@ -7,164 +7,26 @@ planning, so an error leaves the model as it was.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.freeze import freeze_norm_statistics, hold_statistics, keep_full_precision
 from lightning_peft.core.host import attach, check_host, hosts
-from lightning_peft.core.parts import Part, parts_of
+from lightning_peft.core.parts import parts_of
+from lightning_peft.core.plan import Method, Plan
+from lightning_peft.core.record import Injection, Trains, injected_name, injection_of
 from lightning_peft.core.report import Report
 from lightning_peft.core.state import canonical, fingerprint
 from lightning_peft.core.swap import original_class
 from lightning_peft.core.targets import base_modules
 
-__all__ = [
-    "Injection",
-    "InjectionError",
-    "Method",
-    "Plan",
-    "Trains",
-    "apply",
-    "check_injectable",
-    "injected_name",
-    "injection_of",
-    "inspect",
-    "later_parameters",
-    "put_in",
-    "trainable_parameters",
-]
+__all__ = ["InjectionError", "apply", "check_injectable", "inspect", "put_in"]
 
 
 class InjectionError(ValueError):
     """Methods that cannot be put into this model, and why. Nothing was changed."""
-
-
-@dataclass
-class Plan:
-    """What one method will do to one model.
-
-    Attributes:
-        attach: (host name, name in the table, adapter, description) for each adapter.
-        train: names of base parameters to train, with the description for the table.
-        train_modules: names of base modules that train in full, heads for example; ``""`` is the whole model.
-        later: names of base parameters that are frozen at first and train later, with their name and description
-            in the table.
-        hold_statistics: names of norm layers whose running statistics stay although their parameters train.
-        notes: what is left alone and why.
-    """
-
-    attach: list[tuple[str, str, Adapter, str]] = field(default_factory=list)
-    train: dict[str, str] = field(default_factory=dict)
-    train_modules: list[str] = field(default_factory=list)
-    later: dict[str, tuple[str, str]] = field(default_factory=dict)
-    hold_statistics: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-
-class Method(Protocol):
-    """What :func:`apply` needs of a method; :class:`lightning_peft.PEFTMethod` is one."""
-
-    name: str
-    train_norm_stats: bool
-    may_change: ClassVar[frozenset[str]]
-
-    def plan(self, model: nn.Module) -> Plan: ...
-
-    def config(self) -> dict[str, Any]: ...
-
-    def regroup(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None: ...
-
-
-@dataclass(frozen=True)
-class Trains:
-    """What one method trains of the base itself, by name in the module that methods were applied to.
-
-    Attributes:
-        modules: modules that train in full.
-        parameters: single parameters, those that train only later in the run included.
-    """
-
-    modules: tuple[str, ...] = ()
-    parameters: tuple[str, ...] = ()
-
-
-@dataclass
-class Injection:
-    """The record of what was put into a model; it lives on the model itself.
-
-    Attributes:
-        methods: the methods by adapter name, in order.
-        report: counts and table.
-        fingerprint: what identifies the frozen base (:func:`lightning_peft.core.state.fingerprint`).
-        buffers: the base's persistent buffers as they were, to tell which ones training moves.
-        trained_before: names of the base parameters that required gradients before.
-        later: names of the parameters that train later; with the values they started from once they do.
-        trains: what each method trains of the base itself, by adapter name.
-        parts: where each method's adapters are and on what layers, without their tensors, by adapter name.
-    """
-
-    methods: dict[str, Method]
-    report: Report
-    fingerprint: dict[str, Any]
-    buffers: dict[str, Tensor]
-    trained_before: frozenset[str]
-    later: dict[str, Tensor | None] = field(default_factory=dict)
-    trains: dict[str, Trains] = field(default_factory=dict)
-    parts: dict[str, list[Part]] = field(default_factory=dict)
-
-    def widen(self, model: nn.Module, inner: str) -> None:
-        """Let the record of the module called ``inner`` speak of ``model`` around it, and freeze the rest of that."""
-
-        def outer(name: str) -> str:
-            return f"{inner}.{name}" if name else inner
-
-        inside = model.get_submodule(inner)
-        rest = {id(p) for p in model.parameters()} - {id(p) for p in inside.parameters()}
-        others = {name: p for name, p in model.named_parameters() if id(p) in rest}
-        trained = {canonical(name) for name, p in others.items() if p.requires_grad}
-        for parameter in others.values():
-            parameter.requires_grad_(False)
-        self.trained_before = frozenset(trained | {outer(name) for name in self.trained_before})
-        self.later = {outer(name): value for name, value in self.later.items()}
-        self.trains = {
-            adapter: Trains(tuple(map(outer, trains.modules)), tuple(map(outer, trains.parameters)))
-            for adapter, trains in self.trains.items()
-        }
-        for part in (part for parts in self.parts.values() for part in parts):
-            part.host = outer(part.host)
-        self.report.entries = [entry._replace(module=outer(entry.module)) for entry in self.report.entries]
-        self.buffers = _buffers_now(model) | {outer(name): buffer for name, buffer in self.buffers.items()}
-        self.fingerprint = fingerprint(model, leave_out=self.later)
-        model.__dict__["_peft_injection"] = inside.__dict__.pop("_peft_injection")
-
-
-def injection_of(model: nn.Module) -> Injection | None:
-    """The record of ``model``, or of the one module inside it that methods were applied to."""
-    return vars(model.get_submodule(injected_name(model))).get("_peft_injection")
-
-
-def injected_name(model: nn.Module) -> str:
-    """The name of the module that methods were applied to: ``model`` itself (``""``) or one inside it."""
-    return next((name for name, module in model.named_modules() if "_peft_injection" in vars(module)), "")
-
-
-def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters an optimizer should get: those that require gradients, or will later in the run."""
-    later = {id(p) for p in later_parameters(model)}
-    return [p for p in model.parameters() if p.requires_grad or id(p) in later]
-
-
-def later_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that start frozen and train later in the run, whether or not they do by now."""
-    for module in model.modules():
-        record: Injection | None = module.__dict__.get("_peft_injection")
-        if record is not None:
-            return [module.get_parameter(name) for name in record.later]
-    return []
 
 
 def apply(model: nn.Module, *methods: Method) -> Report:
@@ -214,7 +76,7 @@ def put_in(model: nn.Module, plans: Mapping[str, tuple[Method, Plan]]) -> Report
     record = injection_of(model)
     first = record is None
     if record is not None and (inner := injected_name(model)):
-        record.widen(model, inner)
+        _widen(record, model, inner)
     if record is None:
         trained = frozenset(canonical(name) for name, p in model.named_parameters() if p.requires_grad)
         model.requires_grad_(False)
@@ -236,6 +98,32 @@ def put_in(model: nn.Module, plans: Mapping[str, tuple[Method, Plan]]) -> Report
         record.buffers = _buffers_now(model)
         model.__dict__["_peft_injection"] = record
     return record.report
+
+
+def _widen(record: Injection, model: nn.Module, inner: str) -> None:
+    """Let the record of the module called ``inner`` speak of ``model`` around it, and freeze the rest of that."""
+
+    def outer(name: str) -> str:
+        return f"{inner}.{name}" if name else inner
+
+    inside = model.get_submodule(inner)
+    rest = {id(p) for p in model.parameters()} - {id(p) for p in inside.parameters()}
+    others = {name: p for name, p in model.named_parameters() if id(p) in rest}
+    trained = {canonical(name) for name, p in others.items() if p.requires_grad}
+    for parameter in others.values():
+        parameter.requires_grad_(False)
+    record.trained_before = frozenset(trained | {outer(name) for name in record.trained_before})
+    record.later = {outer(name): value for name, value in record.later.items()}
+    record.trains = {
+        adapter: Trains(tuple(map(outer, trains.modules)), tuple(map(outer, trains.parameters)))
+        for adapter, trains in record.trains.items()
+    }
+    for part in (part for parts in record.parts.values() for part in parts):
+        part.host = outer(part.host)
+    record.report.entries = [entry._replace(module=outer(entry.module)) for entry in record.report.entries]
+    record.buffers = _buffers_now(model) | {outer(name): buffer for name, buffer in record.buffers.items()}
+    record.fingerprint = fingerprint(model, leave_out=record.later)
+    model.__dict__["_peft_injection"] = inside.__dict__.pop("_peft_injection")
 
 
 def inspect(model: nn.Module, *methods: Method) -> Report:

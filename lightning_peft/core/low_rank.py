@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.adapter import WeightAdapter
 from lightning_peft.core.row_links import AfterRows, LowRankRows, RowLink
 from lightning_peft.ops.dropout import dropped
 
-__all__ = ["LowRankAdapter"]
+__all__ = ["LowRankAdapter", "with_products"]
+
+#: elements of a block that stays in a processor's cache
+_BLOCK = 1 << 18
 
 
 class LowRankAdapter(WeightAdapter):
@@ -47,3 +53,19 @@ class LowRankAdapter(WeightAdapter):
     def row_link(self, host: nn.Module) -> type[RowLink] | None:
         link = super().row_link(host)
         return LowRankRows if link is AfterRows and self.layout.vectors else link
+
+
+def with_products(matrix: Tensor, pairs: Iterable[tuple[Tensor, Tensor]], dtype: torch.dtype) -> Tensor:
+    """``matrix`` plus the product B A of each pair (A, B), computed in ``dtype`` and rounded once to its own type.
+
+    Done in blocks of rows, so that no second matrix of the type ``dtype`` is ever in memory.
+    """
+    out = torch.empty_like(matrix)
+    rows = max(1, _BLOCK * matrix.shape[-2] // max(1, matrix.numel()))
+    products = [(a.to(dtype), b.to(dtype).split(rows, -2)) for a, b in pairs]
+    for i, (new, old) in enumerate(zip(out.split(rows, -2), matrix.split(rows, -2))):
+        total = old.to(dtype, copy=True)
+        for a, b in products:
+            total += b[i] @ a
+        new.copy_(total)
+    return out

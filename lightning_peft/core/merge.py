@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, cast
 
 import torch
@@ -21,8 +20,12 @@ from lightning_peft.core.host import (
     hosts,
     stored_tensor,
 )
+from lightning_peft.core.layouts import Layout
+from lightning_peft.core.low_rank import LowRankAdapter, with_products
+from lightning_peft.core.record import injected_module, injection_of
 from lightning_peft.core.state import canonical
 from lightning_peft.core.swap import restore_class
+from lightning_peft.ops.finite import is_finite
 
 __all__ = ["MergeError", "merge", "unload", "unmerge"]
 
@@ -35,8 +38,8 @@ class MergeError(ValueError):
 def merge(model: nn.Module, name: str | None = None, partial: bool = False, untie: bool = False) -> list[str]:
     """Fold the active adapters, or the one called ``name``, into the base weights.
 
-    Computed in float32, as in evaluation (no dropout), and rounded once to the weight's type. The originals are kept
-    for :func:`unmerge`.
+    Computed in float32, as in evaluation (no dropout), and rounded once to the weight's type, one module after the
+    other. The originals are kept for :func:`unmerge`.
 
     Args:
         model: the adapted model; changed in place.
@@ -52,13 +55,14 @@ def merge(model: nn.Module, name: str | None = None, partial: bool = False, unti
     Raises:
         MergeError: an adapter that is no function of a weight, one that would change places with an earlier one where
             that makes a difference, a weight that other modules share, a result that is not finite, adapters merged
-            already; all are named before anything is changed. With ``partial``, if nothing can be folded.
+            already. The model is then as it was. With ``partial``, if nothing can be folded.
         ValueError: no adapter of that name.
     """
     if name is not None and name not in adapter_names(model):
         raise ValueError(f"no adapter named {name!r}; the model has {list(adapter_names(model))}")
     folds: list[_Fold] = []
     left: dict[str, list[str]] = {}  # why, by adapter
+    shared = _shared(model)
     for host_name, host in hosts(model):
         stack = cast(AdapterStack, host.adapters)
         if stack.merged is not None:
@@ -66,85 +70,113 @@ def merge(model: nn.Module, name: str | None = None, partial: bool = False, unti
         names, reasons = _split(host_name, stack, name)
         try:
             if names:
-                folds.append(_Fold(host_name, host, names, _merged_weights(host_name, host, names)))
+                folds.append(_Fold(host_name, host, names, shared))
         except MergeError as error:
             reasons |= {n: str(error) for n in names}
         for n, reason in reasons.items():
             left.setdefault(n, []).append(reason)
-    tied = _tied(model, folds)
+    tied = _tied(shared, folds)
     for fold in folds if not untie else ():
-        for full in (full for full in fold.full_names() if full in tied):
+        for full in (full for full in fold.parameters.values() if full in tied):
             reason = f"{full} is the same tensor as {tied[full]}, which would change with it: {_UNTIE}"
             for n in fold.names:
                 left.setdefault(n, []).append(reason)
     if not untie:
-        folds = [fold for fold in folds if not tied.keys() & fold.full_names()]
+        folds = [fold for fold in folds if tied.keys().isdisjoint(fold.parameters.values())]
+    _refuse(left, partial, folds)
+    try:
+        for fold in [*folds]:
+            try:
+                fold.write(tied)
+            except MergeError as error:
+                folds.remove(fold)
+                for n in fold.names:
+                    left.setdefault(n, []).append(str(error))
+        _refuse(left, partial, folds)
+    except BaseException:
+        unmerge(model)
+        raise
+    return _named(left)
+
+
+def _refuse(left: Mapping[str, list[str]], partial: bool, folds: Collection[_Fold]) -> None:
     if left and not (partial and folds):
         also = " (lp.merge(model, partial=True) folds all else)" if folds else ""
         raise MergeError(f"{'; '.join(_named(left))}{also}")
-    for fold in folds:
-        fold.keep_originals(tied)
-    for fold in folds:
-        fold.write()
-    return _named(left)
 
 
 _UNTIE = "lp.merge(model, untie=True) gives it a tensor of its own"
 
 
-@dataclass
 class _Fold:
-    """What is to be written at one host.
+    """What is to be written at one host: the change of the adapters called ``names``, in order.
 
     Attributes:
-        host_name, host: the module.
-        names: the adapters that are folded, in order.
-        weights: the new values by name in the host.
+        parameters: the full name of each tensor that changes, by its name in the host.
+
+    Raises:
+        MergeError: a weight that others share would not be finite.
     """
 
-    host_name: str
-    host: nn.Module
-    names: tuple[str, ...]
-    weights: dict[str, torch.Tensor]
+    def __init__(self, host_name: str, host: nn.Module, names: tuple[str, ...], shared: Mapping[str, Any]) -> None:
+        self.host_name, self.host, self.names = host_name, host, names
+        self.stack = cast(AdapterStack, host.adapters)
+        parts = [part for name in names for part in cast(Adapter, self.stack[name]).parts()]
+        touched = sorted({p for part in parts for p in _touched(part) or ()})
+        self.parameters = {p: f"{host_name}.{p}".lstrip(".") for p in touched}
+        # What others share is computed ahead: it must change alike everywhere, and from one and the same value.
+        self._weights = None if shared.keys().isdisjoint(self.parameters.values()) else self._compute()
 
-    def full_names(self) -> dict[str, torch.Tensor]:
-        return {f"{self.host_name}.{p}".lstrip("."): weight for p, weight in self.weights.items()}
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The new values by name in the host."""
+        return self._compute() if self._weights is None else self._weights
 
-    def keep_originals(self, tied: Mapping[str, Any]) -> None:
-        """Copies of what is written in place; the parameter itself where another takes its place."""
-        stack = cast(AdapterStack, self.host.adapters)
-        stack.merged, stack.merged_names = {}, self.names
-        for name, full in zip(self.weights, self.full_names()):
+    def _compute(self) -> dict[str, torch.Tensor]:
+        return _merged_weights(self.host_name, self.host, self.names)
+
+    def write(self, tied: Mapping[str, Any]) -> None:
+        """Write the new values in place, and keep copies of the old; a parameter of ``tied`` is replaced and kept.
+
+        Raises:
+            MergeError: a value is not finite; nothing was changed.
+        """
+        weights = self.weights()
+        self.stack.merged, self.stack.merged_names = {}, self.names
+        for name, weight in weights.items():
             stored = stored_tensor(self.host, name)
-            whole = stored is not None and (full in tied or stored.shape != self.weights[name].shape)
-            stack.merged[name] = stored if whole or stored is None else stored.detach().clone()
-
-    def write(self) -> None:
-        stack = cast(AdapterStack, self.host.adapters)
-        assert stack.merged is not None
-        for name, weight in self.weights.items():
-            original = stack.merged[name]
-            if original is None or isinstance(original, nn.Parameter):
-                dtype = _dtype(self.host) if original is None else original.dtype
+            if stored is None or self.parameters[name] in tied or stored.shape != weight.shape:
+                self.stack.merged[name] = stored
+                dtype = _dtype(self.host) if stored is None else stored.dtype
                 weight = nn.Parameter(weight.to(dtype, copy=True), requires_grad=False)
+            else:
+                self.stack.merged[name] = stored.detach().clone()
             _set(self.host, name, weight)
-        stack.refresh()
+        self.stack.refresh()
 
 
-def _tied(model: nn.Module, folds: Iterable[_Fold]) -> dict[str, list[str]]:
-    """What cannot be written in place: the other names of a tensor that does not change alike under all of them."""
-    new = {full: weight for fold in folds for full, weight in fold.full_names().items()}
+def _shared(model: nn.Module) -> dict[str, list[str]]:
+    """The names of each parameter that several modules have, one for each of them, by each of these names."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
     modules = {name: id(module) for name, module in model.named_modules(remove_duplicate=False)}
     found: dict[str, list[str]] = {}
     for group in names.values():
-        owners = {modules[name.rpartition(".")[0]]: name for name in reversed(group)}  # one name for each owner
-        changed = [name for name in owners.values() if name in new]
-        alike = len(changed) == len(owners) and all(torch.equal(new[changed[0]], new[n]) for n in changed[1:])
-        if not alike and len(owners) > 1:
-            found |= {name: [n for n in owners.values() if n != name] for name in changed}
+        owners = {modules[name.rpartition(".")[0]]: name for name in reversed(group)}
+        if len(owners) > 1:
+            found |= {name: list(owners.values()) for name in owners.values()}
+    return found
+
+
+def _tied(shared: Mapping[str, list[str]], folds: Iterable[_Fold]) -> dict[str, list[str]]:
+    """What cannot be written in place: the other names of a tensor that does not change alike under all of them."""
+    new = {full: fold.weights().get(p) for fold in folds for p, full in fold.parameters.items() if full in shared}
+    found: dict[str, list[str]] = {}
+    for name in new:
+        values = [new.get(other) for other in shared[name]]
+        first = values[0]
+        if first is None or any(value is None or not torch.equal(first, value) for value in values):
+            found[name] = [other for other in shared[name] if other != name]
     return found
 
 
@@ -168,7 +200,7 @@ def _split(host_name: str, stack: AdapterStack, name: str | None) -> tuple[tuple
     return names, reasons
 
 
-def _named(left: dict[str, list[str]]) -> list[str]:
+def _named(left: Mapping[str, list[str]]) -> list[str]:
     """One sentence for each adapter, whatever the number of its places."""
     return [r[0] + (f", and so at {len(r) - 1} more places" if len(r) > 1 else "") for r in left.values()]
 
@@ -214,16 +246,35 @@ def _merged_weights(host_name: str, host: nn.Module, names: Iterable[str]) -> di
             full = f"{host_name}.{parameter}".lstrip(".")
             raise MergeError(f"{full} is stored as {dtype}: a quantised weight cannot take an exact change")
     wide = any(t is not None and t.dtype == torch.float64 for t in stored.values())
+    dtype = torch.float64 if wide else torch.float32
     with evaluating(*adapters):
-        weights = effective_weights(host, adapters, torch.float64 if wide else torch.float32)
+        weights = _plain_sums(host, adapters, dtype) or effective_weights(host, adapters, dtype)
     rounded: dict[str, torch.Tensor] = {}
     for parameter, weight in weights.items():
         current = stored_tensor(host, parameter)
         rounded[parameter] = weight.detach().to(_dtype(host) if current is None else current.dtype)
-        # The extremes tell, since NaN is both of them: isfinite would take longer than all the rest.
-        if weight.numel() and not torch.stack(rounded[parameter].aminmax()).isfinite().all():
+        if not is_finite(rounded[parameter]):
             raise MergeError(f"{host_name}.{parameter} would hold NaN or infinity after the merge")
     return rounded
+
+
+def _plain_sums(host: nn.Module, adapters: Iterable[Adapter], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The new weights, rounded, where all that ``adapters`` do is to add low-rank products; empty where it is not."""
+    pairs: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+    layouts: dict[str, Layout] = {}
+    for adapter in adapters:
+        if adapter.copies():
+            return {}
+        for parameter, part in adapter.weights().items():
+            pair = part.low_rank() if isinstance(part, LowRankAdapter) and not part.changes_bias else None
+            if pair is None:
+                return {}
+            pairs.setdefault(parameter, []).append(pair)
+            layouts[parameter] = part.layout
+    stored = {p: cast(torch.Tensor, stored_tensor(host, p)).detach() for p in pairs}
+    return {
+        p: layouts[p].stored(with_products(layouts[p].matrix(stored[p]), pairs[p], dtype), stored[p]) for p in pairs
+    }
 
 
 def _dtype(host: nn.Module) -> torch.dtype:
@@ -250,7 +301,7 @@ _merge = merge  # ``unload`` has an argument of the same name
 @torch.no_grad()
 def unmerge(model: nn.Module) -> None:
     """Restore the weights that :func:`merge` replaced, bit for bit; the adapters run beside them again."""
-    for _, host in hosts(model):
+    for _, host in reversed([*hosts(model)]):  # of a tensor that several share the first has kept the original
         stack = cast(AdapterStack, host.adapters)
         for parameter, weight in (stack.merged or {}).items():
             _set(host, parameter, weight)
@@ -268,8 +319,6 @@ def unload(model: nn.Module, merge: bool = False) -> nn.Module:
     Raises:
         MergeError: ``merge=True`` and an active adapter cannot be folded, or was left out of an earlier merge.
     """
-    from lightning_peft.core.inject import injected_name, injection_of
-
     stacks = {name: cast(AdapterStack, host.adapters) for name, host in hosts(model)}
     if merge and not any(stack.merged for stack in stacks.values()):
         _merge(model)
@@ -284,7 +333,7 @@ def unload(model: nn.Module, merge: bool = False) -> nn.Module:
             )
     if not merge:
         unmerge(model)
-    record, injected = injection_of(model), model.get_submodule(injected_name(model))
+    record, injected = injection_of(model), injected_module(model)
     for name, _ in list(hosts(model)):
         detach(model, name)
     for module in model.modules():

@@ -20,10 +20,11 @@ from torch.nn.utils import parametrize
 
 from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.host import stored_tensor
-from lightning_peft.core.inject import Plan
+from lightning_peft.core.plan import Plan
 from lightning_peft.core.state import StateError
 from lightning_peft.core.swap import original_class
 from lightning_peft.core.targets import base_modules
+from lightning_peft.ops.finite import is_finite
 
 __all__ = ["Replacement", "replace_trained", "replacements", "saved_copies"]
 
@@ -133,13 +134,17 @@ def saved_copies(plan: Plan, model: nn.Module, name: str, state: Mapping[str, Te
         name: the adapter.
         state: by key.
     """
+
+    def prefix(host: str) -> str:
+        return f"{host}.adapters.{name}".lstrip(".")
+
+    others = {f"{prefix(host)}.{key}" for host, _, adapter, _ in plan.attach for key in adapter.state_dict()}
     found: dict[str, Tensor] = {}
     for full, place in _places(model):
-        if full in plan.train or full in plan.later or any(f"{full}.".startswith(f"{m}.") for m in plan.train_modules):
-            prefix = f"{place.host}.adapters.{name}".lstrip(".")
-            keys = [f"{prefix}.{beside}{place.name}{end}" for beside in ("replacement.", "") for end in ("", "_")]
-            for key in keys:
-                if key in state:
+        for beside in ("replacement.", ""):
+            for end in ("", "_"):
+                key = f"{prefix(place.host)}.{beside}{place.name}{end}"
+                if key in state and key not in others:
                     found[full] = state[key]
     return found
 
@@ -188,7 +193,7 @@ def _problem(value: Tensor, place: _Place) -> str | None:
         return f"a {kind.__name__} is never called: the module around it reads its parameters, and would miss a copy"
     if base.is_floating_point() != value.is_floating_point():
         return f"{value.dtype} given, {base.dtype} in the base"
-    if value.is_floating_point() and not value.isfinite().all():
+    if value.is_floating_point() and not is_finite(value):
         return "holds NaN or infinity"
     if value.shape == base.shape:
         return None

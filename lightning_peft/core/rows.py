@@ -8,6 +8,8 @@ module they sit on, or the one around all of them, runs once for each group of r
 from __future__ import annotations
 
 import difflib
+import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, cast
@@ -15,8 +17,9 @@ from typing import Any, cast
 from torch import nn
 
 from lightning_peft.core.adapter import Adapter
-from lightning_peft.core.batch import Place, RowError, places, row_dim, tensors
+from lightning_peft.core.batch import Place, RowError, batch_dims, places, tensors
 from lightning_peft.core.host import AdapterStack, hosts
+from lightning_peft.core.record import injection_of
 from lightning_peft.core.router import Router, Rows, Spanned
 from lightning_peft.core.swap import add_mixin, remove_mixin
 
@@ -24,17 +27,21 @@ __all__ = ["RowError", "rows"]
 
 
 @contextmanager
-def rows(model: nn.Module, names: Sequence[str | Sequence[str] | None] | None) -> Iterator[None]:
+def rows(model: nn.Module, names: Sequence[str | Sequence[str] | None] | None, repeats: int = 1) -> Iterator[None]:
     """Within the context each row of a batch runs with the adapters it names, in training and in inference.
 
     The result is that of one pass for each row with only its adapters active, up to rounding. What is active otherwise
-    makes no difference. A batch whose size is a multiple of the number of names holds several entries for each, one
-    after the other, as in beam search.
+    makes no difference.
+
+    The outermost module called, of those around all adapters, must get one entry for each name, or ``repeats`` of them.
+    Modules inside it may see more for each row (windows, flattened tokens), row by row.
 
     Args:
         model: an adapted model.
         names: for each row the name of an adapter, several names, or None for the base. None for all of them leaves the
             model as it is, so that ``batch.get("adapters")`` can be passed.
+        repeats: how many entries of the batch stand for each name, one after the other: in ``generate`` the larger of
+            ``num_beams`` and ``num_return_sequences``.
 
     Raises:
         RowError: a name that no adapter has; adapters that are merged into the base or disabled; and, when the module
@@ -48,10 +55,13 @@ def rows(model: nn.Module, names: Sequence[str | Sequence[str] | None] | None) -
     if names is None:
         yield
         return
+    if not isinstance(repeats, int) or repeats < 1:
+        raise RowError(f"repeats is the number of entries for each name, at least 1, got {repeats!r}")
     found = dict(hosts(model))
     wanted = _checked(model, names, {name: cast(AdapterStack, host.adapters) for name, host in found.items()})
     spanning, root = _spanning(model, found, wanted)
-    where = places(model, [*found, root] if root is not None else found)
+    around = _around(found)
+    where = places(model, [*found, *around, *([] if root is None else [root])])
     router = Router(wanted, spanning, None if root is None else where[root])
     with ExitStack() as leave:
         leave.callback(router.close)
@@ -66,8 +76,11 @@ def rows(model: nn.Module, names: Sequence[str | Sequence[str] | None] | None) -
             leave.callback(vars(module).pop, "_peft_router")
             add_mixin(module, Spanned)
             leave.callback(remove_mixin, module, Spanned)
-        check = _LengthCheck(Place("", type(model).__name__, "either"), len(wanted))
-        leave.callback(model.register_forward_pre_hook(check, with_kwargs=True).remove)
+        check = _LengthCheck(len(wanted), repeats)
+        for name in around:
+            module, enter = model.get_submodule(name), functools.partial(check.enter, where[name])
+            leave.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
+            leave.callback(module.register_forward_hook(check.leave, always_call=True).remove)
         yield
 
 
@@ -78,20 +91,52 @@ def _restore(stack: AdapterStack, before: Any, place: Place | None, router: Rout
 
 
 class _LengthCheck:
-    """Refuses a batch that is no multiple of the rows before anything is computed."""
+    """Refuses a batch of another size than the names tell, at the outermost of some modules, before it computes."""
 
-    def __init__(self, place: Place, n: int) -> None:
-        self.place, self.n = place, n
+    def __init__(self, n: int, repeats: int) -> None:
+        self.n, self.repeats = n, repeats
+        self.outermost: nn.Module | None = None
 
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def enter(self, place: Place, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if self.outermost is not None:
+            return
+        self.outermost = module
         given = [t for t in tensors((*args, *kwargs.values())) if t.ndim]
-        if given and not any(size % self.n == 0 for t in given for size in t.shape[:2]):
-            row_dim(self.place, given[0], self.n)
+        x = next((t for t in given if t.ndim > 1), given[0] if given else None)
+        if x is None:
+            return
+        sizes = [x.shape[dim] for dim in batch_dims(place, x)]
+        # generate runs an encoder before it repeats the rows
+        if not {self.n, self.n * self.repeats}.intersection(sizes):
+            raise RowError(
+                f"{place} was called with a batch of {sizes[0]} (a tensor of shape {tuple(x.shape)}) "
+                f"for {self.n} names{self._advice(sizes)}"
+            )
+
+    def _advice(self, sizes: list[int]) -> str:
+        if self.repeats > 1:
+            return f" with repeats={self.repeats}: it must be {self.n} or {self.n * self.repeats}"
+        each = next((size // self.n for size in sizes if size and size % self.n == 0), None)
+        only = ": give as many names as the batch has rows"
+        return only if each is None else f"{only}, or repeats={each} if each name stands for {each} in a row (beams)"
+
+    def leave(self, module: nn.Module, *_: Any) -> None:
+        if self.outermost is module:
+            self.outermost = None
+
+
+def _around(found: dict[str, nn.Module]) -> list[str]:
+    """The names of the modules that hold all hosts, from the model itself to the innermost."""
+    common = _common([name.split(".") if name else [] for name in found])
+    return [".".join(common[:i]) for i in range(len(common) + 1)]
+
+
+def _common(parts: list[list[str]]) -> list[str]:
+    """What all names begin with."""
+    return [level[0] for level in itertools.takewhile(lambda level: len(set(level)) == 1, zip(*parts))]
 
 
 def _checked(model: nn.Module, names: Any, stacks: dict[str, AdapterStack]) -> Rows:
-    from lightning_peft.core.inject import injection_of
-
     if isinstance(names, str) or not isinstance(names, Sequence) or not len(names):
         raise RowError(f"names must be a list with one entry for each row of the batch, got {names!r}")
     known = list(dict.fromkeys(name for stack in stacks.values() for name in stack))
@@ -134,7 +179,7 @@ def _spanning(model: nn.Module, found: dict[str, nn.Module], rows: Rows) -> tupl
     if len({spanning.intersection(row) for row in rows}) < 2 or len(inside) < 2:
         return frozenset(), None
     parts = [host.split(".") for host in inside]
-    common = next(i for i in range(len(min(parts, key=len)) + 1) if len({tuple(p[: i + 1]) for p in parts}) > 1)
-    while isinstance(model.get_submodule(".".join(parts[0][:common])), nn.ModuleList | nn.ModuleDict):
-        common -= 1  # these are never called
-    return spanning, ".".join(parts[0][:common])
+    common = _common(parts)
+    while isinstance(model.get_submodule(".".join(common)), nn.ModuleList | nn.ModuleDict):
+        common.pop()  # these are never called
+    return spanning, ".".join(common)

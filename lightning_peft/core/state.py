@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.host import AdapterStack, adapter_names, hosts
+from lightning_peft.core.record import injected_name, injection_of
+from lightning_peft.ops.finite import is_finite
 
 __all__ = [
     "StateError",
@@ -57,8 +59,6 @@ def _owned_keys(model: nn.Module) -> set[str]:
 
 
 def _moved_buffers(model: nn.Module) -> set[str]:
-    from lightning_peft.core.inject import injected_name, injection_of
-
     record, root = injection_of(model), canonical(injected_name(model))
     before = {} if record is None else {f"{root}.{name}" if root else name: b for name, b in record.buffers.items()}
     buffers = {canonical(name): buffer for name, buffer in model.named_buffers()}
@@ -103,7 +103,7 @@ def check_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         if given[key].shape != current[key].shape:
             shapes = f"{tuple(given[key].shape)} in the file, {tuple(current[key].shape)} in the model"
             problems.append(f"{key}: {shapes}")
-        elif key in expected and given[key].is_floating_point() and not given[key].isfinite().all():
+        elif key in expected and given[key].is_floating_point() and not is_finite(given[key]):
             problems.append(f"{key}: holds NaN or infinity")
     if problems:
         raise StateError("the state does not fit this model:\n  " + "\n  ".join(problems[:12]))

@@ -19,7 +19,7 @@ from lightning_peft.core.sites import Site, output_head, weight_sites
 from lightning_peft.core.swap import original_class
 from lightning_peft.core.targets import base_modules
 
-__all__ = ["Sublayer", "channels_first", "find_sublayers", "label", "output_width"]
+__all__ = ["Sublayer", "channels_first", "find_sublayers", "input_width", "label", "output_width"]
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,12 @@ def output_width(module: nn.Module) -> int | None:
         return own
     inside = [_own_width(m) for name, m in base_modules(module) if name]
     return next((width for width in reversed(inside) if width is not None), None)
+
+
+def input_width(module: nn.Module) -> int | None:
+    """The number of features of a layer's input; None for a module of several layers, of which any may be the first."""
+    widths = (module.__dict__.get(attribute) for attribute in ("in_features", "in_channels", "nx"))
+    return next((width for width in widths if isinstance(width, int)), None)
 
 
 def channels_first(module: nn.Module) -> bool:

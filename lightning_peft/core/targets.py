@@ -32,17 +32,14 @@ class TargetError(ValueError):
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """``model.named_modules()`` without the adapters that methods have put in."""
-    for name, module in model.named_modules():
-        if "adapters" not in name.split(".") or not _inside_stack(model, name):
-            yield name, module
-
-
-def _inside_stack(model: nn.Module, name: str) -> bool:
     from lightning_peft.core.host import AdapterStack
 
-    parts = name.split(".")
-    ends = [i for i, part in enumerate(parts, 1) if part == "adapters"]
-    return any(isinstance(model.get_submodule(".".join(parts[:i])), AdapterStack) for i in ends)
+    inside = None
+    for name, module in model.named_modules():
+        if isinstance(module, AdapterStack):
+            inside = f"{name}."  # what a module holds comes right after it
+        elif inside is None or not name.startswith(inside):
+            yield name, module
 
 
 def as_patterns(patterns: Patterns, argument: str) -> tuple[str, ...]:

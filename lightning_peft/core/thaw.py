@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from lightning_peft.core.freeze import FrozenNorm, freeze_norm_statistics
-from lightning_peft.core.inject import Injection, injection_of
+from lightning_peft.core.record import Injection, injected_module, injection_of
 from lightning_peft.core.swap import has_mixin, remove_mixin
 
 __all__ = ["set_thawed", "thaw", "thawed"]
@@ -30,7 +30,7 @@ def thaw(model: nn.Module, names: Iterable[str]) -> list[str]:
 
     Their values are copied to the CPU, for :func:`set_thawed` to go back to.
     """
-    root, record = _root(model), injection_of(model)
+    root, record = injected_module(model), injection_of(model)
     assert record is not None
     new = [name for name in names if record.later[name] is None]
     for name in new:
@@ -51,7 +51,7 @@ def set_thawed(model: nn.Module, names: Iterable[str]) -> None:
     record, wanted = injection_of(model), list(names)
     if record is None:
         return
-    root = _root(model)
+    root = injected_module(model)
     for name, before in record.later.items():
         if before is not None and name not in wanted:
             parameter = root.get_parameter(name)
@@ -72,8 +72,3 @@ def _after(root: nn.Module, record: Injection) -> None:
     if not any(method.train_norm_stats for method in record.methods.values()):
         freeze_norm_statistics(root)
     record.report.count(root)
-
-
-def _root(model: nn.Module) -> nn.Module:
-    """The module that methods were applied to, whose names the record uses."""
-    return next((m for m in model.modules() if "_peft_injection" in m.__dict__), model)

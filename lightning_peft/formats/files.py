@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lightning_peft.formats.strict_json import FormatError, parse_json
+from lightning_peft.ops.finite import is_finite
 
 __all__ = [
     "CARD",
@@ -352,7 +352,5 @@ def _check_tensors(tensors: Mapping[str, Tensor], where: str, config: Mapping[st
             raise FormatError(
                 f"{where}: {key!r} is empty, of shape {tuple(tensor.shape)}: was it saved from a sharded model?"
             )
-        if tensor.is_floating_point() or tensor.is_complex():
-            wide = tensor.float() if tensor.dtype in (torch.float8_e4m3fn, torch.float8_e5m2) else tensor
-            if not wide.isfinite().all():
-                raise FormatError(f"{where}: {key!r} holds NaN or infinity")
+        if (tensor.is_floating_point() or tensor.is_complex()) and not is_finite(tensor):
+            raise FormatError(f"{where}: {key!r} holds NaN or infinity")

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.host import adapter_names, check_name, deactivate
-from lightning_peft.core.inject import Method, Plan, check_injectable, injected_name, injection_of, put_in
+from lightning_peft.core.inject import check_injectable, put_in
+from lightning_peft.core.plan import Method, Plan
+from lightning_peft.core.record import injected_name, injection_of
 from lightning_peft.core.replace import replace_trained
 from lightning_peft.core.state import StateError, check_fingerprint
 from lightning_peft.core.swap import original_class

@@ -95,7 +95,8 @@ def take_own(
     Raises:
         FormatError: a head is incomplete.
     """
-    state = base.module.state_dict()
+    modules = base.modules()
+    state = {key: value for key, value in base.module.state_dict().items() if key.rpartition(".")[0] in modules}
     heads = [h for h in options.get("modules_to_save") or [] if h not in _USUAL or h in _ends(base)]
     names = heads_of(heads, base)
     wanted = [key for key in state if any(key.startswith(f"{head}.") for head in names)]

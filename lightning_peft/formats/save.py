@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_peft.core.inject import injection_of
+from lightning_peft.core.record import injection_of
 from lightning_peft.formats.card import model_card
 from lightning_peft.formats.common import METADATA, common_options
 from lightning_peft.formats.converter import NotInPeftError

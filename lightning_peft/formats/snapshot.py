@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.host import AdapterStack, hosts
-from lightning_peft.core.inject import Injection, injected_name, injection_of
 from lightning_peft.core.parts import Part, kind_of, parts_of, whole
+from lightning_peft.core.record import Injection, injected_name, injection_of
 from lightning_peft.core.state import StateError, canonical, trainable_keys
 from lightning_peft.formats.names import Base, base_of
 from lightning_peft.methods.callback import PEFTMethod
@@ -89,7 +89,9 @@ def _heads(base: Base, record: Injection, name: str) -> list[str]:
 
 
 def _trained(base: Base, record: Injection, name: str) -> dict[str, Tensor]:
-    trains = record.trains[name]
+    trains, statistics = record.trains[name], record.methods[name].train_norm_stats
+    if not (trains.modules or trains.parameters or statistics):
+        return {}
     state = {canonical(key): value for key, value in base.root.state_dict().items()}
     adapters = [f"{host}.adapters." if host else "adapters." for host, _ in hosts(base.root)]
     inside = [f"{head}." if head else "" for head in trains.modules]
@@ -99,7 +101,7 @@ def _trained(base: Base, record: Injection, name: str) -> dict[str, Tensor]:
         if (key in trains.parameters or any(key.startswith(prefix) for prefix in inside))
         and not any(key.startswith(prefix) for prefix in adapters)
     }
-    if record.methods[name].train_norm_stats:
+    if statistics:
         wanted |= trainable_keys(base.root) & dict(base.root.named_buffers()).keys()
     return {cast(str, base.inner(key)): whole(state[key]) for key in sorted(wanted)}
 

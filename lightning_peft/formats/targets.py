@@ -24,7 +24,8 @@ def target_modules(names: Iterable[str], base: Base) -> list[str] | str:
     """
     names = sorted(set(names))
     others = base.modules().keys() - set(names)
-    if any(other.endswith(f".{name}") for other in others for name in names):
+    ends = {other[i + 1 :] for other in others for i, character in enumerate(other) if character == "."}
+    if not ends.isdisjoint(names):
         return "|".join(re.escape(name) for name in names)
     return names
 

@@ -32,7 +32,9 @@ from lightning_peft.core.adapter import Adapter, WeightAdapter
 from lightning_peft.core.decompose import Factors, LowRankReport, change, evaluating, product
 from lightning_peft.core.delete import check_deletable, take_out
 from lightning_peft.core.host import BIASES, AdapterStack, adapter_names, check_name, deactivate, hosts, stored_tensor
-from lightning_peft.core.inject import injected_name, injection_of, put_in
+from lightning_peft.core.inject import put_in
+from lightning_peft.core.plan import Method, Plan
+from lightning_peft.core.record import injected_module, injection_of
 from lightning_peft.core.replace import replacements
 from lightning_peft.core.sites import weight_sites
 from lightning_peft.methods.callback import one_of
@@ -66,7 +68,8 @@ def combine(
 
     Heads, biases and statistics that an adapter brings in place of the base's (loaded ones do) are interpolated as
     well, base + sum_i w_i (copy_i - base), by the sums only. What a method trained in the base itself is a part of the
-    base here.
+    base here. Where there is nothing but such copies (of :class:`lightning_peft.BitFit` for example), the result is
+    one more adapter of the first one's method.
 
     Args:
         model: the adapted model; only the new adapter is added.
@@ -98,9 +101,9 @@ def combine(
     if name in adapter_names(model):
         raise ValueError(f"the model has an adapter named {name!r} already: give the new one another name=")
     _check(model, names, shares, how, r, energy, density)
-    root = model.get_submodule(injected_name(model))
+    root = injected_module(model)
     made = _made(root, dict(zip(names, shares)), how, r, energy, density, seed)
-    _put_in(root, name, made)
+    _put_in(root, name, made, like=names[0])
     deactivate(root, name)
     return made.report
 
@@ -133,18 +136,20 @@ def to_lora(
         report = lp.to_lora(model, "loha", energy=0.99)
         print(report.error)  # of the change, in the Frobenius norm
     """
+    _check(model, [name], [1.0], "linear", r, energy, None)
+    root = injected_module(model)
+    if not _changes(root, [name]):
+        raise ValueError(f"{name!r} changes no matrix: there is nothing to turn into a LoRA")
     if new_name is not None:
         return combine(model, [name], [1.0], new_name, r=r, energy=energy)
     check_deletable(model, name)
-    _check(model, [name], [1.0], "linear", r, energy, None)
-    root = model.get_submodule(injected_name(model))
     made = _made(root, {name: 1.0}, "linear", r, energy, None, 0)
     before = {host: (list(stack), stack.active) for host, stack in _stacks(root) if name in stack}
     trains = any(p.requires_grad for _, s in _stacks(root) if name in s for p in cast(Any, s[name]).parameters())
     record = injection_of(model)
     own = record.trains.get(name) if record is not None else None
     take_out(root, name)
-    _put_in(root, name, made, trains)
+    _put_in(root, name, made, trains=trains)
     if (record := injection_of(model)) is not None and own is not None:
         record.trains[name] = own
     for host, stack in _stacks(root):
@@ -321,28 +326,39 @@ def _interpolated(root: nn.Module, shares: Mapping[str, float]) -> dict[str, Ten
     return found
 
 
-def _put_in(root: nn.Module, name: str, made: _Made, trains: bool = False) -> None:
-    """A LoRA with these factors and scale 1, and the copies beside it."""
-    factors = made.factors
+def _put_in(root: nn.Module, name: str, made: _Made, like: str = "", trains: bool = False) -> None:
+    """A LoRA with these factors and the copies beside it; without factors, another of the method of ``like``."""
+    record = injection_of(root)
+    method: Method
+    if made.factors:
+        method, plan = _lora(root, name, made.factors, trains)
+    elif made.copies and record is not None:
+        source: Any = record.methods[like]
+        method, plan = type(source)(**{**source.config(), "name": name}), Plan()
+    else:
+        raise ValueError(f"{like!r} changes nothing in this model: there is nothing to combine")
+    for host, adapter in replacements(root, made.copies, trains).items():
+        plan.attach.append((host, host, adapter, f"own {', '.join(adapter.stored_as)}"))
+    put_in(root, {name: (method, plan)})
+
+
+def _lora(root: nn.Module, name: str, factors: dict[str, Factors], trains: bool) -> tuple[LoRA, Plan]:
+    """A LoRA of scale 1 that has these factors."""
     ranks = {site: a.shape[-2] for site, (a, _) in factors.items()}
-    most = max(ranks.values(), default=1)
+    most = max(ranks.values())
     other = {pattern: rank for site, rank in ranks.items() if rank != most for pattern in exactly([site])}
     method = LoRA(
         r=most,
         alpha=most,
-        targets=exactly(factors) or "all-linear",
+        targets=exactly(factors),
         name=name,
         rank_pattern=other,
         alpha_pattern=dict(other),
     )
     plan = method.plan(root)
-    if not factors:
-        plan.attach.clear()
     for _, _, adapter, _ in plan.attach:
         for part in lora_parts(adapter):
             for parameter, value in zip((part.lora_A, part.lora_B), factors[part.site_name]):
                 parameter.data = value.detach().clone().to(torch.promote_types(value.dtype, torch.float32))
         adapter.requires_grad_(trains)
-    for host, adapter in replacements(root, made.copies, trains).items():
-        plan.attach.append((host, host, adapter, f"own {', '.join(adapter.stored_as)}"))
-    put_in(root, {name: (method, plan)})
+    return method, plan

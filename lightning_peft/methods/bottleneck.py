@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_peft.core.activation import ActivationAdapter, ActivationSite
-from lightning_peft.core.inject import Plan
+from lightning_peft.core.plan import Plan
 from lightning_peft.core.targets import TargetError, match, no_match
 from lightning_peft.methods.activation import ActivationMethod
 from lightning_peft.methods.callback import nonzero, one_of, positive, positive_int, probability
@@ -97,7 +97,8 @@ class BottleneckAdapter(ActivationMethod):
             :class:`lightning_peft.PEFTMethod`.
 
     Raises:
-        ValueError: a reduction factor that leaves no width, both ways to give the width, an unknown word.
+        ValueError: a reduction factor that leaves no width, both ways to give the width, an unknown word;
+            a parallel adapter where input and output differ in width (in length: at the first call).
         TargetError: nothing looks like what ``targets`` asks for; a pattern of ``bottleneck_size`` or
             ``reduction_factor`` matches no place.
 
@@ -183,6 +184,11 @@ class BottleneckAdapter(ActivationMethod):
                     f"reduction_factor={factor:g} leaves no width at {site.host!r}, which has {site.width} features: "
                     "lower it, or set bottleneck_size"
                 )
+        if self.parallel and site.input_width not in (None, site.width):
+            raise ValueError(
+                f"a parallel adapter adds what it makes of the input to the output, and {site.host!r} takes "
+                f"{site.input_width} features and gives {site.width}: exclude it, or give it a serial adapter"
+            )
         return Bottleneck(
             site,
             size,
@@ -247,6 +253,11 @@ class Bottleneck(ActivationAdapter):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         z = x if self.reads_input else y
+        if z.shape != y.shape:
+            raise ValueError(
+                f"a parallel adapter adds what it makes of the input to the output, and {self.site_name!r} takes "
+                f"{tuple(z.shape)} and gives {tuple(y.shape)}: exclude it, or give it a serial adapter"
+            )
         maps = self.axis != -1 and z.ndim > 2
         # Feature maps are seen with their features last: a linear layer is then the 1x1 convolution.
         return y + (self._change(z.movedim(1, -1)).movedim(-1, 1) if maps else self._change(z)).to(y.dtype)

@@ -18,26 +18,30 @@ from lightning.pytorch.callbacks import Callback
 from torch import nn
 
 from lightning_peft.core.host import check_name
-from lightning_peft.core.inject import Plan
+from lightning_peft.core.plan import Plan
 from lightning_peft.core.targets import as_patterns, match_modules
 from lightning_peft.trainer.lifecycle import Lifecycle
 
 __all__ = ["PEFTMethod", "registered_method"]
 
-_REGISTRY: dict[str, type[PEFTMethod]] = {}
+#: the method classes by name and by the module that defines them
+_REGISTRY: dict[str, dict[str, type[PEFTMethod]]] = {}
 
 
 def registered_method(name: str) -> type[PEFTMethod]:
     """The method class called ``name``; classes named in files are looked up here and never imported.
 
     Raises:
-        ValueError: no such method is defined.
+        ValueError: no such method is defined, or several are.
     """
     if name not in _REGISTRY:
         near = difflib.get_close_matches(name, _REGISTRY, n=1)
         hint = f"; nearest: {near[0]!r}" if near else ""
         raise ValueError(f"no method named {name!r}; defined are {sorted(_REGISTRY)}{hint}")
-    return _REGISTRY[name]
+    found = _REGISTRY[name]
+    if len(found) > 1:
+        raise ValueError(f"{' and '.join(sorted(found))} define a method named {name!r} each: rename all but one")
+    return next(iter(found.values()))
 
 
 class PEFTMethod(Callback, ABC):
@@ -97,7 +101,7 @@ class PEFTMethod(Callback, ABC):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        _REGISTRY[cls.__name__] = cls
+        _REGISTRY.setdefault(cls.__name__, {})[cls.__module__] = cls
 
     @abstractmethod
     def plan(self, model: nn.Module) -> Plan:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.adapter import WeightAdapter
-from lightning_peft.core.inject import injection_of
+from lightning_peft.core.record import injection_of
 from lightning_peft.core.sites import Site
 from lightning_peft.methods.callback import nonzero, positive_int, probability
 from lightning_peft.methods.lora import LoRAAdapter

@@ -20,7 +20,8 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from lightning_peft.core.inject import Plan, injection_of
+from lightning_peft.core.plan import Plan
+from lightning_peft.core.record import injection_of
 from lightning_peft.core.swap import original_class
 from lightning_peft.core.targets import TargetError, as_patterns
 from lightning_peft.core.thaw import thaw

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_peft.core.inject import Plan
+from lightning_peft.core.plan import Plan
 from lightning_peft.core.swap import original_class
 from lightning_peft.core.targets import TargetError, match_modules
 from lightning_peft.methods.selection import SelectionMethod, head_module

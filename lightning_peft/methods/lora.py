@@ -30,8 +30,8 @@ from torch import Tensor, nn
 
 from lightning_peft.core.adapter import WeightAdapter
 from lightning_peft.core.host import AdapterStack, hosts
-from lightning_peft.core.inject import Plan
 from lightning_peft.core.low_rank import LowRankAdapter
+from lightning_peft.core.plan import Plan
 from lightning_peft.core.row_links import RowLink
 from lightning_peft.core.sites import EmbeddingLayout, Site
 from lightning_peft.core.targets import base_modules

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.adapter import WeightAdapter
-from lightning_peft.core.inject import Plan
+from lightning_peft.core.plan import Plan
 from lightning_peft.core.sites import EmbeddingLayout, Site
 from lightning_peft.methods.callback import positive, positive_int, probability
 from lightning_peft.methods.weight import WeightMethod

@@ -26,8 +26,8 @@ from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.attention import AttentionSite, find_attention
 from lightning_peft.core.batch import Place, RowError, assemble, take
 from lightning_peft.core.blocks import find_blocks
-from lightning_peft.core.inject import Plan
 from lightning_peft.core.intercept import AttentionError, call_with_prefix
+from lightning_peft.core.plan import Plan
 from lightning_peft.core.row_links import RowLink
 from lightning_peft.core.swap import original_class
 from lightning_peft.core.targets import TargetError, base_modules

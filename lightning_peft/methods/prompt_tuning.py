@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core.inject import Plan
+from lightning_peft.core.plan import Plan
 from lightning_peft.core.swap import original_class
 from lightning_peft.core.targets import TargetError, as_patterns, base_modules, match, match_modules, no_match
 from lightning_peft.core.tokens import Placement
@@ -171,8 +171,8 @@ class PromptTuning(PromptMethod):
         targets: ``"inputs"`` finds the module that embeds tokens, or a pattern for the one module that takes the
             sequence (see :mod:`lightning_peft.methods.sequence`).
         exclude, trainable, name: see :class:`lightning_peft.PEFTMethod`.
-        position: ``"prefix"``, ``"after_bos"`` (after the first token) or ``"suffix"``, of the tokens that the
-            attention mask keeps.
+        position: ``"prefix"``, ``"after_bos"`` (after the first token: learns faster where the base has always seen a
+            BOS first) or ``"suffix"``, of the tokens that the attention mask keeps.
         template: any other place, as words: ``v8`` for eight virtual tokens, ``x1`` for one real, ``x*`` once for all
             other real ones: ``"v8 x1 v4 x*"``.
         side: of an encoder-decoder: ``"encoder"`` or ``"decoder"``.

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from lightning_peft.core.adapter import WeightAdapter
-from lightning_peft.core.inject import Plan
+from lightning_peft.core.plan import Plan
 from lightning_peft.core.sites import Site
 from lightning_peft.core.targets import TargetError, match, no_match
 from lightning_peft.methods.callback import nonzero, positive_int

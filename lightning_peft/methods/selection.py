@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
 from lightning_peft.core.blocks import find_blocks
-from lightning_peft.core.inject import Plan
+from lightning_peft.core.plan import Plan
 from lightning_peft.core.sites import output_head, weight_sites
 from lightning_peft.core.targets import TargetError, as_patterns, base_modules, match_modules, no_match
 from lightning_peft.methods.callback import PEFTMethod

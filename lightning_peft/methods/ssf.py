@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.adapter import WeightAdapter
-from lightning_peft.core.inject import Plan
+from lightning_peft.core.plan import Plan
 from lightning_peft.core.sites import NormLayout, Site, find_sites, norm_sites, output_head, weight_sites
 from lightning_peft.core.swap import original_class
 from lightning_peft.core.targets import as_patterns

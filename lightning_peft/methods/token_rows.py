@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lightning_peft.core.adapter import WeightAdapter
 from lightning_peft.core.host import stored_tensor
-from lightning_peft.core.inject import Plan
+from lightning_peft.core.plan import Plan
 from lightning_peft.core.sites import EmbeddingLayout, Site, weight_sites
 from lightning_peft.core.targets import TargetError, base_modules, match, no_match
 from lightning_peft.methods.lora_init import values_of

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.attention import attention_sites
 from lightning_peft.core.blocks import find_blocks
-from lightning_peft.core.inject import Plan
+from lightning_peft.core.plan import Plan
 from lightning_peft.core.swap import original_class
 from lightning_peft.core.targets import TargetError, as_patterns, base_modules, match_modules
 from lightning_peft.core.tokens import by_name

@@ -11,7 +11,7 @@ from torch import nn
 
 from lightning_peft.core.adapter import Adapter, WeightAdapter, WeightGroup
 from lightning_peft.core.host import AdapterStack, hosts
-from lightning_peft.core.inject import Plan
+from lightning_peft.core.plan import Plan
 from lightning_peft.core.sites import Site, find_sites
 from lightning_peft.core.swap import original_class
 from lightning_peft.methods.callback import PEFTMethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -99,12 +100,19 @@ class LanguageModel(L.LightningModule):
         with rows(self, batch.get("adapters")):
             return self(batch["input_ids"], batch["attention_mask"]).argmax(-1)
 
-    def generate(self, prompts: list[str], max_new_tokens: int = 64, **options: Any) -> list[str]:
+    def generate(
+        self,
+        prompts: list[str],
+        max_new_tokens: int = 64,
+        adapters: Sequence[str | Sequence[str] | None] | None = None,
+        **options: Any,
+    ) -> list[str]:
         """Continue texts, greedily unless ``options`` say otherwise; a causal model's.
 
         Args:
             prompts: One or more texts, as the data made them for training; continued as one batch.
             max_new_tokens: The most tokens to add to each; fewer where the model ends its text.
+            adapters: Each prompt's adapter, as :func:`lightning_peft.rows` takes them; ``None`` leaves what is active.
             **options: Of transformers' ``generate`` (``do_sample=True``, ``num_beams=4``).
 
         Returns:
@@ -112,6 +120,7 @@ class LanguageModel(L.LightningModule):
 
         Raises:
             ValueError: The objective is masked.
+            RowError: As :func:`lightning_peft.rows`.
         """
         if self.objective != "causal":
             raise ValueError("a masked language model does not continue texts: generate needs objective='causal'.")
@@ -122,8 +131,10 @@ class LanguageModel(L.LightningModule):
         chosen = {"do_sample": False, "pad_token_id": tokenizer.pad_token_id, **options}
         training = self.training
         self.eval()
+        repeats = max(chosen.get("num_beams") or 1, chosen.get("num_return_sequences") or 1)
         try:
-            ids = self.model.generate(**known, max_new_tokens=max_new_tokens, **chosen)
+            with rows(self, adapters, repeats):
+                ids = self.model.generate(**known, max_new_tokens=max_new_tokens, **chosen)
         finally:
             self.train(training)
         return tokenizer.batch_decode(ids[:, known["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.host import AdapterStack, hosts
-from lightning_peft.core.inject import injection_of
+from lightning_peft.core.record import injection_of
 from lightning_peft.core.sites import output_head, weight_sites
 from lightning_peft.core.state import adapter_state
 from lightning_peft.core.swap import add_mixin, remove_mixin

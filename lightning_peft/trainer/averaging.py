@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from lightning_peft.core.inject import injection_of
+from lightning_peft.core.record import injection_of
 from lightning_peft.core.state import canonical
 from lightning_peft.core.swap import add_mixin, has_mixin, original_class
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from lightning_peft.core.host import set_active
-from lightning_peft.core.inject import apply, injection_of, put_in
+from lightning_peft.core.inject import apply, put_in
+from lightning_peft.core.record import injection_of
 from lightning_peft.core.replace import replace_trained, saved_copies
 from lightning_peft.core.targets import TargetError
 from lightning_peft.methods.callback import PEFTMethod, registered_method

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import nn
 
-from lightning_peft.core.inject import injection_of
+from lightning_peft.core.record import injection_of
 from lightning_peft.core.state import canonical
 from lightning_peft.trainer import audit, logs
 from lightning_peft.trainer.averaging import adapt_averaging

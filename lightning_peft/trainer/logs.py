@@ -16,7 +16,7 @@ from rich.console import Console
 from safetensors.torch import save_file
 from torch import nn
 
-from lightning_peft.core.inject import Injection
+from lightning_peft.core.record import Injection
 from lightning_peft.core.state import adapter_state
 from lightning_peft.core.torch_file import read_torch_file
 from lightning_peft.trainer.manifest import KEY, manifest

@@ -12,8 +12,8 @@ from torch import nn
 from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.base import base_of
 from lightning_peft.core.host import AdapterStack, hosts
-from lightning_peft.core.inject import Injection, Trains, injected_name, injection_of
 from lightning_peft.core.parts import Part
+from lightning_peft.core.record import Injection, Trains, injected_module, injection_of
 from lightning_peft.core.state import StateError, adapter_state
 from lightning_peft.core.thaw import thawed
 from lightning_peft.core.torch_file import read_torch_file
@@ -93,7 +93,7 @@ def _base_facts(model: nn.Module, record: Injection) -> dict[str, Any]:
     """What an adapter directory says of the base, so that one can be made from a checkpoint alone."""
     own = [name for trains in record.trains.values() for name in (*trains.modules, *trains.parameters)]
     hosts = [part.host for parts in record.parts.values() for part in parts]
-    base = base_of(model.get_submodule(injected_name(model)), [*hosts, *own])
+    base = base_of(injected_module(model), [*hosts, *own])
     return {"name": base.name, **base.facts(), "modules": [name for name in base.modules() if name]}
 
 

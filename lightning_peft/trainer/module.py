@@ -15,7 +15,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_peft.core.inject import apply, injection_of, later_parameters, trainable_parameters
+from lightning_peft.core.inject import apply
+from lightning_peft.core.record import injection_of, later_parameters, trainable_parameters
 from lightning_peft.core.state import StateError, canonical, check_fingerprint, load_state, trainable_keys
 from lightning_peft.core.swap import add_mixin
 from lightning_peft.core.thaw import set_thawed

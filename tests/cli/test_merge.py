@@ -16,7 +16,7 @@ from torch import nn
 
 import lightning_peft as lp
 from lightning_peft.cli.main import main
-from lightning_peft.core.inject import injection_of
+from lightning_peft.core.record import injection_of
 from tests.helpers import perturb
 from tests.methods import tiny
 

@@ -8,7 +8,7 @@ from torch import nn
 
 import lightning_peft as lp
 from lightning_peft.core.host import adapter_names, hosts
-from lightning_peft.core.inject import injection_of
+from lightning_peft.core.record import injection_of
 from tests.helpers import adapter_parameters, assert_same_bits, bits
 from tests.kinds import KINDS, MLP
 

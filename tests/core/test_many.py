@@ -8,7 +8,7 @@ from torch import nn
 
 import lightning_peft as lp
 from lightning_peft.core.host import hosts
-from lightning_peft.core.inject import injection_of
+from lightning_peft.core.record import injection_of
 from lightning_peft.core.state import StateError, check_fingerprint, load_state
 from tests.helpers import adapted, assert_same_bits, bits, perturb
 from tests.kinds import KINDS, MLP

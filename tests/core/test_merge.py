@@ -8,6 +8,7 @@ from torch import nn
 
 import lightning_peft as lp
 from lightning_peft.core.host import attach
+from lightning_peft.core.low_rank import with_products
 from lightning_peft.core.merge import MergeError
 from tests.core.test_host import Add
 from tests.helpers import adapted, assert_same_bits, bits, evaluate, perturb
@@ -191,3 +192,34 @@ def test_a_tied_weight_gets_a_tensor_of_its_own_where_that_is_asked_for():
     lp.unload(model, merge=True)
     assert model.embed.weight is not model.lm_head.weight
     torch.testing.assert_close(evaluate(model, kind), expected)
+
+
+def test_two_modules_of_one_weight_that_change_alike_keep_it_in_common():
+    model = nn.Sequential(nn.Linear(6, 6, bias=False), nn.Linear(6, 6, bias=False))
+    model[1].weight = model[0].weight
+    lp.apply(model, lp.LoRA(r=2, targets=["0", "1"], seed=0))
+    perturb(model)
+    model[1].adapters.load_state_dict(model[0].adapters.state_dict())
+    x, before = torch.randn(3, 6), bits(model)
+    expected = model(x)
+    lp.merge(model)
+    assert model[0].weight is model[1].weight
+    torch.testing.assert_close(model(x), expected)
+    lp.unmerge(model)
+    assert_same_bits(bits(model), before)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (700, 900), (3, 400, 300)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_products_are_added_in_blocks_and_rounded_once(shape, dtype):
+    generator = torch.Generator().manual_seed(0)
+    *batch, out, inside = shape
+    matrix = torch.randn(shape, generator=generator).to(dtype)
+    pairs = [
+        (torch.randn(*batch, r, inside, generator=generator), torch.randn(*batch, out, r, generator=generator))
+        for r in (2, 3)
+    ]
+    exact = matrix.double() + sum(b.double() @ a.double() for a, b in pairs)
+    found = with_products(matrix.mT.contiguous().mT, pairs, torch.float32)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.double(), exact, rtol=2**-8 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)

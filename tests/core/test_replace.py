@@ -8,7 +8,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import lightning_peft as lp
-from lightning_peft.core.inject import Plan
+from lightning_peft.core.plan import Plan
 from lightning_peft.core.replace import Replacement, replace_trained, replacements
 from lightning_peft.core.state import StateError
 from tests.helpers import assert_same_bits, bits, close, evaluate, perturb, same

@@ -117,12 +117,16 @@ def test_generate(attention):
     inputs = batch(len(names), padded=False)
     for i in range(len(names)):  # padded on the left
         inputs["attention_mask"][i, : i % 3] = 0
-    for options in ({}, {"num_beams": 2}, {"num_return_sequences": 2, "num_beams": 2}):
+    for options in ({}, {"num_beams": 2}, {"num_return_sequences": 2, "num_beams": 3}):
         options = {"max_new_tokens": 5, "do_sample": False, **options}
         want = one_by_one(model, names, lambda i: model.generate(**row(inputs, i), **options))  # noqa: B023
-        with lp.rows(model, names):
+        beams = options.get("num_beams", 1)
+        with lp.rows(model, names, repeats=beams):
             got = model.generate(**inputs, **options)
         assert torch.equal(got, torch.cat(want)), options
+        if beams > 1:
+            with lp.rows(model, names), pytest.raises(lp.RowError, match=f"repeats={beams} if each name stands for"):
+                model.generate(**inputs, **options)
 
 
 @torch.no_grad()
@@ -271,10 +275,47 @@ def two_loras() -> nn.Module:
 @torch.no_grad()
 def test_several_entries_to_a_row_and_windows():
     model, x = two_loras(), torch.randn(6, 4, 6)
-    with lp.rows(model, ["a", None, "b"]):
-        got = model(x)
     with lp.rows(model, ["a", "a", None, None, "b", "b"]):
-        close(got, model(x))
+        want = model(x)
+    with lp.rows(model, ["a", None, "b"], repeats=2):
+        close(model(x), want)
+        model(x[::2])  # as an encoder before the rows are repeated
+    windows = Windows(model)
+    with lp.rows(windows, ["a", None, "b"]):
+        close(windows(x.reshape(3, 8, 6)), want)
+
+
+class Windows(nn.Module):
+    """Calls a module with two entries for each row."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x.reshape(2 * len(x), -1, x.shape[-1]))
+
+    def step(self, x: Tensor) -> Tensor:
+        """As a LightningModule's, which is not called itself."""
+        return self.inner(x)
+
+
+@torch.no_grad()
+def test_the_batch_has_one_entry_for_each_name():
+    model, x = Windows(two_loras()), torch.randn(4, 6)
+    for run in (model.inner, model.step):
+        with lp.rows(model, ["a", "b"]), pytest.raises(lp.RowError, match=r"batch of 4 .* 2 names: .*repeats=2 if"):
+            run(x)
+        with lp.rows(model, ["a", "a"], repeats=4), pytest.raises(lp.RowError, match="repeats=4: it must be 2 or 8"):
+            run(x)
+        with lp.rows(model, ["a", "b"], repeats=2):
+            with pytest.raises(lp.RowError, match="it must be 2 or 4"):
+                run(x[:3])
+            run(x)  # after an error it still checks, and takes what is right
+            with pytest.raises(lp.RowError, match="it must be 2 or 4"):
+                run(x[:1])
+    with pytest.raises(lp.RowError, match="repeats is the number of entries"), lp.rows(model, ["a"], repeats=0):
+        pass
 
 
 @torch.no_grad()
@@ -371,9 +412,11 @@ def test_an_encoder_decoder(side):
             assert shape == (5, 7, 16)
     given, options = batch(5), {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
     if side == "encoder":
-        want = one_by_one(model, names, lambda i: model.generate(**row(given, i), **options))
-        with lp.rows(model, names):
-            assert torch.equal(model.generate(**given, **options), torch.cat(want))
+        for beams in (1, 2):  # the encoder runs before the rows are repeated
+            options["num_beams"] = beams
+            want = one_by_one(model, names, lambda i: model.generate(**row(given, i), **options))
+            with lp.rows(model, names, repeats=beams):
+                assert torch.equal(model.generate(**given, **options), torch.cat(want))
 
 
 class OwnBlocks(nn.Module):
@@ -422,8 +465,8 @@ def errors() -> dict[str, tuple[nn.Module, Any, Callable[[nn.Module], Any], str]
             r"'bias' \(BitFit\) trains .*lp.load_adapter",
         ),
         "merged": (merged, ["a", "b"], none, r"are merged into 'up': lp.unmerge\(model\) first"),
-        "length": (two_loras(), ["a", "b", None], run(4, 6), "multiple of the 3 rows"),
-        "length, one adapter": (two_loras(), ["a", "a", "a"], run(4, 6), "multiple of the 3 rows"),
+        "length": (two_loras(), ["a", "b", None], run(4, 6), "a batch of 4 .* for 3 names: give as many"),
+        "length, one adapter": (two_loras(), ["a", "a", "a"], run(4, 6), "a batch of 4 .* for 3 names: give as many"),
         "positions": (table, ["a", None], lambda m: m(torch.ones(2, 2, dtype=torch.long)), "'position' .*look like"),
         "experts": (
             experts,
@@ -432,7 +475,7 @@ def errors() -> dict[str, tuple[nn.Module, Any, Callable[[nn.Module], Any], str]
             r"'experts.1' .* several experts",
         ),
         "no root": (spanning, ["a", None], lambda m: m.step(torch.randn(2, 5, 8)), "was not called"),
-        "sequence first": (sequence, ["a", None, "a"], lambda m: m(torch.randn(5, 4, 8)), "multiple of the 3 rows"),
+        "sequence first": (sequence, ["a", None, "a"], lambda m: m(torch.randn(5, 4, 8)), "for 3 names"),
     }
 
 

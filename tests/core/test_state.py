@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import lightning_peft as lp
-from lightning_peft.core.inject import injection_of
+from lightning_peft.core.record import injection_of
 from lightning_peft.core.state import (
     StateError,
     canonical,

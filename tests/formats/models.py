@@ -99,10 +99,10 @@ def gpt2() -> nn.Module:
     return GPT2LMHeadModel(GPT2Config(**sizes)).eval()
 
 
-def bert() -> nn.Module:
+def bert(num_labels: int = 3) -> nn.Module:
     """A classifier with biases everywhere."""
     sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
-    more = {"num_attention_heads": 2, "max_position_embeddings": 32, "num_labels": 3, "initializer_range": 0.3}
+    more = {"num_attention_heads": 2, "max_position_embeddings": 32, "num_labels": num_labels, "initializer_range": 0.3}
     config = BertConfig(**sizes, **more)
     return BertForSequenceClassification(config).eval()
 

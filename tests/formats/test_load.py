@@ -136,6 +136,30 @@ def test_several_adapters_in_folders_of_their_names(tmp_path):
     assert (tmp_path / "one" / "adapter_config.json").exists()
 
 
+def test_each_task_keeps_its_own_head(tmp_path):
+    base, x, expected = bert(), tokens(), {}
+    for task, method in {"a": lp.LoRA(r=2, trainable=["classifier"]), "b": lp.BitFit(trainable=["classifier"])}.items():
+        model = adapted(base, method)
+        lp.save_adapter(model, tmp_path / task)
+        expected[task] = logits(model, x)
+    wide = bert(num_labels=5)
+    wide.load_state_dict({k: v for k, v in base.state_dict().items() if "classifier" not in k}, strict=False)
+    lp.save_adapter(wide := adapted(wide, lp.LoRA(r=2, trainable=["classifier"])), tmp_path / "c")
+    expected["c"] = logits(wide, x)
+
+    model = copy.deepcopy(base)
+    for task in "abc":
+        lp.load_adapter(model, tmp_path / task, name=task)
+    for task in "abc":
+        with lp.active(model, task):
+            torch.testing.assert_close(logits(model, x), expected[task])
+    with lp.disabled(model):
+        torch.testing.assert_close(logits(model, x), logits(base, x))
+    with lp.rows(model, ["b", "a"]):
+        rows = logits(model, x)
+    torch.testing.assert_close(rows, torch.stack([expected["b"][0], expected["a"][1]]))
+
+
 def test_a_trainable_adapter_trains_on_and_is_saved_again(saved, tmp_path):
     base, directory = saved
     model, x = copy.deepcopy(base), tokens()

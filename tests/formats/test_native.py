@@ -15,6 +15,7 @@ import lightning_peft as lp
 from lightning_peft.formats.files import FormatError, read_files, write_files
 from lightning_peft.formats.load import load_adapter
 from lightning_peft.formats.save import save_adapter
+from lightning_peft.methods.callback import _REGISTRY
 from tests.formats import models
 from tests.formats.models import Called, Wrapped, adapted, logits, moved, tokens
 
@@ -112,12 +113,12 @@ def test_patterns_lose_the_name_of_the_module_around_the_base(patterns, tmp_path
         assert torch.equal(logits(other, x), logits(ours, x))
 
 
-class Shift(lp.WeightMethod):
+class RowShift(lp.WeightMethod):
     def build(self, site):
-        return ShiftAdapter(site)
+        return RowShiftAdapter(site)
 
 
-class ShiftAdapter(lp.WeightAdapter):
+class RowShiftAdapter(lp.WeightAdapter):
     def __init__(self, site):
         super().__init__(site)
         self.rows = nn.Parameter(torch.zeros(site.shape[-2], 1))
@@ -128,7 +129,7 @@ class ShiftAdapter(lp.WeightAdapter):
 
 def test_a_method_of_ones_own(tmp_path):
     base, x = build("bert"), tokens()
-    ours = adapted(base, Shift(targets=["query", "value"]))
+    ours = adapted(base, RowShift(targets=["query", "value"]))
     save_adapter(ours, tmp_path)
     again = copy.deepcopy(base)
     load_adapter(again, tmp_path)
@@ -138,11 +139,11 @@ def test_a_method_of_ones_own(tmp_path):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"method": "Schift"}, "no method named 'Schift'; defined are .*; nearest: 'Shift'"),
+        ({"method": "Schift"}, "no method named 'Schift'; defined are .*; nearest: 'RowShift'"),
         ({"method": "hostile_method.Evil"}, "no method named 'hostile_method.Evil'"),
-        ({"method": ["Shift"]}, "method must name a class"),
+        ({"method": ["RowShift"]}, "method must name a class"),
         ({"config": "targets"}, "config hold its arguments"),
-        ({"config": {"target": ["query"]}}, "Shift cannot be made as the file says.*target"),
+        ({"config": {"target": ["query"]}}, "RowShift cannot be made as the file says.*target"),
         ({"config": {"targets": ["querry"]}}, "'querry' matches nothing; nearest: .*query"),
         ({"config": {"targets": ["query"]}}, "nothing takes the tensors of .*value"),
         ({"config": {"targets": ["query", "value", "key"]}}, "missing .*rows"),
@@ -152,7 +153,7 @@ def test_files_that_cannot_be_read(change, reason, tmp_path, monkeypatch):
     (tmp_path / "hostile_method.py").write_text("open('ran', 'w')\n")
     monkeypatch.syspath_prepend(tmp_path)
     base = build("bert")
-    save_adapter(adapted(base, Shift(targets=["query", "value"])), tmp_path / "a")
+    save_adapter(adapted(base, RowShift(targets=["query", "value"])), tmp_path / "a")
     files = read_files(tmp_path / "a")
     write_files(tmp_path / "a", {**files.config, **change}, files.tensors, files.metadata, None)
     with pytest.raises(ValueError, match=reason) as error:
@@ -204,3 +205,14 @@ def test_a_folded_network_stays_folded(tmp_path):
     load_adapter(again, tmp_path)
     assert torch.equal(logits(again, x), logits(ours, x))
     assert any(key.endswith("prefix_keys") for key in again.state_dict())
+
+
+def test_two_methods_of_one_name_are_not_mistaken(tmp_path):
+    base = build("bert")
+    save_adapter(adapted(base, RowShift(targets=["query"])), tmp_path)
+    type("RowShift", (lp.LoRA,), {"__module__": "elsewhere"})
+    try:
+        with pytest.raises(lp.FormatError, match=r"elsewhere and .*test_native define a method named 'RowShift'"):
+            load_adapter(base, tmp_path)
+    finally:
+        del _REGISTRY["RowShift"]["elsewhere"]

@@ -8,7 +8,7 @@ import lightning_peft as lp
 from tests.methods.fitting import BATCHES, TOKENS, ConvNet, bert, encoder, gpt2, llama, run, seeded
 
 
-class Shift(lp.ActivationMethod):
+class OutputShift(lp.ActivationMethod):
     """A method of a user's own."""
 
     def build(self, site):
@@ -29,7 +29,7 @@ class ShiftAdapter(lp.ActivationAdapter):
 def test_a_toy_method_runs_everywhere(make, targets):
     model, x = make(), BATCHES[make]
     base = run(model, x)
-    report = lp.apply(model, Shift(targets=targets))
+    report = lp.apply(model, OutputShift(targets=targets))
     assert report.trainable >= 3 * 16
     assert (run(model, x) - base).abs().max() > 1e-3
     with lp.disabled(model):
@@ -55,7 +55,7 @@ def test_outputs_keep_their_type_and_what_else_they_hold(kind):
     model = nn.ModuleDict({"layer": Layer(4, 4)})
     x = torch.randn(2, 4)
     before = model["layer"](x)
-    lp.apply(model, Shift(targets="layer"))
+    lp.apply(model, OutputShift(targets="layer"))
     after = model["layer"](x)
     assert type(after) is type(before)
     torch.testing.assert_close(hidden(after), hidden(before) + torch.linspace(0, 1, 4))
@@ -74,7 +74,7 @@ def test_model_outputs_keep_their_type():
 
     model = Wrapper()
     before = model(TOKENS)
-    lp.apply(model, Shift(targets="inner", width=16))
+    lp.apply(model, OutputShift(targets="inner", width=16))
     after = model(TOKENS)
     assert type(after) is type(before)
     torch.testing.assert_close(after.last_hidden_state, before.last_hidden_state + torch.linspace(0, 1, 16))
@@ -86,39 +86,39 @@ def test_feature_maps_are_known_by_their_layers():
     model.head = nn.Identity()  # the output is the mean of the feature maps
     x = torch.randn(2, 3, 9, 9)
     base = model(x)
-    lp.apply(model, Shift(targets="layer2"))
+    lp.apply(model, OutputShift(targets="layer2"))
     torch.testing.assert_close(model(x), base + torch.linspace(0, 1, 8))
 
 
 def test_exclude_and_trainable():
     model = encoder()
-    report = lp.apply(model, Shift(targets=["all-attention", "all-feedforward"], exclude=["layers.0", "linear2"]))
+    report = lp.apply(model, OutputShift(targets=["all-attention", "all-feedforward"], exclude=["layers.0", "linear2"]))
     assert set(report.modules) == {"layers.1.self_attn", "layers.2.self_attn"}
     model = encoder()
-    report = lp.apply(model, Shift(targets="all-feedforward", trainable="layers.1"))
+    report = lp.apply(model, OutputShift(targets="all-feedforward", trainable="layers.1"))
     assert {"layers.0.linear2", "layers.2.linear2"} < set(report.modules)
     assert "layers.1.linear2" not in report.modules
 
 
 def test_bad_input():
     with pytest.raises(lp.TargetError, match=r"'layers' is a ModuleList, which is never called: .*'layers\.\*'"):
-        lp.apply(encoder(), Shift(targets="layers"))
+        lp.apply(encoder(), OutputShift(targets="layers"))
     with pytest.raises(lp.TargetError, match=r"out_proj' is never called, .* name 'layers.0.self_attn'"):
-        lp.apply(encoder(), Shift(targets="out_proj"))
+        lp.apply(encoder(), OutputShift(targets="out_proj"))
     with pytest.raises(lp.TargetError, match=r"features that '1' \(ReLU\) gives .*set width="):
-        lp.apply(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), Shift(targets="1"))
+        lp.apply(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), OutputShift(targets="1"))
     with pytest.raises(lp.TargetError, match="'sef_attn' matches nothing; nearest: self_attn"):
-        lp.apply(encoder(), Shift(targets="sef_attn"))
+        lp.apply(encoder(), OutputShift(targets="sef_attn"))
     with pytest.raises(lp.TargetError, match="exclude: 'nothing' matches nothing"):
-        lp.apply(encoder(), Shift(exclude="nothing"))
+        lp.apply(encoder(), OutputShift(exclude="nothing"))
     with pytest.raises(lp.TargetError, match="takes away all"):
-        lp.apply(encoder(), Shift(exclude="layers.*"))
+        lp.apply(encoder(), OutputShift(exclude="layers.*"))
     with pytest.raises(ValueError, match="width must be an integer"):
-        Shift(width=0)
+        OutputShift(width=0)
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
-    lp.apply(model, Shift(targets="1", width=5))
+    lp.apply(model, OutputShift(targets="1", width=5))
     with pytest.raises(ValueError, match=r"'1' gives an output of shape \(2, 4\).* not the 5 features"):
         model(torch.randn(2, 4))
     model = nn.ModuleDict({"lstm": nn.LSTM(4, 4)})
-    lp.apply(model, Shift(targets="lstm", width=4))
+    lp.apply(model, OutputShift(targets="lstm", width=4))
     assert model["lstm"](torch.randn(3, 2, 4))[0].shape == (3, 2, 4)

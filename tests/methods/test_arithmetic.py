@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 import lightning_peft as lp
-from lightning_peft.core.inject import injection_of, put_in
+from lightning_peft.core.inject import put_in
+from lightning_peft.core.record import injection_of
 from lightning_peft.core.replace import replace_trained
 from lightning_peft.core.sites import weight_sites
 from lightning_peft.core.state import load_state

@@ -307,6 +307,12 @@ def test_bad_input():
         lp.apply(ConvNet(), lp.BottleneckAdapter("parallel", targets=["layer1", "layer1.0"]))
     with pytest.raises(lp.TargetError, match=r"looks like feed-forward .*'Block'.*all-blocks"):
         lp.apply(ConvNet(), lp.BottleneckAdapter())
+    with pytest.raises(ValueError, match=r"'layers.0.linear1' takes 16 features and gives 32: exclude it"):
+        lp.apply(encoder(), lp.BottleneckAdapter("parallel", targets=["layers.0.linear1"]))
+    strided = nn.Sequential(nn.Conv2d(3, 3, 3, stride=2))
+    lp.apply(strided, lp.BottleneckAdapter("parallel", targets=["0"], bottleneck_size=2))
+    with pytest.raises(ValueError, match=r"'0' takes \(2, 3, 8, 8\) and gives \(2, 3, 3, 3\)"):
+        strided(IMAGES)
 
 
 @pytest.mark.parametrize(

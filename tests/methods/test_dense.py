@@ -17,7 +17,7 @@ from torch.func import functional_call
 import lightning_peft as lp
 from lightning_peft.core.host import hosts
 from tests.helpers import close, perturb
-from tests.kinds import ScaledEmbedding, ScaledLinear
+from tests.models import ScaledEmbedding, ScaledLinear
 
 CONVOLUTIONS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "plain": (lambda: nn.Conv2d(4, 6, 3), (2, 4, 7, 8)),

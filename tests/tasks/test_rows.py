@@ -90,6 +90,22 @@ def test_language_models(reviews, gpt2):
         assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"num_beams": 3, "num_return_sequences": 2}])
+def test_generate_with_an_adapter_for_each_prompt(gpt2, options):
+    module = LanguageModel(gpt2)
+    lp.apply(module, *tenants())
+    perturb(module, scale=0.5)
+    prompts, names = ["one", "two", "three words", "four"], ["a", None, "b", "a"]
+    got = module.generate(prompts, 5, names, **options)
+    want = []
+    for prompt, name in zip(prompts, names):
+        with lp.active(module, *([name] if name else [])):
+            want += module.generate([prompt], 5, **options)
+    assert got == want
+    with pytest.raises(lp.RowError, match=r"batch of .* for 3 names"):
+        module.generate(prompts, 5, names[:3], **options)
+
+
 def test_blocks_hold_texts_of_several_adapters(reviews, gpt2):
     data = LanguageModelData(reviews, adapter_column="tenant", tokenizer=gpt2, block_size=2)
     data.setup()

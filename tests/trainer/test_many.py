@@ -12,7 +12,8 @@ from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
 
 import lightning_peft as lp
 from lightning_peft.core.host import deactivate
-from lightning_peft.core.inject import injection_of, put_in
+from lightning_peft.core.inject import put_in
+from lightning_peft.core.record import injection_of
 from lightning_peft.core.replace import replace_trained
 from lightning_peft.core.state import StateError
 from lightning_peft.trainer.audit import AuditError
@@ -133,6 +134,30 @@ def test_a_checkpoint_alone_gives_both_back(tmp_path: Path) -> None:
     assert [n for n, p in again.named_parameters() if p.requires_grad] == [
         n for n, p in module.named_parameters() if p.requires_grad
     ]
+
+
+def test_a_checkpoint_alone_gives_what_was_combined_back(tmp_path: Path) -> None:
+    module = Compares()
+    lp.apply(module, lora(name="default"))
+    add_frozen(module)
+    bias = lp.BitFit(name="c")
+    plan = bias.plan(module)
+    replace_trained(plan, module, {name: torch.ones_like(module.get_parameter(name)) for name in plan.train})
+    put_in(module, {"c": (bias, plan)})
+    lp.combine(module, ["b", "c"], name="lora_and_copies")
+    lp.combine(module, ["c"], [0.5], name="copies")
+    assert isinstance(injection_of(module).methods["copies"], lp.BitFit)
+    lp.set_active(module, "default")
+    trainer(tmp_path, *every_step(tmp_path)).fit(module, loader(), val_loader())
+    again, x = lp.load_from_checkpoint(Compares, tmp_path / "step=10.ckpt"), torch.randn(3, 16)
+    outputs = {}
+    for name in ("default", "b", "c", "lora_and_copies", "copies"):
+        with lp.active(module, name), lp.active(again, name):
+            outputs[name] = module.eval()(x)
+            assert torch.equal(outputs[name], again.eval()(x))
+    assert not torch.equal(outputs["copies"], outputs["c"])
+    with pytest.raises(ValueError, match="'c' changes no matrix: there is nothing to turn into a LoRA"):
+        lp.to_lora(module, "c")
 
 
 class Deletes(Callback):

@@ -1,0 +1,89 @@
+"""The record of what methods have done to a model: it lives on the module that they were applied to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from lightning_peft.core.plan import Method
+from lightning_peft.core.report import Report
+
+if TYPE_CHECKING:
+    from lightning_peft.core.parts import Part
+
+__all__ = [
+    "Injection",
+    "Trains",
+    "injected_module",
+    "injected_name",
+    "injection_of",
+    "later_parameters",
+    "trainable_parameters",
+]
+
+
+@dataclass(frozen=True)
+class Trains:
+    """What one method trains of the base itself, by name in the module that methods were applied to.
+
+    Attributes:
+        modules: modules that train in full.
+        parameters: single parameters, those that train only later in the run included.
+    """
+
+    modules: tuple[str, ...] = ()
+    parameters: tuple[str, ...] = ()
+
+
+@dataclass
+class Injection:
+    """The record of what was put into a model; it lives on the model itself.
+
+    Attributes:
+        methods: the methods by adapter name, in order.
+        report: counts and table.
+        fingerprint: what identifies the frozen base (:func:`lightning_peft.core.state.fingerprint`).
+        buffers: the base's persistent buffers as they were, to tell which ones training moves.
+        trained_before: names of the base parameters that required gradients before.
+        later: names of the parameters that train later; with the values they started from once they do.
+        trains: what each method trains of the base itself, by adapter name.
+        parts: where each method's adapters are and on what layers, without their tensors, by adapter name.
+    """
+
+    methods: dict[str, Method]
+    report: Report
+    fingerprint: dict[str, Any]
+    buffers: dict[str, Tensor]
+    trained_before: frozenset[str]
+    later: dict[str, Tensor | None] = field(default_factory=dict)
+    trains: dict[str, Trains] = field(default_factory=dict)
+    parts: dict[str, list[Part]] = field(default_factory=dict)
+
+
+def injection_of(model: nn.Module) -> Injection | None:
+    """The record of ``model``, or of the one module inside it that methods were applied to."""
+    return vars(injected_module(model)).get("_peft_injection")
+
+
+def injected_module(model: nn.Module) -> nn.Module:
+    """The module that methods were applied to, whose names the record uses; ``model`` itself where none were."""
+    return model.get_submodule(injected_name(model))
+
+
+def injected_name(model: nn.Module) -> str:
+    """The name of the module that methods were applied to: ``model`` itself (``""``) or one inside it."""
+    return next((name for name, module in model.named_modules() if "_peft_injection" in vars(module)), "")
+
+
+def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters an optimizer should get: those that require gradients, or will later in the run."""
+    later = {id(p) for p in later_parameters(model)}
+    return [p for p in model.parameters() if p.requires_grad or id(p) in later]
+
+
+def later_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that start frozen and train later in the run, whether or not they do by now."""
+    record = injection_of(model)
+    return [] if record is None else [injected_module(model).get_parameter(name) for name in record.later]
