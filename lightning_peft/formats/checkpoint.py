@@ -145,17 +145,17 @@ def _tensors_of(part: Part, parts: list[Part], name: str, state: Mapping[str, Te
 
 def _trained(name: str, entry: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What the method trained of the base: in the base itself, or as copies of its own."""
-    own, found = entry["own"], {}
+    own, base, copies = entry["own"], {}, {}
     adapted = {part["host"] for part in entry["parts"]}
     for key, value in state.items():
         host, _, inside = key.partition(f".adapters.{name}.")
         if inside.startswith("replacement."):
-            found[f"{host}.{inside.removeprefix('replacement.')}"] = value
+            copies[f"{host}.{inside.removeprefix('replacement.')}"] = value
         elif inside and host not in adapted:
-            found[f"{host}.{inside}"] = value
+            copies[f"{host}.{inside}"] = value
         elif key in own["parameters"] or any(key.startswith(f"{head}.") for head in own["modules"]):
-            found[key] = value
-    return found
+            base[key] = value
+    return base | copies
 
 
 class _Outline(Base):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import lightning as L
 import torch
 from torch import Tensor, nn
 
@@ -15,6 +16,7 @@ from lightning_peft.core.record import injected_name, injection_of
 from lightning_peft.core.replace import replace_trained
 from lightning_peft.core.state import StateError, check_fingerprint
 from lightning_peft.core.swap import original_class
+from lightning_peft.formats.bounded import Bounded
 from lightning_peft.formats.common import own_facts
 from lightning_peft.formats.converter import Options, Reading, Tensors
 from lightning_peft.formats.files import CONFIG, AdapterFiles, FormatError, adapter_folders, read_files
@@ -23,6 +25,7 @@ from lightning_peft.formats.own import take_own
 from lightning_peft.formats.regex import check_regexes
 from lightning_peft.formats.registry import converter_for_type
 from lightning_peft.methods.callback import PEFTMethod
+from lightning_peft.trainer.module import adapt_module
 
 __all__ = ["load_adapter", "read_plan", "saved_name"]
 
@@ -90,6 +93,8 @@ def load_adapter(
             hint = "; check_base=False skips this comparison" if "another base" in str(error) else ""
             raise StateError(f"{_told(files, root)}: {error}{hint}") from error
     put_in(root, plans)
+    if trainable and isinstance(model, L.LightningModule):
+        adapt_module(model)  # so that its checkpoints say what they hold
     if taken:
         for called in plans:
             deactivate(root, called)
@@ -143,7 +148,8 @@ def read_plan(
     reading = converter.read(options, tensors, base, name, trainable=base.patterns(heads))
     options.done()
     tensors.done()
-    plan = reading.method.plan(root)
+    with Bounded(root, files):
+        plan = reading.method.plan(root)
     _fill(plan, reading, base)
     own |= reading.own
     return reading.method, plan, {base.outer(key): value for key, value in own.items()}

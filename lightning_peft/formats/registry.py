@@ -33,6 +33,13 @@ CONVERTERS: tuple[Converter, ...] = (
 )
 
 
+#: what PEFT has alone and this package only beside something else
+_INSTEAD = {
+    "TRAINABLE_TOKENS": "here rows of embeddings train with LoRA, and no method trains them alone; in PEFT that is "
+    "LoraConfig(trainable_token_indices=...) with targets, which is read"
+}
+
+
 def converter_for_type(peft_type: str) -> Converter:
     """The converter that reads ``peft_type``.
 
@@ -41,6 +48,8 @@ def converter_for_type(peft_type: str) -> Converter:
     """
     known = {converter.peft_type: converter for converter in CONVERTERS}
     if peft_type not in known:
+        if peft_type in _INSTEAD:
+            raise FormatError(f"peft_type {peft_type!r} cannot be read: {_INSTEAD[peft_type]}")
         near = difflib.get_close_matches(str(peft_type).upper(), known, n=1)
         hint = f"; nearest: {near[0]!r}" if near else ""
         raise FormatError(f"peft_type {peft_type!r} is none that can be read; known are {sorted(known)}{hint}")

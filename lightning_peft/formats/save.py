@@ -30,6 +30,9 @@ def save_adapter(model: nn.Module, directory: str | Path, name: str | None = Non
     They are Hugging Face PEFT's, where it has the same method; otherwise ``peft_type`` is ``LIGHTNING_PEFT`` and
     ``reason`` says what PEFT lacks.
 
+    In a distributed run the first process writes. Of a sharded model (FSDP2) every process has to call this, so that
+    the shards come together; otherwise the others may, and do nothing. None waits for the files to be there.
+
     Args:
         model: an adapted module, trained or not.
         directory: where to; made if it is not there.
@@ -54,14 +57,12 @@ def save_adapter(model: nn.Module, directory: str | Path, name: str | None = Non
 def write_snapshots(snapshots: Mapping[str, Snapshot], directory: str | Path, **options: Any) -> None:
     """Write one adapter into ``directory`` itself, several into folders of their names inside it.
 
-    In a distributed run every process calls this, and the first one writes.
+    In a distributed run the first process writes, and no other waits for it: it may be the only one that is here.
     """
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     if not distributed or torch.distributed.get_rank() == 0:
         for name, snapshot in snapshots.items():
             write_snapshot(snapshot, Path(directory) / name if len(snapshots) > 1 else Path(directory), **options)
-    if distributed:
-        torch.distributed.barrier()
 
 
 def write_snapshot(snapshot: Snapshot, directory: Path, **options: Any) -> None:

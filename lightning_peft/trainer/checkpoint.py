@@ -42,13 +42,13 @@ def load_from_checkpoint(module_class: type[M], path: str | Path, map_location: 
         ValueError: it names a method that is not defined here.
     """
     checkpoint = read_checkpoint(path, map_location)
-    methods = [(_method(entry), entry.get("trains", True)) for entry in checkpoint[KEY]["methods"]]
+    methods = [(_method(entry), entry.get("trains", True), _copies(entry)) for entry in checkpoint[KEY]["methods"]]
     accepted = inspect.signature(module_class.__init__).parameters
     anything = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
     saved = {k: v for k, v in checkpoint.get("hyper_parameters", {}).items() if anything or k in accepted}
     module = module_class(**{**{k: v for k, v in saved.items() if not k.startswith("_")}, **kwargs})
     # For a configure_model that calls lp.apply(self).
-    module.__dict__["_peft_methods"] = [method for method, trains in methods if trains]
+    module.__dict__["_peft_methods"] = [method for method, trains, copies in methods if trains and not copies]
     module.configure_model()
     try:
         _put_in(module, methods, checkpoint["state_dict"])
@@ -59,7 +59,7 @@ def load_from_checkpoint(module_class: type[M], path: str | Path, map_location: 
     adapt_module(module)
     module.on_load_checkpoint(checkpoint)
     module.load_state_dict(checkpoint["state_dict"])
-    if not all(trains for _, trains in methods):
+    if not all(trains for _, trains, _ in methods):
         set_active(module, *checkpoint[KEY]["active"])
     return module.to(map_location) if isinstance(map_location, str | torch.device) else module
 
@@ -68,15 +68,22 @@ def _method(entry: dict[str, Any]) -> PEFTMethod:
     return registered_method(entry["method"])(**entry["config"])
 
 
-def _put_in(module: L.LightningModule, methods: Iterable[tuple[PEFTMethod, bool]], state: dict[str, Tensor]) -> None:
-    """Apply the methods in order; those that did not train come as they were, frozen beside the base."""
-    for method, trains in methods:
+def _copies(entry: dict[str, Any]) -> bool:
+    """Whether heads and biases of a method are copies beside the base's, as those of a loaded adapter are."""
+    return entry.get("copies", not entry.get("trains", True))
+
+
+def _put_in(
+    module: L.LightningModule, methods: Iterable[tuple[PEFTMethod, bool, bool]], state: dict[str, Tensor]
+) -> None:
+    """Put the methods in, in order, each as it was: training the base itself, or loaded beside it, frozen or not."""
+    for method, trains, copies in methods:
         record = injection_of(module)
-        if trains:
+        if trains and not copies:
             apply(module, method)
         elif record is None or method.name not in record.methods:
             plan = method.plan(module)
-            replace_trained(plan, module, saved_copies(plan, module, method.name, state))
-            for _, _, adapter, _ in plan.attach:
+            replace_trained(plan, module, saved_copies(plan, module, method.name, state), trains)
+            for _, _, adapter, _ in plan.attach if not trains else ():
                 adapter.requires_grad_(False)
             put_in(module, {method.name: (method, plan)})

@@ -54,6 +54,9 @@ class Lifecycle(Callback):
         adapt_module(module)
         adapt_strategy(trainer, there[0].restore_streams)
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self.install(trainer, pl_module)
+
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._watched, self._called, self._ranks_checked = set(), None, False
         audit.audit_head(pl_module)

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 from torch import nn
 
+from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.base import base_of
 from lightning_peft.core.host import AdapterStack, hosts
 from lightning_peft.core.parts import Part
@@ -34,8 +35,9 @@ def manifest(model: nn.Module) -> dict[str, Any]:
                 "method": type(method).__name__,
                 "config": method.config(),
                 "trains": trains(model, name),
+                "copies": has_copies(model, name),
                 "parts": [_plain(part) for part in record.parts.get(name, ())],
-                "own": asdict(record.trains.get(name, Trains())),
+                "own": asdict(_own(model, record, name)),
             }
             for name, method in record.methods.items()
         ],
@@ -74,6 +76,15 @@ def scores(checkpoint: Mapping[str, Any]) -> dict[str, float]:
     return found
 
 
+def _own(model: nn.Module, record: Injection, name: str) -> Trains:
+    """What a method trains of the base itself; where copies of its own do, the heads among them."""
+    if not has_copies(model, name):
+        return record.trains.get(name, Trains())
+    inner = injected_name(model)
+    heads = cast(Any, record.methods[name]).heads(model.get_submodule(inner))
+    return Trains(tuple(f"{inner}.{head}".lstrip(".") for head in heads))
+
+
 def _plain(part: Part) -> dict[str, Any]:
     return {"host": part.host, "parameter": part.parameter, "kind": part.kind, "shape": part.shape, "facts": part.facts}
 
@@ -98,6 +109,12 @@ def trains(model: nn.Module, name: str) -> bool:
         if name in stack
         for parameter in stack[name].parameters()
     )
+
+
+def has_copies(model: nn.Module, name: str) -> bool:
+    """Whether what was put in under ``name`` has values of its own in place of the base's, as a loaded adapter does."""
+    stacks = (cast(AdapterStack, host.adapters) for _, host in hosts(model))
+    return any(part.copies() for stack in stacks if name in stack for part in cast(Adapter, stack[name]).parts())
 
 
 def check_manifest(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
@@ -137,6 +154,13 @@ def check_manifest(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
             raise StateError(f"the checkpoint holds no {kind} named {name!r}; it holds {list(there)}")
         if there[name]["method"] != kind:
             raise StateError(f"{name!r} is a {there[name]['method']} in the checkpoint and a {kind} in this run")
+        if there[name].get("copies", False) != has_copies(model, name) and trains(model, name):
+            ways = ["as a method", "by lp.load_adapter(..., trainable=True), with its own copy of heads and biases"]
+            here, then = ways if there[name].get("copies") else ways[::-1]
+            raise StateError(
+                f"{name!r} was put in {then} in the run that saved this checkpoint, and {here} in this one: do as "
+                "that run did, or make a checkpoint for a method of its directory (lightning-peft export, import)"
+            )
         config, fixed = there[name]["config"], method.config().keys() - type(method).may_change
         for option in sorted(fixed & config.keys()):
             if config[option] != method.config()[option]:

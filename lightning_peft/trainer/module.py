@@ -6,7 +6,7 @@ The user's module gets this mixin by class swap in ``Callback.setup``, so that i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning as L
@@ -37,12 +37,21 @@ class AdaptedModule(L.LightningModule):
     def configure_model(self) -> None:
         # The one moment that every way of building a model shares: after __init__, setup and configure_model,
         # before sharding and before the optimizer. Applying twice changes nothing.
-        callbacks = self._trainer.callbacks if self._trainer is not None else ()  # type: ignore[attr-defined]
-        audit_methods(c for c in callbacks if hasattr(c, "plan"))
+        audit_methods(_methods_of(self._trainer))
         super().configure_model()
-        apply(self)
+        if _methods_of(self._trainer) or injection_of(self) is None:
+            apply(self)
         audit_ranks(self)  # before a strategy copies rank 0's adapters to the others, and hides a difference
         start_averaging(self._trainer, self)
+
+    def configure_callbacks(self) -> Any:
+        from lightning_peft.trainer.lifecycle import Lifecycle
+
+        own = super().configure_callbacks()
+        own = list(own) if isinstance(own, Sequence) else [own]
+        # A module that brings its adapters along trains as under methods, which install this themselves.
+        loaded = injection_of(self) is not None and not _methods_of(self._trainer)
+        return [*own, Lifecycle()] if loaded and self.trainer.state.fn == "fit" else own
 
     def configure_optimizers(self) -> Any:
         frozen = [p for p in later_parameters(self) if not p.requires_grad]
@@ -105,6 +114,11 @@ class AdaptedModule(L.LightningModule):
             if self._trainer is not None and self._trainer.precision == "64-true":
                 self.double()  # Lightning does so after loading, when half of the digits are gone
             set_thawed(self, checkpoint[KEY].get("thawed", ()))
+
+
+def _methods_of(trainer: Any) -> list[Any]:
+    """The methods that are attached to a Trainer."""
+    return [c for c in trainer.callbacks if hasattr(c, "plan")] if trainer is not None else []
 
 
 def adapt_module(module: Any) -> None:

@@ -129,3 +129,77 @@ def test_a_loaded_adapter_stays_through_training_another(tmp_path):
     lp.set_active(module, "first")
     torch.testing.assert_close(logits(module.eval(), x), logits(first, x))
     assert isinstance(copy.deepcopy(module), nn.Module)
+
+
+SEQUENCES = [lp.PromptTuning(3), lp.PrefixTuning(3, shift_positions=True), lp.PTuning(3)]
+
+
+@pytest.mark.parametrize("method", SEQUENCES, ids=lambda m: type(m).__name__)
+def test_a_prompt_needs_the_base_and_says_so(method, tmp_path):
+    path = train(Trained("llama"), method)
+    with pytest.raises(lp.FormatError, match="give --model"):
+        export_checkpoint(path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+#: all that this trains of the base is a copy once it is loaded
+LOADED = {"r": 2, "targets": ["query"], "trainable": ["classifier"], "bias": "lora_only"}
+
+
+@pytest.fixture
+def loaded(tmp_path):
+    """Builds a module with the same trainable adapter of a directory, as often as it is called."""
+    lp.save_adapter(models.adapted(Trained().net, lp.LoRA(**LOADED)), tmp_path / "start")
+
+    def build():
+        module = Trained()
+        lp.load_adapter(module, tmp_path / "start", trainable=True)
+        return module
+
+    return build
+
+
+def test_training_a_loaded_adapter_is_saved_loaded_and_exported(loaded, tmp_path):
+    module, x = loaded(), tokens()
+    before = logits(module.eval(), x)
+    path = train(module)
+    want = logits(module.eval(), x)
+    assert not torch.allclose(want, before, atol=1e-3)
+    assert torch.equal(module.net.classifier.weight, Trained().net.classifier.weight)  # the base's stays
+    state = torch.load(path, weights_only=True)["state_dict"]
+    assert all(".adapters.default." in key for key in state)
+    again = lp.load_from_checkpoint(Trained, path)
+    assert torch.equal(logits(again.eval(), x), want)
+    assert len(lp.trainable_parameters(again)) == len(lp.trainable_parameters(module))
+    export_checkpoint(path, tmp_path / "alone")
+    lp.save_adapter(module, tmp_path / "model")
+    configs = [json.loads((tmp_path / f / "adapter_config.json").read_text()) for f in ("alone", "model")]
+    assert configs[0] == configs[1]
+    assert configs[0]["modules_to_save"] == ["classifier"]
+    torch.testing.assert_close(logits(read_by_peft(Trained().net.eval(), tmp_path / "alone"), x), want)
+
+
+def test_training_a_loaded_adapter_resumes_exactly(loaded):
+    x, unbroken = tokens(), loaded()  # each is built from one seed, from which its data follow
+    train(unbroken, steps=4)
+    path = train(loaded())
+    resumed = loaded()
+    train(resumed, ckpt_path=path, steps=4)
+    assert torch.equal(logits(resumed.eval(), x), logits(unbroken.eval(), x))
+
+
+def test_a_loaded_checkpoint_trains_and_tests_without_its_method(loaded):
+    path = train(Trained(), lp.LoRA(**LOADED))
+    module, x = lp.load_from_checkpoint(Trained, path), tokens()
+    before = logits(module.eval(), x)
+    train(module)
+    assert not torch.allclose(logits(module.eval(), x), before, atol=1e-3)
+
+
+def test_a_method_does_not_resume_what_was_loaded_nor_the_other_way_round(loaded):
+    path = train(loaded())
+    with pytest.raises(lp.StateError, match=r"'default' was put in by lp.load_adapter.*and as a method in this one"):
+        train(Trained(), lp.LoRA(**LOADED), ckpt_path=path)
+    path = train(Trained(), lp.LoRA(**LOADED))
+    with pytest.raises(lp.StateError, match=r"'default' was put in as a method .*and by lp.load_adapter"):
+        train(loaded(), ckpt_path=path)

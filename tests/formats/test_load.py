@@ -2,6 +2,7 @@
 
 import copy
 import json
+from pathlib import Path
 
 import peft
 import pytest
@@ -63,6 +64,7 @@ def test_wrong_tensors_are_named_and_nothing_is_changed(saved, change, said):
         ({"target_modules": None}, "target_modules is missing"),
         ({"modules_to_save": ["lm_hed"]}, "modules_to_save: 'lm_hed' matches nothing; nearest: lm_head"),
         ({"peft_type": "LORAA"}, "peft_type 'LORAA'.*nearest: 'LORA'"),
+        ({"peft_type": "TRAINABLE_TOKENS"}, "rows of embeddings train with LoRA"),
         ({"r": "two"}, "r must be a number"),
         ({"rank_pattern": {"q_proj": 0}}, "rank of .*q_proj"),
         ({"bias": "some"}, "bias must be"),
@@ -226,3 +228,30 @@ def test_a_pattern_that_would_never_end(saved, monkeypatch, option, value):
     monkeypatch.setattr("lightning_peft.formats.regex.LIMIT", 0.5)
     edit_config(directory, **{option: value})
     unchanged(base, directory, "the regular expression .*! takes more than 0.5 seconds".replace("!", ".*"))
+
+
+def test_what_was_made_for_another_kind_of_model_says_so(saved):
+    _, directory = saved
+    with pytest.raises(lp.StateError, match=r"made for 'LlamaForCausalLM', onto BertFor.*check_base=False"):
+        lp.load_adapter(bert(), directory)
+    with pytest.raises(lp.FormatError, match=r"onto BertForSeq.*q_proj' matches nothing; nearest: .*self.query"):
+        lp.load_adapter(bert(), directory, check_base=False)
+
+
+@pytest.mark.parametrize(
+    ("where", "said"),
+    [
+        ("runs/summarys", "there is no directory runs/summarys; near it: summaries"),
+        ("org/name", r"snapshot_download\('org/name'\)"),
+        ("runs/whole", "holds a whole model .*from_pretrained"),
+        ("runs/run.ckpt", "is a file.*lightning-peft export runs/run.ckpt"),
+        ("runs/empty", "has no adapter_config.json.*it is empty"),
+    ],
+)
+def test_a_wrong_place_says_what_would_be_right(where, said):
+    for folder in ("summaries", "whole", "empty"):
+        (Path("runs") / folder).mkdir(parents=True)
+    Path("runs/whole/config.json").write_text("{}")
+    Path("runs/run.ckpt").write_text("")
+    with pytest.raises(lp.FormatError, match=said):
+        lp.load_adapter(bert(), where)

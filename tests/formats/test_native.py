@@ -164,6 +164,25 @@ def test_files_that_cannot_be_read(change, reason, tmp_path, monkeypatch):
     assert not Path("ran").exists()
 
 
+HUGE = {
+    "bottleneck_size": (lp.BottleneckAdapter(bottleneck_size=4), 10**13),
+    "num_virtual_tokens": (lp.PrefixTuning(3), 10**13),
+}
+
+
+@pytest.mark.parametrize("option", HUGE)
+def test_a_size_that_the_file_does_not_hold_takes_no_memory(option, tmp_path):
+    method, size = HUGE[option]
+    base = build("bert")
+    save_adapter(adapted(base, method), tmp_path)
+    files = read_files(tmp_path)
+    assert option in files.config["config"]
+    config = {**files.config, "config": {**files.config["config"], option: size}}
+    write_files(tmp_path, config, files.tensors, files.metadata, None)
+    with pytest.raises(FormatError, match=r"asks for a tensor of [\d,]+ values"):
+        load_adapter(base, tmp_path)
+
+
 def test_a_tokenizer_that_a_file_names_is_not_looked_up(tmp_path, monkeypatch):
     base, x = build("bert"), tokens()
     ours = adapted(base, lp.PromptTuning(3, position="after_bos"))

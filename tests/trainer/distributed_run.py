@@ -124,6 +124,23 @@ def main(kind: str, root: Path) -> None:
         ]
         out["agree"] |= {f"resumed {step}, {k}": v for k, v in again.seen.items()}
 
+    import lightning_peft as lp
+
+    lp.save_adapter(module, root / "adapter")  # by every rank, as a sharded model needs
+    if not shard and dist.get_rank() == 0:
+        lp.save_adapter(module, root / "alone")  # by the first alone, as one often sees it
+    dist.barrier()
+    for folder in ("adapter", *(["alone"] if not shard else [])):
+        plain = Big()
+        plain.configure_model()
+        lp.load_adapter(plain, root / folder)
+        found = {
+            n.replace("adapters.default.weight", "weight").replace("adapters.default.bias", "bias"): p
+            for n, p in plain.named_parameters()
+            if ".adapters." in n
+        }
+        out[f"saved {folder}"] = len(found) == 8 and all(torch.equal(p, expected[n]) for n, p in found.items())
+
     # weights only: enough to validate from
     r = trainer(root / "v", devices=2, strategy=strategy_of(kind), enable_checkpointing=False)
     r.validate(Big(shard=shard), val_loader(), ckpt_path=str(next((root / "weights").iterdir())), verbose=False)

@@ -55,6 +55,15 @@ def test_checkpoints_hold_the_trainable_state_only(run: tuple[str, Path, dict[st
             assert len(state) == 8
 
 
+def test_an_adapter_is_saved_whole_by_the_first_rank(run: tuple[str, Path, dict[str, Any]]) -> None:
+    kind, folder, out = run
+    saved = {key: right for key, right in out.items() if key.startswith("saved ")}
+    assert saved == {"saved adapter": True, **({"saved alone": True} if kind == "ddp" else {})}
+    assert sorted(p.name for p in (folder / "adapter").iterdir()) == [
+        *("README.md", "adapter_config.json", "adapter_model.safetensors")
+    ]
+
+
 def test_ranks_agree(run: tuple[str, Path, dict[str, Any]]) -> None:
     kind, _, out = run
     if kind == "ddp":  # sharded parameters have nothing to compare
