@@ -15,7 +15,7 @@ from lightning_peft.core.decompose import evaluating
 from lightning_peft.core.host import (
     BIASES,
     AdapterStack,
-    adapter_names,
+    check_known,
     detach,
     effective_weights,
     hosts,
@@ -56,8 +56,8 @@ def merge(model: nn.Module, name: str | None = None, partial: bool = False, unti
             already; all are named before anything is changed. With ``partial``, if nothing can be folded.
         ValueError: no adapter of that name.
     """
-    if name is not None and name not in adapter_names(model):
-        raise ValueError(f"no adapter named {name!r}; the model has {list(adapter_names(model))}")
+    if name is not None:
+        check_known(model, name)
     folds: list[_Fold] = []
     left: dict[str, list[str]] = {}  # why, by adapter
     for host_name, host in hosts(model):

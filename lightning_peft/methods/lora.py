@@ -23,13 +23,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.adapter import WeightAdapter
-from lightning_peft.core.host import AdapterStack, hosts
+from lightning_peft.core.host import stacks
 from lightning_peft.core.low_rank import LowRankAdapter
 from lightning_peft.core.plan import Plan
 from lightning_peft.core.row_links import RowLink
@@ -252,8 +252,8 @@ class LoRA(RankedMethod):
     def regroup(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
         if self.lora_plus_ratio is None:
             return
-        stacks = [cast(AdapterStack, host.adapters) for _, host in hosts(model)]
-        parts = [part for stack in stacks if self.name in stack for part in lora_parts(stack[self.name])]
+        found = [stack[self.name] for stack in stacks(model).values() if self.name in stack]
+        parts = [part for adapter in found for part in lora_parts(adapter)]
         faster = {id(part.lora_B) for part in parts if not part.looked_up}
         scaled = {"lr_scale": self.lora_plus_ratio}
         split_groups(optimizer, lambda p: scaled if id(p) in faster else {})
