@@ -25,6 +25,7 @@ __all__ = [
     "AuditError",
     "CallAudit",
     "GradientAudit",
+    "audit_active",
     "audit_head",
     "audit_hyperparameters",
     "audit_methods",
@@ -107,6 +108,22 @@ def audit_optimizers(model: nn.Module, optimizers: Iterable[torch.optim.Optimize
         )
     if twice:
         report(model, f"{_few(twice)} are in more than one optimizer group and would be updated twice a step")
+
+
+def audit_active(model: nn.Module) -> None:
+    """An adapter that is to train and takes no part learns nothing, unless rows of a batch will name it."""
+    idle = {
+        name
+        for stack in stacks(model).values()
+        for name, adapter in stack.items()
+        if name not in stack.active and stack.named is None and any(p.requires_grad for p in adapter.parameters())
+    }
+    if idle:
+        warnings.warn(
+            f"{sorted(idle)} are to train and are not active: they learn only where lp.set_active or lp.rows "
+            "lets them take part",
+            stacklevel=2,
+        )
 
 
 class CallAudit:
