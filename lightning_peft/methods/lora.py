@@ -35,7 +35,7 @@ from lightning_peft.core.plan import Plan
 from lightning_peft.core.row_links import RowLink
 from lightning_peft.core.sites import EmbeddingLayout, Site
 from lightning_peft.core.targets import base_modules
-from lightning_peft.methods.callback import one_of, probability
+from lightning_peft.methods.callback import one_of, positive, probability
 from lightning_peft.methods.lora_init import check_init, initial_factors, reads_weight
 from lightning_peft.methods.ranked import RankedMethod
 from lightning_peft.methods.token_rows import check_tokens, plan_token_rows
@@ -186,10 +186,10 @@ class LoRA(RankedMethod):
         probability("dropout", dropout)
         one_of("bias", bias, ("none", "lora_only", "all"))
         check_init(init)
-        if lora_plus_ratio is not None and not (_number(lora_plus_ratio) and 0 < lora_plus_ratio < math.inf):
-            raise ValueError(f"lora_plus_ratio must be a number above 0, or None, got {lora_plus_ratio!r}")
-        if lora_plus_ratio is not None and freeze_A:
-            raise ValueError("lora_plus_ratio sets B's rate apart from A's, and freeze_A=True leaves A none: drop one")
+        if lora_plus_ratio is not None:
+            positive("lora_plus_ratio", lora_plus_ratio)
+            if freeze_A:
+                raise ValueError("lora_plus_ratio sets B's rate apart from A's; freeze_A=True leaves A none: drop one")
         self.dropout = dropout
         self.use_rslora = use_rslora
         self.bias = bias
@@ -273,7 +273,3 @@ def plain_factors(a: Tensor, b: Tensor, a0: Tensor | None, b0: Tensor | None) ->
 def lora_parts(adapter: nn.Module) -> Iterator[LoRAAdapter]:
     """The pairs (A, B) in what one host carries."""
     return (part for part in adapter.modules() if isinstance(part, LoRAAdapter))
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
