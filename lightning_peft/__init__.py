@@ -16,6 +16,7 @@ from lightning_peft.core.drop import adapter_drop
 from lightning_peft.core.fold import fold
 from lightning_peft.core.host import active, disabled, set_active
 from lightning_peft.core.inject import InjectionError, apply, inspect
+from lightning_peft.core.low_rank import LowRankAdapter
 from lightning_peft.core.merge import MergeError, merge, unload, unmerge
 from lightning_peft.core.record import trainable_parameters
 from lightning_peft.core.report import Report
@@ -81,6 +82,7 @@ __all__ = [
     "LoHa",
     "LoKr",
     "LoRA",
+    "LowRankAdapter",
     "MergeError",
     "NormTuning",
     "PEFTMethod",

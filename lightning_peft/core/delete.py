@@ -6,7 +6,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from lightning_peft.core.host import AdapterStack, adapter_names, detach, hosts
+from lightning_peft.core.host import check_known, detach, stacks
 from lightning_peft.core.merge import unload
 from lightning_peft.core.record import injected_module, injection_of
 
@@ -37,9 +37,8 @@ def delete_adapter(model: nn.Module, name: str) -> None:
 
 def check_deletable(model: nn.Module, name: str) -> None:
     """See :func:`delete_adapter` for what it raises."""
-    if name not in adapter_names(model):
-        raise ValueError(f"no adapter named {name!r}; the model has {list(adapter_names(model))}")
-    found = [stack for _, stack in _stacks(model, name)]
+    check_known(model, name)
+    found = [stack for stack in stacks(model).values() if name in stack]
     if any(name in stack.merged_names for stack in found):
         raise ValueError(f"{name!r} is merged into the base: lp.unmerge(model) first")
     trains = any(p.requires_grad for stack in found for p in cast(nn.Module, stack[name]).parameters())
@@ -49,7 +48,7 @@ def check_deletable(model: nn.Module, name: str) -> None:
 
 def take_out(model: nn.Module, name: str) -> None:
     """Take the adapter called ``name`` out of the modules and the record, and leave all else."""
-    for host_name, _ in _stacks(model, name):
+    for host_name in [host_name for host_name, stack in stacks(model).items() if name in stack]:
         detach(model, host_name, name)
     record = injection_of(model)
     if record is not None:
@@ -57,11 +56,6 @@ def take_out(model: nn.Module, name: str) -> None:
         record.trains.pop(name, None)
         record.report.entries = [entry for entry in record.report.entries if entry.adapter != name]
         record.report.count(injected_module(model))
-
-
-def _stacks(model: nn.Module, name: str) -> list[tuple[str, AdapterStack]]:
-    found = [(host_name, cast(AdapterStack, host.adapters)) for host_name, host in hosts(model)]
-    return [(host_name, stack) for host_name, stack in found if name in stack]
 
 
 def _fitting(module: Any) -> bool:

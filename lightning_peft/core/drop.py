@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import cast
 
 from torch import nn
 
 from lightning_peft.core.blocks import find_blocks
-from lightning_peft.core.host import AdapterStack, adapter_names, hosts
+from lightning_peft.core.host import check_known, check_unmerged, stacks
 
 __all__ = ["adapter_drop"]
 
@@ -43,28 +42,24 @@ def adapter_drop(model: nn.Module, blocks: int | Sequence[int], name: str | None
     positions = range(blocks) if isinstance(blocks, int) else blocks
     if any(not -len(found) <= i < len(found) for i in positions) or (isinstance(blocks, int) and blocks < 0):
         raise ValueError(f"blocks={blocks!r}: the model has {len(found)} blocks ({', '.join(found[:3])}, ...)")
-    if name is not None and name not in adapter_names(model):
-        raise ValueError(f"no adapter named {name!r}; the model has {list(adapter_names(model))}")
+    if name is not None:
+        check_known(model, name)
     chosen = tuple(found[i] for i in positions)
-    stacks = {
-        host: cast(AdapterStack, module.adapters)
-        for host, module in hosts(model)
-        if any(host == block or host.startswith(f"{block}.") for block in chosen)
+    left_out = {
+        host: stack
+        for host, stack in stacks(model).items()
+        if any(host == block or host.startswith(f"{block}.") for block in chosen) and (name is None or name in stack)
     }
-    stacks = {host: stack for host, stack in stacks.items() if name is None or name in stack}
-    if chosen and not stacks:
-        raise ValueError(
-            f"no adapter to leave out in {', '.join(chosen)}; adapters are in {[n for n, _ in hosts(model)]}"
-        )
-    if any(stack.merged is not None for stack in stacks.values()):
-        raise ValueError("adapters are merged into the base: lp.unmerge(model) first")
-    before = {host: stack.skipped for host, stack in stacks.items()}
+    if chosen and not left_out:
+        raise ValueError(f"no adapter to leave out in {', '.join(chosen)}; adapters are in {list(stacks(model))}")
+    check_unmerged(model)
+    before = {host: stack.skipped for host, stack in left_out.items()}
     try:
-        for stack in stacks.values():
+        for stack in left_out.values():
             stack.skipped = (*stack.skipped, *(stack if name is None else (name,)))
             stack.refresh()
-        yield tuple(stacks)
+        yield tuple(left_out)
     finally:
-        for host, stack in stacks.items():
+        for host, stack in left_out.items():
             stack.skipped = before[host]
             stack.refresh()

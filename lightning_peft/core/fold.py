@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lightning_peft.core.adapter import Adapter
-from lightning_peft.core.host import AdapterStack, adapter_names, hosts
+from lightning_peft.core.host import adapter_names, check_known, stacks
 from lightning_peft.core.record import injection_of
 
 __all__ = ["fold"]
@@ -27,12 +27,12 @@ def fold(model: nn.Module, name: str | None = None) -> list[str]:
     Raises:
         ValueError: no adapter of that name, or none that has anything to fold.
     """
-    if name is not None and name not in adapter_names(model):
-        raise ValueError(f"no adapter named {name!r}; the model has {list(adapter_names(model))}")
+    if name is not None:
+        check_known(model, name)
     found = [
         (host_name, adapter_name, cast(Adapter, adapter))
-        for host_name, host in hosts(model)
-        for adapter_name, adapter in cast(AdapterStack, host.adapters).items()
+        for host_name, stack in stacks(model).items()
+        for adapter_name, adapter in stack.items()
         if name in (None, adapter_name) and cast(Adapter, adapter).foldable
     ]
     if not found:

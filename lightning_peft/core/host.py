@@ -27,12 +27,16 @@ __all__ = [
     "adapter_names",
     "attach",
     "check_host",
+    "check_known",
+    "check_name",
+    "check_unmerged",
     "deactivate",
     "detach",
     "disabled",
     "effective_weights",
     "hosts",
     "set_active",
+    "stacks",
 ]
 
 
@@ -286,35 +290,54 @@ def hosts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def _stacks(model: nn.Module) -> list[AdapterStack]:
-    return [cast(AdapterStack, host.adapters) for _, host in hosts(model)]
+def stacks(model: nn.Module) -> dict[str, AdapterStack]:
+    """The stacks of adapters in ``model``, by the qualified name of the module that carries each."""
+    return {name: cast(AdapterStack, host.adapters) for name, host in hosts(model)}
 
 
 def adapter_names(model: nn.Module) -> tuple[str, ...]:
     """The names of all adapters in ``model``, in order of application."""
-    return tuple(dict.fromkeys(name for stack in _stacks(model) for name in stack))
+    return tuple(dict.fromkeys(name for stack in stacks(model).values() for name in stack))
+
+
+def check_known(model: nn.Module, *names: str) -> None:
+    """Refuse a name that no adapter in ``model`` has.
+
+    Raises:
+        ValueError: with the names there are.
+    """
+    known = adapter_names(model)
+    for name in names:
+        if name not in known:
+            raise ValueError(f"no adapter named {name!r}; the model has {list(known)}")
+
+
+def check_unmerged(model: nn.Module) -> None:
+    """Refuse a model that has adapters in its weights.
+
+    Raises:
+        ValueError: with the way out.
+    """
+    if any(stack.merged is not None for stack in stacks(model).values()):
+        raise ValueError("adapters are merged into the base: lp.unmerge(model) first")
 
 
 def set_active(model: nn.Module, *names: str) -> None:
     """Let exactly the adapters called ``names`` take part; what trains does not change.
 
     Raises:
-        ValueError: the model has no adapter of that name.
+        ValueError: the model has no adapter of that name, or some that are merged into the base.
     """
-    known = adapter_names(model)
-    for name in names:
-        if name not in known:
-            raise ValueError(f"no adapter named {name!r}; the model has {list(known)}")
-    for stack in _stacks(model):
-        if stack.merged is not None:
-            raise ValueError("adapters are merged into the base: lp.unmerge(model) first")
+    check_known(model, *names)
+    check_unmerged(model)
+    for stack in stacks(model).values():
         stack.active = tuple(n for n in stack if n in names)
         stack.refresh()
 
 
 def deactivate(model: nn.Module, name: str) -> None:
     """Let the adapter called ``name`` take no part; the others stay as they are."""
-    for stack in _stacks(model):
+    for stack in stacks(model).values():
         stack.active = tuple(n for n in stack.active if n != name)
         stack.refresh()
 
@@ -322,7 +345,7 @@ def deactivate(model: nn.Module, name: str) -> None:
 @contextmanager
 def active(model: nn.Module, *names: str) -> Iterator[None]:
     """Within the context only the adapters called ``names`` take part."""
-    before = [(stack, stack.active) for stack in _stacks(model)]
+    before = [(stack, stack.active) for stack in stacks(model).values()]
     set_active(model, *names)
     try:
         yield
@@ -339,9 +362,8 @@ def disabled(model: nn.Module) -> Iterator[None]:
     Raises:
         ValueError: adapters are merged into the base, so that it cannot be had without them.
     """
-    before = [(stack, stack.disabled) for stack in _stacks(model)]
-    if any(stack.merged is not None for stack, _ in before):
-        raise ValueError("adapters are merged into the base: lp.unmerge(model) first")
+    check_unmerged(model)
+    before = [(stack, stack.disabled) for stack in stacks(model).values()]
     for stack, _ in before:
         stack.disabled = True
         stack.refresh()

@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_peft.core.swap import original_class
 
-__all__ = ["EAGER", "AttentionError", "KeysAndValues", "call_with_prefix"]
+__all__ = ["EAGER", "AttentionError", "KeysAndValues", "call_with_prefix", "mask_columns"]
 
 EAGER = "lightning_peft_eager"
 
@@ -86,6 +86,17 @@ def call_with_prefix(host: Any, prefix: KeysAndValues, call: Callable[..., Any],
             "it, or have its forward call torch.nn.functional.scaled_dot_product_attention"
         )
     return out
+
+
+def mask_columns(mask: Tensor, key: Tensor) -> Tensor:
+    """``mask`` (..., 1 or length) with a column for each key (..., length, width).
+
+    Raises:
+        AttentionError: a mask that is no plain tensor.
+    """
+    if type(mask) not in (Tensor, torch.nn.Parameter):
+        raise AttentionError(f"a mask of type {type(mask).__name__} cannot be widened for a prefix")
+    return mask if mask.shape[-1] == key.shape[-2] else mask.expand(*mask.shape[:-1], key.shape[-2])
 
 
 class _Mode(TorchFunctionMode):

@@ -21,12 +21,12 @@ class LowRankAdapter(WeightAdapter):
     """W + s B A, computed on activations as y + s B (A x); a subclass gives :meth:`factors`.
 
     Attributes:
-        scale: s.
+        scale: s; 1 where the factors are used as they are.
         dropout: probability of dropping an element of x while training.
     """
 
-    scale: float
-    dropout: float
+    scale: float = 1.0
+    dropout: float = 0.0
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A (..., k, in) and B (..., out, k) as they run, to be scaled by ``scale``."""

@@ -15,9 +15,11 @@ from lightning_peft.core.host import (
     BIASES,
     AdapterStack,
     adapter_names,
+    check_known,
     detach,
     effective_weights,
     hosts,
+    stacks,
     stored_tensor,
 )
 from lightning_peft.core.layouts import Layout
@@ -55,11 +57,16 @@ def merge(model: nn.Module, name: str | None = None, partial: bool = False, unti
     Raises:
         MergeError: an adapter that is no function of a weight, one that would change places with an earlier one where
             that makes a difference, a weight that other modules share, a result that is not finite, adapters merged
-            already. The model is then as it was. With ``partial``, if nothing can be folded.
+            already, or none active and none named. The model is then as it was. With ``partial``, if nothing can be
+            folded.
         ValueError: no adapter of that name.
     """
-    if name is not None and name not in adapter_names(model):
-        raise ValueError(f"no adapter named {name!r}; the model has {list(adapter_names(model))}")
+    if name is not None:
+        check_known(model, name)
+    elif (found := stacks(model)) and not any(stack.active for stack in found.values()):
+        raise MergeError(
+            f"none of {list(adapter_names(model))} is active: lp.set_active(model, ...) first, or name one"
+        )
     folds: list[_Fold] = []
     left: dict[str, list[str]] = {}  # why, by adapter
     shared = _shared(model)
@@ -202,7 +209,11 @@ def _split(host_name: str, stack: AdapterStack, name: str | None) -> tuple[tuple
 
 def _named(left: Mapping[str, list[str]]) -> list[str]:
     """One sentence for each adapter, whatever the number of its places."""
-    return [r[0] + (f", and so at {len(r) - 1} more places" if len(r) > 1 else "") for r in left.values()]
+
+    def more(n: int) -> str:
+        return f", and so at {n} more place{'s' if n > 1 else ''}" if n else ""
+
+    return [reasons[0] + more(len(reasons) - 1) for reasons in left.values()]
 
 
 def _moved(host_name: str, stack: AdapterStack, name: str) -> str | None:
@@ -319,17 +330,20 @@ def unload(model: nn.Module, merge: bool = False) -> nn.Module:
     Raises:
         MergeError: ``merge=True`` and an active adapter cannot be folded, or was left out of an earlier merge.
     """
-    stacks = {name: cast(AdapterStack, host.adapters) for name, host in hosts(model)}
-    if merge and not any(stack.merged for stack in stacks.values()):
-        _merge(model)
+    found = stacks(model).values()
+    if merge and not any(stack.merged for stack in found):
+        try:
+            _merge(model)
+        except MergeError as error:
+            raise MergeError(
+                f"{error}; to unload without it, first lp.set_active(model, ...) what is to stay"
+            ) from None
     elif merge:
-        beside = {
-            n for stack in stacks.values() for n, a in stack.items() if a in stack.running() and not a.transparent
-        }
+        beside = {n for stack in found for n, a in stack.items() if a in stack.running() and not a.transparent}
         if beside:
             raise MergeError(
                 f"{sorted(beside)} are not merged but run beside the weights, and would be lost: lp.unmerge(model), "
-                "lp.set_active(model, ...) what is to stay, then unload again"
+                "lp.set_active(model, ...) what is to stay, and unload again"
             )
     if not merge:
         unmerge(model)

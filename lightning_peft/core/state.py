@@ -10,12 +10,12 @@ from __future__ import annotations
 import difflib
 import hashlib
 from collections.abc import Iterable, Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core.host import AdapterStack, adapter_names, hosts
+from lightning_peft.core.host import check_known, hosts, stacks
 from lightning_peft.core.record import injected_name, injection_of
 from lightning_peft.ops.finite import is_finite
 
@@ -49,12 +49,12 @@ def trainable_keys(model: nn.Module) -> set[str]:
 
 def _owned_keys(model: nn.Module) -> set[str]:
     """Trainable parameters, under each name they are stored by, and all that adapters own."""
-    stacks = [f"{name}.adapters." if name else "adapters." for name, _ in hosts(model)]
+    inside = tuple(f"{name}.adapters.".lstrip(".") for name, _ in hosts(model))
     state = model.state_dict(keep_vars=True)
     return {
         canonical(key)
         for key, value in state.items()
-        if getattr(value, "requires_grad", False) or any(key.startswith(stack) for stack in stacks)
+        if getattr(value, "requires_grad", False) or key.startswith(inside)
     }
 
 
@@ -78,10 +78,9 @@ def adapter_state(model: nn.Module, name: str | None = None) -> dict[str, Tensor
     if name is None:
         keys = trainable_keys(model)
         return {canonical(k): v for k, v in model.state_dict().items() if canonical(k) in keys}
-    if name not in adapter_names(model):
-        raise ValueError(f"no adapter named {name!r}; the model has {list(adapter_names(model))}")
-    prefixes = [f"{h}.adapters.{name}." if h else f"adapters.{name}." for h, _ in hosts(model)]
-    return {canonical(k): v for k, v in model.state_dict().items() if any(k.startswith(p) for p in prefixes)}
+    check_known(model, name)
+    inside = tuple(f"{host}.adapters.{name}.".lstrip(".") for host, _ in hosts(model))
+    return {canonical(k): v for k, v in model.state_dict().items() if k.startswith(inside)}
 
 
 def check_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -158,7 +157,7 @@ def check_fingerprint(model: nn.Module, saved: Mapping[str, Any], plain: bool = 
     Raises:
         StateError: a tensor of the base is missing or holds other values, or adapters are merged into it.
     """
-    if any(cast(AdapterStack, host.adapters).merged is not None for _, host in hosts(model)):
+    if any(stack.merged is not None for stack in stacks(model).values()):
         raise StateError("adapters are merged into the base, so that it cannot be compared: lp.unmerge(model) first")
     trained = set() if plain else _owned_keys(model) | _moved_buffers(model)
     frozen = _tensors_but(model, trained)

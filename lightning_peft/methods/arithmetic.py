@@ -21,7 +21,7 @@ arXiv:2311.03099. Hugging Face PEFT's ``add_weighted_adapter`` does the same und
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
@@ -31,13 +31,22 @@ from torch import Tensor, nn
 from lightning_peft.core.adapter import Adapter, WeightAdapter
 from lightning_peft.core.decompose import Factors, LowRankReport, change, evaluating, product
 from lightning_peft.core.delete import check_deletable, take_out
-from lightning_peft.core.host import BIASES, AdapterStack, adapter_names, check_name, deactivate, hosts, stored_tensor
+from lightning_peft.core.host import (
+    BIASES,
+    adapter_names,
+    check_known,
+    check_name,
+    check_unmerged,
+    deactivate,
+    stacks,
+    stored_tensor,
+)
 from lightning_peft.core.inject import put_in
 from lightning_peft.core.plan import Method, Plan
 from lightning_peft.core.record import injected_module, injection_of
 from lightning_peft.core.replace import replacements
 from lightning_peft.core.sites import weight_sites
-from lightning_peft.methods.callback import one_of
+from lightning_peft.methods.callback import one_of, positive_int
 from lightning_peft.methods.lora import LoRA, lora_parts
 from lightning_peft.methods.weight import exactly
 
@@ -144,15 +153,15 @@ def to_lora(
         return combine(model, [name], [1.0], new_name, r=r, energy=energy)
     check_deletable(model, name)
     made = _made(root, {name: 1.0}, "linear", r, energy, None, 0)
-    before = {host: (list(stack), stack.active) for host, stack in _stacks(root) if name in stack}
-    trains = any(p.requires_grad for _, s in _stacks(root) if name in s for p in cast(Any, s[name]).parameters())
+    before = {host: (list(stack), stack.active) for host, stack in stacks(root).items() if name in stack}
+    trains = any(p.requires_grad for s in stacks(root).values() if name in s for p in cast(Any, s[name]).parameters())
     record = injection_of(model)
     own = record.trains.get(name) if record is not None else None
     take_out(root, name)
     _put_in(root, name, made, trains=trains)
     if (record := injection_of(model)) is not None and own is not None:
         record.trains[name] = own
-    for host, stack in _stacks(root):
+    for host, stack in stacks(root).items():
         if name in stack:
             order, stack.active = before[host]
             for n in order:
@@ -170,20 +179,17 @@ def _check(
     energy: float | None,
     density: float | None,
 ) -> None:
-    known = adapter_names(model)
     one_of("how", how, _HOWS)
     if isinstance(names, str) or not names or len(set(names)) != len(names):
         raise ValueError(f"names must be a list of different adapters, got {names!r}")
-    if missing := [n for n in names if n not in known]:
-        raise ValueError(f"no adapter named {missing[0]!r}; the model has {list(known)}")
+    check_known(model, *names)
     if len(shares) != len(names) or not all(isinstance(w, int | float) and math.isfinite(w) for w in shares):
         raise ValueError(f"weights must be a finite number for each of {list(names)}, got {list(shares)!r}")
-    if any(stack.merged is not None for _, stack in _stacks(model)):
-        raise ValueError("adapters are merged into the base: lp.unmerge(model) first")
+    check_unmerged(model)
     if r is not None and energy is not None:
         raise ValueError(f"r={r} and energy={energy} both set the rank: give one of them")
-    if r is not None and (isinstance(r, bool) or not isinstance(r, int) or r < 1):
-        raise ValueError(f"r must be an integer of at least 1, got {r!r}")
+    if r is not None:
+        positive_int("r", r)
     if how == "cat" and (r is not None or energy is not None):
         raise ValueError("how='cat' keeps the factors as they are: take how='svd' with r or energy")
     for argument, value, wanted in (("energy", energy, None), ("density", density, how not in _SUMS)):
@@ -191,10 +197,6 @@ def _check(
             raise ValueError(f"how={how!r} {'needs' if wanted else 'takes no'} {argument}, got {value!r}")
         if value is not None and not (isinstance(value, int | float) and 0 < value <= 1):
             raise ValueError(f"{argument} must be a share in (0, 1], got {value!r}")
-
-
-def _stacks(model: nn.Module) -> Iterator[tuple[str, AdapterStack]]:
-    return ((name, cast(AdapterStack, host.adapters)) for name, host in hosts(model))
 
 
 @dataclass
@@ -289,7 +291,7 @@ def _changes(root: nn.Module, names: Collection[str]) -> dict[str, tuple[Tensor,
     """
     sites = {(site.host, site.parameter): site.name for site in weight_sites(root).values()}
     found: dict[str, tuple[Tensor, dict[str, WeightAdapter]]] = {}
-    for host_name, stack in _stacks(root):
+    for host_name, stack in stacks(root).items():
         host = root.get_submodule(host_name)
         for name in (n for n in names if n in stack):
             for adapter in cast(Adapter, stack[name]).parts():
@@ -309,7 +311,7 @@ def _interpolated(root: nn.Module, shares: Mapping[str, float]) -> dict[str, Ten
     """What the adapters' copies of the base's own values come to, by full name."""
     found: dict[str, Tensor] = {}
     alone = list(shares.values()) == [1]
-    for host_name, stack in _stacks(root):
+    for host_name, stack in stacks(root).items():
         for name, share in ((n, w) for n, w in shares.items() if n in stack):
             for local, copy in (
                 (k, c) for part in cast(Adapter, stack[name]).parts() for k, c in part.copies().items()

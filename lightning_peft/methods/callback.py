@@ -137,17 +137,20 @@ class PEFTMethod(Callback, ABC):
         """
         return list(match_modules(model, as_patterns(self.trainable, "trainable"), "trainable"))
 
+    def seed_for(self, what: object) -> int:
+        """A seed for one thing that this method draws: of ``seed``, the adapter's name and ``what`` alone."""
+        seed = self.seed if self.seed is not None else int(os.environ.get("PL_GLOBAL_SEED", 0))
+        return int.from_bytes(hashlib.sha256(f"{seed}:{self.name}:{what}".encode()).digest()[:7], "big")
+
     @contextmanager
     def initialising(self, where: str) -> Iterator[None]:
         """Seed torch for the initialisation of the adapter at ``where``, leaving the user's stream untouched.
 
         Tensors are made on the CPU and in ``adapter_dtype``, whatever device and type a strategy has set.
         """
-        seed = self.seed if self.seed is not None else int(os.environ.get("PL_GLOBAL_SEED", 0))
-        digest = hashlib.sha256(f"{seed}:{self.name}:{where}".encode()).digest()
         before = torch.get_default_dtype()
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-            torch.random.default_generator.manual_seed(int.from_bytes(digest[:7], "big"))
+            torch.random.default_generator.manual_seed(self.seed_for(where))
             torch.set_default_dtype(getattr(torch, self.adapter_dtype))
             try:
                 yield

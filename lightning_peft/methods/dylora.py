@@ -12,8 +12,6 @@ Adaptation", arXiv:2210.07558.
 
 from __future__ import annotations
 
-import hashlib
-import os
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -96,9 +94,7 @@ class DyLoRA(WeightMethod):
 
     def sample(self, model: nn.Module, step: int) -> int:
         """Draw the rank that the adapters train at in ``step``, and set it; returns it."""
-        seed = self.seed if self.seed is not None else int(os.environ.get("PL_GLOBAL_SEED", 0))
-        digest = hashlib.sha256(f"{seed}:{self.name}:{step}".encode()).digest()
-        rank = 1 + int.from_bytes(digest[:8], "big") % self.r
+        rank = 1 + self.seed_for(step) % self.r
         for part in self.parts(model).values():
             cast(DyLoRAAdapter, part).train_at(rank)
         return rank

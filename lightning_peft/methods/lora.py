@@ -23,18 +23,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.adapter import WeightAdapter
-from lightning_peft.core.host import AdapterStack, hosts
+from lightning_peft.core.host import stacks
 from lightning_peft.core.low_rank import LowRankAdapter
 from lightning_peft.core.plan import Plan
 from lightning_peft.core.sites import EmbeddingLayout, Site
 from lightning_peft.core.targets import base_modules
-from lightning_peft.methods.callback import one_of, probability
+from lightning_peft.methods.callback import one_of, positive, probability
 from lightning_peft.methods.lora_init import check_init, initial_factors, reads_weight
 from lightning_peft.methods.ranked import RankedMethod
 from lightning_peft.methods.token_rows import check_tokens, plan_token_rows
@@ -185,10 +185,10 @@ class LoRA(RankedMethod):
         probability("dropout", dropout)
         one_of("bias", bias, ("none", "lora_only", "all"))
         check_init(init)
-        if lora_plus_ratio is not None and not (_number(lora_plus_ratio) and 0 < lora_plus_ratio < math.inf):
-            raise ValueError(f"lora_plus_ratio must be a number above 0, or None, got {lora_plus_ratio!r}")
-        if lora_plus_ratio is not None and freeze_A:
-            raise ValueError("lora_plus_ratio sets B's rate apart from A's, and freeze_A=True leaves A none: drop one")
+        if lora_plus_ratio is not None:
+            positive("lora_plus_ratio", lora_plus_ratio)
+            if freeze_A:
+                raise ValueError("lora_plus_ratio sets B's rate apart from A's; freeze_A=True leaves A none: drop one")
         self.dropout = dropout
         self.use_rslora = use_rslora
         self.bias = bias
@@ -251,8 +251,8 @@ class LoRA(RankedMethod):
     def regroup(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
         if self.lora_plus_ratio is None:
             return
-        stacks = [cast(AdapterStack, host.adapters) for _, host in hosts(model)]
-        parts = [part for stack in stacks if self.name in stack for part in lora_parts(stack[self.name])]
+        found = [stack[self.name] for stack in stacks(model).values() if self.name in stack]
+        parts = [part for adapter in found for part in lora_parts(adapter)]
         faster = {id(part.lora_B) for part in parts if not part.looked_up}
         scaled = {"lr_scale": self.lora_plus_ratio}
         split_groups(optimizer, lambda p: scaled if id(p) in faster else {})
@@ -272,7 +272,3 @@ def plain_factors(a: Tensor, b: Tensor, a0: Tensor | None, b0: Tensor | None) ->
 def lora_parts(adapter: nn.Module) -> Iterator[LoRAAdapter]:
     """The pairs (A, B) in what one host carries."""
     return (part for part in adapter.modules() if isinstance(part, LoRAAdapter))
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -24,15 +24,16 @@ from torch import Tensor, nn
 
 from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.attention import AttentionSite, find_attention
-from lightning_peft.core.batch import Place, RowError, assemble, take
+from lightning_peft.core.batch import Place
 from lightning_peft.core.blocks import find_blocks
-from lightning_peft.core.intercept import AttentionError, call_with_prefix
+from lightning_peft.core.intercept import AttentionError, call_with_prefix, mask_columns
 from lightning_peft.core.plan import Plan
 from lightning_peft.core.row_links import RowLink
 from lightning_peft.core.swap import original_class
 from lightning_peft.core.targets import TargetError, base_modules
 from lightning_peft.core.tokens import by_name, parameters_of
 from lightning_peft.methods.callback import PEFTMethod, one_of, positive, positive_int
+from lightning_peft.methods.prefix_rows import PrefixRows
 
 __all__ = ["PrefixTuning"]
 
@@ -220,10 +221,10 @@ class PrefixAdapter(Adapter):
             return key, value, mask
         keys, values = self.key_values()
         if mask is not None:
-            mask = F.pad(_columns(mask, key), (self.tokens, 0), value=True if mask.dtype == torch.bool else 0.0)
+            mask = F.pad(mask_columns(mask, key), (self.tokens, 0), value=True if mask.dtype == torch.bool else 0.0)
         return (
-            torch.cat([self._by_head(keys, key), key], -2),
-            torch.cat([self._by_head(values, value), value], -2),
+            torch.cat([self.by_head(keys, key), key], -2),
+            torch.cat([self.by_head(values, value), value], -2),
             mask,
         )
 
@@ -231,13 +232,13 @@ class PrefixAdapter(Adapter):
         if self.gate is None:
             return out
         keys, values = self.key_values()
-        k, v = self._by_head(keys, key), self._by_head(values, value)
+        k, v = self.by_head(keys, key), self.by_head(values, value)
         if k.ndim > 3 and query.shape[-3] != k.shape[-3]:
             k, v = (t.repeat_interleave(query.shape[-3] // t.shape[-3], -3) for t in (k, v))
         attended = ((query * scale) @ k.transpose(-2, -1)).softmax(-1) @ v
         return out + self.gate.to(out.dtype) * attended.to(out.dtype)
 
-    def _by_head(self, prefix: Tensor, like: Tensor) -> Tensor:
+    def by_head(self, prefix: Tensor, like: Tensor) -> Tensor:
         """``prefix`` (T, heads x width) as ``like`` (..., heads, length, width) is laid out."""
         tokens, total = prefix.shape
         width = like.shape[-1]
@@ -274,79 +275,6 @@ class PrefixAdapter(Adapter):
 
     def extra_repr(self) -> str:
         return f"tokens={self.tokens}, widths={self.widths}, gated={self.gate is not None}"
-
-
-class PrefixRows(RowLink):
-    """The prefixes of each row, padded to the longest; what is padding is masked."""
-
-    def run(self, host: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return call_with_prefix(host, self, call, *args, **kwargs)
-
-    @property
-    def extends(self) -> bool:
-        return any(adapter.extends for adapter, _ in self.groups)
-
-    def extend(self, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        if not self.extends:
-            return key, value, mask
-        self._check(key)
-        lengths = [0 if a is None or not a.extends else a.tokens for a in self.adapters]
-        longest = max(lengths)
-        if min(lengths) < longest or mask is not None:
-            mask = self._widened(mask, key, lengths)
-        joined = [(adapter.key_values(), adapter, rows) for adapter, rows in self.groups if adapter.extends]
-        rest = tuple(i for i, length in enumerate(lengths) if not length)
-        longer = []
-        for i, own in enumerate((key, value)):
-            pieces: list[tuple[tuple[int, ...], Tensor]] = []
-            for prefix, adapter, rows in joined:
-                laid_out = adapter._by_head(prefix[i], take(own, 0, rows, self.n))
-                pieces.append((rows, F.pad(laid_out, (0, 0, longest - adapter.tokens, 0))))
-            if rest:
-                none = take(own, 0, rest, self.n)
-                pieces.append((rest, none.new_zeros(*none.shape[:-2], longest, none.shape[-1])))
-            longer.append(torch.cat([assemble(pieces, 0), own], -2))
-        return longer[0], longer[1], mask
-
-    def _widened(self, mask: Tensor | None, key: Tensor, lengths: list[int]) -> Tensor:
-        columns = torch.arange(max(lengths), device=key.device)
-        seen = columns >= max(lengths) - torch.tensor(lengths, device=key.device)[:, None]
-        seen = seen.repeat_interleave(len(key) // self.n, 0).view(len(key), *[1] * (key.ndim - 2), -1)
-        if mask is None:
-            mask = key.new_zeros([1] * (key.ndim - 1) + [key.shape[-2]])
-        mask = _columns(mask, key)
-        mask = mask.view([1] * (key.ndim - mask.ndim) + list(mask.shape)).expand(len(key), *[-1] * (key.ndim - 1))
-        seen = seen.expand(*mask.shape[:-1], -1)
-        if mask.dtype != torch.bool:
-            seen = torch.zeros_like(seen, dtype=mask.dtype).masked_fill(~seen, float("-inf"))
-        return torch.cat([seen, mask], -1)
-
-    def add(self, out: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        if all(adapter.extends for adapter, _ in self.groups):
-            return out
-        self._check(out)
-        whole = (out, query, key, value)
-        pieces: list[tuple[tuple[int, ...], Tensor]] = []
-        for adapter, rows in self.groups:
-            o, q, k, v = (take(t, 0, rows, self.n) for t in whole)
-            pieces.append((rows, adapter.add(o, q, k, v, scale)))
-        if rest := tuple(i for i in range(self.n) if self.adapters[i] is None):
-            pieces.append((rest, take(out, 0, rest, self.n)))
-        return assemble(pieces, 0)
-
-    def _check(self, t: Tensor) -> None:
-        if len(t) % self.n:
-            raise RowError(
-                f"{self.place} attends in a batch of {len(t)} for {self.n} rows: give as many names as the batch has "
-                "rows"
-            )
-
-
-def _columns(mask: Tensor, key: Tensor) -> Tensor:
-    """``mask`` with a column for each key."""
-    if type(mask) not in (Tensor, nn.Parameter):
-        raise AttentionError(f"a mask of type {type(mask).__name__} cannot be widened for a prefix")
-    return mask if mask.shape[-1] == key.shape[-2] else mask.expand(*mask.shape[:-1], key.shape[-2])
 
 
 def shift_rows(place: Place, adapters: Sequence[PositionShift | None]) -> PositionShift:

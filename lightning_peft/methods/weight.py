@@ -10,7 +10,7 @@ from typing import cast
 from torch import nn
 
 from lightning_peft.core.adapter import Adapter, WeightAdapter, WeightGroup
-from lightning_peft.core.host import AdapterStack, hosts
+from lightning_peft.core.host import stacks
 from lightning_peft.core.plan import Plan
 from lightning_peft.core.sites import Site, find_sites
 from lightning_peft.core.swap import original_class
@@ -89,13 +89,12 @@ class WeightMethod(PEFTMethod):
 
     def parts(self, model: nn.Module) -> dict[str, WeightAdapter]:
         """This method's adapters in ``model``, by the name of the weight they adapt."""
-        found: dict[str, WeightAdapter] = {}
-        for name, host in hosts(model):
-            stack = cast(AdapterStack, host.adapters)
-            adapter = cast(Adapter, stack[self.name]) if self.name in stack else None
-            for parameter, part in adapter.weights().items() if adapter is not None else ():
-                found[f"{name}.{parameter}".removesuffix(".weight").strip(".")] = part
-        return found
+        found = {host: cast(Adapter, stack[self.name]) for host, stack in stacks(model).items() if self.name in stack}
+        return {
+            f"{host}.{parameter}".removesuffix(".weight").strip("."): part
+            for host, adapter in found.items()
+            for parameter, part in adapter.weights().items()
+        }
 
 
 def check_low_rank(method: str, r: int, argument: str, dropout: float, site: Site) -> None:

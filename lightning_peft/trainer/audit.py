@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core.host import AdapterStack, hosts
+from lightning_peft.core.host import AdapterStack, hosts, stacks
 from lightning_peft.core.record import injection_of
 from lightning_peft.core.sites import output_head, weight_sites
 from lightning_peft.core.state import adapter_state
@@ -25,6 +25,7 @@ __all__ = [
     "AuditError",
     "CallAudit",
     "GradientAudit",
+    "audit_active",
     "audit_head",
     "audit_hyperparameters",
     "audit_methods",
@@ -109,6 +110,22 @@ def audit_optimizers(model: nn.Module, optimizers: Iterable[torch.optim.Optimize
         report(model, f"{_few(twice)} are in more than one optimizer group and would be updated twice a step")
 
 
+def audit_active(model: nn.Module) -> None:
+    """An adapter that is to train and takes no part learns nothing, unless rows of a batch will name it."""
+    idle = {
+        name
+        for stack in stacks(model).values()
+        for name, adapter in stack.items()
+        if name not in stack.active and stack.named is None and any(p.requires_grad for p in adapter.parameters())
+    }
+    if idle:
+        warnings.warn(
+            f"{sorted(idle)} are to train and are not active: they learn only where lp.set_active or lp.rows "
+            "lets them take part",
+            stacklevel=2,
+        )
+
+
 class CallAudit:
     """Notes which adapted modules are called, and which have their weights read, while one batch runs.
 
@@ -121,8 +138,8 @@ class CallAudit:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         # An adapter without parameters only helps another one, which is watched itself.
-        stacks = [(name, host, cast(AdapterStack, host.adapters)) for name, host in hosts(model)]
-        self.watched = {n: h for n, h, stack in stacks if stack.active and any(True for _ in stack.parameters())}
+        found = [(name, host, cast(AdapterStack, host.adapters)) for name, host in hosts(model)]
+        self.watched = {n: h for n, h, stack in found if stack.active and any(True for _ in stack.parameters())}
         for host in self.watched.values():
             host.__dict__["_peft_seen"] = set()
             add_mixin(host, _Watched)
@@ -232,13 +249,11 @@ class GradientAudit:
 
 def _took_part(model: nn.Module, parameter: str) -> bool:
     """Whether the adapter that owns ``parameter``, if one does, runs where its host does: active, or named by rows."""
-    for name, host in hosts(model):
-        prefix = f"{name}.adapters." if name else "adapters."
+    for name, stack in stacks(model).items():
+        prefix = f"{name}.adapters.".lstrip(".")
         if parameter.startswith(prefix):
-            stack = cast(AdapterStack, host.adapters)
-            return parameter.removeprefix(prefix).partition(".")[0] in (
-                stack.active if stack.named is None else stack.named
-            )
+            running = stack.active if stack.named is None else stack.named
+            return parameter.removeprefix(prefix).partition(".")[0] in running
     return True
 
 

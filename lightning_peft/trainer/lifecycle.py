@@ -59,6 +59,7 @@ class Lifecycle(Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._watched, self._called, self._ranks_checked = set(), None, False
+        audit.audit_active(pl_module)
         audit.audit_head(pl_module)
         audit.audit_hyperparameters(pl_module.hparams)
         audit.audit_optimizers(pl_module, trainer.optimizers)

@@ -11,7 +11,7 @@ from torch import nn
 
 from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.base import base_of
-from lightning_peft.core.host import AdapterStack, hosts
+from lightning_peft.core.host import stacks
 from lightning_peft.core.parts import Part
 from lightning_peft.core.record import Injection, Trains, injected_module, injection_of
 from lightning_peft.core.state import StateError, adapter_state
@@ -42,7 +42,7 @@ def manifest(model: nn.Module) -> dict[str, Any]:
             for name, method in record.methods.items()
         ],
         "base": _base_facts(model, record),
-        "active": sorted({n for _, host in hosts(model) for n in cast(AdapterStack, host.adapters).active}),
+        "active": sorted({n for stack in stacks(model).values() for n in stack.active}),
         "fingerprint": record.fingerprint,
         "thawed": thawed(model),
         "trainable": record.report.trainable,
@@ -104,8 +104,7 @@ def trains(model: nn.Module, name: str) -> bool:
     own = record.trains.get(name)
     return (own is not None and bool(own.modules or own.parameters)) or any(
         parameter.requires_grad
-        for _, host in hosts(model)
-        for stack in [cast(AdapterStack, host.adapters)]
+        for stack in stacks(model).values()
         if name in stack
         for parameter in stack[name].parameters()
     )

@@ -223,3 +223,20 @@ def test_products_are_added_in_blocks_and_rounded_once(shape, dtype):
     found = with_products(matrix.mT.contiguous().mT, pairs, torch.float32)
     assert found.dtype == dtype
     torch.testing.assert_close(found.double(), exact, rtol=2**-8 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+
+
+def test_what_a_user_is_told_who_merges_nothing_or_too_much():
+    model = KINDS["linear"].build()
+    lp.apply(model, lp.LoRA(r=2, name="a"), lp.BottleneckAdapter(targets=["up", "down"], bottleneck_size=2, name="b"))
+    with pytest.raises(
+        MergeError, match=r"'b' at 'up' .*, and so at 1 more place \(lp.merge\(model, partial=True\) folds"
+    ):
+        lp.merge(model)
+    with pytest.raises(MergeError, match=r"to unload without it, first lp.set_active\(model, ...\) what"):
+        lp.unload(model, merge=True)
+    lp.set_active(model)
+    for merge in (lp.merge, lambda model: lp.unload(model, merge=True)):
+        with pytest.raises(MergeError, match=r"none of \['a', 'b'\] is active: lp.set_active"):
+            merge(model)
+    lp.set_active(model, "a")
+    assert lp.merge(model) == []

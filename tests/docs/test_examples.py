@@ -1,4 +1,4 @@
-"""The three toy methods of docs/examples, as a user outside the package would have written them."""
+"""The toy methods of docs/examples, as a user outside the package would have written them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,12 @@ from torch.utils.data import DataLoader, TensorDataset
 import lightning_peft as lp
 
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
-METHODS = {"toy_weight": "RowScale", "toy_activation": "Shift", "toy_selection": "Smallest"}
+METHODS = {
+    "toy_weight": "RowScale",
+    "toy_low_rank": "TwoFactors",
+    "toy_activation": "Shift",
+    "toy_selection": "Smallest",
+}
 
 
 class Module(L.LightningModule):
@@ -71,13 +76,86 @@ def test_example(example, tmp_path):
     assert torch.equal(loaded.eval()(x), module(x))
 
 
-def test_the_weight_example_merges(tmp_path):
-    method = runpy.run_path(str(EXAMPLES / "toy_weight.py"))["RowScale"]()
-    module, x = Module().eval(), torch.randn(2, 4, 16)
-    lp.apply(module, method)
+@pytest.fixture(params=["toy_weight", "toy_low_rank"])
+def two(request):
+    """A module with two adapters of a toy weight method, "a" and "b", and something to call it with."""
+    make = runpy.run_path(str(EXAMPLES / f"{request.param}.py"))[METHODS[request.param]]
+    module = Module().eval()
+    lp.apply(module, make(name="a"), make(name="b", targets=["linear1"]))
     with torch.no_grad():
         for parameter in lp.trainable_parameters(module):
             parameter.normal_(std=0.1)
+    return module, torch.randn(3, 4, 16)
+
+
+def alone(module: nn.Module, *names: str, x: torch.Tensor) -> torch.Tensor:
+    with lp.active(module, *names):
+        return module(x)
+
+
+def test_a_weight_example_merges(two):
+    module, x = two
     adapted = module(x)
     lp.merge(module)
     torch.testing.assert_close(module(x), adapted, rtol=1e-5, atol=1e-5)
+    lp.unmerge(module)
+    assert torch.equal(module(x), adapted)
+
+
+def test_a_weight_example_serves_rows(two):
+    module, x = two
+    expected = [alone(module, *names, x=row[None]) for names, row in zip((["a"], ["b"], []), x)]
+    with lp.rows(module, ["a", "b", None]):
+        torch.testing.assert_close(module(x), torch.cat(expected))
+
+
+def test_a_weight_example_is_combined_and_becomes_a_lora(two):
+    module, x = two
+    a = alone(module, "a", x=x)
+    assert lp.combine(module, ["a", "b"], weights=[1.0, 0.0], name="mix").error < 1e-5
+    torch.testing.assert_close(alone(module, "mix", x=x), a, rtol=1e-4, atol=1e-5)
+    assert lp.to_lora(module, "a").error < 1e-5
+    torch.testing.assert_close(alone(module, "a", x=x), a, rtol=1e-4, atol=1e-5)
+
+
+def test_a_weight_example_is_saved_and_loaded(two, tmp_path):
+    module, x = two
+    lp.save_adapter(module, tmp_path)
+    again = Module().eval()
+    assert lp.load_adapter(again, tmp_path) == ["a", "b"]
+    for name in ("a", "b"):
+        torch.testing.assert_close(alone(again, name, x=x), alone(module, name, x=x))
+
+
+@pytest.mark.parametrize("example", ["toy_activation", "toy_selection"])
+def test_the_other_examples_are_saved_loaded_and_serve_rows(example, tmp_path):
+    make = runpy.run_path(str(EXAMPLES / f"{example}.py"))[METHODS[example]]
+    module, x = Module().eval(), torch.randn(2, 4, 16)
+    lp.apply(module, make(name="a"))
+    with torch.no_grad():
+        for parameter in lp.trainable_parameters(module):
+            parameter.normal_(std=0.1)
+    lp.save_adapter(module, tmp_path)
+    again = Module().eval()
+    base = again(x)
+    lp.load_adapter(again, tmp_path)
+    torch.testing.assert_close(again(x), module(x))
+    with lp.rows(again, ["a", None]):
+        torch.testing.assert_close(again(x), torch.stack([module(x)[0], base[1]]))
+
+
+def test_the_low_rank_example_needs_no_svd_and_one_run_for_all_rows(two, request, monkeypatch):
+    module, x = two
+    low_rank = request.node.callspec.params["two"] == "toy_low_rank"
+    runs, forward = [], nn.Linear.forward
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, *args: (runs.append(self), forward(self, *args))[1])
+    with lp.rows(module, ["a", "b", None]):
+        module(x)
+    assert runs.count(module.body.layers[0].linear1) == (1 if low_rank else 3)
+    if low_rank:
+        report = lp.combine(module, ["a", "b"], how="cat")
+        assert report.error == 0
+        assert set(report.ranks.values()) == {4, 8}
+    else:
+        with pytest.raises(ValueError, match="how='cat' needs low-rank adapters"):
+            lp.combine(module, ["a", "b"], how="cat")

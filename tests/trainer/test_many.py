@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from lightning_peft.core.inject import put_in
 from lightning_peft.core.record import injection_of
 from lightning_peft.core.replace import replace_trained
 from lightning_peft.core.state import StateError
-from lightning_peft.trainer.audit import AuditError
+from lightning_peft.trainer.audit import AuditError, audit_active
 from tests.helpers import perturb
 
 from .toys import Toy, every_step, loader, lora, same, state_of, trainer, val_loader
@@ -178,6 +179,19 @@ def test_the_frozen_one_can_be_deleted_in_a_training_and_the_other_cannot(tmp_pa
     module, _ = fit(tmp_path, None)
     lp.delete_adapter(module, "default")  # after the fit
     assert not any("adapters" in name for name in module.state_dict())
+
+
+def test_training_what_waits_is_said_before_the_first_step() -> None:
+    module = Toy()
+    lp.apply(module, lora(name="default"), lora(name="b"))
+    lp.set_active(module, "default")
+    with pytest.warns(UserWarning, match=r"\['b'\] are to train and are not active"):
+        audit_active(module)
+    add_frozen(module, "c")  # waits as well, and is not to train
+    lp.set_active(module, "default", "b")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        audit_active(module)
 
 
 class Idle(Toy):
