@@ -39,9 +39,11 @@ OPERATIONS = ("inject", "save", "load second", "switch", "merge", "unmerge", "un
 
 #: why ours is slower, where it is
 WHY = {
-    "save": "the base's fingerprint and a model card are written too.",
+    "save": "every tensor is copied and checked, the header read back, and a fingerprint of the base and a model card "
+    "written.",
     "load second": "the base's fingerprint is checked, and every tensor before anything is changed.",
-    "merge": "computed in float32, rounded once and checked; the originals are kept, so that unmerge is exact.",
+    "merge": "summed in float32, rounded once and checked for NaN and infinity, and the originals are kept, so that "
+    "unmerge is exact; PEFT rounds the change to the weight's type, adds it, and subtracts it again to unmerge.",
 }
 
 

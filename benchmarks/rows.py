@@ -103,14 +103,14 @@ def variants(args: argparse.Namespace) -> dict[str, tuple[Callable[[], AbstractC
 
 
 @contextmanager
-def timed(device: str) -> Iterator[list[float]]:
+def timed(device: str, clock: Callable[[], float]) -> Iterator[list[float]]:
     """Yields a list that gets the seconds that the block took."""
     seconds: list[float] = []
     _synchronize(device)
-    start = time.perf_counter()
+    start = clock()
     yield seconds
     _synchronize(device)
-    seconds.append(time.perf_counter() - start)
+    seconds.append(clock() - start)
 
 
 def _synchronize(device: str) -> None:
@@ -121,13 +121,13 @@ def _synchronize(device: str) -> None:
 @torch.no_grad()
 def measure(args: argparse.Namespace) -> dict[str, list[float]]:
     """Seconds for ``args.steps`` forward passes in one context, entering it included, for each repetition."""
-    runs = variants(args)
+    runs, clock = variants(args), {"wall": time.perf_counter, "cpu": time.process_time}[args.clock]
     times: dict[str, list[float]] = {name: [] for name in runs}
     for repetition in range(args.warmup + args.repeats):
         order = list(runs)[repetition % len(runs) :] + list(runs)[: repetition % len(runs)]
         for name in order:
             context, forward = runs[name]
-            with timed(args.device) as seconds, context():
+            with timed(args.device, clock) as seconds, context():
                 for _ in range(args.steps):
                     forward()
             if repetition >= args.warmup:
@@ -171,6 +171,7 @@ def parse(line: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, help="of torch on the CPU (default: torch's own)")
+    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="cpu: this process's CPU time")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--markdown", type=Path, help="write the table here")
