@@ -13,7 +13,7 @@ from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.base import base_of
 from lightning_peft.core.host import stacks
 from lightning_peft.core.parts import Part
-from lightning_peft.core.record import Injection, Trains, injected_module, injection_of
+from lightning_peft.core.record import Injection, Trains, injected_module, injected_name, injection_of
 from lightning_peft.core.state import StateError, adapter_state
 from lightning_peft.core.thaw import thawed
 from lightning_peft.core.torch_file import read_torch_file
@@ -112,8 +112,8 @@ def trains(model: nn.Module, name: str) -> bool:
 
 def has_copies(model: nn.Module, name: str) -> bool:
     """Whether what was put in under ``name`` has values of its own in place of the base's, as a loaded adapter does."""
-    stacks = (cast(AdapterStack, host.adapters) for _, host in hosts(model))
-    return any(part.copies() for stack in stacks if name in stack for part in cast(Adapter, stack[name]).parts())
+    adapters = [cast(Adapter, stack[name]) for stack in stacks(model).values() if name in stack]
+    return any(part.copies() for adapter in adapters for part in adapter.parts())
 
 
 def check_manifest(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
