@@ -43,10 +43,10 @@ class PromptAdapter(Adapter):
     Args:
         prompt: their start, (T, width), or a module that returns them.
         placement: where they stand.
-        embedding: the module that embeds tokens, looked up on the host; None where the host takes sequences.
         limit: how many positions the host's table has; None without a table.
         shorten: take them out of the output again; an encoder leaves them in for its decoder.
         causal: the output at a token predicts the next one.
+        batch_first: sequences are (batch, length, width), not (length, batch, width).
     """
 
     def __init__(
