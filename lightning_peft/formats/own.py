@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core.host import hosts
 from lightning_peft.formats.converter import NotInPeftError, Options, Tensors
 from lightning_peft.formats.files import FormatError
 from lightning_peft.formats.names import PREFIX, Base
@@ -96,8 +95,8 @@ def take_own(
     Raises:
         FormatError: a head is incomplete.
     """
-    stacks = tuple(f"{name}.adapters.".lstrip(".") for name, _ in hosts(base.module))
-    state = {key: value for key, value in base.module.state_dict().items() if not key.startswith(stacks)}
+    modules = base.modules()
+    state = {key: value for key, value in base.module.state_dict().items() if key.rpartition(".")[0] in modules}
     heads = [h for h in options.get("modules_to_save") or [] if h not in _USUAL or h in _ends(base)]
     names = heads_of(heads, base)
     wanted = [key for key in state if any(key.startswith(f"{head}.") for head in names)]
