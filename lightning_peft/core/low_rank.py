@@ -44,11 +44,8 @@ class LowRankAdapter(WeightAdapter):
         h = dropped(down, x, a, self.dropout) if self.dropout and self.training else down(x, a)
         return self.layout.up(host, h, b, y, self.scale)
 
-    @property
-    def only_product(self) -> bool:
-        """Whether s B A is all that it adds; a subclass with an ``output`` of its own adds something else."""
-        return type(self).output is LowRankAdapter.output
-
     def row_link(self, host: nn.Module) -> type[RowLink] | None:
+        if type(self).output is not LowRankAdapter.output and type(self).row_link is LowRankAdapter.row_link:
+            return super().row_link(host)  # it adds something of its own beside the product
         link = super().row_link(host)
-        return LowRankRows if link is AfterRows and self.layout.vectors and self.only_product else link
+        return LowRankRows if link is AfterRows and self.layout.vectors else link

@@ -32,6 +32,7 @@ from lightning_peft.core.adapter import WeightAdapter
 from lightning_peft.core.host import AdapterStack, hosts
 from lightning_peft.core.inject import Plan
 from lightning_peft.core.low_rank import LowRankAdapter
+from lightning_peft.core.row_links import RowLink
 from lightning_peft.core.sites import EmbeddingLayout, Site
 from lightning_peft.core.targets import base_modules
 from lightning_peft.methods.callback import one_of, probability
@@ -92,9 +93,10 @@ class LoRAAdapter(LowRankAdapter):
             return out
         return (out + self.scale * self.layout.features(host, self.lora_bias)).to(out.dtype)
 
-    @property
-    def only_product(self) -> bool:
-        return type(self).output is LoRAAdapter.output and self.lora_bias is None
+    def row_link(self, host: nn.Module) -> type[RowLink] | None:
+        # The products of all rows together have no place for a bias, or for what a subclass makes of its output.
+        plain = self.lora_bias is None and type(self).output is LoRAAdapter.output
+        return super().row_link(host) if plain else WeightAdapter.row_link(self, host)
 
     @property
     def changes_bias(self) -> bool:
