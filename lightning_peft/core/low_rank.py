@@ -51,6 +51,8 @@ class LowRankAdapter(WeightAdapter):
         return self.layout.up(host, h, b, y, self.scale)
 
     def row_link(self, host: nn.Module) -> type[RowLink] | None:
+        if type(self).output is not LowRankAdapter.output and type(self).row_link is LowRankAdapter.row_link:
+            return super().row_link(host)  # it adds something of its own beside the product
         link = super().row_link(host)
         return LowRankRows if link is AfterRows and self.layout.vectors else link
 

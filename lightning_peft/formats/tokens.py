@@ -74,12 +74,16 @@ def take_tokens(
     rows: dict[str, dict[str, Tensor]] = {}
     for pattern, tokens in where.items():
         for name in heads_of([pattern], base, "trainable_token_indices"):
-            if name in rows:
-                continue  # tied to one that came before
             if name not in sites:
                 raise FormatError(f"trainable_token_indices: {name!r} is no embedding")
             key, order = f"{name}.token_adapter.trainable_tokens_delta", torch.tensor(tokens).argsort()
+            if name in rows and not tensors.has(key):
+                continue  # tied to one that came before
             own = tensors.take(key, (len(tokens), sites[name].shape[0]))[order]
+            if name in rows:
+                if not torch.equal(own, rows[name]["rows"]):
+                    raise FormatError(f"{key!r} differs from what the file holds for an embedding tied to it")
+                continue
             ids[base.patterns([name])[0]] = sorted(tokens)
             rows |= {tied: {"rows": own} for tied in _tied(sites, name)}
     return ids if isinstance(wanted, Mapping) else list(wanted), rows

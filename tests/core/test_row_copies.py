@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import lightning_peft as lp
+from lightning_peft.core.host import attach
+from lightning_peft.core.low_rank import LowRankAdapter
+from lightning_peft.core.sites import Site, weight_sites
 from tests.core.test_rows import one_by_one
 from tests.formats.models import adapted, bert, tokens
 from tests.helpers import adapter_parameters, close, differ, perturb
@@ -102,6 +105,33 @@ def test_heads_of_different_widths(tmp_path):
             lp.rows(model, names),
         ):
             model(x)
+
+
+class Doubled(LowRankAdapter):
+    """Adds twice its product, by an ``output`` of its own."""
+
+    scale, dropout = 1.0, 0.0
+
+    def __init__(self, site: Site) -> None:
+        super().__init__(site)
+        self.sides = site.shape
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return torch.ones(1, self.sides[1]), torch.ones(self.sides[0], 1)
+
+    def output(self, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return y + 2 * (super().output(host, x, y) - y)
+
+
+@torch.no_grad()
+def test_a_low_rank_adapter_with_an_output_of_its_own():
+    site = next(iter(weight_sites(model := KINDS["linear"].build()).values()))
+    attach(model, site.host, "twice", Doubled(site))
+    x = KINDS["linear"].batch()[0]
+    names = ["twice", *[None] * (len(x) - 1)]
+    want = torch.cat(one_by_one(model, names, lambda i: model(x[i : i + 1])))
+    with lp.rows(model, names):
+        close(model(x), want)
 
 
 @torch.no_grad()

@@ -33,6 +33,26 @@ def test_rows_go_to_peft_and_back(make, how, tmp_path):
         torch.testing.assert_close(logits(again, x), logits(ours, x), rtol=1e-4, atol=1e-5)
 
 
+def test_an_encoder_decoder_whose_three_embeddings_are_one_tensor(tmp_path):
+    from lightning_peft.formats.files import read_files, write_files
+    from tests.formats.test_sequence import logits, t5
+
+    base, x = t5(), tokens()
+    ours = adapted(base, lp.LoRA(r=2, targets=["q"], trainable_tokens=[int(x[0, 0])]))
+    lp.save_adapter(ours, tmp_path)
+    torch.testing.assert_close(logits(read_by_peft(base, tmp_path), x), logits(ours, x), rtol=1e-4, atol=1e-5)
+    again = copy.deepcopy(base)
+    lp.load_adapter(again, tmp_path)
+    torch.testing.assert_close(logits(again, x), logits(ours, x), rtol=1e-4, atol=1e-5)
+
+    files = read_files(tmp_path)
+    key = "base_model.model.shared.token_adapter.trainable_tokens_delta"
+    files.tensors[key] = files.tensors[key] + 1
+    write_files(tmp_path, files.config, files.tensors, files.metadata, None)
+    with pytest.raises(lp.FormatError, match="differs from what the file holds for an embedding tied to it"):
+        lp.load_adapter(copy.deepcopy(base), tmp_path)
+
+
 @pytest.mark.parametrize("ids", [[9, 3, 60], {"embed_tokens": [9, 3, 60]}])
 @pytest.mark.parametrize("make", [llama, tied_llama])
 def test_rows_of_peft_come_in_its_order(make, ids, tmp_path):
