@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
@@ -87,11 +86,10 @@ def _from_directory(directory: Path, base: str | None) -> nn.Module:
         raise StateError(f"{directory} is a sharded checkpoint: save one file (a full state dict) to merge it")
     import transformers
 
+    from lightning_peft.formats.files import adapter_folders, read_config
     from lightning_peft.formats.pretrained import load_model, locate
 
-    config = directory / "adapter_config.json"
-    said = json.loads(config.read_text()).get("base_model_name_or_path") if config.is_file() else None
-    where = base or said
+    where = base or read_config(adapter_folders(directory)[0]).get("base_model_name_or_path")
     if not where:
         raise StateError(f"{directory} does not say what its base is: add --base path/to/base")
     [architecture] = transformers.AutoConfig.from_pretrained(locate(where)).architectures or [None]

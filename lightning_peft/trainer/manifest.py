@@ -80,9 +80,7 @@ def _own(model: nn.Module, record: Injection, name: str) -> Trains:
     """What a method trains of the base itself; where copies of its own do, the heads among them."""
     if not has_copies(model, name):
         return record.trains.get(name, Trains())
-    inner = injected_name(model)
-    heads = cast(Any, record.methods[name]).heads(model.get_submodule(inner))
-    return Trains(tuple(f"{inner}.{head}".lstrip(".") for head in heads))
+    return Trains(tuple(cast(Any, record.methods[name]).heads(injected_module(model))))
 
 
 def _plain(part: Part) -> dict[str, Any]:

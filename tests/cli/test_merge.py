@@ -214,13 +214,16 @@ def test_what_a_selection_method_trained_is_there_without_folding():
             r"no adapter named 'c'; run.ckpt has \['default'\]",
         ),
         (["gone.ckpt", "out", "--model=modules.Module"], r"there is no file gone.ckpt"),
-        (["taken", "out"], r"taken does not say what its base is: add --base"),
+        (["taken", "out"], r"taken has no adapter_config.json"),
+        (["unnamed", "out"], r"unnamed does not say what its base is: add --base"),
     ],
 )
 def test_what_is_asked_wrongly(arguments: list[str], message: str):
     checkpoint(Module(), lp.LoRA(r=4))
     Path("taken").mkdir()
     Path("taken/file").touch()
+    Path("unnamed").mkdir()
+    Path("unnamed/adapter_config.json").write_text('{"peft_type": "LORA"}')
     with pytest.raises(SystemExit, match=message):
         run(*arguments)
     assert not Path("out").exists()
