@@ -13,7 +13,7 @@ from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.base import base_of
 from lightning_peft.core.host import stacks
 from lightning_peft.core.parts import Part
-from lightning_peft.core.record import Injection, Trains, injected_module, injected_name, injection_of
+from lightning_peft.core.record import Injection, Trains, injected_module, injection_of
 from lightning_peft.core.state import StateError, adapter_state
 from lightning_peft.core.thaw import thawed
 from lightning_peft.core.torch_file import read_torch_file
