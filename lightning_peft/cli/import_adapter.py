@@ -14,8 +14,7 @@ from pathlib import Path
 
 import torch
 
-from lightning_peft.cli.module import add_model_option, find_module, parse
-from lightning_peft.core.state import StateError
+from lightning_peft.cli.module import add_model_option, build_module, parse
 from lightning_peft.core.targets import TargetError
 from lightning_peft.formats.checkpoint import import_checkpoint
 from lightning_peft.formats.files import FormatError
@@ -40,11 +39,7 @@ def import_adapter(args: Sequence[str]) -> None:
     parser.add_argument("--name", help="what to call the adapter; by default what it was called")
     parser.add_argument("--any-base", action="store_true", help="also where it was trained on another base")
     options, arguments = parse(parser, args)
-    try:
-        module = find_module(options.model)(**arguments)
-    except TypeError as error:
-        raise StateError(f"{options.model} cannot be built ({error}): give --model.<argument>=<value>") from error
-    module.configure_model()
+    module = build_module(options.model, arguments)
     try:
         checkpoint = import_checkpoint(module, options.directory, options.name, check_base=not options.any_base)
     except (FormatError, TargetError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -17,6 +18,7 @@ from lightning_peft.cli.import_adapter import import_adapter
 from lightning_peft.cli.inspect import inspect_path, names_a_path
 from lightning_peft.cli.merge import merge
 from lightning_peft.cli.methods import methods
+from lightning_peft.core.torch_file import read_torch_file
 from lightning_peft.formats.files import FormatError
 from lightning_peft.trainer.logs import resume_wandb
 
@@ -102,6 +104,22 @@ class PEFTCLI(LightningCLI):
             args=args,
             **kwargs,
         )
+
+    def _parse_ckpt_path(self) -> None:
+        """Put a checkpoint's hyperparameters over the configuration, for the class that the user names.
+
+        Lightning takes the class from the file as well, and so would import whatever a file says.
+        """
+        given = self.config.get(self.config.get("subcommand") or "", {})
+        path, model = given.get("ckpt_path"), given.get("model")
+        if model is None or not path or not Path(path).is_file():
+            return
+        checkpoint = read_torch_file(path)
+        hparams = checkpoint.get("hyper_parameters", {}) if isinstance(checkpoint, dict) else {}
+        hparams = {name: value for name, value in hparams.items() if name not in ("_class_path", "_instantiator")}
+        if hparams:
+            over = {"model": {"class_path": model.class_path, "dict_kwargs": hparams}}
+            self.config = self.parser.parse_object({self.config.subcommand: over}, self.config)
 
     def instantiate_classes(self) -> None:
         try:

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import lightning_peft as lp
-from lightning_peft.cli.module import add_model_option, load_module, parse
+from lightning_peft.cli.module import add_model_option, build_module, load_module, parse
 from lightning_peft.core.host import adapter_names, hosts
 from lightning_peft.core.record import injection_of
 from lightning_peft.core.sites import output_head
@@ -62,7 +62,7 @@ def merge(arguments: Sequence[str]) -> None:
     if given.out.exists() and (given.out.is_file() or any(given.out.iterdir())):
         raise StateError(f"{given.out} exists already: name a new folder or file")
     if given.source.is_dir():
-        model = _from_directory(given.source, given.base)
+        model = _from_directory(given.source, given.base, given.model, of_model)
     else:
         model = load_module(given.source, given.model, of_model)
     if given.name is not None:
@@ -81,9 +81,17 @@ def merge(arguments: Sequence[str]) -> None:
     print(f"merged {merged} into {_write(model, given.out)}{left}")
 
 
-def _from_directory(directory: Path, base: str | None) -> nn.Module:
+def _from_directory(directory: Path, base: str | None, name: str | None, of_model: dict[str, Any]) -> nn.Module:
     if (directory / "meta.pt").is_file():
         raise StateError(f"{directory} is a sharded checkpoint: save one file (a full state dict) to merge it")
+    if base is not None and name is not None:
+        raise StateError("--base and --model both say what the adapter goes onto: give one")
+    model: nn.Module = _base(directory, base) if name is None else build_module(name, of_model)
+    lp.load_adapter(model, directory)
+    return model
+
+
+def _base(directory: Path, base: str | None) -> nn.Module:
     import transformers
 
     from lightning_peft.formats.files import adapter_folders, read_config
@@ -91,13 +99,11 @@ def _from_directory(directory: Path, base: str | None) -> nn.Module:
 
     where = base or read_config(adapter_folders(directory)[0]).get("base_model_name_or_path")
     if not where:
-        raise StateError(f"{directory} does not say what its base is: add --base path/to/base")
+        raise StateError(f"{directory} does not say what its base is: add --base path/to/base, or --model my.Module")
     [architecture] = transformers.AutoConfig.from_pretrained(locate(where)).architectures or [None]
     if architecture is None or not hasattr(transformers, architecture):
         raise StateError(f"{where} does not say which class of transformers it is of")
-    model = load_model(getattr(transformers, architecture), where, pretrained=True, dtype=None)
-    lp.load_adapter(model, directory)
-    return model
+    return load_model(getattr(transformers, architecture), where, pretrained=True, dtype=None)
 
 
 def _write(model: nn.Module, out: Path) -> Path:

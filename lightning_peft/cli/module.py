@@ -14,7 +14,7 @@ import lightning_peft as lp
 from lightning_peft.core.state import StateError
 from lightning_peft.trainer.manifest import read_checkpoint
 
-__all__ = ["add_model_option", "find_module", "load_module", "parse"]
+__all__ = ["add_model_option", "build_module", "find_module", "load_module", "parse"]
 
 _TASKS = "lightning_peft.tasks"
 
@@ -58,6 +58,20 @@ def find_module(name: str) -> type[L.LightningModule]:
     if not isinstance(found, type) or not issubclass(found, L.LightningModule):
         raise StateError(f"--model {name} is no LightningModule; write my.package.Module, or one of {tasks.__all__}")
     return found
+
+
+def build_module(name: str, arguments: Mapping[str, Any]) -> L.LightningModule:
+    """A new module of the class called ``name``.
+
+    Raises:
+        StateError: there is no such class, or it cannot be built so.
+    """
+    try:
+        module = find_module(name)(**arguments)
+    except TypeError as error:
+        raise StateError(f"{name} cannot be built ({error}): give --model.<argument>=<value>") from error
+    module.configure_model()
+    return module
 
 
 def load_module(checkpoint: str | Path, name: str | None, arguments: Mapping[str, Any]) -> L.LightningModule:

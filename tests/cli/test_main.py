@@ -187,3 +187,21 @@ def test_module_and_own_script_in_a_fresh_process():
     out = python(str(HERE / "modules.py"), "fit", *RUN[2:], *LORA)
     assert "LoRA r=4" in out
     assert checkpoint().is_file()
+
+
+def test_a_checkpoint_gives_the_arguments_and_never_the_class(capsys):
+    run("fit", *RUN, *LORA, "--model.width=8", "--data.width=8")
+    path = checkpoint()
+    Path("hostile_library.py").write_text("raise SystemExit('it ran')")
+    saved = torch.load(path, weights_only=True)
+    for said in ({}, {"_class_path": "hostile_library.Evil", "_instantiator": "hostile_library.evil"}):
+        torch.save({**saved, "hyper_parameters": {"width": 8, "lr": 1e-2, **said}}, path)
+        assert "test/loss" in run("test", *RUN, *LORA, "--data.width=8", f"--ckpt_path={path}")
+    assert "hostile_library" not in sys.modules
+
+
+def test_a_checkpoint_that_would_run_code_is_refused():
+    Path("evil.ckpt").write_bytes(b"cos\nsystem\n(S'touch it_ran'\ntR.")
+    with pytest.raises(SystemExit, match=r"error: .*evil\.ckpt"):
+        run("test", *RUN, *LORA, "--ckpt_path=evil.ckpt")
+    assert not Path("it_ran").exists()

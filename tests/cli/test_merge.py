@@ -17,6 +17,7 @@ from torch import nn
 import lightning_peft as lp
 from lightning_peft.cli.main import main
 from lightning_peft.core.record import injection_of
+from lightning_peft.tasks import TextClassifier
 from tests.helpers import perturb
 from tests.methods import tiny
 
@@ -85,7 +86,7 @@ def test_a_module_of_ones_own_becomes_a_state_dict_with_its_own_keys(out: str):
 def test_a_task_of_the_package_becomes_a_hugging_face_folder():
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    module = lp.tasks.TextClassifier("demo")
+    module = TextClassifier("demo")
     checkpoint(module, lp.LoRA(r=4, targets="all-linear", trainable=["classifier"]))
     ids = torch.arange(12).view(2, 6) + 5
     expected = output(module, input_ids=ids, attention_mask=torch.ones_like(ids))
@@ -254,3 +255,18 @@ def test_a_result_that_is_not_finite_is_refused():
     checkpoint(module, lp.LoRA(r=4), scale=1e38)
     with pytest.raises(SystemExit, match=r"would hold NaN or infinity after the merge"):
         run("run.ckpt", "out", "--model=modules.Module")
+
+
+def test_an_adapter_directory_onto_a_class_of_ones_own():
+    path = checkpoint(module := Module(16), lp.LoRA(r=2, trainable=["head"]))
+    x = torch.randn(4, 16)
+    expected = output(module, x)
+    main(["export", str(path), "adapter"])
+    run("adapter", "out.pt", "--model", "modules.Module", "--model.width=16")
+    plain = Module(16)
+    plain.load_state_dict(torch.load("out.pt", weights_only=True))
+    torch.testing.assert_close(output(plain, x), expected)
+    with pytest.raises(SystemExit, match="--base and --model both say"):
+        run("adapter", "again.pt", "--model", "modules.Module", "--base", "demo")
+    with pytest.raises(SystemExit, match=r"add --base path/to/base, or --model"):
+        run("adapter", "again.pt")

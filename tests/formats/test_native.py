@@ -139,7 +139,7 @@ def test_a_method_of_ones_own(tmp_path):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"method": "Schift"}, "no method named 'Schift'; defined are .*; nearest: 'RowShift'"),
+        ({"method": "RowSchift"}, "no method named 'RowSchift'; defined are .*; nearest: 'RowShift'"),
         ({"method": "hostile_method.Evil"}, "no method named 'hostile_method.Evil'"),
         ({"method": ["RowShift"]}, "method must name a class"),
         ({"config": "targets"}, "config hold its arguments"),
