@@ -27,7 +27,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import lightning_peft as lp
-from benchmarks.measure import Spread, hardware, paired_ratio, versions
+from benchmarks.measure import Spread, add_run_options, hardware, paired_ratio, parse_line, versions
 
 #: hidden, intermediate, layers, heads, key heads, vocabulary; "full" is TinyLlama-1.1B
 SIZES = {
@@ -228,12 +228,8 @@ def main(line: list[str] | None = None) -> int:
     parser.add_argument("--size", choices=SIZES, default="full")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="of the base")
-    parser.add_argument("--threads", type=int, help="of torch (default: torch's own)")
-    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="cpu: this process's CPU time")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--markdown", type=Path, help="write the table here")
-    args = parser.parse_args(line)
-    args.line = sys.argv[1:] if line is None else line
+    add_run_options(parser, repeats=5)
+    args = parse_line(parser, line)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     warnings.filterwarnings("ignore", module="peft")
     logging.getLogger("transformers").setLevel(logging.ERROR)

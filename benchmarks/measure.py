@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import os
 import platform
 import statistics
+import sys
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -151,6 +154,21 @@ class Spread:
 def paired_ratio(times: list[float], reference: list[float]) -> Spread:
     """Ratios repetition by repetition, so that a slow moment of the machine divides out."""
     return Spread.of([a / b for a, b in zip(times, reference, strict=True)])
+
+
+def add_run_options(parser: argparse.ArgumentParser, repeats: int, page: str = "the table") -> None:
+    """The options of every benchmark: threads, clock, repetitions, and where its page goes."""
+    parser.add_argument("--threads", type=int, help="of torch on the CPU (default: torch's own)")
+    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="cpu: this process's CPU time")
+    parser.add_argument("--repeats", type=int, default=repeats)
+    parser.add_argument("--markdown", type=Path, help=f"write {page} here")
+
+
+def parse_line(parser: argparse.ArgumentParser, line: list[str] | None) -> argparse.Namespace:
+    """The options, and the words they were given in as ``line``; of the command line where None."""
+    args = parser.parse_args(line)
+    args.line = sys.argv[1:] if line is None else line
+    return args
 
 
 def hardware(device: str) -> str:

@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from rich.table import Table
 from torch import nn
 
 import lightning_peft as lp
-from benchmarks.measure import Spread, hardware, paired_ratio, versions
+from benchmarks.measure import Spread, add_run_options, hardware, paired_ratio, parse_line, versions
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -170,14 +169,9 @@ def parse(line: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=1, help="forward passes in one context")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--threads", type=int, help="of torch on the CPU (default: torch's own)")
-    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="cpu: this process's CPU time")
-    parser.add_argument("--repeats", type=int, default=10)
+    add_run_options(parser, repeats=10)
     parser.add_argument("--warmup", type=int, default=1)
-    parser.add_argument("--markdown", type=Path, help="write the table here")
-    args = parser.parse_args(line)
-    args.line = sys.argv[1:] if line is None else line
-    return args
+    return parse_line(parser, line)
 
 
 def main(line: list[str] | None = None) -> int:

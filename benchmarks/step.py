@@ -27,7 +27,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import lightning_peft as lp
 from benchmarks.cases import CASES, SIZES, Case, build
-from benchmarks.measure import Saved, forward_loss, hardware, peak_cuda_bytes, saved_bytes, train_step, versions
+from benchmarks.measure import (
+    Saved,
+    add_run_options,
+    forward_loss,
+    hardware,
+    parse_line,
+    peak_cuda_bytes,
+    saved_bytes,
+    train_step,
+    versions,
+)
 from benchmarks.methods import METHODS, Hooks, Method
 from benchmarks.page import line_of, markdown, plot
 
@@ -217,16 +227,11 @@ def parse(line: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the base")
     parser.add_argument("--autocast", action="store_true", help="bfloat16 autocast around the forward")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--threads", type=int, help="of torch on the CPU (default: torch's own)")
-    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="cpu: this process's CPU time")
-    parser.add_argument("--repeats", type=int, default=15)
+    add_run_options(parser, repeats=15, page="the tables, and a plot beside them,")
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--json", type=Path, help="every raw number; rows that it has already are not run again")
     parser.add_argument("--redo", action="store_true", help="run the chosen rows again all the same")
-    parser.add_argument("--markdown", type=Path, help="write the tables here, and a plot beside them")
-    args = parser.parse_args(line)
-    args.line = sys.argv[1:] if line is None else line
-    return args
+    return parse_line(parser, line)
 
 
 def stored(args: argparse.Namespace) -> dict:

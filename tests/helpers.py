@@ -79,3 +79,14 @@ def evaluate(model: nn.Module, kind: Kind) -> Tensor:
         return model.eval()(*kind.batch())
     finally:
         model.train(mode)
+
+
+def assert_compiled_gradients(compiled: Any, model: nn.Module, *batch: Tensor) -> None:
+    """A backward through ``compiled`` gives the gradients that one through ``model`` itself gives."""
+    model.zero_grad()
+    compiled(*batch).pow(2).mean().backward()
+    gradients = [p.grad.clone() for p in lp.trainable_parameters(model)]
+    model.zero_grad()
+    model(*batch).pow(2).mean().backward()
+    for ours, parameter in zip(gradients, lp.trainable_parameters(model)):
+        close(ours, parameter.grad)

@@ -19,7 +19,6 @@ from lightning_peft.cli.inspect import inspect_path, names_a_path
 from lightning_peft.cli.merge import merge
 from lightning_peft.cli.methods import methods
 from lightning_peft.core.torch_file import read_torch_file
-from lightning_peft.formats.files import FormatError
 from lightning_peft.trainer.logs import resume_wandb
 
 __all__ = ["PEFTCLI", "PEFTTrainer", "main"]
@@ -43,7 +42,6 @@ USER_ERRORS = (
     lp.FormatError,
     lp.AuditError,
     lp.MergeError,
-    FormatError,
     FileNotFoundError,
     MisconfigurationException,
 )

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import lightning_peft as lp
 from lightning_peft.cli.module import add_model_option, build_module, load_module, parse
-from lightning_peft.core.host import adapter_names, hosts
+from lightning_peft.core.host import active_names, adapter_names
 from lightning_peft.core.record import injection_of
 from lightning_peft.core.sites import output_head
 from lightning_peft.core.state import StateError
@@ -71,9 +71,8 @@ def merge(arguments: Sequence[str]) -> None:
         lp.set_active(model, given.name)
     record = injection_of(model)
     names = list(record.methods) if record is not None else []
-    idle = [
-        n for n in adapter_names(model) if not any(n in cast(Any, host.adapters).active for _, host in hosts(model))
-    ]
+    active = active_names(model)
+    idle = [n for n in adapter_names(model) if n not in active]
     lp.merge(model, untie=given.untie)
     lp.unload(model, merge=True)
     merged = ", ".join(n for n in names if n not in idle)

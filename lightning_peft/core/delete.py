@@ -54,6 +54,7 @@ def take_out(model: nn.Module, name: str) -> None:
     if record is not None:
         record.methods.pop(name, None)
         record.trains.pop(name, None)
+        record.parts.pop(name, None)
         record.report.entries = [entry for entry in record.report.entries if entry.adapter != name]
         record.report.count(injected_module(model))
 

@@ -24,6 +24,7 @@ __all__ = [
     "Adapted",
     "AdapterStack",
     "active",
+    "active_names",
     "adapter_names",
     "attach",
     "check_host",
@@ -36,6 +37,7 @@ __all__ = [
     "effective_weights",
     "hosts",
     "set_active",
+    "stack_prefixes",
     "stacks",
 ]
 
@@ -295,9 +297,20 @@ def stacks(model: nn.Module) -> dict[str, AdapterStack]:
     return {name: cast(AdapterStack, host.adapters) for name, host in hosts(model)}
 
 
+def stack_prefixes(model: nn.Module, name: str | None = None) -> tuple[str, ...]:
+    """What the keys of all adapters in ``model`` start with, or of those called ``name``."""
+    inside = "" if name is None else f"{name}."
+    return tuple(f"{host}.adapters.{inside}".lstrip(".") for host in stacks(model))
+
+
 def adapter_names(model: nn.Module) -> tuple[str, ...]:
     """The names of all adapters in ``model``, in order of application."""
     return tuple(dict.fromkeys(name for stack in stacks(model).values() for name in stack))
+
+
+def active_names(model: nn.Module) -> set[str]:
+    """The names of the adapters that take part somewhere in ``model``."""
+    return {name for stack in stacks(model).values() for name in stack.active}
 
 
 def check_known(model: nn.Module, *names: str) -> None:

@@ -18,7 +18,7 @@ from torch import nn
 
 from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.batch import Place, RowError, batch_dims, places, tensors
-from lightning_peft.core.host import AdapterStack, hosts
+from lightning_peft.core.host import AdapterStack, stacks
 from lightning_peft.core.record import injection_of
 from lightning_peft.core.router import Router, Rows, Spanned
 from lightning_peft.core.swap import add_mixin, remove_mixin
@@ -57,16 +57,15 @@ def rows(model: nn.Module, names: Sequence[str | Sequence[str] | None] | None, r
         return
     if not isinstance(repeats, int) or repeats < 1:
         raise RowError(f"repeats is the number of entries for each name, at least 1, got {repeats!r}")
-    found = dict(hosts(model))
-    wanted = _checked(model, names, {name: cast(AdapterStack, host.adapters) for name, host in found.items()})
+    found = stacks(model)
+    wanted = _checked(model, names, found)
     spanning, root = _spanning(model, found, wanted)
     around = _around(found)
     where = places(model, [*found, *around, *([] if root is None else [root])])
     router = Router(wanted, spanning, None if root is None else where[root])
     with ExitStack() as leave:
         leave.callback(router.close)
-        for name, host in found.items():
-            stack = cast(AdapterStack, host.adapters)
+        for name, stack in found.items():
             leave.callback(_restore, stack, stack.router, stack.place, router)
             stack.router, stack.place = router, where[name]
             stack.named = {*(stack.named or ()), *(name for row in wanted for name in row)}
@@ -125,7 +124,7 @@ class _LengthCheck:
             self.outermost = None
 
 
-def _around(found: dict[str, nn.Module]) -> list[str]:
+def _around(found: dict[str, AdapterStack]) -> list[str]:
     """The names of the modules that hold all hosts, from the model itself to the innermost."""
     common = _common([name.split(".") if name else [] for name in found])
     return [".".join(common[:i]) for i in range(len(common) + 1)]
@@ -167,11 +166,11 @@ def _checked(model: nn.Module, names: Any, stacks: dict[str, AdapterStack]) -> R
     return tuple(rows)
 
 
-def _spanning(model: nn.Module, found: dict[str, nn.Module], rows: Rows) -> tuple[frozenset[str], str | None]:
+def _spanning(model: nn.Module, found: dict[str, AdapterStack], rows: Rows) -> tuple[frozenset[str], str | None]:
     """The adapters that span hosts where rows differ in them, and the name of the module around all these hosts."""
     where: dict[str, list[str]] = {}
-    for host_name, host in found.items():
-        for name, adapter in cast(AdapterStack, host.adapters).items():
+    for host_name, stack in found.items():
+        for name, adapter in stack.items():
             if cast(Adapter, adapter).spans_hosts:
                 where.setdefault(name, []).append(host_name)
     spanning = frozenset(name for row in rows for name in row if name in where)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core.host import check_known, hosts, stacks
+from lightning_peft.core.host import check_known, stack_prefixes, stacks
 from lightning_peft.core.record import injected_name, injection_of
 from lightning_peft.ops.finite import is_finite
 
@@ -49,7 +49,7 @@ def trainable_keys(model: nn.Module) -> set[str]:
 
 def _owned_keys(model: nn.Module) -> set[str]:
     """Trainable parameters, under each name they are stored by, and all that adapters own."""
-    inside = tuple(f"{name}.adapters.".lstrip(".") for name, _ in hosts(model))
+    inside = stack_prefixes(model)
     state = model.state_dict(keep_vars=True)
     return {
         canonical(key)
@@ -79,7 +79,7 @@ def adapter_state(model: nn.Module, name: str | None = None) -> dict[str, Tensor
         keys = trainable_keys(model)
         return {canonical(k): v for k, v in model.state_dict().items() if canonical(k) in keys}
     check_known(model, name)
-    inside = tuple(f"{host}.adapters.{name}.".lstrip(".") for host, _ in hosts(model))
+    inside = stack_prefixes(model, name)
     return {canonical(k): v for k, v in model.state_dict().items() if k.startswith(inside)}
 
 

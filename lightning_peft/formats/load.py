@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_peft.core.host import adapter_names, check_name, deactivate
 from lightning_peft.core.inject import check_injectable, put_in
 from lightning_peft.core.plan import Method, Plan
-from lightning_peft.core.record import injected_name, injection_of
+from lightning_peft.core.record import injected_module, injection_of
 from lightning_peft.core.replace import replace_trained
 from lightning_peft.core.state import StateError, check_fingerprint
 from lightning_peft.core.swap import original_class
@@ -68,7 +68,7 @@ def load_adapter(
         lp.load_adapter(model, "runs/questions", name="questions")
         lp.set_active(model, "questions")
     """
-    root = model.get_submodule(injected_name(model))
+    root = injected_module(model)
     check_injectable(root)
     folders = [Path(directory)] if (Path(directory) / CONFIG).exists() else adapter_folders(directory)
     if name is not None and len(folders) > 1:

@@ -8,9 +8,9 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from lightning_peft.core.adapter import Adapter
-from lightning_peft.core.host import AdapterStack, hosts
+from lightning_peft.core.host import hosts, stack_prefixes, stacks
 from lightning_peft.core.parts import Part, kind_of, parts_of, whole
-from lightning_peft.core.record import Injection, injected_name, injection_of
+from lightning_peft.core.record import Injection, injected_module, injection_of
 from lightning_peft.core.state import StateError, canonical, trainable_keys
 from lightning_peft.formats.names import Base, base_of
 from lightning_peft.methods.callback import PEFTMethod
@@ -53,8 +53,8 @@ def take_snapshot(model: nn.Module, name: str) -> Snapshot:
         raise ValueError("no method was applied to this model: lp.apply(model, ...) or train it first")
     if name not in record.methods:
         raise ValueError(f"no adapter named {name!r}; the model has {list(record.methods)}")
-    root = model.get_submodule(injected_name(model))
-    if any(cast(AdapterStack, host.adapters).merged is not None for _, host in hosts(root)):
+    root = injected_module(model)
+    if any(stack.merged is not None for stack in stacks(root).values()):
         raise StateError("adapters are merged into the base, whose weights are not its own: lp.unmerge(model) first")
     base = base_of(root, _used(root, record))
     return Snapshot(
@@ -75,8 +75,7 @@ def _used(root: nn.Module, record: Injection) -> list[str]:
 def _copies(base: Base, name: str) -> dict[str, Tensor]:
     """What stands in place of the base's own values, by name in the base."""
     found = {}
-    for host_name, host in hosts(base.module):
-        stack = cast(AdapterStack, host.adapters)
+    for host_name, stack in stacks(base.module).items():
         for part in cast(Adapter, stack[name]).parts() if name in stack else ():
             for key, value in part.copies().items():
                 found[f"{canonical(host_name)}.{key}".lstrip(".")] = whole(value)
@@ -93,13 +92,13 @@ def _trained(base: Base, record: Injection, name: str) -> dict[str, Tensor]:
     if not (trains.modules or trains.parameters or statistics):
         return {}
     state = {canonical(key): value for key, value in base.root.state_dict().items()}
-    adapters = [f"{host}.adapters." if host else "adapters." for host, _ in hosts(base.root)]
+    adapters = stack_prefixes(base.root)
     inside = [f"{head}." if head else "" for head in trains.modules]
     wanted = {
         key
         for key in state
         if (key in trains.parameters or any(key.startswith(prefix) for prefix in inside))
-        and not any(key.startswith(prefix) for prefix in adapters)
+        and not key.startswith(adapters)
     }
     if statistics:
         wanted |= trainable_keys(base.root) & dict(base.root.named_buffers()).keys()

@@ -20,6 +20,7 @@ from lightning_peft.core.record import injection_of
 from lightning_peft.core.sites import output_head, weight_sites
 from lightning_peft.core.state import adapter_state
 from lightning_peft.core.swap import add_mixin, remove_mixin
+from lightning_peft.ops.finite import is_finite
 
 __all__ = [
     "AuditError",
@@ -258,7 +259,7 @@ def _took_part(model: nn.Module, parameter: str) -> bool:
 
 
 def _finite(gradient: Tensor) -> bool:
-    return bool(getattr(gradient, "_local_tensor", gradient).isfinite().all())
+    return is_finite(getattr(gradient, "_local_tensor", gradient))
 
 
 def audit_ranks(model: nn.Module) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 
 from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.base import base_of
-from lightning_peft.core.host import stacks
+from lightning_peft.core.host import active_names, stacks
 from lightning_peft.core.parts import Part
 from lightning_peft.core.record import Injection, Trains, injected_module, injection_of
 from lightning_peft.core.state import StateError, adapter_state
@@ -42,7 +42,7 @@ def manifest(model: nn.Module) -> dict[str, Any]:
             for name, method in record.methods.items()
         ],
         "base": _base_facts(model, record),
-        "active": sorted({n for stack in stacks(model).values() for n in stack.active}),
+        "active": sorted(active_names(model)),
         "fingerprint": record.fingerprint,
         "thawed": thawed(model),
         "trainable": record.report.trainable,

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from console import run
 
 from lightning_peft.cli.main import COMMANDS, main
 from lightning_peft.cli.methods import command_name, exported
@@ -31,13 +32,6 @@ LORA = ["--trainer.callbacks+=LoRA", "--trainer.callbacks.r=4", "--trainer.callb
 @pytest.fixture(autouse=True)
 def _user_path(monkeypatch):
     monkeypatch.syspath_prepend(HERE)
-
-
-def run(*args: str) -> str:
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out):
-        main(list(args))
-    return out.getvalue()
 
 
 def printed_config(*args: str) -> str:

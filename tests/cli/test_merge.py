@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 from pathlib import Path
 
+import console
 import lightning as L
 import pytest
 import torch
@@ -31,10 +30,7 @@ def _user_path(monkeypatch):
 
 
 def run(*args: str) -> str:
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out):
-        main(["merge", *args])
-    return out.getvalue()
+    return console.run("merge", *args)
 
 
 def checkpoint(module: L.LightningModule, *methods: lp.PEFTMethod, scale: float = 0.15) -> Path:

@@ -11,7 +11,7 @@ import lightning_peft as lp
 from lightning_peft.core.plan import Plan
 from lightning_peft.core.replace import Replacement, replace_trained, replacements
 from lightning_peft.core.state import StateError
-from tests.helpers import assert_same_bits, bits, close, evaluate, perturb, same
+from tests.helpers import assert_compiled_gradients, assert_same_bits, bits, close, evaluate, perturb, same
 from tests.kinds import KINDS, MLP, Kind
 
 
@@ -229,13 +229,7 @@ def test_one_graph(name: str):
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     for seed in range(2):
-        model.zero_grad()
-        compiled(*kind.batch(seed)).pow(2).mean().backward()
-        gradients = [p.grad.clone() for p in lp.trainable_parameters(model)]
-        model.zero_grad()
-        model(*kind.batch(seed)).pow(2).mean().backward()
-        for ours, parameter in zip(gradients, lp.trainable_parameters(model)):
-            close(ours, parameter.grad)
+        assert_compiled_gradients(compiled, model, *kind.batch(seed))
     assert counter.frame_count == 1
 
 

@@ -119,6 +119,23 @@ class Classifier(L.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=1e-2)
 
 
+def fitted(
+    model: L.LightningModule, methods: list[lp.PEFTMethod], epochs: int, *data: DataLoader, ckpt_path: str | None = None
+) -> L.Trainer:
+    """A Trainer that has fitted ``model`` on the CPU, and written nothing."""
+    trainer = L.Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=methods,
+    )
+    trainer.fit(model, *data, ckpt_path=ckpt_path)
+    return trainer
+
+
 def fit_and_resume(make: Callable[[], lp.PEFTMethod], folder: Any) -> None:
     """Train two epochs at once, and one and one with a checkpoint between: the same bits, and nothing but them."""
     generator = torch.Generator().manual_seed(0)
@@ -127,17 +144,8 @@ def fit_and_resume(make: Callable[[], lp.PEFTMethod], folder: Any) -> None:
     def fit(epochs: int, ckpt_path: str | None = None) -> tuple[L.Trainer, Classifier]:
         L.seed_everything(0, verbose=False)
         model = Classifier()
-        trainer = L.Trainer(
-            max_epochs=epochs,
-            accelerator="cpu",
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            callbacks=[make()],
-        )
-        trainer.fit(model, DataLoader(data, 4), DataLoader(data, 4), ckpt_path=ckpt_path)
-        return trainer, model
+        loaders = DataLoader(data, 4), DataLoader(data, 4)
+        return fitted(model, [make()], epochs, *loaders, ckpt_path=ckpt_path), model
 
     _, whole = fit(2)
     trainer, half = fit(1)

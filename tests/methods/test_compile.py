@@ -8,7 +8,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import lightning_peft as lp
 from lightning_peft.core.state import load_state
-from tests.helpers import adapted, assert_same_bits, close, evaluate, perturb
+from tests.helpers import adapted, assert_compiled_gradients, assert_same_bits, close, evaluate, perturb
 from tests.kinds import KINDS, Kind
 from tests.table import METHODS, Row, over_table
 
@@ -30,13 +30,7 @@ def test_one_graph_for_training_and_one_for_eval(row: Row, kind: Kind):
     for _ in range(2):
         model.train()
         for seed in range(2):
-            model.zero_grad()
-            compiled(*kind.batch(seed)).pow(2).mean().backward()
-            gradients = [p.grad.clone() for p in lp.trainable_parameters(model)]
-            model.zero_grad()
-            model(*kind.batch(seed)).pow(2).mean().backward()
-            for ours, p in zip(gradients, lp.trainable_parameters(model)):
-                close(ours, p.grad)
+            assert_compiled_gradients(compiled, model, *kind.batch(seed))
         model.eval()
         with torch.no_grad():
             close(compiled(*kind.batch()), model(*kind.batch()))

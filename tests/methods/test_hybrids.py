@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import lightning_peft as lp
 from lightning_peft.core.host import adapter_names, hosts
 from tests.helpers import assert_same_bits, bits, perturb
+from tests.methods.fitting import fitted
 from tests.methods.tiny import llama
 
 HEAD = ["model.score"]
@@ -114,17 +115,8 @@ def test_one_frozen_base_one_checkpoint_and_an_exact_resume(methods, tmp_path):
     def fit(epochs: int, ckpt_path: str | None = None) -> tuple[L.Trainer, Classifier]:
         L.seed_everything(0, verbose=False)
         model = Classifier()
-        trainer = L.Trainer(
-            max_epochs=epochs,
-            accelerator="cpu",
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            callbacks=methods(),
-        )
-        trainer.fit(model, DataLoader(DATA, 4, shuffle=True), ckpt_path=ckpt_path)
-        return trainer, model
+        loader = DataLoader(DATA, 4, shuffle=True)
+        return fitted(model, methods(), epochs, loader, ckpt_path=ckpt_path), model
 
     _, whole = fit(2)
     trainer, half = fit(1)

@@ -1,0 +1,16 @@
+"""The command line inside the test's own process."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+
+from lightning_peft.cli.main import main
+
+
+def run(*args: str) -> str:
+    """What ``lightning-peft`` prints."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        main(list(args))
+    return out.getvalue()
