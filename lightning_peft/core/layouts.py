@@ -47,10 +47,6 @@ class Layout:
         """The number of input features, and of the groups they fall into; columns are (features / groups * kernel)."""
         return matrix[-1], 1
 
-    def mix(self, host: Any, h: Tensor, b: Tensor) -> Tensor:
-        """The matrix ``b`` (out x r) applied to ``h``."""
-        raise NotImplementedError
-
     def kernel(self, weight: Tensor) -> torch.Size:
         """The kernel's size where the matrix has columns (in * kernel); empty for what has none."""
         return torch.Size()
@@ -73,9 +69,6 @@ class LinearLayout(Layout):
 
     def features(self, host: Any, v: Tensor) -> Tensor:
         return v
-
-    def mix(self, host: Any, h: Tensor, b: Tensor) -> Tensor:
-        return F.linear(h, _cast(b, h))
 
 
 class TransposedLayout(LinearLayout):
@@ -142,14 +135,11 @@ class ConvLayout(Layout):
             # A 1x1 convolution is a product for each image; as such it adds to y in one operation.
             out = torch.baddbmm(y.flatten(2), b.expand(len(y), *b.shape), h.flatten(2), alpha=scale)
             return out.view(y.shape)
-        return torch.add(y, self.mix(host, h, b), alpha=scale)
+        kernel = b.view(*b.shape, *[1] * len(host.kernel_size))
+        return torch.add(y, _CONV[len(host.kernel_size)](h, kernel, groups=host.groups), alpha=scale)
 
     def features(self, host: Any, v: Tensor) -> Tensor:
         return v.view(-1, *[1] * len(host.kernel_size))
-
-    def mix(self, host: Any, h: Tensor, b: Tensor) -> Tensor:
-        kernel = _cast(b, h).view(*b.shape, *[1] * len(host.kernel_size))
-        return _CONV[len(host.kernel_size)](h, kernel, groups=host.groups)
 
     def kernel(self, weight: Tensor) -> torch.Size:
         return weight.shape[2:]
