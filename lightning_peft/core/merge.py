@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import nn
 
-from lightning_peft.core.adapter import Adapter, WeightAdapter
+from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.decompose import evaluating
 from lightning_peft.core.host import (
     BIASES,
@@ -74,7 +73,7 @@ def merge(model: nn.Module, name: str | None = None, partial: bool = False, unti
         stack = cast(AdapterStack, host.adapters)
         if stack.merged is not None:
             raise MergeError(f"{host_name!r} has adapters merged already: lp.unmerge(model) first")
-        names, reasons = _split(host_name, stack, name)
+        names, reasons = _split(host_name, host, name)
         try:
             if names:
                 folds.append(_Fold(host_name, host, names, shared))
@@ -187,8 +186,9 @@ def _tied(shared: Mapping[str, list[str]], folds: Iterable[_Fold]) -> dict[str, 
     return found
 
 
-def _split(host_name: str, stack: AdapterStack, name: str | None) -> tuple[tuple[str, ...], dict[str, str]]:
+def _split(host_name: str, host: nn.Module, name: str | None) -> tuple[tuple[str, ...], dict[str, str]]:
     """The names at one host that can be folded, in order, and why each of the others cannot."""
+    stack = cast(AdapterStack, host.adapters)
     names: tuple[str, ...] = ()
     reasons: dict[str, str] = {}
     for n in stack.active if name is None else [n for n in stack if n == name]:
@@ -200,7 +200,7 @@ def _split(host_name: str, stack: AdapterStack, name: str | None) -> tuple[tuple
             reasons[n] = f"{where} is no weight change"
         elif reasons:
             reasons[n] = f"{where} runs after {next(iter(reasons))!r}, and folded in it would run before it"
-        elif name is not None and (reason := _moved(host_name, stack, name)):
+        elif name is not None and (reason := _moved(host_name, host, name)):
             reasons[n] = reason
         else:
             names += (n,)
@@ -216,26 +216,38 @@ def _named(left: Mapping[str, list[str]]) -> list[str]:
     return [reasons[0] + more(len(reasons) - 1) for reasons in left.values()]
 
 
-def _moved(host_name: str, stack: AdapterStack, name: str) -> str | None:
-    """Folded in alone, an adapter comes ahead of those that ran before it: why it may not, unless both are sums."""
+def _moved(host_name: str, host: nn.Module, name: str) -> str | None:
+    """Merged alone, an adapter comes ahead of those that ran before it: why it may not, unless that is the same."""
+    stack = cast(AdapterStack, host.adapters)
     order = list(stack)
+    mine = cast(Adapter, stack[name]).parts()
     earlier = [n for n in stack.active if order.index(n) < order.index(name)]
-    for other in earlier:
-        if cast(Adapter, stack[other]).transparent:
-            continue
-        pairs = itertools.product(*(cast(Adapter, stack[n]).parts() for n in (other, name)))
-        for pair in pairs:
-            touched = [_touched(part) for part in pair]
-            if None not in touched and set.isdisjoint(*cast(Any, touched)):
-                continue
-            for part in pair:
-                kinds = [type(weight) for weight in part.weights().values()]
-                if not kinds or any(kind.transform is not WeightAdapter.transform for kind in kinds):
-                    return (
-                        f"{name!r} at {host_name!r} runs after {other!r}, and folded in alone it would run before it, "
-                        f"which is not the same for {type(part).__name__}: merge both, or let {name!r} alone be active"
-                    )
-    return None
+    before = {n: a.parts() for n in earlier if not (a := cast(Adapter, stack[n])).transparent}
+    touched = {n: [_touched(part) for part in parts] for n, parts in before.items()}
+    own = set().union(*(_touched(part) or () for part in mine))
+    meets = [n for n, sets in touched.items() if any(t is None or t & own for t in sets)]
+    if not meets:
+        return None
+    reason = (
+        f"{name!r} at {host_name!r} runs after {meets[0]!r}, and merged alone it would run before it, which does not "
+        f"compute the same: merge both, or let {name!r} alone be active"
+    )
+    if any(t is None for n in meets for t in touched[n]):
+        return reason
+    others = [part for parts in before.values() for part in parts]
+    try:
+        now, then = (_effective(host_name, host, parts) for parts in ([*others, *mine], [*mine, *others]))
+    except MergeError as error:
+        return str(error)
+    return None if all(_equal(now[p], then[p]) for p in now) else reason
+
+
+def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two results differ by no more than the order of their sums does."""
+    if a.shape != b.shape:
+        return False
+    eps = torch.finfo(a.dtype if a.is_floating_point() else torch.float32).eps
+    return bool((a - b).abs().max() <= 64 * eps * a.abs().max())
 
 
 def _touched(adapter: Adapter) -> set[str] | None:
@@ -250,7 +262,22 @@ def _touched(adapter: Adapter) -> set[str] | None:
 
 def _merged_weights(host_name: str, host: nn.Module, names: Iterable[str]) -> dict[str, torch.Tensor]:
     stack = cast(AdapterStack, host.adapters)
-    adapters = [part for name in names for part in cast(Adapter, stack[name]).parts()]
+    weights = _effective(host_name, host, [part for name in names for part in cast(Adapter, stack[name]).parts()])
+    rounded: dict[str, torch.Tensor] = {}
+    for parameter, weight in weights.items():
+        current = stored_tensor(host, parameter)
+        rounded[parameter] = weight.detach().to(_dtype(host) if current is None else current.dtype)
+        if not is_finite(rounded[parameter]):
+            raise MergeError(f"{host_name}.{parameter} would hold NaN or infinity after the merge")
+    return rounded
+
+
+def _effective(host_name: str, host: nn.Module, adapters: Sequence[Adapter]) -> dict[str, torch.Tensor]:
+    """The host's weights after ``adapters`` in order, as in evaluation and before they are rounded to their type.
+
+    Raises:
+        MergeError: a weight is quantised.
+    """
     stored = {p: stored_tensor(host, p) for a in adapters for p in (*a.copies(), *a.weights())}
     for parameter in (p for adapter in adapters for p in adapter.weights()):
         if not (dtype := cast(torch.Tensor, stored[parameter]).dtype).is_floating_point:
@@ -259,14 +286,7 @@ def _merged_weights(host_name: str, host: nn.Module, names: Iterable[str]) -> di
     wide = any(t is not None and t.dtype == torch.float64 for t in stored.values())
     dtype = torch.float64 if wide else torch.float32
     with evaluating(*adapters):
-        weights = _plain_sums(host, adapters, dtype) or effective_weights(host, adapters, dtype)
-    rounded: dict[str, torch.Tensor] = {}
-    for parameter, weight in weights.items():
-        current = stored_tensor(host, parameter)
-        rounded[parameter] = weight.detach().to(_dtype(host) if current is None else current.dtype)
-        if not is_finite(rounded[parameter]):
-            raise MergeError(f"{host_name}.{parameter} would hold NaN or infinity after the merge")
-    return rounded
+        return _plain_sums(host, adapters, dtype) or effective_weights(host, adapters, dtype)
 
 
 def _plain_sums(host: nn.Module, adapters: Iterable[Adapter], dtype: torch.dtype) -> dict[str, torch.Tensor]:

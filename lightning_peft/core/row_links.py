@@ -110,7 +110,8 @@ class LowRankRows(RowLink):
     def _factors(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """A (rows, in, r) and B (rows, r, out) of the rows that have any, scaled and padded to one rank."""
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(t.requires_grad for t in self._state)):
+        # What trains may be written through ``.data`` (averaged weights), which leaves no trace to recognise it by.
+        if torch.compiler.is_compiling() or any(t.requires_grad for t in self._state):
             return self._stacked(dtype)
         key = (
             (dtype, x.device, torch.is_inference_mode_enabled()),

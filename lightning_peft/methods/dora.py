@@ -68,8 +68,10 @@ class DoRAAdapter(LoRAAdapter):
         return None  # its norms are those of what the other adapters of a row have made of the weight
 
     def _remembered(self, weight: Tensor, first: bool) -> Tensor:
-        """The norms for the stored weight; in evaluation they are computed once."""
-        if self.training or not first or torch.compiler.is_compiling() or weight.is_inference():
+        """The norms for the stored weight; those of a frozen adapter are computed once in evaluation."""
+        # What trains may be written through ``.data`` (averaged weights), which leaves no trace to recognise it by.
+        fixed = not any(p.requires_grad for p in self.parameters()) and not self.training
+        if not fixed or not first or torch.compiler.is_compiling() or weight.is_inference():
             return self._norm(self.layout.matrix(weight))
         key = tuple((id(t), t.data_ptr(), t._version) for t in (weight, self.lora_A, self.lora_B))
         if self._kept is None or self._kept[0] != key:
@@ -101,8 +103,8 @@ class DoRA(LoRA):
     """LoRA with a magnitude of its own for each output: direction and size learn apart (arXiv:2402.09353).
 
     Choose it when LoRA at a low rank falls short: it comes closer to full fine-tuning for one more parameter per
-    output. It costs one more thin product and a norm over each adapted weight in every training step; evaluation
-    computes the norms once, and merged it costs nothing.
+    output. It costs one more thin product and a norm over each adapted weight in every forward; frozen (as loaded) it
+    computes the norms once after ``eval()``, and merged it costs nothing.
 
     Args:
         r, alpha, dropout, targets, exclude, trainable, name: see :class:`lightning_peft.LoRA`, of which it has every

@@ -10,6 +10,7 @@ import lightning_peft as lp
 from lightning_peft.core.host import attach
 from lightning_peft.core.low_rank import with_products
 from lightning_peft.core.merge import MergeError
+from lightning_peft.core.sites import weight_sites
 from tests.core.test_host import Add
 from tests.helpers import adapted, assert_same_bits, bits, evaluate, perturb
 from tests.kinds import KINDS, MLP
@@ -240,3 +241,36 @@ def test_what_a_user_is_told_who_merges_nothing_or_too_much():
             merge(model)
     lp.set_active(model, "a")
     assert lp.merge(model) == []
+
+
+class Gain(lp.WeightAdapter):
+    """W' = W + g W: given as a sum, and yet a function of the weight it meets."""
+
+    def __init__(self, site, gain: float = 0.3) -> None:
+        super().__init__(site)
+        self.gain = nn.Parameter(torch.full((site.shape[-2], 1), gain))
+
+    def delta(self, weight: torch.Tensor) -> torch.Tensor:
+        return self.gain * weight
+
+
+@pytest.mark.parametrize(("first", "commutes"), [("lora", False), ("gain", True)])
+def test_an_adapter_that_reads_the_weight_is_merged_alone_only_where_the_order_makes_no_difference(first, commutes):
+    model = LINEAR.build()
+    site = weight_sites(model)["down"]
+    if first == "lora":
+        lp.apply(model, lp.LoRA(r=2, targets="down"))
+        perturb(model)
+    else:
+        attach(model, "down", "default", Gain(site, 0.7))
+    attach(model, "down", "second", Gain(site))
+    both, before = evaluate(model, LINEAR), bits(model)
+    if commutes:
+        lp.merge(model, "second")
+        torch.testing.assert_close(evaluate(model, LINEAR), both)
+    else:
+        with pytest.raises(MergeError, match="'second' at 'down' runs after 'default', and merged alone it would run"):
+            lp.merge(model, "second")
+        assert_same_bits(bits(model), before)
+        lp.merge(model)
+        torch.testing.assert_close(evaluate(model, LINEAR), both)

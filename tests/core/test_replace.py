@@ -153,7 +153,7 @@ def test_the_order_with_a_weight_adapter(first: str):
     close(evaluate(model, kind), expected)
     lp.unmerge(model)
     assert_same_bits(bits(model), before)
-    with pytest.raises(lp.MergeError, match="folded in alone it would run before it"):
+    with pytest.raises(lp.MergeError, match="merged alone it would run before it"):
         lp.merge(model, "copies" if first == "lora" else "lora")
 
 

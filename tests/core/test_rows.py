@@ -83,6 +83,19 @@ def row(inputs: dict[str, Tensor], i: int) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
+def test_averages_written_through_data_are_seen_by_rows():
+    model, inputs = llama("lora"), batch(2, padded=False)
+    for parameter in (weights := adapter_parameters(model).values()):
+        parameter.requires_grad_(True)
+    with lp.rows(model, ["lora", None]):
+        model(**inputs)
+        for parameter in weights:
+            parameter.data.copy_(parameter + 0.1)
+        got = model(**inputs).logits
+    close(got, torch.cat(one_by_one(model, ["lora", None], lambda i: model(**row(inputs, i)).logits)))
+
+
+@torch.no_grad()
 def test_all_methods_in_one_batch():
     names = [name for method in MIXED for name in (method, None)][: 2 * len(MIXED)]
     model, inputs = llama(*MIXED), batch(len(names))

@@ -104,7 +104,7 @@ def test_norms_are_kept_in_evaluation_and_never_stale(monkeypatch):
     lp.apply(model, dora(targets=["0"]))
     perturb(model)
     model.eval()
-    adapter = model[0].adapters["default"]
+    adapter = model[0].adapters["default"].requires_grad_(False)
     counted = []
     norm = type(adapter)._norm
     monkeypatch.setattr(type(adapter), "_norm", lambda self, w: counted.append(1) or norm(self, w))
@@ -112,6 +112,7 @@ def test_norms_are_kept_in_evaluation_and_never_stale(monkeypatch):
         first = model(x)
         model(x)
     assert len(counted) == 1
+    adapter.requires_grad_(True)
     model.train()
     model(x).sum().backward()  # what inference mode computed is not used here
     model.eval()
@@ -120,6 +121,19 @@ def test_norms_are_kept_in_evaluation_and_never_stale(monkeypatch):
     assert (first - second).abs().max() > 1e-3
     lp.merge(model)
     close(model(x), second)
+
+
+@torch.no_grad()
+def test_averages_written_through_data_are_evaluated_with_their_own_norms():
+    model, x = net(), torch.randn(3, 8)
+    lp.apply(model, dora(targets=["0"]))
+    model.eval()
+    model(x)
+    for parameter in lp.trainable_parameters(model):
+        parameter.data.copy_(parameter + 0.3)  # as EMAModel.copy_to and torch_ema do
+    output = model(x)
+    lp.merge(model)
+    close(model(x), output)
 
 
 def test_magnitudes_are_those_of_what_earlier_adapters_made():
