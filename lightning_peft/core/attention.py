@@ -76,11 +76,12 @@ def _widths(module: nn.Module) -> tuple[int, int, int] | None:
 
 def _in_out(module: nn.Module) -> tuple[int, int] | None:
     weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor) or not (hasattr(module, "in_features") or hasattr(module, "nf")):
+    if not isinstance(weight, Tensor):
         return None
-    if hasattr(module, "in_features"):
-        return module.in_features, module.out_features  # type: ignore[return-value]
-    return weight.shape[0], weight.shape[1]  # Hugging Face's Conv1D
+    features = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    if isinstance(features[0], int) and isinstance(features[1], int):
+        return features[0], features[1]
+    return (weight.shape[0], weight.shape[1]) if hasattr(module, "nf") else None  # Hugging Face's Conv1D
 
 
 def find_attention(

@@ -171,7 +171,9 @@ class Layout:
         return self.insert(x, x.new_full((self.tokens,), value))
 
     def positions(self, positions: Tensor) -> Tensor:
-        """Position ids (batch, L) that count the virtual tokens too."""
+        """Position ids (batch, L), or (axes, batch, L) for rotary positions of several axes, with virtual tokens."""
+        if positions.ndim == 3:
+            return torch.stack([self.positions(axis) for axis in positions])
         positions = positions.expand(self.order.shape[0], -1)
         # A virtual token follows the real one before it, or takes the place of the first.
         previous = positions.gather(1, (self.before - 1).clamp(min=0)) + 1

@@ -59,8 +59,9 @@ class PEFTMethod(Callback, ABC):
         exclude: patterns to take away from ``targets``.
         trainable: patterns of modules that train in full, heads for example.
         name: the adapter's name, unique on a model.
-        seed: of the initialisation, which depends on nothing else, so that every rank and every way to build the
-            model gives the same adapters. None takes the seed of ``seed_everything``, or 0.
+        seed: seed of the initialisation, which depends on nothing else, so every rank and every way to build the
+            model gives the same adapters. None takes the seed of Lightning's ``seed_everything``, or 0;
+            ``torch.manual_seed`` has no effect on it.
         adapter_dtype: the type adapters are kept and trained in; they compute in the activations' type.
         train_norm_stats: let the running statistics of frozen norm layers move with training.
         audit: what to do when a check finds an adapter that does not run or does not learn: ``"error"``,

@@ -112,8 +112,8 @@ class PromptMethod(PEFTMethod):
         if encodes:
             assert other is not None
             plan.attach.append((other, other, PromptMask(placement), "sees the encoder's virtual tokens"))
-            parent = next(n for n in reversed(around(model, name, "decoder_input_ids")) if other.startswith(n))
-            plan.attach.append((parent, parent, PromptStrip(placement), "output keeps its length"))
+            parents = [n for n in around(model, name) if other.startswith(f"{n}." if n else "")]
+            plan.attach.append((parents[-1], parents[-1], PromptStrip(placement), "output keeps its length"))
         elif tokens and other is None:
             generating = [n for n in around(model, name, "labels") if _generates(model.get_submodule(n))]
             plan.attach += [(n, n, PromptLabels(adapter), "labels of virtual tokens are -100") for n in generating[-1:]]

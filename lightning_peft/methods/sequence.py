@@ -115,8 +115,6 @@ class PromptAdapter(Adapter):
         if given.get("token_type_ids") is not None:
             given["token_type_ids"] = layout.fill(given["token_type_ids"], 0)
         if given.get("position_ids") is not None:
-            if given["position_ids"].ndim != 2:
-                raise TokenError(f"{_kind(host)} got position_ids that are not (batch, length); pass none")
             given["position_ids"] = layout.positions(given["position_ids"])
         if given.get("cache_position") is not None:
             given["cache_position"] = torch.arange(length + tokens, device=embeds.device)

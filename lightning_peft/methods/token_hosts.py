@@ -21,12 +21,12 @@ def token_models(model: nn.Module) -> dict[str, nn.Module]:
     return {n: m for n, m in found.items() if not any(o != n and o.startswith(f"{n}." if n else "") for o in found)}
 
 
-def around(model: nn.Module, inner: str, argument: str) -> list[str]:
-    """The modules around ``inner`` whose forward takes ``argument``, the outermost first."""
+def around(model: nn.Module, inner: str, argument: str | None = None) -> list[str]:
+    """The modules around ``inner``, whose forward takes ``argument`` if one is given, the outermost first."""
     parents = [
         name for name, _ in base_modules(model) if name != inner and inner.startswith(f"{name}." if name else "")
     ]
-    return [name for name in parents if argument in parameters_of(model.get_submodule(name))]
+    return [name for name in parents if argument is None or argument in parameters_of(model.get_submodule(name))]
 
 
 def position_limit(module: nn.Module) -> int | None:

@@ -96,7 +96,7 @@ class VisualPromptTuning(PEFTMethod):
         plan = Plan(train_modules=self.heads(model))
         blocks = self._blocks(model)
         leading = _leading(model) if self.leading_tokens is None else self.leading_tokens
-        patch = _patch(model)
+        patch = _patch(model, [name for name, _ in blocks], token_width(*blocks[0]))
         for i, (name, block) in enumerate(blocks):
             width = token_width(name, block)
             prompt = None
@@ -227,9 +227,14 @@ def _leading(model: nn.Module) -> int:
     return sum(name in names for name in _LEADING) + sum(registers)
 
 
-def _patch(model: nn.Module) -> int:
-    """How many numbers a patch holds: those one window of the first strided convolution sees."""
-    for _, module in base_modules(model):
-        if isinstance(module, nn.Conv2d) and max(module.stride) > 1:
+def _patch(model: nn.Module, blocks: list[str], width: int) -> int:
+    """How many numbers a patch holds: those that the layer before the blocks maps to one token.
+
+    That layer is a strided convolution, or a linear layer for patches that were cut out before.
+    """
+    outside = [m for n, m in base_modules(model) if not any(n.startswith(f"{b}.") for b in blocks)]
+    for module in outside:
+        if isinstance(module, nn.modules.conv._ConvNd) and max(module.stride) > 1:
             return module.in_channels * math.prod(module.kernel_size)
-    return 0
+    linear = (m.in_features for m in outside if isinstance(m, nn.Linear) and m.out_features == width)
+    return next(linear, 0)

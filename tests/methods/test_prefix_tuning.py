@@ -552,3 +552,15 @@ def test_positions_move_where_they_are_made_whatever_the_layers():
     for shift, model in zip((False, True), gpt):
         lp.apply(model, lp.PrefixTuning(5, layers=[0], shift_positions=shift, init="zero"))
     assert not torch.allclose(*(model(input_ids=IDS).logits for model in gpt))
+
+
+def test_a_child_with_in_features_alone_is_passed_by():
+    class Quantiser(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.in_features, self.weight = 16, nn.Parameter(torch.ones(4))
+
+    model = nn.Sequential(Attention())
+    model[0].quantiser = Quantiser()
+    report = lp.apply(model, lp.PrefixTuning(3))
+    assert list(report.modules) == ["0"]

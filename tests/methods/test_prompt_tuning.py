@@ -434,3 +434,51 @@ def test_calls_that_cannot_take_a_prompt():
 def test_placement_in_rows_too_short_for_the_template():
     layout = Placement.parse("x3 v1 x* v1 x2").layout(1, 4, torch.tensor([[0, 0, 1, 0]]), torch.device("cpu"))
     assert layout.insert(torch.arange(4.0)[None], torch.tensor([8.0, 9.0])).tolist() == [[0, 1, 2, 8, 9, 3]]
+
+
+def test_rotary_positions_of_several_axes():
+    """Qwen2-VL's positions are (axes, batch, length); a text with a prompt has those of the longer text."""
+    import transformers
+
+    torch.manual_seed(0)
+    text = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+    text |= {"num_key_value_heads": 2, "vocab_size": 100, "rope_parameters": rope, "pad_token_id": 0}
+    vision = {"depth": 1, "embed_dim": 16, "hidden_size": 32, "num_heads": 2}
+    config = transformers.Qwen2VLConfig(text_config=text, vision_config=vision)
+    model = transformers.Qwen2VLForConditionalGeneration(config).eval()
+    base = copy.deepcopy(model)
+    lp.apply(model, lp.PromptTuning(4, targets="language_model"))
+    embeds = torch.cat([prompt_of(model).prompt.expand(2, -1, -1), base.get_input_embeddings()(IDS)], 1)
+    positions = torch.arange(7).expand(3, 2, -1)
+    got = model(input_ids=IDS, position_ids=positions, use_cache=False).logits
+    wanted = base(inputs_embeds=embeds, position_ids=torch.arange(11).expand(3, 2, -1), use_cache=False).logits
+    torch.testing.assert_close(got, wanted[:, 4:])
+    torch.testing.assert_close(model(input_ids=IDS, use_cache=False).logits, wanted[:, 4:])
+
+
+class Forecaster(nn.Module):
+    """An encoder-decoder that makes the decoder's input itself, as Chronos-Bolt does."""
+
+    def __init__(self):
+        super().__init__()
+        model = t5()
+        self.shared, self.encoder, self.decoder = model.shared, model.encoder, model.decoder
+
+    def forward(self, context, mask=None):
+        states = self.encoder(inputs_embeds=self.shared(context), attention_mask=mask)[0]
+        start = torch.zeros(len(context), 1, dtype=torch.long)
+        return self.decoder(input_ids=start, encoder_hidden_states=states, encoder_attention_mask=mask)[0]
+
+
+def test_encoder_decoder_that_makes_its_decoder_input():
+    model = Forecaster()
+    base = copy.deepcopy(model)
+    lp.apply(model, lp.PromptTuning(4))
+    for mask in (None, RIGHT):
+        embeds = torch.cat([prompt_of(model).prompt.expand(2, -1, -1), base.shared(IDS)], 1)
+        wide = None if mask is None else torch.cat([torch.ones(2, 4, dtype=torch.long), mask], 1)
+        states = base.encoder(inputs_embeds=embeds, attention_mask=wide)[0]
+        start = torch.zeros(2, 1, dtype=torch.long)
+        wanted = base.decoder(input_ids=start, encoder_hidden_states=states, encoder_attention_mask=wide)[0]
+        torch.testing.assert_close(model(IDS, mask), wanted)

@@ -219,3 +219,15 @@ def test_blocks_that_get_more_than_patches_are_refused_at_the_first_forward():
         lp.apply(model, lp.VisualPromptTuning(2))
         with pytest.raises(TokenError, match=f"{argument}.*made for the patches alone.*PrefixTuning"):
             model(*KINDS[kind].batch())
+
+
+@pytest.mark.parametrize("cut", ["convolution", "linear"])
+def test_prompts_start_in_the_papers_range(cut):
+    """Xavier over a patch and a token, sqrt(6 / (3 x 4 x 4 + width)), however patches become tokens."""
+    model = make_own()
+    width = model.pos_embed.shape[-1]
+    if cut == "linear":
+        model.patch = nn.Sequential(nn.Unfold(4, stride=4), nn.Identity(), nn.Linear(48, width))
+    lp.apply(model, lp.VisualPromptTuning(500))
+    bound = (6 / (48 + width)) ** 0.5
+    assert 0.99 * bound < prompts(model)[0].abs().max() <= bound
