@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.adapter import Adapter
-from lightning_peft.core.swap import add_mixin, has_mixin, original_class, remove_mixin
+from lightning_peft.core.swap import add_mixin, check_mixin, has_mixin, original_class, remove_mixin
 
 __all__ = [
     "Adapted",
@@ -221,9 +221,9 @@ def attach(model: nn.Module, host_name: str, name: str, adapter: Adapter) -> Non
     check_host(model, host_name, name, copies=bool(adapter.copies()))
     host = model.get_submodule(host_name)
     if not has_mixin(host, Adapted):
+        add_mixin(host, Adapted)  # first: it is what can fail
         host.adapters = AdapterStack()
         host.adapters.train(host.training)
-        add_mixin(host, Adapted)
         _keep_slow_paths(model, host_name, host)
     stack = cast(AdapterStack, host.adapters)
     adapter.train(host.training)
@@ -239,7 +239,7 @@ def check_host(model: nn.Module, host_name: str, name: str, copies: bool = False
     """Whether the module called ``host_name`` can take an adapter called ``name``, or ``copies`` that go with it.
 
     Raises:
-        ValueError: the name is taken there, or the module has an ``adapters`` of its own.
+        ValueError: the name is taken there, the module has an ``adapters`` of its own, or its class cannot be changed.
     """
     host = model.get_submodule(host_name)
     if not has_mixin(host, Adapted):
@@ -248,6 +248,7 @@ def check_host(model: nn.Module, host_name: str, name: str, copies: bool = False
                 f"{host_name!r} ({original_class(host).__name__}) has an attribute 'adapters' of its own; "
                 "exclude it, or rename that attribute"
             )
+        check_mixin(host, Adapted, host_name)
     elif name in (stack := cast(AdapterStack, host.adapters)):
         if copies and not any(part.copies() for part in cast(Adapter, stack[name]).parts()):
             return

@@ -1,7 +1,7 @@
 """Put methods into a model: plan everything, then change the model, once.
 
-All that can be wrong (a pattern that matches nothing, a name taken, a compiled or sharded model) is found while
-planning, so an error leaves the model as it was.
+Everything that can be wrong (a pattern that matches nothing, a name taken, a compiled or sharded model, a class that
+cannot be changed) is found while planning. Should the change fail all the same, or be interrupted, it is undone.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core.freeze import freeze_norm_statistics, hold_statistics, keep_full_precision
+from lightning_peft.core.freeze import FullPrecision, freeze_norm_statistics, hold_statistics, keep_full_precision
 from lightning_peft.core.host import attach, check_host, hosts
 from lightning_peft.core.parts import parts_of
 from lightning_peft.core.plan import Method, Plan
 from lightning_peft.core.record import Injection, Trains, injected_name, injection_of
 from lightning_peft.core.report import Report
+from lightning_peft.core.rollback import all_or_nothing
 from lightning_peft.core.state import canonical, fingerprint
-from lightning_peft.core.swap import original_class
+from lightning_peft.core.swap import check_mixin, original_class
 from lightning_peft.core.targets import base_modules
 
 __all__ = ["InjectionError", "apply", "check_injectable", "inspect", "put_in"]
@@ -66,13 +67,25 @@ def put_in(model: nn.Module, plans: Mapping[str, tuple[Method, Plan]]) -> Report
 
     Raises:
         InjectionError: a module cannot take an adapter of that name; nothing was changed.
+        Exception: whatever stopped the change, which is undone then.
     """
+    _check_hosts(model, plans)
+    with all_or_nothing(model):
+        return _put_in(model, plans)
+
+
+def _check_hosts(model: nn.Module, plans: Mapping[str, tuple[Method, Plan]]) -> None:
     for name, (method, plan) in plans.items():
-        for host, _, adapter, _ in plan.attach:
-            try:
+        try:
+            for host, _, adapter, _ in plan.attach:
                 check_host(model, host, name, copies=bool(adapter.copies()))
-            except ValueError as error:
-                raise InjectionError(f"{type(method).__name__} {name!r}: {error}") from error
+            for trained in filter(None, plan.train_modules):
+                check_mixin(model.get_submodule(trained), FullPrecision, trained)
+        except ValueError as error:
+            raise InjectionError(f"{type(method).__name__} {name!r}: {error}") from error
+
+
+def _put_in(model: nn.Module, plans: Mapping[str, tuple[Method, Plan]]) -> Report:
     record = injection_of(model)
     first = record is None
     if record is not None and (inner := injected_name(model)):
@@ -131,7 +144,7 @@ def inspect(model: nn.Module, *methods: Method) -> Report:
 
     Raises:
         TargetError: a pattern matches nothing.
-        InjectionError: two methods under one name, or no method at all.
+        InjectionError: two methods under one name, a module that can take no adapter, or no method at all.
     """
     wanted: Sequence[Method] = methods or _callbacks_of(model)
     record = injection_of(model)
@@ -141,6 +154,7 @@ def inspect(model: nn.Module, *methods: Method) -> Report:
     trained: dict[int, int] = {}
     for method in new:
         plan = method.plan(model)
+        _check_hosts(model, {method.name: (method, plan)})
         for _, shown, adapter, what in plan.attach:
             count = sum(p.numel() for p in adapter.parameters() if p.requires_grad)
             report.add(shown, what, count, method.name)

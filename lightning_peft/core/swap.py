@@ -1,12 +1,13 @@
 """Give one object a mixin by swapping its class in place.
 
 The object keeps its identity, attributes, parameter names and ``isinstance`` relations; only its class becomes
-a cached subclass ``(Mixin, Original)``. torch's ``fully_shard`` and ``parametrize`` work the same way. Unlike a
-wrapper, nothing that holds a reference to the object has to know. Copying and pickling work, because the
-subclass is rebuilt from the original class and the mixins.
+a cached subclass of the original, with the mixins ahead of the original in the method resolution order. torch's
+``fully_shard`` and ``parametrize`` work the same way. Unlike a wrapper, nothing that holds a reference to the object
+has to know. Copying and pickling work, because the subclass is rebuilt from the original class and the mixins.
 
-A mixin derives from the class that all its objects derive from (``nn.Module``, ``DataLoader``): Python allows the swap
-only between classes of one memory layout.
+Python allows the swap only between classes of one memory layout, and a class has the layout of its first base. So the
+original is the subclass's only base, and its metaclass puts the mixins into the resolution order: as bases ahead of the
+original, they would change the layout if the original derives from ``ABC``, ``Generic`` or a class with ``__slots__``.
 """
 
 from __future__ import annotations
@@ -16,7 +17,11 @@ import inspect
 import types
 from typing import Any
 
-__all__ = ["add_mixin", "has_mixin", "original_class", "remove_mixin", "restore_class"]
+__all__ = ["SwapError", "add_mixin", "check_mixin", "has_mixin", "original_class", "remove_mixin", "restore_class"]
+
+
+class SwapError(ValueError):
+    """The class of an object cannot be replaced by a subclass."""
 
 
 def original_class(obj: object) -> type:
@@ -29,10 +34,38 @@ def has_mixin(obj: object, mixin: type) -> bool:
     return mixin in _mixins(obj)
 
 
-def add_mixin(obj: object, mixin: type) -> None:
-    """Put ``mixin`` in front of the class of ``obj``; does nothing where it is already there."""
+def add_mixin(obj: object, mixin: type, name: str = "") -> None:
+    """Put ``mixin`` in front of the class of ``obj``; does nothing where it is already there.
+
+    Args:
+        obj: any object.
+        mixin: the class to put in front.
+        name: what an error calls ``obj``; by default its class.
+
+    Raises:
+        SwapError: Python does not allow another class for ``obj``.
+    """
     if not has_mixin(obj, mixin):
-        obj.__class__ = _swapped(original_class(obj), (mixin, *_mixins(obj)))
+        original = original_class(obj)
+        try:
+            obj.__class__ = _swapped(original, (mixin, *_mixins(obj)))
+        except Exception as error:  # a metaclass can raise anything
+            what = f"{name!r} ({original.__name__})" if name else original.__name__
+            raise SwapError(
+                f"{what} cannot be changed in place: {error}. Python or the class's own metaclass does not allow a "
+                f"subclass of {original.__module__}.{original.__qualname__}: use another class there, or exclude it"
+            ) from error
+
+
+def check_mixin(obj: object, mixin: type, name: str = "") -> None:
+    """Check that ``obj`` can be given ``mixin``, by doing so and undoing it.
+
+    Raises:
+        SwapError: see :func:`add_mixin`.
+    """
+    if not has_mixin(obj, mixin):
+        add_mixin(obj, mixin, name)
+        remove_mixin(obj, mixin)
 
 
 def remove_mixin(obj: object, mixin: type) -> None:
@@ -53,6 +86,7 @@ def _mixins(obj: object) -> tuple[type, ...]:
 @functools.cache
 def _swapped(original: type, mixins: tuple[type, ...]) -> type:
     namespace = {
+        "__slots__": (),  # adds nothing to the layout
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,  # transformers looks a model's class up by str(class)
         "__doc__": original.__doc__,
@@ -64,7 +98,31 @@ def _swapped(original: type, mixins: tuple[type, ...]) -> type:
     if forward is not None and hasattr(original, "forward"):
         namespace["forward"] = _signed(forward, original.forward)
     # By the original's name: transformers writes it into config.json, and reads kinds of modules from it.
-    return type(original)(original.__name__, (*mixins, original), namespace)
+    return _metaclass(type(original))(original.__name__, (original,), namespace)
+
+
+@functools.cache
+def _metaclass(original: type) -> type:
+    """A metaclass like ``original`` whose classes resolve attributes in their mixins first."""
+    return type(original)(original.__name__, (original,), {"__module__": original.__module__, "mro": _resolution_order})
+
+
+def _resolution_order(cls: type) -> list[type]:
+    own = vars(cls)  # attributes cannot be looked up before the order is known
+    if "_swapped_mixins" not in own:  # a subclass that someone else derives, as fully_shard does
+        return type.mro(cls)
+    inherited = own["_swapped_from"].__mro__
+    ahead = [c for mixin in own["_swapped_mixins"] for c in mixin.__mro__ if c not in inherited]
+    return [cls, _Unannounced, *dict.fromkeys(ahead), *inherited]
+
+
+class _Unannounced:
+    """Keeps ``__init_subclass__`` of the original from running: a registry, say, would list the subclass."""
+
+    __slots__ = ()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        pass
 
 
 def _signed(function: Any, like: Any) -> Any:

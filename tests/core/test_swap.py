@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import copy
 import pickle
+from abc import ABC
+from typing import ClassVar, Generic, TypeVar
 
 import pytest
+import torch
 from torch import nn
 
-from lightning_peft.core.swap import add_mixin, has_mixin, original_class, remove_mixin, restore_class
+from lightning_peft.core.swap import (
+    SwapError,
+    add_mixin,
+    check_mixin,
+    has_mixin,
+    original_class,
+    remove_mixin,
+    restore_class,
+)
 
 
 class Loud(nn.Module):
@@ -98,3 +109,107 @@ def test_copying(copied):
     assert twin.tag == ["a"]
     restore_class(twin)
     assert has_mixin(module, Loud)
+
+
+T = TypeVar("T")
+
+
+class Empty:
+    __slots__ = ()
+
+
+class OneSlot:
+    __slots__ = ("tag",)
+
+
+class Registered:
+    """A base that lists its subclasses, and requires an argument of them."""
+
+    known: ClassVar[list[str]] = []
+
+    def __init_subclass__(cls, *, key: str, **kwargs):
+        Registered.known.append(key)
+
+
+def first_bases() -> list[type]:
+    class Abstract(ABC, nn.Linear):
+        pass
+
+    class Parametrised(Generic[T], nn.Linear):
+        pass
+
+    class Slotted(Empty, nn.Linear):
+        pass
+
+    class WithSlot(OneSlot, nn.Linear):
+        pass
+
+    class SlottedItself(nn.Linear):
+        __slots__ = ("tag",)
+
+    class Plain(nn.Linear, Empty):
+        pass
+
+    class Listed(Registered, nn.Linear, key="listed"):
+        pass
+
+    return [Abstract, Parametrised, Slotted, WithSlot, SlottedItself, Plain, Listed]
+
+
+@pytest.mark.parametrize("cls", first_bases(), ids=lambda cls: cls.__name__)
+def test_any_first_base(cls: type):
+    module = cls(2, 3)
+    known = list(Registered.known)
+    keys = list(module.state_dict())
+    plain = module(torch.ones(2))
+    add_mixin(module, Loud)
+    add_mixin(module, Late)
+    assert isinstance(module, cls)
+    assert isinstance(module, Loud)
+    assert list(module.state_dict()) == keys
+    late, (loud, output) = module(torch.ones(2))
+    assert (late, loud) == ("late", "loud")
+    assert output.equal(plain)
+    twin = copy.deepcopy(module)
+    assert type(twin) is type(module)
+    assert twin(torch.ones(2))[1][1].equal(plain)
+    restore_class(module)
+    assert type(module) is cls
+    assert Registered.known == known
+
+
+def test_a_subclass_of_a_swapped_class_is_resolved_as_usual():
+    module = Own("a")
+    add_mixin(module, Loud)
+    module.__class__ = type(
+        "Sharded", (type(module),), {"forward": lambda self, x: ("sharded", super(type(self), self).forward(x))}
+    )
+    assert module(1) == ("sharded", ("loud", 1))
+
+
+class Closed(type):
+    def __new__(mcs, name, bases, namespace):
+        if any(isinstance(base, Closed) for base in bases):
+            raise TypeError("closed for derivation")
+        return super().__new__(mcs, name, bases, namespace)
+
+
+class Final(nn.Linear, metaclass=Closed):
+    pass
+
+
+def test_a_class_that_allows_no_subclass_is_refused_and_left():
+    module = Final(2, 3)
+    for change in (add_mixin, check_mixin):
+        with pytest.raises(SwapError, match="Final cannot be changed in place: closed for derivation"):
+            change(module, Loud)
+        assert type(module) is Final
+
+
+def test_checking_changes_nothing():
+    module = Own("a")
+    add_mixin(module, Loud)
+    before = type(module)
+    check_mixin(module, Late)
+    check_mixin(module, Loud)
+    assert type(module) is before

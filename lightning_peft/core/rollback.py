@@ -1,0 +1,75 @@
+"""Change a model as a whole or not at all."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from lightning_peft.core.record import Injection, injection_of
+
+__all__ = ["all_or_nothing"]
+
+#: the dictionaries that every module has: parameters, buffers, children, hooks
+_DICTS = tuple(name for name, value in vars(nn.Module()).items() if isinstance(value, dict))
+
+
+@contextmanager
+def all_or_nothing(model: nn.Module) -> Iterator[None]:
+    """Undo every change of ``model`` if the context ends in an exception, ``KeyboardInterrupt`` included.
+
+    Classes, attributes, hooks, children, parameters (which, in what type and whether they train), buffers and the
+    record of the methods are put back. Values that were changed in place are not.
+    """
+    # Every reference is taken now: putting back must need nothing that could fail.
+    undo = [_restore_module(module) for module in model.modules()]
+    undo += [_restore_parameter(parameter) for parameter in model.parameters()]
+    if (record := injection_of(model)) is not None:
+        undo.append(_restore_record(record))
+    try:
+        yield
+    except BaseException:
+        for step in undo:
+            step()
+        raise
+
+
+def _restore_module(module: nn.Module) -> Callable[[], None]:
+    own, cls = vars(module), type(module)
+    attributes = dict(own)
+    contents = [(own[name], own[name].copy()) for name in _DICTS if own.get(name) is not None]
+
+    def restore() -> None:
+        object.__setattr__(module, "__class__", cls)
+        own.clear()
+        own.update(attributes)
+        for there, before in contents:
+            there.clear()
+            there.update(before)
+
+    return restore
+
+
+def _restore_parameter(parameter: nn.Parameter) -> Callable[[], None]:
+    data, trains = parameter.data, parameter.requires_grad
+
+    def restore() -> None:
+        parameter.data = data
+        parameter.requires_grad_(trains)
+
+    return restore
+
+
+def _restore_record(record: Injection) -> Callable[[], None]:
+    own = vars(record)
+    before = {name: copy.copy(value) for name, value in own.items()}
+    before["report"] = record.report.copy()
+    before["parts"] = {name: [copy.copy(part) for part in parts] for name, parts in record.parts.items()}
+
+    def restore() -> None:
+        own.clear()
+        own.update(before)
+
+    return restore
