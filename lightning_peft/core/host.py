@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.adapter import Adapter
+from lightning_peft.core.later_forward import set_forward
 from lightning_peft.core.swap import add_mixin, check_mixin, has_mixin, original_class, remove_mixin
 
 __all__ = [
@@ -129,6 +130,12 @@ class Adapted(nn.Module):
         if in_place is not None and name in in_place:
             return in_place[name]
         return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "forward":
+            set_forward(self, value)
+        else:
+            super().__setattr__(name, value)
 
 
 class _Projection:

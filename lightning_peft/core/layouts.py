@@ -5,13 +5,13 @@ Methods see only matrices, so convolutions, embeddings and transposed storage ar
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_peft.core.swap import original_class
+from lightning_peft.core.swap import original_class, own_forward
 
 __all__ = ["ConvLayout", "EmbeddingLayout", "Layout", "LinearLayout", "NormLayout", "TransposedLayout", "layout_of"]
 
@@ -168,24 +168,40 @@ def layout_of(module: nn.Module) -> tuple[Layout, bool] | None:
         return None
     for kind, layout in _FORWARDS.items():
         if isinstance(module, kind):
-            return _guarded(layout(), cls, kind), kind is nn.Linear
+            return _guarded(layout(), module, kind), kind is nn.Linear
     if isinstance(module, nn.Embedding):
         if module.max_norm is not None:
             return None
-        return _guarded(EmbeddingLayout(), cls, nn.Embedding), False
+        return _guarded(EmbeddingLayout(), module, nn.Embedding), False
     if any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in cls.__mro__):
-        return TransposedLayout(), True
+        return _guarded(TransposedLayout(), module, cls), True
     return None
 
 
-def _guarded(layout: Layout, cls: Any, kind: Any) -> Layout:
-    """Without the activation path where a subclass computes something else than the layer it derives from.
+def _guarded(layout: Layout, module: nn.Module, kind: Any) -> Layout:
+    """Without the activation path where the module computes something else than the layer it derives from.
 
     Such a layer (a scaled embedding, say) runs with the adapted weight in place instead, which is right for
     any forward that reads ``self.weight``.
     """
-    if cls.forward is not kind.forward or getattr(cls, "_conv_forward", None) is not getattr(
-        kind, "_conv_forward", None
-    ):
+    cls: Any = original_class(module)
+    own_conv = getattr(cls, "_conv_forward", None) is not getattr(kind, "_conv_forward", None)
+    if cls.forward is not kind.forward or own_conv or not _computes_as(module, kind, layout):
         layout.has_activation = layout.vectors = False
     return layout
+
+
+@torch.no_grad()
+def _computes_as(module: nn.Module, kind: Any, layout: Layout) -> bool:
+    """Whether a forward set on the instance gives what the class's gives, as a hook around that one does."""
+    own = own_forward(module)
+    if own is None:
+        return True
+    if not layout.vectors:
+        return False
+    try:
+        weight = cast(Tensor, module.weight)
+        x = torch.linspace(-1, 1, 2 * layout.matrix(weight).shape[-1]).view(2, -1).to(weight)
+        return torch.equal(own(x), kind.forward(module, x))
+    except (RuntimeError, TypeError, ValueError):  # without values yet, or of another signature
+        return False

@@ -8,6 +8,9 @@ has to know. Copying and pickling work, because the subclass is rebuilt from the
 Python allows the swap only between classes of one memory layout, and a class has the layout of its first base. So the
 original is the subclass's only base, and its metaclass puts the mixins into the resolution order: as bases ahead of the
 original, they would change the layout if the original derives from ``ABC``, ``Generic`` or a class with ``__slots__``.
+
+A ``forward`` that is set on the instance (accelerate's hooks, fused kernels) would hide a mixin's. One that is there
+before the first such mixin runs inside of it, in place of the class's; see :class:`OwnForward`.
 """
 
 from __future__ import annotations
@@ -15,9 +18,20 @@ from __future__ import annotations
 import functools
 import inspect
 import types
+from collections.abc import Callable
 from typing import Any
 
-__all__ = ["SwapError", "add_mixin", "check_mixin", "has_mixin", "original_class", "remove_mixin", "restore_class"]
+__all__ = [
+    "OwnForward",
+    "SwapError",
+    "add_mixin",
+    "check_mixin",
+    "has_mixin",
+    "original_class",
+    "own_forward",
+    "remove_mixin",
+    "restore_class",
+]
 
 
 class SwapError(ValueError):
@@ -34,6 +48,18 @@ def has_mixin(obj: object, mixin: type) -> bool:
     return mixin in _mixins(obj)
 
 
+class OwnForward:
+    """The innermost mixin of a module whose ``forward`` was set on the instance: runs that one."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.__dict__["_own_forward"](*args, **kwargs)
+
+
+def own_forward(obj: object) -> Callable[..., Any] | None:
+    """The ``forward`` that was set on the instance before a mixin came; None where the class's own runs."""
+    return vars(obj).get("_own_forward", vars(obj).get("forward"))
+
+
 def add_mixin(obj: object, mixin: type, name: str = "") -> None:
     """Put ``mixin`` in front of the class of ``obj``; does nothing where it is already there.
 
@@ -45,16 +71,20 @@ def add_mixin(obj: object, mixin: type, name: str = "") -> None:
     Raises:
         SwapError: Python does not allow another class for ``obj``.
     """
-    if not has_mixin(obj, mixin):
-        original = original_class(obj)
-        try:
-            obj.__class__ = _swapped(original, (mixin, *_mixins(obj)))
-        except Exception as error:  # a metaclass can raise anything
-            what = f"{name!r} ({original.__name__})" if name else original.__name__
-            raise SwapError(
-                f"{what} cannot be changed in place: {error}. Python or the class's own metaclass does not allow a "
-                f"subclass of {original.__module__}.{original.__qualname__}: use another class there, or exclude it"
-            ) from error
+    if has_mixin(obj, mixin):
+        return
+    original, mixins = original_class(obj), (mixin, *_mixins(obj))
+    owns_forward = "forward" in vars(obj) and _forwarding(mixins) == [mixin]
+    try:
+        obj.__class__ = _swapped(original, (*mixins, OwnForward) if owns_forward else mixins)
+    except Exception as error:  # a metaclass can raise anything
+        what = f"{name!r} ({original.__name__})" if name else original.__name__
+        raise SwapError(
+            f"{what} cannot be changed in place: {error}. Python or the class's own metaclass does not allow a "
+            f"subclass of {original.__module__}.{original.__qualname__}: use another class there, or exclude it"
+        ) from error
+    if owns_forward:
+        vars(obj)["_own_forward"] = vars(obj).pop("forward")
 
 
 def check_mixin(obj: object, mixin: type, name: str = "") -> None:
@@ -71,16 +101,25 @@ def check_mixin(obj: object, mixin: type, name: str = "") -> None:
 def remove_mixin(obj: object, mixin: type) -> None:
     """Take ``mixin`` away again; the last one gone, the object has its original class."""
     left = tuple(m for m in _mixins(obj) if m is not mixin)
+    if _forwarding(left) == [OwnForward]:
+        vars(obj)["forward"] = vars(obj).pop("_own_forward")
+        left = tuple(m for m in left if m is not OwnForward)
     obj.__class__ = _swapped(original_class(obj), left) if left else original_class(obj)
 
 
 def restore_class(obj: object) -> None:
     """Take every mixin away."""
-    obj.__class__ = original_class(obj)
+    for mixin in _mixins(obj):
+        if has_mixin(obj, mixin):  # the innermost goes with the last that it is there for
+            remove_mixin(obj, mixin)
 
 
 def _mixins(obj: object) -> tuple[type, ...]:
     return getattr(type(obj), "_swapped_mixins", ())
+
+
+def _forwarding(mixins: tuple[type, ...]) -> list[type]:
+    return [mixin for mixin in mixins if "forward" in mixin.__dict__]
 
 
 @functools.cache
@@ -94,9 +133,8 @@ def _swapped(original: type, mixins: tuple[type, ...]) -> type:
         "_swapped_from": original,
         "_swapped_mixins": mixins,
     }
-    forward = next((mixin.__dict__["forward"] for mixin in mixins if "forward" in mixin.__dict__), None)
-    if forward is not None and hasattr(original, "forward"):
-        namespace["forward"] = _signed(forward, original.forward)
+    if (first := _forwarding(mixins)[:1]) and hasattr(original, "forward"):
+        namespace["forward"] = _signed(first[0].__dict__["forward"], original.forward)
     # By the original's name: transformers writes it into config.json, and reads kinds of modules from it.
     return _metaclass(type(original))(original.__name__, (original,), namespace)
 
