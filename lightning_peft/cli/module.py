@@ -13,6 +13,7 @@ import lightning as L
 import lightning_peft as lp
 from lightning_peft.core.state import StateError
 from lightning_peft.trainer.manifest import read_checkpoint
+from lightning_peft.trainer.packages import lightning_classes
 
 __all__ = ["add_model_option", "build_module", "find_module", "load_module", "parse"]
 
@@ -55,7 +56,7 @@ def find_module(name: str) -> type[L.LightningModule]:
         found = getattr(importlib.import_module(package), last) if package else getattr(tasks, last, None)
     except (ImportError, AttributeError) as error:
         raise StateError(f"--model {name}: {error}") from error
-    if not isinstance(found, type) or not issubclass(found, L.LightningModule):
+    if not isinstance(found, type) or not issubclass(found, lightning_classes("LightningModule")):
         raise StateError(f"--model {name} is no LightningModule; write my.package.Module, or one of {tasks.__all__}")
     return found
 

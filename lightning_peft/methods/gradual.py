@@ -16,7 +16,6 @@ from typing import Any, Literal
 
 import lightning as L
 from lightning.fabric.utilities.rank_zero import rank_zero_info
-from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
@@ -27,6 +26,7 @@ from lightning_peft.core.targets import TargetError, as_patterns
 from lightning_peft.core.thaw import thaw
 from lightning_peft.methods.callback import one_of, positive_int
 from lightning_peft.methods.selection import SelectionMethod, depths, parameters_in, tail_modules
+from lightning_peft.trainer.packages import lightning_classes
 
 __all__ = ["GradualUnfreezing"]
 
@@ -174,7 +174,7 @@ class GradualUnfreezing(SelectionMethod):
             return
         rank_zero_info(f"GradualUnfreezing: {len(new)} more parameters train from {self.unit} {now} on")
         strategy = trainer.strategy
-        if isinstance(strategy, DDPStrategy) and strategy.model is not None:
+        if isinstance(strategy, lightning_classes("strategies.DDPStrategy")) and strategy.model is not None:
             # DDP reduces the gradients it found when it was built; left alone, the new ones would differ by rank.
             module: Any = strategy.model.module
             strategy.model = None

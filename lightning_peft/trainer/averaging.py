@@ -7,11 +7,10 @@ it: a moving average of equal values is equal only up to rounding.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
@@ -19,12 +18,19 @@ from torch.optim.swa_utils import AveragedModel
 from lightning_peft.core.record import injection_of
 from lightning_peft.core.state import canonical
 from lightning_peft.core.swap import add_mixin, has_mixin, original_class
+from lightning_peft.trainer.packages import lightning_classes
 
 __all__ = ["TrainableAveraging", "adapt_averaging", "start_averaging"]
 
 
+if TYPE_CHECKING:
+    from lightning.pytorch.callbacks import Callback, WeightAveraging
+else:
+    WeightAveraging = object  # the callback's own class may be of either of Lightning's packages
+
+
 class TrainableAveraging(WeightAveraging):
-    """Mixin of a :class:`WeightAveraging` callback."""
+    """Mixin of a ``WeightAveraging`` callback."""
 
     @property
     def state_key(self) -> str:
@@ -88,13 +94,13 @@ def adapt_averaging(callbacks: list[Callback]) -> None:
         MisconfigurationException: there is a StochasticWeightAveraging.
     """
     for callback in callbacks:
-        if isinstance(callback, StochasticWeightAveraging):
+        if isinstance(callback, lightning_classes("callbacks.StochasticWeightAveraging")):
             raise MisconfigurationException(
                 "StochasticWeightAveraging copies the model before the adapters are in, and resets the statistics of "
                 "frozen norm layers; use lightning.pytorch.callbacks.WeightAveraging or EMAWeightAveraging, which "
                 "average what trains"
             )
-        if isinstance(callback, WeightAveraging):
+        if isinstance(callback, lightning_classes("callbacks.WeightAveraging")):
             add_mixin(callback, TrainableAveraging)
             callback._average_model = None
 

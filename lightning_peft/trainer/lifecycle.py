@@ -17,6 +17,7 @@ from lightning_peft.core.state import canonical
 from lightning_peft.trainer import audit, logs
 from lightning_peft.trainer.averaging import adapt_averaging
 from lightning_peft.trainer.module import adapt_module
+from lightning_peft.trainer.packages import check_packages
 from lightning_peft.trainer.resume import gather, mine, rng_state, set_rng_state
 from lightning_peft.trainer.strategy import adapt_strategy
 
@@ -42,8 +43,10 @@ class Lifecycle(Callback):
         """Prepare trainer and module for the methods among the trainer's callbacks; idempotent.
 
         Raises:
-            MisconfigurationException: a callback or a strategy that does not go together with adapters.
+            MisconfigurationException: a callback or strategy that does not work with adapters, or parts of the run
+                that are of another of Lightning's packages than the Trainer.
         """
+        check_packages(trainer, module)
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         methods = [i for i, c in enumerate(callbacks) if hasattr(c, "plan") and hasattr(c, "may_change")]
         there = [c for c in callbacks if isinstance(c, Lifecycle)]

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.loggers import WandbLogger
 from rich.console import Console
 from safetensors.torch import save_file
 from torch import nn
@@ -20,6 +19,7 @@ from lightning_peft.core.record import Injection
 from lightning_peft.core.state import adapter_state
 from lightning_peft.core.torch_file import read_torch_file
 from lightning_peft.trainer.manifest import KEY, manifest
+from lightning_peft.trainer.packages import lightning_classes
 
 __all__ = ["continue_runs", "log_end", "log_start", "resume_wandb", "run_ids"]
 
@@ -43,9 +43,8 @@ def log_end(trainer: L.Trainer, model: nn.Module) -> None:
         if path.is_file():
             lines.append(f"checkpoint {path} {_size(path.stat().st_size)} (with optimizer state where it has one)")
     Console().print("\n".join(lines), highlight=False, soft_wrap=True)
-    for logger in trainer.loggers:
-        if isinstance(logger, WandbLogger):
-            _log_adapter(logger, model)
+    for logger in _wandb_loggers(trainer.loggers):
+        _log_adapter(logger, model)
 
 
 def run_ids(trainer: Any) -> list[str | None]:
@@ -100,16 +99,16 @@ def continue_runs(trainer: Any, ids: Iterable[str | None]) -> None:
         _ = logger.experiment
 
 
-def _wandb_loggers(loggers: Iterable[Any]) -> list[WandbLogger]:
-    return [logger for logger in loggers if isinstance(logger, WandbLogger)]
+def _wandb_loggers(loggers: Iterable[Any]) -> list[Any]:
+    return [logger for logger in loggers if isinstance(logger, lightning_classes("loggers.WandbLogger"))]
 
 
-def _set_run_id(logger: WandbLogger, run_id: str) -> None:
+def _set_run_id(logger: Any, run_id: str) -> None:
     logger._wandb_init.update(id=run_id, resume="allow")
     logger._id = run_id
 
 
-def _log_adapter(logger: WandbLogger, model: nn.Module) -> None:
+def _log_adapter(logger: Any, model: nn.Module) -> None:
     import wandb
 
     artifact = wandb.Artifact(f"adapter-{logger.experiment.id}", type="adapter", metadata=_counts(model))

@@ -7,9 +7,8 @@ The user's module gets this mixin by class swap in ``Callback.setup``, so that i
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import lightning as L
 from lightning.fabric.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
@@ -29,7 +28,15 @@ from lightning_peft.trainer.manifest import KEY, check_manifest, manifest
 __all__ = ["AdaptedModule", "adapt_module"]
 
 
-class AdaptedModule(L.LightningModule):
+if TYPE_CHECKING:
+    import lightning as L
+
+    _LightningModule = L.LightningModule
+else:
+    _LightningModule = nn.Module  # the module's own class may be of either of Lightning's packages
+
+
+class AdaptedModule(_LightningModule):
     """Mixin of the user's LightningModule."""
 
     _peft_configure_optimizers: Any = None

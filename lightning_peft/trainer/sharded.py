@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
 from lightning_peft.core.state import StateError, adapter_state, canonical, check_state
@@ -23,7 +21,6 @@ __all__ = ["adapt"]
 
 def adapt(strategy: Any) -> None:
     """Replace how this ``ModelParallelStrategy`` collects and loads the module's state."""
-    assert isinstance(strategy, ModelParallelStrategy)
 
     def lightning_module_state_dict() -> dict[str, Any]:
         module = strategy.lightning_module
@@ -64,7 +61,7 @@ def _load_file(strategy: Any, path: Path, weights_only: bool) -> dict[str, Any]:
         is_sharded = isinstance(here, DTensor)
         sharded[name] = distribute_tensor(value, here.device_mesh, here.placements) if is_sharded else value
     nn.Module.load_state_dict(module, sharded, strict=False)
-    if module.trainer.state.fn is TrainerFn.FITTING:
+    if module.trainer.state.fn == "fit":
         options = StateDictOptions(full_state_dict=True, strict=False)
         for optimizer, saved in zip(strategy.optimizers, checkpoint["optimizer_states"]):
             set_optimizer_state_dict(module, optimizer, optim_state_dict=_by_name(saved, module), options=options)
@@ -106,7 +103,7 @@ def _load_directory(strategy: Any, path: Path, weights_only: bool) -> dict[str, 
     dcp.load({"state_dict": state}, checkpoint_id=path, planner=planner())
     names = {canonical(k): k for k in module.state_dict()}
     nn.Module.load_state_dict(module, {names[k]: v for k, v in state.items()}, strict=False)
-    if module.trainer.state.fn is TrainerFn.FITTING:
+    if module.trainer.state.fn == "fit":
         for i, optimizer in enumerate(strategy.optimizers):
             saved = {f"optimizer_{i}": get_optimizer_state_dict(module, optimizer)}
             dcp.load(saved, checkpoint_id=path, planner=planner())

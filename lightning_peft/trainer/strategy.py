@@ -11,13 +11,12 @@ from typing import Any
 
 import lightning as L
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
-from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_peft.core.state import StateError, canonical, trainable_keys
 from lightning_peft.trainer import sharded
 from lightning_peft.trainer.module import trimmed
+from lightning_peft.trainer.packages import lightning_classes
 from lightning_peft.trainer.resume import make_resumable
 
 __all__ = ["adapt_strategy"]
@@ -42,7 +41,8 @@ def adapt_strategy(trainer: L.Trainer, restore_streams: Callable[[Any], None]) -
             "use state_dict_type='full', or FSDP2 with ModelParallelStrategy"
         )
     strategy.__dict__["_peft_adapted"] = True
-    if isinstance(strategy.launcher, _MultiProcessingLauncher) and trainer.state.fn == "fit":
+    spawning = lightning_classes("strategies.launchers.multiprocessing._MultiProcessingLauncher")
+    if isinstance(strategy.launcher, spawning) and trainer.state.fn == "fit":
         rank_zero_warn(
             f"{type(strategy).__name__} trains copies of the module in processes of their own, and Lightning brings "
             "no adapters back: after fit the module in this process is its base, with the trained heads. Load the "
@@ -75,7 +75,7 @@ def adapt_strategy(trainer: L.Trainer, restore_streams: Callable[[Any], None]) -
     strategy.load_checkpoint = load_checkpoint
     strategy.load_optimizer_state_dict = load_optimizer_state_dict
     strategy.process_dataloader = process_dataloader
-    if isinstance(strategy, ModelParallelStrategy):
+    if isinstance(strategy, lightning_classes("strategies.ModelParallelStrategy")):
         sharded.adapt(strategy)
     if hasattr(strategy, "exclude_frozen_parameters"):
         strategy.exclude_frozen_parameters = True  # DeepSpeed writes its own files
