@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
@@ -18,7 +19,9 @@ from lightning_peft.cli.import_adapter import import_adapter
 from lightning_peft.cli.inspect import inspect_path, names_a_path
 from lightning_peft.cli.merge import merge
 from lightning_peft.cli.methods import methods
+from lightning_peft.cli.module import find_module
 from lightning_peft.core.torch_file import read_torch_file
+from lightning_peft.trainer.hyperparameters import saved_arguments
 from lightning_peft.trainer.logs import resume_wandb
 
 __all__ = ["PEFTCLI", "PEFTTrainer", "main"]
@@ -103,21 +106,29 @@ class PEFTCLI(LightningCLI):
             **kwargs,
         )
 
-    def _parse_ckpt_path(self) -> None:
-        """Put a checkpoint's hyperparameters over the configuration, for the class that the user names.
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        super().parse_arguments(parser, args)
+        given = parser.parse_object(args, defaults=False) if isinstance(args, dict) else None
+        self._given = given or parser.parse_args(args, defaults=False)
 
-        Lightning takes the class from the file as well, and so would import whatever a file says.
+    def _parse_ckpt_path(self) -> None:
+        """Complete the configuration by a checkpoint's hyperparameters, for the class that the user names.
+
+        Lightning takes the class from the file as well, and overrides what the user gives.
         """
-        given = self.config.get(self.config.get("subcommand") or "", {})
-        path, model = given.get("ckpt_path"), given.get("model")
+        command = self.config.get("subcommand") or ""
+        path, model = self.config.get(f"{command}.ckpt_path"), self.config.get(f"{command}.model")
         if model is None or not path or not Path(path).is_file():
             return
         checkpoint = read_torch_file(path)
-        hparams = checkpoint.get("hyper_parameters", {}) if isinstance(checkpoint, dict) else {}
-        hparams = {name: value for name, value in hparams.items() if name not in ("_class_path", "_instantiator")}
-        if hparams:
-            over = {"model": {"class_path": model.class_path, "dict_kwargs": hparams}}
-            self.config = self.parser.parse_object({self.config.subcommand: over}, self.config)
+        if not isinstance(checkpoint, dict):
+            raise lp.StateError(f"{path} is not a checkpoint: it holds a {type(checkpoint).__name__}")
+        given = self._given.get(f"{command}.model.init_args") or Namespace()
+        used = {name: _as_plain(model.init_args[name]) for name in vars(given)}
+        saved = saved_arguments(find_module(model.class_path), checkpoint, used, path)
+        if saved:
+            over = {"model": {"class_path": model.class_path, "dict_kwargs": saved}}
+            self.config = self.parser.parse_object({command: over}, self.config)
 
     def instantiate_classes(self) -> None:
         try:
@@ -141,6 +152,10 @@ class PEFTCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         return {**LightningCLI.subcommands(), "inspect": {"model", "datamodule"}}
+
+
+def _as_plain(value: Any) -> Any:
+    return value.as_dict() if isinstance(value, Namespace) else value
 
 
 def main(args: Sequence[str] | None = None) -> None:

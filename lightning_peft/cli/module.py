@@ -8,10 +8,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jsonargparse
 import lightning as L
+import yaml
 
 import lightning_peft as lp
 from lightning_peft.core.state import StateError
+from lightning_peft.trainer.hyperparameters import parameters_of, takes_any
 from lightning_peft.trainer.manifest import read_checkpoint
 from lightning_peft.trainer.packages import lightning_classes
 
@@ -22,26 +25,57 @@ _TASKS = "lightning_peft.tasks"
 
 def add_model_option(parser: ArgumentParser, note: str, required: bool = False) -> None:
     """Add ``--model`` to a command, and say how its arguments are given; :func:`parse` takes them."""
-    arguments = "its arguments are --model.width=16 and so on"
+    arguments = "its arguments are --model.width=16 and so on, classes and callables by their import path"
     parser.add_argument(
         "--model", metavar="CLASS", required=required, help=f"{note}, as my.package.Module; {arguments}"
     )
 
 
 def parse(parser: ArgumentParser, args: Sequence[str]) -> tuple[Any, dict[str, Any]]:
-    """The options of a command, and the arguments ``--model.<name>=<value>`` (or with a space), values as YAML."""
-    import yaml
+    """The options of a command, and the arguments ``--model.<name>=<value>`` (or with a space).
 
+    Values are as ``fit`` takes them: plain ones as YAML, classes and callables by their import path
+    (``--model.act=torch.nn.GELU``, ``--model.body=my.Body --model.body.width=8``).
+
+    Raises:
+        StateError: there is no such class, or an argument does not fit it.
+    """
     options, left = parser.parse_known_args(args)
-    found: dict[str, Any] = {}
+    flags: list[str] = []
     while left:
         key, equals, value = left.pop(0).partition("=")
         if not key.startswith("--model.") or not (equals or left):
             parser.error(f"unknown argument {key}")
         if options.model is None:
             parser.error(f"{key} without --model")
-        found[key.removeprefix("--model.")] = yaml.safe_load(value if equals else left.pop(0))
-    return options, found
+        flags.append(f"{key}={value if equals else left.pop(0)}")
+    return options, _arguments(options.model, flags) if flags else {}
+
+
+def _arguments(name: str, flags: list[str]) -> dict[str, Any]:
+    """The given arguments of the class called ``name``, built where they are objects."""
+    module_class = find_module(name)
+    by_name: dict[str, list[str]] = {}
+    for flag in flags:
+        by_name.setdefault(flag.removeprefix("--model.").partition("=")[0].partition(".")[0], []).append(flag)
+    known = parameters_of(module_class)
+    unknown = {key: by_name.pop(key)[-1] for key in sorted(by_name.keys() - known.keys())}
+    if unknown and not takes_any(module_class):
+        raise StateError(
+            f"{name} cannot be built so: it has no argument {', '.join(unknown)}; it has {', '.join(known)}"
+        )
+    rest = {key: yaml.safe_load(flag.partition("=")[2]) for key, flag in unknown.items()}
+    if not by_name:
+        return rest
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    # Only what is given: the checkpoint or the class has the rest.
+    skip = known.keys() - by_name.keys()
+    parser.add_class_arguments(module_class, "model", skip=set(skip), instantiate=False, fail_untyped=False)  # type: ignore[arg-type]
+    try:
+        found = parser.parse_args([flag for flags in by_name.values() for flag in flags], defaults=False)
+        return {**vars(parser.instantiate_classes(found).model), **rest}
+    except (jsonargparse.ArgumentError, ValueError, TypeError) as error:
+        raise StateError(f"{name} cannot be built with {' '.join(flags)}: {error}") from error
 
 
 def find_module(name: str) -> type[L.LightningModule]:
@@ -88,8 +122,9 @@ def load_module(checkpoint: str | Path, name: str | None, arguments: Mapping[str
         StateError: no class is named, or it cannot be built so.
     """
     if name is None:
-        said = str(read_checkpoint(checkpoint, mmap=True).get("hyper_parameters", {}).get("_class_path", ""))
-        if not said.startswith(f"{_TASKS}."):
+        hyper_parameters = read_checkpoint(checkpoint, mmap=True).get("hyper_parameters")
+        said = str(hyper_parameters.get("_class_path", "")) if isinstance(hyper_parameters, Mapping) else ""
+        if not said.startswith(f"{_TASKS}.") or said.rpartition(".")[2] not in importlib.import_module(_TASKS).__all__:
             hint = f"; it says that it was {said}, which is not imported for a file to say so" if said else ""
             raise StateError(f"name the class that was trained, --model my.package.Module{hint}")
         name = said.rpartition(".")[2]

@@ -38,6 +38,9 @@ class LanguageModel(L.LightningModule):
         export_dtype: The dtype the exported weights are stored in; ``None`` leaves it.
     """
 
+    #: a checkpoint's hyperparameters may not set this: it is written to
+    from_user = ("export_dir",)
+
     def __init__(
         self,
         model: str = "demo",

@@ -44,6 +44,9 @@ class ImageClassifier(L.LightningModule):
         ImageClassifier("torchvision.models.resnet18", num_classes=10, network_args={"num_classes": 10})
     """
 
+    #: a checkpoint's hyperparameters may not set these: they name what is imported, called and opened
+    from_user = ("network", "network_args", "weights")
+
     def __init__(
         self,
         network: str,

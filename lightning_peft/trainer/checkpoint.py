@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +16,7 @@ from lightning_peft.core.record import injection_of
 from lightning_peft.core.replace import replace_trained, saved_copies
 from lightning_peft.core.targets import TargetError
 from lightning_peft.methods.callback import PEFTMethod, registered_method
+from lightning_peft.trainer.hyperparameters import saved_arguments
 from lightning_peft.trainer.manifest import KEY, read_checkpoint
 from lightning_peft.trainer.module import adapt_module
 
@@ -29,24 +29,23 @@ def load_from_checkpoint(module_class: type[M], path: str | Path, map_location: 
     """Build the module, put the checkpoint's adapters in and load the trainable state.
 
     The base is built by ``module_class`` itself (its ``__init__``, ``configure_model``, and ``setup("predict")`` where
-    the layers only come to be there), with the hyperparameters that the checkpoint holds.
+    the layers only come to be there), with the hyperparameters that the checkpoint holds. A hyperparameter that names
+    code (a class path, a value for an argument that takes objects) is never used: give it as an argument.
 
     Args:
         module_class: the class that was trained.
         path: a checkpoint written by a Trainer with methods attached.
         map_location: where to put the tensors.
-        **kwargs: arguments of ``module_class`` that override or complete the saved hyperparameters.
+        **kwargs: arguments of ``module_class``; they override or complete the saved hyperparameters.
 
     Raises:
-        StateError: the checkpoint has no manifest, does not fit, was trained on another base, or would run code.
+        StateError: the checkpoint has no manifest, does not fit, was trained on another base, or would run code; or a
+            hyperparameter names code and was not given.
         ValueError: it names a method that is not defined here.
     """
     checkpoint = read_checkpoint(path, map_location)
     methods = [(_method(entry), entry.get("trains", True), _copies(entry)) for entry in checkpoint[KEY]["methods"]]
-    accepted = inspect.signature(module_class.__init__).parameters
-    anything = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
-    saved = {k: v for k, v in checkpoint.get("hyper_parameters", {}).items() if anything or k in accepted}
-    module = module_class(**{**{k: v for k, v in saved.items() if not k.startswith("_")}, **kwargs})
+    module = module_class(**saved_arguments(module_class, checkpoint, kwargs, path), **kwargs)
     # For a configure_model that calls lp.apply(self).
     module.__dict__["_peft_methods"] = [method for method, trains, copies in methods if trains and not copies]
     module.configure_model()

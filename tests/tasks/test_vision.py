@@ -50,7 +50,7 @@ def test_fits_tests_predicts_and_loads_again(data, tmp_path):
     weights = tmp_path / "base.pt"
     base = {k: v for k, v in nn.Module.state_dict(module.network).items() if "adapters" not in k}
     torch.save({"state_dict": {f"module.{k}": v for k, v in base.items()}}, weights)
-    again = lp.load_from_checkpoint(ImageClassifier, tmp_path / "x.ckpt", weights=str(weights)).eval()
+    again = lp.load_from_checkpoint(ImageClassifier, tmp_path / "x.ckpt", network=NETWORK, weights=str(weights)).eval()
     images = next(iter(data.test_dataloader()))["images"]
     assert torch.equal(again(images), module.eval()(images))
 

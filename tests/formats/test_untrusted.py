@@ -1,0 +1,181 @@
+"""Files run no code: whatever a checkpoint says, nothing that it names is imported, called or opened.
+
+The canary is ``hostile_library``, on the path: importing it or calling what is in it leaves a file.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import nn
+
+import lightning_peft as lp
+from lightning_peft.cli.main import main
+from lightning_peft.core.state import StateError
+from lightning_peft.tasks import ImageClassifier
+from tests.cli.modules import Data, Module
+
+CANARY = """from pathlib import Path
+Path("it_ran").touch()
+def run(*args, **kwargs): Path("it_ran").touch()
+class Evil:
+    def __init__(self, *args, **kwargs): run()
+"""
+
+
+class Open(Module):
+    """Takes everything that a class can take: plain values, code, and values of no declared type."""
+
+    def __init__(
+        self,
+        width: int = 16,
+        lr: float = 1e-2,
+        act: Callable[..., Any] | None = None,
+        body: nn.Module | None = None,
+        act_or_name: Callable[..., Any] | str = "relu",
+        untyped=None,
+        options: dict[str, Any] | None = None,
+        text: str = "plain",
+    ) -> None:
+        super().__init__(width, lr)
+        self.save_hyperparameters()
+        self.act = act
+
+
+SPEC = {"class_path": "hostile_library.Evil"}
+HOSTILE = {
+    "a class to build": {"body": SPEC},
+    "a class's path": {"body": "hostile_library.Evil"},
+    "a configuration file": {"body": "evil.yaml"},
+    "a callable": {"act": "hostile_library.run"},
+    "a callable or a name": {"act_or_name": "hostile_library.run"},
+    "untyped": {"untyped": SPEC},
+    "untyped, as YAML": {"untyped": "class_path: hostile_library.Evil"},
+    "inside of a dictionary": {"options": {"a": [{"b": SPEC}]}},
+    "inside of a dictionary, as YAML": {"options": {"a": "class_path: hostile_library.Evil"}},
+    "for Hydra": {"options": {"_target_": "hostile_library.run"}},
+    "a string": {"text": "hostile_library.run"},
+    "an entry point": {"text": "hostile_library:run"},
+    "a list in itself": {"options": {"a": (lambda found: found.append(found) or found)([])}},
+}
+LORA = ["--trainer.callbacks+=LoRA", "--trainer.callbacks.r=2", "--trainer.callbacks.trainable=[head]"]
+OPEN = "--model=tests.formats.test_untrusted.Open"
+RUN = [OPEN, "--data=tests.cli.modules.Data", "--trainer.accelerator=cpu", *LORA]
+RUN += ["--trainer.logger=false", "--trainer.enable_progress_bar=false", "--trainer.max_steps=9"]
+QUIET = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+ENTRIES = {
+    "load_from_checkpoint": lambda path: lp.load_from_checkpoint(Open, path),
+    "merge": lambda path: main(["merge", path, "out", OPEN]),
+    "export": lambda path: main(["export", path, "out", OPEN]),
+    **{name: lambda path, name=name: main([name, *RUN, f"--ckpt_path={path}"]) for name in ("fit", "test", "validate")},
+}
+
+
+@pytest.fixture(autouse=True)
+def _canary(monkeypatch):
+    monkeypatch.syspath_prepend(".")
+    Path("hostile_library.py").write_text(CANARY)
+    Path("evil.yaml").write_text("class_path: hostile_library.Evil\n")
+    yield
+    assert "hostile_library" not in sys.modules
+    assert not Path("it_ran").exists()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> dict[str, Any]:
+    path = tmp_path_factory.mktemp("run") / "run.ckpt"
+    trainer = L.Trainer(callbacks=[lp.LoRA(r=2, trainable=["head"])], max_steps=1, enable_checkpointing=False, **QUIET)
+    trainer.fit(Open(), Data())
+    trainer.save_checkpoint(path)
+    return torch.load(path, weights_only=True)
+
+
+def saved(trained: dict[str, Any], **hyper_parameters: Any) -> str:
+    torch.save({**trained, "hyper_parameters": {"width": 16, **hyper_parameters}}, "hostile.ckpt")
+    return "hostile.ckpt"
+
+
+def refused(call: Callable[[str], Any], path: str) -> str:
+    with pytest.raises((StateError, SystemExit)) as stop:
+        call(path)
+    return str(stop.value)
+
+
+@pytest.mark.parametrize("value", HOSTILE.values(), ids=HOSTILE)
+@pytest.mark.parametrize("entry", ["load_from_checkpoint", "test", "merge"])
+def test_hyperparameters_that_name_code(trained, entry, value):
+    said = refused(ENTRIES[entry], saved(trained, **value))
+    assert f"--model.{next(iter(value))}=..." in said
+    assert "hostile.ckpt" in said
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_every_entry_point(trained, entry):
+    said = refused(ENTRIES[entry], saved(trained, act="hostile_library.run"))
+    assert "--model.act=..." in said
+
+
+@pytest.mark.parametrize("entry", ["load_from_checkpoint", "merge", "export"])
+def test_the_network_of_an_image_classifier(trained, entry):
+    network = {"network": "hostile_library.run", "network_args": {"command": "x"}, "num_classes": 2}
+    said = {"_class_path": "lightning_peft.tasks.ImageClassifier", "_instantiator": "hostile_library.run"}
+    path = saved(trained, **network, **said)
+    call = {
+        "load_from_checkpoint": lambda path: lp.load_from_checkpoint(ImageClassifier, path),
+        "merge": lambda path: main(["merge", path, "out"]),
+        "export": lambda path: main(["export", path, "out", "--model=ImageClassifier"]),
+    }[entry]
+    assert "--model.network=..." in refused(call, path)
+
+
+@pytest.mark.parametrize("said", ["hostile_library.Evil", "lightning_peft.tasks.hostile_library", 3, None])
+def test_a_class_path_is_looked_up_among_the_tasks_of_this_package(trained, said):
+    assert "--model my.package.Module" in refused(
+        lambda path: main(["merge", path, "out"]), saved(trained, _class_path=said)
+    )
+
+
+@pytest.mark.parametrize("hyper_parameters", [3, "text", [1], {1: 2}])
+def test_hyperparameters_that_are_none(trained, hyper_parameters):
+    torch.save({**trained, "hyper_parameters": hyper_parameters}, "hostile.ckpt")
+    assert "are not arguments by name" in refused(ENTRIES["load_from_checkpoint"], "hostile.ckpt")
+    assert "are not arguments by name" in refused(ENTRIES["test"], "hostile.ckpt")
+
+
+def test_what_the_user_gives_is_used_and_a_difference_is_said(trained, recwarn):
+    path = saved(trained, act="hostile_library.run", lr=0.5)
+    module = lp.load_from_checkpoint(Open, path, act=torch.tanh, lr=0.25)
+    assert module.act is torch.tanh
+    assert module.hparams.lr == 0.25
+    said = [str(warning.message) for warning in recwarn]
+    assert any("lr=0.25 was given and is used; hostile.ckpt was saved with 0.5" in text for text in said)
+    recwarn.clear()
+    main(["test", *RUN, "--model.act=torch.tanh", "--model.lr=0.125", f"--ckpt_path={path}"])
+    said = [str(warning.message) for warning in recwarn]
+    assert any("lr=0.125 was given and is used; hostile.ckpt was saved with 0.5" in text for text in said)
+
+
+def test_plain_values_come_from_the_file_and_explicit_ones_stay(trained, monkeypatch):
+    built = []
+    monkeypatch.setattr(Open, "setup", lambda self, stage: built.append(dict(self.hparams)))
+    path = saved(trained, lr=0.5, options={"a": [1, "two"]}, text="a plain text", untyped=3)
+    main(["test", *RUN, "--model.text=mine", f"--ckpt_path={path}"])
+    assert {k: built[0][k] for k in ("lr", "options", "text", "untyped")} == {
+        "lr": 0.5,
+        "options": {"a": [1, "two"]},
+        "text": "mine",
+        "untyped": 3,
+    }
+
+
+def test_merge_takes_classes_and_callables_from_the_user(trained):
+    path = saved(trained, act="hostile_library.run", body=SPEC)
+    body = ["--model.body=torch.nn.Linear", "--model.body.in_features=2", "--model.body.out_features=2"]
+    main(["merge", path, "out", OPEN, "--model.act=torch.tanh", *body])
+    assert Path("out/model.safetensors").is_file()
