@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_peft.core.freeze import FullPrecision, freeze_norm_statistics, hold_statistics, keep_full_precision
 from lightning_peft.core.host import attach, check_host, hosts
@@ -144,11 +145,13 @@ def inspect(model: nn.Module, *methods: Method) -> Report:
 
     Raises:
         TargetError: a pattern matches nothing.
-        InjectionError: two methods under one name, a module that can take no adapter, or no method at all.
+        InjectionError: two methods under one name, a module that can take no adapter, parameters without a shape, or no
+            method at all.
     """
     wanted: Sequence[Method] = methods or _callbacks_of(model)
     record = injection_of(model)
     new = _not_yet_applied(wanted, record)
+    _check_initialised(model)
     report = Report() if record is None else record.report.copy()
     report.total = sum(p.numel() for p in model.parameters())
     trained: dict[int, int] = {}
@@ -211,8 +214,10 @@ def check_injectable(model: nn.Module) -> None:
     """Whether ``model`` can take adapters at all.
 
     Raises:
-        InjectionError: it is compiled, sharded or wrapped for distributed training, or part of an adapted model.
+        InjectionError: it is compiled, sharded or wrapped for distributed training, part of an adapted model, or has
+            parameters without a shape yet.
     """
+    _check_initialised(model)
     if injection_of(model) is None and (adapted := next(hosts(model), None)) is not None:
         raise InjectionError(
             f"{adapted[0] or 'the model'} carries adapters that were put into a larger model, of which this is a part: "
@@ -231,6 +236,16 @@ def check_injectable(model: nn.Module) -> None:
                 f"{where} is already sharded or wrapped for distributed training: every rank would get adapters "
                 "of its own; apply the methods first (in configure_model: lp.apply(self) before fully_shard)"
             )
+
+
+def _check_initialised(model: nn.Module) -> None:
+    lazy = [name for name, p in [*model.named_parameters(), *model.named_buffers()] if is_lazy(p)]
+    if lazy:
+        raise InjectionError(
+            f"{', '.join(lazy)} have no shape yet: a lazy module makes them in its first call, and a method must know "
+            "the parameters that it freezes, adapts and saves. Run one batch through the model first, in __init__ or "
+            "configure_model, or give the layers their sizes (nn.Linear for nn.LazyLinear)"
+        )
 
 
 def _commit(model: nn.Module, method: Method, plan: Plan, report: Report) -> None:

@@ -34,6 +34,7 @@ __all__ = [
     "NormLayout",
     "Site",
     "TransposedLayout",
+    "check_stored",
     "find_sites",
     "norm_sites",
     "output_head",
@@ -68,17 +69,36 @@ class Site:
         Raises:
             TargetError: it is computed from other parameters.
         """
-        if parametrize.is_parametrized(self.module) or "weight_g" in self.module._parameters:
-            raise TargetError(
-                f"{self.name!r} computes its weight (weight norm or another parametrization): exclude it, or take the "
-                "parametrization off first (torch.nn.utils.parametrize.remove_parametrizations)"
-            )
+        check_stored([self])
         return self.module.get_parameter(self.parameter)
+
+    @property
+    def is_computed(self) -> bool:
+        """Whether the module computes the weight from other parameters before it runs: weight norm, pruning, ..."""
+        owner, _, name = self.parameter.rpartition(".")
+        module = self.module.get_submodule(owner)
+        return parametrize.is_parametrized(module) or module._parameters.get(name) is None
 
     @property
     def shape(self) -> torch.Size:
         """The matrix's shape: (out, in), or (batch, out, in) for stacked experts."""
         return self.layout.matrix(self.weight).shape
+
+
+def check_stored(sites: Iterable[Site]) -> None:
+    """Refuse weights that are computed from other parameters.
+
+    Raises:
+        TargetError: names them all.
+    """
+    computed = [site.name for site in sites if site.is_computed]
+    if computed:
+        raise TargetError(
+            f"{', '.join(map(repr, computed))}: the weight is not a parameter, since weight norm, spectral norm, "
+            "pruning or another parametrization computes it from others before each call, and would undo "
+            f"any change of it. Exclude it (exclude={computed}), or remove the parametrization first: "
+            "torch.nn.utils.parametrize.remove_parametrizations, remove_weight_norm, prune.remove"
+        )
 
 
 def weight_sites(model: nn.Module) -> dict[str, Site]:

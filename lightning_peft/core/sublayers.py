@@ -161,7 +161,8 @@ def _sublayer(
 ) -> Sublayer | None:
     names = list(dict.fromkeys(n for part in (start, end) for n in sites if n == part or n.startswith(f"{part}.")))
     linear = [n for n in names if sites[n].linear_like]
-    bare = [n for n in names if sites[n].weight.ndim == 3 and not sites[n].layout.has_activation]
+    others = [n for n in names if not sites[n].is_computed and not sites[n].layout.has_activation]
+    bare = [n for n in others if sites[n].weight.ndim == 3]
     if not linear and not bare:
         return None
     literal: Literal["attention", "feedforward"] = "attention" if kind == "attention" else "feedforward"

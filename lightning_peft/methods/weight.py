@@ -12,7 +12,7 @@ from torch import nn
 from lightning_peft.core.adapter import Adapter, WeightAdapter, WeightGroup
 from lightning_peft.core.host import stacks
 from lightning_peft.core.plan import Plan
-from lightning_peft.core.sites import Site, find_sites
+from lightning_peft.core.sites import Site, check_stored, find_sites
 from lightning_peft.core.swap import original_class
 from lightning_peft.methods.callback import PEFTMethod
 
@@ -62,6 +62,7 @@ class WeightMethod(PEFTMethod):
         plan = Plan(train_modules=self.heads(model))
         heads = [*plan.train_modules]
         sites, left_out = self.find(model, heads)
+        check_stored(sites.values())
         for head in left_out:
             if head not in heads:
                 plan.notes.append(

@@ -54,9 +54,15 @@ def audit_head(model: nn.Module) -> None:
     """A pretrained base whose freshly initialised head is frozen cannot learn its task."""
     sites = weight_sites(model)
     head = output_head(model, sites)
-    if head is None or sites[head].weight.requires_grad or hasattr(sites[head].module, "adapters"):
+    if (
+        head is None
+        or sites[head].is_computed
+        or sites[head].weight.requires_grad
+        or hasattr(sites[head].module, "adapters")
+    ):
         return
-    others = [site.weight for name, site in sites.items() if name != head and site.linear_like]
+    stored = [site for site in sites.values() if site.linear_like and not site.is_computed]
+    others = [site.weight for site in stored if site.name != head]
     if _looks_fresh(sites[head].weight) and others and not any(_looks_fresh(w) for w in others):
         report(
             model,
