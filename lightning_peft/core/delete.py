@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, cast
 
 from torch import nn
 
 from lightning_peft.core.host import check_known, detach, stacks
 from lightning_peft.core.merge import unload
-from lightning_peft.core.record import injected_module, injection_of
+from lightning_peft.core.names import canonical
+from lightning_peft.core.record import Trains, injected_module, injection_of
 
 __all__ = ["check_deletable", "delete_adapter", "take_out"]
 
@@ -53,7 +55,9 @@ def take_out(model: nn.Module, name: str) -> None:
     record = injection_of(model)
     if record is not None:
         record.methods.pop(name, None)
-        record.trains.pop(name, None)
+        own = record.trains.pop(name, Trains())
+        names = [canonical(n) for n, _ in injected_module(model).named_parameters(remove_duplicate=False)]
+        record.kept |= replace(record, trains={name: own}).decided(names)  # what it trained of the base goes on
         record.parts.pop(name, None)
         record.report.entries = [entry for entry in record.report.entries if entry.adapter != name]
         record.report.count(injected_module(model))

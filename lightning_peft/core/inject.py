@@ -10,17 +10,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lightning_peft.core.freeze import FullPrecision, freeze_norm_statistics, hold_statistics, keep_full_precision
 from lightning_peft.core.host import attach, check_host, hosts
+from lightning_peft.core.moved import Start
 from lightning_peft.core.parts import parts_of
 from lightning_peft.core.plan import Method, Plan
 from lightning_peft.core.record import Injection, Trains, injected_name, injection_of
 from lightning_peft.core.report import Report
 from lightning_peft.core.rollback import all_or_nothing
-from lightning_peft.core.state import canonical, fingerprint
+from lightning_peft.core.state import canonical, fingerprint, settle
 from lightning_peft.core.swap import check_mixin, original_class
 from lightning_peft.core.targets import base_modules
 
@@ -94,12 +95,13 @@ def _put_in(model: nn.Module, plans: Mapping[str, tuple[Method, Plan]]) -> Repor
     if record is None:
         trained = frozenset(canonical(name) for name, p in model.named_parameters() if p.requires_grad)
         model.requires_grad_(False)
-        record = Injection({}, Report(), {}, {}, trained)
+        record = Injection({}, Report(), {}, Start(), trained)
     for name, (method, plan) in plans.items():
         _commit(model, method, plan, record.report)
         record.methods[name] = method
         record.later |= dict.fromkeys(plan.later)
-        record.trains[name] = Trains(tuple(plan.train_modules), (*plan.train, *plan.later))
+        adapters = any(p.requires_grad for _, _, adapter, _ in plan.attach for p in adapter.parameters())
+        record.trains[name] = Trains(tuple(plan.train_modules), (*plan.train, *plan.later), adapters)
         record.parts[name] = list(parts_of(model, name, tensors=False))
     record.later = {n: v for n, v in record.later.items() if v is not None or not model.get_parameter(n).requires_grad}
     if not any(method.train_norm_stats for method in record.methods.values()):
@@ -108,9 +110,11 @@ def _put_in(model: nn.Module, plans: Mapping[str, tuple[Method, Plan]]) -> Repor
             record.report.notes.append(f"{len(frozen)} frozen norm layers keep their running statistics")
     record.report.count(model)
     if first:
-        record.fingerprint = fingerprint(model, leave_out=record.later)
-        record.buffers = _buffers_now(model)
+        record.start = Start.of(model)
         model.__dict__["_peft_injection"] = record
+        record.fingerprint = fingerprint(model, leave_out=record.later)
+    if any(record.trains.values()):
+        settle(model)
     return record.report
 
 
@@ -129,15 +133,16 @@ def _widen(record: Injection, model: nn.Module, inner: str) -> None:
     record.trained_before = frozenset(trained | {outer(name) for name in record.trained_before})
     record.later = {outer(name): value for name, value in record.later.items()}
     record.trains = {
-        adapter: Trains(tuple(map(outer, trains.modules)), tuple(map(outer, trains.parameters)))
+        adapter: Trains(tuple(map(outer, trains.modules)), tuple(map(outer, trains.parameters)), trains.adapters)
         for adapter, trains in record.trains.items()
     }
     for part in (part for parts in record.parts.values() for part in parts):
         part.host = outer(part.host)
     record.report.entries = [entry._replace(module=outer(entry.module)) for entry in record.report.entries]
-    record.buffers = _buffers_now(model) | {outer(name): buffer for name, buffer in record.buffers.items()}
-    record.fingerprint = fingerprint(model, leave_out=record.later)
+    record.kept, record.moved = set(map(outer, record.kept)), set(map(outer, record.moved))
+    record.start = record.start.around(model, inner)
     model.__dict__["_peft_injection"] = inside.__dict__.pop("_peft_injection")
+    record.fingerprint = fingerprint(model, leave_out=record.later)
 
 
 def inspect(model: nn.Module, *methods: Method) -> Report:
@@ -287,9 +292,3 @@ def _shared(model: nn.Module) -> set[int]:
     for _, parameter in model.named_parameters(remove_duplicate=False):
         (shared if id(parameter) in seen else seen).add(id(parameter))
     return shared
-
-
-def _buffers_now(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of the persistent buffers."""
-    stored = model.state_dict().keys()
-    return {canonical(name): b.detach().clone() for name, b in model.named_buffers() if name in stored}

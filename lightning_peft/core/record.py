@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from lightning_peft.core.moved import Start
 from lightning_peft.core.plan import Method
 from lightning_peft.core.report import Report
 
@@ -31,10 +33,15 @@ class Trains:
     Attributes:
         modules: modules that train in full.
         parameters: single parameters, those that train only later in the run included.
+        adapters: whether the method's adapters train; those of a loaded adapter may be frozen.
     """
 
     modules: tuple[str, ...] = ()
     parameters: tuple[str, ...] = ()
+    adapters: bool = False
+
+    def __bool__(self) -> bool:
+        return bool(self.modules or self.parameters or self.adapters)
 
 
 @dataclass
@@ -45,21 +52,34 @@ class Injection:
         methods: the methods by adapter name, in order.
         report: counts and table.
         fingerprint: what identifies the frozen base (:func:`lightning_peft.core.state.fingerprint`).
-        buffers: the base's persistent buffers as they were, to tell which ones training moves.
+        start: the base's values as they were, to tell which ones change without gradients.
         trained_before: names of the base parameters that required gradients before.
         later: names of the parameters that train later; with the values they started from once they do.
         trains: what each method trains of the base itself, by adapter name.
+        kept: names of base parameters that train although no method names them: those that the user unfroze before
+            the fit, and those of a deleted method.
+        moved: names of frozen values that have changed since the start; they stay part of the state.
         parts: where each method's adapters are and on what layers, without their tensors, by adapter name.
     """
 
     methods: dict[str, Method]
     report: Report
     fingerprint: dict[str, Any]
-    buffers: dict[str, Tensor]
+    start: Start
     trained_before: frozenset[str]
     later: dict[str, Tensor | None] = field(default_factory=dict)
     trains: dict[str, Trains] = field(default_factory=dict)
+    kept: set[str] = field(default_factory=set)
+    moved: set[str] = field(default_factory=set)
     parts: dict[str, list[Part]] = field(default_factory=dict)
+
+    def decided(self, names: Iterable[str]) -> set[str]:
+        """Those of ``names`` of base parameters that train by now, whether or not they require gradients."""
+        modules = {name for trains in self.trains.values() for name in trains.modules}
+        inside = tuple("" if name == "" else f"{name}." for name in modules)
+        single = {name for trains in self.trains.values() for name in trains.parameters} | self.kept
+        waiting = {name for name, before in self.later.items() if before is None}
+        return {n for n in names if (n in single and n not in waiting) or n in modules or n.startswith(inside)}
 
 
 def injection_of(model: nn.Module) -> Injection | None:

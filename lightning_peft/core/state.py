@@ -1,8 +1,10 @@
 """The trainable state: what a checkpoint holds, decided by looking and not by names.
 
-It is every parameter that requires a gradient, every tensor that an adapter owns, and every buffer that has moved
-since the methods were applied. On load, what is expected, what is there and what is unknown are compared, and any
-difference is an error that names the key. Missing frozen keys are fine: the base brings them.
+It is every parameter that methods train, every tensor that an adapter owns, and every other value that has changed
+since the methods were applied: buffers, parameters that move without gradients, extra state of modules. What trains is
+remembered in the record; ``requires_grad`` may be off for a moment, and is not asked. On load, what is expected, what
+is there and what is unknown are compared, and any difference is an error that names the key. Missing frozen keys are
+fine: the base brings them.
 """
 
 from __future__ import annotations
@@ -10,13 +12,16 @@ from __future__ import annotations
 import difflib
 import hashlib
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.host import check_known, stack_prefixes, stacks
-from lightning_peft.core.record import injected_name, injection_of
+from lightning_peft.core.moved import extra_state
+from lightning_peft.core.names import canonical
+from lightning_peft.core.record import injected_module, injected_name, injection_of
 from lightning_peft.ops.finite import is_finite
 
 __all__ = [
@@ -27,60 +32,93 @@ __all__ = [
     "check_state",
     "fingerprint",
     "load_state",
+    "moved_keys",
+    "owned_keys",
+    "settle",
     "trainable_keys",
 ]
-
-_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 
 class StateError(RuntimeError):
     """A state that does not belong to this model, with the keys that tell."""
 
 
-def canonical(key: str) -> str:
-    """``key`` without the parts that ``torch.compile`` and wrappers put into names."""
-    return ".".join(part for part in key.split(".") if part not in _WRAPPERS)
-
-
 def trainable_keys(model: nn.Module) -> set[str]:
     """The keys of ``model.state_dict()`` that make up its trainable state, in canonical form."""
-    return _owned_keys(model) | _moved_buffers(model)
+    return owned_keys(model) | moved_keys(model)
 
 
-def _owned_keys(model: nn.Module) -> set[str]:
-    """Trainable parameters, under each name they are stored by, and all that adapters own."""
+def owned_keys(model: nn.Module) -> set[str]:
+    """The keys of what adapters own, and of the base parameters that train, under each name they are stored by."""
     inside = stack_prefixes(model)
-    state = model.state_dict(keep_vars=True)
-    return {
-        canonical(key)
-        for key, value in state.items()
-        if getattr(value, "requires_grad", False) or key.startswith(inside)
-    }
+    stored = nn.Module.state_dict(model, keep_vars=True)
+    trained = _trained(model)
+    return {canonical(key) for key, value in stored.items() if id(value) in trained or key.startswith(inside)}
 
 
-def _moved_buffers(model: nn.Module) -> set[str]:
-    record, root = injection_of(model), canonical(injected_name(model))
-    before = {} if record is None else {f"{root}.{name}" if root else name: b for name, b in record.buffers.items()}
-    buffers = {canonical(name): buffer for name, buffer in model.named_buffers()}
-    return {n for n, b in buffers.items() if n in before and not torch.equal(before[n].to(b), b)}
+def _trained(model: nn.Module) -> set[int]:
+    """The identities of the parameters that train; of a model without methods, of those that require gradients."""
+    record = injection_of(model)
+    if record is None:
+        return {id(p) for p in model.parameters() if p.requires_grad}
+    parameters = {canonical(n): p for n, p in injected_module(model).named_parameters(remove_duplicate=False)}
+    return {id(parameters[name]) for name in record.decided(parameters)}
+
+
+def moved_keys(model: nn.Module) -> set[str]:
+    """The keys of other values that changed since the methods were applied, and of a trained module's extra state."""
+    record, root = injection_of(model), injected_module(model)
+    if record is None:
+        return set()
+    trained = record.decided(_parameter_names(root))
+    record.moved |= record.start.moved(root, trained) | record.decided(extra_state(root))
+    prefix = canonical(injected_name(model))
+    stored = {canonical(key) for key in nn.Module.state_dict(model)}
+    moved = {f"{prefix}.{name}" if prefix else name for name in record.moved}
+    return moved & stored
+
+
+def settle(model: nn.Module) -> None:
+    """Decide that all that requires gradients now trains, and remember the values of the rest.
+
+    For the start of a fit: what the user unfroze or froze by hand before counts as well. Values that are remembered
+    already stay so, except where they were cast or sharded since.
+    """
+    record, root = injection_of(model), injected_module(model)
+    if record is None:
+        return
+    inside = stack_prefixes(root)
+    on = [name for name, p in root.named_parameters() if p.requires_grad]
+    base = [canonical(name) for name in on if not name.startswith(inside)]
+    record.kept |= set(base) - record.decided(base)
+    for name, trains in record.trains.items():
+        if any(key.startswith(stack_prefixes(root, name)) for key in on):
+            record.trains[name] = replace(trains, adapters=True)
+    record.start.mark(root, record.decided(_parameter_names(root)))
+
+
+def _parameter_names(model: nn.Module) -> list[str]:
+    return [canonical(name) for name, _ in model.named_parameters(remove_duplicate=False)]
 
 
 def adapter_state(model: nn.Module, name: str | None = None) -> dict[str, Tensor]:
     """The trainable state by key: what a checkpoint holds.
 
+    The values are tensors, except extra state that a module of the base gives in another form.
+
     Args:
         model: a model that methods were applied to.
-        name: one adapter's tensors only; by default all that trains, heads and moved buffers included.
+        name: one adapter's tensors only; by default all that trains, heads and other moved values included.
 
     Raises:
         ValueError: the model has no adapter of that name.
     """
     if name is None:
         keys = trainable_keys(model)
-        return {canonical(k): v for k, v in model.state_dict().items() if canonical(k) in keys}
+        return {canonical(k): v for k, v in nn.Module.state_dict(model).items() if canonical(k) in keys}
     check_known(model, name)
     inside = stack_prefixes(model, name)
-    return {canonical(k): v for k, v in model.state_dict().items() if k.startswith(inside)}
+    return {canonical(k): v for k, v in nn.Module.state_dict(model).items() if k.startswith(inside)}
 
 
 def check_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -89,9 +127,9 @@ def check_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     Raises:
         StateError: keys are missing, unknown, misshapen, empty or not finite.
     """
-    current = {canonical(k): v for k, v in model.state_dict().items()}
+    current = {canonical(k): v for k, v in nn.Module.state_dict(model).items()}
     given = {canonical(k): v for k, v in state.items()}
-    expected = _owned_keys(model)
+    expected, extra = owned_keys(model), extra_state(model)
     problems = []
     missing, unknown = sorted(expected - given.keys()), sorted(given.keys() - current.keys())
     if missing:
@@ -99,6 +137,8 @@ def check_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     if unknown:
         problems.append(f"unknown to this model: {_listed(unknown, missing or current)}")
     for key in sorted(given.keys() & current.keys()):
+        if key in extra:
+            continue  # its module checks it
         if given[key].shape != current[key].shape:
             shapes = f"{tuple(given[key].shape)} in the file, {tuple(current[key].shape)} in the model"
             problems.append(f"{key}: {shapes}")
@@ -115,8 +155,9 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         StateError: see :func:`check_state`; nothing is loaded then.
     """
     check_state(model, state)
-    names = {canonical(k): k for k in model.state_dict()}
+    names = {canonical(k): k for k in nn.Module.state_dict(model)}
     nn.Module.load_state_dict(model, {names[canonical(k)]: v for k, v in state.items()}, strict=False)
+    moved_keys(model)  # what the state moved stays part of it, also where a cast follows
 
 
 def _listed(keys: list[str], others: Iterable[str]) -> str:
@@ -138,7 +179,7 @@ def fingerprint(
         samples: values taken from each, evenly over the tensor.
         leave_out: names of parameters that are frozen now and train later.
     """
-    frozen = _tensors_but(model, _owned_keys(model) | _moved_buffers(model) | set(leave_out))
+    frozen = _tensors_but(model, trainable_keys(model) | set(leave_out) | extra_state(model).keys())
     shapes = hashlib.sha256(repr([(n, tuple(t.shape)) for n, t in sorted(frozen.items())]).encode()).hexdigest()
     names = list(frozen)
     chosen = names[:: max(1, len(names) // tensors)]
@@ -159,7 +200,7 @@ def check_fingerprint(model: nn.Module, saved: Mapping[str, Any], plain: bool = 
     """
     if any(stack.merged is not None for stack in stacks(model).values()):
         raise StateError("adapters are merged into the base, so that it cannot be compared: lp.unmerge(model) first")
-    trained = set() if plain else _owned_keys(model) | _moved_buffers(model)
+    trained = set() if plain else trainable_keys(model)
     frozen = _tensors_but(model, trained)
     for name, values in saved["values"].items():
         if name in trained:
@@ -181,7 +222,7 @@ def check_fingerprint(model: nn.Module, saved: Mapping[str, Any], plain: bool = 
 
 
 def _tensors_but(model: nn.Module, without: set[str]) -> dict[str, Tensor]:
-    state = {canonical(k): v for k, v in model.state_dict().items() if isinstance(v, Tensor)}
+    state = {canonical(k): v for k, v in nn.Module.state_dict(model).items() if isinstance(v, Tensor)}
     return {k: v for k, v in state.items() if k not in without}
 
 

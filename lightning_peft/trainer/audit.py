@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lightning_peft.core.host import AdapterStack, hosts, stacks
 from lightning_peft.core.record import injection_of
 from lightning_peft.core.sites import output_head, weight_sites
-from lightning_peft.core.state import adapter_state
+from lightning_peft.core.state import adapter_state, owned_keys
 from lightning_peft.core.swap import add_mixin, remove_mixin
 from lightning_peft.ops.finite import is_finite
 
@@ -272,7 +272,8 @@ def audit_ranks(model: nn.Module) -> None:
     """All ranks of a distributed run hold the same adapters; sharded ones are left out."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return
-    state = {k: v for k, v in adapter_state(model).items() if not v.is_meta and not hasattr(v, "_local_tensor")}
+    own, full = owned_keys(model), adapter_state(model)
+    state = {k: v for k, v in full.items() if k in own and not v.is_meta and not hasattr(v, "_local_tensor")}
     digest = {k: (tuple(v.shape), float(v.double().sum()), float(v.double().norm())) for k, v in state.items()}
     for rank, keys in _differences(digest):
         raise AuditError(f"rank {rank} holds other adapters than rank 0: {_few(keys)}")

@@ -74,7 +74,7 @@ class _Trainable(nn.Module):
         record = injection_of(model)
         if record is not None and any(method.train_norm_stats for method in record.methods.values()):
             for name, buffer in model.named_buffers():
-                if name in record.buffers:
+                if name in record.start.buffers:
                     self.register_buffer(canonical(name).replace(".", "/"), buffer)
 
 

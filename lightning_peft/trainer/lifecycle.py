@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import nn
 
 from lightning_peft.core.record import injection_of
-from lightning_peft.core.state import canonical
+from lightning_peft.core.state import canonical, settle
 from lightning_peft.trainer import audit, logs
 from lightning_peft.trainer.averaging import adapt_averaging
 from lightning_peft.trainer.module import adapt_module
@@ -62,6 +62,7 @@ class Lifecycle(Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._watched, self._called, self._ranks_checked = set(), None, False
+        settle(pl_module)
         audit.audit_active(pl_module)
         audit.audit_head(pl_module)
         audit.audit_hyperparameters(pl_module.hparams)

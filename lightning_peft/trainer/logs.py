@@ -6,14 +6,14 @@ import json
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from rich.console import Console
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_peft.core.record import Injection
 from lightning_peft.core.state import adapter_state
@@ -35,8 +35,7 @@ def log_start(trainer: L.Trainer, record: Injection) -> None:
 
 def log_end(trainer: L.Trainer, model: nn.Module) -> None:
     """Print the checkpoint's size beside the full model's; give W&B the adapter as an artifact of its own."""
-    full = sum(t.numel() * t.element_size() for t in nn.Module.state_dict(model).values())
-    trained = sum(t.numel() * t.element_size() for t in adapter_state(model).values())
+    full, trained = (_bytes(state) for state in (nn.Module.state_dict(model), adapter_state(model)))
     lines = [f"trainable state {_size(trained)}, full model {_size(full)}"]
     for callback in trainer.checkpoint_callbacks:
         path = Path(getattr(callback, "best_model_path", "") or "")
@@ -125,9 +124,14 @@ def _counts(model: nn.Module) -> dict[str, Any]:
 
 def save_trainable(model: nn.Module, folder: Path) -> None:
     """Write the trainable state as ``adapter_model.safetensors`` and its manifest as ``adapter_config.json``."""
-    state = {k: v.detach().cpu().contiguous().clone() for k, v in adapter_state(model).items()}
+    tensors = {k: v for k, v in adapter_state(model).items() if isinstance(v, Tensor)}
+    state = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
     save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     (folder / "adapter_config.json").write_text(json.dumps(manifest(model), indent=2, sort_keys=True))
+
+
+def _bytes(state: Mapping[str, Any]) -> int:
+    return sum(t.numel() * t.element_size() for t in state.values() if isinstance(t, Tensor))
 
 
 def _size(size: float) -> str:

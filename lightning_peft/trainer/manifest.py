@@ -99,13 +99,7 @@ def trains(model: nn.Module, name: str) -> bool:
     """Whether what was put in under ``name`` trains; a loaded adapter is frozen, and a part of the base so to speak."""
     record = injection_of(model)
     assert record is not None
-    own = record.trains.get(name)
-    return (own is not None and bool(own.modules or own.parameters)) or any(
-        parameter.requires_grad
-        for stack in stacks(model).values()
-        if name in stack
-        for parameter in stack[name].parameters()
-    )
+    return bool(record.trains.get(name))
 
 
 def has_copies(model: nn.Module, name: str) -> bool:

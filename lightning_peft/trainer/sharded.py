@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_peft.core.state import StateError, adapter_state, canonical, check_state
+from lightning_peft.core.record import injection_of
+from lightning_peft.core.state import StateError, adapter_state, canonical, check_state, moved_keys
 from lightning_peft.core.torch_file import read_torch_file
 from lightning_peft.trainer.module import trimmed
 
-__all__ = ["adapt"]
+__all__ = ["adapt", "agree_on_moved"]
 
 
 def adapt(strategy: Any) -> None:
@@ -25,10 +26,11 @@ def adapt(strategy: Any) -> None:
     def lightning_module_state_dict() -> dict[str, Any]:
         module = strategy.lightning_module
         assert module is not None
+        agree_on_moved(module)
         state = trimmed(module, adapter_state(module))
         if strategy._save_distributed_checkpoint:
             return state
-        full = {k: whole(v).detach().cpu() for k, v in state.items()}  # every rank takes part in the gathering
+        full = {k: _gathered(v) for k, v in state.items()}  # every rank takes part in the gathering
         return full if strategy.is_global_zero else {}
 
     def load_checkpoint(checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
@@ -40,9 +42,23 @@ def adapt(strategy: Any) -> None:
     setattr(strategy, "load_checkpoint", load_checkpoint)  # noqa: B010
 
 
+def agree_on_moved(module: nn.Module | None) -> None:
+    """Let every rank save the values that moved on any rank: of a sharded parameter, each rank sees its own part."""
+    record = None if module is None else injection_of(module)
+    if module is not None and record is not None and torch.distributed.is_initialized():
+        moved_keys(module)
+        everywhere: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(everywhere, record.moved)
+        record.moved = set().union(*everywhere)
+
+
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """A sharded tensor put together again, on every rank; others as they are."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def _gathered(value: Any) -> Any:
+    return whole(value).detach().cpu() if isinstance(value, torch.Tensor) else value
 
 
 def _load_file(strategy: Any, path: Path, weights_only: bool) -> dict[str, Any]:

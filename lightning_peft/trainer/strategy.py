@@ -13,7 +13,7 @@ import lightning as L
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_peft.core.state import StateError, canonical, trainable_keys
+from lightning_peft.core.state import StateError, canonical, owned_keys
 from lightning_peft.trainer import sharded
 from lightning_peft.trainer.module import trimmed
 from lightning_peft.trainer.packages import lightning_classes
@@ -52,6 +52,8 @@ def adapt_strategy(trainer: L.Trainer, restore_streams: Callable[[Any], None]) -
     load, load_optimizers = strategy.load_checkpoint, strategy.load_optimizer_state_dict
 
     def lightning_module_state_dict() -> dict[str, Any]:
+        if isinstance(strategy, lightning_classes("strategies.FSDPStrategy")):
+            sharded.agree_on_moved(strategy.lightning_module)
         return trimmed(strategy.lightning_module, full_state())
 
     def load_checkpoint(checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
@@ -62,7 +64,7 @@ def adapt_strategy(trainer: L.Trainer, restore_streams: Callable[[Any], None]) -
         try:
             load_optimizers(checkpoint)
         except ValueError as error:
-            now = trainable_keys(strategy.lightning_module)
+            now = owned_keys(strategy.lightning_module)
             frozen = sorted({canonical(k) for k in checkpoint["state_dict"]} - now)
             why = f"it trained {', '.join(frozen[:4])}, which this run freezes" if frozen else str(error)
             raise StateError(f"the checkpoint's optimizer state does not fit this run: {why}") from error

@@ -1,0 +1,121 @@
+"""What trains is decided at injection: checkpoints hold it whatever hooks and flags do in between."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+import torchmetrics
+from torch import Tensor, nn
+
+import lightning_peft as lp
+
+from .toys import Toy, loader, lora, same, trainer, val_loader
+
+
+class FrozenForValidation(Toy):
+    def on_validation_epoch_start(self) -> None:
+        self.freeze()
+
+    def on_train_epoch_start(self) -> None:
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_("adapters" in name or name.startswith("head."))
+
+
+class Toggled(Toy):
+    """Freezes what does not step, and leaves it so."""
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_("adapters" in name or name.startswith("head."))
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.requires_grad_(False)
+
+
+class Teacher(Toy):
+    """Moves an exponential average of its head, and centres, without gradients."""
+
+    def build(self) -> None:
+        super().build()
+        self.teacher = copy.deepcopy(self.head).requires_grad_(False)
+        self.centers = nn.Parameter(torch.zeros(16), requires_grad=False)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, index: int) -> None:
+        self.centers.data.lerp_(batch[0].mean(0), 0.1)
+        for mean, now in zip(self.teacher.parameters(), self.head.parameters()):
+            mean.data.lerp_(now.data, 0.1)
+
+
+class Scaled(nn.Linear):
+    scale = 1.0
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor([self.scale])
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.scale = float(state[0])
+
+
+class WithExtraState(Toy):
+    def build(self) -> None:
+        super().build()
+        torch.manual_seed(0)
+        self.head = Scaled(self.hparams.width, 2)
+        self.beside = Scaled(2, 2)
+        self.mean, self.all = torchmetrics.MeanMetric(), torchmetrics.CatMetric()
+        self.mean.persistent(True)
+        self.all.persistent(True)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, index: int) -> None:
+        self.head.scale += 1
+        self.beside.scale += 2
+        self.mean.update(outputs["loss"])
+        self.all.update(outputs["loss"])
+
+
+def state(module: L.LightningModule) -> dict[str, Any]:
+    return {k: v.clone() if isinstance(v, Tensor) else copy.deepcopy(v) for k, v in module.state_dict().items()}
+
+
+MODULES = [FrozenForValidation, Toggled, Teacher, WithExtraState]
+
+
+@pytest.mark.parametrize("cls", MODULES)
+def test_a_checkpoint_holds_all_that_changed(tmp_path: Path, cls: type[Toy]) -> None:
+    run, module = trainer(tmp_path, method=lora(targets=["body.0", "body.4"]), max_epochs=1), cls()
+    run.fit(module, loader(), val_loader())
+    run.save_checkpoint(tmp_path / "x.ckpt")
+    back = lp.load_from_checkpoint(cls, tmp_path / "x.ckpt")
+    assert same(state(back), state(module))
+    stored = torch.load(tmp_path / "x.ckpt", weights_only=True)
+    assert "body.0.weight" not in stored["state_dict"]
+    assert stored["lightning_peft"]["methods"][0]["trains"]
+
+
+@pytest.mark.parametrize("cls", [Teacher, WithExtraState])
+def test_a_resumed_run_ends_as_one_that_never_stopped(tmp_path: Path, cls: type[Toy]) -> None:
+    def fit(epochs: int, **options: Any) -> tuple[L.Trainer, Toy]:
+        L.seed_everything(0, verbose=False)
+        run, module = trainer(tmp_path, method=lora(targets=["body.0", "body.4"]), max_epochs=epochs), cls()
+        run.fit(module, loader(), val_loader(), **options)
+        return run, module
+
+    whole = fit(2)[1]
+    fit(1)[0].save_checkpoint(tmp_path / "half.ckpt")
+    assert same(state(fit(2, ckpt_path=tmp_path / "half.ckpt")[1]), state(whole))
+
+
+def test_what_the_user_unfreezes_before_the_fit_is_saved(tmp_path: Path) -> None:
+    module = Toy()
+    lp.apply(module, lora(trainable=[]))
+    module.head.requires_grad_(True)
+    module.on_validation_epoch_start = lambda: module.freeze()
+    run = trainer(tmp_path, method=lora(trainable=[]), max_epochs=1, num_sanity_val_steps=0)
+    run.fit(module, loader(), val_loader())
+    run.save_checkpoint(tmp_path / "x.ckpt")
+    assert {"head.weight", "head.bias"} <= torch.load(tmp_path / "x.ckpt", weights_only=True)["state_dict"].keys()
