@@ -16,9 +16,10 @@ from lightning_peft.core.record import injection_of
 from lightning_peft.core.state import canonical, settle
 from lightning_peft.trainer import audit, logs
 from lightning_peft.trainer.averaging import adapt_averaging
+from lightning_peft.trainer.loaders import TrainingLoaders
 from lightning_peft.trainer.module import adapt_module
 from lightning_peft.trainer.packages import check_packages
-from lightning_peft.trainer.resume import gather, mine, rng_state, set_rng_state
+from lightning_peft.trainer.resume import gather, mine, rng_state
 from lightning_peft.trainer.strategy import adapt_strategy
 
 __all__ = ["Lifecycle"]
@@ -30,7 +31,7 @@ class Lifecycle(Callback):
     """The Trainer's side of all attached methods."""
 
     def __init__(self) -> None:
-        self._rng: Any = None
+        self._loaders = TrainingLoaders()
         self._gradients: dict[str, torch.Tensor] = {}
         self._gradient_audit: audit.GradientAudit | None = None
         self._calls: audit.CallAudit | None = None
@@ -55,7 +56,7 @@ class Lifecycle(Callback):
             callbacks.insert(methods[0] + 1 if methods else len(callbacks), there[0])
         adapt_averaging(callbacks)
         adapt_module(module)
-        adapt_strategy(trainer, there[0].restore_streams)
+        adapt_strategy(trainer, there[0]._loaders)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self.install(trainer, pl_module)
@@ -75,7 +76,7 @@ class Lifecycle(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         audit.audit_ranks(pl_module)
-        self.restore_streams(trainer)
+        self._loaders.saved.restore(trainer)
         for name, parameter in pl_module.named_parameters():
             if canonical(name) in self._gradients:
                 parameter.grad = self._gradients[canonical(name)].to(parameter.device)
@@ -134,25 +135,14 @@ class Lifecycle(Callback):
         if trainer.is_global_zero and injection_of(pl_module) is not None:
             logs.log_end(trainer, pl_module)
 
-    def restore_streams(self, trainer: Any) -> None:
-        """Put the random streams back to where the checkpoint saw them; the first call after loading one does."""
-        state, self._rng = self._rng, None
-        if state is None:
-            return
-        set_rng_state(state)
-        fit = trainer.fit_loop
-        if fit._combined_loader is not None and fit._combined_loader_states_to_load:
-            # Lightning gives loaders their state in the middle of an epoch only; their generators go on at its end.
-            fit._combined_loader._load_state_dicts(fit._combined_loader_states_to_load)
-            fit._combined_loader_states_to_load = []
-
     def state_dict(self) -> dict[str, Any]:
         return {"rng": gather(rng_state())}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._rng = mine(state_dict["rng"])
+        self._loaders.saved.load(state_dict["rng"])
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._loaders.save_released(checkpoint)
         # Between two steps of accumulation the gradients so far are part of the state.
         if trainer.accumulate_grad_batches > 1 and trainer.fit_loop._should_accumulate():
             grads = {canonical(n): p.grad.cpu() for n, p in pl_module.named_parameters() if p.grad is not None}

@@ -6,7 +6,7 @@ by weights-only saves, and DeepSpeed ignores what a hook leaves in the checkpoin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
@@ -15,19 +15,19 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_peft.core.state import StateError, canonical, owned_keys
 from lightning_peft.trainer import sharded
+from lightning_peft.trainer.loaders import TrainingLoaders
 from lightning_peft.trainer.module import trimmed
 from lightning_peft.trainer.packages import lightning_classes
-from lightning_peft.trainer.resume import make_resumable
 
 __all__ = ["adapt_strategy"]
 
 
-def adapt_strategy(trainer: L.Trainer, restore_streams: Callable[[Any], None]) -> None:
+def adapt_strategy(trainer: L.Trainer, loaders: TrainingLoaders) -> None:
     """Put the changes on this strategy object; idempotent.
 
     Args:
         trainer: its strategy is changed.
-        restore_streams: see :func:`lightning_peft.trainer.resume.make_resumable`.
+        loaders: make the training loaders resumable, for the time of a fit.
 
     Raises:
         MisconfigurationException: FSDP's sharded checkpoints.
@@ -49,7 +49,7 @@ def adapt_strategy(trainer: L.Trainer, restore_streams: Callable[[Any], None]) -
             "result with lp.load_from_checkpoint, or train with strategy='ddp'"
         )
     full_state, process = strategy.lightning_module_state_dict, strategy.process_dataloader
-    load, load_optimizers = strategy.load_checkpoint, strategy.load_optimizer_state_dict
+    end, load, load_optimizers = strategy.teardown, strategy.load_checkpoint, strategy.load_optimizer_state_dict
 
     def lightning_module_state_dict() -> dict[str, Any]:
         if isinstance(strategy, lightning_classes("strategies.FSDPStrategy")):
@@ -71,12 +71,17 @@ def adapt_strategy(trainer: L.Trainer, restore_streams: Callable[[Any], None]) -
 
     def process_dataloader(loader: object) -> object:
         loader = process(loader)
-        return make_resumable(loader, trainer, restore_streams) if trainer.training else loader
+        return loaders.wrap(loader, trainer) if trainer.training else loader
+
+    def teardown() -> None:  # after every run, and after an exception and the callbacks that save on one
+        loaders.release(trainer)
+        end()
 
     strategy.lightning_module_state_dict = lightning_module_state_dict
     strategy.load_checkpoint = load_checkpoint
     strategy.load_optimizer_state_dict = load_optimizer_state_dict
     strategy.process_dataloader = process_dataloader
+    strategy.teardown = teardown
     if isinstance(strategy, lightning_classes("strategies.ModelParallelStrategy")):
         sharded.adapt(strategy)
     if hasattr(strategy, "exclude_frozen_parameters"):
