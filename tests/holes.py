@@ -7,6 +7,7 @@ from tests.kinds import KINDS
 ANY = "*"
 
 _READS = "dropout acts on a layer's input; here the module reads the weight itself"
+_NOT_CALLED = "its layers are read and not called: an error at the first forward, or by the audit"
 _NO_VECTORS = "the gate reads the vectors that a linear layer is called with"
 _SHARED = "its three projections share one bias, which cannot change with one of them"
 _NO_SHIFT = "an embedding or a bare parameter has no bias, so no place for a shift"
@@ -70,6 +71,7 @@ HOLES: dict[tuple[str, str, str], str] = {
         (method, ANY, "seeded"): _FIXED
         for method in ("lora_pissa", "lora_olora", "vera", "oft", "ia3", "ia3_inputs", "ssf")
     },
+    **{(method, "reads", ANY): _NOT_CALLED for method in ("lora_dropout", "bottleneck")},
     ("lora_dropout", ANY, "modes"): "random while training",
     **{
         (method, "resnet", invariant): _NORMS

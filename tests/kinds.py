@@ -23,6 +23,7 @@ from tests.models import (
     FusedQKV,
     Logits,
     MixtureLM,
+    Reads,
     ResNet,
     Scaled,
     TiedLM,
@@ -142,6 +143,14 @@ KINDS: dict[str, Kind] = {
         ["qkv.*"],
         head="head",
         last=("proj.2", "head"),
+    ),
+    "reads": Kind(
+        Reads,
+        _noise(3, 5, 6),
+        {"up": (12, 6), "down": (6, 12), "conv": (6, 9)},
+        ["up", "down", "conv"],
+        head="head",
+        last=("conv", "head"),
     ),
     "conv1d": Kind(
         lambda: Convolutions(

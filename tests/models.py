@@ -37,6 +37,23 @@ class FusedQKV(nn.Module):
         return self.head(x)
 
 
+class Reads(nn.Module):
+    """A block that reads the weights of its layers and computes without calling them, as Swin and Mamba do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(6, 12)
+        self.down = nn.Linear(12, 6)
+        self.conv = nn.Conv1d(6, 6, 3, groups=2)
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(F.linear(x, self.up.weight, self.up.bias))
+        x = x + h @ self.down.weight.t() + self.down.bias
+        x = x + F.conv1d(x.mT, self.conv.weight, self.conv.bias, padding=1, groups=self.conv.groups).mT
+        return self.head(torch.tanh(x))
+
+
 class Convolutions(nn.Sequential):
     """Convolutions with a smooth function after each."""
 

@@ -16,7 +16,10 @@ from torch import Tensor, nn
 from lightning_peft.core.row_links import AfterRows, RowLink
 from lightning_peft.core.sites import Site
 
-__all__ = ["Adapter", "WeightAdapter", "WeightGroup"]
+__all__ = ["BIASES", "Adapter", "WeightAdapter", "WeightGroup"]
+
+#: the bias that goes with a weight, by name in the host
+BIASES = {"weight": "bias", "in_proj_weight": "in_proj_bias", "out_proj.weight": "out_proj.bias"}
 
 
 class Adapter(nn.Module):
@@ -36,6 +39,16 @@ class Adapter(nn.Module):
     def copies(self) -> Mapping[str, Tensor]:
         """What stands in place of the host's own parameters and buffers, by name; empty where nothing does."""
         return {}
+
+    def changes(self) -> frozenset[str]:
+        """The names of the host's parameters and buffers that have another value with this adapter."""
+        found = {*self.copies(), *self.weights()}
+        changed = {p for p, part in self.weights().items() if part.changes_bias and p in BIASES}
+        return frozenset(found | {BIASES[parameter] for parameter in changed})
+
+    def unreadable(self) -> str | None:
+        """Why code that reads an adapted weight cannot get what this adapter does to it now; None if it can."""
+        return next((why for part in self.weights().values() if (why := part.unreadable()) is not None), None)
 
     @property
     def replacement(self) -> Adapter | None:
@@ -112,6 +125,9 @@ class WeightAdapter(Adapter):
     def transform_bias(self, bias: Tensor | None) -> Tensor | None:
         """The adapted bias (out,), for methods that change it with the weight; None where there is none."""
         return bias
+
+    def unreadable(self) -> str | None:
+        return None
 
     def low_rank(self) -> tuple[Tensor, Tensor] | None:
         """A (..., k, in) and B (..., out, k) whose product B A is :meth:`delta`; None where there is no such form."""

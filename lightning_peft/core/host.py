@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
-from lightning_peft.core.adapter import Adapter
+from lightning_peft.core.adapter import Adapter, WeightAdapter
+from lightning_peft.core.effective import as_attributes, effective_weights, run_in_place, stored_tensor
 from lightning_peft.core.later_forward import set_forward
+from lightning_peft.core.reads import computing, forward_values, refused, run_with_values
 from lightning_peft.core.swap import add_mixin, check_mixin, has_mixin, original_class, remove_mixin
 
 __all__ = [
@@ -35,7 +36,6 @@ __all__ = [
     "deactivate",
     "detach",
     "disabled",
-    "effective_weights",
     "hosts",
     "set_active",
     "stack_prefixes",
@@ -54,6 +54,8 @@ class AdapterStack(nn.ModuleDict):
         skipped: the adapters that are left out here, whatever is active.
         router: what chooses the adapters for each row of the batch; None where all rows have the active ones.
         place: where the router finds the rows.
+        changed: names of the host's parameters and buffers that some of the adapters change.
+        attributes: the host's attributes that these are read from.
         named: the adapters that rows of some batch have named so far; None where none was ever routed.
     """
 
@@ -76,6 +78,10 @@ class AdapterStack(nn.ModuleDict):
     def refresh(self) -> None:
         """Work out what runs, after the names, ``active``, ``disabled`` or ``merged`` have changed."""
         self._folded, self._around = self._parts(() if self.disabled else self.active)
+        parts = [part for adapter in self.values() for part in cast(Adapter, adapter).parts()]
+        weights = {part.parameter for part in parts if isinstance(part, WeightAdapter)}
+        self.changed = frozenset(weights.union(*(part.changes() for part in parts)))
+        self.attributes = frozenset(name.partition(".")[0] for name in self.changed)
 
     def _parts(self, names: Iterable[str]) -> tuple[tuple[Adapter, ...], tuple[Adapter, ...]]:
         left = tuple(n for n in self if n in names and n not in self.merged_names and n not in self.skipped)
@@ -108,10 +114,27 @@ class AdapterStack(nn.ModuleDict):
         """The host's output with the active adapters for all rows."""
         call = forward
         if self._folded:
-            call = functools.partial(_run_with, host, effective_weights(host, self._folded), forward)
+            call = functools.partial(run_in_place, host, effective_weights(host, self._folded), forward)
         for adapter in self._around:
             call = functools.partial(adapter.run, host, call)
         return call(*args, **kwargs)
+
+    def values_to_read(self, host: nn.Module, name: str) -> dict[str, Any]:
+        """The adapted values behind the host's attribute ``name``, for code outside of its forward; may be empty."""
+        running, rows_differ = self.running(), False
+        if self.router is not None and not self.disabled:
+            names = self.router.names_to_read(host)
+            running, rows_differ = sum(self._parts(names or ()), ()), names is None
+        problem = next((why for adapter in running if (why := adapter.unreadable()) is not None), None)
+        if rows_differ:
+            problem = (
+                f"{self.place} has different adapters for the rows of the batch, and another module reads its "
+                f"{name!r}, one value for all rows. Run the rows of each adapter in a batch of their own"
+            )
+        if problem is None:
+            return as_attributes(host, effective_weights(host, running, only=name))
+        stored = {n: stored_tensor(host, n) for n in self.changed if n.partition(".")[0] == name}
+        return as_attributes(host, {n: refused(t, problem) for n, t in stored.items() if t is not None})
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "router": None}  # a copy is not inside the context
@@ -123,12 +146,15 @@ class Adapted(nn.Module):
     adapters: AdapterStack
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.adapters.run(self, super().forward, args, kwargs)
+        run = functools.partial(self.adapters.run, self, super().forward)
+        return run_with_values(self, {}, run, (args, kwargs), {})
 
     def __getattr__(self, name: str) -> Any:
-        in_place = self.__dict__.get("_weights_in_place")
-        if in_place is not None and name in in_place:
-            return in_place[name]
+        values = forward_values(self)
+        if values is None and name in _adapted_attributes(self) and computing():
+            values = self.adapters.values_to_read(self, name)
+        if values is not None and name in values:
+            return values[name]
         return super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -138,83 +164,9 @@ class Adapted(nn.Module):
             super().__setattr__(name, value)
 
 
-class _Projection:
-    """Stands in for an attention's ``out_proj``, of which only weight and bias are read."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        self.weight = weight
-        self.bias = bias
-
-
-BIASES = {"weight": "bias", "in_proj_weight": "in_proj_bias", "out_proj.weight": "out_proj.bias"}
-
-
-def effective_weights(
-    host: nn.Module, adapters: Sequence[Adapter], dtype: torch.dtype | None = None
-) -> dict[str, Tensor]:
-    """The host's weights, and the biases that change with them, after ``adapters`` in order.
-
-    What an adapter puts in place of the host's own hides what earlier ones have made of it.
-
-    Args:
-        host: the module that owns them.
-        adapters: applied one after the other.
-        dtype: what to compute and return in; by default the type each is stored in.
-
-    Returns:
-        Tensors by parameter name, in the shape each is stored in.
-    """
-    now: dict[str, Tensor] = {}
-
-    def current(name: str) -> Tensor | None:
-        if name in now:
-            return now[name]
-        stored = stored_tensor(host, name)
-        return stored if stored is None or dtype is None else stored.to(dtype)
-
-    for adapter in adapters:
-        for name, copy in adapter.copies().items():
-            stored = stored_tensor(host, name)
-            assert stored is not None
-            now[name] = copy.to(dtype or stored.dtype) if copy.is_floating_point() else copy
-        for parameter, part in adapter.weights().items():
-            stored = current(parameter)
-            assert stored is not None
-            matrix = part.transform(part.layout.matrix(stored)).to(stored.dtype)
-            now[parameter] = part.layout.stored(matrix, stored)
-            if parameter in BIASES and part.changes_bias:
-                bias = part.transform_bias(current(BIASES[parameter]))
-                if bias is not None:
-                    now[BIASES[parameter]] = bias.to(stored.dtype)
-    return now
-
-
-def stored_tensor(host: nn.Module, name: str) -> Tensor | None:
-    """A parameter or buffer of the host or of its child, by dotted name; None where it has none."""
-    owner, _, last = name.rpartition(".")
-    module = host.get_submodule(owner)
-    return module._parameters[last] if last in module._parameters else module._buffers.get(last)
-
-
-def _run_with(host: Any, weights: dict[str, Tensor], forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    in_place: dict[str, Any] = {}
-    for name, weight in weights.items():
-        child, _, _ = name.rpartition(".")
-        if child:
-            pair = [weights.get(f"{child}.{n}", host._modules[child]._parameters[n]) for n in ("weight", "bias")]
-            in_place[child] = _Projection(*pair)
-        else:
-            in_place[name] = weight
-    flat = host._flat_weights if isinstance(host, nn.RNNBase) else None  # the list it reads instead of its weights
-    if flat is not None:
-        host._flat_weights = [in_place.get(n, w) for n, w in zip(host._flat_weights_names, flat)]
-    host._weights_in_place = in_place
-    try:
-        return forward(*args, **kwargs)
-    finally:
-        del host._weights_in_place
-        if flat is not None:
-            host._flat_weights = flat
+def _adapted_attributes(host: nn.Module) -> frozenset[str]:
+    stack = host.__dict__.get("_modules", {}).get("adapters")  # nothing is there while the module is being unpickled
+    return frozenset() if stack is None else stack.attributes
 
 
 def attach(model: nn.Module, host_name: str, name: str, adapter: Adapter) -> None:

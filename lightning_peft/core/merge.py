@@ -10,16 +10,14 @@ from torch import nn
 
 from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.decompose import evaluating
+from lightning_peft.core.effective import effective_weights, stored_tensor
 from lightning_peft.core.host import (
-    BIASES,
     AdapterStack,
     adapter_names,
     check_known,
     detach,
-    effective_weights,
     hosts,
     stacks,
-    stored_tensor,
 )
 from lightning_peft.core.layouts import Layout
 from lightning_peft.core.low_rank import LowRankAdapter, with_products
@@ -252,12 +250,7 @@ def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def _touched(adapter: Adapter) -> set[str] | None:
     """The host's own tensors that an adapter is a function of and changes; None where it is no weight change."""
-    touched = set(adapter.copies())
-    for parameter, part in adapter.weights().items():
-        touched.add(parameter)
-        if parameter in BIASES and part.changes_bias:
-            touched.add(BIASES[parameter])
-    return touched or None
+    return set(adapter.changes()) or None
 
 
 def _merged_weights(host_name: str, host: nn.Module, names: Iterable[str]) -> dict[str, torch.Tensor]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lightning_peft.core.adapter import Adapter
-from lightning_peft.core.host import stored_tensor
+from lightning_peft.core.effective import stored_tensor
 from lightning_peft.core.plan import Plan
 from lightning_peft.core.state import StateError
 from lightning_peft.core.swap import original_class
@@ -189,8 +189,6 @@ def _problem(value: Tensor, place: _Place) -> str | None:
         hasattr(hook, "compute_weight") for hook in owner._forward_pre_hooks.values()
     ):
         return "a weight is computed from it before the module runs: take the parametrization off first"
-    if kind.forward is nn.Module.forward:
-        return f"a {kind.__name__} is never called: the module around it reads its parameters, and would miss a copy"
     if base.is_floating_point() != value.is_floating_point():
         return f"{value.dtype} given, {base.dtype} in the base"
     if value.is_floating_point() and not is_finite(value):

@@ -56,39 +56,44 @@ class Router:
     def run(self, host: Any, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         """The output of an adapted module, each row with its adapters."""
         stack = cast(AdapterStack, host.adapters)
-        if torch.compiler.is_compiling():
-            run = self._route if self.open else stack.run_active
-            return run(host, forward, args, kwargs)
-        if in_backward():
-            return self._again(stack, host, forward, args, kwargs)
-        if not self.open:
-            self.unnoted = False
+        if (found := self._in_force(host, stack)) is None:
             return stack.run_active(host, forward, args, kwargs)
-        if torch.is_grad_enabled():
-            checkpoint = frame()
-            if checkpoint is not None:
-                note(checkpoint, (self, self.rows))
+        router, rows = found
+        if router is self and rows is self.rows:
+            return self._route(host, forward, args, kwargs)
+        with router.inside(rows):
+            return router._route(host, forward, args, kwargs)
+
+    def _in_force(self, host: nn.Module, stack: AdapterStack) -> tuple[Router, Rows] | None:
+        """The router and the rows that a run of ``host`` has now; None if all rows have the active adapters."""
+        now = (self, self.rows) if self.open else None
+        if torch.compiler.is_compiling():
+            return now
+        if in_backward():
+            if (checkpoint := frame()) is not None:
+                return cast("tuple[Router, Rows] | None", noted(checkpoint))
+            if not self.open and self.unnoted:
+                raise RowError(
+                    f"{stack.place} is run again in backward, after lp.rows was left, and which row has which adapter "
+                    "cannot be known: call backward inside the context, or checkpoint with use_reentrant=False"
+                )
+        elif not self.open:
+            self.unnoted = False
+        elif torch.is_grad_enabled():
+            if (checkpoint := frame()) is not None:
+                note(checkpoint, now)
         else:
             self.unnoted = self.unnoted or host.training
-        return self._route(host, forward, args, kwargs)
+        return now
 
-    def _again(self, stack: AdapterStack, host: Any, forward: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
-        """The output in a recomputation."""
-        checkpoint = frame()
-        if checkpoint is not None:
-            if (found := noted(checkpoint)) is None:
-                return stack.run_active(host, forward, args, kwargs)
-            router, rows = found
-            with router.inside(rows):
-                return router._route(host, forward, args, kwargs)
-        if self.open:
-            return self._route(host, forward, args, kwargs)
-        if self.unnoted:
-            raise RowError(
-                f"{stack.place} is run again in backward, after lp.rows was left, and which row has which adapter "
-                "cannot be known: call backward inside the context, or checkpoint with use_reentrant=False"
-            )
-        return stack.run_active(host, forward, args, kwargs)
+    def names_to_read(self, host: Any) -> tuple[str, ...] | None:
+        """The adapters that a value of the host has for code that reads it; None if the rows have different ones."""
+        stack = cast(AdapterStack, host.adapters)
+        if (found := self._in_force(host, stack)) is None:
+            return stack.active
+        router, rows = found
+        with router.inside(rows):
+            return router._planned(host, stack).all
 
     def close(self) -> None:
         """Leave the context: from now on only recomputations of what ran inside are routed."""
@@ -106,10 +111,7 @@ class Router:
 
     def _route(self, host: Any, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         stack = cast(AdapterStack, host.adapters)
-        key = stack.place, self.rows, stack.skipped
-        if key not in self._plans:
-            self._plans[key] = self._plan(host, stack)
-        plan = self._plans[key]
+        plan = self._planned(host, stack)
         if plan.all is not None:
             self._check_length(stack.place, args, kwargs)
             return stack.run_as(plan.all, host, forward, args, kwargs)
@@ -158,6 +160,12 @@ class Router:
         assert self.root is not None
         rows = [tuple(group) for group in groups.values()]
         return self.split(self.root, module, rows, lambda args, kwargs: forward(*args, **kwargs), args, kwargs)
+
+    def _planned(self, host: nn.Module, stack: AdapterStack) -> _Plan:
+        key = stack.place, self.rows, stack.skipped
+        if key not in self._plans:
+            self._plans[key] = self._plan(host, stack)
+        return self._plans[key]
 
     def _plan(self, host: nn.Module, stack: AdapterStack) -> _Plan:
         order = {name: i for i, name in enumerate(stack) if name not in stack.skipped}

@@ -28,18 +28,17 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core.adapter import Adapter, WeightAdapter
+from lightning_peft.core.adapter import BIASES, Adapter, WeightAdapter
 from lightning_peft.core.decompose import Factors, LowRankReport, change, evaluating, product
 from lightning_peft.core.delete import check_deletable, take_out
+from lightning_peft.core.effective import stored_tensor
 from lightning_peft.core.host import (
-    BIASES,
     adapter_names,
     check_known,
     check_name,
     check_unmerged,
     deactivate,
     stacks,
-    stored_tensor,
 )
 from lightning_peft.core.inject import put_in
 from lightning_peft.core.plan import Method, Plan

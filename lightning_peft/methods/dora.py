@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core.host import Adapted, effective_weights, stored_tensor
+from lightning_peft.core.effective import effective_weights, stored_tensor
+from lightning_peft.core.host import Adapted
 from lightning_peft.core.sites import Site
 from lightning_peft.core.swap import has_mixin
 from lightning_peft.methods.lora import LoRA, LoRAAdapter

@@ -35,6 +35,12 @@ class GatedLoRAAdapter(LoRAAdapter):
     def weights(self) -> Mapping[str, WeightAdapter]:
         return {}  # the gate depends on the input, so there is no weight to fold it into
 
+    def unreadable(self) -> str:
+        return (
+            f"a gate is not supported on {self.site_name!r}: another module reads this weight and computes without "
+            "calling its layer, so there is no input to open the gate by. Exclude it, or add an lp.LoRA for it"
+        )
+
     def output(self, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         gate = F.linear(x, self.gate.weight.to(x.dtype), self.gate.bias.to(x.dtype))
         return y + gate.sigmoid() * super().output(host, x, torch.zeros_like(y))

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_peft.core.adapter import WeightAdapter
-from lightning_peft.core.host import stored_tensor
+from lightning_peft.core.effective import stored_tensor
 from lightning_peft.core.plan import Plan
 from lightning_peft.core.sites import EmbeddingLayout, Site, weight_sites
 from lightning_peft.core.targets import TargetError, base_modules, match, no_match

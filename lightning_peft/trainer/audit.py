@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.host import AdapterStack, hosts, stacks
+from lightning_peft.core.reads import computing
 from lightning_peft.core.record import injection_of
 from lightning_peft.core.sites import output_head, weight_sites
 from lightning_peft.core.state import adapter_state, owned_keys
@@ -136,8 +137,9 @@ def audit_active(model: nn.Module) -> None:
 class CallAudit:
     """Notes which adapted modules are called, and which have their weights read, while one batch runs.
 
-    A module that was read and not called is bypassed: its parent computes with the weights on a path of its own,
-    and the adapter has no part in it. One that was neither is merely not used by this batch.
+    Code that reads a weight gets the adapted one. An adapter that works on activations needs the module to be called:
+    if the module was read and not called, a parent computes with its weights and the adapter is bypassed. A module
+    that was neither is not used by this batch.
 
     No hooks: their presence alone changes which path some modules take.
     """
@@ -159,7 +161,7 @@ class CallAudit:
             seen = host.__dict__.pop("_peft_seen")
             if "called" in seen:
                 called.add(name)
-            elif seen:
+            elif seen and any(not a.changes() for a in cast(AdapterStack, host.adapters).running()):
                 bypassed.append(name)
         self.watched = {}
         return called, bypassed
@@ -171,7 +173,8 @@ class CallAudit:
             report(
                 self.model,
                 f"the adapters of {_few(bypassed)} did not run in {where}: a parent module reads their weights and "
-                "computes without calling them. Exclude them, or adapt the module that reads them",
+                "computes without calling them, so their activations cannot be adapted. Exclude them, adapt the module "
+                "that reads them, or use a method that changes weights, such as lp.LoRA",
             )
         return called
 
@@ -184,7 +187,7 @@ class _Watched(nn.Module):
         return super().forward(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        if name in self.__dict__["_parameters"]:
+        if name in self.__dict__["_parameters"] and computing():
             self.__dict__["_peft_seen"].add(name)
         return super().__getattr__(name)
 

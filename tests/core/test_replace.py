@@ -240,7 +240,6 @@ def _model() -> nn.Module:
             "norm": nn.LayerNorm(4),
             "attn": nn.MultiheadAttention(4, 2),
             "conv": nn.Conv1d(4, 4, 1, groups=2),
-            "list": nn.ParameterList([nn.Parameter(torch.zeros(3))]),
             "weighted": nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)),
         }
     )
@@ -258,7 +257,6 @@ def _model() -> nn.Module:
         ({"conv.weight": torch.zeros(8, 2, 1), "conv.bias": torch.zeros(8)}, "whose groups or padding index"),
         ({"norm.weight": torch.full((4,), torch.nan)}, "norm.weight: holds NaN or infinity"),
         ({"norm.weight": torch.zeros(4, dtype=torch.int8)}, "torch.int8 given, torch.float32 in the base"),
-        ({"list.0": torch.zeros(3)}, "a ParameterList is never called"),
         (
             {"weighted.parametrizations.weight.original0": torch.zeros(3, 1)},
             "take the parametrization off first",

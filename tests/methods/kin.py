@@ -16,7 +16,8 @@ from torch.func import functional_call
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_peft as lp
-from lightning_peft.core.host import effective_weights, hosts
+from lightning_peft.core.effective import effective_weights
+from lightning_peft.core.host import hosts
 from lightning_peft.core.state import load_state
 
 CONVOLUTIONS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {

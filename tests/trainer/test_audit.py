@@ -29,6 +29,10 @@ def fit(root: Path, module: L.LightningModule, method: Any = None, **options: An
     return [str(w.message) for w in caught if "adapters" in str(w.message) or "gradient" in str(w.message)]
 
 
+def bottleneck(**options: Any) -> lp.BottleneckAdapter:
+    return lp.BottleneckAdapter(bottleneck_size=2, targets=["body.0"], trainable=["head"], **options)
+
+
 def pretrained(module: Toy) -> Toy:
     for layer in (module.body[0], module.body[4]):
         nn.init.normal_(layer.weight, std=0.05)
@@ -112,7 +116,10 @@ def test_gradients(tmp_path: Path) -> None:
     with pytest.raises(lp.AuditError, match=r"extra.adapters.default.lora_A.* in the first step"):
         fit(tmp_path, Unused(), max_steps=1)
     with pytest.raises(lp.AuditError, match=r"adapters of body.0 did not run in training"):
-        fit(tmp_path, Bypassed(), max_steps=1, num_sanity_val_steps=0)
+        fit(tmp_path, Bypassed(), bottleneck(), max_steps=1, num_sanity_val_steps=0)
+    assert (
+        fit(tmp_path, Bypassed(), lora(dropout=0.0), max_steps=1, num_sanity_val_steps=0) == []
+    )  # a weight that is read is adapted
     with pytest.raises(lp.AuditError, match=r"body.0.adapters.default.lora_A.*first step.*cut off from the loss"):
         fit(tmp_path, Detached(), max_steps=1)
     with pytest.raises(lp.AuditError, match=r"body.0.adapters.default.lora_A.*use_reentrant=True"):
@@ -123,10 +130,10 @@ def test_gradients(tmp_path: Path) -> None:
 
 def test_evaluation(tmp_path: Path) -> None:
     with pytest.raises(lp.AuditError, match=r"adapters of body.0 did not run in evaluation"):
-        fit(tmp_path, EvalBypassed())
-    warned = fit(tmp_path, EvalBypassed(), lora(audit="warn"), max_epochs=1)
+        fit(tmp_path, EvalBypassed(), bottleneck())
+    warned = fit(tmp_path, EvalBypassed(), bottleneck(audit="warn"), max_epochs=1)
     assert len(warned) == 1
-    module, run = EvalBypassed(), trainer(tmp_path)
+    module, run = EvalBypassed(), trainer(tmp_path, method=bottleneck())
     with pytest.raises(lp.AuditError, match=r"did not run in evaluation"):
         run.test(module, val_loader(), verbose=False)
     assert not any("Watched" in c.__name__ for m in module.modules() for c in type(m).__mro__)
