@@ -24,6 +24,7 @@ from lightning_peft.trainer.averaging import start_averaging
 from lightning_peft.trainer.groups import optimizers_in, remember_schedulers
 from lightning_peft.trainer.logs import continue_runs, run_ids
 from lightning_peft.trainer.manifest import KEY, check_manifest, manifest
+from lightning_peft.trainer.optimizers import add_adapters, configured
 
 __all__ = ["AdaptedModule", "adapt_module"]
 
@@ -61,26 +62,21 @@ class AdaptedModule(_LightningModule):
         return [*own, Lifecycle()] if loaded and self.trainer.state.fn == "fit" else own
 
     def configure_optimizers(self) -> Any:
-        frozen = [p for p in later_parameters(self) if not p.requires_grad]
-        for parameter in frozen:  # what trains later gets its groups now, by the user's own rules
-            parameter.requires_grad_(True)
-        configured = (self._peft_configure_optimizers or super().configure_optimizers)()
-        for parameter in frozen:
-            parameter.requires_grad_(False)
-        optimizers = list(optimizers_in(configured))
+        result = configured(self, self._peft_configure_optimizers or super().configure_optimizers)
+        optimizers = list(optimizers_in(result))
         if not optimizers:
             raise MisconfigurationException(
-                f"{type(self).__name__}.configure_optimizers returned no optimizer ({configured!r}), so no adapter "
+                f"{type(self).__name__}.configure_optimizers returned no optimizer ({result!r}), so no adapter "
                 "would ever train; return one over lp.trainable_parameters(self)"
             )
-        remember_schedulers(configured)
+        remember_schedulers(result)
+        add_adapters(optimizers, self)
         record = injection_of(self)
         for optimizer in optimizers:
-            _complete(optimizer, self)
             _drop_frozen(optimizer, {id(p) for p in later_parameters(self)})
             for method in record.methods.values() if record is not None else ():
                 method.regroup(optimizer, self)
-        return configured
+        return result
 
     @property
     def strict_loading(self) -> bool:
@@ -148,15 +144,6 @@ def trimmed(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if isinstance(value, Tensor) and value.numel() == 0:
             raise StateError(f"refusing to save {key}: it holds no values (a sharded tensor that was not gathered?)")
     return kept
-
-
-def _complete(optimizer: Optimizer, model: nn.Module) -> None:
-    """Add the adapters to an optimizer that was built over all parameters before they were in (LightningCLI's)."""
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    base = [p for name, p in model.named_parameters() if ".adapters." not in f".{name}"]
-    if len(optimizer.param_groups) == 1 and all(id(p) in held for p in base):
-        group = optimizer.param_groups[0]
-        group["params"] += [p for p in model.parameters() if p.requires_grad and id(p) not in held]
 
 
 def _drop_frozen(optimizer: Optimizer, later: set[int]) -> None:

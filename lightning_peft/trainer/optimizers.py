@@ -1,0 +1,103 @@
+"""Run a module's ``configure_optimizers`` so that the optimizers train what the methods train.
+
+Code that was written for the base may sort parameters by the names and classes it knows, and stop at an adapter's.
+Such code is given the module as it was before the methods; each adapter then joins the group of the weight it adapts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+from lightning.fabric.utilities.rank_zero import rank_zero_info
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_peft.core.adapter import Adapter
+from lightning_peft.core.host import AdapterStack, hosts, stored_tensor
+from lightning_peft.core.record import injected_module, injection_of, later_parameters
+from lightning_peft.core.state import canonical
+
+__all__ = ["add_adapters", "configured"]
+
+
+def configured(module: nn.Module, configure: Callable[[], Any]) -> Any:
+    """What ``configure`` returns for ``module``, or, if it cannot sort adapters, for the module without them."""
+    try:
+        with _requires_grad(p for p in later_parameters(module)):  # the user's own rules choose their groups now
+            return configure()
+    except Exception as error:
+        record = injection_of(module)
+        if record is None:
+            raise
+        inner = injected_module(module)
+        trained = [p for n, p in inner.named_parameters() if canonical(n) in record.trained_before]
+        try:
+            with _requires_grad(trained), _without_adapters(module):
+                found = configure()
+        except Exception:
+            raise error from None
+        rank_zero_info(
+            f"configure_optimizers raised {type(error).__name__} with adapters in the module, and ran without them: "
+            "each adapter joins the parameter group of the weight it adapts"
+        )
+        return found
+
+
+@contextmanager
+def _requires_grad(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    frozen = [p for p in parameters if not p.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+
+
+@contextmanager
+def _without_adapters(module: nn.Module) -> Iterator[None]:
+    before = [(host._modules, dict(host._modules)) for _, host in hosts(module)]
+    for children, _ in before:
+        del children["adapters"]
+    try:
+        yield
+    finally:
+        for children, all_of_them in before:
+            children.clear()
+            children.update(all_of_them)
+
+
+def add_adapters(optimizers: Iterable[Optimizer], module: nn.Module) -> None:
+    """Put every trainable parameter of an adapter that no optimizer holds into the group of the weight it adapts.
+
+    An adapter of no weight joins the group of its host's parameters, if the optimizers hold all of those. Where they do
+    not hold what is adapted, they do not train this part of the model, and the adapter is left out.
+    """
+    groups = {id(p): group for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    names = {id(p): name for name, p in module.named_parameters()}
+    for host_name, host in hosts(module):
+        for adapter in cast(AdapterStack, host.adapters).values():
+            missing = [p for p in adapter.parameters() if p.requires_grad and id(p) not in groups]
+            adapted = _adapted(module, host_name, host, cast(Adapter, adapter)) if missing else []
+            if adapted and all(id(p) in groups for p in adapted):
+                group = groups[id(adapted[0])]
+                group["params"] += missing
+                if "param_names" in group:
+                    group["param_names"] += [names[id(p)] for p in missing]
+                groups |= {id(p): group for p in missing}
+
+
+def _adapted(module: nn.Module, host_name: str, host: nn.Module, adapter: Adapter) -> list[Any]:
+    """The base's parameters that an adapter changes: weights, or those of its host or the nearest module around it."""
+    names = [name for part in adapter.parts() for name in (*part.weights(), *part.copies())]
+    weights = [p for name in names if isinstance(p := stored_tensor(host, name), nn.Parameter)]
+    parts = host_name.split(".") if host_name else []
+    for depth in range(len(parts), -1, -1):
+        if weights:
+            break
+        around = module.get_submodule(".".join(parts[:depth]))
+        weights = [p for name, p in around.named_parameters() if ".adapters." not in f".{name}"]
+    return weights
