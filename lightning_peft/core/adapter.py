@@ -87,12 +87,25 @@ class Adapter(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Adapter:
         # Adapters train in the type they were made in: casting a model down (``model.half()``, Lightning's
         # bf16-true) must not cost the small parameters their precision. Casting up is followed.
+        # ``to_empty`` gives values to what has none; adapters have theirs, on a base on the meta device too.
+        empties = _empties(fn)
+
         def keep_precision(t: Tensor) -> Tensor:
             out = fn(t)
+            if empties and not t.is_meta:
+                return t.to(out.device)
             lower = out.is_floating_point() and torch.finfo(out.dtype).eps > torch.finfo(t.dtype).eps
             return t.to(out.device) if lower else out
 
         return super()._apply(keep_precision, recurse)  # type: ignore[return-value]
+
+
+def _empties(fn: Callable[[Tensor], Tensor]) -> bool:
+    """Whether ``fn`` copies no values: only then does it make a real tensor of one on the meta device."""
+    try:
+        return not fn(torch.empty(0, device="meta")).is_meta
+    except (NotImplementedError, RuntimeError):
+        return False
 
 
 class WeightAdapter(Adapter):

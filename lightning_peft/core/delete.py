@@ -59,6 +59,7 @@ def take_out(model: nn.Module, name: str) -> None:
         names = [canonical(n) for n, _ in injected_module(model).named_parameters(remove_duplicate=False)]
         record.kept |= replace(record, trains={name: own}).decided(names)  # what it trained of the base goes on
         record.parts.pop(name, None)
+        record.hosts.pop(name, None)
         record.report.entries = [entry for entry in record.report.entries if entry.adapter != name]
         record.report.count(injected_module(model))
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from lightning_peft.core.consistency import check_record
 from lightning_peft.core.freeze import FullPrecision, freeze_norm_statistics, hold_statistics, keep_full_precision
 from lightning_peft.core.host import attach, check_host, hosts
 from lightning_peft.core.moved import Start
@@ -21,6 +22,7 @@ from lightning_peft.core.plan import Method, Plan
 from lightning_peft.core.record import Injection, Trains, injected_name, injection_of
 from lightning_peft.core.report import Report
 from lightning_peft.core.rollback import all_or_nothing
+from lightning_peft.core.saving_base import watch_saving
 from lightning_peft.core.state import canonical, fingerprint, settle
 from lightning_peft.core.swap import check_mixin, original_class
 from lightning_peft.core.targets import base_modules
@@ -49,6 +51,7 @@ def apply(model: nn.Module, *methods: Method) -> Report:
         TargetError: a pattern matches nothing.
         InjectionError: two methods under one name; a model that is compiled or sharded, or a part of one that has
             methods already; a module that can take no adapter; no method at all.
+        StateError: a module that carries adapters was replaced or resized after they were put in.
 
     Example::
 
@@ -57,6 +60,7 @@ def apply(model: nn.Module, *methods: Method) -> Report:
     """
     wanted: Sequence[Method] = methods or _callbacks_of(model)
     record = injection_of(model)
+    check_record(model)
     new = _not_yet_applied(wanted, record)
     if not new and record is not None:
         return record.report
@@ -103,12 +107,14 @@ def _put_in(model: nn.Module, plans: Mapping[str, tuple[Method, Plan]]) -> Repor
         adapters = any(p.requires_grad for _, _, adapter, _ in plan.attach for p in adapter.parameters())
         record.trains[name] = Trains(tuple(plan.train_modules), (*plan.train, *plan.later), adapters)
         record.parts[name] = list(parts_of(model, name, tensors=False))
+        record.hosts[name] = tuple(dict.fromkeys(canonical(host) for host, *_ in plan.attach))
     record.later = {n: v for n, v in record.later.items() if v is not None or not model.get_parameter(n).requires_grad}
     if not any(method.train_norm_stats for method in record.methods.values()):
         frozen = freeze_norm_statistics(model)
         if frozen and first:
             record.report.notes.append(f"{len(frozen)} frozen norm layers keep their running statistics")
     record.report.count(model)
+    watch_saving(model)
     if first:
         record.start = Start.of(model)
         model.__dict__["_peft_injection"] = record
@@ -136,6 +142,7 @@ def _widen(record: Injection, model: nn.Module, inner: str) -> None:
         adapter: Trains(tuple(map(outer, trains.modules)), tuple(map(outer, trains.parameters)), trains.adapters)
         for adapter, trains in record.trains.items()
     }
+    record.hosts = {adapter: tuple(map(outer, found)) for adapter, found in record.hosts.items()}
     for part in (part for parts in record.parts.values() for part in parts):
         part.host = outer(part.host)
     record.report.entries = [entry._replace(module=outer(entry.module)) for entry in record.report.entries]
@@ -219,8 +226,8 @@ def check_injectable(model: nn.Module) -> None:
     """Whether ``model`` can take adapters at all.
 
     Raises:
-        InjectionError: it is compiled, sharded or wrapped for distributed training, part of an adapted model, or has
-            parameters without a shape yet.
+        InjectionError: it is compiled, sharded or wrapped for distributed training, has PEFT's layers or parameters
+            without a shape yet, or is a part of an adapted model.
     """
     _check_initialised(model)
     if injection_of(model) is None and (adapted := next(hosts(model), None)) is not None:
@@ -234,6 +241,12 @@ def check_injectable(model: nn.Module) -> None:
             raise InjectionError(
                 f"{where} is already compiled, and compiled code would not see the adapters: apply the methods "
                 "first, then torch.compile the model"
+            )
+        if original_class(module).__module__.partition(".")[0] == "peft":
+            raise InjectionError(
+                f"{where} is PEFT's ({original_class(module).__name__}): methods would adapt PEFT's own layers, and "
+                "freeze what PEFT trains. Give the plain model (merge_and_unload() or unload() of the PeftModel), and "
+                "load what PEFT saved with lp.load_adapter"
             )
         mro = {c.__name__ for c in original_class(module).__mro__} | {c.__name__ for c in type(module).__mro__}
         if mro & {"FSDPModule", "FullyShardedDataParallel", "DistributedDataParallel"}:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lightning_peft.core.adapter import Adapter
+from lightning_peft.core.consistency import check_record
 from lightning_peft.core.decompose import evaluating
 from lightning_peft.core.effective import effective_weights, stored_tensor
 from lightning_peft.core.host import (
@@ -22,7 +23,7 @@ from lightning_peft.core.host import (
 from lightning_peft.core.layouts import Layout
 from lightning_peft.core.low_rank import LowRankAdapter, with_products
 from lightning_peft.core.record import injected_module, injection_of
-from lightning_peft.core.state import canonical
+from lightning_peft.core.state import StateError, canonical
 from lightning_peft.core.swap import restore_class
 from lightning_peft.ops.finite import is_finite
 
@@ -53,11 +54,15 @@ def merge(model: nn.Module, name: str | None = None, partial: bool = False, unti
 
     Raises:
         MergeError: an adapter that is no function of a weight, one that would change places with an earlier one where
-            that makes a difference, a weight that other modules share, a result that is not finite, adapters merged
-            already, or none active and none named. The model is then as it was. With ``partial``, if nothing can be
-            folded.
+            that makes a difference, a weight that other modules share, a module that was replaced or resized, a result
+            that is not finite, adapters merged already, or none active and none named. The model is then as it was.
+            With ``partial``, if nothing can be folded.
         ValueError: no adapter of that name.
     """
+    try:
+        check_record(model)
+    except StateError as error:
+        raise MergeError(str(error)) from error
     if name is not None:
         check_known(model, name)
     elif (found := stacks(model)) and not any(stack.active for stack in found.values()):

@@ -59,7 +59,9 @@ class Start:
         found = {
             name
             for name, buffer in ((canonical(name), buffer) for name, buffer in model.named_buffers())
-            if name in self.buffers and not torch.equal(self.buffers[name].to(buffer), buffer)
+            if name in self.buffers
+            and not self.buffers[name].is_meta  # its values came later
+            and not torch.equal(self.buffers[name].to(buffer), buffer)
         }
         found |= {
             key for key, value in extra_state(model).items() if key not in self.extra or _differ(self.extra[key], value)

@@ -59,6 +59,7 @@ class Injection:
         kept: names of base parameters that train although no method names them: those that the user unfroze before
             the fit, and those of a deleted method.
         moved: names of frozen values that have changed since the start; they stay part of the state.
+        hosts: the modules that carry each method's adapters, by adapter name.
         parts: where each method's adapters are and on what layers, without their tensors, by adapter name.
     """
 
@@ -71,6 +72,7 @@ class Injection:
     trains: dict[str, Trains] = field(default_factory=dict)
     kept: set[str] = field(default_factory=set)
     moved: set[str] = field(default_factory=set)
+    hosts: dict[str, tuple[str, ...]] = field(default_factory=dict)
     parts: dict[str, list[Part]] = field(default_factory=dict)
 
     def decided(self, names: Iterable[str]) -> set[str]:

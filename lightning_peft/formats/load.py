@@ -9,6 +9,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.core.consistency import check_record
 from lightning_peft.core.host import adapter_names, check_name, deactivate
 from lightning_peft.core.inject import check_injectable, put_in
 from lightning_peft.core.plan import Method, Plan
@@ -58,7 +59,7 @@ def load_adapter(
     Raises:
         FormatError: a file that cannot be read or trusted, an option that would compute something else, a tensor that
             is missing, misshapen or left over; named with what was expected.
-        StateError: the adapter was trained on another base.
+        StateError: the adapter was trained on another base; a module of the model that carried adapters was replaced.
         ValueError: the model has an adapter of that name already.
         InjectionError: the model is compiled or sharded.
 
@@ -69,6 +70,7 @@ def load_adapter(
         lp.set_active(model, "questions")
     """
     root = injected_module(model)
+    check_record(root)
     check_injectable(root)
     folders = [Path(directory)] if (Path(directory) / CONFIG).exists() else adapter_folders(directory)
     if name is not None and len(folders) > 1:

@@ -8,6 +8,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from lightning_peft.core.adapter import Adapter
+from lightning_peft.core.consistency import check_record, update_base
 from lightning_peft.core.host import hosts, stack_prefixes, stacks
 from lightning_peft.core.parts import Part, kind_of, parts_of, whole
 from lightning_peft.core.record import Injection, injected_module, injection_of
@@ -46,7 +47,7 @@ def take_snapshot(model: nn.Module, name: str) -> Snapshot:
 
     Raises:
         ValueError: the model has no method of that name.
-        StateError: adapters are merged into the weights.
+        StateError: adapters are merged into the weights; a module that carried some was replaced or resized.
     """
     record = injection_of(model)
     if record is None:
@@ -56,6 +57,8 @@ def take_snapshot(model: nn.Module, name: str) -> Snapshot:
     root = injected_module(model)
     if any(stack.merged is not None for stack in stacks(root).values()):
         raise StateError("adapters are merged into the base, whose weights are not its own: lp.unmerge(model) first")
+    check_record(root)
+    update_base(root)
     base = base_of(root, _used(root, record))
     return Snapshot(
         method=cast(PEFTMethod, record.methods[name]),

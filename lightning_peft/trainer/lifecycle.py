@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import nn
 
+from lightning_peft.core.consistency import check_record, update_base
 from lightning_peft.core.record import injection_of
 from lightning_peft.core.state import canonical, settle
 from lightning_peft.trainer import audit, logs
@@ -63,6 +64,8 @@ class Lifecycle(Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._watched, self._called, self._ranks_checked = set(), None, False
+        check_record(pl_module)
+        update_base(pl_module)
         settle(pl_module)
         audit.audit_active(pl_module)
         audit.audit_head(pl_module)

@@ -11,6 +11,7 @@ from torch import nn
 
 from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.base import base_of
+from lightning_peft.core.consistency import check_record, update_base
 from lightning_peft.core.host import active_names, stacks
 from lightning_peft.core.parts import Part
 from lightning_peft.core.record import Injection, Trains, injected_module, injection_of
@@ -26,8 +27,10 @@ VERSION = 1
 
 def manifest(model: nn.Module) -> dict[str, Any]:
     """Methods with their configuration, the base's fingerprint and the counts, of an adapted model."""
+    check_record(model)
     record = injection_of(model)
     assert record is not None
+    update_base(model)
     return {
         "version": VERSION,
         "methods": [

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_peft.core.consistency import check_record, update_base
 from lightning_peft.core.inject import apply
 from lightning_peft.core.record import injection_of, later_parameters, trainable_parameters
 from lightning_peft.core.state import StateError, canonical, check_fingerprint, load_state, trainable_keys
@@ -49,6 +50,7 @@ class AdaptedModule(_LightningModule):
         super().configure_model()
         if _methods_of(self._trainer) or injection_of(self) is None:
             apply(self)
+        update_base(self)
         audit_ranks(self)  # before a strategy copies rank 0's adapters to the others, and hides a difference
         start_averaging(self._trainer, self)
 
@@ -111,6 +113,7 @@ class AdaptedModule(_LightningModule):
         super().on_load_checkpoint(checkpoint)
         record = injection_of(self)
         if record is not None:
+            check_record(self)
             check_manifest(self, checkpoint)
             check_fingerprint(self, checkpoint[KEY]["fingerprint"])
             continue_runs(self._trainer, checkpoint[KEY].get("wandb", []))
