@@ -35,6 +35,7 @@ __all__ = [
     "moved_keys",
     "owned_keys",
     "settle",
+    "state_keys",
     "trainable_keys",
 ]
 
@@ -56,6 +57,11 @@ def owned_keys(model: nn.Module) -> set[str]:
     return {canonical(key) for key, value in stored.items() if id(value) in trained or key.startswith(inside)}
 
 
+def state_keys(model: nn.Module) -> set[str]:
+    """:func:`trainable_keys` as they were when they were last worked out, which reads no values of the base."""
+    return owned_keys(model) | _moved_before(model)
+
+
 def _trained(model: nn.Module) -> set[int]:
     """The identities of the parameters that train; of a model without methods, of those that require gradients."""
     record = injection_of(model)
@@ -72,7 +78,13 @@ def moved_keys(model: nn.Module) -> set[str]:
         return set()
     trained = record.decided(_parameter_names(root))
     record.moved |= record.start.moved(root, trained) | record.decided(extra_state(root))
-    prefix = canonical(injected_name(model))
+    return _moved_before(model)
+
+
+def _moved_before(model: nn.Module) -> set[str]:
+    record, prefix = injection_of(model), canonical(injected_name(model))
+    if record is None:
+        return set()
     stored = {canonical(key) for key in nn.Module.state_dict(model)}
     moved = {f"{prefix}.{name}" if prefix else name for name in record.moved}
     return moved & stored

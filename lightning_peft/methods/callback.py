@@ -7,6 +7,7 @@ import hashlib
 import inspect
 import math
 import os
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -100,6 +101,9 @@ class PEFTMethod(Callback, ABC):
         self.train_norm_stats = train_norm_stats
         self.audit = audit
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, _without_numpy(value))
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         _REGISTRY.setdefault(cls.__name__, {})[cls.__module__] = cls
@@ -177,6 +181,18 @@ def _arguments(cls: type) -> list[str]:
 
 def _plain(patterns: tuple[str, ...], given: str | Sequence[str]) -> str | list[str]:
     return given if isinstance(given, str) else list(patterns)
+
+
+def _without_numpy(value: Any) -> Any:
+    """``value`` with Python's numbers and strings for numpy's scalars, which a checkpoint could not be read with."""
+    numpy = sys.modules.get("numpy")
+    if numpy is not None and isinstance(value, numpy.generic):
+        return value.item()
+    if type(value) in (list, tuple):
+        return type(value)(map(_without_numpy, value))
+    if type(value) is dict:
+        return {_without_numpy(k): _without_numpy(v) for k, v in value.items()}
+    return value
 
 
 def one_of(argument: str, value: Any, choices: Sequence[Any]) -> None:

@@ -22,6 +22,7 @@ from lightning_peft.trainer.module import adapt_module
 from lightning_peft.trainer.packages import check_packages
 from lightning_peft.trainer.resume import gather, mine, rng_state
 from lightning_peft.trainer.strategy import adapt_strategy
+from lightning_peft.trainer.written import try_saving
 
 __all__ = ["Lifecycle"]
 
@@ -71,6 +72,7 @@ class Lifecycle(Callback):
         audit.audit_head(pl_module)
         audit.audit_hyperparameters(pl_module.hparams)
         audit.audit_optimizers(pl_module, trainer.optimizers)
+        try_saving(trainer, pl_module)
         # With several optimizers, parameters take turns.
         self._gradient_audit = audit.GradientAudit(pl_module) if len(trainer.optimizers) == 1 else None
         record = injection_of(pl_module)

@@ -15,7 +15,7 @@ from lightning_peft.core.consistency import check_record, update_base
 from lightning_peft.core.host import active_names, stacks
 from lightning_peft.core.parts import Part
 from lightning_peft.core.record import Injection, Trains, injected_module, injection_of
-from lightning_peft.core.state import StateError, adapter_state
+from lightning_peft.core.state import StateError, adapter_state, owned_keys, state_keys
 from lightning_peft.core.thaw import thawed
 from lightning_peft.core.torch_file import read_torch_file
 
@@ -48,6 +48,7 @@ def manifest(model: nn.Module) -> dict[str, Any]:
         "active": sorted(active_names(model)),
         "fingerprint": record.fingerprint,
         "thawed": thawed(model),
+        "state": sorted(state_keys(model)),
         "trainable": record.report.trainable,
         "total": record.report.total,
     }
@@ -128,6 +129,14 @@ def check_manifest(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
         )
     if saved["version"] > VERSION:
         raise StateError(f"this checkpoint has manifest version {saved['version']}; this release reads {VERSION}")
+    # What must be there in any case is compared on loading. A distributed checkpoint has its tensors elsewhere.
+    said = set(saved.get("state", ())) if "state_dict" in checkpoint else set()
+    lost = sorted(said - state.keys() - owned_keys(model))
+    if lost:
+        raise StateError(
+            f"the checkpoint lacks {', '.join(lost[:5])}, which it says it was saved with: something took it out of "
+            "the file afterwards. Use the file that the Trainer wrote"
+        )
     there = {entry["config"]["name"]: entry for entry in saved["methods"]}
     for name, entry in there.items():
         if name not in record.methods:

@@ -18,7 +18,7 @@ from lightning_peft.core.consistency import check_record, update_base
 from lightning_peft.core.inject import apply
 from lightning_peft.core.record import injection_of, later_parameters, trainable_parameters
 from lightning_peft.core.state import StateError, canonical, check_fingerprint, load_state, trainable_keys
-from lightning_peft.core.swap import add_mixin
+from lightning_peft.core.swap import add_mixin, original_class
 from lightning_peft.core.thaw import set_thawed
 from lightning_peft.trainer.audit import audit_methods, audit_ranks
 from lightning_peft.trainer.averaging import start_averaging
@@ -26,6 +26,7 @@ from lightning_peft.trainer.groups import optimizers_in, remember_schedulers
 from lightning_peft.trainer.logs import continue_runs, run_ids
 from lightning_peft.trainer.manifest import KEY, check_manifest, manifest
 from lightning_peft.trainer.optimizers import add_adapters, configured
+from lightning_peft.trainer.written import check_written
 
 __all__ = ["AdaptedModule", "adapt_module"]
 
@@ -107,6 +108,8 @@ class AdaptedModule(_LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
+        if self._trainer is None or self._trainer.is_global_zero:
+            check_written(self, checkpoint["state_dict"], f"{original_class(self).__name__}.on_save_checkpoint")
         checkpoint[KEY] = {**manifest(self), "wandb": run_ids(self._trainer)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -139,9 +142,11 @@ def trimmed(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The trainable part of a full state dict, under canonical keys.
 
     Raises:
-        StateError: a tensor is empty, as a sharded parameter that was never gathered is.
+        StateError: a tensor is missing, or empty, as a sharded parameter that was never gathered is.
     """
     keys = trainable_keys(model)
+    if state:  # other ranks than the first may have none
+        check_written(model, map(canonical, state), f"{original_class(model).__name__}.state_dict")
     kept = {canonical(k): v for k, v in state.items() if canonical(k) in keys}
     for key, value in kept.items():
         if isinstance(value, Tensor) and value.numel() == 0:

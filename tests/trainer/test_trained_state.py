@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 import torchmetrics
@@ -119,3 +120,67 @@ def test_what_the_user_unfreezes_before_the_fit_is_saved(tmp_path: Path) -> None
     run.fit(module, loader(), val_loader())
     run.save_checkpoint(tmp_path / "x.ckpt")
     assert {"head.weight", "head.bias"} <= torch.load(tmp_path / "x.ckpt", weights_only=True)["state_dict"].keys()
+
+
+class TrimsInHook(Toy):
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if not k.startswith("body.")}
+
+
+class TrimsInState(Toy):
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return {k: v for k, v in super().state_dict(*args, **kwargs).items() if not k.startswith("body.")}
+
+
+class TrimsLater(Toy):
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.global_step:
+            checkpoint["state_dict"].popitem()
+        else:
+            raise AttributeError("not there yet")
+
+
+@pytest.mark.parametrize("cls", [TrimsInHook, TrimsInState, TrimsLater])
+def test_a_module_that_trims_its_adapters_away_is_refused(tmp_path: Path, cls: type[Toy]) -> None:
+    run, module = trainer(tmp_path, max_epochs=1), cls()
+    who = f"{cls.__name__}.{'state_dict' if cls is TrimsInState else 'on_save_checkpoint'} leaves"
+    with pytest.raises(lp.StateError, match=who):
+        run.fit(module, loader())
+    assert run.global_step == (5 if cls is TrimsLater else 0)
+
+
+def test_a_module_that_trims_is_refused_at_its_first_save_where_none_is_planned(tmp_path: Path) -> None:
+    run = trainer(tmp_path, max_epochs=1, enable_checkpointing=False)
+    run.fit(TrimsInHook(), loader())
+    with pytest.raises(lp.StateError, match=r"leaves 4 of 6 tensors .*body\.0\.adapters"):
+        run.save_checkpoint(tmp_path / "x.ckpt")
+
+
+def test_a_file_that_was_trimmed_afterwards_is_refused(tmp_path: Path) -> None:
+    run = trainer(tmp_path, method=lora(targets=["body.0", "body.4"]), max_epochs=1)
+    run.fit(Teacher(), loader())
+    run.save_checkpoint(tmp_path / "x.ckpt")
+    stored = torch.load(tmp_path / "x.ckpt", weights_only=True)
+    del stored["state_dict"]["teacher.weight"]  # nothing but the file says that it moved
+    torch.save(stored, tmp_path / "x.ckpt")
+    with pytest.raises(lp.StateError, match=r"lacks teacher\.weight"):
+        lp.load_from_checkpoint(Teacher, tmp_path / "x.ckpt")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"alpha": np.float64(8), "dropout": np.float64(0.1)},
+        {"seed": np.int64(1), "use_rslora": np.bool_(True)},
+        {"targets": [np.str_("body.0")], "name": np.str_("a"), "rank_pattern": {np.str_("body.0"): 2}},
+    ],
+    ids=str,
+)
+def test_numpy_scalars_as_options_become_plain_values(tmp_path: Path, options: dict[str, Any]) -> None:
+    method = lp.LoRA(**{"r": 2, **options})
+    run = trainer(tmp_path, method=method, max_epochs=1, limit_train_batches=1)
+    run.fit(Toy(), loader())
+    run.save_checkpoint(tmp_path / "x.ckpt")
+    lp.load_from_checkpoint(Toy, tmp_path / "x.ckpt")
+    lp.save_adapter(run.lightning_module, tmp_path / "adapter")
+    assert "numpy" not in str({type(v) for v in method.config().values()})
