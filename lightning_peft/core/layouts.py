@@ -13,7 +13,16 @@ from torch import Tensor, nn
 
 from lightning_peft.core.swap import original_class, own_forward
 
-__all__ = ["ConvLayout", "EmbeddingLayout", "Layout", "LinearLayout", "NormLayout", "TransposedLayout", "layout_of"]
+__all__ = [
+    "ConvLayout",
+    "EmbeddingLayout",
+    "Layout",
+    "LinearLayout",
+    "NormLayout",
+    "TransposedLayout",
+    "layout_of",
+    "weight_name",
+]
 
 
 class Layout:
@@ -79,6 +88,18 @@ class TransposedLayout(LinearLayout):
 
     def stored(self, matrix: Tensor, like: Tensor) -> Tensor:
         return matrix.t()
+
+
+def weight_name(host: str, parameter: str, bare: bool) -> str:
+    """What patterns and files call a weight: its module, or the parameter itself where the module is not a layer.
+
+    Args:
+        host: the name of the module that carries the adapter.
+        parameter: the weight's name in it.
+        bare: whether the weight is a parameter of a module that is not a layer of a known kind.
+    """
+    full = f"{host}.{parameter}".strip(".")
+    return full if bare and parameter == "weight" else full.removesuffix(".weight")
 
 
 class NormLayout(Layout):

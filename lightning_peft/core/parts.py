@@ -10,7 +10,14 @@ from torch import Tensor, nn
 
 from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.host import AdapterStack, hosts
-from lightning_peft.core.sites import ConvLayout, EmbeddingLayout, Layout, NormLayout, TransposedLayout
+from lightning_peft.core.layouts import (
+    ConvLayout,
+    EmbeddingLayout,
+    Layout,
+    NormLayout,
+    TransposedLayout,
+    weight_name,
+)
 from lightning_peft.core.state import canonical
 from lightning_peft.core.swap import original_class
 
@@ -42,7 +49,7 @@ class Part:
     @property
     def name(self) -> str:
         """The weight's name as patterns know it: the module's, or the parameter's where it is one of several."""
-        return f"{self.host}.{self.parameter}".removesuffix(".weight").strip(".")
+        return weight_name(self.host, self.parameter, bare=self.kind == "Parameter")
 
 
 def parts_of(model: nn.Module, name: str, tensors: bool = True) -> Iterator[Part]:

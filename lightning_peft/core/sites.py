@@ -80,6 +80,23 @@ class Site:
         return parametrize.is_parametrized(module) or module._parameters.get(name) is None
 
     @property
+    def is_bare(self) -> bool:
+        """Whether it is a parameter of a module that is not a layer of a known kind."""
+        return type(self.layout) is Layout and not isinstance(self.module, nn.MultiheadAttention)
+
+    @property
+    def bias(self) -> str | None:
+        """The name of the bias that the layer adds, or could add, to its product with the weight; None without one."""
+        owner, _, last = self.parameter.rpartition(".")
+        name = {"weight": "bias", "in_proj_weight": "in_proj_bias"}.get(last)
+        biases = self.module.get_submodule(owner)._parameters
+        if name not in biases:
+            return None
+        bias = biases[name]
+        fits = bias is not None and len(self.shape) == 2 and bias.shape == self.shape[:1]
+        return name if fits or not self.is_bare else None
+
+    @property
     def shape(self) -> torch.Size:
         """The matrix's shape: (out, in), or (batch, out, in) for stacked experts."""
         return self.layout.matrix(self.weight).shape

@@ -225,8 +225,7 @@ class LoRA(RankedMethod):
             )
         if self.lora_bias:
             check_bias(site)
-            attention = isinstance(site.module, nn.MultiheadAttention)
-            if isinstance(site.layout, EmbeddingLayout) or not (attention or site.parameter == "weight"):
+            if site.bias is None:
                 raise ValueError(
                     f"lora_bias=True cannot be had on {site.name!r}, which adds no bias: exclude it, and add a second "
                     "LoRA without for it"

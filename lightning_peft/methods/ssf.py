@@ -76,7 +76,7 @@ class SSF(WeightMethod):
 
     def find(self, model: nn.Module, heads: list[str]) -> tuple[dict[str, Site], list[str]]:
         sites = weight_sites(model)
-        layers = {name: replace(site, linear_like=_bias(site) is not None) for name, site in sites.items()}
+        layers = {name: replace(site, linear_like=site.bias is not None) for name, site in sites.items()}
         head = output_head(model, layers)  # of a convolutional network too, where it is the one linear layer
         norms = norm_sites(model)
         # In model order, with a norm's weight where its module stands.
@@ -87,7 +87,7 @@ class SSF(WeightMethod):
             if pattern not in ("all-layers", "all-norms"):
                 patterns.append(pattern)
                 continue
-            names = [n for n, s in sites.items() if n in norms or (pattern == "all-layers" and _bias(s) is not None)]
+            names = [n for n, s in sites.items() if n in norms or (pattern == "all-layers" and s.bias is not None)]
             names = [n for n in names if n != head and not any(n == h or n.startswith(f"{h}.") for h in heads)]
             patterns += exactly(n for n in names if n not in norms or _offset(norms[n].module) is not None)
         chosen, left_out = find_sites(model, patterns, self.exclude, heads, sites)
@@ -98,7 +98,7 @@ class SSF(WeightMethod):
     def build(self, site: Site) -> WeightAdapter:
         check_bias(site)
         norm = isinstance(site.layout, NormLayout)
-        if _bias(site) is None and not norm:
+        if site.bias is None and not norm:
             raise ValueError(
                 f"{site.name!r} ({original_class(site.module).__name__}) has no place for a shift: SSF adapts linear, "
                 "convolution and norm layers; exclude it"
@@ -109,7 +109,7 @@ class SSF(WeightMethod):
                 f"{site.name!r} ({original_class(site.module).__name__}) gives an output that is no simple function of "
                 "its weight, so that a scale could not be merged: exclude it"
             )
-        return ScaleShift(site, offset, shifts=_bias(site) is not None, init=self.init)
+        return ScaleShift(site, offset, shifts=site.bias is not None, init=self.init)
 
     def plan(self, model: nn.Module) -> Plan:
         plan = super().plan(model)
@@ -165,13 +165,6 @@ class ScaleShift(WeightAdapter):
         if self.shift is not None:
             changed = changed + self.layout.features(host, self.shift)
         return changed.to(y.dtype)
-
-
-def _bias(site: Site) -> str | None:
-    """The name of the place for a bias that goes with the weight, taken or not; None where there is none."""
-    owner, _, last = site.parameter.rpartition(".")
-    name = {"weight": "bias", "in_proj_weight": "in_proj_bias"}.get(last)
-    return name if name in site.module.get_submodule(owner)._parameters else None
 
 
 _TORCH_NORMS = ("torch.nn.modules.batchnorm", "torch.nn.modules.instancenorm", "torch.nn.modules.normalization")

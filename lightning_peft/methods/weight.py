@@ -11,6 +11,8 @@ from torch import nn
 
 from lightning_peft.core.adapter import Adapter, WeightAdapter, WeightGroup
 from lightning_peft.core.host import stacks
+from lightning_peft.core.layouts import weight_name
+from lightning_peft.core.parts import kind_of
 from lightning_peft.core.plan import Plan
 from lightning_peft.core.sites import Site, check_stored, find_sites
 from lightning_peft.core.swap import original_class
@@ -80,7 +82,7 @@ class WeightMethod(PEFTMethod):
             adapter: Adapter = next(iter(adapters.values()))
             if not whole:
                 adapter = WeightGroup({a.parameter: a for a in adapters.values()})
-            shown = host if whole or len(adapters) > 1 else next(iter(adapters))
+            shown = host if len(adapters) > 1 else next(iter(adapters))
             plan.attach.append((host, shown, adapter, what))
         return plan
 
@@ -92,7 +94,7 @@ class WeightMethod(PEFTMethod):
         """This method's adapters in ``model``, by the name of the weight they adapt."""
         found = {host: cast(Adapter, stack[self.name]) for host, stack in stacks(model).items() if self.name in stack}
         return {
-            f"{host}.{parameter}".removesuffix(".weight").strip("."): part
+            weight_name(host, parameter, bare=kind_of(model.get_submodule(host), part.layout) == "Parameter"): part
             for host, adapter in found.items()
             for parameter, part in adapter.weights().items()
         }
