@@ -26,6 +26,7 @@ from lightning_peft.core.saving_base import watch_saving
 from lightning_peft.core.state import canonical, fingerprint, settle
 from lightning_peft.core.swap import check_mixin, original_class
 from lightning_peft.core.targets import base_modules
+from lightning_peft.core.ties import tie_notes, with_tied
 
 __all__ = ["InjectionError", "apply", "check_injectable", "inspect", "put_in"]
 
@@ -105,7 +106,8 @@ def _put_in(model: nn.Module, plans: Mapping[str, tuple[Method, Plan]]) -> Repor
         record.methods[name] = method
         record.later |= dict.fromkeys(plan.later)
         adapters = any(p.requires_grad for _, _, adapter, _ in plan.attach for p in adapter.parameters())
-        record.trains[name] = Trains(tuple(plan.train_modules), (*plan.train, *plan.later), adapters)
+        modules, parameters = with_tied(model, plan.train_modules, plan.train)
+        record.trains[name] = Trains(modules, (*parameters, *plan.later), adapters)
         record.parts[name] = list(parts_of(model, name, tensors=False))
         record.hosts[name] = tuple(dict.fromkeys(canonical(host) for host, *_ in plan.attach))
     record.later = {n: v for n, v in record.later.items() if v is not None or not model.get_parameter(n).requires_grad}
@@ -180,7 +182,7 @@ def inspect(model: nn.Module, *methods: Method) -> Report:
             trained |= {id(p): p.numel() for p in parameters}
         for name, what in dict.fromkeys(plan.later.values()):
             report.add(name, what, 0, method.name)
-        report.notes += plan.notes
+        report.notes += [*plan.notes, *tie_notes(model, plan)]
     report.trainable += sum(trained.values())
     return report
 
@@ -280,7 +282,7 @@ def _commit(model: nn.Module, method: Method, plan: Plan, report: Report) -> Non
         report.add(name, what, sum(p.numel() for p in parameters), method.name)
     for name, what in dict.fromkeys(plan.later.values()):
         report.add(name, what, 0, method.name)
-    report.notes += plan.notes
+    report.notes += [*plan.notes, *tie_notes(model, plan)]
     # A model that trains as a whole keeps the type that was asked for.
     keep_full_precision((model.get_submodule(name) for name in plan.train_modules if name), _shared(model))
     for name in plan.hold_statistics:

@@ -25,6 +25,7 @@ from lightning_peft.core.low_rank import LowRankAdapter, with_products
 from lightning_peft.core.record import injected_module, injection_of
 from lightning_peft.core.state import StateError, canonical
 from lightning_peft.core.swap import restore_class
+from lightning_peft.core.ties import tied_names
 from lightning_peft.ops.finite import is_finite
 
 __all__ = ["MergeError", "merge", "unload", "unmerge"]
@@ -71,7 +72,7 @@ def merge(model: nn.Module, name: str | None = None, partial: bool = False, unti
         )
     folds: list[_Fold] = []
     left: dict[str, list[str]] = {}  # why, by adapter
-    shared = _shared(model)
+    shared = tied_names(model)
     for host_name, host in hosts(model):
         stack = cast(AdapterStack, host.adapters)
         if stack.merged is not None:
@@ -161,20 +162,6 @@ class _Fold:
                 self.stack.merged[name] = stored.detach().clone()
             _set(self.host, name, weight)
         self.stack.refresh()
-
-
-def _shared(model: nn.Module) -> dict[str, list[str]]:
-    """The names of each parameter that several modules have, one for each of them, by each of these names."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    modules = {name: id(module) for name, module in model.named_modules(remove_duplicate=False)}
-    found: dict[str, list[str]] = {}
-    for group in names.values():
-        owners = {modules[name.rpartition(".")[0]]: name for name in reversed(group)}
-        if len(owners) > 1:
-            found |= {name: list(owners.values()) for name in owners.values()}
-    return found
 
 
 def _tied(shared: Mapping[str, list[str]], folds: Iterable[_Fold]) -> dict[str, list[str]]:

@@ -68,7 +68,8 @@ class Replacement(Adapter):
 def replacements(model: nn.Module, state: Mapping[str, Tensor], trainable: bool = False) -> dict[str, Replacement]:
     """Adapters that put ``state`` in place of the base's own values.
 
-    A tensor that the base holds under several names (tied weights) is replaced under all of them, by one copy.
+    A tensor that the base holds under several names (tied weights) is replaced under those that are given: by one copy
+    under names with equal values, so that it stays tied, and by several otherwise. :func:`under_all_names` gives all.
 
     Args:
         model: the base, adapted or not; left as it is.
@@ -85,24 +86,24 @@ def replacements(model: nn.Module, state: Mapping[str, Tensor], trainable: bool 
     """
     places = dict(_places(model))
     problems = [f"{name}: {_unknown(name, places)}" for name in state if name not in places]
-    given: dict[str, Tensor] = {}
-    for name in state.keys() & places.keys():
-        given |= {other: state[name] for other in places if places[other].tensor is places[name].tensor}
+    given = {name: state[name] for name in state if name in places}
     for name in (n for n in places if n in given):
-        if (problem := _problem(given[name], places[name]) or _uneven(name, given, state, places)) is not None:
+        if (problem := _problem(given[name], places[name]) or _uneven(name, given, places)) is not None:
             problems.append(f"{name}: {problem}")
     if problems:
         raise StateError("the state cannot replace parameters of this model:\n  " + "\n  ".join(problems[:12]))
-    held: dict[int, Tensor] = {}  # by the base's tensor: what is tied there is one copy here
+    held: dict[int, list[Tensor]] = {}  # by the base's tensor: what is tied there, and is equal, is one copy here
     hosts: dict[str, dict[str, Tensor]] = {}
     for name in (n for n in places if n in given):
         place, value = places[name], given[name]
-        if id(place.tensor) not in held:
+        same = held.setdefault(id(place.tensor), [])
+        copy = next((c for c in same if c.shape == value.shape and torch.equal(c, value)), None)
+        if copy is None:
             copy = value.detach().clone()
-            trains = trainable and copy.is_floating_point()
-            is_parameter = isinstance(place.tensor, nn.Parameter)
-            held[id(place.tensor)] = nn.Parameter(copy, requires_grad=trains) if is_parameter else copy
-        hosts.setdefault(place.host, {})[place.name] = held[id(place.tensor)]
+            if isinstance(place.tensor, nn.Parameter):
+                copy = nn.Parameter(copy, requires_grad=trainable and copy.is_floating_point())
+            same.append(copy)
+        hosts.setdefault(place.host, {})[place.name] = copy
     return {host: Replacement(copies) for host, copies in hosts.items()}
 
 
@@ -208,13 +209,9 @@ def _problem(value: Tensor, place: _Place) -> str | None:
 _OTHER_WIDTHS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
 
 
-def _uneven(
-    name: str, given: Mapping[str, Tensor], state: Mapping[str, Tensor], places: Mapping[str, _Place]
-) -> str | None:
-    """Why ``given`` makes no whole: a tied tensor with two values, or a weight and a bias of two widths."""
+def _uneven(name: str, given: Mapping[str, Tensor], places: Mapping[str, _Place]) -> str | None:
+    """Why ``given`` makes no whole: a weight and a bias of two widths."""
     place, value = places[name], given[name]
-    if name in state and not torch.equal(state[name], value):
-        return "the base holds it under another name too, for which the state has other values"
     if value.shape == place.tensor.shape:
         return None
     for other, sibling in places.items():

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.core.ties import under_all_names, with_tied
 from lightning_peft.formats.converter import NotInPeftError, Options, Tensors
 from lightning_peft.formats.files import FormatError
 from lightning_peft.formats.names import PREFIX, Base
@@ -80,7 +81,7 @@ def _is_attention(module: nn.Module, name: str) -> bool:
 
 
 def take_own(
-    options: Options, tensors: Tensors, base: Base, prefix: str = PREFIX
+    options: Options, tensors: Tensors, base: Base, prefix: str = PREFIX, tie: bool = False
 ) -> tuple[list[str], dict[str, Tensor]]:
     """The heads of a file, and all that it holds of the base's own values and that differs from them.
 
@@ -88,6 +89,7 @@ def take_own(
         options, tensors: the file's.
         base: where to put them.
         prefix: what every key starts with.
+        tie: whether a tied value has one of its names in the file, and is meant for all of them.
 
     Returns:
         The names of the heads, and values by name in the base.
@@ -107,6 +109,8 @@ def take_own(
             value = tensors.take(key.removeprefix(prefix), prefix=prefix)
             if value.shape != state[name].shape or not torch.equal(value, state[name].to(value)):
                 values[name] = value
+    if tie:
+        names, values = [*with_tied(base.module, names, ())[0]], under_all_names(base.module, values)
     _check_vocabulary(values, base)
     return names, values
 

@@ -88,6 +88,7 @@ def _facts(snapshot: Snapshot) -> dict[str, Any]:
     method = snapshot.method
     return {
         "version": 1,
+        "all_names": True,  # a tied value is written under each of its names; older files have one of them
         "method": type(method).__name__,
         "config": method.config(),
         "base": snapshot.base.facts()["class"],

@@ -11,6 +11,7 @@ import lightning_peft as lp
 from lightning_peft.core.plan import Plan
 from lightning_peft.core.replace import Replacement, replace_trained, replacements
 from lightning_peft.core.state import StateError
+from lightning_peft.core.ties import under_all_names
 from tests.helpers import assert_compiled_gradients, assert_same_bits, bits, close, evaluate, perturb, same
 from tests.kinds import KINDS, MLP, Kind
 
@@ -198,16 +199,18 @@ def test_what_is_tied_stays_one():
     kind = KINDS["tied"]
     model = kind.build()
     new = torch.randn_like(model.embed.weight)
-    adapters = replacements(model, {"lm_head.weight": new}, trainable=True)
+    both = under_all_names(model, {"lm_head.weight": new})
+    adapters = replacements(model, both, trainable=True)
     assert adapters["embed"].weight is adapters["lm_head"].weight
-    lp.apply(model, Copies(state={"lm_head.weight": new}))
+    lp.apply(model, Copies(state=both))
     expected = evaluate(model, kind)
     lp.unload(model, merge=True)
     assert model.lm_head.weight is model.embed.weight
     assert torch.equal(model.embed.weight, new)
     assert torch.equal(evaluate(model, kind), expected)
-    with pytest.raises(StateError, match=r"holds it under another name too"):
-        replacements(model, {"lm_head.weight": new, "embed.weight": new + 1})
+    apart = replacements(model, {"lm_head.weight": new, "embed.weight": new + 1}, trainable=True)
+    assert torch.equal(apart["embed"].weight, apart["lm_head"].weight + 1)
+    assert list(replacements(model, {"lm_head.weight": new})) == ["lm_head"]
 
 
 def test_a_lower_model_takes_copies_of_full_precision():
