@@ -20,6 +20,7 @@ from lightning_peft.core.low_rank import LowRankAdapter
 from lightning_peft.core.merge import MergeError, merge, unload, unmerge
 from lightning_peft.core.record import trainable_parameters
 from lightning_peft.core.report import Report
+from lightning_peft.core.reset import reset
 from lightning_peft.core.rows import RowError, rows
 from lightning_peft.core.state import StateError, adapter_state
 from lightning_peft.core.targets import TargetError
@@ -111,6 +112,7 @@ __all__ = [
     "load_adapter",
     "load_from_checkpoint",
     "merge",
+    "reset",
     "rows",
     "save_adapter",
     "set_active",

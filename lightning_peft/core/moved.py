@@ -27,12 +27,14 @@ class Start:
     Attributes:
         buffers: copies of the persistent buffers.
         parameters: marks of the frozen parameters; None while nothing trains.
+        trained: copies on the CPU of what trains, without base parameters that make up most of the base.
         extra: copies of the entries of ``state_dict`` that are neither parameters nor buffers.
     """
 
     buffers: dict[str, Tensor] = field(default_factory=dict)
     parameters: dict[str, _Mark] | None = None
     extra: dict[str, Any] = field(default_factory=dict)
+    trained: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: nn.Module) -> Start:
@@ -41,8 +43,20 @@ class Start:
         buffers = {canonical(name): b.detach().clone() for name, b in model.named_buffers() if name in stored}
         return cls(buffers, None, {key: _copy(value) for key, value in extra_state(model).items()})
 
-    def mark(self, model: nn.Module, trained: Container[str]) -> None:
-        """Mark the parameters of the base that are not in ``trained``.
+    def keep(self, model: nn.Module, owned: Container[str]) -> None:
+        """Copy the tensors in ``owned``, except where copies of the base would take more than half of its memory.
+
+        What was copied stays as it was.
+        """
+        state = {canonical(k): v for k, v in nn.Module.state_dict(model).items() if isinstance(v, Tensor)}
+        base = {name for name, _ in _base_parameters(model)}
+        most = 2 * sum(state[k].nbytes for k in base if k in owned) > sum(state[k].nbytes for k in base)
+        new = {k: v for k, v in state.items() if k in owned and k not in self.trained and not (most and k in base)}
+        copies = {k: v.detach().to("cpu", copy=True) for k, v in new.items() if not (v.is_meta or _is_sharded(v))}
+        self.trained = self.trained | copies
+
+    def mark(self, model: nn.Module) -> None:
+        """Mark the parameters of the base that are not copied.
 
         A parameter that was marked keeps its mark, unless it was cast or sharded since: then its values cannot be
         compared with the mark, and count from now on.
@@ -51,7 +65,7 @@ class Start:
         self.parameters = {
             name: old[name] if name in old and old[name].comparable(parameter) else _Mark.of(parameter)
             for name, parameter in _base_parameters(model)
-            if name not in trained
+            if name not in self.trained
         }
 
     def moved(self, model: nn.Module, trained: Container[str]) -> set[str]:
@@ -66,15 +80,17 @@ class Start:
         found |= {
             key for key, value in extra_state(model).items() if key not in self.extra or _differ(self.extra[key], value)
         }
-        marks = self.parameters or {}
-        merged = _merged(model) if marks else set()
-        for name, parameter in _base_parameters(model):
-            mark = marks.get(name)
-            if mark is None or name in trained or id(parameter) in merged or not mark.comparable(parameter):
-                continue
-            if mark != _Mark.of(parameter):
-                found.add(name)
-        return found
+        return found.union(self.moved_marks(model, trained))
+
+    def moved_marks(self, model: nn.Module, without: Container[str]) -> list[str]:
+        """The names of the marked parameters that differ from their start."""
+        marks, merged = self.parameters or {}, _merged(model)
+        return [
+            name
+            for name, parameter in _base_parameters(model)
+            if name in marks and name not in without and id(parameter) not in merged
+            if marks[name].comparable(parameter) and marks[name] != _Mark.of(parameter)
+        ]
 
     def around(self, model: nn.Module, inner: str) -> Start:
         """The start of ``model``, which calls the module of this one ``inner``; the rest of it is as it is now."""
@@ -85,6 +101,7 @@ class Start:
         found = Start.of(model)
         found.buffers |= outer(self.buffers)
         found.extra |= outer(self.extra)
+        found.trained = outer(self.trained)
         if self.parameters is not None:
             found.parameters = outer(self.parameters)
         return found
@@ -160,6 +177,10 @@ def _base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if not name.startswith(inside):
             yield canonical(name), parameter
+
+
+def _is_sharded(tensor: Tensor) -> bool:
+    return hasattr(tensor, "_local_tensor")
 
 
 def _copy(value: Any) -> Any:

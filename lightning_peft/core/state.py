@@ -106,7 +106,8 @@ def settle(model: nn.Module) -> None:
     for name, trains in record.trains.items():
         if any(key.startswith(stack_prefixes(root, name)) for key in on):
             record.trains[name] = replace(trains, adapters=True)
-    record.start.mark(root, record.decided(_parameter_names(root)))
+    record.start.keep(root, owned_keys(root))
+    record.start.mark(root)
 
 
 def _parameter_names(model: nn.Module) -> list[str]:

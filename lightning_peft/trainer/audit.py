@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lightning_peft.core.host import AdapterStack, hosts, stacks
 from lightning_peft.core.reads import computing
-from lightning_peft.core.record import injection_of
+from lightning_peft.core.record import injection_of, later_parameters
 from lightning_peft.core.sites import output_head, weight_sites
 from lightning_peft.core.state import adapter_state, owned_keys
 from lightning_peft.core.swap import add_mixin, remove_mixin
@@ -27,6 +27,7 @@ __all__ = [
     "AuditError",
     "CallAudit",
     "GradientAudit",
+    "UnfrozenAudit",
     "audit_active",
     "audit_head",
     "audit_hyperparameters",
@@ -116,6 +117,30 @@ def audit_optimizers(model: nn.Module, optimizers: Iterable[torch.optim.Optimize
         )
     if twice:
         report(model, f"{_few(twice)} are in more than one optimizer group and would be updated twice a step")
+
+
+class UnfrozenAudit:
+    """Parameters that the user unfreezes during a fit are in no optimizer, unless the user puts them there."""
+
+    def __init__(self, model: nn.Module) -> None:
+        later = {id(p) for p in later_parameters(model)}
+        frozen = {n: p for n, p in model.named_parameters() if not p.requires_grad and id(p) not in later}
+        self.model, self.frozen = model, frozen
+
+    def look(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
+        """Report those that require gradients by now; each once."""
+        unfrozen = {name: p for name, p in self.frozen.items() if p.requires_grad}
+        if not unfrozen:
+            return
+        held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+        self.frozen = {name: p for name, p in self.frozen.items() if name not in unfrozen}
+        if idle := [name for name, p in unfrozen.items() if id(p) not in held]:
+            report(
+                self.model,
+                f"{_few(idle)} were unfrozen during the fit and would not be updated: no optimizer holds them. Let "
+                "lp.GradualUnfreezing unfreeze them, name them in trainable from the start, or give them to the "
+                "optimizer (optimizer.add_param_group)",
+            )
 
 
 def audit_active(model: nn.Module) -> None:

@@ -36,6 +36,7 @@ class Lifecycle(Callback):
         self._loaders = TrainingLoaders()
         self._gradients: dict[str, torch.Tensor] = {}
         self._gradient_audit: audit.GradientAudit | None = None
+        self._unfrozen: audit.UnfrozenAudit | None = None
         self._calls: audit.CallAudit | None = None
         self._called: set[str] | None = None
         self._watched: set[str] = set()  # which stages had their first batch watched
@@ -73,6 +74,7 @@ class Lifecycle(Callback):
         audit.audit_hyperparameters(pl_module.hparams)
         audit.audit_optimizers(pl_module, trainer.optimizers)
         try_saving(trainer, pl_module)
+        self._unfrozen = audit.UnfrozenAudit(pl_module)
         # With several optimizers, parameters take turns.
         self._gradient_audit = audit.GradientAudit(pl_module) if len(trainer.optimizers) == 1 else None
         record = injection_of(pl_module)
@@ -100,6 +102,8 @@ class Lifecycle(Callback):
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
         if self._calls is not None:
             self._stop_watching("training")
+        if self._unfrozen is not None:
+            self._unfrozen.look(trainer.optimizers)
         if self._gradient_audit is not None:
             scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
             self._gradient_audit.step(self._called, scaled)

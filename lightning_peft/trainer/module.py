@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_peft.core.consistency import check_record, update_base
+from lightning_peft.core.host import stack_prefixes
 from lightning_peft.core.inject import apply
 from lightning_peft.core.record import injection_of, later_parameters, trainable_parameters
+from lightning_peft.core.reset import moved_adapters
 from lightning_peft.core.state import StateError, canonical, check_fingerprint, load_state, trainable_keys
 from lightning_peft.core.swap import add_mixin, original_class
 from lightning_peft.core.thaw import set_thawed
@@ -96,15 +98,14 @@ class AdaptedModule(_LightningModule):
         will_train = {id(p) for p in trainable_parameters(self)}
         train = {canonical(n) for n, p in self.named_parameters(remove_duplicate=False) if id(p) in will_train}
         base = own - trainable_keys(self) - train
-        if not assign and (not base or not base <= {canonical(k) for k in state_dict}):
+        given = {canonical(k) for k in state_dict}
+        if not assign and not (base and base <= given):
             load_state(self, state_dict)
             return nn.modules.module._IncompatibleKeys([], [])
-        # A whole base, with or without adapters: what the user loads by hand before training.
-        result = super().load_state_dict(state_dict, strict=False, assign=assign)
-        wrong = [k for k in result.missing_keys if canonical(k) in base] + list(result.unexpected_keys)
-        if wrong and strict:
-            raise StateError(f"the state does not fit this model: {', '.join(wrong[:8])}")
-        return result
+        # A whole base, with adapters or, before these have trained, without: what the user loads by hand.
+        if strict:
+            _check_strict(self, own, given)
+        return super().load_state_dict(state_dict, strict=False, assign=assign)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
@@ -136,6 +137,20 @@ def adapt_module(module: Any) -> None:
     # LightningCLI puts its configure_optimizers on the instance, where it would hide the mixin's.
     if "configure_optimizers" in module.__dict__:
         module._peft_configure_optimizers = module.__dict__.pop("configure_optimizers")
+
+
+def _check_strict(model: nn.Module, own: set[str], given: set[str]) -> None:
+    adapters = {canonical(k) for k in nn.Module.state_dict(model) if k.startswith(stack_prefixes(model))}
+    wrong = sorted((own - adapters - given) | (given - own))
+    if wrong:
+        raise StateError(f"the state does not fit this model: {', '.join(wrong[:8])}")
+    stay = adapters - given
+    if stay and (moved := moved_adapters(model)):
+        raise StateError(
+            f"the state is that of a base without adapters, and those of this module have changed ({moved[0]}, "
+            f"{len(moved)} tensors in all), so they would stay as they are. To start again, call lp.reset(module), "
+            "which puts adapters, trained parameters and moved buffers back; strict=False loads the base alone"
+        )
 
 
 def trimmed(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -29,7 +29,7 @@ def test_a_parameter_that_changes_by_hand_is_seen(shape: tuple[int, ...], dtype:
     torch.manual_seed(0)
     model = nn.ParameterList([torch.randn(shape, dtype=dtype), torch.randn(shape, dtype=dtype)])
     start = Start.of(model)
-    start.mark(model, ())
+    start.mark(model)
     assert start.moved(model, ()) == set()
     model[1].data = CHANGES[change](model[1].data)
     assert start.moved(model, ()) == {"1"}
@@ -39,10 +39,10 @@ def test_a_parameter_that_changes_by_hand_is_seen(shape: tuple[int, ...], dtype:
 def test_an_empty_and_a_cast_parameter_have_not_moved():
     model = nn.ParameterList([torch.empty(0, 3), torch.randn(())])
     start = Start.of(model)
-    start.mark(model, ())
+    start.mark(model)
     model.to(torch.bfloat16)
     assert start.moved(model, ()) == set()
-    start.mark(model, ())
+    start.mark(model)
     model[1].data += 1
     assert start.moved(model, ()) == {"1"}
 

@@ -184,3 +184,54 @@ def test_numpy_scalars_as_options_become_plain_values(tmp_path: Path, options: d
     lp.load_from_checkpoint(Toy, tmp_path / "x.ckpt")
     lp.save_adapter(run.lightning_module, tmp_path / "adapter")
     assert "numpy" not in str({type(v) for v in method.config().values()})
+
+
+def test_a_second_fold_starts_as_the_first_did(tmp_path: Path) -> None:
+    def fold(module: Toy) -> dict[str, Any]:
+        L.seed_everything(0, verbose=False)
+        trainer(tmp_path, max_epochs=1, enable_checkpointing=False).fit(module, loader())
+        return state(module)
+
+    module = Toy()
+    initial = copy.deepcopy(module.state_dict())
+    first = fold(module)
+    with pytest.raises(lp.StateError, match=r"lp\.reset"):
+        module.load_state_dict(initial)
+    assert same(state(module), first)
+    lp.reset(module)
+    module.load_state_dict(initial)  # strict, and nothing is left of the first fold
+    assert same(fold(module), first)
+
+
+def test_a_strict_state_has_the_head_too(tmp_path: Path) -> None:
+    module = Toy()
+    initial = {k: v for k, v in module.state_dict().items() if not k.startswith("head.")}
+    trainer(tmp_path, max_epochs=1, limit_train_batches=1).fit(module, loader())
+    with pytest.raises(lp.StateError, match=r"head\.bias, head\.weight"):
+        module.load_state_dict(initial)
+
+
+class Unfreezes(Toy):
+    by_hand = False
+
+    def on_train_epoch_start(self) -> None:
+        self.body.requires_grad_(self.current_epoch >= 1)
+        if self.by_hand and self.current_epoch == 1:
+            self.optimizers().add_param_group({"params": list(self.body.parameters()), "lr": 1e-3})
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+
+def test_what_is_unfrozen_during_the_fit_without_an_optimizer_is_named(tmp_path: Path) -> None:
+    with pytest.raises(lp.AuditError, match=r"body\.0\.weight.* were unfrozen during the fit"):
+        trainer(tmp_path, method=lp.LinearProbe()).fit(Unfreezes(), loader())
+
+
+def test_what_is_unfrozen_and_given_to_the_optimizer_trains_and_is_saved(tmp_path: Path) -> None:
+    run, module = trainer(tmp_path, method=lp.LinearProbe()), Unfreezes()
+    module.by_hand = True
+    run.fit(module, loader())
+    run.save_checkpoint(tmp_path / "x.ckpt")
+    assert not torch.equal(module.body[0].weight, Toy().body[0].weight)
+    assert same(state(lp.load_from_checkpoint(Unfreezes, tmp_path / "x.ckpt")), state(module))
