@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lightning_peft.core.state import StateError
+from lightning_peft.core.torch_zip import check_zip
 
 __all__ = ["read_torch_file"]
 
@@ -23,15 +25,18 @@ def read_torch_file(path: str | Path, map_location: Any = "cpu", mmap: bool = Fa
         mmap: leave tensors on the disk until they are used.
 
     Raises:
-        StateError: there is no such file; it is none of torch's; it would run code when it is read.
+        StateError: there is no such file; it is none of torch's, or damaged; it would run code when it is read.
     """
     path = Path(path)
     if not path.is_file():
         raise StateError(f"there is no file {path}")
     try:
+        check_zip(path, checksums=not mmap)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # on files that are none of torch's
-            return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap or None)
+            found = torch.load(path, map_location=map_location, weights_only=True, mmap=mmap or None)
+        _check_sizes(found)
+        return found
     except Exception as error:
         # A damaged or hostile file can make torch raise anything.
         named = re.search(r"GLOBAL (\S+)", str(error))
@@ -45,3 +50,17 @@ def read_torch_file(path: str | Path, map_location: Any = "cpu", mmap: bool = Fa
             "plain values only. If that is a class of your own and you trust the file, allow it: "
             "torch.serialization.add_safe_globals([...])"
         ) from None
+
+
+def _check_sizes(value: Any) -> None:
+    """Refuse tensors that repeat a few stored values so often that a copy of them would fill the memory."""
+    left, seen = [value], set()
+    while left:
+        value = left.pop()
+        if isinstance(value, Tensor) and value.layout is torch.strided and not value.is_meta:
+            size, stored = value.numel() * value.element_size(), value.untyped_storage().nbytes()
+            if size > max(16 * stored, 2**26):
+                raise ValueError(f"a tensor of {size:,} bytes is declared over {stored:,} stored ones")
+        elif isinstance(value, dict | list | tuple) and id(value) not in seen:
+            seen.add(id(value))
+            left += [*value.values()] if isinstance(value, dict) else value

@@ -24,7 +24,7 @@ from lightning_peft.formats.load import read_plan, saved_name
 from lightning_peft.formats.save import write_snapshots
 from lightning_peft.formats.snapshot import Snapshot
 from lightning_peft.methods.callback import registered_method
-from lightning_peft.trainer.manifest import KEY, manifest, read_checkpoint, scores
+from lightning_peft.trainer.manifest import KEY, manifest, read_checkpoint, scores, sealed
 from lightning_peft.trainer.module import adapt_module
 
 __all__ = ["export_checkpoint", "import_checkpoint"]
@@ -99,7 +99,7 @@ def import_checkpoint(
     adapt_module(module)
     return {
         "state_dict": trained,
-        KEY: manifest(module),
+        KEY: sealed(manifest(module), trained),
         "hyper_parameters": dict(module.hparams),
         "pytorch-lightning_version": L.__version__,
         "epoch": 0,

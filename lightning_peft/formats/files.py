@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lightning_peft.formats.seal import check_tensors, seal
 from lightning_peft.formats.strict_json import FormatError, parse_json
 from lightning_peft.ops.finite import is_finite
 
@@ -116,6 +117,7 @@ def read_files(directory: str | Path) -> AdapterFiles:
     if tensors.keys() != header.keys():
         raise FormatError(f"{path} changed while it was read")
     _check_tensors(tensors, str(path), config)
+    check_tensors(tensors, metadata, str(directory))
     return AdapterFiles(directory, config, tensors, metadata)
 
 
@@ -202,7 +204,8 @@ def write_files(
     beside = (directory if directory.exists() else directory.parent) / f".{directory.name}.{uuid.uuid4().hex[:8]}"
     beside.mkdir(parents=True)
     try:
-        save_file(_unshared(tensors), beside / WEIGHTS, {"format": "pt", **metadata})
+        own = _unshared(tensors)
+        save_file(own, beside / WEIGHTS, seal(json.loads(text), own, {"format": "pt", **metadata}))
         (beside / CONFIG).write_text(text + "\n", encoding="utf-8")
         if card is not None:
             (beside / CARD).write_text(card, encoding="utf-8")

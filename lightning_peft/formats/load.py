@@ -25,6 +25,7 @@ from lightning_peft.formats.names import PREFIX, Base, base_for_keys, base_of
 from lightning_peft.formats.own import take_own
 from lightning_peft.formats.regex import check_regexes
 from lightning_peft.formats.registry import converter_for_type
+from lightning_peft.formats.seal import check_options
 from lightning_peft.methods.callback import PEFTMethod
 from lightning_peft.trainer.module import adapt_module
 
@@ -155,6 +156,7 @@ def read_plan(
         plan = reading.method.plan(root)
     _fill(plan, reading, base)
     own |= reading.own
+    check_options(files.config, files.metadata, str(files.directory))
     return reading.method, plan, {base.outer(key): value for key, value in own.items()}
 
 

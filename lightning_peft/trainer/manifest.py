@@ -12,6 +12,7 @@ from torch import nn
 from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.base import base_of
 from lightning_peft.core.consistency import check_record, update_base
+from lightning_peft.core.digest import difference, tensor_digests, value_digest
 from lightning_peft.core.host import active_names, stacks
 from lightning_peft.core.parts import Part
 from lightning_peft.core.record import Injection, Trains, injected_module, injection_of
@@ -19,7 +20,7 @@ from lightning_peft.core.state import StateError, adapter_state, owned_keys, sta
 from lightning_peft.core.thaw import thawed
 from lightning_peft.core.torch_file import read_torch_file
 
-__all__ = ["KEY", "check_manifest", "manifest", "read_checkpoint", "scores", "trains"]
+__all__ = ["KEY", "check_manifest", "check_seal", "manifest", "read_checkpoint", "scores", "sealed", "trains"]
 
 KEY = "lightning_peft"
 VERSION = 1
@@ -63,12 +64,45 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu", mmap: bool = Fa
         mmap: leave their values in the file until they are used.
 
     Raises:
-        StateError: it has none, cannot be read, or would run code.
+        StateError: it has none, cannot be read, is not what was saved, or would run code.
     """
     checkpoint = read_torch_file(path, map_location, mmap=mmap)
+    if not mmap:
+        check_seal(checkpoint, path)
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(KEY), dict):
         raise StateError(f"{path} has no {KEY!r} manifest: it was not saved by a run with methods attached")
     return checkpoint
+
+
+def sealed(manifest: Mapping[str, Any], state: Mapping[str, Any]) -> dict[str, Any]:
+    """A manifest with digests of itself and of the state that it goes with.
+
+    A distributed checkpoint has none of the state: no process holds a whole tensor of it.
+    """
+    whole = not any(hasattr(value, "full_tensor") for value in state.values())
+    tensors = {"tensors": tensor_digests(state)} if whole else {}
+    return {**manifest, "digests": {"manifest": value_digest(manifest), **tensors}}
+
+
+def check_seal(checkpoint: Any, where: str | Path) -> None:
+    """Compare a checkpoint with the digests in its manifest, if there are any.
+
+    Raises:
+        StateError: a tensor of the state, or the manifest itself, is not what was saved; named.
+    """
+    manifest = checkpoint.get(KEY) if isinstance(checkpoint, dict) else None
+    if not isinstance(manifest, dict) or "digests" not in manifest:
+        return
+    digests, state = manifest["digests"], checkpoint.get("state_dict")
+    digests = digests if isinstance(digests, dict) else {}
+    plain = {key: value for key, value in manifest.items() if key not in ("digests", "wandb")}
+    wrong = "the manifest has changed" if digests.get("manifest") != value_digest(plain) else None
+    if wrong is None and "tensors" in digests and isinstance(state, dict):
+        wrong = difference(digests["tensors"], tensor_digests(state))
+    if wrong is not None:
+        raise StateError(
+            f"{where} is not what was saved: {wrong}. The file is damaged, or was edited: take another copy of it"
+        )
 
 
 def scores(checkpoint: Mapping[str, Any]) -> dict[str, float]:

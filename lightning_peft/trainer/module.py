@@ -26,7 +26,7 @@ from lightning_peft.trainer.audit import audit_methods, audit_ranks
 from lightning_peft.trainer.averaging import start_averaging
 from lightning_peft.trainer.groups import optimizers_in, remember_schedulers
 from lightning_peft.trainer.logs import continue_runs, run_ids
-from lightning_peft.trainer.manifest import KEY, check_manifest, manifest
+from lightning_peft.trainer.manifest import KEY, check_manifest, manifest, sealed
 from lightning_peft.trainer.optimizers import add_adapters, configured
 from lightning_peft.trainer.written import check_written
 
@@ -111,7 +111,7 @@ class AdaptedModule(_LightningModule):
         super().on_save_checkpoint(checkpoint)
         if self._trainer is None or self._trainer.is_global_zero:
             check_written(self, checkpoint["state_dict"], f"{original_class(self).__name__}.on_save_checkpoint")
-        checkpoint[KEY] = {**manifest(self), "wandb": run_ids(self._trainer)}
+        checkpoint[KEY] = {**sealed(manifest(self), checkpoint["state_dict"]), "wandb": run_ids(self._trainer)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)

@@ -15,6 +15,7 @@ from torch import nn
 from lightning_peft.core.record import injection_of
 from lightning_peft.core.state import StateError, adapter_state, canonical, check_state, moved_keys
 from lightning_peft.core.torch_file import read_torch_file
+from lightning_peft.trainer.manifest import check_seal
 from lightning_peft.trainer.module import trimmed
 
 __all__ = ["adapt", "agree_on_moved"]
@@ -85,7 +86,9 @@ def _load_file(strategy: Any, path: Path, weights_only: bool) -> dict[str, Any]:
 
 
 def _read(path: Path, weights_only: bool) -> dict[str, Any]:
-    return read_torch_file(path) if weights_only else torch.load(path, map_location="cpu", weights_only=False)
+    found = read_torch_file(path) if weights_only else torch.load(path, map_location="cpu", weights_only=False)
+    check_seal(found, path)
+    return found
 
 
 def _by_name(saved: dict[str, Any], module: nn.Module) -> dict[str, Any]:

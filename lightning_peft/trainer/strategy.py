@@ -7,6 +7,7 @@ by weights-only saves, and DeepSpeed ignores what a hook leaves in the checkpoin
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -14,8 +15,10 @@ from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_peft.core.state import StateError, canonical, owned_keys
+from lightning_peft.core.torch_file import read_torch_file
 from lightning_peft.trainer import sharded
 from lightning_peft.trainer.loaders import TrainingLoaders
+from lightning_peft.trainer.manifest import check_seal
 from lightning_peft.trainer.module import trimmed
 from lightning_peft.trainer.packages import lightning_classes
 
@@ -58,7 +61,16 @@ def adapt_strategy(trainer: L.Trainer, loaders: TrainingLoaders) -> None:
 
     def load_checkpoint(checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         # torch before 2.6, and Lightning for remote files, would unpickle anything.
-        return load(checkpoint_path, weights_only=True if weights_only is None else weights_only)
+        weights_only = True if weights_only is None else weights_only
+        # Strategies that load the state themselves, and a user's way of storing files, stay in charge.
+        plain = type(strategy).load_checkpoint.__qualname__ == "Strategy.load_checkpoint"
+        plain = plain and type(strategy.checkpoint_io).__name__ == "TorchCheckpointIO"
+        if plain and weights_only and Path(checkpoint_path).is_file():
+            checkpoint = read_torch_file(checkpoint_path)
+        else:
+            checkpoint = load(checkpoint_path, weights_only=weights_only)
+        check_seal(checkpoint, checkpoint_path)
+        return checkpoint
 
     def load_optimizer_state_dict(checkpoint: Mapping[str, Any]) -> None:
         try:

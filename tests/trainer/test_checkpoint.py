@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import sys
 from pathlib import Path
 from typing import Any
@@ -40,6 +39,7 @@ def test_holds_the_trainable_state_only(tmp_path: Path, weights_only: bool) -> N
 def edited(path: Path, change: Any) -> Path:
     state = torch.load(path, weights_only=True)
     change(state)
+    state.get("lightning_peft", {}).pop("digests", None)  # as earlier releases wrote them, so that later checks speak
     torch.save(state, path.with_name("edited.ckpt"))
     return path.with_name("edited.ckpt")
 
@@ -135,7 +135,7 @@ def test_a_pickle_payload_is_refused(tmp_path: Path) -> None:
         lp.load_from_checkpoint(Toy, path)
     for stage in ("fit", "test"):
         for options in ({}, {"weights_only": True}):  # safe where nothing is said, too
-            with pytest.raises(pickle.UnpicklingError):
+            with pytest.raises(lp.StateError, match=r"edited.ckpt was not read"):
                 getattr(trainer(tmp_path), stage)(Toy(), loader(), ckpt_path=path, **options)
     assert "payload_ran" not in sys.modules
 
