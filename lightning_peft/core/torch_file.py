@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,21 @@ from torch import Tensor
 from lightning_peft.core.state import StateError
 from lightning_peft.core.torch_zip import check_zip
 
-__all__ = ["read_torch_file"]
+__all__ = ["naming", "read_torch_file"]
+
+
+@contextmanager
+def naming(path: str | Path | None) -> Iterator[None]:
+    """Name the file in every error that what it says leads to; an error that is not this package's is a StateError."""
+    try:
+        yield
+    except Exception as error:
+        told = path is None or str(path) in str(error)
+        if type(error).__module__.startswith("lightning_peft."):
+            error.args = error.args if told else (f"{path}: {error}",)
+            raise
+        what = str(error) if isinstance(error, ValueError) else repr(error)
+        raise StateError(what if told else f"{path}: {what}") from error
 
 
 def read_torch_file(path: str | Path, map_location: Any = "cpu", mmap: bool = False) -> Any:

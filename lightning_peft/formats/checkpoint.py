@@ -19,6 +19,7 @@ from lightning_peft.core.base import Base
 from lightning_peft.core.inject import put_in
 from lightning_peft.core.parts import Part, whole
 from lightning_peft.core.state import StateError, adapter_state
+from lightning_peft.core.torch_file import naming
 from lightning_peft.formats.files import FormatError, read_files
 from lightning_peft.formats.load import read_plan, saved_name
 from lightning_peft.formats.save import write_snapshots
@@ -46,7 +47,11 @@ def export_checkpoint(path: str | Path, directory: str | Path, name: str | None 
         StateError: it is no checkpoint of such a run, or has no adapter of that name.
         FormatError: the base itself has to be looked at.
     """
-    checkpoint = read_checkpoint(path)
+    with naming(path):
+        return _export(read_checkpoint(path), path, directory, name, **options)
+
+
+def _export(checkpoint: Mapping[str, Any], path: Any, directory: Any, name: str | None, **options: Any) -> list[str]:
     manifest = checkpoint[KEY]
     if "base" not in manifest:
         raise FormatError(f"{path} was saved by an earlier release, and does not say enough: give --model")
@@ -84,7 +89,8 @@ def import_checkpoint(
     """
     files = read_files(directory)
     name = name or saved_name(files)
-    method, plan, own = read_plan(module, files, name, check_base)
+    with naming(directory):
+        method, plan, own = read_plan(module, files, name, check_base)
     state = module.state_dict()
     for key, value in own.items():
         if value.shape != state[key].shape:

@@ -118,7 +118,7 @@ def describe(path: str | Path) -> Description:
         return Description(path, "adapter" if len(found) == 1 else f"{len(found)} adapters", size, found)
     try:
         return _checkpoint(path)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RecursionError) as error:
         raise StateError(f"{path}: what it says of its run cannot be read: {error!r}") from error
 
 

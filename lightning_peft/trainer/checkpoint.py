@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,6 +16,7 @@ from lightning_peft.core.inject import apply, put_in
 from lightning_peft.core.record import injection_of
 from lightning_peft.core.replace import replace_trained, saved_copies
 from lightning_peft.core.targets import TargetError
+from lightning_peft.core.torch_file import naming
 from lightning_peft.methods.callback import PEFTMethod, registered_method
 from lightning_peft.trainer.hyperparameters import saved_arguments
 from lightning_peft.trainer.manifest import KEY, read_checkpoint
@@ -41,25 +43,29 @@ def load_from_checkpoint(module_class: type[M], path: str | Path, map_location: 
     Raises:
         StateError: the checkpoint has no manifest, does not fit, was trained on another base, or would run code; or a
             hyperparameter names code and was not given.
-        ValueError: it names a method that is not defined here.
+            The same for a method that is not defined here.
     """
     checkpoint = read_checkpoint(path, map_location)
-    methods = [(_method(entry), entry.get("trains", True), _copies(entry)) for entry in checkpoint[KEY]["methods"]]
-    module = module_class(**saved_arguments(module_class, checkpoint, kwargs, path), **kwargs)
+    with naming(path):
+        methods = [(_method(entry), entry.get("trains", True), _copies(entry)) for entry in checkpoint[KEY]["methods"]]
+    arguments = saved_arguments(module_class, checkpoint, kwargs, path)
+    with naming(path) if arguments else nullcontext():
+        module = module_class(**arguments, **kwargs)
     # For a configure_model that calls lp.apply(self).
     module.__dict__["_peft_methods"] = [method for method, trains, copies in methods if trains and not copies]
     module.configure_model()
-    try:
-        _put_in(module, methods, checkpoint["state_dict"])
-    except TargetError:
-        module.setup("predict")
-        _put_in(module, methods, checkpoint["state_dict"])
-    del module.__dict__["_peft_methods"]
-    adapt_module(module)
-    module.on_load_checkpoint(checkpoint)
-    module.load_state_dict(checkpoint["state_dict"])
-    if not all(trains for _, trains, _ in methods):
-        set_active(module, *checkpoint[KEY]["active"])
+    with naming(path):
+        try:
+            _put_in(module, methods, checkpoint["state_dict"])
+        except TargetError:
+            module.setup("predict")
+            _put_in(module, methods, checkpoint["state_dict"])
+        del module.__dict__["_peft_methods"]
+        adapt_module(module)
+        module.on_load_checkpoint(checkpoint)
+        module.load_state_dict(checkpoint["state_dict"])
+        if not all(trains for _, trains, _ in methods):
+            set_active(module, *checkpoint[KEY]["active"])
     return module.to(map_location) if isinstance(map_location, str | torch.device) else module
 
 

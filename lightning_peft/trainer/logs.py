@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import tempfile
 import warnings
@@ -16,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lightning_peft.core.record import Injection
-from lightning_peft.core.state import adapter_state
+from lightning_peft.core.state import StateError, adapter_state
 from lightning_peft.core.torch_file import read_torch_file
 from lightning_peft.trainer.manifest import KEY, manifest
 from lightning_peft.trainer.packages import lightning_classes
@@ -68,7 +69,9 @@ def resume_wandb(loggers: Iterable[Any], ckpt_path: str | Path | None) -> None:
     if not path.is_file():
         return
     checkpoint = read_torch_file(path, mmap=path.suffix != ".pt")
-    for logger, run_id in zip(_wandb_loggers(loggers), checkpoint.get(KEY, {}).get("wandb", [])):
+    said = checkpoint.get(KEY) if isinstance(checkpoint, dict) else None
+    ids = said.get("wandb", []) if isinstance(said, dict) else []
+    for logger, run_id in zip(_wandb_loggers(loggers), ids):
         if run_id is not None and logger._experiment is None and logger._wandb_init.get("id") is None:
             _set_run_id(logger, run_id)
 
@@ -103,6 +106,8 @@ def _wandb_loggers(loggers: Iterable[Any]) -> list[Any]:
 
 
 def _set_run_id(logger: Any, run_id: str) -> None:
+    if not isinstance(run_id, str) or not re.fullmatch(r"[\w-]{1,128}", run_id):  # it becomes part of a path
+        raise StateError(f"the checkpoint has {run_id!a} for the id of a W&B run, which is not one")
     logger._wandb_init.update(id=run_id, resume="allow")
     logger._id = run_id
 

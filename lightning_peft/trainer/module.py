@@ -22,6 +22,7 @@ from lightning_peft.core.reset import moved_adapters
 from lightning_peft.core.state import StateError, canonical, check_fingerprint, load_state, trainable_keys
 from lightning_peft.core.swap import add_mixin, original_class
 from lightning_peft.core.thaw import set_thawed
+from lightning_peft.core.torch_file import naming
 from lightning_peft.trainer.audit import audit_methods, audit_ranks
 from lightning_peft.trainer.averaging import start_averaging
 from lightning_peft.trainer.groups import optimizers_in, remember_schedulers
@@ -118,8 +119,9 @@ class AdaptedModule(_LightningModule):
         record = injection_of(self)
         if record is not None:
             check_record(self)
-            check_manifest(self, checkpoint)
-            check_fingerprint(self, checkpoint[KEY]["fingerprint"])
+            with naming(self._trainer.ckpt_path if self._trainer is not None else None):
+                check_manifest(self, checkpoint)
+                check_fingerprint(self, checkpoint[KEY]["fingerprint"])
             continue_runs(self._trainer, checkpoint[KEY].get("wandb", []))
             if self._trainer is not None and self._trainer.precision == "64-true":
                 self.double()  # Lightning does so after loading, when half of the digits are gone

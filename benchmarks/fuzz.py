@@ -1,0 +1,281 @@
+"""Mutate files and read them: every outcome is equal numbers, or an error of this package that names the file.
+
+    python -m benchmarks.fuzz --mutations 2000
+
+Bytes are flipped, cut, zeroed, moved; values inside are exchanged, deleted and replaced. Kinds that end in ``, old``
+have no digests, as files of earlier releases and PEFT's: there a changed value may go unseen, and is counted as such.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import copy
+import faulthandler
+import json
+import random
+import resource
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+import lightning_peft as lp
+from lightning_peft.formats.files import CONFIG, WEIGHTS
+from lightning_peft.formats.seal import KEY as DIGESTS
+from lightning_peft.trainer.manifest import KEY, manifest, sealed
+from lightning_peft.trainer.module import adapt_module
+
+OURS = (lp.StateError, lp.FormatError, lp.TargetError, lp.InjectionError)
+GOOD = ("equal", "refused", "differs, no digest")
+LIMIT = 60  #: seconds for one file, after which the process ends with a traceback
+
+HOSTILE = [
+    None,
+    True,
+    0,
+    -1,
+    3,
+    2**40,
+    10**30,
+    1.5,
+    float("inf"),
+    "",
+    "x",
+    "re:(a+)+$",
+    "os.system",
+    "../../x",
+    "\ud800",
+]
+HOSTILE += [[], {}, [0], [[]], {"class_path": "os.system"}, {"": {}}, [None] * 3]
+
+
+class Module(L.LightningModule):
+    """A small network with fixed weights."""
+
+    def __init__(self, width: int = 8, lr: float = 0.1) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.body = nn.Sequential(nn.Linear(width, 8), nn.ReLU(), nn.Linear(8, 8))
+        self.head = nn.Linear(8, 3)
+        generator = torch.Generator().manual_seed(0)
+        for parameter in self.parameters():
+            parameter.data = torch.randn(parameter.shape, generator=generator)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits."""
+        return self.head(self.body(x))
+
+
+class Subject:
+    """A trained module, its checkpoint and its adapter directory, to be mutated in ``folder``."""
+
+    def __init__(self, folder: Path) -> None:
+        torch.manual_seed(0)
+        self.folder, self.x = folder, torch.randn(4, 8)
+        module = Module()
+        lp.apply(module, lp.LoRA(r=2, dropout=0.1, trainable=["head"]))
+        with torch.no_grad():
+            for parameter in lp.trainable_parameters(module):
+                parameter.add_(torch.randn_like(parameter))
+        adapt_module(module)
+        self.expected = self.output(module)
+        state = lp.adapter_state(module)
+        self.checkpoint = {"state_dict": state, KEY: sealed(manifest(module), state), "hyper_parameters": {"width": 8}}
+        self.checkpoint |= {"pytorch-lightning_version": L.__version__, "epoch": 1, "global_step": 2}
+        lp.save_adapter(module, folder / "saved")
+        torch.save(self.checkpoint, folder / "saved.ckpt")
+
+    def output(self, module: nn.Module) -> torch.Tensor:
+        with torch.no_grad():
+            return module.eval()(self.x)
+
+    def read_checkpoint(self) -> torch.Tensor:
+        return self.output(lp.load_from_checkpoint(Module, self.folder / "x.ckpt"))
+
+    def read_directory(self) -> torch.Tensor:
+        module = Module()
+        lp.load_adapter(module, self.folder / "x")
+        return self.output(module)
+
+    def copy_directory(self) -> Path:
+        shutil.rmtree(self.folder / "x", ignore_errors=True)
+        return Path(shutil.copytree(self.folder / "saved", self.folder / "x"))
+
+
+def flip(data: bytes, draw: random.Random) -> bytes:
+    """One mutation of bytes."""
+    at, length, changed = draw.randrange(len(data)), draw.choice([1, 2, 8, 64, 512]), bytearray(data)
+    kind = draw.choice(["bit", "bit", "byte", "zero", "cut", "remove", "repeat", "swap"])
+    if kind == "bit":
+        changed[at] ^= 1 << draw.randrange(8)
+    elif kind == "byte":
+        changed[at] = draw.randrange(256)
+    elif kind == "zero":
+        changed[at : at + length] = bytes(len(changed[at : at + length]))
+    elif kind == "cut":
+        del changed[at:]
+    elif kind == "remove":
+        del changed[at : at + length]
+    elif kind == "repeat":
+        changed[at:at] = changed[at : at + length]
+    else:
+        to = draw.randrange(len(data))
+        changed[at : at + 1], changed[to : to + 1] = changed[to : to + 1], changed[at : at + 1]
+    return bytes(changed)
+
+
+def change(value: Any, draw: random.Random) -> Any:
+    """One mutation somewhere in a nested value, in place where it can be."""
+    places: list[tuple[Any, Any]] = []
+    left = [value]
+    while left:
+        here = left.pop()
+        keys = list(here) if isinstance(here, dict) else range(len(here)) if isinstance(here, list) else ()
+        places += [(here, key) for key in keys]
+        left += [here[key] for key in keys]
+    holder, key = draw.choice(places)
+    other, other_key = draw.choice(places)
+    kind = draw.choice(["delete", "replace", "replace", "exchange", "rename"])
+    if kind == "delete":
+        del holder[key]
+    elif kind == "rename" and isinstance(holder, dict):
+        holder[draw.choice(["x", "", 3, f"{key}x"])] = holder.pop(key)
+    elif kind == "exchange":
+        holder[key] = copy.deepcopy(other[other_key])
+    else:
+        holder[key] = copy.deepcopy(draw.choice(HOSTILE))
+    return value
+
+
+def _listed(value: Any) -> Any:
+    """A copy with lists for tuples, which cannot be changed."""
+    if isinstance(value, dict):
+        return {key: _listed(inside) for key, inside in value.items()}
+    return [_listed(inside) for inside in value] if isinstance(value, list | tuple) else value
+
+
+def checkpoint_bytes(subject: Subject, draw: random.Random) -> torch.Tensor:
+    (subject.folder / "x.ckpt").write_bytes(flip((subject.folder / "saved.ckpt").read_bytes(), draw))
+    return subject.read_checkpoint()
+
+
+def checkpoint_values(subject: Subject, draw: random.Random, old: bool = False) -> torch.Tensor:
+    value = _listed(subject.checkpoint)
+    if old:
+        del value[KEY]["digests"]
+    hyper_parameters = value.pop("hyper_parameters")  # which are the module's own, and may be edited
+    torch.save({"hyper_parameters": hyper_parameters, **change(value, draw)}, subject.folder / "x.ckpt")
+    return subject.read_checkpoint()
+
+
+def tensor_bytes(subject: Subject, draw: random.Random) -> torch.Tensor:
+    path = subject.copy_directory() / WEIGHTS
+    path.write_bytes(flip(path.read_bytes(), draw))
+    return subject.read_directory()
+
+
+def tensor_values(subject: Subject, draw: random.Random, old: bool = False) -> torch.Tensor:
+    path = subject.copy_directory() / WEIGHTS
+    with safe_open(path, "pt") as file:
+        metadata, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    if old:
+        del metadata[DIGESTS]
+    one, other = draw.sample(sorted(tensors), 2)
+    kind = draw.choice(["exchange", "change", "delete", "rename", "dtype", "reshape"])
+    if kind == "exchange":
+        tensors[one], tensors[other] = tensors[other], tensors[one]
+    elif kind == "change":
+        tensors[one].view(-1)[draw.randrange(tensors[one].numel())] += draw.choice([1e-3, 1.0, 1e30])
+    elif kind == "delete":
+        del tensors[one]
+    elif kind == "rename":
+        tensors[draw.choice([f"{one}x", "x", one.replace("0", "9"), one.replace("lora_A", "lora_B")])] = tensors.pop(
+            one
+        )
+    elif kind == "dtype":
+        tensors[one] = tensors[one].to(draw.choice([torch.float16, torch.float64, torch.int8, torch.bool]))
+    else:
+        tensors[one] = tensors[one].reshape(draw.choice([(-1,), (1, -1), (-1, 1)]))
+    save_file({key: value.contiguous() for key, value in tensors.items()}, path, metadata)
+    return subject.read_directory()
+
+
+def config_bytes(subject: Subject, draw: random.Random) -> torch.Tensor:
+    path = subject.copy_directory() / CONFIG
+    path.write_bytes(flip(path.read_bytes(), draw))
+    return subject.read_directory()
+
+
+def config_values(subject: Subject, draw: random.Random, old: bool = False) -> torch.Tensor:
+    folder = subject.copy_directory()
+    if old:
+        with safe_open(folder / WEIGHTS, "pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(change(config, draw), default=str))
+    return subject.read_directory()
+
+
+KINDS: dict[str, Callable[[Subject, random.Random], torch.Tensor]] = {
+    "checkpoint, bytes": checkpoint_bytes,
+    "checkpoint, values": checkpoint_values,
+    "checkpoint, values, old": lambda subject, draw: checkpoint_values(subject, draw, old=True),
+    "tensors, bytes": tensor_bytes,
+    "tensors, values": tensor_values,
+    "tensors, values, old": lambda subject, draw: tensor_values(subject, draw, old=True),
+    "config, bytes": config_bytes,
+    "config, values": config_values,
+    "config, values, old": lambda subject, draw: config_values(subject, draw, old=True),
+}
+
+
+def outcome(subject: Subject, kind: str, seed: int) -> str:
+    """What reading one mutated file ends in."""
+    faulthandler.dump_traceback_later(LIMIT, exit=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = KINDS[kind](subject, random.Random(f"{kind}{seed}"))
+        if found.shape == subject.expected.shape and torch.equal(found, subject.expected):
+            return "equal"
+        return "differs, no digest" if kind.endswith("old") else "WRONG NUMBERS"
+    except OURS as error:
+        return "refused" if str(subject.folder / "x") in str(error) else f"NOT NAMED {str(error)[:120]}"
+    except Exception as error:
+        return f"BARE {type(error).__name__}: {str(error)[:120]}"
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+def main() -> None:
+    """Print a line for each kind of file; exit with 1 if an outcome is one that must not be."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mutations", type=int, default=2000, help="of each kind")
+    parser.add_argument("--seed", type=int, default=0, help="of the first mutation")
+    options = parser.parse_args()
+    bad = 0
+    with tempfile.TemporaryDirectory() as folder:
+        subject = Subject(Path(folder).resolve())
+        for kind in KINDS:
+            seeds = range(options.seed, options.seed + options.mutations)
+            counts = collections.Counter(outcome(subject, kind, seed) for seed in seeds)
+            print(f"{kind}: " + ", ".join(f"{n:,} {what}" for what, n in counts.most_common()), flush=True)
+            bad += sum(n for what, n in counts.items() if what.isupper() or what.split()[0].isupper())
+    print(
+        f"{bad:,} bad outcomes; at most {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB of memory"
+    )
+    raise SystemExit(bool(bad))
+
+
+if __name__ == "__main__":
+    main()
