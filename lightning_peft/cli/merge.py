@@ -94,15 +94,16 @@ def _base(directory: Path, base: str | None) -> nn.Module:
     import transformers
 
     from lightning_peft.formats.files import adapter_folders, read_config
-    from lightning_peft.formats.pretrained import load_model, locate
+    from lightning_peft.formats.pretrained import NO_CODE, load_model, locate
 
     where = base or read_config(adapter_folders(directory)[0]).get("base_model_name_or_path")
     if not where:
         raise StateError(f"{directory} does not say what its base is: add --base path/to/base, or --model my.Module")
-    [architecture] = transformers.AutoConfig.from_pretrained(locate(where)).architectures or [None]
-    if architecture is None or not hasattr(transformers, architecture):
+    [architecture] = transformers.AutoConfig.from_pretrained(locate(where), **NO_CODE).architectures or [None]
+    found = getattr(transformers, str(architecture), None)
+    if not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):
         raise StateError(f"{where} does not say which class of transformers it is of")
-    return load_model(getattr(transformers, architecture), where, pretrained=True, dtype=None)
+    return load_model(found, where, pretrained=True, dtype=None)
 
 
 def _write(model: nn.Module, out: Path) -> Path:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_peft.formats.files import AdapterFiles, FormatError
+from lightning_peft.formats.strict_json import FormatError
 
 __all__ = ["Bounded"]
 
@@ -18,12 +19,12 @@ class Bounded(TorchDispatchMode):
 
     Args:
         model: what the adapter is for.
-        files: the adapter's, whose configuration says how large its tensors are before they are compared.
+        tensors: the file's, whose configuration says how large they are before they are compared.
     """
 
-    def __init__(self, model: nn.Module, files: AdapterFiles) -> None:
+    def __init__(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         super().__init__()
-        known = (*model.parameters(), *files.tensors.values())
+        known = (*model.parameters(), *(t for t in tensors.values() if isinstance(t, Tensor)))
         self.most = 4 * max((t.numel() for t in known), default=0) + 2**20
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -22,9 +22,10 @@ from lightning_peft.core.state import StateError, adapter_state
 from lightning_peft.core.torch_file import naming
 from lightning_peft.formats.files import FormatError, read_files
 from lightning_peft.formats.load import read_plan, saved_name
+from lightning_peft.formats.regex import check_regexes
 from lightning_peft.formats.save import write_snapshots
 from lightning_peft.formats.snapshot import Snapshot
-from lightning_peft.methods.callback import registered_method
+from lightning_peft.methods.callback import method_of_file
 from lightning_peft.trainer.manifest import KEY, manifest, read_checkpoint, scores, sealed
 from lightning_peft.trainer.module import adapt_module
 
@@ -59,6 +60,10 @@ def _export(checkpoint: Mapping[str, Any], path: Any, directory: Any, name: str 
     if name is not None and name not in entries:
         raise StateError(f"no adapter named {name!r} in {path}; it has {list(entries)}")
     state = {key: value for key, value in checkpoint["state_dict"].items() if isinstance(value, Tensor)}
+    for entry in entries.values():  # heads' names become patterns of PEFT's, which are looked for in the base
+        check_regexes(
+            {"modules_to_save": entry["own"]["modules"], "config": entry["config"]}, manifest["base"]["modules"]
+        )
     snapshots = {each: _snapshot(each, entries[each], manifest, state) for each in ([name] if name else entries)}
     for snapshot in snapshots.values():
         snapshot.metrics = scores(checkpoint)
@@ -125,7 +130,7 @@ def _snapshot(name: str, entry: Mapping[str, Any], manifest: Mapping[str, Any], 
     own = entry["own"]
     heads = [_inner(base, head) for head in own["modules"]]
     return Snapshot(
-        method=registered_method(entry["method"])(**entry["config"]),
+        method=method_of_file(entry["method"], entry["config"]),
         parts=parts,
         heads=heads,
         trained={_inner(base, key): whole(value) for key, value in _trained(name, entry, state).items()},

@@ -151,7 +151,7 @@ def read_plan(
     reading = converter.read(options, tensors, base, name, trainable=base.patterns(heads))
     options.done()
     tensors.done()
-    with Bounded(root, files):
+    with Bounded(root, files.tensors):
         plan = reading.method.plan(root)
     _fill(plan, reading, base)
     own |= reading.own

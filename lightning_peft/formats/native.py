@@ -18,7 +18,7 @@ from lightning_peft.formats.converter import Converter, Options, Reading, Tensor
 from lightning_peft.formats.files import FormatError
 from lightning_peft.formats.names import PREFIX, Base
 from lightning_peft.formats.snapshot import Snapshot
-from lightning_peft.methods.callback import PEFTMethod, registered_method
+from lightning_peft.methods.callback import PEFTMethod, method_of_file
 
 __all__ = ["NATIVE", "NativeConverter"]
 
@@ -26,8 +26,6 @@ NATIVE = "LIGHTNING_PEFT"
 
 #: arguments that hold patterns; in the last two they are keys
 _PATTERNS = ("targets", "exclude", "trainable", "feedforward_targets", "rank_pattern", "alpha_pattern")
-#: how to start does not matter to what is loaded, and a file should not make a tokenizer be looked up
-_START = {"init": "random", "init_text": None, "tokenizer": None}
 
 
 class NativeConverter(Converter):
@@ -72,9 +70,8 @@ def _make(kind: Any, config: Any, base: Base, name: str) -> PEFTMethod:
         return f"re:(?:{re.escape(base.name)}\\.)?(?:{pattern[3:]})" if pattern.startswith("re:") else pattern
 
     try:
-        cls = registered_method(kind)
         config = _with_patterns(config, outer) if base.name else config
-        return cls(**{**config, **(_START if "tokenizer" in config else {}), "name": name})
+        return method_of_file(kind, {**config, "name": name})
     except (TypeError, ValueError) as error:
         raise FormatError(f"{kind} cannot be made as the file says: {error}") from error
 

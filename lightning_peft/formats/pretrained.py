@@ -8,6 +8,8 @@ from typing import Any
 
 from lightning_peft import demo
 
+#: a model's folder may hold Python files, which are never run: build such a model in a module of your own
+NO_CODE = {"trust_remote_code": False}
 _TOKENIZER = ("tokenizer_config.json", "tokenizer.json", "config.json")
 
 
@@ -63,17 +65,19 @@ def load_model(auto_class: Any, model: str, pretrained: bool, dtype: str | None,
         **config: Changes to the model's configuration.
 
     Raises:
-        ValueError: ``dtype`` is not the name of a torch dtype.
+        ValueError: ``dtype`` is not the name of a torch dtype; ``config`` asks for remote code, or the model needs it.
     """
     import torch
     from transformers import AutoConfig
 
     if dtype is not None and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ValueError(f"dtype={dtype!r} is no torch dtype; use float32, bfloat16, float16 or None.")
+    if refused := sorted(config.keys() & {"trust_remote_code", "code_revision"}):
+        raise ValueError(f"config={refused}: code from a model's folder is never run; build it in a module of your own")
     where = locate(model)
-    configuration = AutoConfig.from_pretrained(where, **config)
+    configuration = AutoConfig.from_pretrained(where, **config, **NO_CODE)
     if pretrained:
-        network = auto_class.from_pretrained(where, config=configuration)
+        network = auto_class.from_pretrained(where, config=configuration, **NO_CODE)
     else:
         network = auto_class.from_config(configuration)
     network.train()  # from_pretrained leaves it in eval mode; Lightning would train it so, without dropout
@@ -84,7 +88,7 @@ def load_tokenizer(model: str) -> Any:
     """The tokenizer that belongs to a model; one without a padding token pads with its end-of-text token."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(locate(model, _TOKENIZER))
+    tokenizer = AutoTokenizer.from_pretrained(locate(model, _TOKENIZER), **NO_CODE)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from lightning_peft.formats.files import FormatError
+from lightning_peft.formats.strict_json import FormatError
 
 __all__ = ["check_regexes"]
 

@@ -9,7 +9,7 @@ import math
 import os
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, Literal
 
@@ -23,7 +23,7 @@ from lightning_peft.core.plan import Plan
 from lightning_peft.core.targets import as_patterns, match_modules
 from lightning_peft.trainer.lifecycle import Lifecycle
 
-__all__ = ["PEFTMethod", "registered_method"]
+__all__ = ["PEFTMethod", "method_of_file", "registered_method"]
 
 #: the method classes by name and by the module that defines them
 _REGISTRY: dict[str, dict[str, type[PEFTMethod]]] = {}
@@ -43,6 +43,18 @@ def registered_method(name: str) -> type[PEFTMethod]:
     if len(found) > 1:
         raise ValueError(f"{' and '.join(sorted(found))} define a method named {name!r} each: rename all but one")
     return next(iter(found.values()))
+
+
+def method_of_file(kind: str, config: Mapping[str, Any]) -> PEFTMethod:
+    """The method that a file describes.
+
+    How it started does not matter any more, and a file should not make a tokenizer be looked up.
+
+    Raises:
+        ValueError, TypeError: no such method is defined, or it does not take these arguments.
+    """
+    start = {"init": "random", "init_text": None, "tokenizer": None} if "tokenizer" in config else {}
+    return registered_method(kind)(**{**config, **start})
 
 
 class PEFTMethod(Callback, ABC):

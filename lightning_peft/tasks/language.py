@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from lightning_peft.core.rows import rows
-from lightning_peft.formats.pretrained import load_model, load_tokenizer, locate
+from lightning_peft.formats.pretrained import NO_CODE, load_model, load_tokenizer, locate
 from lightning_peft.tasks.optim import adamw
 
 Objective = Literal["causal", "masked"]
@@ -181,7 +181,7 @@ class LanguageModel(L.LightningModule):
 def _objective_of(model: str) -> Objective:
     from transformers import AutoConfig
 
-    names = AutoConfig.from_pretrained(locate(model)).architectures or []
+    names = AutoConfig.from_pretrained(locate(model), **NO_CODE).architectures or []
     if any(name.endswith("ForMaskedLM") for name in names):
         return "masked"
     if any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names):

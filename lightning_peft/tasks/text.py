@@ -37,6 +37,9 @@ class TextClassifier(L.LightningModule):
         17
     """
 
+    #: a checkpoint's hyperparameters may not set this: transformers takes names of code among a configuration's options
+    from_user = ("config",)
+
     def __init__(
         self,
         model: str = "demo",

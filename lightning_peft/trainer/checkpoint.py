@@ -17,7 +17,9 @@ from lightning_peft.core.record import injection_of
 from lightning_peft.core.replace import replace_trained, saved_copies
 from lightning_peft.core.targets import TargetError
 from lightning_peft.core.torch_file import naming
-from lightning_peft.methods.callback import PEFTMethod, registered_method
+from lightning_peft.formats.bounded import Bounded
+from lightning_peft.formats.regex import check_regexes
+from lightning_peft.methods.callback import PEFTMethod, method_of_file
 from lightning_peft.trainer.hyperparameters import saved_arguments
 from lightning_peft.trainer.manifest import KEY, read_checkpoint
 from lightning_peft.trainer.module import adapt_module
@@ -70,7 +72,7 @@ def load_from_checkpoint(module_class: type[M], path: str | Path, map_location: 
 
 
 def _method(entry: dict[str, Any]) -> PEFTMethod:
-    return registered_method(entry["method"])(**entry["config"])
+    return method_of_file(entry["method"], entry["config"])
 
 
 def _copies(entry: dict[str, Any]) -> bool:
@@ -82,12 +84,16 @@ def _put_in(
     module: L.LightningModule, methods: Iterable[tuple[PEFTMethod, bool, bool]], state: dict[str, Tensor]
 ) -> None:
     """Put the methods in, in order, each as it was: training the base itself, or loaded beside it, frozen or not."""
+    names = [name for name, _ in (*module.named_modules(), *module.named_parameters())]
     for method, trains, copies in methods:
+        check_regexes({"config": method.config()}, names)
         record = injection_of(module)
         if trains and not copies:
-            apply(module, method)
+            with Bounded(module, state):
+                apply(module, method)
         elif record is None or method.name not in record.methods:
-            plan = method.plan(module)
+            with Bounded(module, state):
+                plan = method.plan(module)
             replace_trained(plan, module, saved_copies(plan, module, method.name, state), trains)
             for _, _, adapter, _ in plan.attach if not trains else ():
                 adapter.requires_grad_(False)

@@ -59,7 +59,7 @@ class PlainPlanner(DefaultLoadPlanner):
         """
         try:
             torch.load(value, weights_only=True)
-        except pickle.UnpicklingError as error:
+        except Exception as error:  # a damaged pickle can make anything be raised
             key = read_item.dest_index.fqn
             raise StateError(f"{key!r} in the checkpoint is no plain value, and was not read") from error
         value.seek(0)

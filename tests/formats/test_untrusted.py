@@ -5,7 +5,10 @@ The canary is ``hostile_library``, on the path: importing it or calling what is 
 
 from __future__ import annotations
 
+import ast
+import copy
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +21,9 @@ from torch import nn
 import lightning_peft as lp
 from lightning_peft.cli.main import main
 from lightning_peft.core.state import StateError
-from lightning_peft.tasks import ImageClassifier
+from lightning_peft.formats import regex
+from lightning_peft.methods.callback import method_of_file
+from lightning_peft.tasks import ImageClassifier, TextClassifier
 from tests.cli.modules import Data, Module
 
 CANARY = """from pathlib import Path
@@ -102,7 +107,7 @@ def saved(trained: dict[str, Any], **hyper_parameters: Any) -> str:
 
 
 def refused(call: Callable[[str], Any], path: str) -> str:
-    with pytest.raises((StateError, SystemExit)) as stop:
+    with pytest.raises((StateError, lp.FormatError, lp.TargetError, SystemExit)) as stop:
         call(path)
     return str(stop.value)
 
@@ -179,3 +184,115 @@ def test_merge_takes_classes_and_callables_from_the_user(trained):
     body = ["--model.body=torch.nn.Linear", "--model.body.in_features=2", "--model.body.out_features=2"]
     main(["merge", path, "out", OPEN, "--model.act=torch.tanh", *body])
     assert Path("out/model.safetensors").is_file()
+
+
+def manifest_says(trained: dict[str, Any], **config: Any) -> str:
+    """The checkpoint of a forger, whose method has these arguments and who left the digests out."""
+    manifest = copy.deepcopy(trained["lightning_peft"])
+    del manifest["digests"]
+    manifest["methods"][0]["config"].update(config)
+    torch.save({**trained, "lightning_peft": manifest, "hyper_parameters": {}}, "hostile.ckpt")
+    return "hostile.ckpt"
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"targets": r"re:(.*)*(.*)*(.*)*(.*)*(.*)*!"}, "takes more than 0.5 seconds"),
+        ({"targets": "re:("}, "regular expression"),
+        ({"name": "../../x"}, "cannot name an adapter"),
+        ({"r": 2**31}, "is above both sides"),
+        ({"adapter_dtype": "load"}, "adapter_dtype must be one of"),
+    ],
+)
+def test_arguments_of_methods(trained, monkeypatch, config, message):
+    monkeypatch.setattr(regex, "LIMIT", 0.5)
+    said = refused(ENTRIES["load_from_checkpoint"], manifest_says(trained, **config))
+    assert message in said
+    assert "hostile.ckpt" in said
+
+
+def test_a_file_makes_no_tokenizer_be_looked_up():
+    found = method_of_file("PromptTuning", {"init": "text", "init_text": "x", "tokenizer": "hostile/repository"})
+    assert (found.config()["init"], found.config()["tokenizer"]) == ("random", None)
+
+
+def test_code_in_a_model_folder_is_not_run(trained):
+    Path("folder").mkdir()
+    Path("folder/config.json").write_text(
+        '{"model_type": "evil", "auto_map": {"AutoConfig": "hostile_library.Evil"}, "architectures": ["Evil"]}'
+    )
+    Path("folder/hostile_library.py").write_text(CANARY)
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        TextClassifier("folder")
+    with pytest.raises(ValueError, match="code from a model's folder is never run"):
+        TextClassifier("demo", config={"trust_remote_code": True})
+    said = {"_class_path": "lightning_peft.tasks.TextClassifier", "config": {"trust_remote_code": True}}
+    assert "--model.config=..." in refused(lambda path: main(["merge", path, "out"]), saved(trained, **said))
+
+
+def test_an_archive_that_decompresses_or_declares_too_much_is_refused(trained):
+    path = saved(trained)
+    with zipfile.ZipFile(path) as archive:
+        entries = {entry.filename: archive.read(entry) for entry in archive.infolist()}
+    with zipfile.ZipFile("hostile.ckpt", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in entries.items():
+            archive.writestr(name, data + bytes(2**24) * name.endswith("data/0"))
+    assert "compressed" in refused(ENTRIES["load_from_checkpoint"], "hostile.ckpt")
+    torch.save({**trained, "huge": torch.zeros(1).expand(2**40)}, "hostile.ckpt")
+    assert "is declared over" in refused(ENTRIES["load_from_checkpoint"], "hostile.ckpt")
+    torch.save({**trained, "huge": bytearray(3)}, "hostile.ckpt")
+    assert "bytearray" in refused(ENTRIES["load_from_checkpoint"], "hostile.ckpt")
+
+
+#: every place where a value could become an import, a call or code, and why no file's value does
+SITES = {
+    ("cli/module.py", "importlib.import_module"): "--model, which the user gives; the tasks of this package",
+    ("tasks/vision.py", "pkgutil.resolve_name"): "ImageClassifier.network, which is from_user",
+    ("trainer/packages.py", "importlib.import_module"): "the two packages of Lightning",
+    ("trainer/hyperparameters.py", "importlib.util.find_spec"): "of a top-level name, which imports nothing",
+    ("trainer/hyperparameters.py", "eval"): "an annotation in the source of the user's class",
+    ("methods/adalora.py", "importlib.util.find_spec"): "matplotlib",
+    ("core/torch_file.py", "torch.load"): "weights_only, after check_zip",
+    ("trainer/sharded.py", "torch.load"): "where the user passes weights_only=False to fit or test",
+    ("trainer/distributed_files.py", "torch.load"): "weights_only",
+    ("trainer/distributed_files.py", "pickle.Unpickler"): "with a find_class of its own",
+    ("formats/regex.py", "subprocess.run"): "Python with a program in this source; the patterns are its input",
+    ("formats/regex.py", "re.compile"): "a pattern of a file, tried under a time limit",
+    ("core/targets.py", "re.compile"): "a pattern, after check_regexes where it is a file's",
+}
+#: calls that import, run, unpickle or compile, and those of re with a pattern that is not a literal
+CALLS = (
+    "importlib.",
+    "pkgutil.",
+    "runpy.",
+    "pickle.",
+    "subprocess.",
+    "os.system",
+    "os.popen",
+    "torch.load",
+    "marshal.",
+)
+NAMES = ("eval", "exec", "compile", "__import__")
+
+
+def sites() -> set[tuple[str, str]]:
+    root, found = Path(lp.__file__).parent, set()
+    for path in root.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            call = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            bases = [ast.unparse(base) for base in node.bases] if isinstance(node, ast.ClassDef) else []
+            literal = (
+                isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant | ast.JoinedStr)
+            )
+            concatenated = isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.BinOp)
+            if call.startswith(CALLS) or call in NAMES or (call == "re.compile" and not literal and not concatenated):
+                found.add((path.relative_to(root).as_posix(), call))
+            found |= {(path.relative_to(root).as_posix(), base) for base in bases if base.startswith("pickle.")}
+    return found
+
+
+def test_every_place_that_could_run_code_is_known():
+    found = {site for site in sites() if not site[0].startswith("demo/")}
+    assert found - SITES.keys() == set(), "a new place where code is imported, run or unpickled: can a file reach it?"
+    assert SITES.keys() - found == set(), "a place that is gone: take it from the list"
