@@ -22,7 +22,10 @@ def tensor_digests(tensors: Mapping[str, Any]) -> dict[str, str]:
 
 def value_digest(value: Any) -> str:
     """The digest of a plain value; tuples and lists count as the same."""
-    text = json.dumps(value, sort_keys=True, default=repr)
+    try:
+        text = json.dumps(value, sort_keys=True, default=repr)
+    except (TypeError, ValueError, RecursionError):  # keys that cannot be sorted, a list in itself: not one of ours
+        text = repr(value)
     return hashlib.sha256(text.encode()).hexdigest()[:LENGTH]
 
 
