@@ -24,6 +24,7 @@ from lightning_peft.core.report import Report
 from lightning_peft.core.rollback import all_or_nothing
 from lightning_peft.core.saving_base import watch_saving
 from lightning_peft.core.state import canonical, fingerprint, settle
+from lightning_peft.core.storage import storage_problem
 from lightning_peft.core.swap import check_mixin, original_class
 from lightning_peft.core.targets import base_modules
 from lightning_peft.core.ties import tie_notes, with_tied
@@ -86,6 +87,10 @@ def _check_hosts(model: nn.Module, plans: Mapping[str, tuple[Method, Plan]]) -> 
         try:
             for host, _, adapter, _ in plan.attach:
                 check_host(model, host, name, copies=bool(adapter.copies()))
+            for name_of, parameters, _ in _unfrozen(model, plan):
+                for parameter in parameters:
+                    if (problem := storage_problem(parameter)) is not None:
+                        raise ValueError(f"{name_of!r} cannot train, since it {problem}. Exclude it from trainable")
             for trained in filter(None, plan.train_modules):
                 check_mixin(model.get_submodule(trained), FullPrecision, trained)
         except ValueError as error:

@@ -265,11 +265,14 @@ def _effective(host_name: str, host: nn.Module, adapters: Sequence[Adapter]) -> 
     """
     stored = {p: stored_tensor(host, p) for a in adapters for p in (*a.copies(), *a.weights())}
     for parameter in (p for adapter in adapters for p in adapter.weights()):
-        if not (dtype := cast(torch.Tensor, stored[parameter]).dtype).is_floating_point:
+        dtype = cast(torch.Tensor, stored[parameter]).dtype
+        if not (dtype.is_floating_point or dtype.is_complex):
             full = f"{host_name}.{parameter}".lstrip(".")
             raise MergeError(f"{full} is stored as {dtype}: a quantised weight cannot take an exact change")
-    wide = any(t is not None and t.dtype == torch.float64 for t in stored.values())
-    dtype = torch.float64 if wide else torch.float32
+    dtype = torch.float32
+    for tensor in stored.values():
+        if tensor is not None and (tensor.is_floating_point() or tensor.is_complex()):
+            dtype = torch.promote_types(dtype, tensor.dtype)
     with evaluating(*adapters):
         return _plain_sums(host, adapters, dtype) or effective_weights(host, adapters, dtype)
 

@@ -6,7 +6,7 @@ How a stored weight reads as a matrix is its :class:`~lightning_peft.core.layout
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,7 @@ from lightning_peft.core.layouts import (
     TransposedLayout,
     layout_of,
 )
+from lightning_peft.core.storage import is_encoded_layer, storage_problem
 from lightning_peft.core.swap import original_class
 from lightning_peft.core.targets import TargetError, as_patterns, base_modules, match, no_match
 
@@ -90,11 +91,10 @@ class Site:
         owner, _, last = self.parameter.rpartition(".")
         name = {"weight": "bias", "in_proj_weight": "in_proj_bias"}.get(last)
         biases = self.module.get_submodule(owner)._parameters
-        if name not in biases:
-            return None
+        if name not in biases or not self.is_bare:
+            return name if name in biases else None
         bias = biases[name]
-        fits = bias is not None and len(self.shape) == 2 and bias.shape == self.shape[:1]
-        return name if fits or not self.is_bare else None
+        return name if bias is not None and len(self.shape) == 2 and bias.shape == self.shape[:1] else None
 
     @property
     def shape(self) -> torch.Size:
@@ -103,11 +103,12 @@ class Site:
 
 
 def check_stored(sites: Iterable[Site]) -> None:
-    """Refuse weights that are computed from other parameters.
+    """Refuse weights that are computed from other parameters, and those that are quantised or packed.
 
     Raises:
         TargetError: names them all.
     """
+    sites = list(sites)
     computed = [site.name for site in sites if site.is_computed]
     if computed:
         raise TargetError(
@@ -115,6 +116,15 @@ def check_stored(sites: Iterable[Site]) -> None:
             "pruning or another parametrization computes it from others before each call, and would undo "
             f"any change of it. Exclude it (exclude={computed}), or remove the parametrization first: "
             "torch.nn.utils.parametrize.remove_parametrizations, remove_weight_norm, prune.remove"
+        )
+    weights = {site.name: site.module.get_parameter(site.parameter) for site in sites}
+    problems = {name: why for name, weight in weights.items() if (why := storage_problem(weight)) is not None}
+    if problems:
+        name, why = next(iter(problems.items()))
+        raise TargetError(
+            f"the weight of {name!r} {why}: adapters of such weights are not supported yet, since they could be "
+            f"neither computed exactly nor merged. Exclude it, or load the model unquantised "
+            f"(exclude={list(problems)})"
         )
 
 
@@ -186,6 +196,7 @@ def find_sites(
             heads = [name for name, site in sites.items() if head is not None and name == head]
             linear = [n for n, site in sites.items() if site.linear_like and n not in heads]
             linear = [n for n in linear if not _inside(sites[n], trainable)]
+            _check_encoded({n: m for n, m in base_modules(model) if n not in sites and is_encoded_layer(m)})
             if not linear:
                 kinds = sorted({type(site.module).__name__ for site in sites.values()})
                 raise TargetError(
@@ -211,6 +222,15 @@ def find_sites(
     if not chosen:
         raise TargetError(f"exclude={exclude!r} takes away all that targets={targets!r} matched")
     return {n: sites[n] for n in sites if n in chosen}, heads
+
+
+def _check_encoded(layers: Mapping[str, nn.Module]) -> None:
+    if layers:
+        kinds = ", ".join(sorted({original_class(layer).__name__ for layer in layers.values()}))
+        raise TargetError(
+            f"targets='all-linear': {', '.join(layers)} ({kinds}) hold quantised or packed weights, which are not "
+            "supported yet. Name the layers to adapt in targets, or load the model unquantised"
+        )
 
 
 def _matches(pattern: str, site: Site) -> bool:
@@ -241,6 +261,11 @@ def _nothing_to_adapt(pattern: str, model: nn.Module, sites: dict[str, Site]) ->
     if not hits:
         return no_match(pattern, {name: site.module for name, site in sites.items()})
     name, module = hits[0]
+    if is_encoded_layer(module):
+        return (
+            f"{pattern!r} matches {name!r} ({original_class(module).__name__}), whose weight is quantised or packed: "
+            "this is not supported yet, so load the model unquantised"
+        )
     kind = original_class(module).__name__
     inside = [n for n in sites if n.startswith(f"{name}.")]
     if bare := [n for n in inside if sites[n].host == name]:

@@ -242,7 +242,8 @@ def _tensors_but(model: nn.Module, without: set[str]) -> dict[str, Tensor]:
 def _sample(tensor: Tensor, samples: int) -> list[float]:
     if hasattr(tensor, "full_tensor"):  # sharded; all ranks come here together
         tensor = tensor.full_tensor()
-    flat = tensor.detach().reshape(-1)
+    tensor = tensor.detach()
+    flat = (torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor).reshape(-1)
     steps = min(samples, flat.numel())
     # In float64: float32 counts exactly to 2^24 only, and would step past the end of a large embedding.
     index = torch.linspace(0, flat.numel() - 1, steps, dtype=torch.float64).long().to(flat.device)

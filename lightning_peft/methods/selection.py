@@ -68,8 +68,8 @@ class SelectionMethod(PEFTMethod):
         for name, parameter in parameters:
             if not (parameter.is_floating_point() or parameter.is_complex()):
                 raise TargetError(
-                    f"{name} is stored as {parameter.dtype}, quantised, and cannot train itself: exclude it, or put "
-                    "an adapter on it, lp.LoRA for example"
+                    f"{name} is stored as {parameter.dtype}, quantised, and cannot train itself: exclude it, or "
+                    "load the model unquantised"
                 )
         return plan
 

@@ -51,6 +51,7 @@ class AdaptedModule(_LightningModule):
         # The one moment that every way of building a model shares: after __init__, setup and configure_model,
         # before sharding and before the optimizer. Applying twice changes nothing.
         audit_methods(_methods_of(self._trainer))
+        _check_precision(self._trainer)
         super().configure_model()
         if _methods_of(self._trainer) or injection_of(self) is None:
             apply(self)
@@ -126,6 +127,20 @@ class AdaptedModule(_LightningModule):
             if self._trainer is not None and self._trainer.precision == "64-true":
                 self.double()  # Lightning does so after loading, when half of the digits are gone
             set_thawed(self, checkpoint[KEY].get("thawed", ()))
+
+
+def _check_precision(trainer: Any) -> None:
+    """Refuse a plugin that replaces the layers of the model after the adapters are in.
+
+    Raises:
+        MisconfigurationException: names it.
+    """
+    plugin = getattr(trainer, "precision_plugin", None)
+    if any(c.__name__ == "BitsandbytesPrecision" for c in type(plugin).__mro__):
+        raise MisconfigurationException(
+            "BitsandbytesPrecision is not supported with PEFT methods yet: it replaces linear layers by quantised ones "
+            "after the adapters are put in, and would drop them. Use another precision, such as bf16-true"
+        )
 
 
 def _methods_of(trainer: Any) -> list[Any]:

@@ -106,3 +106,8 @@ def test_ia3_leaves_a_bias_that_does_not_fit():
     before = model(X)
     lp.merge(model)
     close(model(X), before)
+
+
+def test_ssf_beside_a_weight_that_is_computed():
+    model = nn.Sequential(nn.Linear(8, 8), nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)), Router())
+    lp.apply(model, lp.SSF(targets=["0"]))
