@@ -16,6 +16,7 @@ from torch import nn
 
 from lightning_peft.core.swap import original_class
 from lightning_peft.core.targets import base_modules
+from lightning_peft.core.ties import seen_once
 
 __all__ = ["Base", "base_for_keys", "base_of"]
 
@@ -65,6 +66,7 @@ class Base:
             "name_or_path": getattr(config, "_name_or_path", None) or None,
             "revision": getattr(config, "_commit_hash", None),
             "embedding": next((n for n, m in base_modules(self.module) if m is embedding), None),
+            "shared": seen_once(self.module),
             "tied": bool(getattr(config, "tie_word_embeddings", False)),
             "pretrained": _is(self.module, "PreTrainedModel", "transformers.modeling_utils"),
         }

@@ -258,9 +258,10 @@ def stacks(model: nn.Module) -> dict[str, AdapterStack]:
 
 
 def stack_prefixes(model: nn.Module, name: str | None = None) -> tuple[str, ...]:
-    """What the keys of all adapters in ``model`` start with, or of those called ``name``."""
+    """What the keys of all adapters in ``model``, or of those called ``name``, start with; of each name of a host."""
     inside = "" if name is None else f"{name}."
-    return tuple(f"{host}.adapters.{inside}".lstrip(".") for host in stacks(model))
+    named = model.named_modules(remove_duplicate=False)
+    return tuple(f"{host}.adapters.{inside}".lstrip(".") for host, module in named if has_mixin(module, Adapted))
 
 
 def adapter_names(model: nn.Module) -> tuple[str, ...]:

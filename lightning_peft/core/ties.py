@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_peft.core.plan import Plan
 from lightning_peft.core.targets import base_modules
 
-__all__ = ["other_names", "shared_modules", "tie_notes", "tied_names", "under_all_names", "with_tied"]
+__all__ = ["seen_once", "shared_modules", "tie_notes", "tied_names", "under_all_names", "with_tied"]
 
 
 def tied_names(model: nn.Module) -> dict[str, list[str]]:
@@ -40,10 +40,19 @@ def shared_modules(model: nn.Module) -> dict[str, list[str]]:
     return found
 
 
-def other_names(model: nn.Module, modules: Iterable[str]) -> dict[str, list[str]]:
-    """The other names of those of ``modules`` that have several and are not only inside another module that has."""
+def seen_once(model: nn.Module) -> dict[str, list[str]]:
+    """Those of :func:`shared_modules` of which replacing one name leaves others as they are, and these others.
+
+    Of a module that is shared only because one around it is, replacing one name replaces them all.
+    """
+
+    def place(name: str) -> tuple[int, str]:
+        owner, _, last = name.rpartition(".")
+        return id(model.get_submodule(owner)), last
+
     shared = shared_modules(model)
-    return {name: shared[name] for name in dict.fromkeys(modules) if name in shared}
+    left = {name: [o for o in others if place(o) != place(name)] for name, others in shared.items()}
+    return {name: others for name, others in left.items() if others}
 
 
 def with_tied(
@@ -85,6 +94,7 @@ def tie_notes(model: nn.Module, plan: Plan) -> list[str]:
             apart = [o for o in tied.get(weight, ()) if o != weight and o.rpartition(".")[0] not in hosts]
             if apart:
                 notes.append(f"{host} is adapted alone: {', '.join(apart)} is the same tensor and stays as it is")
-    for name, others in other_names(model, [*hosts, *plan.train_modules]).items():
-        notes.append(f"{name} is one module with {', '.join(others)}: what is done to it acts under each name")
+    shared = seen_once(model)
+    for name in dict.fromkeys(n for n in (*hosts, *plan.train_modules) if n in shared):
+        notes.append(f"{name} is one module with {', '.join(shared[name])}: what is done to it acts under each name")
     return notes

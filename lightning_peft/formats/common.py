@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from lightning_peft.formats.pretrained import public_name
 from lightning_peft.formats.snapshot import Snapshot
 from lightning_peft.formats.strict_json import parse_json
 
-__all__ = ["METADATA", "common_options", "own_facts", "task_of"]
+__all__ = ["METADATA", "common_options", "own_facts", "shared_places", "task_of"]
 
 #: the key of our own facts in the metadata of the tensors' file, which PEFT ignores
 METADATA = "lightning_peft"
@@ -42,6 +42,12 @@ def common_options(snapshot: Snapshot, peft_type: str) -> dict[str, Any]:
         "revision": facts["revision"],
         "inference_mode": True,
     }
+
+
+def shared_places(base: Base, modules: Iterable[str]) -> dict[str, list[str]]:
+    """Those of ``modules`` that the base has under other names too, which PEFT would leave as they are."""
+    shared = base.facts().get("shared", {})
+    return {name: shared[name] for name in modules if name in shared}
 
 
 def task_of(base: Base) -> tuple[str, tuple[str, ...]]:

@@ -17,7 +17,7 @@ from lightning_peft.core.replace import replace_trained
 from lightning_peft.core.state import StateError, check_fingerprint
 from lightning_peft.core.swap import original_class
 from lightning_peft.formats.bounded import Bounded
-from lightning_peft.formats.common import own_facts
+from lightning_peft.formats.common import own_facts, shared_places
 from lightning_peft.formats.converter import Options, Reading, Tensors
 from lightning_peft.formats.files import CONFIG, AdapterFiles, FormatError, adapter_folders, read_files
 from lightning_peft.formats.names import PREFIX, Base, base_for_keys, base_of
@@ -153,10 +153,22 @@ def read_plan(
     tensors.done()
     with Bounded(root, files.tensors):
         plan = reading.method.plan(root)
+    if not ours:
+        _check_shared(plan, base)
     _fill(plan, reading, base)
     own |= reading.own
     check_options(files.config, files.metadata, str(files.directory))
     return reading.method, plan, {base.outer(key): value for key, value in own.items()}
+
+
+def _check_shared(plan: Plan, base: Base) -> None:
+    """Refuse a file of PEFT's for a module that has several names, of which PEFT adapts the first alone."""
+    touched = [base.inner(name) or "" for name in (*(host for host, *_ in plan.attach), *plan.train_modules)]
+    for name, others in shared_places(base, touched).items():
+        raise FormatError(
+            f"{name!r} is one module with {others}: PEFT adapts it under the first name only, and an adapter here acts "
+            "under each, which computes something else. Give the other names modules of their own first"
+        )
 
 
 @torch.no_grad()

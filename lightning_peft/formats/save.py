@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_peft.core.record import injection_of
 from lightning_peft.formats.card import model_card
-from lightning_peft.formats.common import METADATA, common_options
+from lightning_peft.formats.common import METADATA, common_options, shared_places
 from lightning_peft.formats.converter import NotInPeftError
 from lightning_peft.formats.files import write_files
 from lightning_peft.formats.names import PREFIX
@@ -73,6 +73,8 @@ def write_snapshot(snapshot: Snapshot, directory: Path, **options: Any) -> None:
     try:
         if converter is None:
             raise NotInPeftError(f"{type(snapshot.method).__name__} has no counterpart in PEFT")
+        for name, others in shared_places(snapshot.base, [p.host for p in snapshot.parts] + snapshot.heads).items():
+            raise NotInPeftError(f"{name!r} is one module with {others}, and PEFT would adapt it under one name only")
         writing = converter.write(snapshot, **options)
         peft_type, own = converter.peft_type, {"modules_to_save": modules_to_save(snapshot)}
     except NotInPeftError as reason:

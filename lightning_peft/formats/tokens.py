@@ -1,7 +1,7 @@
 """Trained rows of embeddings as PEFT writes them: ``trainable_token_indices``.
 
-``<embedding>.token_adapter.trainable_tokens_delta`` (tokens, dim) holds the new rows, not differences. Of tied layers
-PEFT stores the input embedding's alone.
+``<embedding>.token_adapter.trainable_tokens_delta`` (tokens, dim) holds the new rows, not differences. Of layers that
+the model's configuration ties PEFT stores the input embedding's alone; an untied output head has rows of its own.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_peft.core.sites import Site, weight_sites
-from lightning_peft.formats.converter import NotInPeftError, Options, Tensors
+from lightning_peft.formats.converter import Options, Tensors
 from lightning_peft.formats.files import FormatError
 from lightning_peft.formats.names import PREFIX, Base
 from lightning_peft.formats.snapshot import Snapshot
@@ -31,24 +31,21 @@ class TokenEntry:
 
 
 def write_tokens(snapshot: Snapshot) -> TokenEntry | None:
-    """The trained rows of ``snapshot``; None where there are none.
-
-    Raises:
-        NotInPeftError: a layer is tied in a way that PEFT does not know.
-    """
+    """The trained rows of ``snapshot``; None where there are none."""
     parts = [part for part in snapshot.parts if "tokens" in part.facts]
     if not parts:
         return None
     facts = snapshot.base.facts()
     entrance, ties = facts["embedding"], facts["tied"]
+    embeddings = [part for part in parts if part.kind == "Embedding"]
     ids: dict[str, list[int]] = {}
     tensors = {}
     for part in parts:
-        if part.kind == "Embedding":
-            ids[part.host] = part.facts["tokens"]
-            tensors[f"{PREFIX}{part.host}.token_adapter.trainable_tokens_delta"] = part.tensors["rows"]
-        elif not ties:
-            raise NotInPeftError(f"{part.host!r} is tied to an embedding, which only the model's own code says")
+        own = part.tensors["rows"]
+        if part not in embeddings and ties and any(torch.equal(own, e.tensors["rows"]) for e in embeddings):
+            continue  # PEFT gives the rows to what the model's configuration ties
+        ids[part.host] = part.facts["tokens"]
+        tensors[f"{PREFIX}{part.host}.token_adapter.trainable_tokens_delta"] = own
     return TokenEntry(ids[entrance] if entrance is not None and list(ids) == [entrance] else ids, tensors)
 
 
@@ -75,11 +72,11 @@ def take_tokens(
     for pattern, tokens in where.items():
         for name in heads_of([pattern], base, "trainable_token_indices"):
             if name not in sites:
-                raise FormatError(f"trainable_token_indices: {name!r} is no embedding")
+                raise FormatError(f"trainable_token_indices: {name!r} is not an embedding or an output head")
             key, order = f"{name}.token_adapter.trainable_tokens_delta", torch.tensor(tokens).argsort()
             if name in rows and not tensors.has(key):
                 continue  # tied to one that came before
-            own = tensors.take(key, (len(tokens), sites[name].shape[0]))[order]
+            own = tensors.take(key, (len(tokens), sites[name].weight.shape[1]))[order]
             if name in rows:
                 if not torch.equal(own, rows[name]["rows"]):
                     raise FormatError(f"{key!r} differs from what the file holds for an embedding tied to it")

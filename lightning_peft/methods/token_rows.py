@@ -1,4 +1,4 @@
-"""Single rows of an embedding that train: those of new or special tokens.
+"""Single rows of an embedding or an output head that train: those of new or special tokens.
 
     W' = W with the rows of some tokens replaced by rows of the adapter's own
 
@@ -93,8 +93,12 @@ def plan_token_rows(plan: Plan, model: nn.Module, tokens: Any, default: Any) -> 
         ValueError: an id beyond the vocabulary; an embedding that the method adapts or trains as well.
     """
     sites = weight_sites(model)
+    planned: dict[int, list[int]] = {}  # the ids by weight: of layers that are tied, one brings the others along
     for name, ids in token_embeddings(model, tokens).items():
-        vocabulary = sites[name].shape[-1]
+        if planned.get(id(sites[name].weight)) == sorted(ids):
+            continue
+        planned[id(sites[name].weight)] = sorted(ids)
+        vocabulary = sites[name].weight.shape[0]
         if max(ids) >= vocabulary:
             raise ValueError(f"trainable_tokens: {name!r} has {vocabulary} rows, and no token {max(ids)}")
         rows: nn.Parameter | None = None
@@ -114,7 +118,7 @@ def plan_token_rows(plan: Plan, model: nn.Module, tokens: Any, default: Any) -> 
 
 
 def token_embeddings(model: nn.Module, tokens: Any) -> dict[str, list[int]]:
-    """The embeddings that ``trainable_tokens`` means, by name, with the ids.
+    """The embeddings that ``trainable_tokens`` means, by name, with the ids; output heads where a pattern names one.
 
     Raises:
         TargetError: no embedding to tell, or a pattern that matches none.
@@ -123,8 +127,10 @@ def token_embeddings(model: nn.Module, tokens: Any) -> dict[str, list[int]]:
     if not isinstance(tokens, Mapping):
         return {_input_embedding(model, embeddings): list(tokens)} if tokens else {}
     found: dict[str, list[int]] = {}
+    heads = {n: m for n, m in base_modules(model) if isinstance(m, nn.Linear)}
     for pattern, ids in tokens.items():
         hits = [n for n, m in embeddings.items() if match(pattern, n, m)]
+        hits = hits or [n for n, m in heads.items() if match(pattern, n, m)]
         if not hits:
             raise TargetError(f"trainable_tokens: {no_match(pattern, embeddings)}")
         found |= {name: list(ids) for name in hits}

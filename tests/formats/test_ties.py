@@ -99,3 +99,45 @@ def test_an_adapter_of_a_tied_module_changes_that_one_alone_and_the_report_says_
     assert ours.lm_head(torch.ones(1, 32)).equal(base.lm_head(torch.ones(1, 32)))
     lp.save_adapter(ours, tmp_path)
     assert_same(logits(read_by_peft(base, tmp_path), x), logits(ours, x))
+
+
+class Shared(nn.Module):
+    """One layer under two names, and one block under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(8, 8)
+        self.again = self.a
+        self.block = nn.Sequential(nn.Linear(8, 8), nn.Tanh())
+        self.block_again = self.block
+        self.out = nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.block_again(self.block(self.again(torch.relu(self.a(x))))))
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [({"targets": ["a"]}, True), ({"targets": ["out"], "trainable": ["a"]}, True), ({"targets": ["block.0"]}, False)],
+)
+def test_a_module_with_two_names_is_adapted_under_both_and_kept_from_peft_where_that_is_not(options, kept, tmp_path):
+    base, x = Shared().eval(), torch.ones(1, 8)
+    said = "a is one module with again: what is done to it acts under each name"
+    assert (said in lp.inspect(base, lp.LoRA(r=2, **options)).notes) is kept
+    ours = adapted(base, lp.LoRA(r=2, **options))
+    lp.save_adapter(ours, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (config["peft_type"] == "LIGHTNING_PEFT") is kept
+    assert kept is ("'a' is one module with ['again']" in config.get("reason", ""))
+    lp.load_adapter(again := copy.deepcopy(base), tmp_path)
+    assert_same(logits(again, x), logits(ours, x))
+    if not kept:
+        assert_same(logits(read_by_peft(base, tmp_path), x), logits(ours, x))
+
+
+def test_peft_files_of_a_module_with_two_names_are_refused(tmp_path):
+    base = Shared()
+    for options in ({"target_modules": ["a"]}, {"target_modules": ["out"], "modules_to_save": ["a"]}):
+        made_by_peft(base, peft.LoraConfig(r=2, **options), tmp_path)
+        with pytest.raises(lp.FormatError, match=r"'a' is one module with \['again'\]: PEFT adapts it under the first"):
+            lp.load_adapter(copy.deepcopy(base), tmp_path)

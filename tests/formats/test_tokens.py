@@ -8,10 +8,15 @@ import torch
 
 import lightning_peft as lp
 from tests.formats.models import Attention, adapted, gpt2, llama, logits, made_by_peft, read_by_peft, tokens
+from tests.models import TiedLM
 
 
 def tied_llama():
     return llama(tie_word_embeddings=True)
+
+
+def tied_own():
+    return TiedLM().eval()
 
 
 @pytest.mark.parametrize("make", [llama, tied_llama, gpt2])
@@ -75,6 +80,25 @@ def test_only_the_rows_train_and_a_tied_head_shares_them():
     model(x).logits.square().mean().backward()
     assert embedding.rows.grad.abs().sum() > 0
     assert model.model.embed_tokens.weight.grad is None
+
+
+@pytest.mark.parametrize("make", [llama, tied_llama, tied_own])
+def test_rows_of_embedding_and_head_go_to_peft_and_back(make, tmp_path):
+    base, x = make(), tokens() % 11
+    name, target = ("embed", "fc1") if make is tied_own else ("embed_tokens", "q_proj")
+    wanted = {name: [9, 3], "lm_head": [9, 3]}
+    ours = adapted(base, lp.LoRA(r=2, targets=[target], trainable_tokens=wanted))
+    rows = {tuple(k.split(".adapters.")): p for k, p in ours.named_parameters() if k.endswith("rows")}
+    assert len(rows) == (2 if make is llama else 1)
+    assert not torch.equal(logits(ours, x)[..., [9, 3]], logits(base, x)[..., [9, 3]])
+    lp.save_adapter(ours, tmp_path / "ours")
+    theirs = read_by_peft(base, tmp_path / "ours")
+    torch.testing.assert_close(logits(theirs, x), logits(ours, x), rtol=1e-4, atol=1e-5)
+    theirs.save_pretrained(tmp_path / "theirs")
+    for folder in ("ours", "theirs"):
+        again = copy.deepcopy(base)
+        lp.load_adapter(again, tmp_path / folder)
+        torch.testing.assert_close(logits(again, x), logits(ours, x), rtol=1e-4, atol=1e-5)
 
 
 def test_rows_merge():
