@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.core.cache import find_cache
 from lightning_peft.core.swap import original_class
 from lightning_peft.core.tokens import parameters_of
 
@@ -163,7 +164,7 @@ def split(
     """
     n = sum(map(len, groups))
     values = (*args, *kwargs.values())
-    if any(hasattr(value, "get_seq_length") for value in values):
+    if find_cache(values) is not None:
         raise RowError(
             f"the rows at {place} need a run each, and its KV cache is one for all: call the model with "
             "use_cache=False, or give these rows one adapter"

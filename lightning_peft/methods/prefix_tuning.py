@@ -26,12 +26,14 @@ from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.attention import AttentionSite, find_attention
 from lightning_peft.core.batch import Place
 from lightning_peft.core.blocks import find_blocks
+from lightning_peft.core.cache import cache_length, find_cache
 from lightning_peft.core.intercept import AttentionError, call_with_prefix, mask_columns
 from lightning_peft.core.plan import Plan
 from lightning_peft.core.row_links import RowLink
 from lightning_peft.core.swap import original_class
 from lightning_peft.core.targets import TargetError, base_modules
 from lightning_peft.core.tokens import by_name, parameters_of
+from lightning_peft.methods.cached_step import check_cached_step
 from lightning_peft.methods.callback import PEFTMethod, one_of, positive, positive_int
 from lightning_peft.methods.prefix_rows import PrefixRows
 
@@ -292,6 +294,7 @@ class PositionShift(Adapter):
     def __init__(self, *tokens: int) -> None:
         super().__init__()
         self.tokens = tokens
+        self.cache_checked = False
 
     def row_link(self, host: nn.Module) -> Any:
         return shift_rows
@@ -301,12 +304,31 @@ class PositionShift(Adapter):
         positions, ids = given.get("position_ids"), given.get("input_ids")
         like = given["inputs_embeds"][..., 0] if ids is None else ids
         if positions is None:
-            cache = given.get("past_key_values")
-            past = cache.get_seq_length() if cache is not None else 0
+            cache = find_cache(given.values())
+            past = 0 if cache is None else cache_length(cache)
             positions = torch.arange(like.shape[1], device=like.device).unsqueeze(0) + past
         by_row = torch.tensor(self.tokens, device=like.device).repeat_interleave(len(like) // len(self.tokens))
         given["position_ids"] = positions + (self.tokens[0] if len(self.tokens) == 1 else by_row[:, None])
-        return call(**given)
+        out = call(**given)
+        if not self.cache_checked:
+            self._check_cache(host, call, given, out)
+        return out
+
+    def _check_cache(self, host: Any, call: Callable[..., Any], given: dict[str, Any], out: Any) -> None:
+        """Check once that a step from the cache in ``out`` is right (:class:`CacheError`)."""
+        embeds = given.get("inputs_embeds")
+        if embeds is None:
+            with torch.no_grad():
+                embeds = host.get_input_embeddings()(given["input_ids"])
+
+        def run(**given: Any) -> Any:
+            return self.run(host, call, **given)
+
+        def whole(start: Tensor, step: Tensor, **rest: Any) -> Any:
+            return run(inputs_embeds=torch.cat([start, step], 1), **rest)
+
+        self.cache_checked = True  # the calls below are not checked themselves
+        self.cache_checked = check_cached_step(host, run, whole, out, given, embeds)
 
 
 def _in_layers(model: nn.Module, sites: dict[str, AttentionSite], layers: Sequence[int]) -> dict[str, AttentionSite]:

@@ -98,13 +98,15 @@ class PromptMethod(PEFTMethod):
                 f"({original_class(host).__name__}) has {allowed} positions; lower num_virtual_tokens"
             )
         encodes = other is not None and self.side == "encoder"
+        labelled = around(model, name, "labels") if tokens and other is None else []
+        generating = [n for n in labelled if _generates(model.get_submodule(n))]
         with self.initialising(name):
             adapter = PromptAdapter(
                 self.build(name, width, placement.tokens, embedding),
                 placement,
                 limit=limit,
                 shorten=not encodes,
-                causal=tokens and is_causal(host),
+                causal=tokens and (is_causal(host) or bool(generating)),
                 batch_first=batch_first(host),
             )
         what = f"prompt of {placement.tokens} x {width} on {original_class(host).__name__}"
@@ -114,9 +116,7 @@ class PromptMethod(PEFTMethod):
             plan.attach.append((other, other, PromptMask(placement), "sees the encoder's virtual tokens"))
             parents = [n for n in around(model, name) if other.startswith(f"{n}." if n else "")]
             plan.attach.append((parents[-1], parents[-1], PromptStrip(placement), "output keeps its length"))
-        elif tokens and other is None:
-            generating = [n for n in around(model, name, "labels") if _generates(model.get_submodule(n))]
-            plan.attach += [(n, n, PromptLabels(adapter), "labels of virtual tokens are -100") for n in generating[-1:]]
+        plan.attach += [(n, n, PromptLabels(adapter), "labels of virtual tokens are -100") for n in generating[-1:]]
         return plan
 
     def find(self, model: nn.Module) -> tuple[str, str | None]:

@@ -22,9 +22,11 @@ from torch import Tensor, nn
 
 from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.batch import Place, row_dim
+from lightning_peft.core.cache import cache_length, filled_cache, is_cache
 from lightning_peft.core.row_links import RowLink
 from lightning_peft.core.swap import original_class
 from lightning_peft.core.tokens import Layout, Placement, RowPlacement, by_name, parameters_of, strip
+from lightning_peft.methods.cached_step import check_cached_step
 
 __all__ = ["PromptAdapter", "PromptLabels", "PromptMask", "PromptStrip", "TokenError"]
 
@@ -69,6 +71,7 @@ class PromptAdapter(Adapter):
         self.shorten = shorten
         self.causal = causal
         self.batch_first = batch_first
+        self.cache_checked = False
 
     def virtual(self) -> Tensor:
         """The virtual tokens' embeddings, (T, width)."""
@@ -97,7 +100,7 @@ class PromptAdapter(Adapter):
                 "Pass the padding mask itself (and generate without a static cache)"
             )
         tokens = self.placement.tokens
-        if _cached(given.get("past_key_values")):  # the virtual tokens are in the cache already
+        if filled_cache(given.values()) is not None:  # the virtual tokens are in the cache already
             return call(**self._continued(host, given))
         if embeds is None:
             embeds = host.get_input_embeddings()(ids)
@@ -108,7 +111,7 @@ class PromptAdapter(Adapter):
                 f"truncate inputs to {self.limit - tokens}"
             )
         mask = self._mask(host, mask, embeds)
-        layout = self.placement.layout(batch, length, mask, embeds.device)
+        layout, real = self.placement.layout(batch, length, mask, embeds.device), embeds
         given["input_ids"], given["inputs_embeds"] = None, layout.insert(embeds, self.virtual())
         if mask is not None:
             given["attention_mask"] = layout.mask(mask)
@@ -120,6 +123,7 @@ class PromptAdapter(Adapter):
             given["cache_position"] = torch.arange(length + tokens, device=embeds.device)
         out = call(**{n: v for n, v in given.items() if n != "input_ids" or "input_ids" in parameters_of(host)})
         self._note(layout, given, out)
+        self._check_cache(host, call, given, real, out)
         return strip(out, layout, self.causal) if self.shorten else out
 
     def _continued(self, host: Any, given: dict[str, Any]) -> dict[str, Any]:
@@ -139,6 +143,22 @@ class PromptAdapter(Adapter):
 
     def _note(self, layout: Layout, given: dict[str, Any], out: Any) -> None:
         """Remember what a later call with the same cache needs to know."""
+
+    def _check_cache(self, host: Any, call: Callable[..., Any], given: dict[str, Any], real: Tensor, out: Any) -> None:
+        """Check once that a step from the cache in ``out`` is right (:class:`CacheError`)."""
+        tokens = self.placement.tokens
+        if self.cache_checked or (self.limit is not None and self.limit < tokens + 3):
+            return
+        layout = self.placement.layout(len(real), 2, None, real.device)
+
+        def whole(start: Tensor, step: Tensor, **rest: Any) -> Any:
+            return call(inputs_embeds=torch.cat([layout.insert(start, self.virtual()), step], 1), **rest)
+
+        def run(**given: Any) -> Any:
+            return self._around_tokens(host, call, given)
+
+        self.cache_checked = True  # the calls below are not checked themselves
+        self.cache_checked = check_cached_step(host, run, whole, out, given, real, tokens)
 
     def _around_sequence(self, host: Any, call: Callable[..., Any], given: dict[str, Any]) -> Any:
         first, x = next(iter(given.items()), ("", None))
@@ -220,15 +240,17 @@ class PromptRows(RowLink, PromptAdapter):
 
     def _note(self, layout: Layout, given: dict[str, Any], out: Any) -> None:
         values = out.values() if isinstance(out, dict) else out if isinstance(out, tuple) else ()
-        caches = [v for v in (given.get("past_key_values"), *values) if hasattr(v, "get_seq_length")]
-        for cache in caches:
+        for cache in (v for v in (*given.values(), *values) if is_cache(v) and hasattr(v, "__dict__")):
             vars(cache).setdefault("_peft_layouts", {})[self._key()] = layout
+
+    def _check_cache(self, host: Any, call: Callable[..., Any], given: dict[str, Any], real: Tensor, out: Any) -> None:
+        self.groups[0][0]._check_cache(host, call, given, real, out)
 
     def _key(self) -> tuple[int, ...]:
         return tuple(map(id, self.adapters))
 
     def _continued(self, host: Any, given: dict[str, Any]) -> dict[str, Any]:
-        cache, mask = given["past_key_values"], given.get("attention_mask")
+        cache, mask = filled_cache(given.values()), given.get("attention_mask")
         embeds = given["inputs_embeds"] if given.get("input_ids") is None else given["input_ids"]
         layout = getattr(cache, "_peft_layouts", {}).get(self._key())
         if layout is None or len(layout.there) != len(embeds):
@@ -237,7 +259,7 @@ class PromptRows(RowLink, PromptAdapter):
                 "within one lp.rows, from an empty cache"
             )
         missing = (~layout.there).sum(1, keepdim=True)
-        past, new = cache.get_seq_length(), embeds.shape[1]
+        past, new = cache_length(cache), embeds.shape[1]
         if mask is None and self.placement.padded:
             mask = torch.ones(len(embeds), past + new - layout.tokens, dtype=torch.long, device=embeds.device)
         if mask is not None:
@@ -272,7 +294,7 @@ class PromptLabels(Adapter):
     def run(self, host: Any, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         given = by_name(host, args, kwargs)
         labels = given.get("labels")
-        if labels is None or _cached(given.get("past_key_values")):
+        if labels is None or filled_cache(given.values()) is not None:
             return call(*args, **kwargs)
         layout = self.placement.layout(len(labels), labels.shape[1], given.get("attention_mask"), labels.device)
         given["labels"] = layout.fill(labels, -100)
@@ -356,14 +378,6 @@ def mask_rows(place: Place, adapters: Sequence[PromptMask | None]) -> PromptMask
 def strip_rows(place: Place, adapters: Sequence[PromptStrip | None]) -> PromptStrip:
     """One that serves rows of different prompts."""
     return PromptStrip(row_placement(adapters))
-
-
-def _cached(cache: Any) -> bool:
-    if cache is None:
-        return False
-    if not hasattr(cache, "get_seq_length"):
-        raise TokenError(f"a KV cache of type {type(cache).__name__} cannot be combined with virtual tokens")
-    return bool(cache.get_seq_length() > 0)
 
 
 def _kind(module: nn.Module) -> str:
