@@ -158,7 +158,7 @@ class PromptAdapter(Adapter):
             return self._around_tokens(host, call, given)
 
         self.cache_checked = True  # the calls below are not checked themselves
-        self.cache_checked = check_cached_step(host, run, whole, out, given, real, tokens)
+        self.cache_checked = check_cached_step(host, run, whole, out, given, real)
 
     def _around_sequence(self, host: Any, call: Callable[..., Any], given: dict[str, Any]) -> Any:
         first, x = next(iter(given.items()), ("", None))

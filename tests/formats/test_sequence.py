@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from pathlib import Path
 
 import peft
@@ -110,10 +111,23 @@ def test_p_tuning_is_written_folded(model, encoder, tmp_path):
     theirs_here_and_back(base, config, tmp_path / "theirs")
 
 
+def accept_old_cache_name(base: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Name ``past_key_values``, which transformers 5.24 renamed and still takes, where PEFT 0.21.2 looks for it."""
+    signature = inspect.signature(type(base).forward)
+    if "past_key_values" in signature.parameters:
+        return
+    *named, rest = signature.parameters.values()
+    new = inspect.Parameter("past_key_values", inspect.Parameter.KEYWORD_ONLY, default=None)
+    signature = signature.replace(parameters=[*named, new, rest])
+    monkeypatch.setattr(type(base).forward, "__signature__", signature, raising=False)
+
+
 @pytest.mark.parametrize("model", ["llama", "gpt2", "multi_query", "gpt2_classifier"])
 @pytest.mark.parametrize("bottleneck", [None, 5])
-def test_prefixes_are_written_folded(model, bottleneck, tmp_path):
+def test_prefixes_are_written_folded(model, bottleneck, tmp_path, monkeypatch):
     base = build(model)
+    if model == "gpt2_classifier":
+        accept_old_cache_name(base, monkeypatch)
     method = lp.PrefixTuning(4, bottleneck_size=bottleneck, shift_positions=True, init_std=0.5)
     ours_there_and_back(base, method, tmp_path / "ours", "PREFIX_TUNING")
     config = peft.PrefixTuningConfig(
