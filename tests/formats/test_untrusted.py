@@ -256,6 +256,8 @@ SITES = {
     ("core/torch_file.py", "torch.load"): "weights_only, after check_zip",
     ("trainer/sharded.py", "torch.load"): "where the user passes weights_only=False to fit or test",
     ("trainer/distributed_files.py", "torch.load"): "weights_only",
+    ("core/moved.py", "pickle.dumps"): "writes",
+    ("core/reset.py", "pickle.loads"): "what core/moved.py wrote in this process; no file has it",
     ("trainer/distributed_files.py", "pickle.Unpickler"): "with a find_class of its own",
     ("formats/regex.py", "subprocess.run"): "Python with a program in this source; the patterns are its input",
     ("formats/regex.py", "re.compile"): "a pattern of a file, tried under a time limit",
