@@ -43,6 +43,12 @@ __all__ = [
 ]
 
 
+_TENSOR_PARALLEL = (
+    "Tensor parallelism splits a layer's weight and inputs, and an adapter needs them whole: leave adapted layers out "
+    "of the plan of parallelize_module, or exclude the layers of that plan from targets; FSDP2 works with every method"
+)
+
+
 class AdapterStack(nn.ModuleDict):
     """The adapters of one module, in order of application, and which of them run.
 
@@ -136,6 +142,11 @@ class AdapterStack(nn.ModuleDict):
         stored = {n: stored_tensor(host, n) for n in self.changed if n.partition(".")[0] == name}
         return as_attributes(host, {n: refused(t, problem) for n, t in stored.items() if t is not None})
 
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight":  # asked for by parallelize_module, which takes every child of a layer for one
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute 'weight'. {_TENSOR_PARALLEL}")
+        return super().__getattr__(name)
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "router": None}  # a copy is not inside the context
 
@@ -156,6 +167,11 @@ class Adapted(nn.Module):
         if values is not None and name in values:
             return values[name]
         return super().__getattr__(name)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if "." in name:  # parallelize_module takes parameters of children for the layer's own
+            raise ValueError(f"a {original_class(self).__name__} carries adapters: {name!r}. {_TENSOR_PARALLEL}")
+        super().register_parameter(name, param)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "forward":
@@ -207,6 +223,8 @@ def check_host(model: nn.Module, host_name: str, name: str, copies: bool = False
                 f"{host_name!r} ({original_class(host).__name__}) has an attribute 'adapters' of its own; "
                 "exclude it, or rename that attribute"
             )
+        if any(hasattr(p, "placements") for p in host.parameters(recurse=False)):
+            raise ValueError(f"{host_name!r} has a weight that is distributed already. {_TENSOR_PARALLEL}")
         check_mixin(host, Adapted, host_name)
     elif name in (stack := cast(AdapterStack, host.adapters)):
         if copies and not any(part.copies() for part in cast(Adapter, stack[name]).parts()):

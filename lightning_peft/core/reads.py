@@ -31,6 +31,8 @@ _FORWARDS = frozenset(
 
 # These promise what is stored under a name.
 _LOOKUPS = frozenset(f.__code__ for f in (nn.Module.get_parameter, nn.Module.get_buffer, nn.Module.get_submodule))
+# These ask whether a name is taken.
+_LOOKUPS |= {f.__code__ for f in (nn.Module.register_parameter, nn.Module.register_buffer, nn.Module.add_module)}
 
 
 def run_with_values(
@@ -71,8 +73,8 @@ def computing() -> bool:
     frame = sys._getframe(1)
     while frame.f_code.co_name == "__getattr__":
         frame = frame.f_back  # type: ignore[assignment]
-    if frame.f_code in _LOOKUPS:
-        return False
+    if frame.f_code in _LOOKUPS or frame.f_globals.get("__name__", "").startswith("torch.distributed."):
+        return False  # FSDP2 looks its parameters up and puts them back in hooks that run inside a forward
     if in_backward():
         return True
     while frame is not None:

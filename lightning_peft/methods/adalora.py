@@ -33,6 +33,7 @@ from lightning_peft.core.low_rank import LowRankAdapter
 from lightning_peft.core.sites import Site
 from lightning_peft.methods.callback import nonzero, positive_int, probability
 from lightning_peft.methods.weight import WeightMethod, check_low_rank
+from lightning_peft.trainer.sharded import sharded_like, whole
 
 __all__ = ["AdaLoRA"]
 
@@ -154,15 +155,17 @@ class AdaLoRA(WeightMethod):
         adapters = self.adapters(model).values()
         weight = self.orth_reg_weight / max(1, sum(2 * math.prod(a.lora_A.shape[:-2]) for a in adapters))
         for adapter in adapters:
-            for parameter, wide in ((adapter.lora_A, adapter.lora_A), (adapter.lora_B, adapter.lora_B.mT)):
+            for parameter in (adapter.lora_A, adapter.lora_B):
+                full = whole(parameter)
+                wide = full if parameter is adapter.lora_A else full.mT
                 gram = wide @ wide.mT
                 gram.diagonal(dim1=-2, dim2=-1).sub_(1)
                 norm = torch.linalg.matrix_norm(gram, keepdim=True)
                 # d ||P P^T - I||_F = 2 (P P^T - I) P / ||P P^T - I||_F, and 0 where P is orthogonal already
                 grad = (2 * weight) * (gram @ wide) / norm.clamp_min(torch.finfo(norm.dtype).tiny)
-                grad = grad if parameter is wide else grad.mT
+                grad = grad if wide is full else grad.mT
                 if parameter.grad is not None:
-                    parameter.grad.add_(grad)
+                    parameter.grad.add_(sharded_like(grad, parameter.grad))
 
     def budget(self, step: int, matrices: int) -> int:
         """The number of triplets kept in so many matrices after ``step`` optimizer steps."""
@@ -194,11 +197,13 @@ class AdaLoRA(WeightMethod):
             self._scores = {}  # the ranks are final
         if due or self.step > end:
             for adapter in adapters.values():
-                adapter.lora_E.masked_fill_(~adapter.mask, 0.0)
+                kept = whole(adapter.lora_E).masked_fill(~adapter.mask, 0.0)
+                adapter.lora_E.copy_(sharded_like(kept, adapter.lora_E))
         return due
 
     def _score(self, key: str, parameter: nn.Parameter) -> None:
-        now = (parameter * parameter.grad).abs() if parameter.grad is not None else torch.zeros_like(parameter)
+        value = whole(parameter)
+        now = (value * whole(parameter.grad)).abs() if parameter.grad is not None else torch.zeros_like(value)
         if key not in self._scores:
             self._scores[key] = [torch.zeros_like(now), torch.zeros_like(now)]
         importance, uncertainty = (t.to(now.device) for t in self._scores[key])

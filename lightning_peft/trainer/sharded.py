@@ -62,6 +62,13 @@ def _gathered(value: Any) -> Any:
     return whole(value).detach().cpu() if isinstance(value, torch.Tensor) else value
 
 
+def sharded_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """This rank's part of ``tensor``, sharded as ``like`` is; ``tensor`` itself if ``like`` is not sharded."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    return distribute_tensor(tensor, like.device_mesh, like.placements) if isinstance(like, DTensor) else tensor
+
+
 def _load_file(strategy: Any, path: Path, weights_only: bool) -> dict[str, Any]:
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
     from torch.distributed.tensor import DTensor, distribute_tensor
