@@ -62,9 +62,9 @@ def read_torch_file(path: str | Path, map_location: Any = "cpu", mmap: bool = Fa
                 f"{path} is no file of torch's that holds tensors and plain values only: {reason}"
             ) from None
         raise StateError(
-            f"{path} was not read: to read it, {named[1]} would be run. Checkpoints of this package hold tensors and "
-            "plain values only. If that is a class of your own and you trust the file, allow it: "
-            "torch.serialization.add_safe_globals([...])"
+            f"{path} was not read: to read it, {named[1]} would be run ({_reason(error)}). Checkpoints of this package "
+            "hold tensors and plain values only. If that is a class of your own and you trust the file, allow it: "
+            "torch.serialization.add_safe_globals([...]), or choose weights_only=False where you load it"
         ) from None
 
 
@@ -80,3 +80,9 @@ def _check_sizes(value: Any) -> None:
         elif isinstance(value, dict | list | tuple) and id(value) not in seen:
             seen.add(id(value))
             left += [*value.values()] if isinstance(value, dict) else value
+
+
+def _reason(error: Exception) -> str:
+    """torch's own sentence about what it refused."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    return next(line for line in lines if "GLOBAL" in line)

@@ -22,6 +22,7 @@ from lightning_peft.core.sites import output_head, weight_sites
 from lightning_peft.core.state import adapter_state, owned_keys
 from lightning_peft.core.swap import add_mixin, remove_mixin
 from lightning_peft.ops.finite import is_finite
+from lightning_peft.trainer.apart import unreadable
 
 __all__ = [
     "AuditError",
@@ -93,8 +94,15 @@ def audit_hyperparameters(hyperparameters: Mapping[str, Any]) -> None:
             size = sum(t.numel() * t.element_size() for t in value.state_dict().values())
             warnings.warn(
                 f"the hyperparameter {name!r} is a {type(value).__name__} of {size / 1e6:.3g} MB: every checkpoint "
-                "holds it in full, and cannot be loaded with weights_only=True. In __init__: "
+                "holds it in full, apart from what weights_only=True reads. In __init__: "
                 f"self.save_hyperparameters(ignore=[{name!r}])",
+                stacklevel=2,
+            )
+        elif (reason := unreadable(value)) is not None:
+            warnings.warn(
+                f"the hyperparameter {name!r} is a {type(value).__name__}, which torch.load(weights_only=True) refuses "
+                f"({reason}): checkpoints keep it apart. lp.load_from_checkpoint needs {name}=... from you, or "
+                "weights_only=False",
                 stacklevel=2,
             )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,7 +29,9 @@ __all__ = ["load_from_checkpoint"]
 M = TypeVar("M", bound=L.LightningModule)
 
 
-def load_from_checkpoint(module_class: type[M], path: str | Path, map_location: Any = "cpu", **kwargs: Any) -> M:
+def load_from_checkpoint(
+    module_class: type[M], path: str | Path, map_location: Any = "cpu", weights_only: bool = True, **kwargs: Any
+) -> M:
     """Build the module, put the checkpoint's adapters in and load the trainable state.
 
     The base is built by ``module_class`` itself (its ``__init__``, ``configure_model``, and ``setup("predict")`` where
@@ -40,6 +42,8 @@ def load_from_checkpoint(module_class: type[M], path: str | Path, map_location: 
         module_class: the class that was trained.
         path: a checkpoint written by a Trainer with methods attached.
         map_location: where to put the tensors.
+        weights_only: read tensors and plain values only. With False, hyperparameters of any kind are read, and any
+            code that the file names runs: for files that you trust.
         **kwargs: arguments of ``module_class``; they override or complete the saved hyperparameters.
 
     Raises:
@@ -47,10 +51,10 @@ def load_from_checkpoint(module_class: type[M], path: str | Path, map_location: 
             hyperparameter names code and was not given.
             The same for a method that is not defined here.
     """
-    checkpoint = read_checkpoint(path, map_location)
+    checkpoint = read_checkpoint(path, map_location, weights_only=weights_only)
     with naming(path):
         methods = [(_method(entry), entry.get("trains", True), _copies(entry)) for entry in checkpoint[KEY]["methods"]]
-    arguments = saved_arguments(module_class, checkpoint, kwargs, path)
+    arguments = saved_arguments(module_class, checkpoint, kwargs, path, trusted=not weights_only)
     with naming(path) if arguments else nullcontext():
         module = module_class(**arguments, **kwargs)
     # For a configure_model that calls lp.apply(self).
@@ -64,6 +68,8 @@ def load_from_checkpoint(module_class: type[M], path: str | Path, map_location: 
             _put_in(module, methods, checkpoint["state_dict"])
         del module.__dict__["_peft_methods"]
         adapt_module(module)
+        if _in_double(checkpoint["state_dict"]) - _in_double(module.state_dict()):
+            module.double()  # a run with precision="64-true"
         module.on_load_checkpoint(checkpoint)
         module.load_state_dict(checkpoint["state_dict"])
         if not all(trains for _, trains, _ in methods):
@@ -73,6 +79,10 @@ def load_from_checkpoint(module_class: type[M], path: str | Path, map_location: 
 
 def _method(entry: dict[str, Any]) -> PEFTMethod:
     return method_of_file(entry["method"], entry["config"])
+
+
+def _in_double(state: Mapping[str, Any]) -> set[str]:
+    return {key for key, value in state.items() if getattr(value, "dtype", None) is torch.float64}
 
 
 def _copies(entry: dict[str, Any]) -> bool:

@@ -11,15 +11,18 @@ import importlib.util
 import inspect
 import re
 import types
+from argparse import Namespace
 from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
 from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
+from lightning.fabric.utilities.data import AttributeDict
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 
 from lightning_peft.core.state import StateError
+from lightning_peft.trainer.apart import names_apart
 
 __all__ = ["names_code", "parameters_of", "saved_arguments", "takes_any"]
 
@@ -31,7 +34,11 @@ _PLAIN = (int, float, complex, bool, str, bytes, Path)
 
 
 def saved_arguments(
-    module_class: type, checkpoint: Mapping[str, Any], given: Mapping[str, Any], where: str | Path
+    module_class: type,
+    checkpoint: Mapping[str, Any],
+    given: Mapping[str, Any],
+    where: str | Path,
+    trusted: bool = False,
 ) -> dict[str, Any]:
     """The arguments of ``module_class`` that a checkpoint supplies beside those that the user gives.
 
@@ -42,6 +49,7 @@ def saved_arguments(
         checkpoint: as it was read, with its ``hyper_parameters``.
         given: the user's arguments.
         where: the checkpoint's path, for messages.
+        trusted: objects that were read from the file may be used.
 
     Raises:
         StateError: the hyperparameters are not a dictionary, or one that was not given names code.
@@ -50,6 +58,8 @@ def saved_arguments(
     if not isinstance(saved, Mapping) or not all(isinstance(name, str) for name in saved):
         raise StateError(f"{where}: its hyper_parameters are not arguments by name")
     accepted = parameters_of(module_class)
+    saved = _as_one_argument(saved, checkpoint.get("hparams_name"), accepted)
+    _check_apart(names_apart(checkpoint), checkpoint.get("hparams_name"), accepted, given, where)
     open_ended = takes_any(module_class)
     found, refused = {}, {}
     for name, value in saved.items():
@@ -62,7 +72,11 @@ def saved_arguments(
                 rank_zero_warn(f"{name}={shown} was given and is used; {where} was saved with {_shown(value)}")
         elif parameter is not None and _equal(parameter.default, value):
             continue
-        elif name in getattr(module_class, "from_user", ()) or names_code(value) or not _takes_plain(parameter):
+        elif (
+            name in getattr(module_class, "from_user", ())
+            or names_code(value)
+            or not (trusted or _takes_plain(parameter))
+        ):
             refused[name] = value
         else:
             found[name] = value
@@ -74,6 +88,27 @@ def saved_arguments(
             f"arguments yourself ({flags} on the command line, {', '.join(f'{n}=...' for n in refused)} in Python)"
         )
     return found
+
+
+def _as_one_argument(saved: Mapping[str, Any], name: Any, accepted: Mapping[str, inspect.Parameter]) -> dict[str, Any]:
+    """``saved``, or the one argument that it is the content of after ``save_hyperparameters(args)``."""
+    if name not in accepted:
+        return dict(saved)
+    as_namespace = accepted[name].annotation is Namespace
+    return {name: Namespace(**saved) if as_namespace else AttributeDict(saved)}
+
+
+def _check_apart(
+    names: list[str], whole: Any, accepted: Mapping[str, Any], given: Mapping[str, Any], where: str | Path
+) -> None:
+    """Refuse to build a module without hyperparameters that were not read, whatever the class's defaults are."""
+    needed = [whole] if names and whole in accepted else [name for name in names if name in accepted]
+    if missing := [name for name in needed if name not in given]:
+        raise StateError(
+            f"{where}: the hyperparameters {', '.join(map(ascii, names))} are objects, which are not read from files. "
+            f"Give them yourself ({', '.join(f'{n}=...' for n in missing)}), or read the file with weights_only=False "
+            "if you trust it"
+        )
 
 
 def names_code(value: Any) -> bool:
@@ -148,7 +183,7 @@ def _is_plain(hint: Any) -> bool:
         return _is_plain(inside[0])
     if origin in (Union, types.UnionType, *_CONTAINERS):
         return all(map(_is_plain, inside))
-    return isinstance(hint, type) and issubclass(hint, Enum)
+    return isinstance(hint, type) and issubclass(hint, (Enum, Namespace))
 
 
 def _equal(one: Any, other: Any) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import nn
 
 from lightning_peft.core.adapter import Adapter
@@ -19,6 +20,7 @@ from lightning_peft.core.record import Injection, Trains, injected_module, injec
 from lightning_peft.core.state import StateError, adapter_state, owned_keys, state_keys
 from lightning_peft.core.thaw import thawed
 from lightning_peft.core.torch_file import read_torch_file
+from lightning_peft.trainer.apart import put_back
 
 __all__ = ["KEY", "check_manifest", "check_seal", "manifest", "read_checkpoint", "scores", "sealed", "trains"]
 
@@ -55,18 +57,25 @@ def manifest(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def read_checkpoint(path: str | Path, map_location: Any = "cpu", mmap: bool = False) -> dict[str, Any]:
+def read_checkpoint(
+    path: str | Path, map_location: Any = "cpu", mmap: bool = False, weights_only: bool = True
+) -> dict[str, Any]:
     """A checkpoint that has a manifest.
 
     Args:
         path: a file that a Trainer wrote.
         map_location: where to put the tensors.
         mmap: leave their values in the file until they are used.
+        weights_only: read tensors and plain values only. With False, any code that the file names runs.
 
     Raises:
         StateError: it has none, cannot be read, is not what was saved, or would run code.
     """
-    checkpoint = read_torch_file(path, map_location, mmap=mmap)
+    if weights_only:
+        checkpoint = read_torch_file(path, map_location, mmap=mmap)
+    else:
+        checkpoint = torch.load(path, map_location=map_location, weights_only=False, mmap=mmap or None)
+        put_back(checkpoint)
     if not mmap:
         check_seal(checkpoint, path)
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(KEY), dict):

@@ -23,6 +23,7 @@ from lightning_peft.core.state import StateError, canonical, check_fingerprint, 
 from lightning_peft.core.swap import add_mixin, original_class
 from lightning_peft.core.thaw import set_thawed
 from lightning_peft.core.torch_file import naming
+from lightning_peft.trainer.apart import set_apart
 from lightning_peft.trainer.audit import audit_methods, audit_ranks
 from lightning_peft.trainer.averaging import start_averaging
 from lightning_peft.trainer.groups import optimizers_in, remember_schedulers
@@ -113,6 +114,7 @@ class AdaptedModule(_LightningModule):
         super().on_save_checkpoint(checkpoint)
         if self._trainer is None or self._trainer.is_global_zero:
             check_written(self, checkpoint["state_dict"], f"{original_class(self).__name__}.on_save_checkpoint")
+        set_apart(checkpoint)
         checkpoint[KEY] = {**sealed(manifest(self), checkpoint["state_dict"]), "wandb": run_ids(self._trainer)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
