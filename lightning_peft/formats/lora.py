@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_peft.core.sites import weight_sites
 from lightning_peft.core.targets import no_match
+from lightning_peft.core.ties import tied_names
 from lightning_peft.formats.converter import Converter, Options, Reading, Tensors, Writing
 from lightning_peft.formats.files import FormatError
 from lightning_peft.formats.lora_tensors import entries, take_attention, take_layer, take_parameter, within_rank
@@ -107,11 +108,10 @@ _REFUSED: dict[str, Any] = {
     "use_qalora": False,
     "velora_config": None,
 }
-#: options that only training, sharding or PEFT's bookkeeping reads; a kind of layer says itself how it is stored, and
-#: tied layers have tensors of their own in the file
+#: options that only training, sharding or PEFT's bookkeeping reads; a kind of layer says itself how it is stored
 _IGNORED = (
     *("megatron_config", "megatron_core", "runtime_config", "fan_in_fan_out", "qalora_group_size"),
-    *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "ensure_weight_tying"),
+    *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),
 )
 #: initialisations that leave the base as it is
 _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
@@ -148,7 +148,12 @@ def _pairs(options: Options, tensors: Tensors, base: Base) -> dict[str, tuple[di
         return rank, pattern_value(alphas, name, alpha) / _divisor(rank, rslora)
 
     found: dict[str, tuple[dict[str, Tensor], float]] = {}
-    for name in resolve(options, base):
+    names = resolve(options, base)
+    if options.get("ensure_weight_tying"):  # PEFT adapts what is tied to a target too, and names the target alone
+        tied = tied_names(base.module)
+        others = [o.rpartition(".")[0] for name in names for o in tied.get(f"{name}.weight", ())]
+        names = list(dict.fromkeys([*names, *others]))
+    for name in names:
         rank, scale = at(name)
         if isinstance(base.module.get_submodule(name), nn.MultiheadAttention):
             both = take_attention(tensors, name, sites, rank)

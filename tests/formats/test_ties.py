@@ -64,11 +64,15 @@ def test_a_tied_weight_trains_under_all_of_its_names_here_and_in_peft(case: str,
         {"modules_to_save": ["lm_head"]},
         {"modules_to_save": ["embed_tokens", "lm_head"]},
         {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+        {"target_modules": ["embed_tokens"], "ensure_weight_tying": True},
+        {"target_modules": ["embed_tokens"]},
     ],
 )
 def test_peft_unties_what_it_copies_and_so_does_loading_its_file(options, tmp_path):
     base, x = tied_llama(), tokens()
-    theirs = made_by_peft(base, peft.LoraConfig(r=2, target_modules=["q_proj"], **options), tmp_path / "theirs")
+    theirs = made_by_peft(
+        base, peft.LoraConfig(**{"r": 2, "target_modules": ["q_proj"], **options}), tmp_path / "theirs"
+    )
     lp.load_adapter(ours := copy.deepcopy(base), tmp_path / "theirs")
     assert_same(logits(ours, x), logits(theirs, x))
     lp.save_adapter(ours, tmp_path / "ours")
@@ -86,7 +90,7 @@ def test_files_of_earlier_releases_hold_one_name_and_mean_all(tmp_path):
     assert facts.pop("all_names")
     files.tensors.pop("base_model.model.lm_head.weight")
     config = {**files.config, "modules_to_save": ["embed_tokens"]}
-    write_files(tmp_path, config, files.tensors, {**files.metadata, "lightning_peft": json.dumps(facts)}, None)
+    write_files(tmp_path, config, files.tensors, {"lightning_peft": json.dumps(facts)}, None)
     lp.load_adapter(again := copy.deepcopy(base), tmp_path)
     assert_same(logits(again, x), logits(ours, x))
 
