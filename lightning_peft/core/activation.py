@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.blocks import find_blocks
+from lightning_peft.core.frozen import why_frozen
 from lightning_peft.core.outputs import first_tensor, hidden_state, with_hidden_state
 from lightning_peft.core.row_links import AfterRows, RowLink, WholeBatch
 from lightning_peft.core.sites import find_sites, weight_sites
 from lightning_peft.core.sublayers import channels_first, find_sublayers, input_width, output_width
 from lightning_peft.core.swap import original_class
-from lightning_peft.core.targets import TargetError, as_patterns, base_modules, match, no_match
+from lightning_peft.core.targets import TargetError, as_patterns, base_modules, match, no_match, nothing_left
 
 __all__ = ["ActivationAdapter", "ActivationSite", "InputTap", "find_activation_sites"]
 
@@ -172,7 +173,7 @@ def find_activation_sites(
         gone |= hits
     left = {end: place for end, place in chosen.items() if end not in gone}
     if not left:
-        raise TargetError(f"exclude={exclude!r} takes away all that targets={targets!r} matched")
+        raise TargetError(nothing_left(targets, exclude))
     sites = []
     for end, (name, span) in left.items():
         features = width or span.width or output_width(modules[end])
@@ -206,13 +207,16 @@ def _places(pattern: str, model: nn.Module, modules: dict[str, nn.Module], heads
             kinds = sorted({original_class(m).__name__ for _, m in find_blocks(model)})
             raise TargetError(
                 f"targets={pattern!r}: nothing in this model looks like {kind.replace('forward', '-forward')} (its "
-                f"blocks are {kinds}): use targets='all-blocks', or patterns of the modules to adapt"
+                f"blocks are {kinds}): use targets='all-blocks', or patterns of the modules to adapt{why_frozen(model)}"
             )
         return found
     if pattern == "all-blocks":
         hits = [name for name, _ in find_blocks(model) if name in modules and free(name)]
         if not hits:
-            raise TargetError("targets='all-blocks': this model has no blocks; use patterns of the modules to adapt")
+            raise TargetError(
+                "targets='all-blocks': this model has no blocks; use patterns of the modules to adapt"
+                + why_frozen(model)
+            )
     elif pattern == "all-linear":
         hits = list(dict.fromkeys(site.host for site in find_sites(model, "all-linear", (), heads)[0].values()))
     else:

@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_peft.core.frozen import in_frozen_part, why_frozen
 from lightning_peft.core.intercept import EAGER
 from lightning_peft.core.swap import original_class
-from lightning_peft.core.targets import TargetError, as_patterns, base_modules, match, no_match
+from lightning_peft.core.targets import TargetError, as_patterns, base_modules, match, no_match, nothing_left
 
 __all__ = ["AttentionSite", "attention_sites", "find_attention"]
 
@@ -103,13 +104,16 @@ def find_attention(
     chosen: dict[str, AttentionSite] = {}
     for pattern in as_patterns(targets, "targets"):
         if pattern == "all-attention":
-            if not sites:
+            left_alone = in_frozen_part(model)
+            free = {name: site for name, site in sites.items() if not left_alone(name)}
+            if not free:
                 kinds = sorted({original_class(m).__name__ for m in modules.values()})
                 raise TargetError(
                     "targets='all-attention' finds no attention: no module here owns key and value projections. The "
                     f"model has {kinds[:12]}; name the modules that attend in targets and give kv_dim="
+                    + why_frozen(model)
                 )
-            chosen |= sites
+            chosen |= free
             continue
         hits = {n: m for n, m in modules.items() if match(pattern, n, m)}
         found = {n: sites[n] for n in hits if n in sites}
@@ -124,7 +128,7 @@ def find_attention(
             raise TargetError(f"exclude: {no_match(pattern, modules)}")
         chosen = {n: s for n, s in chosen.items() if not any(n == g or n.startswith(f"{g}.") for g in gone)}
     if not chosen:
-        raise TargetError(f"exclude={exclude!r} takes away all that targets={targets!r} matched")
+        raise TargetError(nothing_left(targets, exclude))
     for site in chosen.values():
         kind = getattr(getattr(site.module, "config", None), "_attn_implementation", None)
         if kind not in (None, "sdpa", "eager", EAGER):

@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from lightning_peft.core.consistency import check_record
 from lightning_peft.core.freeze import FullPrecision, freeze_norm_statistics, hold_statistics, keep_full_precision
+from lightning_peft.core.frozen import name_frozen_parts
 from lightning_peft.core.host import attach, check_host, hosts
 from lightning_peft.core.moved import Start
 from lightning_peft.core.parts import parts_of
@@ -67,7 +68,7 @@ def apply(model: nn.Module, *methods: Method) -> Report:
     if not new and record is not None:
         return record.report
     check_injectable(model)
-    return put_in(model, {method.name: (method, method.plan(model)) for method in new})
+    return put_in(model, {method.name: (method, _plan(model, method)) for method in new})
 
 
 def put_in(model: nn.Module, plans: Mapping[str, tuple[Method, Plan]]) -> Report:
@@ -175,7 +176,7 @@ def inspect(model: nn.Module, *methods: Method) -> Report:
     report.total = sum(p.numel() for p in model.parameters())
     trained: dict[int, int] = {}
     for method in new:
-        plan = method.plan(model)
+        plan = _plan(model, method)
         _check_hosts(model, {method.name: (method, plan)})
         for _, shown, adapter, what in plan.attach:
             count = sum(p.numel() for p in adapter.parameters() if p.requires_grad)
@@ -187,9 +188,15 @@ def inspect(model: nn.Module, *methods: Method) -> Report:
             trained |= {id(p): p.numel() for p in parameters}
         for name, what in dict.fromkeys(plan.later.values()):
             report.add(name, what, 0, method.name)
-        report.notes += [*plan.notes, *tie_notes(model, plan)]
+        report.note([*plan.notes, *tie_notes(model, plan)])
     report.trainable += sum(trained.values())
     return report
+
+
+def _plan(model: nn.Module, method: Method) -> Plan:
+    plan = method.plan(model)
+    name_frozen_parts(model, plan)
+    return plan
 
 
 def _callbacks_of(model: nn.Module) -> Sequence[Any]:
@@ -287,7 +294,7 @@ def _commit(model: nn.Module, method: Method, plan: Plan, report: Report) -> Non
         report.add(name, what, sum(p.numel() for p in parameters), method.name)
     for name, what in dict.fromkeys(plan.later.values()):
         report.add(name, what, 0, method.name)
-    report.notes += [*plan.notes, *tie_notes(model, plan)]
+    report.note([*plan.notes, *tie_notes(model, plan)])
     # A model that trains as a whole keeps the type that was asked for.
     keep_full_precision((model.get_submodule(name) for name in plan.train_modules if name), _shared(model))
     for name in plan.hold_statistics:

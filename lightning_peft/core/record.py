@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from lightning_peft.core.moved import Start
-from lightning_peft.core.plan import Method
 from lightning_peft.core.report import Report
 
 if TYPE_CHECKING:
+    from lightning_peft.core.moved import Start
     from lightning_peft.core.parts import Part
+    from lightning_peft.core.plan import Method
 
 __all__ = [
     "Injection",

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import io
-import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from rich.console import Console
 from rich.table import Table
 from torch import nn
+
+from lightning_peft.core.names import numbers_as_stars
 
 __all__ = ["Entry", "Report"]
 
@@ -64,6 +66,10 @@ class Report:
         """Note that the method called ``adapter`` did ``what`` at ``name``, with so many trainable parameters."""
         self.entries.append(Entry(name, what, parameters, adapter))
 
+    def note(self, notes: Iterable[str]) -> None:
+        """Add the notes that are not there yet."""
+        self.notes += [note for note in dict.fromkeys(notes) if note not in self.notes]
+
     def count(self, model: nn.Module) -> None:
         """Count anew what ``model`` has and trains."""
         self.trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -78,7 +84,7 @@ class Report:
         grouped: dict[tuple[str, str], list[str]] = {}
         counts = self.parameters
         for name, what in self.modules.items():
-            grouped.setdefault((re.sub(r"(?<![^.])\d+(?![^.])", "*", name), what), []).append(name)
+            grouped.setdefault((numbers_as_stars(name), what), []).append(name)
         return [
             (kind if len(names) > 1 else names[0], len(names), what, sum(counts[n] for n in names))
             for (kind, what), names in grouped.items()

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from lightning_peft.core.frozen import in_frozen_part, why_frozen
+from lightning_peft.core.heads import find_output_head
 from lightning_peft.core.layouts import (
     ConvLayout,
     EmbeddingLayout,
@@ -25,7 +27,7 @@ from lightning_peft.core.layouts import (
 )
 from lightning_peft.core.storage import is_encoded_layer, storage_problem
 from lightning_peft.core.swap import original_class
-from lightning_peft.core.targets import TargetError, as_patterns, base_modules, match, no_match
+from lightning_peft.core.targets import TargetError, as_patterns, base_modules, match, no_match, nothing_left
 
 __all__ = [
     "ConvLayout",
@@ -190,19 +192,18 @@ def find_sites(
     sites = weight_sites(model) if sites is None else sites
     heads: list[str] = []
     chosen: dict[str, str] = {}
+    left_alone = in_frozen_part(model)
     for pattern in as_patterns(targets, "targets"):
         if pattern == "all-linear":
             head = output_head(model, sites)
             heads = [name for name, site in sites.items() if head is not None and name == head]
             linear = [n for n, site in sites.items() if site.linear_like and n not in heads]
-            linear = [n for n in linear if not _inside(sites[n], trainable)]
-            _check_encoded({n: m for n, m in base_modules(model) if n not in sites and is_encoded_layer(m)})
+            linear = [n for n in linear if not _inside(sites[n], trainable) and not left_alone(n)]
+            _check_encoded(
+                {n: m for n, m in base_modules(model) if n not in sites and is_encoded_layer(m) and not left_alone(n)}
+            )
             if not linear:
-                kinds = sorted({type(site.module).__name__ for site in sites.values()})
-                raise TargetError(
-                    f"targets='all-linear' finds no linear layer beside the output head {heads}; "
-                    f"this model has {kinds}: name what to adapt, for example targets='type:{(kinds or ['?'])[0]}'"
-                )
+                raise TargetError(_no_linear(model, sites, heads))
             chosen |= dict.fromkeys(linear, pattern)
             continue
         hits = [n for n, site in sites.items() if _matches(pattern, site)]
@@ -220,7 +221,7 @@ def find_sites(
             raise TargetError(f"exclude: {no_match(pattern, dict(base_modules(model)))}")
         chosen = {n: p for n, p in chosen.items() if n not in hits}
     if not chosen:
-        raise TargetError(f"exclude={exclude!r} takes away all that targets={targets!r} matched")
+        raise TargetError(nothing_left(targets, exclude))
     return {n: sites[n] for n in sites if n in chosen}, heads
 
 
@@ -231,6 +232,20 @@ def _check_encoded(layers: Mapping[str, nn.Module]) -> None:
             f"targets='all-linear': {', '.join(layers)} ({kinds}) hold quantised or packed weights, which are not "
             "supported yet. Name the layers to adapt in targets, or load the model unquantised"
         )
+
+
+def _no_linear(model: nn.Module, sites: dict[str, Site], heads: list[str]) -> str:
+    besides = f" besides the output head {heads[0]!r}" if heads else ""
+    if not sites:
+        kinds = sorted({original_class(m).__name__ for n, m in base_modules(model) if n})
+        return f"targets='all-linear' finds no linear layer, and no other weight to adapt, in {kinds[:12]}"
+    # A hint is offered only if it matches: a bare parameter is named, never its module's type.
+    hints = [f"type:{original_class(site.module).__name__}" for site in sites.values()] + [*sites]
+    others = [site for name, site in sites.items() if name not in heads]
+    hint = next((h for h in hints if any(_matches(h, site) for site in others)), None)
+    example = f": name what to adapt, for example targets={hint!r}" if hint else ""
+    kinds = sorted({original_class(site.module).__name__ for site in sites.values()})
+    return f"targets='all-linear' finds no linear layer{besides}; this model has {kinds}{example}{why_frozen(model)}"
 
 
 def _matches(pattern: str, site: Site) -> bool:
@@ -286,22 +301,11 @@ def _nothing_to_adapt(pattern: str, model: nn.Module, sites: dict[str, Site]) ->
 
 
 def output_head(model: nn.Module, sites: dict[str, Site] | None = None) -> str | None:
-    """The name of the layer that makes the model's output, or None where there is none to tell.
+    """The name of the layer that makes the model's output, or None if there is none or it is unknown.
 
-    It is what a Hugging Face model's ``get_output_embeddings`` says; else the last linear-like layer in model
-    order, unless that layer is one of a repeated kind (``layers.11.mlp.down_proj``, the last of a ``ModuleList``).
+    It is what a Hugging Face model's ``get_output_embeddings`` says; else the linear-like layer that the output of a
+    trial forward comes from; else, where the model cannot be tried, the last one in model order, unless an earlier one
+    is named like a head and the last lies in another part. Parts that the user froze hold none, nor is a layer of a
+    repeated kind one (``layers.11.mlp.down_proj``, the last of a ``ModuleList``).
     """
-    sites = weight_sites(model) if sites is None else sites
-    names = {id(site.module): name for name, site in sites.items()}
-    for _, module in base_modules(model):
-        head = getattr(module, "get_output_embeddings", lambda: None)()
-        if head is not None and id(head) in names:
-            return names[id(head)]
-    linear = [name for name, site in sites.items() if site.linear_like]
-    if len(linear) < 2 or isinstance(sites[linear[-1]].module, nn.MultiheadAttention):
-        return None
-    last = linear[-1]
-    *around, own = last.split(".")
-    in_list = own.isdigit() and isinstance(model.get_submodule(".".join(around)), nn.ModuleList)
-    repeated = in_list or any(part.isdigit() for part in around)
-    return None if repeated else last
+    return find_output_head(model, weight_sites(model) if sites is None else sites)

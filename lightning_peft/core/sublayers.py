@@ -15,6 +15,7 @@ from typing import Literal
 from torch import nn
 
 from lightning_peft.core.blocks import find_blocks
+from lightning_peft.core.frozen import in_frozen_part
 from lightning_peft.core.sites import Site, output_head, weight_sites
 from lightning_peft.core.swap import original_class
 from lightning_peft.core.targets import base_modules
@@ -67,7 +68,8 @@ def find_sublayers(model: nn.Module) -> list[Sublayer]:
     repeated = [name for name, module in blocks if any(True for _ in module.children())]
     found = list(_search(modules, repeated, sites, head)) if len(repeated) == len(blocks) else []
     found = found or list(_search(modules, [""], sites, head))
-    order = list(modules)
+    order, left_alone = list(modules), in_frozen_part(model)
+    found = [sublayer for sublayer in found if not left_alone(sublayer.start)]
     return sorted(found, key=lambda sublayer: order.index(sublayer.start))
 
 

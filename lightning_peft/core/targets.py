@@ -21,7 +21,17 @@ from torch import nn
 
 from lightning_peft.core.swap import original_class
 
-__all__ = ["Patterns", "TargetError", "as_patterns", "base_modules", "match", "match_modules"]
+__all__ = [
+    "Patterns",
+    "TargetError",
+    "as_patterns",
+    "bare_parameters",
+    "base_modules",
+    "match",
+    "match_modules",
+    "match_parameters",
+    "nothing_left",
+]
 
 Patterns = str | Sequence[str]
 
@@ -91,6 +101,19 @@ def match_modules(model: nn.Module, patterns: Iterable[str], argument: str) -> d
     return {name: module for name, module in modules.items() if name in found}
 
 
+def match_parameters(model: nn.Module, pattern: str) -> list[str]:
+    """The base's parameters that ``pattern`` names, in model order; ``type:`` names none."""
+    owners = base_modules(model)
+    names = (f"{n}.{k}" if n else k for n, m in owners for k, p in m._parameters.items() if p is not None)
+    return [name for name in names if match(pattern, name)]
+
+
+def bare_parameters(model: nn.Module) -> dict[str, nn.Module]:
+    """The names of parameters whose module also holds other modules (a logit scale, query tokens), with that module."""
+    around = ((name, module) for name, module in base_modules(model) if any(True for _ in module.children()))
+    return {f"{n}.{k}" if n else k: m for n, m in around for k, p in m._parameters.items() if p is not None}
+
+
 def no_match(pattern: str, candidates: Mapping[str, nn.Module]) -> str:
     """The sentence for a pattern that matched none of ``candidates``, with the nearest right answers."""
     kind, text = ("type:", pattern[5:]) if pattern.startswith("type:") else ("", pattern)
@@ -102,6 +125,13 @@ def no_match(pattern: str, candidates: Mapping[str, nn.Module]) -> str:
     near = near or sorted({name.rpartition(".")[2] for name in candidates} if not kind else words)[:12]
     hint = f"; nearest: {', '.join(kind + word for word in near)}" if near else "; the model has none to match"
     return f"{pattern!r} matches nothing{hint}"
+
+
+def nothing_left(targets: Patterns, exclude: Patterns) -> str:
+    """The sentence for ``targets`` of which ``exclude`` leaves nothing, or which is empty itself."""
+    if not as_patterns(targets, "targets"):
+        return f"targets={targets!r} is empty, so nothing would be adapted: give 'all-linear' or patterns"
+    return f"exclude={exclude!r} excludes everything that targets={targets!r} matches: name less in exclude"
 
 
 def _suffixes(name: str) -> list[str]:

@@ -74,7 +74,7 @@ class ActivationMethod(PEFTMethod):
         raise NotImplementedError
 
     def plan(self, model: nn.Module) -> Plan:
-        plan = Plan(train_modules=self.heads(model))
+        plan = self.start_plan(model)
         sites = find_activation_sites(
             model, self.targets, self.exclude, plan.train_modules, self.width, self.channels_first
         )

@@ -19,8 +19,18 @@ from lightning.pytorch.callbacks import Callback
 from torch import nn
 
 from lightning_peft.core.host import check_name
+from lightning_peft.core.names import listed
 from lightning_peft.core.plan import Plan
-from lightning_peft.core.targets import as_patterns, match_modules
+from lightning_peft.core.targets import (
+    TargetError,
+    as_patterns,
+    bare_parameters,
+    base_modules,
+    match,
+    match_modules,
+    match_parameters,
+    no_match,
+)
 from lightning_peft.trainer.lifecycle import Lifecycle
 
 __all__ = ["PEFTMethod", "method_of_file", "registered_method"]
@@ -70,7 +80,8 @@ class PEFTMethod(Callback, ABC):
         targets: what to adapt: ``"all-linear"`` (every linear-like layer but the output head) or patterns: a name
             or the end of one, a glob, ``re:<regular expression>``, ``type:<class name>``.
         exclude: patterns to take away from ``targets``.
-        trainable: patterns of modules that train in full, heads for example.
+        trainable: patterns of modules that train in full, heads for example, or of single parameters (``logit_scale``,
+            ``cls_token``), which are looked for if a pattern matches no module.
         name: the adapter's name, unique on a model.
         seed: seed of the initialisation, which depends on nothing else, so every rank and every way to build the
             model gives the same adapters. None takes the seed of Lightning's ``seed_everything``, or 0;
@@ -150,9 +161,38 @@ class PEFTMethod(Callback, ABC):
         """The names of the modules that ``trainable`` trains in full.
 
         Raises:
+            TargetError: a pattern of ``trainable`` matches neither a module nor a parameter.
+        """
+        patterns = as_patterns(self.trainable, "trainable")
+        bare = set(self._of_parameters(model))
+        return list(match_modules(model, [pattern for pattern in patterns if pattern not in bare], "trainable"))
+
+    def trained_parameters(self, model: nn.Module) -> list[str]:
+        """The names of the single parameters that ``trainable`` trains: those of patterns that match no module."""
+        return [name for names in self._of_parameters(model).values() for name in names]
+
+    def _of_parameters(self, model: nn.Module) -> dict[str, list[str]]:
+        modules = {name: module for name, module in base_modules(model) if name}
+        found = {}
+        for pattern in as_patterns(self.trainable, "trainable"):
+            if any(match(pattern, name, module) for name, module in modules.items()):
+                continue
+            found[pattern] = match_parameters(model, pattern)
+            if not found[pattern]:
+                raise TargetError(f"trainable: {no_match(pattern, {**modules, **bare_parameters(model)})}")
+        return found
+
+    def start_plan(self, model: nn.Module) -> Plan:
+        """A plan that holds what ``trainable`` names.
+
+        Raises:
             TargetError: a pattern of ``trainable`` matches nothing.
         """
-        return list(match_modules(model, as_patterns(self.trainable, "trainable"), "trainable"))
+        heads = self.heads(model)
+        empty = [name for name in heads if not any(True for _ in model.get_submodule(name).parameters())]
+        if empty and len(empty) == len(heads):
+            raise TargetError(f"trainable={self.trainable!r} matches only modules without parameters: {listed(empty)}")
+        return Plan(train_modules=heads, train=dict.fromkeys(self.trained_parameters(model), "trains"))
 
     def seed_for(self, what: object) -> int:
         """A seed for one thing that this method draws: of ``seed``, the adapter's name and ``what`` alone."""

@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import nn
 
+from lightning_peft.core.frozen import in_frozen_part
 from lightning_peft.core.plan import Plan
 from lightning_peft.core.targets import match_modules
 from lightning_peft.methods.selection import SelectionMethod
@@ -61,4 +62,7 @@ class FullFineTuning(SelectionMethod):
 
     def choose(self, model: nn.Module, plan: Plan) -> None:
         patterns = self.patterns("all")
-        self.add_modules(model, match_modules(model, patterns, "targets") if patterns else [""], plan)
+        if patterns:
+            self.add_modules(model, match_modules(model, patterns, "targets"), plan)
+        else:
+            self.add_modules(model, [""], plan, in_frozen_part(model))

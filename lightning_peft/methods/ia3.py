@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.adapter import WeightAdapter
+from lightning_peft.core.frozen import why_frozen
 from lightning_peft.core.sites import EmbeddingLayout, Site, find_sites
 from lightning_peft.core.sublayers import find_sublayers, label
 from lightning_peft.core.targets import TargetError, as_patterns
@@ -158,7 +159,7 @@ def _expanded(model: nn.Module, argument: str, patterns: str | Sequence[str], he
             what = "the key and value projections of an attention" if kind == "attention" else "a feed-forward"
             raise TargetError(
                 f"{argument}={pattern!r}: nothing in this model looks like {what}; give patterns of the layers to "
-                f"scale, or {argument}=() for none"
+                f"scale, or {argument}=() for none{why_frozen(model)}"
             )
         expanded += exactly(names)
     return expanded

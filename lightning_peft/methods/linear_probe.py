@@ -16,10 +16,12 @@ from typing import Any
 
 from torch import nn
 
+from lightning_peft.core.frozen import in_frozen_part, why_frozen
+from lightning_peft.core.names import listed
 from lightning_peft.core.plan import Plan
 from lightning_peft.core.swap import original_class
-from lightning_peft.core.targets import TargetError, match_modules
-from lightning_peft.methods.selection import SelectionMethod, head_module
+from lightning_peft.core.targets import TargetError, base_modules, match_modules
+from lightning_peft.methods.selection import SelectionMethod, head_module, parameters_in
 
 __all__ = ["LinearProbe"]
 
@@ -57,6 +59,16 @@ class LinearProbe(SelectionMethod):
     ) -> None:
         super().__init__(targets, exclude, trainable, name, **options)
 
+    def plan(self, model: nn.Module) -> Plan:
+        plan = super().plan(model)
+        inside = [name for head in plan.train_modules for name in parameters_in(model, head)]
+        if not parameters_in(model, "").keys() - {*inside, *plan.train}:
+            raise TargetError(
+                f"LinearProbe would train the whole {original_class(model).__name__}: {listed(plan.train_modules)} "
+                "holds all of its parameters. Name the head in trainable, or use lp.FullFineTuning()"
+            )
+        return plan
+
     def choose(self, model: nn.Module, plan: Plan) -> None:
         patterns = self.patterns("head")
         if patterns:
@@ -65,10 +77,13 @@ class LinearProbe(SelectionMethod):
             return None
         head = head_module(model)
         if head is None:
-            last = [name for name, module in model.named_modules() if not any(module.children())][-3:]
+            left_alone = in_frozen_part(model)
+            layers = [n for n, m in base_modules(model) if n and any(True for _ in m.parameters(recurse=False))]
+            last = [name for name in layers if not left_alone(name)][-3:]
             raise TargetError(
-                f"LinearProbe finds no output head in {original_class(model).__name__}: name it, for example "
-                f"trainable=[{(last or ['head'])[-1]!r}]; the last modules are {last}"
+                f"LinearProbe finds no output head in {original_class(model).__name__}: "
+                + (f"name it, for example trainable=[{last[-1]!r}]; the last layers are {last}" if last else "no layer")
+                + why_frozen(model)
             )
         self.add_modules(model, [head], plan)
         inside = {id(p) for p in model.get_submodule(head).parameters()}

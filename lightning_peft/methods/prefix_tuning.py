@@ -123,7 +123,7 @@ class PrefixTuning(PEFTMethod):
         self.shift_positions = shift_positions
 
     def plan(self, model: nn.Module) -> Plan:
-        plan = Plan(train_modules=self.heads(model))
+        plan = self.start_plan(model)
         sites = find_attention(model, self.targets, self.exclude, self.kv_dim)
         if self.layers is not None:
             sites = _in_layers(model, sites, self.layers)

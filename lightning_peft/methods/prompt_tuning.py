@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.core.frozen import in_frozen_part, why_frozen
 from lightning_peft.core.plan import Plan
 from lightning_peft.core.swap import original_class
 from lightning_peft.core.targets import TargetError, as_patterns, base_modules, match, match_modules, no_match
@@ -78,7 +79,7 @@ class PromptMethod(PEFTMethod):
         self.side = side
 
     def plan(self, model: nn.Module) -> Plan:
-        plan = Plan(train_modules=self.heads(model))
+        plan = self.start_plan(model)
         placement = self.placement()
         name, other = self.find(model)
         host: Any = model.get_submodule(name)
@@ -125,7 +126,8 @@ class PromptMethod(PEFTMethod):
         Raises:
             TargetError: there is none, or several.
         """
-        models = token_models(model)
+        left_alone = in_frozen_part(model)
+        models = {name: module for name, module in token_models(model).items() if not left_alone(name)}
         patterns = as_patterns(self.targets, "targets")
         if patterns != ("inputs",):
             modules = {n: m for n, m in base_modules(model) if n}
@@ -148,7 +150,7 @@ class PromptMethod(PEFTMethod):
         raise TargetError(
             "targets='inputs' finds no module that takes inputs_embeds; name in targets the module that takes and "
             "returns the sequence of embeddings (batch, length, width), one of "
-            f"{[n for n, _ in base_modules(model) if n][:8]}"
+            f"{[n for n, _ in base_modules(model) if n][:8]}{why_frozen(model)}"
         )
 
 

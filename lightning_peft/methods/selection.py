@@ -12,9 +12,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
 from lightning_peft.core.blocks import find_blocks
+from lightning_peft.core.frozen import in_frozen_part, why_frozen
 from lightning_peft.core.plan import Plan
 from lightning_peft.core.sites import output_head, weight_sites
-from lightning_peft.core.targets import TargetError, as_patterns, base_modules, match_modules, no_match
+from lightning_peft.core.targets import TargetError, as_patterns, base_modules, match_modules, no_match, nothing_left
 from lightning_peft.methods.callback import PEFTMethod
 from lightning_peft.trainer.groups import split_groups
 
@@ -57,7 +58,7 @@ class SelectionMethod(PEFTMethod):
         raise NotImplementedError
 
     def plan(self, model: nn.Module) -> Plan:
-        plan = Plan(train_modules=self.heads(model))
+        plan = self.start_plan(model)
         self.choose(model, plan)
         whole = plan.train_modules
         plan.train_modules = [n for n in whole if not any(n != other and _within(n, other) for other in whole)]
@@ -71,11 +72,16 @@ class SelectionMethod(PEFTMethod):
                     f"{name} is stored as {parameter.dtype}, quantised, and cannot train itself: exclude it, or "
                     "load the model unquantised"
                 )
+        plan.notes.append(_share(type(self).__name__, model, parameters))
         return plan
 
     def patterns(self, keyword: str) -> tuple[str, ...]:
         """The patterns in ``targets``; none where it says ``keyword``, the method's own choice."""
-        return () if self.targets == keyword else as_patterns(self.targets, "targets")
+        if self.targets == keyword:
+            return ()
+        if not self.targets:
+            raise TargetError(nothing_left(self.targets, self.exclude))
+        return as_patterns(self.targets, "targets")
 
     def covered(self, model: nn.Module, patterns: Iterable[str], argument: str) -> Callable[[str], bool]:
         """A test of a module's name: does one of ``patterns`` name it, or a module around it?
@@ -86,19 +92,21 @@ class SelectionMethod(PEFTMethod):
         hits = list(match_modules(model, patterns, argument))
         return lambda name: any(_within(name, hit) for hit in hits)
 
-    def add_modules(self, model: nn.Module, names: Iterable[str], plan: Plan) -> None:
-        """Train the modules called ``names`` in full, without what ``exclude`` names inside them."""
+    def add_modules(
+        self, model: nn.Module, names: Iterable[str], plan: Plan, left_alone: Callable[[str], bool] = lambda name: False
+    ) -> None:
+        """Train the modules called ``names`` in full, without what ``exclude`` names or ``left_alone`` says inside."""
         excluded = self.covered(model, as_patterns(self.exclude, "exclude"), "exclude")
         names = list(names)
         for name in names:
             parameters = parameters_in(model, name)
-            kept = {n: p for n, p in parameters.items() if not excluded(n.rpartition(".")[0])}
+            kept = {n: p for n, p in parameters.items() if not excluded(n.rpartition(".")[0]) and not left_alone(n)}
             if len(kept) == len(parameters) and kept:
                 plan.train_modules += [name] if name not in plan.train_modules else []
             else:
                 plan.train |= dict.fromkeys(kept, "trains")
         if names and not plan.train and not plan.train_modules:
-            raise TargetError(f"{type(self).__name__}: exclude={self.exclude!r} takes away all that would train")
+            raise TargetError(f"{type(self).__name__}: exclude={self.exclude!r} excludes everything that would train")
 
     def blocks(self, model: nn.Module) -> list[str]:
         """The names of the blocks that ``targets`` names, the first to run first.
@@ -137,9 +145,12 @@ class SelectionMethod(PEFTMethod):
                 raise TargetError(f"targets: {pattern!r} names no parameter that {type(self).__name__} trains; {near}")
         wanted = self.covered(model, patterns, "targets")
         excluded = self.covered(model, as_patterns(self.exclude, "exclude"), "exclude")
+        if not patterns:
+            left_alone = in_frozen_part(model)
+            every = {key: name for key, name in every.items() if not left_alone(key)}
         found = {key: name for key, name in every.items() if (not patterns or wanted(name)) and not excluded(name)}
         if every and not found:
-            raise TargetError(f"exclude={self.exclude!r} takes away all that targets={self.targets!r} matched")
+            raise TargetError(nothing_left(self.targets, self.exclude) + why_frozen(model))
         return found
 
     def regroup(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
@@ -160,6 +171,13 @@ class SelectionMethod(PEFTMethod):
                 f"{type(self).__name__} trains parameters of the base in {dtype}, where small updates are rounded "
                 "away: Trainer(precision='bf16-mixed') keeps them in float32 and computes in bfloat16"
             )
+
+
+def _share(method: str, model: nn.Module, chosen: Iterable[tuple[str, nn.Parameter]]) -> str:
+    """How much of the base a selection is."""
+    trains = {id(p): p.numel() for _, p in chosen}
+    total = sum(p.numel() for p in {id(p): p for p in parameters_in(model, "").values()}.values())
+    return f"{method} trains {100 * sum(trains.values()) / max(total, 1):.3g} % of the base"
 
 
 def depths(model: nn.Module, heads: Iterable[str] = ()) -> dict[str, int]:
@@ -187,8 +205,8 @@ def depths(model: nn.Module, heads: Iterable[str] = ()) -> dict[str, int]:
 def body_blocks(model: nn.Module) -> list[str]:
     """The names of the model's blocks, the first to run first, without an output head among them."""
     names, head = [name for name, _ in find_blocks(model)], _output_layer(model)
-    outer = [name for name in names if not any(name != o and _within(name, o) for o in names)]
-    return [name for name in outer if head is None or not _within(head, name)]
+    below = [name for name in names if head is None or not _within(head, name)]
+    return [name for name in below if not any(name != o and _within(name, o) for o in below)]
 
 
 def head_module(model: nn.Module) -> str | None:
@@ -207,7 +225,8 @@ def head_module(model: nn.Module) -> str | None:
 
 def tail_modules(model: nn.Module) -> list[str]:
     """The names of the outermost modules with depth 0: final norm, pooler and head."""
-    found = depths(model)
+    left_alone = in_frozen_part(model)
+    found = {key: depth for key, depth in depths(model).items() if not left_alone(key)}
     top: list[str] = []
     for name, _ in base_modules(model):
         inside = [d for key, d in found.items() if _within(key, name)]
@@ -219,8 +238,9 @@ def tail_modules(model: nn.Module) -> list[str]:
 def _output_layer(model: nn.Module) -> str | None:
     """The output head; also where it is the only linear layer, as in a convolutional network."""
     sites = weight_sites(model)
-    last = list(sites)[-1:]
-    alone = [name for name, site in sites.items() if site.linear_like] == last
+    left_alone = in_frozen_part(model)
+    last = [name for name in sites if not left_alone(name)][-1:]
+    alone = [name for name, site in sites.items() if site.linear_like and not left_alone(name)] == last
     return last[0] if alone and last and len(sites) > 1 else output_head(model, sites)
 
 

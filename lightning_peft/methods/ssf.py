@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.adapter import WeightAdapter
+from lightning_peft.core.frozen import in_frozen_part
 from lightning_peft.core.plan import Plan
 from lightning_peft.core.sites import NormLayout, Site, find_sites, norm_sites, output_head, weight_sites
 from lightning_peft.core.swap import original_class
@@ -83,12 +84,14 @@ class SSF(WeightMethod):
         order = {name: i for i, (name, _) in enumerate(model.named_modules())}
         sites = dict(sorted({**sites, **norms}.items(), key=lambda item: order[item[1].host]))
         patterns: list[str] = []
+        left_alone = in_frozen_part(model)
         for pattern in as_patterns(self.targets, "targets"):
             if pattern not in ("all-layers", "all-norms"):
                 patterns.append(pattern)
                 continue
             names = [n for n, s in sites.items() if n in norms or (pattern == "all-layers" and s.bias is not None)]
-            names = [n for n in names if n != head and not any(n == h or n.startswith(f"{h}.") for h in heads)]
+            names = [n for n in names if n != head and not left_alone(n)]
+            names = [n for n in names if not any(n == h or n.startswith(f"{h}.") for h in heads)]
             patterns += exactly(n for n in names if n not in norms or _offset(norms[n].module) is not None)
         chosen, left_out = find_sites(model, patterns, self.exclude, heads, sites)
         if head is not None and head not in chosen and head not in left_out:

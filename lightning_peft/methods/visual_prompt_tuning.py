@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.attention import attention_sites
 from lightning_peft.core.blocks import find_blocks
+from lightning_peft.core.frozen import why_frozen
 from lightning_peft.core.plan import Plan
 from lightning_peft.core.swap import original_class
 from lightning_peft.core.targets import TargetError, as_patterns, base_modules, match_modules
@@ -93,7 +94,7 @@ class VisualPromptTuning(PEFTMethod):
         self.dropout = dropout
 
     def plan(self, model: nn.Module) -> Plan:
-        plan = Plan(train_modules=self.heads(model))
+        plan = self.start_plan(model)
         blocks = self._blocks(model)
         leading = _leading(model) if self.leading_tokens is None else self.leading_tokens
         patch = _patch(model, [name for name, _ in blocks], token_width(*blocks[0]))
@@ -127,7 +128,7 @@ class VisualPromptTuning(PEFTMethod):
                 kinds = sorted({original_class(m).__name__ for _, m in base_modules(model)})
                 raise TargetError(
                     f"targets='blocks' finds no repeated blocks with attention; the model has {kinds[:12]}: name the "
-                    "blocks that take (batch, length, width) in targets"
+                    f"blocks that take (batch, length, width) in targets{why_frozen(model)}"
                 )
         else:
             blocks = list(match_modules(model, as_patterns(self.targets, "targets"), "targets").items())

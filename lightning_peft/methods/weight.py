@@ -10,11 +10,12 @@ from typing import cast
 from torch import nn
 
 from lightning_peft.core.adapter import Adapter, WeightAdapter, WeightGroup
+from lightning_peft.core.heads import how_head_was_found
 from lightning_peft.core.host import stacks
 from lightning_peft.core.layouts import weight_name
 from lightning_peft.core.parts import kind_of
 from lightning_peft.core.plan import Plan
-from lightning_peft.core.sites import Site, check_stored, find_sites
+from lightning_peft.core.sites import Site, check_stored, find_sites, weight_sites
 from lightning_peft.core.swap import original_class
 from lightning_peft.methods.callback import PEFTMethod
 
@@ -61,14 +62,16 @@ class WeightMethod(PEFTMethod):
         return built
 
     def plan(self, model: nn.Module) -> Plan:
-        plan = Plan(train_modules=self.heads(model))
+        plan = self.start_plan(model)
         heads = [*plan.train_modules]
         sites, left_out = self.find(model, heads)
         check_stored(sites.values())
         for head in left_out:
             if head not in heads:
+                how = how_head_was_found(model, weight_sites(model))
                 plan.notes.append(
-                    f"{head} (the output head) is left as it is; name it in targets or trainable to train it"
+                    f"{head} (the output head{how and f', {how}'}) is left as it is; name it in targets or trainable "
+                    "to train it"
                 )
         built: dict[str, dict[str, WeightAdapter]] = {}
         for name, adapter_at in self.build_all(sites).items():

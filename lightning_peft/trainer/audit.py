@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.host import AdapterStack, hosts, stacks
+from lightning_peft.core.names import listed
 from lightning_peft.core.reads import computing
 from lightning_peft.core.record import injection_of, later_parameters
 from lightning_peft.core.sites import output_head, weight_sites
@@ -120,11 +121,11 @@ def audit_optimizers(model: nn.Module, optimizers: Iterable[torch.optim.Optimize
     if absent:
         report(
             model,
-            f"{_few(absent)} would never be updated: no optimizer holds them. Build the optimizer in "
+            f"{listed(absent)} would never be updated: no optimizer holds them. Build the optimizer in "
             "configure_optimizers over self.parameters() or lp.trainable_parameters(self)",
         )
     if twice:
-        report(model, f"{_few(twice)} are in more than one optimizer group and would be updated twice a step")
+        report(model, f"{listed(twice)} are in more than one optimizer group and would be updated twice a step")
 
 
 class UnfrozenAudit:
@@ -205,7 +206,7 @@ class CallAudit:
         if bypassed:
             report(
                 self.model,
-                f"the adapters of {_few(bypassed)} did not run in {where}: a parent module reads their weights and "
+                f"the adapters of {listed(bypassed)} did not run in {where}: a parent module reads their weights and "
                 "computes without calling them, so their activations cannot be adapted. Exclude them, adapt the module "
                 "that reads them, or use a method that changes weights, such as lp.LoRA",
             )
@@ -253,7 +254,7 @@ class GradientAudit:
             if bad:
                 report(
                     self.model,
-                    f"{_few(bad)} got a gradient that is not finite in the first step: lower the learning rate, or "
+                    f"{listed(bad)} got a gradient that is not finite in the first step: lower the learning rate, or "
                     "alpha",
                 )
             ran = [n for n in self.waiting if called is not None and n.partition(".adapters.")[0] in called]
@@ -283,7 +284,7 @@ class GradientAudit:
         self.waiting -= set(names)
         trained = [n for n, p in self.model.named_parameters() if p.requires_grad and n not in {*names, *self.waiting}]
         steps = "the first step" if self.done == 1 else f"the first {self.done} steps"
-        message = f"{_few(names)} got no gradient in {steps}: {why}"
+        message = f"{listed(names)} got no gradient in {steps}: {why}"
         if routing and _some_of_each(names, trained):
             warnings.warn(f"{message}. Others of the same kind did, so this may be routing.", stacklevel=2)
         else:
@@ -312,7 +313,7 @@ def audit_ranks(model: nn.Module) -> None:
     state = {k: v for k, v in full.items() if k in own and not v.is_meta and not hasattr(v, "_local_tensor")}
     digest = {k: (tuple(v.shape), float(v.double().sum()), float(v.double().norm())) for k, v in state.items()}
     for rank, keys in _differences(digest):
-        raise AuditError(f"rank {rank} holds other adapters than rank 0: {_few(keys)}")
+        raise AuditError(f"rank {rank} holds other adapters than rank 0: {listed(keys)}")
 
 
 def audit_methods(methods: Iterable[Any]) -> None:
@@ -325,7 +326,7 @@ def audit_methods(methods: Iterable[Any]) -> None:
     said = {f"{type(m).__name__} {m.name!r}: {k}": v for m in methods for k, v in m.config().items()}
     said["seed_everything"] = os.environ.get("PL_GLOBAL_SEED")
     for rank, keys in _differences(said):
-        raise AuditError(f"rank {rank} has other settings than rank 0: {_few(keys)}")
+        raise AuditError(f"rank {rank} has other settings than rank 0: {listed(keys)}")
 
 
 def _differences(mine: dict[str, Any]) -> Iterator[tuple[int, list[str]]]:
@@ -335,10 +336,6 @@ def _differences(mine: dict[str, Any]) -> Iterator[tuple[int, list[str]]]:
         keys = sorted(k for k in {**other, **everywhere[0]} if other.get(k) != everywhere[0].get(k))
         if keys:
             yield rank, keys
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def _some_of_each(missed: list[str], others: list[str]) -> bool:

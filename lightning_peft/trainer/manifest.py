@@ -127,7 +127,8 @@ def _own(model: nn.Module, record: Injection, name: str) -> Trains:
     """What a method trains of the base itself; where copies of its own do, the heads among them."""
     if not has_copies(model, name):
         return record.trains.get(name, Trains())
-    return Trains(tuple(cast(Any, record.methods[name]).heads(injected_module(model))))
+    method, root = cast(Any, record.methods[name]), injected_module(model)
+    return Trains(tuple(method.heads(root)), tuple(method.trained_parameters(root)))
 
 
 def _plain(part: Part) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lightning.fabric.utilities.rank_zero import rank_zero_info
+from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from lightning_peft.core.consistency import check_record, update_base
 from lightning_peft.core.host import stack_prefixes
 from lightning_peft.core.inject import apply
+from lightning_peft.core.names import listed
 from lightning_peft.core.record import injection_of, later_parameters, trainable_parameters
 from lightning_peft.core.reset import moved_adapters
 from lightning_peft.core.state import StateError, canonical, check_fingerprint, load_state, trainable_keys
@@ -81,7 +82,7 @@ class AdaptedModule(_LightningModule):
         add_adapters(optimizers, self)
         record = injection_of(self)
         for optimizer in optimizers:
-            _drop_frozen(optimizer, {id(p) for p in later_parameters(self)})
+            _drop_frozen(optimizer, self)
             for method in record.methods.values() if record is not None else ():
                 method.regroup(optimizer, self)
         return result
@@ -188,18 +189,29 @@ def trimmed(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return kept
 
 
-def _drop_frozen(optimizer: Optimizer, later: set[int]) -> None:
+def _drop_frozen(optimizer: Optimizer, model: nn.Module) -> None:
     # Groups stay, even when they end up empty: learning-rate schedulers count them.
-    dropped = 0
+    later = {id(p) for p in later_parameters(model)}
+    dropped: list[int] = []
+    emptied: list[int] = []
     for group in optimizer.param_groups:
         kept = [i for i, p in enumerate(group["params"]) if p.requires_grad or id(p) in later]
-        dropped += len(group["params"]) - len(kept)
+        gone = [id(p) for i, p in enumerate(group["params"]) if i not in set(kept)]
+        dropped += gone
+        emptied += gone if not kept else []
         for key in {"params", "param_names"} & group.keys():
             group[key] = [group[key][i] for i in kept]
+    kind, names = type(optimizer).__name__, {id(p): name for name, p in model.named_parameters()}
     if dropped:
-        rank_zero_info(f"{type(optimizer).__name__}: {dropped} frozen parameters were left out")
+        which = listed(names.get(i, "unnamed") for i in dropped)
+        rank_zero_info(f"{kind}: {len(dropped)} frozen parameters were left out: {which}")
     if not any(group["params"] for group in optimizer.param_groups):
         raise MisconfigurationException(
-            f"configure_optimizers returned {type(optimizer).__name__} over frozen parameters only, so nothing "
+            f"configure_optimizers returned {kind} over frozen parameters only, so nothing "
             "would train; build it over lp.trainable_parameters(self), or over self.parameters()"
+        )
+    if emptied:
+        rank_zero_warn(
+            f"{kind} has a parameter group that is empty now, since all in it is frozen: "
+            f"{listed(names.get(i, 'unnamed') for i in emptied)}. To train them, name them in trainable"
         )

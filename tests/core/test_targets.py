@@ -75,7 +75,7 @@ def test_a_regular_expression_may_hold_commas():
         ({"targets": "UP"}, "'UP' matches nothing; nearest: .*up"),
         ({"exclude": "dwon"}, "exclude: 'dwon' matches nothing; nearest: down"),
         ({"trainable": ["haed"]}, "trainable: 'haed' matches nothing; nearest: head"),
-        ({"targets": "up", "exclude": "up"}, "exclude='up' takes away all that targets='up' matched"),
+        ({"targets": "up", "exclude": "up"}, "exclude='up' excludes everything that targets='up' matches"),
         ({"targets": "up", "trainable": "up"}, r"'up' matches only what trains in full, \['up'\]"),
         ({"rank_pattern": {"dwon": 2}}, "rank_pattern: 'dwon' matches nothing; nearest: down"),
         ({"alpha_pattern": {"head": 2}}, "alpha_pattern: 'head' matches nothing"),

@@ -111,7 +111,7 @@ def test_bad_input():
         lp.apply(encoder(), OutputShift(targets="sef_attn"))
     with pytest.raises(lp.TargetError, match="exclude: 'nothing' matches nothing"):
         lp.apply(encoder(), OutputShift(exclude="nothing"))
-    with pytest.raises(lp.TargetError, match="takes away all"):
+    with pytest.raises(lp.TargetError, match="excludes everything"):
         lp.apply(encoder(), OutputShift(exclude="layers.*"))
     with pytest.raises(ValueError, match="width must be an integer"):
         OutputShift(width=0)

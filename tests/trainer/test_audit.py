@@ -67,7 +67,7 @@ class Twice(Toy):
 
 
 def test_optimizers(tmp_path: Path) -> None:
-    with pytest.raises(lp.AuditError, match=r"body.0.adapters.default.lora_A.*no optimizer holds them"):
+    with pytest.raises(lp.AuditError, match=r"body.\{0,4\}.adapters.default.lora_A.*no optimizer holds them"):
         fit(tmp_path, Absent())
     with pytest.raises(lp.AuditError, match=r"body.0.adapters.default.lora_A are in more than one"):
         fit(tmp_path, Twice())
@@ -122,9 +122,9 @@ def test_gradients(tmp_path: Path) -> None:
     )  # a weight that is read is adapted
     with pytest.raises(lp.AuditError, match=r"body.0.adapters.default.lora_A.*first step.*cut off from the loss"):
         fit(tmp_path, Detached(), max_steps=1)
-    with pytest.raises(lp.AuditError, match=r"body.0.adapters.default.lora_A.*use_reentrant=True"):
+    with pytest.raises(lp.AuditError, match=r"body.\{0,4\}.adapters.default.lora_A.*use_reentrant=True"):
         fit(tmp_path, Reentrant(), max_steps=1)
-    with pytest.raises(lp.AuditError, match=r"body.0.adapters.default.lora_A.* not finite in the first step"):
+    with pytest.raises(lp.AuditError, match=r"body.\{0,4\}.adapters.default.lora_A.* not finite in the first step"):
         fit(tmp_path, NotFinite(), max_steps=1)
 
 
