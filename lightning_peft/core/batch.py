@@ -16,10 +16,23 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.cache import find_cache
+from lightning_peft.core.layouts import layout_of
 from lightning_peft.core.swap import original_class
 from lightning_peft.core.tokens import parameters_of
 
-__all__ = ["Place", "RowError", "assemble", "batch_dims", "entries", "places", "row_dim", "split", "take", "tensors"]
+__all__ = [
+    "Place",
+    "RowError",
+    "assemble",
+    "batch_dims",
+    "check_experts",
+    "entries",
+    "places",
+    "row_dim",
+    "split",
+    "take",
+    "tensors",
+]
 
 #: arguments that are (length, length) for all rows
 _SQUARE = ("mask", "src_mask", "tgt_mask", "memory_mask", "attn_mask")
@@ -44,11 +57,13 @@ class Place:
         name: its qualified name.
         kind: its class's name.
         order: whether it takes the batch or the sequence first; ``"either"`` in a model that has modules of both.
+        experts: how many experts its own stacked parameters are; 0 if it has none.
     """
 
     name: str
     kind: str
     order: Literal["batch", "sequence", "either"]
+    experts: int = 0
 
     def __str__(self) -> str:
         return f"{self.name or 'the model'!r} ({self.kind})"
@@ -67,8 +82,35 @@ def places(model: nn.Module, names: Iterable[str]) -> dict[str, Place]:
             order = "sequence" if _sequence_first(modules[name]) else "batch"
         elif mixed and any(isinstance(m, _TRANSFORMERS) and _sequence_first(m) for m in around):
             order = "sequence"
-        found[name] = Place(name, original_class(modules[name]).__name__, order)
+        found[name] = Place(name, original_class(modules[name]).__name__, order, _experts(modules[name]))
     return found
+
+
+def _experts(module: nn.Module) -> int:
+    stacked = [p for p in module._parameters.values() if p is not None and p.ndim == 3]
+    return 0 if layout_of(module) is not None or not stacked else len(stacked[0])
+
+
+def check_experts(place: Place, given: Iterable[Any], n: int) -> None:
+    """Refuse stacked experts that see the batch expert by expert.
+
+    Without an integer for each token, which says where it goes, tokens come once for each expert or sorted by expert:
+    the first dimension may be a multiple of the rows without being row by row.
+
+    Raises:
+        RowError: the rows cannot be told apart there.
+    """
+    found = tensors(given)
+    x = next((t for t in found if t.is_floating_point()), None)
+    if not place.experts or x is None:
+        return
+    routed = any(t.ndim and not t.is_floating_point() and len(t) == len(x) for t in found)
+    if not routed and (x.ndim == 2 or (x.ndim == 3 and len(x) == place.experts != n)):
+        raise RowError(
+            f"{place} holds {place.experts} experts and was called with {tuple(x.shape)}, whose rows may be "
+            "sorted by expert: its adapters cannot be told apart by row. Exclude it, or call the model once for each "
+            "adapter with lp.active"
+        )
 
 
 def _sequence_first(module: nn.Module) -> bool:

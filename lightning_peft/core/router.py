@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.adapter import Adapter
-from lightning_peft.core.batch import Place, RowError, row_dim, split, take
+from lightning_peft.core.batch import Place, RowError, check_experts, row_dim, split, take
 from lightning_peft.core.host import AdapterStack
 from lightning_peft.core.recompute import frame, in_backward, note, noted
 
@@ -115,6 +115,7 @@ class Router:
         if plan.all is not None:
             self._check_length(stack.place, args, kwargs)
             return stack.run_as(plan.all, host, forward, args, kwargs)
+        check_experts(stack.place, (*args, *kwargs.values()), len(self.rows))
         if plan.groups:
             return self.split(
                 stack.place, host, plan.groups, functools.partial(self._route, host, forward), args, kwargs

@@ -568,3 +568,49 @@ def test_models_can_be_copied_inside_and_train_on_outside():
         model(x).sum().backward()
     assert torch.equal(other(x), before)
     assert torch.equal(model(x), before)
+
+
+class ExpertMajor(nn.Module):
+    """A mixture whose experts see all tokens once for each expert, as in Llama 4."""
+
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.down_proj = nn.Parameter(torch.randn(2, 6, 6))
+
+        def forward(self, x, *routing):
+            if routing:  # a row of tokens goes to the expert that its index names
+                return torch.einsum("ni,nio->no", x, self.down_proj[routing[0]])
+            return (x.view(2, -1, 6) @ self.down_proj).view(-1, 6)
+
+    def __init__(self, routed):
+        super().__init__()
+        self.experts, self.routed = self.Experts(), routed
+
+    def forward(self, x):
+        tokens = x.reshape(-1, 6)
+        if self.routed:
+            return self.experts(tokens, torch.arange(len(tokens)) % 2).view(x.shape)
+        return self.experts(tokens.repeat(2, 1)).view(2, *x.shape).sum(0)
+
+
+@pytest.mark.parametrize("routed", [False, True])
+def test_stacked_experts_that_see_the_batch_expert_by_expert_are_refused(routed):
+    torch.manual_seed(0)
+    model = ExpertMajor(routed)
+    lp.apply(model, lp.LoRA(r=2, targets=["down_proj"], name="a"))
+    perturb(model)
+    x = torch.randn(3, 4, 6)
+    with lp.rows(model, ["a", "a", "a"]):  # no row differs
+        close(model(x), model(x))
+    with lp.rows(model, ["a", None, "a"]):
+        if not routed:
+            with pytest.raises(
+                lp.RowError, match=r"'experts' \(Experts\) holds 2 experts and was called with \(24, 6\)"
+            ):
+                model(x)
+            return
+        got = model(x)
+    with lp.disabled(model):
+        base = model(x)
+    close(got, torch.stack([model(x)[0], base[1], model(x)[2]]))
