@@ -146,7 +146,7 @@ class UnfrozenAudit:
         if idle := [name for name, p in unfrozen.items() if id(p) not in held]:
             report(
                 self.model,
-                f"{_few(idle)} were unfrozen during the fit and would not be updated: no optimizer holds them. Let "
+                f"{listed(idle)} were unfrozen during the fit and would not be updated: no optimizer holds them. Let "
                 "lp.GradualUnfreezing unfreeze them, name them in trainable from the start, or give them to the "
                 "optimizer (optimizer.add_param_group)",
             )
