@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import lightning_peft as lp
 from lightning_peft.cli.module import add_model_option, build_module, load_module, parse
 from lightning_peft.core.host import active_names, adapter_names
+from lightning_peft.core.optional import config_value, input_embedding, output_embedding
 from lightning_peft.core.record import injection_of
 from lightning_peft.core.sites import output_head
 from lightning_peft.core.state import StateError
@@ -145,7 +146,7 @@ def _hugging_face(model: nn.Module) -> Any:
 
 def _save_pretrained(model: Any, out: Path) -> None:
     config = model.config
-    first, last = model.get_input_embeddings(), model.get_output_embeddings()
+    first, last = input_embedding(model), output_embedding(model)
     if first is not None and last is not None and first.weight is not last.weight:
         config.tie_word_embeddings = False
     head = output_head(model)
@@ -153,7 +154,7 @@ def _save_pretrained(model: Any, out: Path) -> None:
     if "Classification" in type(model).__name__ and outputs not in (None, config.num_labels):
         config.num_labels = outputs  # a head of its own width came with the adapter
     model.save_pretrained(out)
-    source = Path(config._name_or_path)
+    source = Path(config_value(config, "_name_or_path", ""))
     for pattern in _BESIDE if source.is_dir() else ():
         for path in source.glob(pattern):
             if path.is_file() and not (out / path.name).exists():

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from lightning_peft.core.optional import config_value, input_embedding
 from lightning_peft.core.swap import original_class
 from lightning_peft.core.targets import base_modules
 from lightning_peft.core.ties import seen_once
@@ -59,15 +60,15 @@ class Base:
     def facts(self) -> dict[str, Any]:
         """What names the base: its class, and what a Hugging Face model's ``config`` says; plain values."""
         cls, config = original_class(self.module), getattr(self.module, "config", None)
-        embedding = getattr(self.module, "get_input_embeddings", lambda: None)()
+        embedding = input_embedding(self.module)
         return {
             "class": cls.__name__,
             "library": cls.__module__,
-            "name_or_path": getattr(config, "_name_or_path", None) or None,
-            "revision": getattr(config, "_commit_hash", None),
+            "name_or_path": config_value(config, "_name_or_path") or None,
+            "revision": config_value(config, "_commit_hash"),
             "embedding": next((n for n, m in base_modules(self.module) if m is embedding), None),
             "shared": seen_once(self.module),
-            "tied": bool(getattr(config, "tie_word_embeddings", False)),
+            "tied": bool(config_value(config, "tie_word_embeddings", False)),
             "pretrained": _is(self.module, "PreTrainedModel", "transformers.modeling_utils"),
         }
 

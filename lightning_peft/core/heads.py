@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from lightning_peft.core.frozen import in_frozen_part
+from lightning_peft.core.optional import output_embedding
 from lightning_peft.core.targets import base_modules
 from lightning_peft.core.trial import last_layers
 
@@ -34,7 +35,7 @@ def how_head_was_found(model: nn.Module, sites: Mapping[str, Site]) -> str:
 def _find(model: nn.Module, sites: Mapping[str, Site]) -> tuple[str | None, str]:
     names = {id(site.module): name for name, site in sites.items()}
     for _, module in base_modules(model):
-        head = getattr(module, "get_output_embeddings", lambda: None)()
+        head = output_embedding(module)
         if head is not None and id(head) in names:
             return names[id(head)], ""
     left_alone = in_frozen_part(model)

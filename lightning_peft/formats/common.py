@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from lightning_peft.core.optional import config_value
 from lightning_peft.formats.converter import NotInPeftError
 from lightning_peft.formats.files import FormatError
 from lightning_peft.formats.names import Base
@@ -59,10 +60,18 @@ def task_of(base: Base) -> tuple[str, tuple[str, ...]]:
     facts = base.facts()
     if not facts["pretrained"]:
         raise NotInPeftError(f"PEFT has tasks for models of transformers; {facts['class']} is none")
+    main = getattr(base.module, "main_input_name", "input_ids")
+    if main != "input_ids":
+        raise NotInPeftError(f"PEFT's tasks pass input_ids first; {facts['class']} takes {main}")
     for end, found in _TASKS.items():
-        if facts["class"].endswith(end):
+        if facts["class"].endswith(end) and (found[0] != "SEQ_2_SEQ_LM" or _encodes(base)):
             return found
     raise NotInPeftError(f"PEFT has no task for {facts['class']}; it knows classes that end in {', '.join(_TASKS)}")
+
+
+def _encodes(base: Base) -> bool:
+    """Whether the base is an encoder-decoder; ``ForConditionalGeneration`` names models of images with text, too."""
+    return bool(config_value(getattr(base.module, "config", None), "is_encoder_decoder", False))
 
 
 def _task_type(snapshot: Snapshot) -> str | None:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from lightning_peft.core.attention import find_attention
+from lightning_peft.core.optional import config_value
 from lightning_peft.formats.common import task_of
 from lightning_peft.formats.converter import Converter, NotInPeftError, Options, Reading, Tensors, Writing
 from lightning_peft.formats.files import FormatError
@@ -49,7 +50,7 @@ class _PromptConverter(Converter):
                 raise NotInPeftError(f"PEFT puts a prompt first, not by {option}={getattr(method, option)!r}")
         task, heads = task_of(snapshot.base)
         (adapter,) = _adapters(snapshot, PromptAdapter).values()
-        layers = getattr(_config(snapshot.base), "num_hidden_layers", None)
+        layers = config_value(_config(snapshot.base), "num_hidden_layers")
         if layers is None:
             raise NotInPeftError("PEFT's prompts need a model whose configuration counts its layers")
         _add_heads(snapshot, heads)

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from lightning_peft.core.optional import output_embedding
 from lightning_peft.core.swap import original_class
 from lightning_peft.core.targets import no_match
 from lightning_peft.formats.converter import NotInPeftError, Options
@@ -81,7 +82,7 @@ def _in_layers(name: str, indices: int | list[int] | None, patterns: str | list[
 
 
 def _all_linear(base: Base, modules: Mapping[str, nn.Module], task: Any) -> list[str]:
-    head = getattr(base.module, "get_output_embeddings", lambda: None)()
+    head = output_embedding(base.module)
     if head is None and task == "SEQ_CLS":
         head = next((h for n in ("score", "classifier") if (h := getattr(base.module, n, None)) is not None), None)
     kinds = ("Linear", "Conv1D")

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.frozen import in_frozen_part, why_frozen
+from lightning_peft.core.optional import config_value
 from lightning_peft.core.plan import Plan
 from lightning_peft.core.swap import original_class
 from lightning_peft.core.targets import TargetError, as_patterns, base_modules, match, match_modules, no_match
@@ -92,7 +93,7 @@ class PromptMethod(PEFTMethod):
             found = [m for _, m in base_modules(model) if isinstance(m, nn.Embedding) and m.embedding_dim == width]
             embedding = max(found, key=lambda m: m.num_embeddings, default=None)
         limit = position_limit(host) if tokens else None
-        allowed = limit or getattr(getattr(host, "config", None), "max_position_embeddings", None)
+        allowed = limit or config_value(getattr(host, "config", None), "max_position_embeddings")
         if tokens and isinstance(allowed, int) and placement.tokens >= allowed:
             raise TargetError(
                 f"{placement.tokens} virtual tokens leave no room for a text: {name!r} "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from lightning_peft.core.optional import input_embedding
 from lightning_peft.core.swap import original_class
 from lightning_peft.core.targets import TargetError, base_modules
 from lightning_peft.core.tokens import parameters_of
@@ -16,7 +17,7 @@ def token_models(model: nn.Module) -> dict[str, nn.Module]:
     found = {
         name: module
         for name, module in base_modules(model)
-        if callable(getattr(module, "get_input_embeddings", None)) and "inputs_embeds" in parameters_of(module)
+        if "inputs_embeds" in parameters_of(module) and input_embedding(module) is not None
     }
     return {n: m for n, m in found.items() if not any(o != n and o.startswith(f"{n}." if n else "") for o in found)}
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lightning_peft.core.adapter import WeightAdapter
 from lightning_peft.core.effective import stored_tensor
+from lightning_peft.core.optional import input_embedding
 from lightning_peft.core.plan import Plan
 from lightning_peft.core.sites import EmbeddingLayout, Site, weight_sites
 from lightning_peft.core.targets import TargetError, base_modules, match, no_match
@@ -140,9 +141,8 @@ def token_embeddings(model: nn.Module, tokens: Any) -> dict[str, list[int]]:
 def _input_embedding(model: nn.Module, embeddings: Mapping[str, nn.Module]) -> str:
     names = {id(module): name for name, module in embeddings.items()}
     for _, module in base_modules(model):
-        get = getattr(module, "get_input_embeddings", None)
-        if get is not None and id(get()) in names:
-            return names[id(get())]
+        if (embedding := input_embedding(module)) is not None and id(embedding) in names:
+            return names[id(embedding)]
     if len(embeddings) != 1:
         raise TargetError(
             f"trainable_tokens: the model has {list(embeddings) or 'no embeddings'}; name one, as in "

@@ -1,0 +1,40 @@
+"""Ask a model for what it may not have.
+
+Models of transformers inherit methods and configuration properties that raise where they have no answer:
+``get_input_embeddings`` of a ResNet is a NotImplementedError. No answer is None here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+__all__ = ["config_value", "input_embedding", "output_embedding"]
+
+
+def input_embedding(module: nn.Module) -> nn.Module | None:
+    """What ``module.get_input_embeddings()`` returns, None without an answer."""
+    return _asked(module, "get_input_embeddings")
+
+
+def output_embedding(module: nn.Module) -> nn.Module | None:
+    """What ``module.get_output_embeddings()`` returns, None without an answer."""
+    return _asked(module, "get_output_embeddings")
+
+
+def config_value(config: object, name: str, default: Any = None) -> Any:
+    """An attribute of a configuration; ``default`` if it is missing, None or a property that raises."""
+    try:
+        value = getattr(config, name, None)
+    except Exception:  # a property of the user's or transformers' configuration, which may raise anything
+        return default
+    return default if value is None else value
+
+
+def _asked(module: nn.Module, method: str) -> nn.Module | None:
+    try:
+        answer = getattr(module, method)()
+    except Exception:  # NotImplementedError, or the AttributeError of a layer that this model does not have
+        return None
+    return answer if isinstance(answer, nn.Module) else None
