@@ -26,6 +26,7 @@ from lightning_peft.formats.regex import check_regexes
 from lightning_peft.formats.registry import converter_for_type
 from lightning_peft.formats.seal import check_options
 from lightning_peft.methods.callback import PEFTMethod
+from lightning_peft.trainer.lifecycle import Lifecycle
 from lightning_peft.trainer.module import adapt_module
 
 __all__ = ["load_adapter", "read_plan", "saved_name"]
@@ -97,6 +98,8 @@ def load_adapter(
     put_in(root, plans)
     if trainable and isinstance(model, L.LightningModule):
         adapt_module(model)  # so that its checkpoints say what they hold
+        if (trainer := model._trainer) is not None:  # in setup or configure_model, after callbacks were collected
+            Lifecycle.install(trainer, model)
     if taken:
         for called in plans:
             deactivate(root, called)

@@ -95,7 +95,14 @@ def _as_one_argument(saved: Mapping[str, Any], name: Any, accepted: Mapping[str,
     if name not in accepted:
         return dict(saved)
     as_namespace = accepted[name].annotation is Namespace
-    return {name: Namespace(**saved) if as_namespace else AttributeDict(saved)}
+    return {name: Namespace(**saved) if as_namespace else _attributes(saved)}
+
+
+def _attributes(value: Any) -> Any:
+    """Dictionaries whose entries are attributes too, as those of ``hparams`` are, inside of each other as well."""
+    if isinstance(value, Mapping):
+        return AttributeDict({k: _attributes(v) for k, v in value.items()})
+    return [_attributes(v) for v in value] if isinstance(value, list) else value
 
 
 def _check_apart(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -235,3 +236,37 @@ def test_what_is_unfrozen_and_given_to_the_optimizer_trains_and_is_saved(tmp_pat
     run.save_checkpoint(tmp_path / "x.ckpt")
     assert not torch.equal(module.body[0].weight, Toy().body[0].weight)
     assert same(state(lp.load_from_checkpoint(Unfreezes, tmp_path / "x.ckpt")), state(module))
+
+
+class LoadsAdapter(Toy):
+    """Continues from an adapter that it loads itself."""
+
+    def __init__(self, directory: str = "", hook: str = "init") -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.load("init")
+
+    def load(self, hook: str) -> None:
+        if hook == self.hparams.hook:
+            with suppress(ValueError):  # the hook runs for every stage
+                lp.load_adapter(self, self.hparams.directory, trainable=True)
+
+    def setup(self, stage: str) -> None:
+        self.load("setup")
+
+    def configure_model(self) -> None:
+        self.load("configure_model")
+
+
+@pytest.mark.parametrize("hook", ["init", "setup", "configure_model"])
+def test_an_adapter_that_the_module_loads_gives_trimmed_checkpoints(tmp_path: Path, hook: str) -> None:
+    first = Toy()
+    lp.apply(first, lp.LoRA(r=2))
+    lp.save_adapter(first, tmp_path / "adapter")
+    run, module = trainer(tmp_path, method=False, max_epochs=1), LoadsAdapter(str(tmp_path / "adapter"), hook)
+    run.fit(module, loader())
+    run.save_checkpoint(tmp_path / "x.ckpt")
+    stored = torch.load(tmp_path / "x.ckpt", weights_only=True)
+    assert stored["state_dict"].keys() == lp.adapter_state(module).keys()
+    assert len(stored["state_dict"]) == 4
+    assert stored["lightning_peft"]["methods"][0]["trains"]
