@@ -10,6 +10,7 @@ from typing import cast
 from torch import nn
 
 from lightning_peft.core.adapter import Adapter, WeightAdapter, WeightGroup
+from lightning_peft.core.frozen import in_frozen_part
 from lightning_peft.core.heads import how_head_was_found
 from lightning_peft.core.host import stacks
 from lightning_peft.core.layouts import weight_name
@@ -17,6 +18,7 @@ from lightning_peft.core.parts import kind_of
 from lightning_peft.core.plan import Plan
 from lightning_peft.core.sites import Site, check_stored, find_sites, weight_sites
 from lightning_peft.core.swap import original_class
+from lightning_peft.core.targets import as_patterns, base_modules
 from lightning_peft.methods.callback import PEFTMethod
 
 __all__ = ["WeightMethod", "check_bias", "exactly"]
@@ -73,6 +75,8 @@ class WeightMethod(PEFTMethod):
                     f"{head} (the output head{how and f', {how}'}) is left as it is; name it in targets or trainable "
                     "to train it"
                 )
+        if "all-linear" in as_patterns(self.targets, "targets"):
+            plan.notes += _not_reached(model, [*sites, *left_out, *heads, *plan.train])
         built: dict[str, dict[str, WeightAdapter]] = {}
         for name, adapter_at in self.build_all(sites).items():
             built.setdefault(sites[name].host, {})[name] = adapter_at
@@ -101,6 +105,29 @@ class WeightMethod(PEFTMethod):
             for host, adapter in found.items()
             for parameter, part in adapter.weights().items()
         }
+
+
+def _not_reached(model: nn.Module, reached: list[str]) -> list[str]:
+    """A note of the share of the parameters in layers that are not ``reached``, by class; none below 1 %."""
+    inside = in_frozen_part(model)
+    sizes: dict[str, int] = {}
+    seen: set[int] = set()
+    total = 0
+    for name, module in base_modules(model):
+        own = [(f"{name}.{k}".lstrip("."), p) for k, p in module._parameters.items() if p is not None]
+        for key, parameter in own:
+            if id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            total += parameter.numel()
+            if not inside(key) and not any(key == r or key.startswith(f"{r}.") for r in reached):
+                kind = original_class(module).__name__
+                sizes[kind] = sizes.get(kind, 0) + parameter.numel()
+    shares = {kind: 100 * size / max(total, 1) for kind, size in sorted(sizes.items(), key=lambda item: -item[1])}
+    if sum(shares.values()) < 1:
+        return []
+    each = ", ".join(f"{kind} {share:.3g} %" for kind, share in shares.items() if share >= 0.1)
+    return [f"targets='all-linear' does not reach {sum(shares.values()):.3g} % of the parameters: {each}"]
 
 
 def check_low_rank(method: str, r: int, argument: str, dropout: float, site: Site) -> None:

@@ -67,7 +67,7 @@ def audit_head(model: nn.Module) -> None:
         return
     stored = [site for site in sites.values() if site.linear_like and not site.is_computed]
     others = [site.weight for site in stored if site.name != head]
-    if _looks_fresh(sites[head].weight) and others and not any(_looks_fresh(w) for w in others):
+    if _looks_fresh(sites[head].weight) and others and not any(_looks_fresh(w, any_bound=True) for w in others):
         report(
             model,
             f"the output head {head!r} is frozen, and its values look freshly initialised while the rest of the "
@@ -75,15 +75,18 @@ def audit_head(model: nn.Module) -> None:
         )
 
 
-def _looks_fresh(weight: Tensor) -> bool:
-    """Whether the values are those of a common initialiser: uniform as in ``nn.Linear``, or normal with 0.02."""
+def _looks_fresh(weight: Tensor, any_bound: bool = False) -> bool:
+    """Whether the values are those of a common initialiser: uniform as in ``nn.Linear``, or normal with 0.02.
+
+    With ``any_bound`` a uniform distribution of any width counts (Xavier, Kaiming), which no training leaves behind.
+    """
     weight = getattr(weight, "_local_tensor", weight)  # of a sharded tensor, this rank's part
     if weight.is_meta or not weight.is_floating_point() or weight.numel() < 64:
         return False
     w = weight.detach().flatten()[:65536].float()
     std, kurtosis = w.std().item(), (w**4).mean().item() / (w**2).mean().item() ** 2
     noise = 4 * math.sqrt(24 / w.numel())  # four standard errors of a normal sample's kurtosis
-    bound = 1 / math.sqrt(weight[0].numel())
+    bound = w.abs().max().item() if any_bound else 1 / math.sqrt(weight[0].numel())
     uniform = w.abs().max().item() <= bound * 1.001 and abs(std / bound * math.sqrt(3) - 1) < 0.1
     return (uniform and abs(kurtosis - 1.8) < 0.3) or (abs(std / 0.02 - 1) < 0.1 and abs(kurtosis - 3) < noise)
 

@@ -243,3 +243,12 @@ def test_the_hint_of_all_linear_matches():
         lp.apply(vit(), lp.LoRA(targets=[]))
     with pytest.raises(lp.TargetError, match=r"targets=\[\] is empty"):
         lp.apply(vit(), lp.FullFineTuning(targets=[]))
+
+
+def test_the_report_says_what_all_linear_does_not_reach():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8, 8), nn.Linear(8, 2))
+    total = sum(p.numel() for p in model.parameters())
+    conv, norm = (100 * sum(p.numel() for p in model[i].parameters()) / total for i in (0, 1))
+    note = f"does not reach {conv + norm:.3g} % of the parameters: Conv2d {conv:.3g} %, BatchNorm2d {norm:.3g} %"
+    assert any(note in each for each in lp.inspect(model, lp.LoRA(r=2)).notes)
+    assert not any("does not reach" in note for note in lp.inspect(Net(), lp.LoRA(r=2, targets=["net.*"])).notes)

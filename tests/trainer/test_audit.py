@@ -237,3 +237,10 @@ class Holder(Toy):
 def test_modules_among_the_hyperparameters(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"hyperparameter 'part' is a Linear of 0.0404 MB.*ignore=\['part'\]"):
         trainer(tmp_path, max_steps=1).fit(Holder(nn.Linear(100, 100, bias=True).requires_grad_(False)), loader())
+
+
+def test_an_untrained_body_is_not_taken_for_a_pretrained_one(tmp_path):
+    module = Toy(width=64)
+    for layer in (module.body[0], module.body[4]):
+        torch.nn.init.xavier_uniform_(layer.weight)
+    trainer(tmp_path, method=lp.LoRA(r=2, targets=["body.*"]), max_steps=1).fit(module)
