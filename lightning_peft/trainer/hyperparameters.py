@@ -129,6 +129,7 @@ def names_code(value: Any) -> bool:
 def _names_code(value: Any) -> bool:
     if isinstance(value, str):
         return any(key in value for key in _CLASS_KEYS) or _importable(value.strip())
+    value = vars(value) if isinstance(value, Namespace) else value
     if isinstance(value, Mapping):
         return any(_names_code(part) for pair in value.items() for part in pair)
     return isinstance(value, list | tuple | set | frozenset) and any(map(_names_code, value))

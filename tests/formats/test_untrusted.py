@@ -9,6 +9,7 @@ import ast
 import copy
 import sys
 import zipfile
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,18 @@ def test_a_class_path_is_looked_up_among_the_tasks_of_this_package(trained, said
     )
 
 
+class OneArgument(Module):
+    def __init__(self, args: Namespace | None = None) -> None:
+        super().__init__()
+
+
+def test_all_hyperparameters_as_one_argument(trained):
+    hyper_parameters = {"width": 16, "act": "hostile_library.run"}
+    torch.save({**trained, "hyper_parameters": hyper_parameters, "hparams_name": "args"}, "hostile.ckpt")
+    said = refused(lambda path: lp.load_from_checkpoint(OneArgument, path), "hostile.ckpt")
+    assert "--model.args=..." in said
+
+
 @pytest.mark.parametrize("hyper_parameters", [3, "text", [1], {1: 2}])
 def test_hyperparameters_that_are_none(trained, hyper_parameters):
     torch.save({**trained, "hyper_parameters": hyper_parameters}, "hostile.ckpt")
@@ -254,6 +267,8 @@ SITES = {
     ("trainer/hyperparameters.py", "eval"): "an annotation in the source of the user's class",
     ("methods/adalora.py", "importlib.util.find_spec"): "matplotlib",
     ("core/torch_file.py", "torch.load"): "weights_only, after check_zip",
+    ("trainer/apart.py", "torch.load"): "weights_only=True; False where the user passes it",
+    ("trainer/manifest.py", "torch.load"): "where the user passes weights_only=False to load_from_checkpoint",
     ("trainer/sharded.py", "torch.load"): "where the user passes weights_only=False to fit or test",
     ("trainer/distributed_files.py", "torch.load"): "weights_only",
     ("core/moved.py", "pickle.dumps"): "writes",
