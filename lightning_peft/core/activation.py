@@ -6,6 +6,7 @@ tensor is the hidden state (Hugging Face's ``ModelOutput`` included); the rest i
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -92,18 +93,23 @@ class ActivationAdapter(Adapter):
 
 
 class InputTap(Adapter):
-    """Lends the input of the module it sits on to the adapter at the end of the sub-layer. It has no parameters.
-
-    Attributes:
-        lent: the input of the run in progress; None once it is taken.
-    """
+    """Lends the input of the module it sits on to the adapter at the end of the sub-layer. It has no parameters."""
 
     transparent = True
 
     def __init__(self, reader: str) -> None:
         super().__init__()
         self.reader = reader
-        self.lent: Tensor | None = None
+        self._runs = threading.local()
+
+    @property
+    def lent(self) -> Tensor | None:
+        """The input of the run in progress in this thread; None once it is taken."""
+        return getattr(self._runs, "lent", None)
+
+    @lent.setter
+    def lent(self, x: Tensor | None) -> None:
+        self._runs.lent = x
 
     def run(self, host: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self.lent = first_tensor(args, kwargs)
@@ -120,7 +126,11 @@ class InputTap(Adapter):
         return x
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "lent": None}  # a run that broke off may have left one, which no copy can hold
+        return {k: v for k, v in self.__dict__.items() if k != "_runs"}  # a copy is in no run
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._runs = threading.local()
 
     def extra_repr(self) -> str:
         return f"read by {self.reader}"

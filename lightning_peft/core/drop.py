@@ -13,13 +13,14 @@ from torch import nn
 
 from lightning_peft.core.blocks import find_blocks
 from lightning_peft.core.host import check_known, check_unmerged, stacks
+from lightning_peft.core.switches import switched
 
 __all__ = ["adapter_drop"]
 
 
 @contextmanager
 def adapter_drop(model: nn.Module, blocks: int | Sequence[int], name: str | None = None) -> Iterator[tuple[str, ...]]:
-    """Within the context the adapters in some blocks do not take part.
+    """Within the context the adapters in some blocks do not take part, for the thread or task that entered it.
 
     Args:
         model: an adapted model.
@@ -53,13 +54,6 @@ def adapter_drop(model: nn.Module, blocks: int | Sequence[int], name: str | None
     if chosen and not left_out:
         raise ValueError(f"no adapter to leave out in {', '.join(chosen)}; adapters are in {list(stacks(model))}")
     check_unmerged(model)
-    before = {host: stack.skipped for host, stack in left_out.items()}
-    try:
-        for stack in left_out.values():
-            stack.skipped = (*stack.skipped, *(stack if name is None else (name,)))
-            stack.refresh()
+    skipped = {stack: (*stack.skipped, *(stack if name is None else (name,))) for stack in left_out.values()}
+    with switched({stack: {"skipped": names} for stack, names in skipped.items()}):
         yield tuple(left_out)
-    finally:
-        for host, stack in left_out.items():
-            stack.skipped = before[host]
-            stack.refresh()

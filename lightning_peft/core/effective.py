@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -69,18 +70,22 @@ def stored_tensor(host: nn.Module, name: str) -> Tensor | None:
     return module._parameters[last] if last in module._parameters else module._buffers.get(last)
 
 
+_RNNS = threading.RLock()
+
+
 def run_in_place(
     host: Any, weights: Mapping[str, Tensor], forward: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> Any:
     """The output of ``forward``, in which ``host`` reads ``weights`` in place of its own."""
     values = as_attributes(host, weights)
-    flat = host._flat_weights if isinstance(host, nn.RNNBase) else None  # the list it reads instead of its weights
-    if flat is not None:
-        host._flat_weights = [values.get(n, w) for n, w in zip(host._flat_weights_names, flat)]
-    try:
+    if not isinstance(host, nn.RNNBase):
         return run_with_values(host, values, forward, args, kwargs)
-    finally:
-        if flat is not None:
+    with _RNNS:  # they read a list of weights instead, one for all threads
+        flat = host._flat_weights
+        host._flat_weights = [values.get(n, w) for n, w in zip(host._flat_weights_names, flat)]
+        try:
+            return run_with_values(host, values, forward, args, kwargs)
+        finally:
             host._flat_weights = flat
 
 

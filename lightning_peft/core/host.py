@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import re
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -21,6 +22,7 @@ from lightning_peft.core.effective import as_attributes, effective_weights, run_
 from lightning_peft.core.later_forward import set_forward
 from lightning_peft.core.reads import computing, forward_values, refused, run_with_values
 from lightning_peft.core.swap import add_mixin, check_mixin, has_mixin, original_class, remove_mixin
+from lightning_peft.core.switches import Switches, current, remember, switched
 
 __all__ = [
     "Adapted",
@@ -53,13 +55,11 @@ class AdapterStack(nn.ModuleDict):
     """The adapters of one module, in order of application, and which of them run.
 
     Attributes:
-        active: names of the adapters that take part.
-        disabled: whether none does, for the time being.
+        shared: which adapters run, for all threads that are in no context of their own.
+        open: the switches of contexts that some thread is in.
+        local: those of this thread, for compiled code.
         merged: original weights and biases by name while adapters are folded into them; None otherwise.
         merged_names: the adapters that are folded in.
-        skipped: the adapters that are left out here, whatever is active.
-        router: what chooses the adapters for each row of the batch; None where all rows have the active ones.
-        place: where the router finds the rows.
         changed: names of the host's parameters and buffers that some of the adapters change.
         attributes: the host's attributes that these are read from.
         named: the adapters that rows of some batch have named so far; None where none was ever routed.
@@ -67,13 +67,11 @@ class AdapterStack(nn.ModuleDict):
 
     def __init__(self) -> None:
         super().__init__()
-        self.active: tuple[str, ...] = ()
-        self.disabled = False
+        self.shared = Switches()
+        self.open: list[Switches] = []
+        self.local = threading.local()
         self.merged: dict[str, Tensor | None] | None = None
         self.merged_names: tuple[str, ...] = ()
-        self.skipped: tuple[str, ...] = ()
-        self.router: Any = None
-        self.place: Any = None
         self.named: set[str] | None = None
         self.refresh()
 
@@ -83,14 +81,49 @@ class AdapterStack(nn.ModuleDict):
 
     def refresh(self) -> None:
         """Work out what runs, after the names, ``active``, ``disabled`` or ``merged`` have changed."""
-        self._folded, self._around = self._parts(() if self.disabled else self.active)
+        for switches in (self.shared, *self.open):
+            self.work_out(switches)
         parts = [part for adapter in self.values() for part in cast(Adapter, adapter).parts()]
         weights = {part.parameter for part in parts if isinstance(part, WeightAdapter)}
         self.changed = frozenset(weights.union(*(part.changes() for part in parts)))
         self.attributes = frozenset(name.partition(".")[0] for name in self.changed)
 
-    def _parts(self, names: Iterable[str]) -> tuple[tuple[Adapter, ...], tuple[Adapter, ...]]:
-        left = tuple(n for n in self if n in names and n not in self.merged_names and n not in self.skipped)
+    def work_out(self, switches: Switches) -> None:
+        """Work out what runs with ``switches``."""
+        names = () if switches.disabled else switches.active
+        switches.folded, switches.around = self._parts(names, switches.skipped)
+
+    @property
+    def active(self) -> tuple[str, ...]:
+        """Names of the adapters that take part; in a context of this thread, those of the context."""
+        return tuple(n for n in current(self).active if n in self)  # without what was deleted meanwhile
+
+    @active.setter
+    def active(self, names: tuple[str, ...]) -> None:
+        current(self).active = names
+
+    @property
+    def disabled(self) -> bool:
+        """Whether no adapter takes part, for the time being."""
+        return current(self).disabled
+
+    @property
+    def skipped(self) -> tuple[str, ...]:
+        """The adapters that are left out here, whatever is active."""
+        return current(self).skipped
+
+    @property
+    def router(self) -> Any:
+        """What chooses the adapters for each row of the batch; None where all rows have the active ones."""
+        return current(self).router
+
+    @property
+    def place(self) -> Any:
+        """Where the router finds the rows."""
+        return current(self).place
+
+    def _parts(self, names: Iterable[str], skipped: tuple[str, ...]) -> tuple[tuple[Adapter, ...], tuple[Adapter, ...]]:
+        left = tuple(n for n in self if n in names and n not in self.merged_names and n not in skipped)
         running = tuple(part for n in left for part in cast(Adapter, self[n]).parts())
         # Everything up to the last adapter that rewrites the weight is folded into it, to keep the order.
         split = max((i for i, adapter in enumerate(running, 1) if adapter.rewrites), default=0)
@@ -98,30 +131,37 @@ class AdapterStack(nn.ModuleDict):
 
     def running(self, before: Adapter | None = None) -> tuple[Adapter, ...]:
         """The adapters that run, in order; only those ahead of ``before`` where it is given."""
-        running = (*self._folded, *self._around)
+        switches = current(self)
+        running = (*switches.folded, *switches.around)
         return running if before is None else running[: next(i for i, a in enumerate(running) if a is before)]
 
     def run(self, host: Any, forward: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
         """The host's output; ``forward`` is the original one."""
-        if self.router is not None and not self.disabled:
-            return self.router.run(host, forward, args, kwargs)
+        switches = current(self)
+        remember(self, switches)
+        if switches.router is not None and not switches.disabled:
+            return switches.router.run(host, forward, args, kwargs)
         return self.run_active(host, forward, args, kwargs)
 
     def run_as(self, names: Iterable[str], host: Any, forward: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
         """The host's output with the adapters called ``names``, whatever is active."""
-        before = self._folded, self._around
-        self._folded, self._around = self._parts(names)
+        switches = current(self)
+        if switches is self.shared:
+            with switched({self: {}}):
+                return self.run_as(names, host, forward, args, kwargs)
+        before = switches.folded, switches.around
+        switches.folded, switches.around = self._parts(names, switches.skipped)
         try:
             return self.run_active(host, forward, args, kwargs)
         finally:
-            self._folded, self._around = before
+            switches.folded, switches.around = before
 
     def run_active(self, host: Any, forward: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
         """The host's output with the active adapters for all rows."""
-        call = forward
-        if self._folded:
-            call = functools.partial(run_in_place, host, effective_weights(host, self._folded), forward)
-        for adapter in self._around:
+        switches, call = current(self), forward
+        if switches.folded:
+            call = functools.partial(run_in_place, host, effective_weights(host, switches.folded), forward)
+        for adapter in switches.around:
             call = functools.partial(adapter.run, host, call)
         return call(*args, **kwargs)
 
@@ -130,7 +170,7 @@ class AdapterStack(nn.ModuleDict):
         running, rows_differ = self.running(), False
         if self.router is not None and not self.disabled:
             names = self.router.names_to_read(host)
-            running, rows_differ = sum(self._parts(names or ()), ()), names is None
+            running, rows_differ = sum(self._parts(names or (), self.skipped), ()), names is None
         problem = next((why for adapter in running if (why := adapter.unreadable()) is not None), None)
         if rows_differ:
             problem = (
@@ -148,7 +188,19 @@ class AdapterStack(nn.ModuleDict):
         return super().__getattr__(name)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "router": None}  # a copy is not inside the context
+        # A copy has what runs here and now, and is not inside the context of lp.rows.
+        shared = current(self).changed(router=None)
+        self.work_out(shared)
+        return {**{k: v for k, v in self.__dict__.items() if k != "local"}, "shared": shared, "open": []}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.local = threading.local()
+
+    def _replicate_for_data_parallel(self) -> AdapterStack:
+        replica = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        replica.shared, replica.open = current(self), []  # it runs in another thread
+        return replica
 
 
 class Adapted(nn.Module):
@@ -336,35 +388,23 @@ def deactivate(model: nn.Module, name: str) -> None:
 
 @contextmanager
 def active(model: nn.Module, *names: str) -> Iterator[None]:
-    """Within the context only the adapters called ``names`` take part."""
-    before = [(stack, stack.active) for stack in stacks(model).values()]
-    set_active(model, *names)
-    try:
+    """Within the context only the adapters called ``names`` take part, for the thread or task that entered it."""
+    check_known(model, *names)
+    check_unmerged(model)
+    with switched({stack: {"active": tuple(n for n in stack if n in names)} for stack in stacks(model).values()}):
         yield
-    finally:
-        for stack, names_before in before:
-            stack.active = tuple(n for n in names_before if n in stack)  # without what was deleted meanwhile
-            stack.refresh()
 
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """Within the context no adapter takes part: the model computes what its base computes.
+    """Within the context no adapter takes part: the model computes what its base computes, for this thread or task.
 
     Raises:
         ValueError: adapters are merged into the base, so that it cannot be had without them.
     """
     check_unmerged(model)
-    before = [(stack, stack.disabled) for stack in stacks(model).values()]
-    for stack, _ in before:
-        stack.disabled = True
-        stack.refresh()
-    try:
+    with switched({stack: {"disabled": True} for stack in stacks(model).values()}):
         yield
-    finally:
-        for stack, was in before:
-            stack.disabled = was
-            stack.refresh()
 
 
 def _slow_path(module: nn.Module, args: Any) -> None:

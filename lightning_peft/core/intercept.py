@@ -16,6 +16,7 @@ import functools
 import inspect
 import math
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -58,7 +59,8 @@ def call_with_prefix(host: Any, prefix: KeysAndValues, call: Callable[..., Any],
     Raises:
         AttentionError: ``host`` made no attention call that could be given it.
     """
-    outer = host.__dict__.get("_peft_attention")
+    before = getattr(_CALLS, "modes", ())
+    outer = _mode(host)
     if outer is not None:  # another prefix on the same module
         outer.prefixes.append(prefix)
         try:
@@ -66,19 +68,18 @@ def call_with_prefix(host: Any, prefix: KeysAndValues, call: Callable[..., Any],
         finally:
             outer.prefixes.pop()
     mode = _Mode(prefix)
-    config = host.__dict__.get("config")
-    eager = getattr(config, "_attn_implementation", None) == "eager"
-    host._peft_attention = mode
+    eager = getattr(host.__dict__.get("config"), "_attn_implementation", None) == "eager"
     if eager:
         _register()
-        host.config = _Routed(config)
+        _route(host, 1)
+    _CALLS.modes = (*before, (host, mode))
     try:
         with mode:
             out = call(*args, **kwargs)
     finally:
-        del host._peft_attention
+        _CALLS.modes = before
         if eager:
-            host.config = config
+            _route(host, -1)
     if not mode.calls:
         raise AttentionError(
             f"{original_class(host).__name__} ran without calling scaled_dot_product_attention, "
@@ -242,16 +243,54 @@ def _additive(mask: Tensor | None, like: Tensor) -> Tensor | None:
     return torch.zeros_like(mask, dtype=like.dtype).masked_fill_(mask.bool(), float("-inf"))
 
 
+# The calls that this thread is in: attention modules, each with its mode.
+_CALLS = threading.local()
+_LOCK = threading.Lock()
+
+
+def _mode(host: Any) -> _Mode | None:
+    """The mode of the call of ``host`` that this thread is in."""
+    for module, mode in getattr(_CALLS, "modes", ()):
+        if module is host:
+            return mode
+    return None
+
+
 class _Routed:
-    """A Hugging Face configuration that names our attention function and is the original otherwise."""
+    """A Hugging Face configuration that names our attention function and is the original otherwise.
 
-    _attn_implementation = EAGER
+    Args:
+        host: the module whose configuration it is. Calls by a thread that gives it no prefix see the original.
+        config: the original.
+    """
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, host: Any, config: Any) -> None:
+        self._host = (host,)
         self._config = config
+        self._users = 0
+
+    @property
+    def _attn_implementation(self) -> Any:
+        return self._config._attn_implementation if _mode(self._host[0]) is None else EAGER
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._config, name)
+
+
+def _route(host: Any, users: int) -> None:
+    """Count the calls of ``host`` in progress; while there are any, its configuration is a :class:`_Routed`."""
+    if torch.compiler.is_compiling():
+        return _count(host, users)
+    with _LOCK:
+        return _count(host, users)
+
+
+def _count(host: Any, users: int) -> None:
+    if not isinstance(host.config, _Routed):
+        host.config = _Routed(host, host.config)
+    host.config._users += users
+    if host.config._users == 0:
+        host.config = host.config._config
 
 
 def _register() -> None:
@@ -262,7 +301,8 @@ def _register() -> None:
 
 def _eager(module: Any, *args: Any, **kwargs: Any) -> Any:
     original = inspect.unwrap(original_class(module).forward).__globals__  # type: ignore[attr-defined]
-    mode = module._peft_attention
+    mode = _mode(module)
+    assert mode is not None
     mode.calls += 1
     return _around_eager(mode, functools.partial(original["eager_attention_forward"], module), *args, **kwargs)
 

@@ -7,6 +7,7 @@ is called first; a hook around the earlier ``forward`` runs the adapters, a kern
 from __future__ import annotations
 
 import functools
+import threading
 import types
 from collections.abc import Callable
 from typing import Any
@@ -32,6 +33,9 @@ def set_forward(host: nn.Module, forward: Callable[..., Any]) -> None:
         vars(host)["forward"] = _Unverified(host, forward)
 
 
+_LOCK = threading.RLock()  # one thread at a time looks
+
+
 class _Unverified:
     """Calls ``forward``, and sees at the first call with active adapters that it runs them."""
 
@@ -43,6 +47,10 @@ class _Unverified:
         stack = self.host.adapters
         if torch.compiler.is_compiling() or not (stack.running() or stack.router is not None):
             return self.forward(*args, **kwargs)
+        with _LOCK:
+            return self._verify(stack, args, kwargs)
+
+    def _verify(self, stack: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         called: list[bool] = []
         run = stack.run
 

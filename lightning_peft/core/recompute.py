@@ -35,11 +35,11 @@ def frame() -> Any:
     return found if isinstance(found, torch.utils.checkpoint._CheckpointFrame) else None
 
 
-def note(frame: Any, value: Any) -> None:
-    """Keep ``value`` for as long as the frame lives."""
-    _NOTES[frame] = value
+def note(frame: Any, key: Any, value: Any) -> None:
+    """Keep ``value`` under ``key`` for as long as the frame lives."""
+    _NOTES.setdefault(frame, {})[key] = value
 
 
-def noted(frame: Any) -> Any:
+def noted(frame: Any, key: Any) -> Any:
     """What :func:`note` kept; None without any."""
-    return _NOTES.get(frame)
+    return _NOTES.get(frame, {}).get(key)

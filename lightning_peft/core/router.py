@@ -50,6 +50,7 @@ class Router:
         self.spanning = spanning
         self.root = root
         self.open = True
+        self.around: nn.Module | None = None  # the module at root
         self.unnoted = False  # whether a forward without gradients ran in training, as reentrant checkpointing does
         self._plans: dict[tuple[Place, Rows, tuple[str, ...]], _Plan] = {}
 
@@ -71,7 +72,7 @@ class Router:
             return now
         if in_backward():
             if (checkpoint := frame()) is not None:
-                return cast("tuple[Router, Rows] | None", noted(checkpoint))
+                return cast("tuple[Router, Rows] | None", noted(checkpoint, "rows"))
             if not self.open and self.unnoted:
                 raise RowError(
                     f"{stack.place} is run again in backward, after lp.rows was left, and which row has which adapter "
@@ -81,7 +82,7 @@ class Router:
             self.unnoted = False
         elif torch.is_grad_enabled():
             if (checkpoint := frame()) is not None:
-                note(checkpoint, now)
+                note(checkpoint, "rows", now)
         else:
             self.unnoted = self.unnoted or host.training
         return now
@@ -225,4 +226,7 @@ class Spanned(nn.Module):
     """Mixin of the module around all hosts of adapters that span several."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.__dict__["_peft_router"].span(self, super().forward, args, kwargs)
+        router = self.__dict__["_peft_spanned"][0].router
+        if router is None or not router.open or router.around is not self:  # another thread's, or an outer context's
+            return super().forward(*args, **kwargs)
+        return router.span(self, super().forward, args, kwargs)

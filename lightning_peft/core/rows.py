@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import functools
 import itertools
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, cast
@@ -22,6 +23,7 @@ from lightning_peft.core.host import AdapterStack, stacks
 from lightning_peft.core.record import injection_of
 from lightning_peft.core.router import Router, Rows, Spanned
 from lightning_peft.core.swap import add_mixin, remove_mixin
+from lightning_peft.core.switches import current, switched
 
 __all__ = ["RowError", "rows"]
 
@@ -29,6 +31,8 @@ __all__ = ["RowError", "rows"]
 @contextmanager
 def rows(model: nn.Module, names: Sequence[str | Sequence[str] | None] | None, repeats: int = 1) -> Iterator[None]:
     """Within the context each row of a batch runs with the adapters it names, in training and in inference.
+
+    The context holds for the thread or task that entered it.
 
     The result is that of one pass for each row with only its adapters active, up to rounding. What is active otherwise
     makes no difference.
@@ -63,18 +67,15 @@ def rows(model: nn.Module, names: Sequence[str | Sequence[str] | None] | None, r
     around = _around(found)
     where = places(model, [*found, *around, *([] if root is None else [root])])
     router = Router(wanted, spanning, None if root is None else where[root])
+    for stack in found.values():
+        stack.named = {*(stack.named or ()), *(name for row in wanted for name in row)}
     with ExitStack() as leave:
+        leave.callback(_keep, found, router, where)
+        leave.enter_context(switched({s: {"router": router, "place": where[n]} for n, s in found.items()}))
         leave.callback(router.close)
-        for name, stack in found.items():
-            leave.callback(_restore, stack, stack.router, stack.place, router)
-            stack.router, stack.place = router, where[name]
-            stack.named = {*(stack.named or ()), *(name for row in wanted for name in row)}
         if root is not None:
-            module = model.get_submodule(root)
-            vars(module)["_peft_router"] = router
-            leave.callback(vars(module).pop, "_peft_router")
-            add_mixin(module, Spanned)
-            leave.callback(remove_mixin, module, Spanned)
+            router.around = model.get_submodule(root)
+            leave.enter_context(_span(router.around, next(iter(found.values()))))
         check = _LengthCheck(len(wanted), repeats)
         for name in around:
             module, enter = model.get_submodule(name), functools.partial(check.enter, where[name])
@@ -83,10 +84,33 @@ def rows(model: nn.Module, names: Sequence[str | Sequence[str] | None] | None, r
         yield
 
 
-def _restore(stack: AdapterStack, before: Any, place: Place | None, router: Router) -> None:
+def _keep(found: dict[str, AdapterStack], router: Router, where: dict[str, Place]) -> None:
     # A router that is left stays: backward may run checkpointed forwards again.
-    stack.router = before if before is not None and before.open else router
-    stack.place = place if before is not None and before.open else stack.place
+    for name, stack in found.items():
+        for switches in (stack.shared, current(stack)):
+            if switches.router is None or not switches.router.open:
+                switches.router, switches.place = router, where[name]
+
+
+_LOCK = threading.Lock()
+
+
+@contextmanager
+def _span(module: nn.Module, stack: AdapterStack) -> Iterator[None]:
+    """Within the context ``module`` is :class:`Spanned`; contexts of several threads may overlap."""
+    with _LOCK:
+        _, users = vars(module).get("_peft_spanned", (stack, 0))
+        vars(module)["_peft_spanned"] = stack, users + 1
+        add_mixin(module, Spanned)
+    try:
+        yield
+    finally:
+        with _LOCK:
+            _, users = vars(module)["_peft_spanned"]
+            vars(module)["_peft_spanned"] = stack, users - 1
+            if users == 1:
+                remove_mixin(module, Spanned)
+                del vars(module)["_peft_spanned"]
 
 
 class _LengthCheck:
@@ -94,10 +118,15 @@ class _LengthCheck:
 
     def __init__(self, n: int, repeats: int) -> None:
         self.n, self.repeats = n, repeats
+        self.mine = threading.local()  # the hooks see the calls of all threads
+        self.mine.entered = True
         self.outermost: nn.Module | None = None
 
+    def __reduce__(self) -> Any:
+        return object.__new__, (_Unchecked,)  # a copy of the model is not inside the context
+
     def enter(self, place: Place, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if self.outermost is not None:
+        if self.outermost is not None or not getattr(self.mine, "entered", False):
             return
         self.outermost = module
         given = [t for t in tensors((*args, *kwargs.values())) if t.ndim]
@@ -120,8 +149,18 @@ class _LengthCheck:
         return only if each is None else f"{only}, or repeats={each} if each name stands for {each} in a row (beams)"
 
     def leave(self, module: nn.Module, *_: Any) -> None:
-        if self.outermost is module:
+        if self.outermost is module and getattr(self.mine, "entered", False):
             self.outermost = None
+
+
+class _Unchecked(_LengthCheck):
+    """The hooks of a copy."""
+
+    def enter(self, *_: Any) -> None:  # type: ignore[override]
+        pass
+
+    def leave(self, *_: Any) -> None:
+        pass
 
 
 def _around(found: dict[str, AdapterStack]) -> list[str]:

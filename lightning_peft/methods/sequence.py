@@ -13,6 +13,7 @@ Two kinds of module can carry a prompt:
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -37,6 +38,14 @@ class TokenError(RuntimeError):
 
 _PADDING = ("key_padding_mask", "src_key_padding_mask")
 _SQUARE = ("mask", "src_mask", "attn_mask")
+
+
+# Of the calls that this thread is in: the prompts whose virtual tokens stay in the output.
+_CALLS = threading.local()
+
+
+def _kept(prompt: nn.Module) -> bool:
+    return any(kept is prompt for kept in getattr(_CALLS, "kept", ()))
 
 
 class PromptAdapter(Adapter):
@@ -124,7 +133,7 @@ class PromptAdapter(Adapter):
         out = call(**{n: v for n, v in given.items() if n != "input_ids" or "input_ids" in parameters_of(host)})
         self._note(layout, given, out)
         self._check_cache(host, call, given, real, out)
-        return strip(out, layout, self.causal) if self.shorten else out
+        return strip(out, layout, self.causal) if self.shorten and not _kept(self) else out
 
     def _continued(self, host: Any, given: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a call whose cache holds the virtual tokens already."""
@@ -216,8 +225,8 @@ class PromptRows(RowLink, PromptAdapter):
     run = PromptAdapter.run
 
     @property
-    def shorten(self) -> bool:  # type: ignore[override]  # labels around the model switch it
-        return all(adapter.shorten for adapter, _ in self.groups)
+    def shorten(self) -> bool:  # type: ignore[override]
+        return all(adapter.shorten and not _kept(adapter) for adapter, _ in self.groups)  # labels around the model do
 
     def virtual(self) -> Tensor:
         """The virtual tokens' embeddings, (rows, T, width)."""
@@ -298,13 +307,12 @@ class PromptLabels(Adapter):
             return call(*args, **kwargs)
         layout = self.placement.layout(len(labels), labels.shape[1], given.get("attention_mask"), labels.device)
         given["labels"] = layout.fill(labels, -100)
+        before = getattr(_CALLS, "kept", ())
+        _CALLS.kept = (*before, *self._prompts)
         try:
-            for prompt in self._prompts:
-                prompt.shorten = False
             out = call(**given)
         finally:
-            for prompt in self._prompts:
-                prompt.shorten = True
+            _CALLS.kept = before
         if isinstance(out, dict):
             strip(out, layout, True, ("logits",))
             return strip(out, layout, False, ("hidden_states", "attentions"))
