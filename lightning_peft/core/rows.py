@@ -122,8 +122,11 @@ class _LengthCheck:
         self.mine.entered = True
         self.outermost: nn.Module | None = None
 
-    def __reduce__(self) -> Any:
-        return object.__new__, (_Unchecked,)  # a copy of the model is not inside the context
+    def __getstate__(self) -> dict[str, Any]:
+        return {"n": self.n, "repeats": self.repeats}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:  # a copy of the model is not inside the context
+        vars(self).update(state, mine=threading.local(), outermost=None)
 
     def enter(self, place: Place, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if self.outermost is not None or not getattr(self.mine, "entered", False):
@@ -151,16 +154,6 @@ class _LengthCheck:
     def leave(self, module: nn.Module, *_: Any) -> None:
         if self.outermost is module and getattr(self.mine, "entered", False):
             self.outermost = None
-
-
-class _Unchecked(_LengthCheck):
-    """The hooks of a copy."""
-
-    def enter(self, *_: Any) -> None:  # type: ignore[override]
-        pass
-
-    def leave(self, *_: Any) -> None:
-        pass
 
 
 def _around(found: dict[str, AdapterStack]) -> list[str]:
