@@ -29,9 +29,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 import lightning_peft as lp
-from lightning_peft.formats.files import CONFIG, WEIGHTS
-from lightning_peft.formats.seal import KEY as DIGESTS
-from lightning_peft.trainer.manifest import KEY, manifest, sealed
+from lightning_peft.formats.directory.files import CONFIG, WEIGHTS
+from lightning_peft.formats.directory.seal import KEY as DIGESTS
+from lightning_peft.trainer.checkpoints.manifest import KEY, manifest, sealed
 from lightning_peft.trainer.module import adapt_module
 
 OURS = (lp.StateError, lp.FormatError, lp.TargetError, lp.InjectionError)

@@ -9,33 +9,36 @@ Example::
     trainer.fit(MyOwnModule(), datamodule)  # checkpoints hold the trainable state only
 """
 
-from lightning_peft.core.activation import ActivationAdapter
-from lightning_peft.core.adapter import Adapter, WeightAdapter
-from lightning_peft.core.delete import delete_adapter
-from lightning_peft.core.drop import adapter_drop
-from lightning_peft.core.fold import fold
-from lightning_peft.core.host import active, disabled, set_active
-from lightning_peft.core.inject import InjectionError, apply, inspect
-from lightning_peft.core.low_rank import LowRankAdapter
-from lightning_peft.core.merge import MergeError, merge, unload, unmerge
+from lightning_peft.core.adapters.activation import ActivationAdapter
+from lightning_peft.core.adapters.base import Adapter, WeightAdapter
+from lightning_peft.core.adapters.low_rank import LowRankAdapter
+from lightning_peft.core.batching.layout import RowError
+from lightning_peft.core.injection.apply import InjectionError, apply, inspect
+from lightning_peft.core.injection.merge import MergeError, merge, unload, unmerge
+from lightning_peft.core.injection.remove import delete_adapter
+from lightning_peft.core.injection.remove_reparameterization import fold
+from lightning_peft.core.injection.reset import reset
 from lightning_peft.core.record import trainable_parameters
-from lightning_peft.core.report import Report
-from lightning_peft.core.reset import reset
-from lightning_peft.core.rows import RowError, rows
-from lightning_peft.core.state import StateError, adapter_state
-from lightning_peft.core.targets import TargetError
+from lightning_peft.core.state.report import Report
+from lightning_peft.core.state.state_dict import StateError, adapter_state
+from lightning_peft.core.switching.active import active, disabled, set_active
+from lightning_peft.core.switching.adapter_drop import adapter_drop
+from lightning_peft.core.switching.rows import rows
+from lightning_peft.core.targeting.patterns import TargetError
+from lightning_peft.core.untrusted import FormatError
 from lightning_peft.formats.describe import describe
-from lightning_peft.formats.files import FormatError
 from lightning_peft.formats.load import load_adapter
 from lightning_peft.formats.save import save_adapter
-from lightning_peft.methods.activation import ActivationMethod
 from lightning_peft.methods.adalora import AdaLoRA
-from lightning_peft.methods.arithmetic import combine, to_lora
 from lightning_peft.methods.bitfit import BitFit
 from lightning_peft.methods.bottleneck import BottleneckAdapter
-from lightning_peft.methods.callback import PEFTMethod
+from lightning_peft.methods.combine import combine, to_lora
 from lightning_peft.methods.dora import DoRA
 from lightning_peft.methods.dylora import DyLoRA
+from lightning_peft.methods.families.activation import ActivationMethod
+from lightning_peft.methods.families.method import PEFTMethod
+from lightning_peft.methods.families.selection import SelectionMethod
+from lightning_peft.methods.families.weight import WeightMethod
 from lightning_peft.methods.full import FullFineTuning
 from lightning_peft.methods.gated_lora import GatedLoRA
 from lightning_peft.methods.gradual import GradualUnfreezing
@@ -50,13 +53,11 @@ from lightning_peft.methods.oft import OFT
 from lightning_peft.methods.p_tuning import PTuning
 from lightning_peft.methods.prefix_tuning import PrefixTuning
 from lightning_peft.methods.prompt_tuning import PromptTuning
-from lightning_peft.methods.selection import SelectionMethod
 from lightning_peft.methods.ssf import SSF
 from lightning_peft.methods.vera import VeRA
 from lightning_peft.methods.visual_prompt_tuning import VisualPromptTuning
-from lightning_peft.methods.weight import WeightMethod
 from lightning_peft.trainer.audit import AuditError
-from lightning_peft.trainer.checkpoint import load_from_checkpoint
+from lightning_peft.trainer.load_from_checkpoint import load_from_checkpoint
 
 __version__ = "0.1.0"
 

@@ -278,7 +278,7 @@ _NOTHING_ADDED = {
     "disabled": "nothing is added that could be turned off",
     "eval": "nothing is added that could fail to run",
     "two": "two that train the same parameters are one",
-    "bfloat16": "what trains belongs to the base, and how it is kept is for tests/methods/test_selection.py",
+    "bfloat16": "what trains belongs to the base, and how it is kept is for tests/methods/families/test_selection.py",
 }
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import lightning_peft as lp
-from lightning_peft.formats.files import read_files, write_files
+from lightning_peft.formats.directory.files import read_files, write_files
 from tests.features import FEATURES, HOLES, ROWS, Row, page
 from tests.formats.models import llama, made_by_peft, moved, read_by_peft
 from tests.helpers import assert_same_bits, bits, close, differ, perturb

@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 
 from lightning_peft.cli.module import add_model_option, build_module, parse
-from lightning_peft.core.targets import TargetError
+from lightning_peft.core.targeting.patterns import TargetError
+from lightning_peft.core.untrusted import FormatError
 from lightning_peft.formats.checkpoint import import_checkpoint
-from lightning_peft.formats.files import FormatError
-from lightning_peft.trainer.manifest import KEY
+from lightning_peft.trainer.checkpoints.manifest import KEY
 
 __all__ = ["import_adapter"]
 

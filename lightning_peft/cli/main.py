@@ -20,8 +20,8 @@ from lightning_peft.cli.inspect import inspect_path, names_a_path
 from lightning_peft.cli.merge import merge
 from lightning_peft.cli.methods import methods
 from lightning_peft.cli.module import find_module
-from lightning_peft.core.torch_file import read_torch_file
-from lightning_peft.trainer.hyperparameters import saved_arguments
+from lightning_peft.core.state.torch_file import read_torch_file
+from lightning_peft.trainer.checkpoints.hyperparameters import saved_arguments
 from lightning_peft.trainer.logs import resume_wandb
 
 __all__ = ["PEFTCLI", "PEFTTrainer", "main"]

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 import lightning_peft as lp
 from lightning_peft.cli.module import add_model_option, build_module, load_module, parse
-from lightning_peft.core.host import active_names, adapter_names
+from lightning_peft.core.adapters.lookup import active_names, adapter_names
 from lightning_peft.core.optional import config_value, input_embedding, output_embedding
 from lightning_peft.core.record import injection_of
-from lightning_peft.core.sites import output_head
-from lightning_peft.core.state import StateError
+from lightning_peft.core.state.state_dict import StateError
+from lightning_peft.core.targeting.sites import output_head
 
 __all__ = ["merge"]
 
@@ -94,8 +94,8 @@ def _from_directory(directory: Path, base: str | None, name: str | None, of_mode
 def _base(directory: Path, base: str | None) -> nn.Module:
     import transformers
 
-    from lightning_peft.formats.files import adapter_folders, read_config
-    from lightning_peft.formats.pretrained import NO_CODE, load_model, locate
+    from lightning_peft.formats.directory.files import adapter_folders, read_config
+    from lightning_peft.pretrained import NO_CODE, load_model, locate
 
     where = base or read_config(adapter_folders(directory)[0]).get("base_model_name_or_path")
     if not where:

@@ -13,9 +13,9 @@ import lightning as L
 import yaml
 
 import lightning_peft as lp
-from lightning_peft.core.state import StateError
-from lightning_peft.trainer.hyperparameters import parameters_of, takes_any
-from lightning_peft.trainer.manifest import read_checkpoint
+from lightning_peft.core.state.state_dict import StateError
+from lightning_peft.trainer.checkpoints.hyperparameters import parameters_of, takes_any
+from lightning_peft.trainer.checkpoints.manifest import read_checkpoint
 from lightning_peft.trainer.packages import lightning_classes
 
 __all__ = ["add_model_option", "build_module", "find_module", "load_module", "parse"]

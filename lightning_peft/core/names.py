@@ -5,7 +5,23 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-__all__ = ["canonical", "listed", "numbers_as_stars"]
+from torch import nn
+
+__all__ = ["canonical", "check_name", "listed", "numbers_as_stars"]
+
+
+def check_name(name: str) -> None:
+    """Refuse an adapter name that could not be a part of a key.
+
+    Raises:
+        ValueError: it is no word, or an attribute of the container it would be stored in.
+    """
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(nn.ModuleDict(), name):
+        raise ValueError(
+            f"name={name!r} cannot name an adapter: use letters, digits, '_' and '-', and no name that "
+            "torch.nn.ModuleDict uses itself (such as 'keys' or 'train')"
+        )
+
 
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 

@@ -8,13 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from lightning_peft.core.report import Report
-
 if TYPE_CHECKING:
-    from lightning_peft.core.moved import Start
-    from lightning_peft.core.parts import Part
-    from lightning_peft.core.plan import Method
-
+    from lightning_peft.core.state.adapter_records import Part
+    from lightning_peft.core.state.moved import Start
+    from lightning_peft.core.state.plan import Method
+    from lightning_peft.core.state.report import Report
 __all__ = [
     "Injection",
     "Trains",
@@ -51,7 +49,7 @@ class Injection:
     Attributes:
         methods: the methods by adapter name, in order.
         report: counts and table.
-        fingerprint: what identifies the frozen base (:func:`lightning_peft.core.state.fingerprint`).
+        fingerprint: what identifies the frozen base (:func:`lightning_peft.core.state.fingerprint.fingerprint`).
         start: the base's values as they were, to tell which ones change without gradients.
         trained_before: names of the base parameters that required gradients before.
         later: names of the parameters that train later; with the values they started from once they do.

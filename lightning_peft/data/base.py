@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_peft.data.rows import is_file, load_rows
-from lightning_peft.formats.pretrained import load_tokenizer
+from lightning_peft.data.sources import is_file, load_rows
+from lightning_peft.pretrained import load_tokenizer
 
 Example = dict[str, Any]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_peft.data.base import Example, TextDataModule
-from lightning_peft.data.rows import load_rows
+from lightning_peft.data.sources import load_rows
 
 
 class LanguageModelData(TextDataModule):

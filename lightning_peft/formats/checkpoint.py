@@ -15,18 +15,18 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core.base import Base
-from lightning_peft.core.inject import put_in
-from lightning_peft.core.parts import Part, whole
-from lightning_peft.core.state import StateError, adapter_state
-from lightning_peft.core.torch_file import naming
-from lightning_peft.formats.files import FormatError, read_files
+from lightning_peft.core.injection.apply import put_in
+from lightning_peft.core.registry import method_of_file
+from lightning_peft.core.state.adapter_records import Part, whole
+from lightning_peft.core.state.state_dict import StateError, adapter_state
+from lightning_peft.core.state.torch_file import naming
+from lightning_peft.core.targeting.base_model import Base
+from lightning_peft.core.untrusted import FormatError, check_regexes
+from lightning_peft.formats.directory.files import read_files
+from lightning_peft.formats.directory.snapshot import Snapshot
 from lightning_peft.formats.load import read_plan, saved_name
-from lightning_peft.formats.regex import check_regexes
 from lightning_peft.formats.save import write_snapshots
-from lightning_peft.formats.snapshot import Snapshot
-from lightning_peft.methods.callback import method_of_file
-from lightning_peft.trainer.manifest import KEY, manifest, read_checkpoint, scores, sealed
+from lightning_peft.trainer.checkpoints.manifest import KEY, manifest, read_checkpoint, scores, sealed
 from lightning_peft.trainer.module import adapt_module
 
 __all__ = ["export_checkpoint", "import_checkpoint"]

@@ -13,11 +13,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lightning_peft.core.state import StateError
-from lightning_peft.formats.common import own_facts
-from lightning_peft.formats.files import FormatError, TensorInfo, adapter_folders, read_config, read_header
+from lightning_peft.core.state.state_dict import StateError
+from lightning_peft.core.untrusted import FormatError
+from lightning_peft.formats.directory.files import TensorInfo, adapter_folders, read_config, read_header
+from lightning_peft.formats.peft.common_options import own_facts
 from lightning_peft.formats.registry import converter_for_type
-from lightning_peft.trainer.manifest import KEY, read_checkpoint, scores
+from lightning_peft.trainer.checkpoints.manifest import KEY, read_checkpoint, scores
 
 __all__ = ["AdapterSummary", "Description", "describe"]
 
@@ -170,7 +171,7 @@ def _checkpoint(path: Path) -> Description:
 
 def _sharded_state(path: Path) -> dict[str, tuple[Any, Any]]:
     """Types and shapes of the tensors in a folder that several processes wrote."""
-    from lightning_peft.trainer.distributed_files import check_metadata
+    from lightning_peft.trainer.checkpoints.distributed_files import check_metadata
 
     stored = check_metadata(path).state_dict_metadata.items()
     found = {key.removeprefix("state_dict."): info for key, info in stored if key.startswith("state_dict.")}

@@ -8,25 +8,27 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core.consistency import check_record
-from lightning_peft.core.host import adapter_names, check_name, deactivate
-from lightning_peft.core.inject import check_injectable, put_in
-from lightning_peft.core.plan import Method, Plan
+from lightning_peft.core.adapters.lookup import adapter_names
+from lightning_peft.core.class_swap import original_class
+from lightning_peft.core.injection.apply import check_injectable, put_in
+from lightning_peft.core.injection.overrides import replace_trained
+from lightning_peft.core.names import check_name
 from lightning_peft.core.record import injected_module, injection_of
-from lightning_peft.core.replace import replace_trained
-from lightning_peft.core.state import StateError, check_fingerprint
-from lightning_peft.core.swap import original_class
-from lightning_peft.formats.bounded import Bounded
-from lightning_peft.formats.common import own_facts, shared_places
-from lightning_peft.formats.converter import Options, Reading, Tensors
-from lightning_peft.formats.files import CONFIG, AdapterFiles, FormatError, adapter_folders, read_files
-from lightning_peft.formats.names import PREFIX, Base, base_for_keys, base_of
-from lightning_peft.formats.own import take_own
-from lightning_peft.formats.regex import check_regexes
+from lightning_peft.core.state.consistency import check_record
+from lightning_peft.core.state.fingerprint import check_fingerprint
+from lightning_peft.core.state.plan import Method, Plan
+from lightning_peft.core.state.state_dict import StateError
+from lightning_peft.core.switching.active import deactivate
+from lightning_peft.core.targeting.base_model import Base, base_for_keys, base_of
+from lightning_peft.core.untrusted import Bounded, FormatError, check_regexes
+from lightning_peft.formats.directory.files import CONFIG, AdapterFiles, adapter_folders, read_files
+from lightning_peft.formats.directory.seal import check_options
+from lightning_peft.formats.peft.base_values import take_own
+from lightning_peft.formats.peft.common_options import own_facts, shared_places
+from lightning_peft.formats.peft.converter import PREFIX, Options, Reading, Tensors
 from lightning_peft.formats.registry import converter_for_type
-from lightning_peft.formats.seal import check_options
-from lightning_peft.methods.callback import PEFTMethod
-from lightning_peft.trainer.lifecycle import Lifecycle
+from lightning_peft.methods.families.method import PEFTMethod
+from lightning_peft.trainer.install import install
 from lightning_peft.trainer.module import adapt_module
 
 __all__ = ["load_adapter", "read_plan", "saved_name"]
@@ -99,7 +101,7 @@ def load_adapter(
     if trainable and isinstance(model, L.LightningModule):
         adapt_module(model)  # so that its checkpoints say what they hold
         if (trainer := model._trainer) is not None:  # in setup or configure_model, after callbacks were collected
-            Lifecycle.install(trainer, model)
+            install(trainer, model)
     if taken:
         for called in plans:
             deactivate(root, called)

@@ -14,11 +14,12 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_peft.formats.converter import Converter, Options, Reading, Tensors, Writing
-from lightning_peft.formats.files import FormatError
-from lightning_peft.formats.names import PREFIX, Base
-from lightning_peft.formats.snapshot import Snapshot
-from lightning_peft.methods.callback import PEFTMethod, method_of_file
+from lightning_peft.core.registry import method_of_file
+from lightning_peft.core.targeting.base_model import Base
+from lightning_peft.core.untrusted import FormatError
+from lightning_peft.formats.directory.snapshot import Snapshot
+from lightning_peft.formats.peft.converter import PREFIX, Converter, Options, Reading, Tensors, Writing
+from lightning_peft.methods.families.method import PEFTMethod
 
 __all__ = ["NATIVE", "NativeConverter"]
 

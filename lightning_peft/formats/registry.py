@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import difflib
 
-from lightning_peft.formats.activation import IA3Converter
-from lightning_peft.formats.adalora import AdaLoRAConverter
-from lightning_peft.formats.converter import Converter
-from lightning_peft.formats.files import FormatError
-from lightning_peft.formats.kin import LoHaConverter, LoKrConverter, OFTConverter, VeRAConverter
-from lightning_peft.formats.lora import LoRAConverter
+from lightning_peft.core.untrusted import FormatError
 from lightning_peft.formats.native import NativeConverter
-from lightning_peft.formats.selection import NormTuningConverter
-from lightning_peft.formats.sequence import PrefixTuningConverter, PromptTuningConverter, PTuningConverter
-from lightning_peft.methods.callback import PEFTMethod
+from lightning_peft.formats.peft.converter import Converter
+from lightning_peft.formats.peft.families.adalora import AdaLoRAConverter
+from lightning_peft.formats.peft.families.ia3 import IA3Converter
+from lightning_peft.formats.peft.families.lora import LoRAConverter
+from lightning_peft.formats.peft.families.norm_tuning import NormTuningConverter
+from lightning_peft.formats.peft.families.sequence import PrefixTuningConverter, PromptTuningConverter, PTuningConverter
+from lightning_peft.formats.peft.families.vera_loha_lokr_oft import (
+    LoHaConverter,
+    LoKrConverter,
+    OFTConverter,
+    VeRAConverter,
+)
+from lightning_peft.methods.families.method import PEFTMethod
 
 __all__ = ["CONVERTERS", "converter_for_method", "converter_for_type"]
 

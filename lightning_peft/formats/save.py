@@ -11,15 +11,14 @@ import torch
 from torch import nn
 
 from lightning_peft.core.record import injection_of
-from lightning_peft.formats.card import model_card
-from lightning_peft.formats.common import METADATA, common_options, shared_places
-from lightning_peft.formats.converter import NotInPeftError
-from lightning_peft.formats.files import write_files
-from lightning_peft.formats.names import PREFIX
+from lightning_peft.formats.directory.card import model_card
+from lightning_peft.formats.directory.files import write_files
+from lightning_peft.formats.directory.snapshot import Snapshot, take_snapshot
 from lightning_peft.formats.native import NATIVE, NativeConverter
-from lightning_peft.formats.own import modules_to_save, write_own
+from lightning_peft.formats.peft.base_values import modules_to_save, write_own
+from lightning_peft.formats.peft.common_options import METADATA, common_options, shared_places
+from lightning_peft.formats.peft.converter import PREFIX, NotInPeftError
 from lightning_peft.formats.registry import converter_for_method
-from lightning_peft.formats.snapshot import Snapshot, take_snapshot
 
 __all__ = ["save_adapter", "write_snapshots"]
 

@@ -28,12 +28,12 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_peft.core.adapter import WeightAdapter
-from lightning_peft.core.low_rank import LowRankAdapter
-from lightning_peft.core.sites import Site
-from lightning_peft.methods.callback import nonzero, positive_int, probability
-from lightning_peft.methods.weight import WeightMethod, check_low_rank
-from lightning_peft.trainer.sharded import sharded_like, whole
+from lightning_peft.core.adapters.base import WeightAdapter
+from lightning_peft.core.adapters.low_rank import LowRankAdapter
+from lightning_peft.core.targeting.sites import Site
+from lightning_peft.methods.families.arguments import nonzero, positive_int, probability
+from lightning_peft.methods.families.weight import WeightMethod, check_low_rank
+from lightning_peft.trainer.checkpoints.sharded import sharded_like, whole
 
 __all__ = ["AdaLoRA"]
 

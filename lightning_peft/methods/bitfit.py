@@ -17,10 +17,10 @@ from typing import Any
 
 from torch import nn
 
-from lightning_peft.core.plan import Plan
-from lightning_peft.core.swap import original_class
-from lightning_peft.core.targets import TargetError
-from lightning_peft.methods.selection import SelectionMethod
+from lightning_peft.core.class_swap import original_class
+from lightning_peft.core.state.plan import Plan
+from lightning_peft.core.targeting.patterns import TargetError
+from lightning_peft.methods.families.selection import SelectionMethod
 
 __all__ = ["BitFit"]
 

@@ -22,11 +22,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_peft.core.activation import ActivationAdapter, ActivationSite
-from lightning_peft.core.plan import Plan
-from lightning_peft.core.targets import TargetError, match, no_match
-from lightning_peft.methods.activation import ActivationMethod
-from lightning_peft.methods.callback import nonzero, one_of, positive, positive_int, probability
+from lightning_peft.core.adapters.activation import ActivationAdapter
+from lightning_peft.core.state.plan import Plan
+from lightning_peft.core.targeting.activation_sites import ActivationSite
+from lightning_peft.core.targeting.patterns import TargetError, match, no_match
+from lightning_peft.methods.families.activation import ActivationMethod
+from lightning_peft.methods.families.arguments import nonzero, one_of, positive, positive_int, probability
 
 __all__ = ["BottleneckAdapter"]
 

@@ -22,12 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core.effective import effective_weights, stored_tensor
-from lightning_peft.core.host import Adapted
-from lightning_peft.core.sites import Site
-from lightning_peft.core.swap import has_mixin
+from lightning_peft.core.adapters.effective_weights import effective_weights, stored_tensor
+from lightning_peft.core.adapters.stack import Adapted
+from lightning_peft.core.class_swap import has_mixin
+from lightning_peft.core.targeting.sites import Site
 from lightning_peft.methods.lora import LoRA, LoRAAdapter
-from lightning_peft.methods.lora_init import values_of
+from lightning_peft.methods.shared.lora_init import values_of
 
 __all__ = ["DoRA"]
 

@@ -19,12 +19,12 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core.adapter import WeightAdapter
+from lightning_peft.core.adapters.base import WeightAdapter
 from lightning_peft.core.record import injection_of
-from lightning_peft.core.sites import Site
-from lightning_peft.methods.callback import nonzero, positive_int, probability
+from lightning_peft.core.targeting.sites import Site
+from lightning_peft.methods.families.arguments import nonzero, positive_int, probability
+from lightning_peft.methods.families.weight import WeightMethod, check_low_rank
 from lightning_peft.methods.lora import LoRAAdapter
-from lightning_peft.methods.weight import WeightMethod, check_low_rank
 
 __all__ = ["DyLoRA"]
 

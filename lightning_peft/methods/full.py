@@ -16,10 +16,10 @@ from typing import Any
 
 from torch import nn
 
-from lightning_peft.core.frozen import in_frozen_part
-from lightning_peft.core.plan import Plan
-from lightning_peft.core.targets import match_modules
-from lightning_peft.methods.selection import SelectionMethod
+from lightning_peft.core.state.plan import Plan
+from lightning_peft.core.targeting.frozen_parts import in_frozen_part
+from lightning_peft.core.targeting.patterns import match_modules
+from lightning_peft.methods.families.selection import SelectionMethod
 
 __all__ = ["FullFineTuning"]
 

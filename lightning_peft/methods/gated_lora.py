@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_peft.core.adapter import WeightAdapter
-from lightning_peft.core.sites import Site
+from lightning_peft.core.adapters.base import WeightAdapter
+from lightning_peft.core.targeting.sites import Site
 from lightning_peft.methods.lora import LoRA, LoRAAdapter
 
 __all__ = ["GatedLoRA"]

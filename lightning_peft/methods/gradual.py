@@ -19,13 +19,13 @@ from lightning.fabric.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from lightning_peft.core.plan import Plan
+from lightning_peft.core.class_swap import original_class
 from lightning_peft.core.record import injection_of
-from lightning_peft.core.swap import original_class
-from lightning_peft.core.targets import TargetError, as_patterns
-from lightning_peft.core.thaw import thaw
-from lightning_peft.methods.callback import one_of, positive_int
-from lightning_peft.methods.selection import SelectionMethod, depths, parameters_in, tail_modules
+from lightning_peft.core.state.freezing import thaw
+from lightning_peft.core.state.plan import Plan
+from lightning_peft.core.targeting.patterns import TargetError, as_patterns
+from lightning_peft.methods.families.arguments import one_of, positive_int
+from lightning_peft.methods.families.selection import SelectionMethod, depths, parameters_in, tail_modules
 from lightning_peft.trainer.packages import lightning_classes
 
 __all__ = ["GradualUnfreezing"]

@@ -19,12 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core.adapter import WeightAdapter
-from lightning_peft.core.frozen import why_frozen
-from lightning_peft.core.sites import EmbeddingLayout, Site, find_sites
-from lightning_peft.core.sublayers import find_sublayers, label
-from lightning_peft.core.targets import TargetError, as_patterns
-from lightning_peft.methods.weight import WeightMethod, check_bias, exactly
+from lightning_peft.core.adapters.base import WeightAdapter
+from lightning_peft.core.targeting.blocks import find_sublayers, label
+from lightning_peft.core.targeting.frozen_parts import why_frozen
+from lightning_peft.core.targeting.layouts import EmbeddingLayout
+from lightning_peft.core.targeting.patterns import TargetError, as_patterns
+from lightning_peft.core.targeting.sites import Site, find_sites
+from lightning_peft.methods.families.weight import WeightMethod, check_bias, exactly
 
 __all__ = ["IA3"]
 

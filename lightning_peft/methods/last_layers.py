@@ -16,11 +16,11 @@ from typing import Any
 
 from torch import nn
 
-from lightning_peft.core.plan import Plan
-from lightning_peft.core.swap import original_class
-from lightning_peft.core.targets import TargetError
-from lightning_peft.methods.callback import positive_int
-from lightning_peft.methods.selection import SelectionMethod, tail_modules
+from lightning_peft.core.class_swap import original_class
+from lightning_peft.core.state.plan import Plan
+from lightning_peft.core.targeting.patterns import TargetError
+from lightning_peft.methods.families.arguments import positive_int
+from lightning_peft.methods.families.selection import SelectionMethod, tail_modules
 
 __all__ = ["LastLayers"]
 

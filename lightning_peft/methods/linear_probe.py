@@ -16,12 +16,13 @@ from typing import Any
 
 from torch import nn
 
-from lightning_peft.core.frozen import in_frozen_part, why_frozen
+from lightning_peft.core.class_swap import original_class
 from lightning_peft.core.names import listed
-from lightning_peft.core.plan import Plan
-from lightning_peft.core.swap import original_class
-from lightning_peft.core.targets import TargetError, base_modules, match_modules
-from lightning_peft.methods.selection import SelectionMethod, head_module, parameters_in
+from lightning_peft.core.state.plan import Plan
+from lightning_peft.core.targeting.base_modules import base_modules
+from lightning_peft.core.targeting.frozen_parts import in_frozen_part, why_frozen
+from lightning_peft.core.targeting.patterns import TargetError, match_modules
+from lightning_peft.methods.families.selection import SelectionMethod, head_module, parameters_in
 
 __all__ = ["LinearProbe"]
 

@@ -22,24 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core.adapter import WeightAdapter
-from lightning_peft.core.sites import Site
-from lightning_peft.methods.ranked import RankedMethod
-from lightning_peft.methods.rowdrop import RowDropAdapter, check_drops
+from lightning_peft.core.adapters.base import WeightAdapter
+from lightning_peft.core.targeting.sites import Site
+from lightning_peft.methods.families.ranked import RankedMethod, RowDropAdapter, check_drops
+from lightning_peft.methods.shared.kernel_factors import tucker, uniform
 from lightning_peft.ops.recompute import recomputed
 
-__all__ = ["LoHa", "tucker", "uniform"]
-
-
-def uniform(*shape: int, fan: int | None = None) -> nn.Parameter:
-    """A parameter that starts as the weight of ``nn.Linear``: uniform within 1 / sqrt(fan), the last size if None."""
-    bound = 1 / math.sqrt(fan or shape[-1])
-    return nn.Parameter(torch.empty(*shape).uniform_(-bound, bound))
-
-
-def tucker(core: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """The matrix (out, in * kernel) of ``core`` (r, r, kernel), ``rows`` (r, out) and ``columns`` (r, in)."""
-    return torch.einsum("ijk,io,jc->ock", core.flatten(2), rows, columns).flatten(1)
+__all__ = ["LoHa"]
 
 
 class LoHaAdapter(RowDropAdapter):

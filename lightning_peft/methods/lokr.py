@@ -23,11 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core.adapter import WeightAdapter
-from lightning_peft.core.sites import Site
-from lightning_peft.methods.loha import tucker, uniform
-from lightning_peft.methods.ranked import RankedMethod
-from lightning_peft.methods.rowdrop import RowDropAdapter, check_drops
+from lightning_peft.core.adapters.base import WeightAdapter
+from lightning_peft.core.targeting.sites import Site
+from lightning_peft.methods.families.ranked import RankedMethod, RowDropAdapter, check_drops
+from lightning_peft.methods.shared.kernel_factors import tucker, uniform
 from lightning_peft.ops.recompute import recomputed
 
 __all__ = ["LoKr"]

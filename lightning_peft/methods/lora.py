@@ -16,7 +16,7 @@ which is the same function of A and B, exactly W at the start, and leaves the ba
 Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685.
 rsLoRA: Kalajdzievski 2023, arXiv:2312.03732. LoRA+: Hayou et al. 2024, "LoRA+: Efficient Low Rank Adaptation of Large
 Models", arXiv:2402.12354. LoRA-FA: Zhang et al. 2023, arXiv:2308.03303. Initialisations: see
-:mod:`lightning_peft.methods.lora_init`.
+:mod:`lightning_peft.methods.shared.lora_init`.
 """
 
 from __future__ import annotations
@@ -28,19 +28,20 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core.adapter import WeightAdapter
-from lightning_peft.core.host import stacks
-from lightning_peft.core.low_rank import LowRankAdapter
-from lightning_peft.core.plan import Plan
-from lightning_peft.core.row_links import RowLink
-from lightning_peft.core.sites import EmbeddingLayout, Site
-from lightning_peft.core.targets import base_modules
-from lightning_peft.methods.callback import one_of, positive, probability
-from lightning_peft.methods.lora_init import check_init, initial_factors, reads_weight
-from lightning_peft.methods.ranked import RankedMethod
-from lightning_peft.methods.token_rows import check_tokens, plan_token_rows
-from lightning_peft.methods.weight import check_bias
-from lightning_peft.trainer.groups import split_groups
+from lightning_peft.core.adapters.base import WeightAdapter
+from lightning_peft.core.adapters.lookup import stacks
+from lightning_peft.core.adapters.low_rank import LowRankAdapter
+from lightning_peft.core.batching.batched import RowLink
+from lightning_peft.core.state.plan import Plan
+from lightning_peft.core.targeting.base_modules import base_modules
+from lightning_peft.core.targeting.layouts import EmbeddingLayout
+from lightning_peft.core.targeting.sites import Site
+from lightning_peft.methods.families.arguments import one_of, positive, probability
+from lightning_peft.methods.families.ranked import RankedMethod
+from lightning_peft.methods.families.weight import check_bias
+from lightning_peft.methods.shared.lora_init import check_init, initial_factors, reads_weight
+from lightning_peft.methods.shared.trainable_tokens import check_tokens, plan_token_rows
+from lightning_peft.trainer.param_groups import split_groups
 
 __all__ = ["LoRA", "LoRAAdapter", "plain_factors"]
 

@@ -16,11 +16,11 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from lightning_peft.core.plan import Plan
-from lightning_peft.core.swap import original_class
-from lightning_peft.core.targets import TargetError
-from lightning_peft.methods.callback import one_of
-from lightning_peft.methods.selection import SelectionMethod
+from lightning_peft.core.class_swap import original_class
+from lightning_peft.core.state.plan import Plan
+from lightning_peft.core.targeting.patterns import TargetError
+from lightning_peft.methods.families.arguments import one_of
+from lightning_peft.methods.families.selection import SelectionMethod
 
 __all__ = ["NormTuning"]
 

@@ -29,11 +29,12 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core.adapter import WeightAdapter
-from lightning_peft.core.plan import Plan
-from lightning_peft.core.sites import EmbeddingLayout, Site
-from lightning_peft.methods.callback import positive, positive_int, probability
-from lightning_peft.methods.weight import WeightMethod
+from lightning_peft.core.adapters.base import WeightAdapter
+from lightning_peft.core.state.plan import Plan
+from lightning_peft.core.targeting.layouts import EmbeddingLayout
+from lightning_peft.core.targeting.sites import Site
+from lightning_peft.methods.families.arguments import positive, positive_int, probability
+from lightning_peft.methods.families.weight import WeightMethod
 
 __all__ = ["OFT"]
 

@@ -18,8 +18,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.methods.callback import one_of, positive_int, probability
-from lightning_peft.methods.prompt_tuning import PromptMethod
+from lightning_peft.methods.families.arguments import one_of, positive_int, probability
+from lightning_peft.methods.families.sequence import PromptMethod
 
 __all__ = ["PTuning"]
 

@@ -22,20 +22,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_peft.core.adapter import Adapter
-from lightning_peft.core.attention import AttentionSite, find_attention
-from lightning_peft.core.batch import Place
-from lightning_peft.core.blocks import find_blocks
-from lightning_peft.core.cache import cache_length, find_cache
-from lightning_peft.core.intercept import AttentionError, call_with_prefix, mask_columns
-from lightning_peft.core.plan import Plan
-from lightning_peft.core.row_links import RowLink
-from lightning_peft.core.swap import original_class
-from lightning_peft.core.targets import TargetError, base_modules
-from lightning_peft.core.tokens import by_name, parameters_of
-from lightning_peft.methods.cached_step import check_cached_step
-from lightning_peft.methods.callback import PEFTMethod, one_of, positive, positive_int
-from lightning_peft.methods.prefix_rows import PrefixRows
+from lightning_peft.core.adapters.attention_prefix import AttentionError, call_with_prefix, mask_columns
+from lightning_peft.core.adapters.base import Adapter
+from lightning_peft.core.batching.batched import RowLink
+from lightning_peft.core.batching.layout import Place
+from lightning_peft.core.class_swap import original_class
+from lightning_peft.core.kv_cache import cache_length, find_cache
+from lightning_peft.core.module_io import by_name, parameters_of
+from lightning_peft.core.state.plan import Plan
+from lightning_peft.core.targeting.attention_sites import AttentionSite, find_attention
+from lightning_peft.core.targeting.base_modules import base_modules
+from lightning_peft.core.targeting.blocks import find_blocks
+from lightning_peft.core.targeting.patterns import TargetError
+from lightning_peft.methods.families.arguments import one_of, positive, positive_int
+from lightning_peft.methods.families.method import PEFTMethod
+from lightning_peft.methods.shared.cached_step import check_cached_step
+from lightning_peft.methods.shared.prefix_batching import PrefixRows
 
 __all__ = ["PrefixTuning"]
 

@@ -18,14 +18,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core.adapter import WeightAdapter
-from lightning_peft.core.frozen import in_frozen_part
-from lightning_peft.core.plan import Plan
-from lightning_peft.core.sites import NormLayout, Site, find_sites, norm_sites, output_head, weight_sites
-from lightning_peft.core.swap import original_class
-from lightning_peft.core.targets import as_patterns
-from lightning_peft.methods.callback import one_of
-from lightning_peft.methods.weight import WeightMethod, check_bias, exactly
+from lightning_peft.core.adapters.base import WeightAdapter
+from lightning_peft.core.class_swap import original_class
+from lightning_peft.core.state.plan import Plan
+from lightning_peft.core.targeting.frozen_parts import in_frozen_part
+from lightning_peft.core.targeting.layouts import NormLayout
+from lightning_peft.core.targeting.patterns import as_patterns
+from lightning_peft.core.targeting.sites import Site, find_sites, norm_sites, output_head, weight_sites
+from lightning_peft.methods.families.arguments import one_of
+from lightning_peft.methods.families.weight import WeightMethod, check_bias, exactly
 
 __all__ = ["SSF"]
 

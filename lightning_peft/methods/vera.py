@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core.adapter import WeightAdapter
-from lightning_peft.core.sites import EmbeddingLayout, Site
-from lightning_peft.methods.callback import nonzero, positive_int, probability
-from lightning_peft.methods.weight import WeightMethod
+from lightning_peft.core.adapters.base import WeightAdapter
+from lightning_peft.core.targeting.layouts import EmbeddingLayout
+from lightning_peft.core.targeting.sites import Site
+from lightning_peft.methods.families.arguments import nonzero, positive_int, probability
+from lightning_peft.methods.families.weight import WeightMethod
 from lightning_peft.ops.dropout import dropped
 
 __all__ = ["VeRA"]

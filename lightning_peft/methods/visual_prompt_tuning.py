@@ -19,17 +19,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_peft.core.adapter import Adapter
-from lightning_peft.core.attention import attention_sites
-from lightning_peft.core.blocks import find_blocks
-from lightning_peft.core.frozen import why_frozen
-from lightning_peft.core.plan import Plan
-from lightning_peft.core.swap import original_class
-from lightning_peft.core.targets import TargetError, as_patterns, base_modules, match_modules
-from lightning_peft.core.tokens import by_name
-from lightning_peft.methods.callback import PEFTMethod, positive_int, probability
-from lightning_peft.methods.sequence import TokenError
-from lightning_peft.methods.token_hosts import batch_first, token_width
+from lightning_peft.core.adapters.base import Adapter
+from lightning_peft.core.class_swap import original_class
+from lightning_peft.core.module_io import by_name
+from lightning_peft.core.state.plan import Plan
+from lightning_peft.core.targeting.attention_sites import attention_sites
+from lightning_peft.core.targeting.base_modules import base_modules
+from lightning_peft.core.targeting.blocks import find_blocks
+from lightning_peft.core.targeting.frozen_parts import why_frozen
+from lightning_peft.core.targeting.patterns import TargetError, as_patterns, match_modules
+from lightning_peft.core.targeting.token_modules import batch_first, token_width
+from lightning_peft.methods.families.arguments import positive_int, probability
+from lightning_peft.methods.families.method import PEFTMethod
+from lightning_peft.methods.families.prompt_adapters import TokenError
 
 __all__ = ["VisualPromptTuning"]
 

@@ -11,8 +11,8 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-from lightning_peft.core.rows import rows
-from lightning_peft.formats.pretrained import NO_CODE, load_model, load_tokenizer, locate
+from lightning_peft.core.switching.rows import rows
+from lightning_peft.pretrained import NO_CODE, load_model, load_tokenizer, locate
 from lightning_peft.tasks.optim import adamw
 
 Objective = Literal["causal", "masked"]

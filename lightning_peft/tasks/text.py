@@ -8,8 +8,8 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from lightning_peft.core.rows import rows
-from lightning_peft.formats.pretrained import load_model
+from lightning_peft.core.switching.rows import rows
+from lightning_peft.pretrained import load_model
 from lightning_peft.tasks.optim import adamw
 
 

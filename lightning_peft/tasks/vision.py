@@ -10,8 +10,8 @@ from typing import Any
 import lightning as L
 from torch import Tensor, nn
 
-from lightning_peft.core.rows import rows
-from lightning_peft.core.torch_file import read_torch_file
+from lightning_peft.core.state.torch_file import read_torch_file
+from lightning_peft.core.switching.rows import rows
 from lightning_peft.tasks.optim import adamw
 
 

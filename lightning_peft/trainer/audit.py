@@ -15,15 +15,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core.host import AdapterStack, hosts, stacks
+from lightning_peft.core.adapters.lookup import hosts, stacks
+from lightning_peft.core.adapters.reads import computing
+from lightning_peft.core.adapters.stack import AdapterStack
+from lightning_peft.core.class_swap import add_mixin, remove_mixin
 from lightning_peft.core.names import listed
-from lightning_peft.core.reads import computing
 from lightning_peft.core.record import injection_of, later_parameters
-from lightning_peft.core.sites import output_head, weight_sites
-from lightning_peft.core.state import adapter_state, owned_keys
-from lightning_peft.core.swap import add_mixin, remove_mixin
+from lightning_peft.core.state.state_dict import adapter_state, owned_keys
+from lightning_peft.core.targeting.sites import output_head, weight_sites
 from lightning_peft.ops.finite import is_finite
-from lightning_peft.trainer.apart import unreadable
+from lightning_peft.trainer.checkpoints.apart import unreadable
 
 __all__ = [
     "AuditError",

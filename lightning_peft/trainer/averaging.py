@@ -15,9 +15,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
+from lightning_peft.core.class_swap import add_mixin, has_mixin, original_class
+from lightning_peft.core.names import canonical
 from lightning_peft.core.record import injection_of
-from lightning_peft.core.state import canonical
-from lightning_peft.core.swap import add_mixin, has_mixin, original_class
 from lightning_peft.trainer.packages import lightning_classes
 
 __all__ = ["TrainableAveraging", "adapt_averaging", "start_averaging"]

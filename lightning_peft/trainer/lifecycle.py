@@ -12,17 +12,16 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import nn
 
-from lightning_peft.core.consistency import check_record, update_base
+from lightning_peft.core.names import canonical
 from lightning_peft.core.record import injection_of
-from lightning_peft.core.state import canonical, settle
+from lightning_peft.core.state.consistency import check_record, update_base
+from lightning_peft.core.state.state_dict import settle
 from lightning_peft.trainer import audit, logs
 from lightning_peft.trainer.averaging import adapt_averaging
-from lightning_peft.trainer.loaders import TrainingLoaders
-from lightning_peft.trainer.module import adapt_module
-from lightning_peft.trainer.packages import check_packages
-from lightning_peft.trainer.resume import gather, mine, rng_state
+from lightning_peft.trainer.checkpoints.written import try_saving
+from lightning_peft.trainer.resume.dataloaders import TrainingLoaders
+from lightning_peft.trainer.resume.rng_state import gather, mine, rng_state
 from lightning_peft.trainer.strategy import adapt_strategy
-from lightning_peft.trainer.written import try_saving
 
 __all__ = ["Lifecycle"]
 
@@ -42,27 +41,9 @@ class Lifecycle(Callback):
         self._watched: set[str] = set()  # which stages had their first batch watched
         self._ranks_checked = False
 
-    @staticmethod
-    def install(trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Prepare trainer and module for the methods among the trainer's callbacks; idempotent.
-
-        Raises:
-            MisconfigurationException: a callback or strategy that does not work with adapters, or parts of the run
-                that are of another of Lightning's packages than the Trainer.
-        """
-        check_packages(trainer, module)
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        methods = [i for i, c in enumerate(callbacks) if hasattr(c, "plan") and hasattr(c, "may_change")]
-        there = [c for c in callbacks if isinstance(c, Lifecycle)]
-        if not there:
-            there = [Lifecycle()]
-            callbacks.insert(methods[0] + 1 if methods else len(callbacks), there[0])
-        adapt_averaging(callbacks)
-        adapt_module(module)
-        adapt_strategy(trainer, there[0]._loaders)
-
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self.install(trainer, pl_module)
+        adapt_averaging(trainer.callbacks)  # type: ignore[attr-defined]
+        adapt_strategy(trainer, self._loaders)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._watched, self._called, self._ranks_checked = set(), None, False

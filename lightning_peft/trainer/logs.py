@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lightning_peft.core.record import Injection
-from lightning_peft.core.state import StateError, adapter_state
-from lightning_peft.core.torch_file import read_torch_file
-from lightning_peft.trainer.manifest import KEY, manifest
+from lightning_peft.core.state.state_dict import StateError, adapter_state
+from lightning_peft.core.state.torch_file import read_torch_file
+from lightning_peft.trainer.checkpoints.manifest import KEY, manifest
 from lightning_peft.trainer.packages import lightning_classes
 
 __all__ = ["continue_runs", "log_end", "log_start", "resume_wandb", "run_ids"]

@@ -11,30 +11,31 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
-from lightning_peft.core.consistency import check_record, update_base
-from lightning_peft.core.host import stack_prefixes
-from lightning_peft.core.inject import apply
-from lightning_peft.core.names import listed
+from lightning_peft.core.adapters.lookup import stack_prefixes
+from lightning_peft.core.class_swap import add_mixin, original_class
+from lightning_peft.core.injection.apply import apply
+from lightning_peft.core.injection.reset import moved_adapters
+from lightning_peft.core.names import canonical, listed
 from lightning_peft.core.record import injection_of, later_parameters, trainable_parameters
-from lightning_peft.core.reset import moved_adapters
-from lightning_peft.core.state import StateError, canonical, check_fingerprint, load_state, trainable_keys
-from lightning_peft.core.swap import add_mixin, original_class
-from lightning_peft.core.thaw import set_thawed
-from lightning_peft.core.torch_file import naming
-from lightning_peft.trainer.apart import set_apart
+from lightning_peft.core.state.consistency import check_record, update_base
+from lightning_peft.core.state.fingerprint import check_fingerprint
+from lightning_peft.core.state.freezing import set_thawed
+from lightning_peft.core.state.state_dict import StateError, load_state, trainable_keys
+from lightning_peft.core.state.torch_file import naming
 from lightning_peft.trainer.audit import audit_methods, audit_ranks
 from lightning_peft.trainer.averaging import start_averaging
-from lightning_peft.trainer.groups import optimizers_in, remember_schedulers
+from lightning_peft.trainer.checkpoints.apart import set_apart
+from lightning_peft.trainer.checkpoints.manifest import KEY, check_manifest, manifest, sealed
+from lightning_peft.trainer.checkpoints.written import check_written
+from lightning_peft.trainer.lifecycle import Lifecycle
 from lightning_peft.trainer.logs import continue_runs, run_ids
-from lightning_peft.trainer.manifest import KEY, check_manifest, manifest, sealed
 from lightning_peft.trainer.optimizers import add_adapters, configured
-from lightning_peft.trainer.written import check_written
+from lightning_peft.trainer.param_groups import optimizers_in, remember_schedulers
 
 __all__ = ["AdaptedModule", "adapt_module"]
-
 
 if TYPE_CHECKING:
     import lightning as L
@@ -62,8 +63,6 @@ class AdaptedModule(_LightningModule):
         start_averaging(self._trainer, self)
 
     def configure_callbacks(self) -> Any:
-        from lightning_peft.trainer.lifecycle import Lifecycle
-
         own = super().configure_callbacks()
         own = list(own) if isinstance(own, Sequence) else [own]
         # A module that brings its adapters along trains as under methods, which install this themselves.
@@ -171,22 +170,6 @@ def _check_strict(model: nn.Module, own: set[str], given: set[str]) -> None:
             f"{len(moved)} tensors in all), so they would stay as they are. To start again, call lp.reset(module), "
             "which puts adapters, trained parameters and moved buffers back; strict=False loads the base alone"
         )
-
-
-def trimmed(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The trainable part of a full state dict, under canonical keys.
-
-    Raises:
-        StateError: a tensor is missing, or empty, as a sharded parameter that was never gathered is.
-    """
-    keys = trainable_keys(model)
-    if state:  # other ranks than the first may have none
-        check_written(model, map(canonical, state), f"{original_class(model).__name__}.state_dict")
-    kept = {canonical(k): v for k, v in state.items() if canonical(k) in keys}
-    for key, value in kept.items():
-        if isinstance(value, Tensor) and value.numel() == 0:
-            raise StateError(f"refusing to save {key}: it holds no values (a sharded tensor that was not gathered?)")
-    return kept
 
 
 def _drop_frozen(optimizer: Optimizer, model: nn.Module) -> None:

@@ -14,10 +14,12 @@ from lightning.fabric.utilities.rank_zero import rank_zero_info
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_peft.core.adapter import Adapter
-from lightning_peft.core.host import AdapterStack, hosts, stored_tensor
+from lightning_peft.core.adapters.base import Adapter
+from lightning_peft.core.adapters.effective_weights import stored_tensor
+from lightning_peft.core.adapters.lookup import hosts
+from lightning_peft.core.adapters.stack import AdapterStack
+from lightning_peft.core.names import canonical
 from lightning_peft.core.record import injected_module, injection_of, later_parameters
-from lightning_peft.core.state import canonical
 
 __all__ = ["add_adapters", "configured"]
 

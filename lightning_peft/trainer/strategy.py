@@ -14,13 +14,14 @@ import lightning as L
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_peft.core.state import StateError, canonical, owned_keys
-from lightning_peft.core.torch_file import read_torch_file
-from lightning_peft.trainer import sharded
-from lightning_peft.trainer.loaders import TrainingLoaders
-from lightning_peft.trainer.manifest import check_seal
-from lightning_peft.trainer.module import trimmed
+from lightning_peft.core.names import canonical
+from lightning_peft.core.state.state_dict import StateError, owned_keys
+from lightning_peft.core.state.torch_file import read_torch_file
+from lightning_peft.trainer.checkpoints import sharded
+from lightning_peft.trainer.checkpoints.manifest import check_seal
+from lightning_peft.trainer.checkpoints.written import trimmed
 from lightning_peft.trainer.packages import lightning_classes
+from lightning_peft.trainer.resume.dataloaders import TrainingLoaders
 
 __all__ = ["adapt_strategy"]
 

@@ -51,7 +51,7 @@ def checkpoint(module: L.LightningModule, *methods: lp.PEFTMethod, scale: float 
 
 
 def _save(module: L.LightningModule) -> None:
-    from lightning_peft.trainer.manifest import KEY, manifest
+    from lightning_peft.trainer.checkpoints.manifest import KEY, manifest
 
     saved = {"state_dict": lp.adapter_state(module), KEY: manifest(module), "hyper_parameters": dict(module.hparams)}
     saved["hyper_parameters"]["_class_path"] = f"{type(module).__module__}.{type(module).__name__}"

@@ -6,7 +6,7 @@ import torch
 
 from lightning_peft import demo
 from lightning_peft.data import TextClassificationData
-from lightning_peft.data.rows import load_rows
+from lightning_peft.data.sources import load_rows
 
 
 def module(**arguments):

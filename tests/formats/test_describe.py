@@ -13,8 +13,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 import lightning_peft as lp
+from lightning_peft.core.untrusted import FormatError
 from lightning_peft.formats.describe import describe
-from lightning_peft.formats.files import CONFIG, WEIGHTS, FormatError, read_files, write_files
+from lightning_peft.formats.directory.files import CONFIG, WEIGHTS, read_files, write_files
 from lightning_peft.formats.save import save_adapter
 from tests.formats.models import adapted, llama, made_by_peft
 from tests.trainer.toys import Toy, loader, lora, trainer, val_loader

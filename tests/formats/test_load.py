@@ -225,7 +225,7 @@ def test_targets_and_options_mean_what_they_mean_in_peft(where, tmp_path):
 )
 def test_a_pattern_that_would_never_end(saved, monkeypatch, option, value):
     base, directory = saved
-    monkeypatch.setattr("lightning_peft.formats.regex.LIMIT", 0.5)
+    monkeypatch.setattr("lightning_peft.core.untrusted.LIMIT", 0.5)
     edit_config(directory, **{option: value})
     unchanged(base, directory, "the regular expression .*! takes more than 0.5 seconds".replace("!", ".*"))
 

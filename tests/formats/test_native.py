@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 import lightning_peft as lp
-from lightning_peft.formats.files import FormatError, read_files, write_files
+from lightning_peft.core.registry import _REGISTRY
+from lightning_peft.core.untrusted import FormatError
+from lightning_peft.formats.directory.files import read_files, write_files
 from lightning_peft.formats.load import load_adapter
 from lightning_peft.formats.save import save_adapter
-from lightning_peft.methods.callback import _REGISTRY
 from tests.formats import models
 from tests.formats.models import Called, Wrapped, adapted, logits, moved, tokens
 

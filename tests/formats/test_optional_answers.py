@@ -8,7 +8,7 @@ from torch import nn
 
 import lightning_peft as lp
 from lightning_peft.core.optional import config_value, input_embedding, output_embedding
-from lightning_peft.formats.files import read_files
+from lightning_peft.formats.directory.files import read_files
 
 TEXT = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 BODY = {k: v for k, v in TEXT.items() if k != "vocab_size"}

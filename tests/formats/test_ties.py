@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import lightning_peft as lp
-from lightning_peft.formats.files import read_files, write_files
+from lightning_peft.formats.directory.files import read_files, write_files
 from tests.formats.models import adapted, gpt2, llama, logits, made_by_peft, read_by_peft, tokens
 from tests.models import TiedLM
 

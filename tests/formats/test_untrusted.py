@@ -21,9 +21,9 @@ from torch import nn
 
 import lightning_peft as lp
 from lightning_peft.cli.main import main
-from lightning_peft.core.state import StateError
-from lightning_peft.formats import regex
-from lightning_peft.methods.callback import method_of_file
+from lightning_peft.core import untrusted as regex
+from lightning_peft.core.registry import method_of_file
+from lightning_peft.core.state.state_dict import StateError
 from lightning_peft.tasks import ImageClassifier, TextClassifier
 from tests.cli.modules import Data, Module
 
@@ -263,20 +263,26 @@ SITES = {
     ("cli/module.py", "importlib.import_module"): "--model, which the user gives; the tasks of this package",
     ("tasks/vision.py", "pkgutil.resolve_name"): "ImageClassifier.network, which is from_user",
     ("trainer/packages.py", "importlib.import_module"): "the two packages of Lightning",
-    ("trainer/hyperparameters.py", "importlib.util.find_spec"): "of a top-level name, which imports nothing",
-    ("trainer/hyperparameters.py", "eval"): "an annotation in the source of the user's class",
+    (
+        "trainer/checkpoints/hyperparameters.py",
+        "importlib.util.find_spec",
+    ): "of a top-level name, which imports nothing",
+    ("trainer/checkpoints/hyperparameters.py", "eval"): "an annotation in the source of the user's class",
     ("methods/adalora.py", "importlib.util.find_spec"): "matplotlib",
-    ("core/torch_file.py", "torch.load"): "weights_only, after check_zip",
-    ("trainer/apart.py", "torch.load"): "weights_only=True; False where the user passes it",
-    ("trainer/manifest.py", "torch.load"): "where the user passes weights_only=False to load_from_checkpoint",
-    ("trainer/sharded.py", "torch.load"): "where the user passes weights_only=False to fit or test",
-    ("trainer/distributed_files.py", "torch.load"): "weights_only",
-    ("core/moved.py", "pickle.dumps"): "writes",
-    ("core/reset.py", "pickle.loads"): "what core/moved.py wrote in this process; no file has it",
-    ("trainer/distributed_files.py", "pickle.Unpickler"): "with a find_class of its own",
-    ("formats/regex.py", "subprocess.run"): "Python with a program in this source; the patterns are its input",
-    ("formats/regex.py", "re.compile"): "a pattern of a file, tried under a time limit",
-    ("core/targets.py", "re.compile"): "a pattern, after check_regexes where it is a file's",
+    ("core/state/torch_file.py", "torch.load"): "weights_only, after check_zip",
+    ("trainer/checkpoints/apart.py", "torch.load"): "weights_only=True; False where the user passes it",
+    (
+        "trainer/checkpoints/manifest.py",
+        "torch.load",
+    ): "where the user passes weights_only=False to load_from_checkpoint",
+    ("trainer/checkpoints/sharded.py", "torch.load"): "where the user passes weights_only=False to fit or test",
+    ("trainer/checkpoints/distributed_files.py", "torch.load"): "weights_only",
+    ("core/state/moved.py", "pickle.dumps"): "writes",
+    ("core/injection/reset.py", "pickle.loads"): "what core/state/moved.py wrote in this process; no file has it",
+    ("trainer/checkpoints/distributed_files.py", "pickle.Unpickler"): "with a find_class of its own",
+    ("core/untrusted.py", "subprocess.run"): "Python with a program in this source; the patterns are its input",
+    ("core/untrusted.py", "re.compile"): "a pattern of a file, tried under a time limit",
+    ("core/targeting/patterns.py", "re.compile"): "a pattern, after check_regexes where it is a file's",
 }
 #: calls that import, run, unpickle or compile, and those of re with a pattern that is not a literal
 CALLS = (

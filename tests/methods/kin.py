@@ -16,9 +16,9 @@ from torch.func import functional_call
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_peft as lp
-from lightning_peft.core.effective import effective_weights
-from lightning_peft.core.host import hosts
-from lightning_peft.core.state import load_state
+from lightning_peft.core.adapters.effective_weights import effective_weights
+from lightning_peft.core.adapters.lookup import hosts
+from lightning_peft.core.state.state_dict import load_state
 
 CONVOLUTIONS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "plain": (lambda: nn.Conv2d(4, 6, 3), (2, 4, 7, 8)),

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 import lightning_peft as lp
-from tests.methods.test_selection import Module, mlp, trainer
+from tests.methods.families.test_selection import Module, mlp, trainer
 
 SETTINGS = {"target_r": 2, "init_r": 4, "tinit": 2, "tfinal": 3, "deltaT": 2, "beta1": 0.8, "beta2": 0.7}
 

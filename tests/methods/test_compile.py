@@ -7,7 +7,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import lightning_peft as lp
-from lightning_peft.core.state import load_state
+from lightning_peft.core.state.state_dict import load_state
 from tests.helpers import adapted, assert_compiled_gradients, assert_same_bits, close, evaluate, perturb
 from tests.kinds import KINDS, Kind
 from tests.table import METHODS, Row, over_table

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import lightning_peft as lp
-from lightning_peft.core.host import hosts
+from lightning_peft.core.adapters.lookup import hosts
 from tests.helpers import close, perturb
 from tests.models import ScaledEmbedding, ScaledLinear
 

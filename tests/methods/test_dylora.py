@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 import lightning_peft as lp
-from tests.methods.test_selection import Module, mlp, trainer
+from tests.methods.families.test_selection import Module, mlp, trainer
 
 
 def moved(model, method):

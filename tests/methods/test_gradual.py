@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 import lightning_peft as lp
-from tests.methods.test_selection import ConvNet, Module, bert, mlp, names, trained, trainer
+from tests.methods.families.test_selection import ConvNet, Module, bert, mlp, names, trained, trainer
 
 
 class Watch(L.Callback):

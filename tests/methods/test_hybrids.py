@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_peft as lp
-from lightning_peft.core.host import adapter_names, hosts
+from lightning_peft.core.adapters.lookup import adapter_names, hosts
 from tests.helpers import assert_same_bits, bits, perturb
 from tests.methods.fitting import fitted
 from tests.methods.tiny import llama

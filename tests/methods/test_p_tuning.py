@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import lightning_peft as lp
-from lightning_peft.methods.sequence import PromptAdapter
+from lightning_peft.methods.families.prompt_adapters import PromptAdapter
 from tests.methods.tiny import Classifier, bert, gpt2, llama, randomise, t5, trainer
 
 IDS = torch.randint(5, 90, (2, 7), generator=torch.Generator().manual_seed(3))

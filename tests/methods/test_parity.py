@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import lightning_peft as lp
-from lightning_peft.core.host import hosts
+from lightning_peft.core.adapters.lookup import hosts
 from tests.helpers import close, perturb
 from tests.kinds import KINDS, Convolutions
 

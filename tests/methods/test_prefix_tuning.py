@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import lightning_peft as lp
-from lightning_peft.core.attention import attention_sites
-from lightning_peft.core.intercept import AttentionError
+from lightning_peft.core.adapters.attention_prefix import AttentionError
+from lightning_peft.core.targeting.attention_sites import attention_sites
 from lightning_peft.methods.prefix_tuning import PrefixAdapter
 from tests.methods.tiny import Attention, Block, Classifier, bert, gpt2, llama, randomise, t5, trainer, vit
 

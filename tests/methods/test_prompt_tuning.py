@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import lightning_peft as lp
-from lightning_peft.core.tokens import Placement
-from lightning_peft.methods.sequence import PromptAdapter, TokenError
+from lightning_peft.core.adapters.virtual_tokens import Placement
+from lightning_peft.methods.families.prompt_adapters import PromptAdapter, TokenError
 from tests.methods.tiny import Block, Classifier, bert, gpt2, llama, randomise, t5, trainer
 
 IDS = torch.randint(5, 90, (2, 7), generator=torch.Generator().manual_seed(3))

@@ -12,8 +12,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import lightning_peft as lp
-from lightning_peft.core.host import hosts
-from lightning_peft.core.state import load_state
+from lightning_peft.core.adapters.lookup import hosts
+from lightning_peft.core.state.state_dict import load_state
 from tests.helpers import (
     adapted,
     adapter_parameters,

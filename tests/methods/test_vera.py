@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import lightning_peft as lp
-from lightning_peft.core.state import load_state
+from lightning_peft.core.state.state_dict import load_state
 from tests.methods.kin import (
     KINDS,
     check_against_matrix,

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import lightning_peft as lp
-from lightning_peft.methods.sequence import TokenError
+from lightning_peft.methods.families.prompt_adapters import TokenError
 from lightning_peft.methods.visual_prompt_tuning import BlockPrompt
 from tests.kinds import KINDS
 from tests.methods.tiny import Classifier, ViT, randomise, trainer, vit

@@ -12,11 +12,11 @@ import torch
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
 
 import lightning_peft as lp
-from lightning_peft.core.host import deactivate
-from lightning_peft.core.inject import put_in
+from lightning_peft.core.injection.apply import put_in
+from lightning_peft.core.injection.overrides import replace_trained
 from lightning_peft.core.record import injection_of
-from lightning_peft.core.replace import replace_trained
-from lightning_peft.core.state import StateError
+from lightning_peft.core.state.state_dict import StateError
+from lightning_peft.core.switching.active import deactivate
 from lightning_peft.trainer.audit import AuditError, audit_active
 from tests.helpers import perturb
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_peft as lp
-from lightning_peft.core.host import hosts
+from lightning_peft.core.adapters.lookup import hosts
 
 
 class Net(L.LightningModule):

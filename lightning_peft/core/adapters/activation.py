@@ -1,0 +1,107 @@
+"""The base class of adapters that change a module's output.
+
+An adapter sees the module's input and its output. The output may be a tensor, a tuple or a mapping whose first
+tensor is the hidden state (Hugging Face's ``ModelOutput`` included); the rest is passed on as it is.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_peft.core.adapters.base import Adapter
+from lightning_peft.core.batching.batched import AfterRows, RowLink, WholeBatch
+from lightning_peft.core.module_io import first_tensor, hidden_state, with_hidden_state
+from lightning_peft.core.targeting.activation_sites import ActivationSite
+
+__all__ = ["ActivationAdapter", "InputTap"]
+
+
+class ActivationAdapter(Adapter):
+    """An adapter that is a function of activations; a subclass gives :meth:`forward`.
+
+    Args:
+        site: where it attaches; gives ``site.width`` and ``site.axis``.
+    """
+
+    #: whether ``x`` must be the sub-layer's input where that is another module's than the host's
+    reads_input = False
+
+    def __init__(self, site: ActivationSite) -> None:
+        super().__init__()
+        self.site_name = site.name
+        self.width = site.width
+        self.axis = site.axis
+        self.taps: tuple[InputTap, ...] = ()  # in a tuple, so that it is no child
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """The new output from the input ``x`` and the output ``y`` so far; shaped as ``y``."""
+        raise NotImplementedError
+
+    def run(self, host: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        output = call(*args, **kwargs)
+        y, x = hidden_state(output, self.site_name), self.reads(args, kwargs)
+        return with_hidden_state(output, self.after(host, y if x is None else x, y))
+
+    def reads(self, args: tuple, kwargs: Mapping[str, Any]) -> Tensor | None:
+        """The sub-layer's input, in a call of the host that ends it; None where there is none."""
+        return self.taps[0].take() if self.taps else first_tensor(args, kwargs)
+
+    def after(self, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """The new output of some rows, given their input and their output so far."""
+        if y.shape[self.axis] != self.width:
+            raise ValueError(
+                f"{self.site_name!r} gives an output of shape {tuple(y.shape)}, whose dimension {self.axis} is not the "
+                f"{self.width} features its layers promise: set width= (and channels_first=) to what it gives"
+            )
+        return self(x, y)
+
+    def row_link(self, host: nn.Module) -> type[RowLink] | None:
+        return AfterRows if type(self).run is ActivationAdapter.run else None
+
+
+class InputTap(Adapter):
+    """Lends the input of the module it sits on to the adapter at the end of the sub-layer. It has no parameters."""
+
+    transparent = True
+
+    def __init__(self, reader: str) -> None:
+        super().__init__()
+        self.reader = reader
+        self._runs = threading.local()
+
+    @property
+    def lent(self) -> Tensor | None:
+        """The input of the run in progress in this thread; None once it is taken."""
+        return getattr(self._runs, "lent", None)
+
+    @lent.setter
+    def lent(self, x: Tensor | None) -> None:
+        self._runs.lent = x
+
+    def run(self, host: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self.lent = first_tensor(args, kwargs)
+        return call(*args, **kwargs)
+
+    def row_link(self, host: nn.Module) -> type[RowLink]:
+        return WholeBatch
+
+    def take(self) -> Tensor:
+        """The input of the run in progress, once."""
+        x, self.lent = self.lent, None
+        if x is None:
+            raise RuntimeError(f"{self.reader!r} ran before the module whose input its adapter reads")
+        return x
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "_runs"}  # a copy is in no run
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._runs = threading.local()
+
+    def extra_repr(self) -> str:
+        return f"read by {self.reader}"

@@ -1,0 +1,326 @@
+"""Give an attention module's own attention call more keys and values while it runs.
+
+A ``TorchFunctionMode`` sees every call of ``scaled_dot_product_attention`` and ``multi_head_attention_forward`` made
+inside the module, by whatever name it was imported, and gives it the prefix. A mode is used rather than a patched
+global because it belongs to the thread (a recomputation under gradient checkpointing, another replica's thread),
+leaves torch as it is, turns off the inference fast path of ``nn.MultiheadAttention``, and is traced by
+``torch.compile`` without a graph break.
+
+Hugging Face's "eager" attention calls neither function. It is reached through the library's own registry: while
+the module runs, its ``config`` names an attention function of ours, which calls the model's.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from lightning_peft.core.class_swap import original_class
+from lightning_peft.core.targeting.attention_sites import EAGER
+
+__all__ = ["AttentionError", "KeysAndValues", "call_with_prefix", "mask_columns"]
+
+
+class AttentionError(RuntimeError):
+    """An adapted attention module attended in a way that cannot be given a prefix."""
+
+
+class KeysAndValues(Protocol):
+    """What :func:`call_with_prefix` puts into an attention call."""
+
+    def extend(self, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Longer keys and values (..., heads, length, width), and the mask for them."""
+        ...
+
+    def add(self, out: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """The attention's output, given what it attended with."""
+        ...
+
+    @property
+    def extends(self) -> bool:
+        """Whether :meth:`extend` changes anything."""
+        ...
+
+
+def call_with_prefix(host: Any, prefix: KeysAndValues, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """``call(*args, **kwargs)``, the forward of ``host``, whose attention calls get ``prefix``.
+
+    Raises:
+        AttentionError: ``host`` made no attention call that could be given it.
+    """
+    before = getattr(_CALLS, "modes", ())
+    outer = _mode(host)
+    if outer is not None:  # another prefix on the same module
+        outer.prefixes.append(prefix)
+        try:
+            return call(*args, **kwargs)
+        finally:
+            outer.prefixes.pop()
+    mode = _Mode(prefix)
+    eager = getattr(host.__dict__.get("config"), "_attn_implementation", None) == "eager"
+    if eager:
+        _register()
+        _route(host, 1)
+    _CALLS.modes = (*before, (host, mode))
+    try:
+        with mode:
+            out = call(*args, **kwargs)
+    finally:
+        _CALLS.modes = before
+        if eager:
+            _route(host, -1)
+    if not mode.calls:
+        raise AttentionError(
+            f"{original_class(host).__name__} ran without calling scaled_dot_product_attention, "
+            "multi_head_attention_forward or a transformers attention function, so its prefix was not used: exclude "
+            "it, or have its forward call torch.nn.functional.scaled_dot_product_attention"
+        )
+    return out
+
+
+def mask_columns(mask: Tensor, key: Tensor) -> Tensor:
+    """``mask`` (..., 1 or length) with a column for each key (..., length, width).
+
+    Raises:
+        AttentionError: a mask that is no plain tensor.
+    """
+    if type(mask) not in (Tensor, torch.nn.Parameter):
+        raise AttentionError(f"a mask of type {type(mask).__name__} cannot be widened for a prefix")
+    return mask if mask.shape[-1] == key.shape[-2] else mask.expand(*mask.shape[:-1], key.shape[-2])
+
+
+class _Mode(TorchFunctionMode):
+    def __init__(self, prefix: KeysAndValues) -> None:
+        super().__init__()
+        self.prefixes = [prefix]
+        self.calls = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            self.calls += 1
+            return _sdpa(self, *args, **kwargs)
+        if func is F.multi_head_attention_forward:
+            self.calls += 1
+            return _multi_head(self, *args, **kwargs)
+        return func(*args, **kwargs)
+
+    @property
+    def extends(self) -> bool:
+        return any(prefix.extends for prefix in self.prefixes)
+
+    def extend(self, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        for prefix in self.prefixes:
+            key, value, mask = prefix.extend(key, value, mask)
+        return key, value, mask
+
+    def add(self, out: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        for prefix in self.prefixes:
+            out = prefix.add(out, query, key, value, scale)
+        return out
+
+
+def _sdpa(
+    prefix: KeysAndValues,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    if prefix.extends and is_causal:
+        # The flag means the upper left triangle, which would hide the prefix; write the mask out.
+        attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
+        is_causal = False
+    keys, values, mask = prefix.extend(key, value, attn_mask)
+    out = F.scaled_dot_product_attention(
+        query, keys, values, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+    )
+    return prefix.add(out, query, key, value, 1 / math.sqrt(query.shape[-1]) if scale is None else scale)
+
+
+def _multi_head(
+    prefix: KeysAndValues,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    embed_dim: int,
+    num_heads: int,
+    in_weight: Tensor | None,
+    in_bias: Tensor | None,
+    bias_k: Tensor | None,
+    bias_v: Tensor | None,
+    add_zero_attn: bool,
+    dropout_p: float,
+    out_weight: Tensor,
+    out_bias: Tensor | None,
+    training: bool = True,
+    key_padding_mask: Tensor | None = None,
+    need_weights: bool = True,
+    attn_mask: Tensor | None = None,
+    use_separate_proj_weight: bool = False,
+    q_proj_weight: Tensor | None = None,
+    k_proj_weight: Tensor | None = None,
+    v_proj_weight: Tensor | None = None,
+    static_k: Tensor | None = None,
+    static_v: Tensor | None = None,
+    average_attn_weights: bool = True,
+    is_causal: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """``torch.nn.functional.multi_head_attention_forward`` with a prefix; inputs (length, batch, width)."""
+    if static_k is not None or static_v is not None:
+        raise AttentionError("multi_head_attention_forward with static_k or static_v takes no prefix")
+    batched = query.ndim == 3
+    if not batched:
+        query, key, value = (t.unsqueeze(1) for t in (query, key, value))
+        key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
+    weights: Sequence[Any] = (q_proj_weight, k_proj_weight, v_proj_weight)
+    if not use_separate_proj_weight:
+        assert in_weight is not None
+        weights = in_weight.chunk(3)
+    biases = (None, None, None) if in_bias is None else in_bias.chunk(3)
+    q, k, v = (F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases))
+    length, batch, source = q.shape[0], q.shape[1], k.shape[0]
+    width = embed_dim // num_heads
+    extra = 0
+    if bias_k is not None and bias_v is not None:
+        k, v = (torch.cat([t, b.expand(1, batch, embed_dim)]) for t, b in ((k, bias_k), (v, bias_v)))
+        extra += 1
+    if add_zero_attn:
+        k, v = (F.pad(t, (0, 0, 0, 0, 0, 1)) for t in (k, v))
+        extra += 1
+    q, k, v = (t.reshape(t.shape[0], batch, num_heads, width).permute(1, 2, 0, 3) for t in (q, k, v))
+
+    mask = _additive(attn_mask, q)
+    if mask is not None and mask.ndim == 3:
+        mask = mask.view(batch, num_heads, length, source)
+    padding = _additive(key_padding_mask, q)
+    if padding is not None:
+        padding = padding.view(batch, 1, 1, source)
+        mask = padding if mask is None else mask + padding
+    if mask is not None and extra:
+        mask = F.pad(mask, (0, extra))
+    keys, values, mask = prefix.extend(k, v, mask)
+    scale = 1 / math.sqrt(width)
+    dropout_p = dropout_p if training else 0.0
+    attention = None
+    if need_weights:
+        scores = (q * scale) @ keys.transpose(-2, -1)
+        attention = (scores if mask is None else scores + mask).softmax(-1)
+        attention = F.dropout(attention, dropout_p) if dropout_p else attention
+        out = attention @ values
+    else:
+        out = F.scaled_dot_product_attention(q, keys, values, mask, dropout_p)
+    out = prefix.add(out, q, k, v, scale)
+    out = F.linear(out.permute(2, 0, 1, 3).reshape(length, batch, embed_dim), out_weight, out_bias)
+    if attention is not None:
+        # The user's own columns; what is missing to a sum of 1 went to the prefix.
+        attention = attention[..., attention.shape[-1] - source - extra :]
+        attention = attention.mean(1) if average_attn_weights else attention
+    if not batched:
+        out, attention = out.squeeze(1), None if attention is None else attention.squeeze(0)
+    return out, attention
+
+
+def _additive(mask: Tensor | None, like: Tensor) -> Tensor | None:
+    """A mask that is added to scores; a boolean one of nn.MultiheadAttention says what to leave out."""
+    if mask is None or mask.is_floating_point():
+        return mask
+    return torch.zeros_like(mask, dtype=like.dtype).masked_fill_(mask.bool(), float("-inf"))
+
+
+# The calls that this thread is in: attention modules, each with its mode.
+_CALLS = threading.local()
+_LOCK = threading.Lock()
+
+
+def _mode(host: Any) -> _Mode | None:
+    """The mode of the call of ``host`` that this thread is in."""
+    for module, mode in getattr(_CALLS, "modes", ()):
+        if module is host:
+            return mode
+    return None
+
+
+class _Routed:
+    """A Hugging Face configuration that names our attention function and is the original otherwise.
+
+    Args:
+        host: the module whose configuration it is. Calls by a thread that gives it no prefix see the original.
+        config: the original.
+    """
+
+    def __init__(self, host: Any, config: Any) -> None:
+        self._host = (host,)
+        self._config = config
+        self._users = 0
+
+    @property
+    def _attn_implementation(self) -> Any:
+        return self._config._attn_implementation if _mode(self._host[0]) is None else EAGER
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._config, name)
+
+
+def _route(host: Any, users: int) -> None:
+    """Count the calls of ``host`` in progress; while there are any, its configuration is a :class:`_Routed`."""
+    if torch.compiler.is_compiling():
+        return _count(host, users)
+    with _LOCK:
+        return _count(host, users)
+
+
+def _count(host: Any, users: int) -> None:
+    if not isinstance(host.config, _Routed):
+        host.config = _Routed(host, host.config)
+    host.config._users += users
+    if host.config._users == 0:
+        host.config = host.config._config
+
+
+def _register() -> None:
+    functions = sys.modules["transformers.modeling_utils"].ALL_ATTENTION_FUNCTIONS
+    if EAGER not in functions:
+        functions.register(EAGER, _eager)
+
+
+def _eager(module: Any, *args: Any, **kwargs: Any) -> Any:
+    original = inspect.unwrap(original_class(module).forward).__globals__  # type: ignore[attr-defined]
+    mode = _mode(module)
+    assert mode is not None
+    mode.calls += 1
+    return _around_eager(mode, functools.partial(original["eager_attention_forward"], module), *args, **kwargs)
+
+
+def _around_eager(
+    prefix: KeysAndValues,
+    call: Callable[..., Any],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    **kwargs: Any,
+) -> Any:
+    keys, values, mask = prefix.extend(key, value, attention_mask)
+    if kwargs.get("position_bias") is not None:  # no distance to the prefix, so no bias
+        kwargs["position_bias"] = F.pad(kwargs["position_bias"], (keys.shape[-2] - key.shape[-2], 0))
+    out, weights = call(query, keys, values, mask, **kwargs)
+    scale = kwargs.get("scaling")
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    heads = out.transpose(1, 2)  # the functions return (batch, length, heads, width)
+    out = prefix.add(heads, query, key, value, scale).transpose(1, 2)
+    return out, None if weights is None else weights[..., weights.shape[-1] - key.shape[-2] :]

@@ -1,0 +1,111 @@
+"""The values that adapters give to the parameters of the module they are on."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.core.adapters.base import BIASES, Adapter
+from lightning_peft.core.adapters.reads import run_with_values
+
+__all__ = ["as_attributes", "effective_weights", "run_in_place", "stored_tensor"]
+
+
+def effective_weights(
+    host: nn.Module, adapters: Sequence[Adapter], dtype: torch.dtype | None = None, only: str | None = None
+) -> dict[str, Tensor]:
+    """The host's weights, and the biases that change with them, after ``adapters`` in order.
+
+    What an adapter puts in place of the host's own hides what earlier ones have made of it.
+
+    Args:
+        host: the module that owns them.
+        adapters: applied one after the other.
+        dtype: what to compute and return in; by default the type each is stored in.
+        only: the attribute of the host whose values are wanted; by default all that change.
+
+    Returns:
+        Tensors by parameter name, in the shape each is stored in.
+    """
+    now: dict[str, Tensor] = {}
+
+    def current(name: str) -> Tensor | None:
+        if name in now:
+            return now[name]
+        stored = stored_tensor(host, name)
+        return stored if stored is None or dtype is None else stored.to(dtype)
+
+    def wanted(name: str) -> bool:
+        return only is None or name.partition(".")[0] == only
+
+    for adapter in adapters:
+        for name, copy in adapter.copies().items():
+            if wanted(name):
+                stored = stored_tensor(host, name)
+                assert stored is not None
+                now[name] = copy.to(dtype or stored.dtype) if copy.is_floating_point() else copy
+        for parameter, part in adapter.weights().items():
+            stored = current(parameter)
+            assert stored is not None
+            if wanted(parameter):
+                matrix = part.transform(part.layout.matrix(stored)).to(stored.dtype)
+                now[parameter] = part.layout.stored(matrix, stored)
+            if parameter in BIASES and part.changes_bias and wanted(BIASES[parameter]):
+                bias = part.transform_bias(current(BIASES[parameter]))
+                if bias is not None:
+                    now[BIASES[parameter]] = bias.to(stored.dtype)
+    return now
+
+
+def stored_tensor(host: nn.Module, name: str) -> Tensor | None:
+    """A parameter or buffer of the host or of its child, by dotted name; None where it has none."""
+    *children, last = name.split(".")
+    module = host
+    for child in children:
+        module = module._modules[child]  # type: ignore[assignment]  # as an attribute it may be another's stand-in
+    return module._parameters[last] if last in module._parameters else module._buffers.get(last)
+
+
+_RNNS = threading.RLock()
+
+
+def run_in_place(
+    host: Any, weights: Mapping[str, Tensor], forward: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    """The output of ``forward``, in which ``host`` reads ``weights`` in place of its own."""
+    values = as_attributes(host, weights)
+    if not isinstance(host, nn.RNNBase):
+        return run_with_values(host, values, forward, args, kwargs)
+    with _RNNS:  # they read a list of weights instead, one for all threads
+        flat = host._flat_weights
+        host._flat_weights = [values.get(n, w) for n, w in zip(host._flat_weights_names, flat)]
+        try:
+            return run_with_values(host, values, forward, args, kwargs)
+        finally:
+            host._flat_weights = flat
+
+
+def as_attributes(host: Any, weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """``weights`` by the attribute of ``host`` that they are read from: for those of a child, the child's name."""
+    values: dict[str, Any] = {}
+    for name, weight in weights.items():
+        child, _, _ = name.rpartition(".")
+        if child:
+            values[child] = _Projection(
+                *(weights.get(f"{child}.{n}", host._modules[child]._parameters[n]) for n in ("weight", "bias"))
+            )
+        else:
+            values[name] = weight
+    return values
+
+
+class _Projection:
+    """Stands in for an attention's ``out_proj``, of which only weight and bias are read."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.weight = weight
+        self.bias = bias

@@ -1,0 +1,73 @@
+"""A ``forward`` that is set on a module which carries adapters already: it has to run them.
+
+What was there before the adapters runs inside of them (:class:`lightning_peft.core.class_swap.OwnForward`). What comes
+later is called first; a hook around the earlier ``forward`` runs the adapters, a kernel in its place does not.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_peft.core.class_swap import OwnForward, has_mixin, original_class
+
+__all__ = ["set_forward"]
+
+
+def set_forward(host: nn.Module, forward: Callable[..., Any]) -> None:
+    """Let ``forward`` run around the adapters of ``host``; one of its class's own takes earlier ones away again."""
+    classes = [
+        c.__dict__["forward"].__code__ for c in type(host).__mro__ if hasattr(c.__dict__.get("forward"), "__code__")
+    ]
+    if isinstance(forward, types.MethodType) and forward.__self__ is host and forward.__func__.__code__ in classes:
+        vars(host).pop("forward", None)
+        if has_mixin(host, OwnForward) and forward.__func__ is original_class(host).forward:  # type: ignore[attr-defined]
+            vars(host)["_own_forward"] = forward
+    else:
+        vars(host)["forward"] = _Unverified(host, forward)
+
+
+_LOCK = threading.RLock()  # one thread at a time looks
+
+
+class _Unverified:
+    """Calls ``forward``, and sees at the first call with active adapters that it runs them."""
+
+    def __init__(self, host: Any, forward: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, forward)
+        self.host, self.forward = host, forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        stack = self.host.adapters
+        if torch.compiler.is_compiling() or not (stack.running() or stack.router is not None):
+            return self.forward(*args, **kwargs)
+        with _LOCK:
+            return self._verify(stack, args, kwargs)
+
+    def _verify(self, stack: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        called: list[bool] = []
+        run = stack.run
+
+        def watched(*args: Any) -> Any:
+            called.append(True)
+            return run(*args)
+
+        vars(stack)["run"] = watched
+        try:
+            output = self.forward(*args, **kwargs)
+        finally:
+            del vars(stack)["run"]
+        if not called:
+            raise RuntimeError(
+                f"the adapters of a {type(self.host).__name__} did not run: its forward was replaced on the instance "
+                "after they were put in, by one that does not call the earlier forward. Replace it before the methods "
+                "are applied"
+            )
+        vars(self.host)["forward"] = self.forward
+        return output

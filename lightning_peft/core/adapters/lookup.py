@@ -1,0 +1,64 @@
+"""Find the modules that carry adapters, and the adapters by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import cast
+
+from torch import nn
+
+from lightning_peft.core.adapters.stack import Adapted, AdapterStack
+from lightning_peft.core.class_swap import has_mixin
+
+__all__ = ["active_names", "adapter_names", "check_known", "check_unmerged", "hosts", "stack_prefixes", "stacks"]
+
+
+def hosts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of ``model`` that carry adapters, by qualified name."""
+    for name, module in model.named_modules():
+        if has_mixin(module, Adapted):
+            yield name, module
+
+
+def stacks(model: nn.Module) -> dict[str, AdapterStack]:
+    """The stacks of adapters in ``model``, by the qualified name of the module that carries each."""
+    return {name: cast(AdapterStack, host.adapters) for name, host in hosts(model)}
+
+
+def stack_prefixes(model: nn.Module, name: str | None = None) -> tuple[str, ...]:
+    """What the keys of all adapters in ``model``, or of those called ``name``, start with; of each name of a host."""
+    inside = "" if name is None else f"{name}."
+    named = model.named_modules(remove_duplicate=False)
+    return tuple(f"{host}.adapters.{inside}".lstrip(".") for host, module in named if has_mixin(module, Adapted))
+
+
+def adapter_names(model: nn.Module) -> tuple[str, ...]:
+    """The names of all adapters in ``model``, in order of application."""
+    return tuple(dict.fromkeys(name for stack in stacks(model).values() for name in stack))
+
+
+def active_names(model: nn.Module) -> set[str]:
+    """The names of the adapters that take part somewhere in ``model``."""
+    return {name for stack in stacks(model).values() for name in stack.active}
+
+
+def check_known(model: nn.Module, *names: str) -> None:
+    """Refuse a name that no adapter in ``model`` has.
+
+    Raises:
+        ValueError: with the names there are.
+    """
+    known = adapter_names(model)
+    for name in names:
+        if name not in known:
+            raise ValueError(f"no adapter named {name!r}; the model has {list(known)}")
+
+
+def check_unmerged(model: nn.Module) -> None:
+    """Refuse a model that has adapters in its weights.
+
+    Raises:
+        ValueError: with the way out.
+    """
+    if any(stack.merged is not None for stack in stacks(model).values()):
+        raise ValueError("adapters are merged into the base: lp.unmerge(model) first")

@@ -1,0 +1,81 @@
+"""Adapters whose update is a product of two thin matrices, s B A."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.core.adapters.base import WeightAdapter
+from lightning_peft.core.batching.batched import AfterRows, LowRankRows, RowLink
+from lightning_peft.ops.dropout import dropped
+
+__all__ = ["LowRankAdapter", "with_products"]
+
+#: elements of a block that stays in a processor's cache
+_BLOCK = 1 << 18
+
+
+class LowRankAdapter(WeightAdapter):
+    """W + s B A, computed on activations as y + s B (A x); a subclass gives :meth:`factors`.
+
+    Attributes:
+        scale: s; 1 where the factors are used as they are.
+        dropout: probability of dropping an element of x while training.
+    """
+
+    scale: float = 1.0
+    dropout: float = 0.0
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A (..., k, in) and B (..., out, k) as they run, to be scaled by ``scale``."""
+        raise NotImplementedError
+
+    def delta(self, weight: Tensor) -> Tensor:
+        a, b = self.factors()
+        return (b * self.scale) @ a
+
+    def unreadable(self) -> str | None:
+        if not (self.dropout and self.training):
+            return None
+        return (
+            f"dropout={self.dropout} is not supported on {self.site_name!r}: another module reads this weight and "
+            "computes without calling its layer. Set dropout=0, or exclude it"
+        )
+
+    def low_rank(self) -> tuple[Tensor, Tensor] | None:
+        if type(self).transform is not WeightAdapter.transform:
+            return None
+        a, b = self.factors()
+        return a, b * self.scale
+
+    def output(self, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        def down(x: Tensor, a: Tensor) -> Tensor:
+            return self.layout.down(host, x, a)
+
+        a, b = self.factors()
+        h = dropped(down, x, a, self.dropout) if self.dropout and self.training else down(x, a)
+        return self.layout.up(host, h, b, y, self.scale)
+
+    def row_link(self, host: nn.Module) -> type[RowLink] | None:
+        if type(self).output is not LowRankAdapter.output and type(self).row_link is LowRankAdapter.row_link:
+            return super().row_link(host)  # it adds something of its own beside the product
+        link = super().row_link(host)
+        return LowRankRows if link is AfterRows and self.layout.vectors else link
+
+
+def with_products(matrix: Tensor, pairs: Iterable[tuple[Tensor, Tensor]], dtype: torch.dtype) -> Tensor:
+    """``matrix`` plus the product B A of each pair (A, B), computed in ``dtype`` and rounded once to its own type.
+
+    Done in blocks of rows, so that no second matrix of the type ``dtype`` is ever in memory.
+    """
+    out = torch.empty_like(matrix)
+    rows = max(1, _BLOCK * matrix.shape[-2] // max(1, matrix.numel()))
+    products = [(a.to(dtype), b.to(dtype).split(rows, -2)) for a, b in pairs]
+    for i, (new, old) in enumerate(zip(out.split(rows, -2), matrix.split(rows, -2))):
+        total = old.to(dtype, copy=True)
+        for a, b in products:
+            total += b[i] @ a
+        new.copy_(total)
+    return out

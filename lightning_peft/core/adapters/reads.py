@@ -1,0 +1,117 @@
+"""Which value a parameter of an adapted module has for the code that reads it.
+
+While the module's own forward runs, its adapters run around it, so that it reads the stored parameter, or the adapted
+one where they need it in place. Code outside of it that computes with the parameter, such as a parent's
+``F.linear(x, self.qkv.weight)``, reads the adapted value. Any other code (an optimizer, an initialisation, a test) gets
+the stored parameter itself.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from lightning_peft.core.checkpoint_frame import in_backward
+
+__all__ = ["computing", "forward_values", "refused", "run_with_values"]
+
+# By id of the module. A copy for each call, so that one model can serve several threads.
+_IN_FORWARD: ContextVar[Mapping[int, Mapping[str, Any]]] = ContextVar("in_forward", default=MappingProxyType({}))
+_FORWARDS = frozenset(
+    {"forward", "_call_impl", "training_step", "validation_step", "test_step", "predict_step"}  # Lightning's, too
+)
+# These promise what is stored under a name.
+_LOOKUPS = frozenset(f.__code__ for f in (nn.Module.get_parameter, nn.Module.get_buffer, nn.Module.get_submodule))
+# These ask whether a name is taken.
+_LOOKUPS |= {f.__code__ for f in (nn.Module.register_parameter, nn.Module.register_buffer, nn.Module.add_module)}
+
+
+def run_with_values(
+    host: nn.Module, values: Mapping[str, Any], forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]
+) -> Any:
+    """The output of ``forward``, in which ``host`` reads ``values`` by name, and its stored parameters otherwise."""
+    state = host.__dict__
+    before = state.get("_forward_values")
+    if torch.compiler.is_compiling():
+        host._forward_values = values  # type: ignore[assignment]
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            host._forward_values = before  # type: ignore[assignment]
+    state["_forward_values"] = values  # for functions inside that are compiled: they cannot read a ContextVar
+    token = _IN_FORWARD.set({**_IN_FORWARD.get(), id(host): values})
+    try:
+        return forward(*args, **kwargs)
+    finally:
+        _IN_FORWARD.reset(token)
+        state["_forward_values"] = before
+
+
+def forward_values(host: nn.Module) -> Mapping[str, Any] | None:
+    """What :func:`run_with_values` gives ``host`` to read; None outside of its own forward."""
+    if torch.compiler.is_compiling():
+        return host.__dict__.get("_forward_values")
+    return _IN_FORWARD.get().get(id(host))
+
+
+def computing() -> bool:
+    """Whether the code that reads an attribute is part of a forward; for use in ``__getattr__``.
+
+    That is so under a ``forward``, a Lightning step, or backward, which repeats forwards under gradient checkpointing.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    frame = sys._getframe(1)
+    while frame.f_code.co_name == "__getattr__":
+        frame = frame.f_back  # type: ignore[assignment]
+    if frame.f_code in _LOOKUPS or frame.f_globals.get("__name__", "").startswith("torch.distributed."):
+        return False  # FSDP2 looks its parameters up and puts them back in hooks that run inside a forward
+    if in_backward():
+        return True
+    while frame is not None:
+        if frame.f_code.co_name in _FORWARDS:
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
+class _Refused(Tensor):
+    """A tensor that has a shape, a type and a device, and raises ``error`` when something is computed with it."""
+
+    error: Exception
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        raise next(t.error for t in tree_leaves((args, kwargs)) if isinstance(t, _Refused))
+
+
+def refused(like: Tensor, message: str) -> Tensor:
+    """Stands for a value that cannot be given; its shape, type and device are those of ``like``.
+
+    Models read the type of a weight without computing with it (T5's ``wo.weight.dtype``), so the read itself must not
+    be an error.
+    """
+    if torch.compiler.is_compiling():
+        return _refused(like, message)  # not in the graph if nothing uses it
+    tensor = Tensor._make_wrapper_subclass(_Refused, like.shape, dtype=like.dtype, device=like.device)
+    tensor.error = ValueError(message)
+    return tensor
+
+
+@torch.library.custom_op("lightning_peft::refused", mutates_args=())
+def _refused(like: Tensor, message: str) -> Tensor:
+    raise ValueError(message)
+
+
+@_refused.register_fake
+def _(like: Tensor, message: str) -> Tensor:
+    return torch.empty_like(like)

@@ -1,0 +1,240 @@
+"""The token sequence as a place to attach: where virtual tokens stand, and how they get in and out again."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Layout", "Placement", "RowPlacement", "strip"]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where the virtual tokens stand between the real ones.
+
+    Attributes:
+        slots: (anchor, offset, count) in order: ``count`` virtual tokens, ``offset`` real tokens after the
+            ``"start"`` or before the ``"end"``.
+    """
+
+    slots: tuple[tuple[str, int, int], ...]
+
+    @classmethod
+    def parse(cls, template: str) -> Placement:
+        """A placement from a template: ``v3`` is three virtual tokens, ``x1`` one real, ``x*`` all the others.
+
+        Raises:
+            ValueError: another word, no virtual token, or not exactly one ``x*``.
+        """
+        words = template.split()
+        if any(not re.fullmatch(r"v[1-9]\d*|x[1-9]\d*|x\*", word) for word in words) or words.count("x*") != 1:
+            raise ValueError(
+                f"template={template!r}: write v<number> for virtual tokens, x<number> for real ones and x* once, for "
+                "all other real ones, as in 'v8 x1 v4 x* v2'"
+            )
+        rest = words.index("x*")
+        slots, seen = [], 0
+        for i, word in enumerate(words):
+            if word[0] == "v":
+                after = sum(int(w[1:]) for w in words[i:] if w[0] == "x" and w != "x*") if i > rest else 0
+                slots.append(("end", after, int(word[1:])) if i > rest else ("start", seen, int(word[1:])))
+            elif word != "x*":
+                seen += int(word[1:])
+        if not slots:
+            raise ValueError(f"template={template!r} has no virtual token: write v<number> where they should stand")
+        return cls(tuple(slots))
+
+    @property
+    def tokens(self) -> int:
+        """How many virtual tokens there are."""
+        return sum(count for _, _, count in self.slots)
+
+    def layout(self, batch: int, length: int, mask: Tensor | None, device: torch.device) -> Layout:
+        """The layout for rows of ``length``; with a mask (batch, length) start and end are those of its ones."""
+        first = torch.zeros(batch, dtype=torch.long, device=device)
+        end = torch.full_like(first, length)
+        if mask is not None:
+            real = mask.bool().int()
+            first, end = real.argmax(1), length - real.flip(1).argmax(1)
+        columns: list[Tensor] = []
+        least = first
+        for anchor, offset, count in self.slots:
+            # A row with fewer real tokens than the template names has its virtual tokens at its ends.
+            least = torch.minimum(first + offset, end) if anchor == "start" else torch.maximum(end - offset, least)
+            columns += [least] * count
+        ahead = mask is None and self.slots[0] == ("start", 0, self.tokens)
+        return Layout(torch.stack(columns, 1), length, first, ahead=ahead)
+
+
+@dataclass(frozen=True)
+class RowPlacement:
+    """A placement for each row of a batch, None for rows without virtual tokens.
+
+    Rows with fewer of them than others have the missing ones as padding after all their tokens.
+    """
+
+    rows: tuple[Placement | None, ...]
+
+    @property
+    def counts(self) -> list[int]:
+        """How many virtual tokens each row has."""
+        return [0 if row is None else row.tokens for row in self.rows]
+
+    @property
+    def tokens(self) -> int:
+        """How many virtual tokens there are in the longest row."""
+        return max(self.counts)
+
+    @property
+    def padded(self) -> bool:
+        """Whether rows have different numbers of virtual tokens."""
+        return len(set(self.counts)) > 1
+
+    def layout(self, batch: int, length: int, mask: Tensor | None, device: torch.device) -> Layout:
+        """As :meth:`Placement.layout`, for a batch that has the same number of entries for each row."""
+        before = torch.full((batch, self.tokens), length, device=device)
+        row = torch.arange(len(self.rows), device=device).repeat_interleave(batch // len(self.rows))
+        first = torch.zeros(batch, dtype=torch.long, device=device)
+        for placement in dict.fromkeys(p for p in self.rows if p is not None):
+            layout = placement.layout(batch, length, mask, device)
+            theirs = torch.tensor([p == placement for p in self.rows], device=device)[row]
+            before[:, : placement.tokens] = torch.where(theirs[:, None], layout.before, before[:, : placement.tokens])
+            first = layout.first
+        there = torch.arange(self.tokens, device=device) < torch.tensor(self.counts, device=device)[row, None]
+        return Layout(before, length, first, there)
+
+
+class Layout:
+    """Where each virtual and each real token of a batch goes.
+
+    Args:
+        before: (batch, T): the index of the real column that each virtual token stands before.
+        length: L, the number of real columns.
+        first: (batch,): the first column that is no padding.
+        there: (batch, T): False for virtual tokens that are padding; by default none is.
+        ahead: whether it is known that in every row all virtual tokens stand before all real ones.
+    """
+
+    def __init__(
+        self, before: Tensor, length: int, first: Tensor, there: Tensor | None = None, ahead: bool = False
+    ) -> None:
+        tokens = before.shape[1]
+        columns = torch.arange(length, device=before.device)
+        virtual = torch.arange(tokens, device=before.device)
+        self.before, self.length, self.tokens, self.first, self.ahead = before, length, tokens, first, ahead
+        self.passed = (before[:, None] <= columns[None, :, None]).sum(-1)
+        #: (batch, L): where the real tokens are in the longer sequence
+        self.keep = columns + self.passed
+        self.there = torch.ones_like(before, dtype=torch.bool) if there is None else there
+        #: (batch, L): the last position before the next real token, whose output predicts it
+        self.predicts = columns + ((before[:, None] <= columns[None, :, None] + 1) & self.there[:, None]).sum(-1)
+        order = torch.zeros(before.shape[0], length + tokens, dtype=torch.long, device=before.device)
+        order = order.scatter(1, self.keep, columns.expand_as(self.keep))
+        self.order = order.scatter(1, before + virtual, (length + virtual).expand_as(before))
+
+    def insert(self, x: Tensor, virtual: Tensor) -> Tensor:
+        """``x`` (batch, L, ...) with ``virtual`` among it: (T, ...), or (rows, T, ...) with its own for each row."""
+        batch = self.order.shape[0]
+        x, virtual = x.expand(batch, *x.shape[1:]), virtual.to(x.dtype)
+        if virtual.ndim < x.ndim:
+            virtual = virtual.expand(batch, *virtual.shape)
+        elif len(virtual) != batch:
+            virtual = virtual.repeat_interleave(batch // len(virtual), 0)
+        if self.ahead:
+            return torch.cat([virtual, x], 1)
+        return take(torch.cat([x, virtual], 1), self.order, 1)
+
+    def mask(self, x: Tensor) -> Tensor:
+        """An attention mask (batch, L), 1 for what is seen, with the virtual tokens."""
+        return self.insert(x, self.there)
+
+    def fill(self, x: Tensor, value: float) -> Tensor:
+        """``x`` (batch, L) with ``value`` where the virtual tokens are."""
+        return self.insert(x, x.new_full((self.tokens,), value))
+
+    def positions(self, positions: Tensor) -> Tensor:
+        """Position ids (batch, L), or (axes, batch, L) for rotary positions of several axes, with virtual tokens."""
+        if positions.ndim == 3:
+            return torch.stack([self.positions(axis) for axis in positions])
+        positions = positions.expand(self.order.shape[0], -1)
+        # A virtual token follows the real one before it, or takes the place of the first.
+        previous = positions.gather(1, (self.before - 1).clamp(min=0)) + 1
+        start = positions.gather(1, self.first[:, None].clamp(max=self.length - 1))
+        virtual = torch.where(self.before > self.first[:, None], previous, start)
+        virtual = virtual + torch.arange(self.tokens, device=positions.device)
+        return torch.cat([positions + self.passed, virtual], 1).gather(1, self.order)
+
+    def square(self, mask: Tensor) -> Tensor:
+        """A mask over (L, L) of what a query may not see (boolean) or what is added to its score.
+
+        A virtual token sees, and is seen by, what the real token before it does: it never brings news from later
+        tokens. One before all of them is seen by all and sees what the first does.
+        """
+        row = (self.before[0] - 1).clamp(min=0)
+        zero = mask.new_zeros(())
+        right = torch.where(self.before[0] > 0, mask[:, row], zero)
+        wide = torch.cat([mask, right], 1)
+        wide = torch.cat([wide, wide[row]], 0)
+        virtual = torch.arange(len(wide), device=mask.device) >= self.length
+        wide = torch.where(virtual[:, None] & virtual, zero, wide)
+        return wide[self.order[0]][:, self.order[0]]
+
+
+def take(x: Tensor, index: Tensor, dim: int) -> Tensor:
+    """``x`` at ``index`` (batch, n) along ``dim``."""
+    if dim == 1:  # by whole rows, which unlike gather keeps no copy of x for backward
+        first = torch.arange(x.shape[0], device=x.device)[:, None] * x.shape[1]
+        return x.flatten(0, 1).index_select(0, (first + index).flatten()).unflatten(0, tuple(index.shape))
+    shape = [1] * x.ndim
+    shape[0], shape[dim] = index.shape
+    size = list(x.shape)
+    size[dim] = index.shape[1]
+    return x.gather(dim, index.view(shape).expand(size))
+
+
+def strip(output: Any, layout: Layout, predicting: bool = False, names: Sequence[str] = ()) -> Any:
+    """A model's output without the virtual positions, whatever structure it has.
+
+    Args:
+        output: a tensor, tuple, list or mapping (as Hugging Face's outputs are); (batch, length, ...) and attention
+            (batch, heads, length, length) tensors in it, one level down included, are shortened.
+        layout: where the virtual positions are.
+        predicting: take from the first entry the position that predicts the next token instead of the token's own.
+        names: of a mapping, only these entries.
+    """
+    if isinstance(output, Tensor):
+        return _strip(output, layout, layout.predicts if predicting else layout.keep)
+    if isinstance(output, dict):
+        for i, (name, value) in enumerate(list(output.items())):
+            if not names or name in names:
+                output[name] = _entry(value, layout, predicting and i == _first(output))
+        return output
+    return type(output)(_entry(v, layout, predicting and i == 0) for i, v in enumerate(output))
+
+
+def _first(output: dict) -> int:
+    return 1 if next(iter(output)) == "loss" else 0
+
+
+def _entry(value: Any, layout: Layout, predicting: bool) -> Any:
+    if isinstance(value, Tensor):
+        return _strip(value, layout, layout.predicts if predicting else layout.keep)
+    if type(value) in (tuple, list):
+        return type(value)(_strip(v, layout, layout.keep) if isinstance(v, Tensor) else v for v in value)
+    return value
+
+
+def _strip(x: Tensor, layout: Layout, index: Tensor) -> Tensor:
+    whole = layout.length + layout.tokens
+    if x.ndim == 4:
+        for dim in (2, 3):
+            x = take(x, index, dim) if x.shape[dim] == whole else x
+        return x
+    if x.ndim != 3 or x.shape[1] != whole:
+        return x
+    return x[:, layout.tokens :] if layout.ahead else take(x, index, 1)

@@ -1,0 +1,133 @@
+"""How adapters of one kind serve a batch whose rows name different ones, without a run of the host for each.
+
+A link stands where a single adapter would: it is called around the host with the whole batch, and changes each row as
+the adapter of that row does. Kinds without a link have the host run once for each adapter instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_peft.core.batching.layout import Place, assemble, entries, row_dim, take
+from lightning_peft.core.module_io import hidden_state, with_hidden_state
+from lightning_peft.ops.dropout import dropped
+
+__all__ = ["AfterRows", "LowRankRows", "RowLink", "WholeBatch"]
+
+
+class RowLink:
+    """Adapters of one kind at one host, and the rows that name them.
+
+    Args:
+        place: where the host is.
+        adapters: what serves each row; None for a row that none of them serves.
+    """
+
+    def __init__(self, place: Place, adapters: Sequence[Any]) -> None:
+        self.place = place
+        self.adapters = tuple(adapters)
+        self.n = len(self.adapters)
+        self.rows = tuple(i for i, adapter in enumerate(self.adapters) if adapter is not None)
+        self.groups: list[tuple[Any, tuple[int, ...]]] = [
+            (adapter, tuple(i for i in self.rows if self.adapters[i] is adapter))
+            for adapter in dict.fromkeys(self.adapters[i] for i in self.rows)
+        ]
+
+    def run(self, host: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The host's output, as :meth:`lightning_peft.core.adapters.base.Adapter.run` gives it."""
+        raise NotImplementedError
+
+
+class WholeBatch(RowLink):
+    """Adapters that change nothing themselves, such as those that only look."""
+
+    def run(self, host: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        for adapter, _ in self.groups[:-1]:
+            adapter.run(host, lambda *args, **kwargs: None, *args, **kwargs)
+        return self.groups[-1][0].run(host, call, *args, **kwargs)
+
+
+class AfterRows(RowLink):
+    """Adapters that work on the host's output: the host runs once, then each adapter on its rows."""
+
+    def run(self, host: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        output = call(*args, **kwargs)
+        y = hidden_state(output, self.place.name)
+        rest = tuple(i for i in range(self.n) if self.adapters[i] is None)
+        pieces = []
+        for adapter, rows in self.groups:
+            x = adapter.reads(args, kwargs)
+            x = y if x is None else x
+            dim = row_dim(self.place, x, self.n)
+            pieces.append((rows, adapter.after(host, take(x, dim, rows, self.n), take(y, dim, rows, self.n))))
+        if rest:
+            pieces.append((rest, take(y, dim, rest, self.n)))
+        return with_hidden_state(output, assemble(pieces, dim))
+
+
+class LowRankRows(RowLink):
+    """Low-rank updates of vectors: two batched products for all rows together, whatever their ranks."""
+
+    def __init__(self, place: Place, adapters: Sequence[Any]) -> None:
+        super().__init__(place, adapters)
+        self._kept: tuple[Any, tuple[Tensor, Tensor]] | None = None
+        self._state = [t for adapter, _ in self.groups for t in (*adapter.parameters(), *adapter.buffers())]
+
+    def run(self, host: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        y = call(*args, **kwargs)
+        x = args[0] if args else next(iter(kwargs.values()))
+        dim = row_dim(self.place, x, self.n)
+        ours = take(x, dim, self.rows, self.n).movedim(dim, 0)
+        ours = ours.reshape(len(self.rows), -1, x.shape[-1])
+        a, b = self._factors(ours)
+        h = self._down(ours, a)
+        whole = y.movedim(dim, 0)
+        shape = whole.shape
+        whole = whole.reshape(self.n, -1, y.shape[-1])
+        b = b.to(whole.dtype)
+        if len(self.rows) == self.n:
+            out = torch.baddbmm(whole, h.to(b.dtype), b)
+        else:
+            # The layer has just made its output, so that without a backward nothing else needs it as it is.
+            add = torch.Tensor.index_add if torch.is_grad_enabled() else torch.Tensor.index_add_
+            out = add(whole, 0, entries(self.rows, 1, y.device), torch.bmm(h.to(b.dtype), b).to(whole.dtype))
+        return out.view(shape).movedim(0, dim)
+
+    def _down(self, x: Tensor, a: Tensor) -> Tensor:
+        rates = [adapter.dropout if adapter.training else 0.0 for adapter in map(self.adapters.__getitem__, self.rows)]
+        if not any(rates):
+            return torch.bmm(x, a)
+        if len(set(rates)) == 1:
+            return dropped(torch.bmm, x, a, rates[0])
+        drops = torch.stack([F.dropout(torch.ones_like(row), rate) for row, rate in zip(x, rates)])
+        return torch.bmm(x * drops, a)
+
+    def _factors(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """A (rows, in, r) and B (rows, r, out) of the rows that have any, scaled and padded to one rank."""
+        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        # What trains may be written through ``.data`` (averaged weights), which leaves no trace to recognise it by.
+        if torch.compiler.is_compiling() or any(t.requires_grad for t in self._state):
+            return self._stacked(dtype)
+        key = (
+            (dtype, x.device, torch.is_inference_mode_enabled()),
+            [-1 if t.is_inference() else t._version for t in self._state],
+            [adapter.training for adapter, _ in self.groups],
+        )
+        if self._kept is None or self._kept[0] != key:
+            self._kept = key, self._stacked(dtype)
+        return self._kept[1]
+
+    def _stacked(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        pairs = {}
+        for adapter, _ in self.groups:
+            a, b = adapter.factors()
+            pairs[adapter] = a.mT.to(dtype), (b.mT * adapter.scale).to(dtype)
+        r = max(a.shape[-1] for a, _ in pairs.values())
+        padded = {k: (F.pad(a, (0, r - a.shape[-1])), F.pad(b, (0, 0, 0, r - len(b)))) for k, (a, b) in pairs.items()}
+        rows = [padded[self.adapters[i]] for i in self.rows]
+        return torch.stack([a for a, _ in rows]), torch.stack([b for _, b in rows])

@@ -1,0 +1,194 @@
+"""Where the rows of a batch are in the tensors that a module takes and gives.
+
+They are the first dimension, possibly several entries to a row (beams, windows, flattened tokens), row by row. In
+modules that take the sequence first they are the second one. Whatever else is met is an error that names the module.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.core.class_swap import original_class
+from lightning_peft.core.targeting.layouts import layout_of
+
+__all__ = [
+    "Place",
+    "RowError",
+    "assemble",
+    "batch_dims",
+    "check_experts",
+    "entries",
+    "places",
+    "row_dim",
+    "take",
+    "tensors",
+]
+
+#: arguments that are (length, length) for all rows
+_SQUARE = ("mask", "src_mask", "tgt_mask", "memory_mask", "attn_mask")
+_TRANSFORMERS = (
+    nn.TransformerEncoderLayer,
+    nn.TransformerDecoderLayer,
+    nn.TransformerEncoder,
+    nn.TransformerDecoder,
+    nn.Transformer,
+)
+
+
+class RowError(ValueError):
+    """Adapters that cannot be told apart by row, and where."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A module, and how it sees the batch.
+
+    Attributes:
+        name: its qualified name.
+        kind: its class's name.
+        order: whether it takes the batch or the sequence first; ``"either"`` in a model that has modules of both.
+        experts: how many experts its own stacked parameters are; 0 if it has none.
+    """
+
+    name: str
+    kind: str
+    order: Literal["batch", "sequence", "either"]
+    experts: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.name or 'the model'!r} ({self.kind})"
+
+
+def places(model: nn.Module, names: Iterable[str]) -> dict[str, Place]:
+    """How the modules called ``names`` see the batch, as far as their classes and those around them tell."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    mixed = _sequence_first(model)
+    found = {}
+    for name in names:
+        parts = name.split(".") if name else []
+        around = [modules[".".join(parts[:i])] for i in range(len(parts) + 1)]
+        order: Literal["batch", "sequence", "either"] = "either" if mixed else "batch"
+        if isinstance(modules[name], nn.MultiheadAttention | nn.RNNBase):
+            order = "sequence" if _sequence_first(modules[name]) else "batch"
+        elif mixed and any(isinstance(m, _TRANSFORMERS) and _sequence_first(m) for m in around):
+            order = "sequence"
+        found[name] = Place(name, original_class(modules[name]).__name__, order, _experts(modules[name]))
+    return found
+
+
+def _experts(module: nn.Module) -> int:
+    stacked = [p for p in module._parameters.values() if p is not None and p.ndim == 3]
+    return 0 if layout_of(module) is not None or not stacked else len(stacked[0])
+
+
+def check_experts(place: Place, given: Iterable[Any], n: int) -> None:
+    """Refuse stacked experts that see the batch expert by expert.
+
+    Without an integer for each token, which says where it goes, tokens come once for each expert or sorted by expert:
+    the first dimension may be a multiple of the rows without being row by row.
+
+    Raises:
+        RowError: the rows cannot be told apart there.
+    """
+    found = tensors(given)
+    x = next((t for t in found if t.is_floating_point()), None)
+    if not place.experts or x is None:
+        return
+    routed = any(t.ndim and not t.is_floating_point() and len(t) == len(x) for t in found)
+    if not routed and (x.ndim == 2 or (x.ndim == 3 and len(x) == place.experts != n)):
+        raise RowError(
+            f"{place} holds {place.experts} experts and was called with {tuple(x.shape)}, whose rows may be "
+            "sorted by expert: its adapters cannot be told apart by row. Exclude it, or call the model once for each "
+            "adapter with lp.active"
+        )
+
+
+def _sequence_first(module: nn.Module) -> bool:
+    return any(isinstance(m, nn.MultiheadAttention | nn.RNNBase) and not m.batch_first for m in module.modules())
+
+
+def batch_dims(place: Place, x: Tensor) -> tuple[int, ...]:
+    """The dimension of ``x``, an input of the module at ``place``, that holds the batch; both if it is open."""
+    if place.order == "either" and x.ndim > (2 if x.is_floating_point() else 1):
+        return (0, 1)
+    return (1,) if place.order == "sequence" and x.ndim > 2 else (0,)
+
+
+def row_dim(place: Place, x: Tensor, n: int) -> int:
+    """The dimension of ``x``, an input of the module at ``place``, that holds the ``n`` rows.
+
+    Raises:
+        RowError: none does, or it cannot be told.
+    """
+    dims = batch_dims(place, x)
+    fits = [d for d in range(min(2, x.ndim)) if x.shape[d] and x.shape[d] % n == 0]
+    looked_up = not x.is_floating_point()
+    if len(dims) > 1 and len(fits) > 1:
+        raise RowError(
+            f"{place} was called with {tuple(x.shape)} for {n} rows, in a model that has modules with "
+            "batch_first=False: whether its rows are the first or the second dimension cannot be told. Build the "
+            "model with batch_first=True, or use another batch size"
+        )
+    dim = fits[0] if len(dims) > 1 and fits else dims[0]
+    if dim not in fits:
+        raise RowError(
+            f"{place} was called with a tensor of shape {tuple(x.shape)}, whose dimension {dim} is no multiple of the "
+            f"{n} rows. Give as many names as the batch has rows; a module that does not see the batch row by row (the "
+            "experts of a mixture, a table that all rows share) cannot have another adapter for each row: exclude it"
+        )
+    if x.ndim == 2 and not looked_up and re.search(r"(^|\.)experts\.\d+(\.|$)", place.name):
+        raise RowError(
+            f"{place} is one of several experts, which get the tokens of all rows mixed: adapters there cannot be told "
+            "apart by row. Exclude it"
+        )
+    if x.ndim == 1 and looked_up and (len(x) != n or torch.equal(x, torch.arange(n, device=x.device))):
+        raise RowError(
+            f"{place} was called with {len(x)} indices that look like positions, which all rows share: its adapters "
+            "cannot be told apart by row. Exclude it, or call it with (batch, length) indices"
+        )
+    return dim
+
+
+def take(x: Tensor, dim: int, rows: Sequence[int], n: int) -> Tensor:
+    """The entries of ``x`` along ``dim`` that belong to ``rows``, of ``n`` in all."""
+    repeats = x.shape[dim] // n
+    if rows[-1] - rows[0] + 1 == len(rows):  # they are in ascending order
+        return x.narrow(dim, rows[0] * repeats, len(rows) * repeats)
+    return x.index_select(dim, entries(tuple(rows), repeats, x.device))
+
+
+@functools.lru_cache(maxsize=4096)
+def entries(rows: tuple[int, ...], repeats: int, device: torch.device) -> Tensor:
+    """The indices of the entries that belong to ``rows`` where each row has ``repeats``."""
+    with torch.inference_mode(False):  # so that backward may keep it
+        return torch.tensor([r * repeats + i for r in rows for i in range(repeats)], device=device)
+
+
+def assemble(pieces: Sequence[tuple[Sequence[int], Tensor]], dim: int) -> Tensor:
+    """One tensor from the entries of some rows each; the inverse of :func:`take`."""
+    order = [row for rows, _ in pieces for row in rows]
+    whole = torch.cat([piece for _, piece in pieces], dim)
+    if order == sorted(order):
+        return whole
+    inverse = tuple(sorted(range(len(order)), key=order.__getitem__))
+    return whole.index_select(dim, entries(inverse, whole.shape[dim] // len(order), whole.device))
+
+
+def tensors(values: Iterable[Any]) -> list[Tensor]:
+    """All tensors in nested tuples, lists and mappings."""
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, Mapping):
+            found += tensors(value.values())
+        elif isinstance(value, tuple | list):
+            found += tensors(value)
+    return found

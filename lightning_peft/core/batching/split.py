@@ -1,0 +1,106 @@
+"""Split the inputs of a module into one part for each group of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_peft.core.batching.layout import _SQUARE, Place, RowError, assemble, row_dim, take
+from lightning_peft.core.kv_cache import find_cache
+from lightning_peft.core.module_io import parameters_of
+
+__all__ = ["split"]
+
+
+def split(
+    place: Place,
+    module: nn.Module,
+    groups: Sequence[Sequence[int]],
+    call: Callable[[int, tuple, dict[str, Any]], Any],
+    args: tuple,
+    kwargs: dict[str, Any],
+) -> Any:
+    """Run a module once for each group of rows, and put the outputs together.
+
+    Args:
+        place: where the module is.
+        module: the module.
+        groups: the rows of each group.
+        call: runs it, given the number of the group and its arguments.
+        args, kwargs: the arguments of the whole batch.
+
+    Raises:
+        RowError: the rows cannot be found in the arguments or in the outputs, or there is a KV cache.
+    """
+    n = sum(map(len, groups))
+    values = (*args, *kwargs.values())
+    if find_cache(values) is not None:
+        raise RowError(
+            f"the rows at {place} need a run each, and its KV cache is one for all: call the model with "
+            "use_cache=False, or give these rows one adapter"
+        )
+    first = next((v for v in values if isinstance(v, Tensor) and v.ndim), None)
+    if first is None:
+        raise RowError(f"{place} was called without a tensor, so that its rows cannot be told apart")
+    where = row_dim(place, first, n)
+    size = first.shape[where]
+    names = parameters_of(module)[: len(args)] if len(values) > 1 else []
+    names += [""] * (len(args) - len(names))
+
+    def part(value: Any, rows: Sequence[int], name: str) -> Any:
+        def of(t: Tensor) -> Tensor:
+            dim = where if t.ndim > 2 and name != "attn_mask" else 0
+            shared = t.ndim == 0 or (t.ndim == 2 and name in _SQUARE)
+            if shared or t.shape[dim] % n or (t.shape[dim] not in (size, n) and name != "attn_mask"):
+                return t
+            return take(t, dim, rows, n)
+
+        return _map(of, value)
+
+    outputs = []
+    for i, rows in enumerate(groups):
+        positional = tuple(part(value, rows, name) for name, value in zip(names, args))
+        outputs.append(call(i, positional, {name: part(value, rows, name) for name, value in kwargs.items()}))
+    if isinstance(module, nn.MultiheadAttention | nn.RNNBase):  # whose second output has another order than the first
+        second = 0 if isinstance(module, nn.MultiheadAttention) else 1
+        hidden, rest = ([o[i] for o in outputs] for i in (0, 1))
+        return _together(place, groups, hidden, where), _together(place, groups, rest, second)
+    return _together(place, groups, outputs, where)
+
+
+def _together(place: Place, groups: Sequence[Sequence[int]], outputs: list[Any], where: int) -> Any:
+    first = outputs[0]
+    if isinstance(first, Tensor):
+        dim = where if first.ndim > 2 else 0
+        per_row = {o.shape[dim] / len(rows) if o.ndim else 0.0 for rows, o in zip(groups, outputs)}
+        rest = {(*o.shape[:dim], *o.shape[dim + 1 :]) for o in outputs}
+        if len(per_row) == len(rest) == 1 and first.ndim:
+            return assemble(list(zip(groups, outputs)), dim)
+        if len(rest) > 1 and len(per_row) == 1:
+            raise RowError(
+                f"{place} gives outputs of shapes {[tuple(o.shape) for o in outputs]} for rows {[*map(list, groups)]}: "
+                "heads of different widths cannot serve one batch; call the model once for each width"
+            )
+        raise RowError(
+            f"{place} ran once for each group of rows, and its outputs, of shapes {[tuple(o.shape) for o in outputs]}, "
+            "cannot be put together: it must give one output for each row (and no loss), of one shape for all"
+        )
+    if isinstance(first, Mapping):
+        merged = {key: _together(place, groups, [o[key] for o in outputs], where) for key in first}
+        return merged if type(first) is dict else type(first)(**merged)
+    if isinstance(first, tuple | list):
+        parts = [_together(place, groups, list(values), where) for values in zip(*outputs)]
+        return type(first)(*parts) if hasattr(first, "_fields") else type(first)(parts)
+    return first
+
+
+def _map(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return function(value)
+    if type(value) in (tuple, list):
+        return type(value)(_map(function, v) for v in value)
+    if type(value) is dict:
+        return {k: _map(function, v) for k, v in value.items()}
+    return value

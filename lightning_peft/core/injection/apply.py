@@ -1,0 +1,329 @@
+"""Put methods into a model: plan everything, then change the model, once.
+
+Everything that can be wrong (a pattern that matches nothing, a name taken, a compiled or sharded model, a class that
+cannot be changed) is found while planning. Should the change fail all the same, or be interrupted, it is undone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from lightning_peft.core.adapters.lookup import hosts
+from lightning_peft.core.class_swap import check_mixin, original_class
+from lightning_peft.core.injection.attach import attach, check_host
+from lightning_peft.core.injection.rollback import all_or_nothing
+from lightning_peft.core.injection.saving_base import watch_saving
+from lightning_peft.core.names import canonical
+from lightning_peft.core.record import Injection, Trains, injected_name, injection_of
+from lightning_peft.core.state.adapter_records import parts_of
+from lightning_peft.core.state.consistency import check_record
+from lightning_peft.core.state.fingerprint import fingerprint
+from lightning_peft.core.state.freezing import (
+    FullPrecision,
+    freeze_norm_statistics,
+    hold_statistics,
+    keep_full_precision,
+)
+from lightning_peft.core.state.moved import Start
+from lightning_peft.core.state.plan import Method, Plan
+from lightning_peft.core.state.report import Report
+from lightning_peft.core.state.state_dict import settle
+from lightning_peft.core.targeting.base_modules import base_modules
+from lightning_peft.core.targeting.frozen_parts import name_frozen_parts
+from lightning_peft.core.targeting.storage import storage_problem
+from lightning_peft.core.targeting.ties import tie_notes, with_tied
+
+__all__ = ["InjectionError", "apply", "check_injectable", "inspect", "put_in"]
+
+
+class InjectionError(ValueError):
+    """Methods that cannot be put into this model, and why. Nothing was changed."""
+
+
+def apply(model: nn.Module, *methods: Method) -> Report:
+    """Freeze ``model`` and put ``methods`` into it, without a Trainer or inside ``configure_model``.
+
+    Applying the same methods again changes nothing. A later call with other methods adds them and leaves what
+    already trains alone; for a module around the one that has methods already, the rest of it is frozen then.
+
+    Args:
+        model: any module; changed in place.
+        *methods: in order of application. With none, those of the attached Trainer's callbacks.
+
+    Returns:
+        What was done where, and the counts.
+
+    Raises:
+        TargetError: a pattern matches nothing.
+        InjectionError: two methods under one name; a model that is compiled or sharded, or a part of one that has
+            methods already; a module that can take no adapter; no method at all.
+        StateError: a module that carries adapters was replaced or resized after they were put in.
+
+    Example::
+
+        report = lp.apply(model, lp.LoRA(r=8, trainable=["classifier"]))
+        optimizer = torch.optim.AdamW(lp.trainable_parameters(model), lr=1e-3)
+    """
+    wanted: Sequence[Method] = methods or _callbacks_of(model)
+    record = injection_of(model)
+    check_record(model)
+    new = _not_yet_applied(wanted, record)
+    if not new and record is not None:
+        return record.report
+    check_injectable(model)
+    return put_in(model, {method.name: (method, _plan(model, method)) for method in new})
+
+
+def put_in(model: nn.Module, plans: Mapping[str, tuple[Method, Plan]]) -> Report:
+    """Carry out what :func:`apply` planned: the methods and their plans, by adapter name.
+
+    Raises:
+        InjectionError: a module cannot take an adapter of that name; nothing was changed.
+        Exception: whatever stopped the change, which is undone then.
+    """
+    _check_hosts(model, plans)
+    with all_or_nothing(model):
+        return _put_in(model, plans)
+
+
+def _check_hosts(model: nn.Module, plans: Mapping[str, tuple[Method, Plan]]) -> None:
+    for name, (method, plan) in plans.items():
+        try:
+            for host, _, adapter, _ in plan.attach:
+                check_host(model, host, name, copies=bool(adapter.copies()))
+            for name_of, parameters, _ in _unfrozen(model, plan):
+                for parameter in parameters:
+                    if (problem := storage_problem(parameter)) is not None:
+                        raise ValueError(f"{name_of!r} cannot train, since it {problem}. Exclude it from trainable")
+            for trained in filter(None, plan.train_modules):
+                check_mixin(model.get_submodule(trained), FullPrecision, trained)
+        except ValueError as error:
+            raise InjectionError(f"{type(method).__name__} {name!r}: {error}") from error
+
+
+def _put_in(model: nn.Module, plans: Mapping[str, tuple[Method, Plan]]) -> Report:
+    record = injection_of(model)
+    first = record is None
+    if record is not None and (inner := injected_name(model)):
+        _widen(record, model, inner)
+    if record is None:
+        trained = frozenset(canonical(name) for name, p in model.named_parameters() if p.requires_grad)
+        model.requires_grad_(False)
+        record = Injection({}, Report(), {}, Start(), trained)
+    for name, (method, plan) in plans.items():
+        _commit(model, method, plan, record.report)
+        record.methods[name] = method
+        record.later |= dict.fromkeys(plan.later)
+        adapters = any(p.requires_grad for _, _, adapter, _ in plan.attach for p in adapter.parameters())
+        modules, parameters = with_tied(model, plan.train_modules, plan.train)
+        record.trains[name] = Trains(modules, (*parameters, *plan.later), adapters)
+        record.parts[name] = list(parts_of(model, name, tensors=False))
+        record.hosts[name] = tuple(dict.fromkeys(canonical(host) for host, *_ in plan.attach))
+    record.later = {n: v for n, v in record.later.items() if v is not None or not model.get_parameter(n).requires_grad}
+    if not any(method.train_norm_stats for method in record.methods.values()):
+        frozen = freeze_norm_statistics(model)
+        if frozen and first:
+            record.report.notes.append(f"{len(frozen)} frozen norm layers keep their running statistics")
+    record.report.count(model)
+    watch_saving(model)
+    if first:
+        record.start = Start.of(model)
+        model.__dict__["_peft_injection"] = record
+        record.fingerprint = fingerprint(model, leave_out=record.later)
+    if any(record.trains.values()):
+        settle(model)
+    return record.report
+
+
+def _widen(record: Injection, model: nn.Module, inner: str) -> None:
+    """Let the record of the module called ``inner`` speak of ``model`` around it, and freeze the rest of that."""
+
+    def outer(name: str) -> str:
+        return f"{inner}.{name}" if name else inner
+
+    inside = model.get_submodule(inner)
+    rest = {id(p) for p in model.parameters()} - {id(p) for p in inside.parameters()}
+    others = {name: p for name, p in model.named_parameters() if id(p) in rest}
+    trained = {canonical(name) for name, p in others.items() if p.requires_grad}
+    for parameter in others.values():
+        parameter.requires_grad_(False)
+    record.trained_before = frozenset(trained | {outer(name) for name in record.trained_before})
+    record.later = {outer(name): value for name, value in record.later.items()}
+    record.trains = {
+        adapter: Trains(tuple(map(outer, trains.modules)), tuple(map(outer, trains.parameters)), trains.adapters)
+        for adapter, trains in record.trains.items()
+    }
+    record.hosts = {adapter: tuple(map(outer, found)) for adapter, found in record.hosts.items()}
+    for part in (part for parts in record.parts.values() for part in parts):
+        part.host = outer(part.host)
+    record.report.entries = [entry._replace(module=outer(entry.module)) for entry in record.report.entries]
+    record.kept, record.moved = set(map(outer, record.kept)), set(map(outer, record.moved))
+    record.start = record.start.around(model, inner)
+    model.__dict__["_peft_injection"] = inside.__dict__.pop("_peft_injection")
+    record.fingerprint = fingerprint(model, leave_out=record.later)
+
+
+def inspect(model: nn.Module, *methods: Method) -> Report:
+    """What :func:`apply` would do: the match table and the counts. Nothing is changed.
+
+    Raises:
+        TargetError: a pattern matches nothing.
+        InjectionError: two methods under one name, a module that can take no adapter, parameters without a shape, or no
+            method at all.
+    """
+    wanted: Sequence[Method] = methods or _callbacks_of(model)
+    record = injection_of(model)
+    new = _not_yet_applied(wanted, record)
+    _check_initialised(model)
+    report = Report() if record is None else record.report.copy()
+    report.total = sum(p.numel() for p in model.parameters())
+    trained: dict[int, int] = {}
+    for method in new:
+        plan = _plan(model, method)
+        _check_hosts(model, {method.name: (method, plan)})
+        for _, shown, adapter, what in plan.attach:
+            count = sum(p.numel() for p in adapter.parameters() if p.requires_grad)
+            report.add(shown, what, count, method.name)
+            report.trainable += count
+            report.total += sum(p.numel() for p in adapter.parameters())
+        for name, parameters, what in _unfrozen(model, plan):
+            report.add(name, what, sum(p.numel() for p in parameters), method.name)
+            trained |= {id(p): p.numel() for p in parameters}
+        for name, what in dict.fromkeys(plan.later.values()):
+            report.add(name, what, 0, method.name)
+        report.note([*plan.notes, *tie_notes(model, plan)])
+    report.trainable += sum(trained.values())
+    return report
+
+
+def _plan(model: nn.Module, method: Method) -> Plan:
+    plan = method.plan(model)
+    name_frozen_parts(model, plan)
+    return plan
+
+
+def _callbacks_of(model: nn.Module) -> Sequence[Any]:
+    trainer = getattr(model, "_trainer", None)
+    callbacks: Any = model.__dict__.get("_peft_methods") or getattr(trainer, "callbacks", ())
+    found = [c for c in callbacks if hasattr(c, "plan") and hasattr(c, "config")]
+    if not found:
+        raise InjectionError(
+            "no method to apply: pass one, as in lp.apply(model, lp.LoRA(r=8)), or attach it to the Trainer "
+            "as a callback"
+        )
+    return found
+
+
+def _not_yet_applied(methods: Iterable[Method], record: Injection | None) -> list[Method]:
+    new: dict[str, Method] = {}
+    for method in methods:
+        kind = type(method).__name__
+        if method.name in new:
+            raise InjectionError(
+                f"two methods are named {method.name!r} ({type(new[method.name]).__name__} and {kind}): give each "
+                f"a name of its own, for example {kind}(..., name='{kind.lower()}')"
+            )
+        there = record.methods.get(method.name) if record is not None else None
+        if there is None:
+            new[method.name] = method
+        elif type(there) is not type(method) or there.config() != method.config():
+            raise InjectionError(
+                f"the model already carries a {type(there).__name__} named {method.name!r} with another "
+                f"configuration: {_difference(there.config(), method.config())}; give this one another name="
+            )
+    return list(new.values())
+
+
+def _difference(there: dict[str, Any], here: dict[str, Any]) -> str:
+    changed = [k for k in {**there, **here} if there.get(k) != here.get(k)]
+    return ", ".join(f"{k}={there.get(k)!r} there, {here.get(k)!r} here" for k in changed) or "of another class"
+
+
+def check_injectable(model: nn.Module) -> None:
+    """Whether ``model`` can take adapters at all.
+
+    Raises:
+        InjectionError: it is compiled, sharded or wrapped for distributed training, has PEFT's layers or parameters
+            without a shape yet, or is a part of an adapted model.
+    """
+    _check_initialised(model)
+    if injection_of(model) is None and (adapted := next(hosts(model), None)) is not None:
+        raise InjectionError(
+            f"{adapted[0] or 'the model'} carries adapters that were put into a larger model, of which this is a part: "
+            "apply further methods to that one"
+        )
+    for name, module in model.named_modules():
+        where = name or "the model"
+        if isinstance(module, torch._dynamo.eval_frame.OptimizedModule) or module._compiled_call_impl is not None:
+            raise InjectionError(
+                f"{where} is already compiled, and compiled code would not see the adapters: apply the methods "
+                "first, then torch.compile the model"
+            )
+        if original_class(module).__module__.partition(".")[0] == "peft":
+            raise InjectionError(
+                f"{where} is PEFT's ({original_class(module).__name__}): methods would adapt PEFT's own layers, and "
+                "freeze what PEFT trains. Give the plain model (merge_and_unload() or unload() of the PeftModel), and "
+                "load what PEFT saved with lp.load_adapter"
+            )
+        mro = {c.__name__ for c in original_class(module).__mro__} | {c.__name__ for c in type(module).__mro__}
+        if mro & {"FSDPModule", "FullyShardedDataParallel", "DistributedDataParallel"}:
+            raise InjectionError(
+                f"{where} is already sharded or wrapped for distributed training: every rank would get adapters "
+                "of its own; apply the methods first (in configure_model: lp.apply(self) before fully_shard)"
+            )
+
+
+def _check_initialised(model: nn.Module) -> None:
+    lazy = [name for name, p in [*model.named_parameters(), *model.named_buffers()] if is_lazy(p)]
+    if lazy:
+        raise InjectionError(
+            f"{', '.join(lazy)} have no shape yet: a lazy module makes them in its first call, and a method must know "
+            "the parameters that it freezes, adapts and saves. Run one batch through the model first, in __init__ or "
+            "configure_model, or give the layers their sizes (nn.Linear for nn.LazyLinear)"
+        )
+
+
+def _commit(model: nn.Module, method: Method, plan: Plan, report: Report) -> None:
+    for host, shown, adapter, what in plan.attach:
+        owners = (model.get_submodule(host), model)
+        reference = next((p for owner in owners for p in owner.parameters()), None)
+        if reference is not None and not reference.is_meta:
+            adapter.to(reference.device)
+        attach(model, host, method.name, adapter)
+        report.add(shown, what, sum(p.numel() for p in adapter.parameters() if p.requires_grad), method.name)
+    for name, parameters, what in _unfrozen(model, plan):
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        report.add(name, what, sum(p.numel() for p in parameters), method.name)
+    for name, what in dict.fromkeys(plan.later.values()):
+        report.add(name, what, 0, method.name)
+    report.note([*plan.notes, *tie_notes(model, plan)])
+    # A model that trains as a whole keeps the type that was asked for.
+    keep_full_precision((model.get_submodule(name) for name in plan.train_modules if name), _shared(model))
+    for name in plan.hold_statistics:
+        hold_statistics(model.get_submodule(name))
+
+
+def _unfrozen(model: nn.Module, plan: Plan) -> list[tuple[str, list[nn.Parameter], str]]:
+    """(name, parameters, description) of all that the plan trains of the base itself."""
+    full = [(n, _base_parameters(model.get_submodule(n)), "trains in full") for n in plan.train_modules]
+    return full + [(name, [model.get_parameter(name)], what) for name, what in plan.train.items()]
+
+
+def _base_parameters(module: nn.Module) -> list[nn.Parameter]:
+    # Without those of adapters inside, some of which a method may have frozen.
+    found = {id(p): p for _, m in base_modules(module) for p in m.parameters(recurse=False)}
+    return list(found.values())
+
+
+def _shared(model: nn.Module) -> set[int]:
+    seen: set[int] = set()
+    shared: set[int] = set()
+    for _, parameter in model.named_parameters(remove_duplicate=False):
+        (shared if id(parameter) in seen else seen).add(id(parameter))
+    return shared

@@ -1,0 +1,124 @@
+"""The change that a weight adapter makes, as a matrix and as a low-rank product, exact or cut by SVD."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from lightning_peft.core.adapters.base import WeightAdapter
+
+__all__ = ["Factors", "LowRankReport", "change", "evaluating", "product"]
+
+Factors = tuple[Tensor, Tensor]  # A (..., k, in) and B (..., out, k)
+
+
+@dataclass
+class LowRankReport:
+    """How well low-rank factors give what they stand for.
+
+    Attributes:
+        ranks: the rank by weight.
+        errors: the relative error by weight: the Frobenius norm of what is missing over that of the whole.
+        norms: the Frobenius norm of the whole, by weight.
+    """
+
+    ranks: dict[str, int] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
+    norms: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def error(self) -> float:
+        """The relative error over all weights together."""
+        missing = sum((self.errors[name] * self.norms[name]) ** 2 for name in self.errors)
+        whole = sum(norm**2 for norm in self.norms.values())
+        return (missing / whole) ** 0.5 if whole else 0.0
+
+    def __rich__(self) -> Table:
+        table = Table("weight", "rank", "relative error", title="Low-rank factors", title_justify="left")
+        for name, rank in self.ranks.items():
+            table.add_row(name, str(rank), f"{self.errors[name]:.3g}")
+        table.add_section()
+        table.add_row("all", str(sum(self.ranks.values())), f"{self.error:.3g}")
+        return table
+
+    def __str__(self) -> str:
+        text = io.StringIO()
+        Console(file=text, width=120).print(self)
+        return text.getvalue()
+
+
+@contextmanager
+def evaluating(*modules: nn.Module) -> Iterator[None]:
+    """Within the context ``modules`` are in eval mode: no dropout, no sampling."""
+    modes = [(m, m.training) for module in modules for m in module.modules()]
+    for module in modules:
+        module.eval()
+    try:
+        yield
+    finally:
+        for m, mode in modes:
+            m.training = mode
+
+
+@torch.no_grad()
+def change(part: WeightAdapter, weight: Tensor) -> Tensor:
+    """What ``part`` adds to the matrix of the stored ``weight``, (..., out, in), in float32 or wider."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    matrix = part.layout.matrix(weight.detach()).to(wide)
+    with evaluating(part):
+        if type(part).transform is WeightAdapter.transform:
+            return part.delta(matrix).to(wide)  # as it is, where W + D - W would round
+        return part.transform(matrix).to(wide) - matrix
+
+
+@torch.no_grad()
+def product(given: Factors | Tensor, r: int | None = None, energy: float | None = None) -> tuple[Factors, float, float]:
+    """Factors of a matrix, or of the product of ``given`` ones.
+
+    Args:
+        given: a matrix (..., out, in), or factors.
+        r: the rank, at most; the largest singular values are kept.
+        energy: keep the fewest singular values whose squares make up this share of their sum. Without either, ``given``
+            factors stay as they are, and a matrix gets those of its numerical rank.
+
+    Returns:
+        The factors, in which a matrix's singular values are shared equally; the relative error in the Frobenius norm;
+        and that norm.
+    """
+    if isinstance(given, Tensor):
+        u, s, vh = torch.linalg.svd(given, full_matrices=False)
+    else:
+        a, b = given
+        smaller = min(a.shape[-1], b.shape[-2])
+        if r is None and energy is None and a.shape[-2] <= smaller:
+            return given, 0.0, float(torch.linalg.matrix_norm(_core(a, b)[1]).norm())
+        (left, right), core = _core(a, b)
+        u, s, vh = torch.linalg.svd(core, full_matrices=False)
+        u, vh = left @ u, vh @ right.mT
+    squares = s.double() ** 2
+    total = squares.sum(-1, keepdim=True)
+    if energy is None:
+        rank = int(
+            (s > s.amax(-1, keepdim=True) * max(u.shape[-2], vh.shape[-1]) * torch.finfo(s.dtype).eps).sum(-1).max()
+        )
+    else:
+        rank = int(((squares.cumsum(-1) < energy * total * (1 - 1e-12)).sum(-1) + 1).max())
+    rank = max(1, min(rank, s.shape[-1], r or s.shape[-1]))
+    root = s[..., :rank].sqrt()
+    norm = float(total.sum().sqrt())
+    error = float(squares[..., rank:].sum().sqrt()) / norm if norm else 0.0
+    return (root[..., :, None] * vh[..., :rank, :], u[..., :rank] * root[..., None, :]), error, norm
+
+
+def _core(a: Tensor, b: Tensor) -> tuple[Factors, Tensor]:
+    """Orthonormal columns on either side, and the small matrix between them, of B A."""
+    left, upper = torch.linalg.qr(b)
+    right, lower = torch.linalg.qr(a.mT)
+    return (left, right), upper @ lower.mT

@@ -1,0 +1,224 @@
+"""Full copies of a base's own parameters, in place of the base's while an adapter is active.
+
+A method that trains parameters of the base itself (heads in ``trainable``, biases, norms) changes what every adapter
+sees. As a :class:`Replacement` such a state stands beside the base instead: each task keeps its own head, of its own
+width where the layer allows it, and its own biases and statistics, and is switched, merged and taken out like any
+adapter. Adapters run in order, so a copy hides what earlier adapters have made of that parameter, and later ones start
+from the copy.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from lightning_peft.core.adapters.base import Adapter
+from lightning_peft.core.adapters.effective_weights import stored_tensor
+from lightning_peft.core.class_swap import original_class
+from lightning_peft.core.state.plan import Plan
+from lightning_peft.core.state.state_dict import StateError
+from lightning_peft.core.targeting.base_modules import base_modules
+from lightning_peft.ops.finite import is_finite
+
+__all__ = ["Replacement", "replace_trained", "replacements", "saved_copies"]
+
+
+class Replacement(Adapter):
+    """Copies of some of a host's own parameters and persistent buffers, in place of the host's.
+
+    Args:
+        copies: the values by name in the host; ``out_proj.weight`` for a projection of ``nn.MultiheadAttention``. A
+            value that is a ``nn.Parameter`` is kept as that object, others become buffers.
+    """
+
+    def __init__(self, copies: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.stored_as: dict[str, str] = {}
+        for name, value in copies.items():
+            child, _, last = name.rpartition(".")
+            if child and child not in self._modules:
+                self.add_module(child, nn.Module())
+            owner = self.get_submodule(child)
+            key = f"{last}_" if hasattr(owner, last) else last  # such as 'weights' or 'run'
+            if isinstance(value, nn.Parameter):
+                owner.register_parameter(key, value)
+            else:
+                owner.register_buffer(key, value)
+            self.stored_as[name] = f"{child}.{key}" if child else key
+
+    @property
+    def rewrites(self) -> bool:
+        return True
+
+    def copies(self) -> Mapping[str, Tensor]:
+        return {
+            name: stored for name, key in self.stored_as.items() if (stored := stored_tensor(self, key)) is not None
+        }
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name} {'x'.join(map(str, copy.shape))}" for name, copy in self.copies().items())
+
+
+def replacements(model: nn.Module, state: Mapping[str, Tensor], trainable: bool = False) -> dict[str, Replacement]:
+    """Adapters that put ``state`` in place of the base's own values.
+
+    A tensor that the base holds under several names (tied weights) is replaced under those that are given: by one copy
+    under names with equal values, so that it stays tied, and by several otherwise. :func:`under_all_names` gives all.
+
+    Args:
+        model: the base, adapted or not; left as it is.
+        state: values by full name in ``model``: parameters and persistent buffers of the base. A weight and a bias
+            may have another number of outputs than the base's where the layer can give it: ``nn.Linear``,
+            ``nn.Conv1d/2d/3d`` with one group, ``nn.Embedding``'s rows.
+        trainable: whether the copies train.
+
+    Returns:
+        One adapter for each module that owns some of them, by the module's name.
+
+    Raises:
+        StateError: names that the base does not have, values that do not fit or are not finite; all are named.
+    """
+    places = dict(_places(model))
+    problems = [f"{name}: {_unknown(name, places)}" for name in state if name not in places]
+    given = {name: state[name] for name in state if name in places}
+    for name in (n for n in places if n in given):
+        if (problem := _problem(given[name], places[name]) or _uneven(name, given, places)) is not None:
+            problems.append(f"{name}: {problem}")
+    if problems:
+        raise StateError("the state cannot replace parameters of this model:\n  " + "\n  ".join(problems[:12]))
+    held: dict[int, list[Tensor]] = {}  # by the base's tensor: what is tied there, and is equal, is one copy here
+    hosts: dict[str, dict[str, Tensor]] = {}
+    for name in (n for n in places if n in given):
+        place, value = places[name], given[name]
+        same = held.setdefault(id(place.tensor), [])
+        copy = next((c for c in same if c.shape == value.shape and torch.equal(c, value)), None)
+        if copy is None:
+            copy = value.detach().clone()
+            if isinstance(place.tensor, nn.Parameter):
+                copy = nn.Parameter(copy, requires_grad=trainable and copy.is_floating_point())
+            same.append(copy)
+        hosts.setdefault(place.host, {})[place.name] = copy
+    return {host: Replacement(copies) for host, copies in hosts.items()}
+
+
+def replace_trained(
+    plan: Plan, model: nn.Module, state: Mapping[str, Tensor], trainable: bool = False
+) -> dict[str, Replacement]:
+    """Let ``plan`` put ``state`` in place of the base's own parameters instead of training those themselves.
+
+    Args:
+        plan: what a method will do to ``model``; changed in place.
+        model, state, trainable: see :func:`replacements`, which this returns.
+
+    Raises:
+        StateError: see :func:`replacements`.
+    """
+    found = replacements(model, state, trainable)
+    for host, adapter in found.items():
+        plan.attach.append((host, host, adapter, f"own {', '.join(adapter.stored_as)}"))
+    plan.train, plan.train_modules, plan.later, plan.hold_statistics = {}, [], {}, []
+    return found
+
+
+def saved_copies(plan: Plan, model: nn.Module, name: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What :func:`replace_trained` was given for the adapter called ``name``, from the state of the model it is in.
+
+    Args:
+        plan: what the adapter's method would do to ``model``.
+        model: the base, without that adapter.
+        name: the adapter.
+        state: by key.
+    """
+
+    def prefix(host: str) -> str:
+        return f"{host}.adapters.{name}".lstrip(".")
+
+    others = {f"{prefix(host)}.{key}" for host, _, adapter, _ in plan.attach for key in adapter.state_dict()}
+    found: dict[str, Tensor] = {}
+    for full, place in _places(model):
+        for beside in ("replacement.", ""):
+            for end in ("", "_"):
+                key = f"{prefix(place.host)}.{beside}{place.name}{end}"
+                if key in state and key not in others:
+                    found[full] = state[key]
+    return found
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A parameter or buffer of the base: the module that would carry its copy, its owner, its name in the first."""
+
+    host: str
+    owner: nn.Module
+    name: str
+    tensor: Tensor
+
+
+def _places(model: nn.Module) -> Iterator[tuple[str, _Place]]:
+    """All that can be replaced, by each full name it has."""
+    hosts: dict[int, tuple[str, str]] = {}  # a module's id: the host's name, and the prefix of names in the host
+    for name, module in base_modules(model):
+        hosts.setdefault(id(module), (name, ""))
+        if isinstance(module, nn.MultiheadAttention):
+            hosts[id(module.out_proj)] = (name, "out_proj.")  # read, and not called
+    for name, module in model.named_modules(remove_duplicate=False):
+        if id(module) not in hosts:
+            continue  # an adapter
+        host, prefix = hosts[id(module)]
+        buffers = {k: b for k, b in module._buffers.items() if k not in module._non_persistent_buffers_set}
+        for key, tensor in {**module._parameters, **buffers}.items():
+            if tensor is not None:
+                yield f"{name}.{key}" if name else key, _Place(host, module, f"{prefix}{key}", tensor)
+
+
+def _unknown(name: str, places: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(places), n=1)
+    return "the base has no such parameter or buffer" + (f"; nearest: {near[0]}" if near else "")
+
+
+def _problem(value: Tensor, place: _Place) -> str | None:
+    """Why ``value`` cannot stand in place of what is at ``place``."""
+    owner, base = place.owner, place.tensor
+    kind: Any = original_class(owner)
+    if isinstance(owner, parametrize.ParametrizationList) or any(
+        hasattr(hook, "compute_weight") for hook in owner._forward_pre_hooks.values()
+    ):
+        return "a weight is computed from it before the module runs: take the parametrization off first"
+    if base.is_floating_point() != value.is_floating_point():
+        return f"{value.dtype} given, {base.dtype} in the base"
+    if value.is_floating_point() and not is_finite(value):
+        return "holds NaN or infinity"
+    if value.shape == base.shape:
+        return None
+    shapes = f"{tuple(value.shape)} given, {tuple(base.shape)} in the base"
+    wider = [k for k in _OTHER_WIDTHS if isinstance(owner, k) and kind.forward is k.forward]
+    if not wider or "." in place.name or value.shape[1:] != base.shape[1:] or not value.ndim or not len(value):
+        return shapes
+    if getattr(owner, "groups", 1) != 1 or (getattr(owner, "padding_idx", None) or 0) >= len(value):
+        return f"{shapes}, whose groups or padding index leave no other number"
+    return None
+
+
+#: layers that can be called with another number of outputs (of rows, for an embedding)
+_OTHER_WIDTHS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
+
+
+def _uneven(name: str, given: Mapping[str, Tensor], places: Mapping[str, _Place]) -> str | None:
+    """Why ``given`` makes no whole: a weight and a bias of two widths."""
+    place, value = places[name], given[name]
+    if value.shape == place.tensor.shape:
+        return None
+    for other, sibling in places.items():
+        if (
+            sibling.owner is place.owner
+            and sibling is not place
+            and len(given.get(other, sibling.tensor)) != len(value)
+        ):
+            return f"has {len(value)} outputs, and {other} {len(given.get(other, sibling.tensor))}: replace both"
+    return None

@@ -1,0 +1,70 @@
+"""Take one adapter out of a model again."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, cast
+
+from torch import nn
+
+from lightning_peft.core.adapters.lookup import check_known, stacks
+from lightning_peft.core.injection.attach import detach
+from lightning_peft.core.injection.merge import unload
+from lightning_peft.core.names import canonical
+from lightning_peft.core.record import Trains, injected_module, injection_of
+
+__all__ = ["check_deletable", "delete_adapter", "take_out"]
+
+
+def delete_adapter(model: nn.Module, name: str) -> None:
+    """Take the adapter called ``name`` out of ``model``; the others stay as they are.
+
+    A module whose last adapter goes has its original class again, and with the last method gone the model is the
+    plain one that :func:`lightning_peft.unload` gives. What the method trained of the base itself (a head, biases)
+    has no earlier values to go back to: it stays as it is, and keeps training.
+
+    Args:
+        model: the adapted model; changed in place.
+        name: the adapter.
+
+    Raises:
+        ValueError: no adapter of that name, or one that is merged into the base or in training: an optimizer would
+            go on with parameters that no longer take part.
+    """
+    check_deletable(model, name)
+    take_out(model, name)
+    record = injection_of(model)
+    if record is not None and not record.methods:
+        unload(model)
+
+
+def check_deletable(model: nn.Module, name: str) -> None:
+    """See :func:`delete_adapter` for what it raises."""
+    check_known(model, name)
+    found = [stack for stack in stacks(model).values() if name in stack]
+    if any(name in stack.merged_names for stack in found):
+        raise ValueError(f"{name!r} is merged into the base: lp.unmerge(model) first")
+    trains = any(p.requires_grad for stack in found for p in cast(nn.Module, stack[name]).parameters())
+    if trains and (_fitting(model) or _fitting(injected_module(model))):
+        raise ValueError(f"{name!r} is in training, and the optimizer holds its parameters: delete it after the fit")
+
+
+def take_out(model: nn.Module, name: str) -> None:
+    """Take the adapter called ``name`` out of the modules and the record, and leave all else."""
+    for host_name in [host_name for host_name, stack in stacks(model).items() if name in stack]:
+        detach(model, host_name, name)
+    record = injection_of(model)
+    if record is not None:
+        record.methods.pop(name, None)
+        own = record.trains.pop(name, Trains())
+        names = [canonical(n) for n, _ in injected_module(model).named_parameters(remove_duplicate=False)]
+        record.kept |= replace(record, trains={name: own}).decided(names)  # what it trained of the base goes on
+        record.parts.pop(name, None)
+        record.hosts.pop(name, None)
+        record.report.entries = [entry for entry in record.report.entries if entry.adapter != name]
+        record.report.count(injected_module(model))
+
+
+def _fitting(module: Any) -> bool:
+    state = getattr(getattr(module, "_trainer", None), "state", None)
+    return state is not None and state.fn == "fit" and state.status == "running"

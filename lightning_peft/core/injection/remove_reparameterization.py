@@ -1,0 +1,46 @@
+"""Replace what only training needs (the network that makes a prompt) by what it computes."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import nn
+
+from lightning_peft.core.adapters.base import Adapter
+from lightning_peft.core.adapters.lookup import adapter_names, check_known, stacks
+from lightning_peft.core.record import injection_of
+
+__all__ = ["fold"]
+
+
+@torch.no_grad()
+def fold(model: nn.Module, name: str | None = None) -> list[str]:
+    """Fold reparametrised adapters, or the one called ``name``, into the parameters they compute.
+
+    The model computes what it did. The network that made the prompts is gone, so checkpoints saved from here on
+    are small, those saved before no longer load into this model, and an optimizer has to be built anew.
+
+    Returns:
+        The names of the modules whose adapters were folded.
+
+    Raises:
+        ValueError: no adapter of that name, or none that has anything to fold.
+    """
+    if name is not None:
+        check_known(model, name)
+    found = [
+        (host_name, adapter_name, cast(Adapter, adapter))
+        for host_name, stack in stacks(model).items()
+        for adapter_name, adapter in stack.items()
+        if name in (None, adapter_name) and cast(Adapter, adapter).foldable
+    ]
+    if not found:
+        raise ValueError(f"nothing to fold: {list(adapter_names(model))} train what they apply")
+    for _, _, adapter in found:
+        adapter.fold()
+    record = injection_of(model)
+    for adapter_name in {n for _, n, _ in found} if record is not None else ():
+        assert record is not None
+        record.methods[adapter_name] = record.methods[adapter_name].folded()  # type: ignore[attr-defined]
+    return [host_name for host_name, _, _ in found]

@@ -1,0 +1,80 @@
+"""Put what methods train back to its start, for the next fold of a cross-validation."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.core.adapters.lookup import check_unmerged, stack_prefixes
+from lightning_peft.core.names import canonical
+from lightning_peft.core.record import injected_module, injection_of
+from lightning_peft.core.state.freezing import set_thawed
+from lightning_peft.core.state.state_dict import StateError
+
+__all__ = ["moved_adapters", "reset"]
+
+
+@torch.no_grad()
+def reset(model: nn.Module) -> None:
+    """Put adapters, trained base parameters and moved buffers back to the values they had when methods were applied.
+
+    The methods stay in the model, and what trains stays what trains; parameters that a method unfroze during training
+    are frozen again. Optimizers and callbacks keep their state: build new ones for a new run.
+
+    Args:
+        model: the adapted model; changed in place.
+
+    Raises:
+        ValueError: no methods were applied, or adapters are merged into the base.
+        StateError: a parameter has changed and no copy of its start is kept: it moved without gradients, or the
+            methods train more than half of the base. Nothing is changed then.
+
+    Example::
+
+        for fold in folds:
+            lp.reset(module)
+            L.Trainer(callbacks=[lp.LoRA(r=8)]).fit(module, fold)
+    """
+    record, root = injection_of(model), injected_module(model)
+    if record is None:
+        raise ValueError("lp.reset: no methods were applied to this model, so there is nothing to put back")
+    check_unmerged(root)
+    current = {canonical(k): v for k, v in nn.Module.state_dict(root, keep_vars=True).items()}
+    lost = record.start.moved_marks(root, {**record.later, **record.start.trained})
+    lost += [k for k, v in record.start.trained.items() if k in current and current[k].shape != v.shape]
+    if lost:
+        raise StateError(
+            f"lp.reset cannot put {', '.join(sorted(lost)[:5])} back: no copy of its start is kept, because it moved "
+            "without gradients, is sharded, or the methods train more than half of the base. Load the base's weights "
+            "first (model.load_state_dict(initial, strict=False)), or build the model anew"
+        )
+    set_thawed(root, ())
+    for key, value in {**record.start.buffers, **record.start.trained}.items():
+        if key in current:
+            _put(current[key], value)
+    extra = {k: v if isinstance(v, Tensor) else pickle.loads(v) for k, v in record.start.extra.items()}
+    nn.Module.load_state_dict(root, extra, strict=False)
+    record.moved = set()
+
+
+def _put(tensor: Any, value: Tensor) -> None:
+    tensor.grad = None
+    if hasattr(tensor, "_local_tensor"):
+        from torch.distributed.tensor import distribute_tensor
+
+        value = distribute_tensor(value.to(tensor.device), tensor.device_mesh, tensor.placements)
+    tensor.copy_(value)
+
+
+def moved_adapters(model: nn.Module) -> list[str]:
+    """The keys of adapter tensors that differ from their start."""
+    record, root = injection_of(model), injected_module(model)
+    if record is None:
+        return []
+    inside = stack_prefixes(root)
+    state = {canonical(k): v for k, v in nn.Module.state_dict(root).items() if k.startswith(inside)}
+    start = record.start.trained
+    return sorted(k for k, v in state.items() if k in start and not torch.equal(start[k].to(v), v))

@@ -1,0 +1,33 @@
+"""What ``save_pretrained`` of an adapted model writes: the base, and the adapters under keys that nothing reads."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from torch import nn
+
+from lightning_peft.core.adapters.lookup import stacks
+from lightning_peft.core.class_swap import add_mixin
+
+__all__ = ["watch_saving"]
+
+
+class SavesBase:
+    """Mixin of a module that has ``save_pretrained``."""
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        left = {n for stack in stacks(self).values() for n in stack if n not in stack.merged_names}  # type: ignore[arg-type]
+        if left:
+            warnings.warn(
+                f"save_pretrained writes the base without its adapters {sorted(left)}: loading the folder gives the "
+                "base. Save adapters with lp.save_adapter, or lp.merge(model) (or lp.unload(model, merge=True)) first",
+                stacklevel=2,
+            )
+        return super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
+
+
+def watch_saving(model: nn.Module) -> None:
+    """Let ``save_pretrained`` of every module in ``model`` that has it say what it leaves out."""
+    for module in [m for m in model.modules() if callable(getattr(m, "save_pretrained", None))]:
+        add_mixin(module, SavesBase)

@@ -1,0 +1,71 @@
+"""What goes into a module and comes out of it: the parameters of its forward, the hidden state in its output.
+
+The hidden state is the first tensor of an output, whatever tuple, mapping or ``ModelOutput`` it comes in.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_peft.core.class_swap import original_class
+
+__all__ = ["by_name", "first_tensor", "hidden_state", "parameters_of", "with_hidden_state"]
+
+
+def first_tensor(args: Iterable[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """The first floating-point tensor among a call's arguments."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return value
+    return None
+
+
+def hidden_state(output: Any, where: str) -> Tensor:
+    """The tensor that an adapter changes in a module's output.
+
+    Raises:
+        TypeError: the output holds no tensor in first place.
+    """
+    first = output
+    if isinstance(output, Mapping):
+        first = output[_key(output)] if len(output) else None
+    elif isinstance(output, tuple | list) and output:
+        first = output[0]
+    if not isinstance(first, Tensor):
+        raise TypeError(
+            f"{where!r} gives {type(output).__name__} with {type(first).__name__} in first place: an activation "
+            "adapter needs a tensor, or a tuple or mapping whose first item is one"
+        )
+    return first
+
+
+def with_hidden_state(output: Any, new: Tensor) -> Any:
+    """``output`` with ``new`` in the place of its hidden state; the rest is shared, nothing is changed in place."""
+    if isinstance(output, Tensor):
+        return new
+    if dataclasses.is_dataclass(output) and isinstance(output, Mapping):
+        return dataclasses.replace(output, **{_key(output): new})  # type: ignore[type-var]
+    if isinstance(output, Mapping):
+        return {**output, _key(output): new}
+    if hasattr(output, "_replace"):
+        return output._replace(**{output._fields[0]: new})
+    return type(output)((new, *output[1:]))
+
+
+def _key(output: Mapping[str, Any]) -> str:
+    return "last_hidden_state" if "last_hidden_state" in output else next(iter(output))
+
+
+def parameters_of(module: nn.Module) -> list[str]:
+    """The names of the parameters of a module's forward."""
+    return list(inspect.signature(original_class(module).forward).parameters)[1:]  # type: ignore[attr-defined]
+
+
+def by_name(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call of ``module``, each under the name of its parameter."""
+    return {**dict(zip(parameters_of(module), args)), **kwargs}

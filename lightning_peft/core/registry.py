@@ -1,0 +1,48 @@
+"""The method classes by name. Class names found in files are looked up here and never imported."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_peft.methods.families.method import PEFTMethod
+
+__all__ = ["method_of_file", "register_method", "registered_method"]
+
+#: the method classes by name and by the module that defines them
+_METHODS: dict[str, dict[str, type[PEFTMethod]]] = {}
+
+
+def register_method(cls: type[PEFTMethod]) -> None:
+    """Add a method class; a later definition in the same module replaces an earlier one."""
+    _METHODS.setdefault(cls.__name__, {})[cls.__module__] = cls
+
+
+def registered_method(name: str) -> type[PEFTMethod]:
+    """The method class called ``name``; classes named in files are looked up here and never imported.
+
+    Raises:
+        ValueError: no such method is defined, or several are.
+    """
+    if name not in _METHODS:
+        near = difflib.get_close_matches(name, _METHODS, n=1)
+        hint = f"; nearest: {near[0]!r}" if near else ""
+        raise ValueError(f"no method named {name!r}; defined are {sorted(_METHODS)}{hint}")
+    found = _METHODS[name]
+    if len(found) > 1:
+        raise ValueError(f"{' and '.join(sorted(found))} define a method named {name!r} each: rename all but one")
+    return next(iter(found.values()))
+
+
+def method_of_file(kind: str, config: Mapping[str, Any]) -> PEFTMethod:
+    """The method that a file describes.
+
+    How it started does not matter any more, and a file should not make a tokenizer be looked up.
+
+    Raises:
+        ValueError, TypeError: no such method is defined, or it does not take these arguments.
+    """
+    start = {"init": "random", "init_text": None, "tokenizer": None} if "tokenizer" in config else {}
+    return registered_method(kind)(**{**config, **start})

@@ -1,0 +1,116 @@
+"""What adapters are, taken apart: where each is, what the layer under it is like, and its tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from lightning_peft.core.adapters.base import Adapter
+from lightning_peft.core.adapters.lookup import hosts
+from lightning_peft.core.adapters.stack import AdapterStack
+from lightning_peft.core.class_swap import original_class
+from lightning_peft.core.names import canonical
+from lightning_peft.core.targeting.layouts import (
+    ConvLayout,
+    EmbeddingLayout,
+    Layout,
+    NormLayout,
+    TransposedLayout,
+    weight_name,
+)
+
+__all__ = ["Part", "kind_of", "parts_of", "whole"]
+
+
+@dataclass
+class Part:
+    """One adapter of one module, or of one of its weights.
+
+    Attributes:
+        host: the module that carries it, by its name in the base.
+        parameter: the adapted weight's name inside the host; ``""`` where the adapter is of no weight.
+        kind: ``Linear``, ``Conv1D`` (Hugging Face's, stored transposed), ``Conv``, ``Embedding``, ``Norm``,
+            ``Attention`` (a projection of ``nn.MultiheadAttention``), ``Parameter`` (a bare one), or the host's class.
+        shape: the adapted weight's, as it is stored.
+        facts: plain values: the adapter's ``r`` and ``scale``, its ``tokens``; a convolution's ``groups``, ``dilation``
+            and ``padding_mode``; ``own_forward`` of a layer that computes something else than its class does.
+        tensors: the adapter's own, by name inside it.
+    """
+
+    host: str
+    parameter: str
+    kind: str
+    shape: tuple[int, ...]
+    facts: dict[str, Any] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The weight's name as patterns know it: the module's, or the parameter's where it is one of several."""
+        return weight_name(self.host, self.parameter, bare=self.kind == "Parameter")
+
+
+def parts_of(model: nn.Module, name: str, tensors: bool = True) -> Iterator[Part]:
+    """The adapters called ``name`` in ``model``; copies of the base's own values are none.
+
+    Args:
+        model: the module that carries them.
+        name: the adapter's.
+        tensors: whether to copy their tensors.
+    """
+    for host_name, host in hosts(model):
+        stack = cast(AdapterStack, host.adapters)
+        if name in stack:
+            adapter = cast(Adapter, stack[name])
+            weights = adapter.weights()
+            for parameter, part in weights.items():
+                stored = host.get_parameter(parameter)
+                facts = {n: getattr(part, n) for n in ("r", "scale", "tokens") if hasattr(part, n)}
+                facts |= _layer_facts(host, part.layout)
+                kind = kind_of(host, part.layout)
+                yield Part(
+                    canonical(host_name), parameter, kind, tuple(stored.shape), facts, _tensors(part) if tensors else {}
+                )
+            if not weights and not adapter.copies():
+                yield Part(
+                    canonical(host_name),
+                    "",
+                    original_class(host).__name__,
+                    (),
+                    {},
+                    _tensors(adapter) if tensors else {},
+                )
+
+
+def _tensors(adapter: Adapter) -> dict[str, Tensor]:
+    own = adapter.state_dict()
+    return {key: whole(value) for key, value in own.items() if not key.startswith("replacement.")}
+
+
+def kind_of(host: nn.Module, layout: Any) -> str:
+    """What kind of weight a layout of ``host`` reads: see :class:`Part`."""
+    if isinstance(host, nn.MultiheadAttention):
+        return "Attention"
+    kinds = {TransposedLayout: "Conv1D", EmbeddingLayout: "Embedding", ConvLayout: "Conv", NormLayout: "Norm"}
+    return kinds.get(type(layout), "Linear" if isinstance(host, nn.Linear) else "Parameter")
+
+
+def _layer_facts(host: Any, layout: Layout) -> dict[str, Any]:
+    facts: dict[str, Any] = {}
+    if isinstance(layout, ConvLayout):
+        facts = {"groups": host.groups, "dilation": list(host.dilation), "padding_mode": host.padding_mode}
+    if getattr(host, "is_transposed", False):
+        facts["is_transposed"] = True
+    if type(layout) is not Layout and not layout.has_activation and not hasattr(host, "embed_scale"):
+        facts["own_forward"] = True
+    return facts
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """``tensor`` on the CPU and of its own; of a sharded one all of it."""
+    if hasattr(tensor, "full_tensor"):
+        tensor = tensor.full_tensor()
+    return tensor.detach().to("cpu", copy=True).contiguous()

@@ -1,0 +1,78 @@
+"""Compare the record of what was put into a model with the model as it is now.
+
+A module that is replaced after the methods were applied (a resized vocabulary, a new head, fused projections) takes
+its adapters along, and a base that was built on the meta device gets its values only later. Both are compared before a
+fit, a save, a load and a merge.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import nn
+
+from lightning_peft.core.adapters.effective_weights import stored_tensor
+from lightning_peft.core.adapters.lookup import stacks
+from lightning_peft.core.adapters.stack import Adapted
+from lightning_peft.core.class_swap import has_mixin
+from lightning_peft.core.names import canonical
+from lightning_peft.core.record import Injection, injected_module, injection_of
+from lightning_peft.core.state.fingerprint import fingerprint
+from lightning_peft.core.state.moved import Start
+from lightning_peft.core.state.state_dict import StateError
+
+__all__ = ["check_record", "update_base"]
+
+
+def check_record(model: nn.Module) -> None:
+    """Check that all adapters of the record are where they were put, on weights of the shape they were made for.
+
+    Raises:
+        StateError: a module was replaced or resized; all such modules are named.
+    """
+    record = injection_of(model)
+    if record is None:
+        return
+    modules = {canonical(name): module for name, module in injected_module(model).named_modules()}
+    lost: dict[str, list[str]] = {}
+    for name, found in record.hosts.items():
+        for host in found:
+            module = modules.get(host)
+            if module is None or not has_mixin(module, Adapted) or name not in module.adapters:  # type: ignore[operator]
+                lost.setdefault(name, []).append(f"{host!r} was replaced and carries it no more")
+            elif problem := _resized(record, name, host, module):
+                lost.setdefault(name, []).append(problem)
+    for name, trains in record.trains.items():
+        gone = [m for m in trains.modules if m not in modules]
+        lost |= {name: [*lost.get(name, ()), *(f"{m!r}, which it trains, is gone" for m in gone)]} if gone else {}
+    if lost:
+        what = "; ".join(f"adapter {n!r}: {', '.join(w[:4])}{' ...' if len(w) > 4 else ''}" for n, w in lost.items())
+        raise StateError(
+            f"the model was changed after the methods were applied. {what}. Change modules (vocabulary, head, fused "
+            "layers) first and apply the methods then; lp.unload(model) gives the model back without them"
+        )
+
+
+def _resized(record: Injection, name: str, host: str, module: nn.Module) -> str | None:
+    if module.adapters.merged is not None:  # type: ignore[union-attr]
+        return None
+    for part in record.parts.get(name, ()):
+        stored = stored_tensor(module, part.parameter) if part.host == host and part.parameter else None
+        if stored is None or stored.ndim != len(part.shape) or not stored.numel():
+            continue  # flattened or taken apart by a strategy that shards
+        if tuple(stored.shape) != tuple(part.shape):
+            shapes = " to ".join("x".join(map(str, shape)) for shape in (part.shape, stored.shape))
+            return f"{host!r} was resized from {shapes}"
+    return None
+
+
+def update_base(model: nn.Module) -> None:
+    """Let the record know a base by its values, if it was on the meta device when the methods were applied."""
+    record, root = injection_of(model), injected_module(model)
+    if record is None or any(stack.merged is not None for stack in stacks(root).values()):
+        return
+    if any(buffer.is_meta for buffer in record.start.buffers.values()):
+        record.start = replace(Start.of(root), parameters=record.start.parameters)
+    elif record.fingerprint.get("values"):
+        return
+    record.fingerprint = fingerprint(root, leave_out=record.later)

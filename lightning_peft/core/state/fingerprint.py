@@ -1,0 +1,89 @@
+"""A fingerprint of the frozen base: a checkpoint or adapter that was trained on another base is an error."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.core.adapters.lookup import stacks
+from lightning_peft.core.names import canonical
+from lightning_peft.core.state.moved import extra_state
+from lightning_peft.core.state.state_dict import StateError, trainable_keys
+
+__all__ = ["check_fingerprint", "fingerprint"]
+
+
+def fingerprint(
+    model: nn.Module, tensors: int = 256, samples: int = 8, leave_out: Iterable[str] = ()
+) -> dict[str, Any]:
+    """What identifies the frozen base: a digest of names and shapes, and a few values of some tensors.
+
+    Values rather than a digest of them, so that a base loaded in another precision is still the same base.
+
+    Args:
+        model: the adapted model; what trains and what adapters own is left out.
+        tensors: at most so many tensors are sampled, evenly over the model.
+        samples: values taken from each, evenly over the tensor.
+        leave_out: names of parameters that are frozen now and train later.
+    """
+    frozen = _tensors_but(model, trainable_keys(model) | set(leave_out) | extra_state(model).keys())
+    shapes = hashlib.sha256(repr([(n, tuple(t.shape)) for n, t in sorted(frozen.items())]).encode()).hexdigest()
+    names = list(frozen)
+    chosen = names[:: max(1, len(names) // tensors)]
+    values = {n: _sample(frozen[n], samples) for n in chosen if frozen[n].numel() and not frozen[n].is_meta}
+    return {"shapes": shapes, "values": values}
+
+
+def check_fingerprint(model: nn.Module, saved: Mapping[str, Any], plain: bool = False) -> None:
+    """Compare the base with the one a state was trained on.
+
+    Args:
+        model: the base, adapted or not.
+        saved: what :func:`fingerprint` gave for the other.
+        plain: nothing was applied to ``model`` yet, so that all of it is base although it requires gradients.
+
+    Raises:
+        StateError: a tensor of the base is missing or holds other values, or adapters are merged into it.
+    """
+    if any(stack.merged is not None for stack in stacks(model).values()):
+        raise StateError("adapters are merged into the base, so that it cannot be compared: lp.unmerge(model) first")
+    trained = set() if plain else trainable_keys(model)
+    frozen = _tensors_but(model, trained)
+    for name, values in saved["values"].items():
+        if name in trained:
+            continue
+        if name not in frozen:
+            near = difflib.get_close_matches(name, list(frozen), n=1)
+            raise StateError(
+                f"this is another base model: it has no tensor {name!r}" + (f"; nearest: {near[0]!r}" if near else "")
+            )
+        if frozen[name].is_meta or not frozen[name].numel():
+            continue
+        here = torch.tensor(_sample(frozen[name], len(values)), dtype=torch.float64)
+        there = torch.tensor(values, dtype=torch.float64)
+        if here.shape != there.shape or not torch.allclose(here, there, rtol=1e-2, atol=1e-6):
+            raise StateError(
+                f"this is another base model: the values of {name!r} differ from those the state was trained on. "
+                "Load the same pretrained weights (and build anything random in the base from a fixed seed)"
+            )
+
+
+def _tensors_but(model: nn.Module, without: set[str]) -> dict[str, Tensor]:
+    state = {canonical(k): v for k, v in nn.Module.state_dict(model).items() if isinstance(v, Tensor)}
+    return {k: v for k, v in state.items() if k not in without}
+
+
+def _sample(tensor: Tensor, samples: int) -> list[float]:
+    if hasattr(tensor, "full_tensor"):  # sharded; all ranks come here together
+        tensor = tensor.full_tensor()
+    tensor = tensor.detach()
+    flat = (torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor).reshape(-1)
+    steps = min(samples, flat.numel())
+    # In float64: float32 counts exactly to 2^24 only, and would step past the end of a large embedding.
+    index = torch.linspace(0, flat.numel() - 1, steps, dtype=torch.float64).long().to(flat.device)
+    return [float(v) for v in flat[index].to("cpu", torch.float32)]

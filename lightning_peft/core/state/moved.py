@@ -1,0 +1,196 @@
+"""Find the frozen values of a model that change without gradients: EMA teachers, centres, statistics, extra state.
+
+Buffers and extra state are compared with copies. Parameters are compared with digests, because a copy of a frozen base
+would double its memory. A digest reads each value once and is exact up to a coincidence of 64-bit sums.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Container, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.core.adapters.lookup import hosts, stack_prefixes
+from lightning_peft.core.adapters.stack import AdapterStack
+from lightning_peft.core.names import canonical
+
+__all__ = ["Start", "extra_state"]
+
+
+@dataclass
+class Start:
+    """The values that a base had when methods were applied to it, by canonical name.
+
+    Attributes:
+        buffers: copies of the persistent buffers.
+        parameters: marks of the frozen parameters; None while nothing trains.
+        trained: copies on the CPU of what trains, without base parameters that make up most of the base.
+        extra: copies of the entries of ``state_dict`` that are neither parameters nor buffers.
+    """
+
+    buffers: dict[str, Tensor] = field(default_factory=dict)
+    parameters: dict[str, _Mark] | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+    trained: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Start:
+        """The start of ``model`` as it is now; parameters are marked by :meth:`mark`."""
+        stored = model.state_dict().keys()
+        buffers = {canonical(name): b.detach().clone() for name, b in model.named_buffers() if name in stored}
+        return cls(buffers, None, {key: _copy(value) for key, value in extra_state(model).items()})
+
+    def keep(self, model: nn.Module, owned: Container[str]) -> None:
+        """Copy the tensors in ``owned``, except where copies of the base would take more than half of its memory.
+
+        What was copied stays as it was.
+        """
+        state = {canonical(k): v for k, v in nn.Module.state_dict(model).items() if isinstance(v, Tensor)}
+        base = {name for name, _ in _base_parameters(model)}
+        most = 2 * sum(state[k].nbytes for k in base if k in owned) > sum(state[k].nbytes for k in base)
+        new = {k: v for k, v in state.items() if k in owned and k not in self.trained and not (most and k in base)}
+        copies = {k: v.detach().to("cpu", copy=True) for k, v in new.items() if not (v.is_meta or _is_sharded(v))}
+        self.trained = self.trained | copies
+
+    def mark(self, model: nn.Module) -> None:
+        """Mark the parameters of the base that are not copied.
+
+        A parameter that was marked keeps its mark, unless it was cast or sharded since: then its values cannot be
+        compared with the mark, and count from now on.
+        """
+        old = self.parameters or {}
+        self.parameters = {
+            name: old[name] if name in old and old[name].comparable(parameter) else _Mark.of(parameter)
+            for name, parameter in _base_parameters(model)
+            if name not in self.trained
+        }
+
+    def moved(self, model: nn.Module, trained: Container[str]) -> set[str]:
+        """The names of the values that differ from their start; not ``trained``, nor weights with merged adapters."""
+        found = {
+            name
+            for name, buffer in ((canonical(name), buffer) for name, buffer in model.named_buffers())
+            if name in self.buffers
+            and not self.buffers[name].is_meta  # its values came later
+            and not torch.equal(self.buffers[name].to(buffer), buffer)
+        }
+        found |= {
+            key for key, value in extra_state(model).items() if key not in self.extra or _differ(self.extra[key], value)
+        }
+        return found.union(self.moved_marks(model, trained))
+
+    def moved_marks(self, model: nn.Module, without: Container[str]) -> list[str]:
+        """The names of the marked parameters that differ from their start."""
+        marks, merged = self.parameters or {}, _merged(model)
+        return [
+            name
+            for name, parameter in _base_parameters(model)
+            if name in marks and name not in without and id(parameter) not in merged
+            if marks[name].comparable(parameter) and marks[name] != _Mark.of(parameter)
+        ]
+
+    def around(self, model: nn.Module, inner: str) -> Start:
+        """The start of ``model``, which calls the module of this one ``inner``; the rest of it is as it is now."""
+
+        def outer(values: Mapping[str, Any]) -> dict[str, Any]:
+            return {f"{inner}.{name}": value for name, value in values.items()}
+
+        found = Start.of(model)
+        found.buffers |= outer(self.buffers)
+        found.extra |= outer(self.extra)
+        found.trained = outer(self.trained)
+        if self.parameters is not None:
+            found.parameters = outer(self.parameters)
+        return found
+
+
+def extra_state(model: nn.Module) -> dict[str, Any]:
+    """The entries of ``state_dict`` that are neither parameters nor buffers, nor an adapter's, by canonical key.
+
+    ``get_extra_state`` makes them, the persistent states of torchmetrics, and quantised layers.
+    """
+    tensors = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    tensors |= {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    inside = stack_prefixes(model)
+    state = nn.Module.state_dict(model)
+    return {canonical(k): v for k, v in state.items() if k not in tensors and not k.startswith(inside)}
+
+
+@dataclass(frozen=True)
+class _Mark:
+    """What tells whether a parameter's values have changed; of a sharded one, the values on this rank."""
+
+    dtype: torch.dtype
+    shape: torch.Size
+    sums: tuple[int, ...] | None
+
+    @classmethod
+    def of(cls, parameter: Tensor) -> _Mark:
+        local = getattr(parameter, "_local_tensor", parameter).detach()
+        return cls(local.dtype, local.shape, _sums(local))
+
+    def comparable(self, parameter: Tensor) -> bool:
+        local = getattr(parameter, "_local_tensor", parameter)
+        return self.sums is not None and (self.dtype, self.shape) == (local.dtype, local.shape)
+
+
+_COLUMNS = 1024
+
+
+@torch.no_grad()
+def _sums(tensor: Tensor) -> tuple[int, ...] | None:
+    """Sums of the bits, over rows and over columns and weighted by place; None for values that cannot be read."""
+    if tensor.is_meta:
+        return None
+    try:
+        flat = tensor.contiguous().reshape(-1).view(torch.uint8)
+    except (RuntimeError, NotImplementedError, TypeError):  # a tensor subclass that does not give its bits
+        return None
+    if flat.storage_offset() % 8:
+        flat = flat.clone()
+    even = flat.numel() - flat.numel() % 8
+    words = flat[:even].view(torch.int64)
+    whole = words.numel() - words.numel() % _COLUMNS
+    table = words[:whole].view(-1, _COLUMNS)
+    sums = [table.sum(0), table.sum(1), words[whole:], flat[even:].to(torch.int64)]
+    return tuple(int(_mixed(each)) for each in sums if each.numel())
+
+
+def _mixed(values: Tensor) -> Tensor:
+    """One number of many, in which every bit and place counts (a sum alone loses changes of two highest bits)."""
+    places = torch.arange(1, values.numel() + 1, device=values.device) * 0x1E3779B97F4A7C15
+    mixed = (values + places) * 0x3F58476D1CE4E5B9
+    return ((mixed ^ (mixed >> 32)) * 0x14D049BB133111EB).sum()
+
+
+def _merged(model: nn.Module) -> set[int]:
+    """The identities of the parameters that adapters are merged into."""
+    stacks = ((host, cast(AdapterStack, host.adapters).merged or {}) for _, host in hosts(model))
+    return {id(host.get_parameter(name)) for host, merged in stacks for name in merged if merged[name] is not None}
+
+
+def _base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    inside = stack_prefixes(model)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if not name.startswith(inside):
+            yield canonical(name), parameter
+
+
+def _is_sharded(tensor: Tensor) -> bool:
+    return hasattr(tensor, "_local_tensor")
+
+
+def _copy(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else pickle.dumps(value)
+
+
+def _differ(start: Any, value: Any) -> bool:
+    if not isinstance(value, Tensor):
+        return bool(start != pickle.dumps(value))
+    return not (
+        isinstance(start, Tensor) and start.shape == value.shape and torch.equal(start.to(value), value.detach())
+    )

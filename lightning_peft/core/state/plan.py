@@ -1,0 +1,49 @@
+"""What a method is to the core, and what it says it will do to a model before anything is changed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import nn
+
+from lightning_peft.core.adapters.base import Adapter
+
+__all__ = ["Method", "Plan"]
+
+
+@dataclass
+class Plan:
+    """What one method will do to one model.
+
+    Attributes:
+        attach: (host name, name in the table, adapter, description) for each adapter.
+        train: names of base parameters to train, with the description for the table.
+        train_modules: names of base modules that train in full, heads for example; ``""`` is the whole model.
+        later: names of base parameters that are frozen at first and train later, with their name and description
+            in the table.
+        hold_statistics: names of norm layers whose running statistics stay although their parameters train.
+        notes: what is left alone and why.
+    """
+
+    attach: list[tuple[str, str, Adapter, str]] = field(default_factory=list)
+    train: dict[str, str] = field(default_factory=dict)
+    train_modules: list[str] = field(default_factory=list)
+    later: dict[str, tuple[str, str]] = field(default_factory=dict)
+    hold_statistics: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+class Method(Protocol):
+    """What :func:`apply` needs of a method; :class:`lightning_peft.PEFTMethod` is one."""
+
+    name: str
+    train_norm_stats: bool
+    may_change: ClassVar[frozenset[str]]
+
+    def plan(self, model: nn.Module) -> Plan: ...
+
+    def config(self) -> dict[str, Any]: ...
+
+    def regroup(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None: ...

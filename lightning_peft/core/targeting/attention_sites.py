@@ -1,0 +1,156 @@
+"""Attention as a place to attach: which modules attend, and how wide their keys and values are."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_peft.core.class_swap import original_class
+from lightning_peft.core.targeting.base_modules import base_modules
+from lightning_peft.core.targeting.frozen_parts import in_frozen_part, why_frozen
+from lightning_peft.core.targeting.patterns import TargetError, as_patterns, match, no_match, nothing_left
+
+__all__ = ["EAGER", "AttentionSite", "attention_sites", "find_attention"]
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """A module that attends.
+
+    Attributes:
+        name: its qualified name.
+        module: the module itself.
+        key_width: the width of all its keys together, key heads x head width.
+        value_width: that of its values.
+        query_width: that of its queries; more than ``key_width`` where groups of query heads share keys.
+    """
+
+    name: str
+    module: nn.Module = field(repr=False)
+    key_width: int
+    value_width: int
+    query_width: int
+
+
+_KEY = re.compile(r"(to_|w|linear_|fc_)?(k|key)(_proj|_lin|_linear|_layer|_attn|s)?")
+_QKV = re.compile(r"(to_|w|linear_|attn_|c_)?(qkv|query_key_value|in_proj|attn)(_proj|_linear)?", re.IGNORECASE)
+
+
+def attention_sites(model: nn.Module) -> dict[str, AttentionSite]:
+    """The attention modules of ``model`` by name: those that own key and value projections.
+
+    The widths are read from the projections themselves, so grouped-query attention needs nothing more.
+    """
+    sites = {}
+    for name, module in base_modules(model):
+        widths = _widths(module)
+        if widths is not None:
+            sites[name] = AttentionSite(name, module, *widths)
+    return sites
+
+
+def _widths(module: nn.Module) -> tuple[int, int, int] | None:
+    if isinstance(module, nn.MultiheadAttention):
+        return module.embed_dim, module.embed_dim, module.embed_dim
+    projections = {n: w for n, c in module.named_children() if (w := _in_out(c)) is not None}
+    for name, (_, key_width) in projections.items():
+        if _KEY.fullmatch(name):
+            value, query = (
+                projections.get(name.replace("key", to) if "key" in name else name.replace("k", to[0], 1))
+                for to in ("value", "query")
+            )
+            if value is not None:
+                return key_width, value[1], query[1] if query is not None else key_width
+    for name, (_, width) in projections.items():
+        others = {n: pair for n, pair in projections.items() if n != name}
+        if _QKV.fullmatch(name) and others:
+            # The output projection reads what all query heads wrote, so its input is as wide as the queries.
+            queries = 0 if any(n.startswith("q") for n in others) else list(others.values())[-1][0]
+            if width > queries and (width - queries) % 2 == 0:
+                return (width - queries) // 2, (width - queries) // 2, queries or width // 2
+    return None
+
+
+def _in_out(module: nn.Module) -> tuple[int, int] | None:
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor):
+        return None
+    features = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    if isinstance(features[0], int) and isinstance(features[1], int):
+        return features[0], features[1]
+    return (weight.shape[0], weight.shape[1]) if hasattr(module, "nf") else None  # Hugging Face's Conv1D
+
+
+def find_attention(
+    model: nn.Module, targets: str | Sequence[str], exclude: str | Sequence[str] = (), kv_dim: int | None = None
+) -> dict[str, AttentionSite]:
+    """The attention modules that ``targets`` names.
+
+    Args:
+        model: any module.
+        targets: ``"all-attention"`` or patterns.
+        exclude: patterns to take away again.
+        kv_dim: the width of keys and of values, for modules whose projections cannot be told by their names.
+
+    Raises:
+        TargetError: the model has no attention, a pattern matches none, or a kind that cannot be given a prefix.
+    """
+    sites = attention_sites(model)
+    modules = {name: module for name, module in base_modules(model) if name}
+    chosen: dict[str, AttentionSite] = {}
+    for pattern in as_patterns(targets, "targets"):
+        if pattern == "all-attention":
+            left_alone = in_frozen_part(model)
+            free = {name: site for name, site in sites.items() if not left_alone(name)}
+            if not free:
+                kinds = sorted({original_class(m).__name__ for m in modules.values()})
+                raise TargetError(
+                    "targets='all-attention' finds no attention: no module here owns key and value projections. The "
+                    f"model has {kinds[:12]}; name the modules that attend in targets and give kv_dim="
+                    + why_frozen(model)
+                )
+            chosen |= free
+            continue
+        hits = {n: m for n, m in modules.items() if match(pattern, n, m)}
+        found = {n: sites[n] for n in hits if n in sites}
+        if kv_dim is not None:
+            found |= {n: AttentionSite(n, m, kv_dim, kv_dim, kv_dim) for n, m in hits.items() if n not in sites}
+        if not found:
+            raise TargetError(f"targets: {_no_attention(pattern, hits, sites, modules)}")
+        chosen |= found
+    for pattern in as_patterns(exclude, "exclude"):
+        gone = [n for n, m in modules.items() if match(pattern, n, m)]
+        if not gone:
+            raise TargetError(f"exclude: {no_match(pattern, modules)}")
+        chosen = {n: s for n, s in chosen.items() if not any(n == g or n.startswith(f"{g}.") for g in gone)}
+    if not chosen:
+        raise TargetError(nothing_left(targets, exclude))
+    for site in chosen.values():
+        kind = getattr(getattr(site.module, "config", None), "_attn_implementation", None)
+        if kind not in (None, "sdpa", "eager", EAGER):
+            raise TargetError(
+                f"{site.name!r} runs {kind!r} attention, which takes no prefix; load the model with "
+                "attn_implementation='sdpa' (or call model.set_attn_implementation('sdpa'))"
+            )
+    order = {name: i for i, name in enumerate(modules)}
+    return {n: chosen[n] for n in sorted(chosen, key=lambda n: order.get(n, -1))}
+
+
+def _no_attention(pattern: str, hits: Mapping[str, nn.Module], sites: Mapping[str, Any], modules: Any) -> str:
+    if not hits:
+        return no_match(pattern, {n: modules[n] for n in sites if n} or modules)
+    name, module = next(iter(hits.items()))
+    inside = [n for n in sites if n.startswith(f"{name}.")]
+    if inside:
+        return f"{pattern!r} matches {name!r}, which holds attention but is none; nearest: {inside[0]!r}"
+    return (
+        f"{pattern!r} matches {name!r} ({original_class(module).__name__}), which owns no key and value projections; "
+        f"if it attends, give kv_dim= (key heads x head width)" + (f"; attention is {list(sites)[:4]}" if sites else "")
+    )
+
+
+EAGER = "lightning_peft_eager"

@@ -1,0 +1,124 @@
+"""The base inside a model: the module whose own names are those that everyone who has the base uses.
+
+A LightningModule that holds a model as ``self.net`` calls its parts ``net.<module>``; adapters that are to fit any
+other holder of the same model go by the names inside. :class:`Base` maps between the two.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from lightning_peft.core.class_swap import original_class
+from lightning_peft.core.optional import config_value, input_embedding
+from lightning_peft.core.targeting.base_modules import base_modules
+from lightning_peft.core.targeting.ties import seen_once
+
+__all__ = ["Base", "base_for_keys", "base_of"]
+
+
+@dataclass(frozen=True)
+class Base:
+    """The module inside a model whose names an adapter directory uses.
+
+    Attributes:
+        root: the module that methods are applied to.
+        name: the name of the base inside ``root``; ``""`` where they are one.
+    """
+
+    root: nn.Module
+    name: str
+
+    @property
+    def module(self) -> nn.Module:
+        """The base itself."""
+        return self.root.get_submodule(self.name)
+
+    def outer(self, name: str) -> str:
+        """A name of the base as ``root`` has it."""
+        return ".".join(part for part in (self.name, name) if part)
+
+    def inner(self, name: str) -> str | None:
+        """A name of ``root`` as the base has it; None outside of the base."""
+        if not self.name or name == self.name:
+            return name if not self.name else ""
+        return name.removeprefix(f"{self.name}.") if name.startswith(f"{self.name}.") else None
+
+    def patterns(self, names: Iterable[str]) -> list[str]:
+        """Patterns for a method on ``root`` that mean exactly these names of the base."""
+        return [f"re:{re.escape(self.outer(name))}" for name in names]
+
+    def modules(self) -> dict[str, nn.Module]:
+        """The base's own modules by name, as they are without adapters."""
+        return dict(base_modules(self.module))
+
+    def facts(self) -> dict[str, Any]:
+        """What names the base: its class, and what a Hugging Face model's ``config`` says; plain values."""
+        cls, config = original_class(self.module), getattr(self.module, "config", None)
+        embedding = input_embedding(self.module)
+        return {
+            "class": cls.__name__,
+            "library": cls.__module__,
+            "name_or_path": config_value(config, "_name_or_path") or None,
+            "revision": config_value(config, "_commit_hash"),
+            "embedding": next((n for n, m in base_modules(self.module) if m is embedding), None),
+            "shared": seen_once(self.module),
+            "tied": bool(config_value(config, "tie_word_embeddings", False)),
+            "pretrained": _is(self.module, "PreTrainedModel", "transformers.modeling_utils"),
+        }
+
+
+def base_of(root: nn.Module, used: Iterable[str] = ()) -> Base:
+    """The base of a model: the outermost Hugging Face model, or the one module that a LightningModule wraps.
+
+    Args:
+        root: the module that methods are applied to.
+        used: names inside ``root`` that have to lie in the base.
+    """
+    used = list(used)
+    for name, module in base_modules(root):
+        if _is(module, "PreTrainedModel", "transformers.modeling_utils") and all(
+            Base(root, name).inner(other) is not None for other in used
+        ):
+            return Base(root, name)
+    name, module = "", root
+    while _is(module, "LightningModule", "lightning.pytorch.core.module"):
+        children = {n: child for n, child in module.named_children() if child.state_dict()}
+        if len(children) != 1 or any(True for _ in module.parameters(recurse=False)):
+            break
+        child = next(iter(children))
+        if any(Base(root, f"{name}.{child}".lstrip(".")).inner(other) is None for other in used):
+            break
+        name, module = f"{name}.{child}".lstrip("."), children[child]
+    return Base(root, name)
+
+
+def base_for_keys(root: nn.Module, keys: Iterable[str]) -> Base:
+    """The base that ``keys`` (without prefix) were written for: the module in which most of their parts are found."""
+    paths = [key.split(".") for key in itertools.islice(keys, 64)]
+    first = base_of(root)
+    candidates = [(first.name, first.module), *base_modules(root)]
+    # max takes the first of equals: the base as it would be written, then the outermost.
+    name, _ = max(candidates, key=lambda candidate: sum(_depth(candidate[1], path) for path in paths))
+    return Base(root, name)
+
+
+def _depth(module: nn.Module, path: Iterable[str]) -> int:
+    """How many parts of ``path`` name modules, one inside the other, from ``module`` on."""
+    depth = 0
+    for part in path:
+        child = module._modules.get(part)
+        if child is None:
+            break
+        module, depth = child, depth + 1
+    return depth
+
+
+def _is(module: nn.Module, name: str, where: str) -> bool:
+    """Whether ``module`` is of a class of a library that is not imported here."""
+    return any(c.__name__ == name and c.__module__ == where for c in original_class(module).__mro__)

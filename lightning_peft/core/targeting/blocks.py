@@ -1,0 +1,234 @@
+"""The blocks of a model in order of depth, and the attention and feed-forward sub-layers inside them.
+
+A block is the unit in which layers are chosen, frozen and unfrozen. Sub-layers are found by structure and by the
+field's usual names. A sub-layer is known by two modules: the one whose input is the sub-layer's, and the one whose
+output is what the block adds to its residual stream. Often one module is both; a feed-forward that the block runs
+itself (``linear1`` and ``linear2`` of ``nn.TransformerEncoderLayer``, BERT's ``intermediate`` and ``output``) has two.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from torch import nn
+
+from lightning_peft.core.class_swap import original_class
+from lightning_peft.core.targeting.base_modules import base_modules
+from lightning_peft.core.targeting.frozen_parts import in_frozen_part
+from lightning_peft.core.targeting.sites import Site, output_head, weight_sites
+
+__all__ = ["Sublayer", "channels_first", "find_blocks", "find_sublayers", "input_width", "label", "output_width"]
+
+_CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
+
+
+def find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The repeated blocks of ``model`` by qualified name, the first to run first (as far as definition order tells).
+
+    A block is a composite module in a ``ModuleList``, ``Sequential`` or ``ModuleDict`` whose class occurs there at
+    least twice, or that is the only one in it; of nested ones the outermost count (a transformer's layers, not their
+    heads). A model without any, such as a plain ``Sequential`` of layers, has its layers that own parameters as
+    blocks. Parts that the user froze as a whole have none.
+    """
+    left_alone = in_frozen_part(model)
+    inside = [
+        (f"{name}.{child}" if name else child, module, len(container))
+        for name, container in base_modules(model)
+        if isinstance(container, _CONTAINERS)
+        for child, module in container.named_children()
+    ]
+    composite = [
+        (n, m, size)
+        for n, m, size in inside
+        if not isinstance(m, _CONTAINERS) and any(True for _ in m.children()) and not left_alone(n)
+    ]
+    kinds = [original_class(m) for _, m, _ in composite]
+    repeated = [(n, m) for n, m, _ in composite if kinds.count(original_class(m)) > 1]
+    every = sum(1 for _ in model.parameters())
+    alone = [(n, m) for n, m, size in composite if size == 1 and sum(1 for _ in m.parameters()) < every]
+    if blocks := _outermost(repeated) or _outermost(alone):
+        return blocks
+    owners = [(n, m) for n, m in base_modules(model) if n and any(True for _ in m.parameters(recurse=False))]
+    return [(n, m) for n, m in owners if not left_alone(n)]
+
+
+def _outermost(blocks: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
+    return [(n, m) for n, m in blocks if not any(n.startswith(f"{other}.") for other, _ in blocks)]
+
+
+@dataclass(frozen=True)
+class Sublayer:
+    """One attention or feed-forward.
+
+    Attributes:
+        kind: which of the two.
+        start: the name of the module whose input is the sub-layer's.
+        end: the name of the module whose output is the sub-layer's, before residual sum and norm.
+        sites: the names of the linear layers and projections inside, in order.
+        outputs: those of them that project back to the width of the sub-layer's input; several for experts.
+        width: features of the output, or None where no layer inside tells.
+    """
+
+    kind: Literal["attention", "feedforward"]
+    start: str
+    end: str
+    sites: tuple[str, ...]
+    outputs: tuple[str, ...]
+    width: int | None
+
+
+_ATTENTION_CLASS = re.compile(r".*(Attention|Attn)\d*(D|d)?")
+_ATTENTION_NAME = re.compile(r"(self_?|cross_?|encoder_|multihead_)?(attn|attention)\d*|mha")
+_FEEDFORWARD_CLASS = re.compile(
+    r".*(MLP|Mlp|MLPBlock|FeedForward|FeedForwardNetwork|FFN|FF|DenseActDense|DenseGatedActDense|SwiGLU|MoeBlock|MoE)\d*"
+)
+_FEEDFORWARD_NAME = re.compile(r"mlp|ffn?|feed_?forward|(block_sparse_)?moe")
+#: children of one block that are a feed-forward together
+_PAIRS = [("linear1", "linear2"), ("fc1", "fc2"), ("ffn", "ffn_output"), ("lin1", "lin2"), ("intermediate", "output")]
+_LAST = {
+    "attention": {"o_proj", "out_proj", "out_lin", "c_proj", "proj", "wo", "o", "dense", "output", "out", "to_out"},
+    "feedforward": {"down_proj", "fc2", "c_proj", "wo", "w2", "lin2", "linear2", "linear_2", "dense_4h_to_h"}
+    | {"output_dense", "fc_out", "proj", "dense", "ffn_output"},
+}
+
+
+def find_sublayers(model: nn.Module) -> list[Sublayer]:
+    """The sub-layers in all blocks of ``model``, in order; empty where nothing looks like one."""
+    sites = weight_sites(model)
+    head = output_head(model, sites)
+    modules = dict(base_modules(model))
+    blocks = find_blocks(model)
+    repeated = [name for name, module in blocks if any(True for _ in module.children())]
+    found = list(_search(modules, repeated, sites, head)) if len(repeated) == len(blocks) else []
+    found = found or list(_search(modules, [""], sites, head))
+    order, left_alone = list(modules), in_frozen_part(model)
+    found = [sublayer for sublayer in found if not left_alone(sublayer.start)]
+    return sorted(found, key=lambda sublayer: order.index(sublayer.start))
+
+
+def label(site: str) -> str:
+    """The last part of a name that is no number, in lower case: ``to_out`` for ``attn.to_out.0``."""
+    parts = [part for part in site.lower().split(".") if not part.isdigit()]
+    return parts[-1] if parts else site
+
+
+def output_width(module: nn.Module) -> int | None:
+    """The number of features of a module's output as its own attributes, or its last layer's, say it."""
+    own = _own_width(module)
+    if own is not None:
+        return own
+    inside = [_own_width(m) for name, m in base_modules(module) if name]
+    return next((width for width in reversed(inside) if width is not None), None)
+
+
+def input_width(module: nn.Module) -> int | None:
+    """The number of features of a layer's input; None for a module of several layers, of which any may be the first."""
+    widths = (module.__dict__.get(attribute) for attribute in ("in_features", "in_channels", "nx"))
+    return next((width for width in widths if isinstance(width, int)), None)
+
+
+def channels_first(module: nn.Module) -> bool:
+    """Whether the features of a module's output are its second dimension, as a convolution's are."""
+    layers = [m for name, m in base_modules(module) if _own_width(m) is not None]
+    last = module if _own_width(module) is not None else (layers or [module])[-1]
+    kinds = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm)
+    return isinstance(last, kinds)
+
+
+def _own_width(module: nn.Module) -> int | None:
+    for attribute in (
+        "out_features",
+        "out_channels",
+        "num_features",
+        "num_channels",
+        "embed_dim",
+        "embedding_dim",
+        "nf",
+    ):
+        value = module.__dict__.get(attribute)
+        if isinstance(value, int) and any(True for _ in module.parameters(recurse=False)):
+            return value
+    shape = module.__dict__.get("normalized_shape")
+    if isinstance(shape, tuple):
+        return shape[-1]
+    weight = module._parameters.get("weight")
+    is_norm = "Norm" in original_class(module).__name__ and weight is not None and weight.ndim == 1
+    return weight.numel() if is_norm and weight is not None else None
+
+
+def _search(
+    modules: dict[str, nn.Module], roots: Iterable[str], sites: dict[str, Site], head: str | None
+) -> Iterator[Sublayer]:
+    for root in roots:
+        done: list[str] = []
+        found: list[Sublayer] = []
+        for name, module in modules.items():
+            inside = not root or name == root or name.startswith(f"{root}.")
+            if not name or not inside or any(name == d or name.startswith(f"{d}.") for d in done):
+                continue
+            last = name.rpartition(".")[2]
+            kind = original_class(module).__name__
+            is_attention = isinstance(module, nn.MultiheadAttention) or (
+                _ATTENTION_CLASS.fullmatch(kind) or (name != root and _ATTENTION_NAME.fullmatch(last))
+            )
+            is_feedforward = _FEEDFORWARD_CLASS.fullmatch(kind) or (name != root and _FEEDFORWARD_NAME.fullmatch(last))
+            for what, hit in (("attention", is_attention), ("feedforward", is_feedforward)):
+                sublayer = _sublayer(what, name, name, modules, sites) if hit and name not in sites else None
+                if sublayer is not None and head not in sublayer.sites:
+                    found.append(sublayer)
+                    done.append(name)
+                    break
+            else:
+                for first, second in _PAIRS:
+                    start, end = f"{name}.{first}", f"{name}.{second}"
+                    pair = start in modules and end in modules and _sublayer("feedforward", start, end, modules, sites)
+                    if pair and head not in pair.sites:
+                        found.append(pair)
+                        done += [start, end]
+                        break
+        width = next((s.width for s in found if s.width is not None), None)
+        for s in found:  # experts in bare parameters do not tell their width; the block's residual stream has one
+            yield s if s.width is not None or not root else replace(s, width=width)
+
+
+def _sublayer(
+    kind: str, start: str, end: str, modules: dict[str, nn.Module], sites: dict[str, Site]
+) -> Sublayer | None:
+    names = list(dict.fromkeys(n for part in (start, end) for n in sites if n == part or n.startswith(f"{part}.")))
+    linear = [n for n in names if sites[n].linear_like]
+    others = [n for n in names if not sites[n].is_computed and not sites[n].layout.has_activation]
+    bare = [n for n in others if sites[n].weight.ndim == 3]
+    if not linear and not bare:
+        return None
+    literal: Literal["attention", "feedforward"] = "attention" if kind == "attention" else "feedforward"
+    last = [n for n in linear if label(n) in _LAST[kind] and (n == end or n.startswith(f"{end}."))]
+    pair = start != end
+    if not pair:
+        start = _narrowed(start, names, modules, sites)
+    outputs = tuple(n for n in names if label(n) in _LAST[kind])
+    if (kind == "feedforward" and (bare or len(last) > 1)) or not linear:  # experts
+        return Sublayer(literal, start, start, tuple(names), outputs, None)
+    final = (last or linear)[-1]
+    host = sites[final].host
+    width = output_width(modules[host])
+    enters = getattr(sites[linear[0]].module, "in_features", width)
+    if kind == "feedforward" and enters != width:  # the last layer found is not the one that projects back
+        return Sublayer(literal, start, end if pair else start, tuple(names), outputs, enters)
+    return Sublayer(literal, start, host, tuple(names), (final,), width)
+
+
+def _narrowed(name: str, inside: list[str], modules: dict[str, nn.Module], sites: dict[str, Site]) -> str:
+    """The smallest module around all of ``inside``, down from ``name``."""
+    hosts = {sites[n].host for n in inside}
+    while name not in hosts:
+        deeper = [c for c in modules if c.startswith(f"{name}.") and "." not in c[len(name) + 1 :]]
+        around = [c for c in deeper if any(h == c or h.startswith(f"{c}.") for h in hosts)]
+        if len(around) != 1 or not all(h == around[0] or h.startswith(f"{around[0]}.") for h in hosts):
+            break
+        if isinstance(modules[around[0]], nn.ModuleList | nn.ModuleDict):
+            break
+        name = around[0]
+    return name

@@ -1,0 +1,86 @@
+"""Parts of a model that the user froze as a whole: methods leave them alone unless a pattern names them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from lightning_peft.core.record import injected_name, injection_of
+from lightning_peft.core.targeting.base_modules import base_modules
+
+if TYPE_CHECKING:
+    from lightning_peft.core.state.plan import Plan
+__all__ = ["frozen_parts", "in_frozen_part", "name_frozen_parts", "why_frozen"]
+
+
+def frozen_parts(model: nn.Module) -> list[str]:
+    """The outermost modules whose parameters were all frozen before any method was applied, beside parts that train.
+
+    The network of a perceptual loss is one, or a teacher. Empty if nothing was frozen, or everything. Parameters that
+    cannot train (integers, packed formats) say nothing of the user's intention.
+    """
+    trains = _trains_by_module(model)
+    if all(trains.values()) or not any(trains.values()):
+        return []
+    live = set(_with_parents(name for name, value in trains.items() if value))
+    found: list[str] = []
+    for name in _with_parents(trains):
+        if name not in live and not any(name.startswith(f"{outer}.") for outer in found):
+            found.append(name)
+    return found
+
+
+def in_frozen_part(model: nn.Module) -> Callable[[str], bool]:
+    """A test of the name of a module or parameter: does it lie in a part that the user froze as a whole?"""
+    parts = frozen_parts(model)
+    return lambda name: any(name == part or name.startswith(f"{part}.") for part in parts)
+
+
+def why_frozen(model: nn.Module) -> str:
+    """What an error adds if a method finds nothing to adapt, perhaps because the user froze it; empty otherwise."""
+    parts = frozen_parts(model)
+    if not parts:
+        return ""
+    return (
+        f". Left alone because you froze them while other parts train: {', '.join(parts)}. Name them in targets to "
+        "adapt them all the same, or do not freeze them yourself"
+    )
+
+
+def name_frozen_parts(model: nn.Module, plan: Plan) -> None:
+    """Add to the notes of ``plan`` which frozen parts it does not touch."""
+    touched = [*(host for host, *_ in plan.attach), *plan.train, *plan.train_modules, *plan.later]
+    for part in frozen_parts(model):
+        inside = any(name == part or name.startswith(f"{part}.") for name in touched)
+        around = any(not name or part.startswith(f"{name}.") for name in plan.train_modules)
+        if not inside and not around:
+            size = sum(p.numel() for p in model.get_submodule(part).parameters())
+            plan.notes.append(f"{part} was frozen before and is left alone ({size:,} parameters)")
+
+
+def _trains_by_module(model: nn.Module) -> dict[str, bool]:
+    """Whether each module's own parameters train, or did before methods were applied; modules without any left out."""
+    record, root = injection_of(model), injected_name(model)
+    before = {f"{root}.{name}".lstrip(".") for name in record.trained_before} if record is not None else set()
+    every = dict(model.named_parameters(remove_duplicate=False))
+    trained = {id(p) for name, p in every.items() if name in before}  # by identity: a tied weight has several names
+    found: dict[str, bool] = {}
+    for name, module in base_modules(model):
+        inside = record is not None and (not root or f"{name}.".startswith(f"{root}."))
+        for parameter in module._parameters.values():
+            if parameter is None or not parameter.is_floating_point() or is_traceable_wrapper_subclass(parameter):
+                continue
+            trains = id(parameter) in trained if inside else parameter.requires_grad
+            found[name] = found.get(name, False) or trains
+    return found
+
+
+def _with_parents(names: Iterable[str]) -> list[str]:
+    """The names and those of all modules around them, the outermost first."""
+    around = {
+        ".".join(parts[:i]): None for parts in (n.split(".") for n in names if n) for i in range(1, len(parts) + 1)
+    }
+    return sorted(around, key=lambda name: name.count("."))

@@ -1,0 +1,228 @@
+"""How a stored weight reads as a matrix W (out x in), and how its layer multiplies by a low-rank pair.
+
+Methods see only matrices, so convolutions, embeddings and transposed storage are handled here and nowhere else.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_peft.core.class_swap import original_class, own_forward
+
+__all__ = [
+    "ConvLayout",
+    "EmbeddingLayout",
+    "Layout",
+    "LinearLayout",
+    "NormLayout",
+    "TransposedLayout",
+    "layout_of",
+    "weight_name",
+]
+
+
+class Layout:
+    """A weight that is stored as the matrix it is and read directly by its module (no activation path)."""
+
+    has_activation = False
+    #: whether the layer is called with vectors (..., in) and gives vectors (..., out)
+    vectors = False
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """The stored weight as a matrix (..., out, in); a view where it can be."""
+        return weight
+
+    def stored(self, matrix: Tensor, like: Tensor) -> Tensor:
+        """The inverse of :meth:`matrix`: ``matrix`` in the shape that ``like`` is stored in."""
+        return matrix
+
+    def down(self, host: Any, x: Tensor, a: Tensor) -> Tensor:
+        """The layer's operation on ``x`` with the matrix ``a`` (r x in) for weight."""
+        raise NotImplementedError
+
+    def up(self, host: Any, h: Tensor, b: Tensor, y: Tensor, scale: float) -> Tensor:
+        """``y`` plus ``scale`` times the matrix ``b`` (out x r) applied to ``h``."""
+        raise NotImplementedError
+
+    def features(self, host: Any, v: Tensor) -> Tensor:
+        """``v``, one value for each input or output feature, shaped to broadcast over the layer's activations."""
+        raise NotImplementedError
+
+    def inputs(self, host: Any, matrix: torch.Size) -> tuple[int, int]:
+        """The number of input features, and of the groups they fall into; columns are (features / groups * kernel)."""
+        return matrix[-1], 1
+
+    def kernel(self, weight: Tensor) -> torch.Size:
+        """The kernel's size where the matrix has columns (in * kernel); empty for what has none."""
+        return torch.Size()
+
+
+class LinearLayout(Layout):
+    """``nn.Linear``: the weight is W itself."""
+
+    has_activation = True
+    vectors = True
+
+    def down(self, host: Any, x: Tensor, a: Tensor) -> Tensor:
+        return F.linear(x, _cast(a, x))
+
+    def up(self, host: Any, h: Tensor, b: Tensor, y: Tensor, scale: float) -> Tensor:
+        # One fused operation: no scaled copy and no separate sum.
+        b = _cast(b, y)
+        out = torch.addmm(y.reshape(-1, y.shape[-1]), _cast(h, y).reshape(-1, h.shape[-1]), b.t(), alpha=scale)
+        return out.view(y.shape)
+
+    def features(self, host: Any, v: Tensor) -> Tensor:
+        return v
+
+
+class TransposedLayout(LinearLayout):
+    """Hugging Face's ``Conv1D`` (GPT-2): the weight is stored as W^T."""
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        return weight.t()
+
+    def stored(self, matrix: Tensor, like: Tensor) -> Tensor:
+        return matrix.t()
+
+
+def weight_name(host: str, parameter: str, bare: bool) -> str:
+    """What patterns and files call a weight: its module, or the parameter itself where the module is not a layer.
+
+    Args:
+        host: the name of the module that carries the adapter.
+        parameter: the weight's name in it.
+        bare: whether the weight is a parameter of a module that is not a layer of a known kind.
+    """
+    full = f"{host}.{parameter}".strip(".")
+    return full if bare and parameter == "weight" else full.removesuffix(".weight")
+
+
+class NormLayout(Layout):
+    """The weight of a norm layer, one value for each feature, as a matrix of one column."""
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        return weight.reshape(-1, 1)
+
+    def stored(self, matrix: Tensor, like: Tensor) -> Tensor:
+        return matrix.reshape(like.shape)
+
+
+class EmbeddingLayout(LinearLayout):
+    """``nn.Embedding``: a linear layer (dim x vocabulary) on one-hot rows, stored transposed."""
+
+    vectors = False
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        return weight.t()
+
+    def stored(self, matrix: Tensor, like: Tensor) -> Tensor:
+        return matrix.t()
+
+    def down(self, host: Any, x: Tensor, a: Tensor) -> Tensor:
+        return F.embedding(x, a.t(), padding_idx=host.padding_idx)
+
+
+class ConvLayout(Layout):
+    """``nn.Conv1d/2d/3d``: W is (out x in/groups * kernel); any stride, dilation, groups and padding mode."""
+
+    has_activation = True
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        return weight.flatten(1)
+
+    def stored(self, matrix: Tensor, like: Tensor) -> Tensor:
+        return matrix.reshape(like.shape)
+
+    def down(self, host: Any, x: Tensor, a: Tensor) -> Tensor:
+        # Every group sees the same A, as W = BA says: A is repeated, and h has r channels for each group.
+        kernel = _cast(a, x).view(-1, host.in_channels // host.groups, *host.kernel_size)
+        if host.groups > 1:
+            kernel = kernel.repeat(host.groups, *[1] * (kernel.ndim - 1))
+        padding = host.padding
+        if host.padding_mode != "zeros":
+            x = F.pad(x, host._reversed_padding_repeated_twice, mode=host.padding_mode)
+            padding = 0
+        conv = _CONV[len(host.kernel_size)]
+        return conv(x, kernel, None, host.stride, padding, host.dilation, host.groups)
+
+    def up(self, host: Any, h: Tensor, b: Tensor, y: Tensor, scale: float) -> Tensor:
+        b, h = _cast(b, y), _cast(h, y)
+        if host.groups == 1 and y.is_contiguous() and y.ndim > len(host.kernel_size) + 1:
+            # A 1x1 convolution is a product for each image; as such it adds to y in one operation.
+            out = torch.baddbmm(y.flatten(2), b.expand(len(y), *b.shape), h.flatten(2), alpha=scale)
+            return out.view(y.shape)
+        kernel = b.view(*b.shape, *[1] * len(host.kernel_size))
+        return torch.add(y, _CONV[len(host.kernel_size)](h, kernel, groups=host.groups), alpha=scale)
+
+    def features(self, host: Any, v: Tensor) -> Tensor:
+        return v.view(-1, *[1] * len(host.kernel_size))
+
+    def kernel(self, weight: Tensor) -> torch.Size:
+        return weight.shape[2:]
+
+    def inputs(self, host: Any, matrix: torch.Size) -> tuple[int, int]:
+        return host.in_channels, host.groups
+
+
+_CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+def _cast(t: Tensor, like: Tensor) -> Tensor:
+    """Adapters are kept in float32; without autocast they compute in the activation's type."""
+    if t.dtype == like.dtype or torch.is_autocast_enabled(like.device.type):
+        return t
+    return t.to(like.dtype)
+
+
+_FORWARDS = {nn.Linear: LinearLayout, nn.Conv1d: ConvLayout, nn.Conv2d: ConvLayout, nn.Conv3d: ConvLayout}
+
+
+def layout_of(module: nn.Module) -> tuple[Layout, bool] | None:
+    """How the module's ``weight`` reads as a matrix, and whether ``all-linear`` means it; None for other modules."""
+    cls = original_class(module)
+    if isinstance(module, nn.modules.conv._ConvTransposeNd):
+        return None
+    for kind, layout in _FORWARDS.items():
+        if isinstance(module, kind):
+            return _guarded(layout(), module, kind), kind is nn.Linear
+    if isinstance(module, nn.Embedding):
+        if module.max_norm is not None:
+            return None
+        return _guarded(EmbeddingLayout(), module, nn.Embedding), False
+    if any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in cls.__mro__):
+        return _guarded(TransposedLayout(), module, cls), True
+    return None
+
+
+def _guarded(layout: Layout, module: nn.Module, kind: Any) -> Layout:
+    """Without the activation path where the module computes something else than the layer it derives from.
+
+    Such a layer (a scaled embedding, say) runs with the adapted weight in place instead, which is right for
+    any forward that reads ``self.weight``.
+    """
+    cls: Any = original_class(module)
+    own_conv = getattr(cls, "_conv_forward", None) is not getattr(kind, "_conv_forward", None)
+    if cls.forward is not kind.forward or own_conv or not _computes_as(module, kind, layout):
+        layout.has_activation = layout.vectors = False
+    return layout
+
+
+@torch.no_grad()
+def _computes_as(module: nn.Module, kind: Any, layout: Layout) -> bool:
+    """Whether a forward set on the instance gives what the class's gives, as a hook around that one does."""
+    own = own_forward(module)
+    if own is None:
+        return True
+    if not layout.vectors:
+        return False
+    try:
+        weight = cast(Tensor, module.weight)
+        x = torch.linspace(-1, 1, 2 * layout.matrix(weight).shape[-1]).view(2, -1).to(weight)
+        return torch.equal(own(x), kind.forward(module, x))
+    except (RuntimeError, TypeError, ValueError):  # without values yet, or of another signature
+        return False

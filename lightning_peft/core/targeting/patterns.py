@@ -1,0 +1,127 @@
+r"""Patterns that name parts of a model, and the errors that say what was meant.
+
+A pattern is one of
+
+* a name or the end of one: ``q_proj``, ``self_attn.q_proj``;
+* a glob over the name or the end of it: ``encoder.layer.*.query``;
+* ``re:`` and a regular expression for the whole name: ``re:.*layers\.[0-3]\..*``;
+* ``type:`` and a class name, base classes included: ``type:Conv2d``.
+
+A pattern that matches nothing is always an error: a target silently missed trains nothing.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+from torch import nn
+
+from lightning_peft.core.class_swap import original_class
+from lightning_peft.core.targeting.base_modules import base_modules
+
+__all__ = [
+    "Patterns",
+    "TargetError",
+    "as_patterns",
+    "bare_parameters",
+    "match",
+    "match_modules",
+    "match_parameters",
+    "nothing_left",
+]
+
+Patterns = str | Sequence[str]
+
+
+class TargetError(ValueError):
+    """A pattern names nothing in the model, or something the method cannot adapt."""
+
+
+def as_patterns(patterns: Patterns, argument: str) -> tuple[str, ...]:
+    """Check and normalise what a user gave.
+
+    Raises:
+        TargetError: an empty pattern, a regular expression that does not compile, or several patterns in one
+            string.
+    """
+    listed = (patterns,) if isinstance(patterns, str) else tuple(patterns)
+    for pattern in listed:
+        if not isinstance(pattern, str) or not pattern:
+            raise TargetError(f"{argument} must hold non-empty strings, got {pattern!r}")
+        if pattern.startswith("re:"):
+            try:
+                re.compile(pattern[3:])
+            except re.error as error:
+                raise TargetError(f"{argument}: {pattern!r} is no regular expression: {error}") from None
+        elif "," in pattern or " " in pattern.strip():
+            separate = [part.strip() for part in re.split(r"[,\s]+", pattern) if part.strip()]
+            raise TargetError(f"{argument}: {pattern!r} is one string; write a list: {separate}")
+    return listed
+
+
+def match(pattern: str, name: str, module: nn.Module | None = None) -> bool:
+    """Whether ``pattern`` names the thing called ``name``; ``module`` is what ``type:`` looks at."""
+    if pattern.startswith("type:"):
+        return module is not None and any(c.__name__ == pattern[5:] for c in original_class(module).__mro__)
+    if pattern.startswith("re:"):
+        return re.fullmatch(pattern[3:], name) is not None
+    if any(character in pattern for character in "*?["):
+        return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"*.{pattern}")
+    return name == pattern or name.endswith(f".{pattern}")
+
+
+def match_modules(model: nn.Module, patterns: Iterable[str], argument: str) -> dict[str, nn.Module]:
+    """The base modules that ``patterns`` name, in model order.
+
+    Raises:
+        TargetError: a pattern matches no module.
+    """
+    modules = {name: module for name, module in base_modules(model) if name}
+    found: dict[str, nn.Module] = {}
+    for pattern in patterns:
+        hits = {name: module for name, module in modules.items() if match(pattern, name, module)}
+        if not hits:
+            raise TargetError(f"{argument}: {no_match(pattern, modules)}")
+        found |= hits
+    return {name: module for name, module in modules.items() if name in found}
+
+
+def match_parameters(model: nn.Module, pattern: str) -> list[str]:
+    """The base's parameters that ``pattern`` names, in model order; ``type:`` names none."""
+    owners = base_modules(model)
+    names = (f"{n}.{k}" if n else k for n, m in owners for k, p in m._parameters.items() if p is not None)
+    return [name for name in names if match(pattern, name)]
+
+
+def bare_parameters(model: nn.Module) -> dict[str, nn.Module]:
+    """The names of parameters whose module also holds other modules (a logit scale, query tokens), with that module."""
+    around = ((name, module) for name, module in base_modules(model) if any(True for _ in module.children()))
+    return {f"{n}.{k}" if n else k: m for n, m in around for k, p in m._parameters.items() if p is not None}
+
+
+def no_match(pattern: str, candidates: Mapping[str, nn.Module]) -> str:
+    """The sentence for a pattern that matched none of ``candidates``, with the nearest right answers."""
+    kind, text = ("type:", pattern[5:]) if pattern.startswith("type:") else ("", pattern)
+    if kind:
+        words = {original_class(module).__name__ for module in candidates.values()}
+    else:
+        words = {suffix for name in candidates for suffix in _suffixes(name)}
+    near = difflib.get_close_matches(text, sorted(words), n=4, cutoff=0.5)
+    near = near or sorted({name.rpartition(".")[2] for name in candidates} if not kind else words)[:12]
+    hint = f"; nearest: {', '.join(kind + word for word in near)}" if near else "; the model has none to match"
+    return f"{pattern!r} matches nothing{hint}"
+
+
+def nothing_left(targets: Patterns, exclude: Patterns) -> str:
+    """The sentence for ``targets`` of which ``exclude`` leaves nothing, or which is empty itself."""
+    if not as_patterns(targets, "targets"):
+        return f"targets={targets!r} is empty, so nothing would be adapted: give 'all-linear' or patterns"
+    return f"exclude={exclude!r} excludes everything that targets={targets!r} matches: name less in exclude"
+
+
+def _suffixes(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[i:]) for i in range(len(parts)) if not parts[i].isdigit()]

@@ -1,0 +1,102 @@
+"""Tied weights and shared modules: one tensor, or one module, under several names.
+
+The rule: an adapter acts on the module that carries it, whatever that module is called, and on no other with the same
+weight. A base parameter that trains is one tensor and changes under all of its names. The report says both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from lightning_peft.core.state.plan import Plan
+from lightning_peft.core.targeting.base_modules import base_modules
+
+__all__ = ["seen_once", "shared_modules", "tie_notes", "tied_names", "under_all_names", "with_tied"]
+
+
+def tied_names(model: nn.Module) -> dict[str, list[str]]:
+    """The names of each parameter that several modules have, one for each of them, by each of these names."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    modules = {name: id(module) for name, module in model.named_modules(remove_duplicate=False)}
+    found: dict[str, list[str]] = {}
+    for group in names.values():
+        owners = {modules[name.rpartition(".")[0]]: name for name in reversed(group)}
+        if len(owners) > 1:
+            found |= {name: list(owners.values()) for name in owners.values()}
+    return found
+
+
+def shared_modules(model: nn.Module) -> dict[str, list[str]]:
+    """The other names of each base module that has several, by its first."""
+    first = {id(module): name for name, module in base_modules(model)}
+    found: dict[str, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if id(module) in first and name != first[id(module)]:
+            found.setdefault(first[id(module)], []).append(name)
+    return found
+
+
+def seen_once(model: nn.Module) -> dict[str, list[str]]:
+    """Those of :func:`shared_modules` of which replacing one name leaves others as they are, and these others.
+
+    Of a module that is shared only because one around it is, replacing one name replaces them all.
+    """
+
+    def place(name: str) -> tuple[int, str]:
+        owner, _, last = name.rpartition(".")
+        return id(model.get_submodule(owner)), last
+
+    shared = shared_modules(model)
+    left = {name: [o for o in others if place(o) != place(name)] for name, others in shared.items()}
+    return {name: others for name, others in left.items() if others}
+
+
+def with_tied(
+    model: nn.Module, modules: Iterable[str], parameters: Iterable[str]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """``modules`` that train in full and single ``parameters``, and what else of the base trains as it is tied to them.
+
+    A module of which all is tied to something inside ``modules`` trains in full itself.
+    """
+    modules, parameters = list(modules), list(parameters)
+    tied = tied_names(model)
+    inside = tuple("" if name == "" else f"{name}." for name in modules)
+    for name in [n for n in tied if not n.startswith(inside) and any(o.startswith(inside) for o in tied[n])]:
+        owner = name.rpartition(".")[0]
+        own = [f"{owner}.{key}".lstrip(".") for key, _ in model.get_submodule(owner).named_parameters()]
+        if owner and all(any(o.startswith(inside) for o in tied.get(key, ())) for key in own):
+            modules.append(owner)
+        else:
+            parameters.append(name)
+    parameters += [o for name in [*parameters] for o in tied.get(name, ()) if not o.startswith(inside)]
+    return tuple(dict.fromkeys(modules)), tuple(dict.fromkeys(parameters))
+
+
+def under_all_names(model: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``values`` by names of parameters, each under the names of what it is tied to as well."""
+    tied = tied_names(model)
+    return {other: value for name, value in values.items() for other in tied.get(name, ())} | dict(values)
+
+
+def tie_notes(model: nn.Module, plan: Plan) -> list[str]:
+    """What a report says of the ties and shared modules that ``plan`` meets."""
+    tied, notes = tied_names(model), []
+    modules, parameters = with_tied(model, plan.train_modules, plan.train)
+    for name in [n for n in (*modules, *parameters) if n not in (*plan.train_modules, *plan.train)]:
+        notes.append(f"{name} trains as well: it holds the same tensor as what was named, and stays tied to it")
+    hosts = dict.fromkeys(host for host, *_ in plan.attach)
+    for host, _, adapter, _ in plan.attach:
+        for weight in (f"{host}.{p}".lstrip(".") for p in adapter.weights()):
+            apart = [o for o in tied.get(weight, ()) if o != weight and o.rpartition(".")[0] not in hosts]
+            if apart:
+                notes.append(f"{host} is adapted alone: {', '.join(apart)} is the same tensor and stays as it is")
+    shared = seen_once(model)
+    for name in dict.fromkeys(n for n in (*hosts, *plan.train_modules) if n in shared):
+        notes.append(f"{name} is one module with {', '.join(shared[name])}: what is done to it acts under each name")
+    return notes

@@ -1,0 +1,73 @@
+"""Where virtual tokens can go: the modules that take a token sequence, and what they say of it."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from lightning_peft.core.class_swap import original_class
+from lightning_peft.core.module_io import parameters_of
+from lightning_peft.core.optional import input_embedding
+from lightning_peft.core.targeting.base_modules import base_modules
+from lightning_peft.core.targeting.patterns import TargetError
+
+__all__ = ["around", "batch_first", "is_causal", "position_limit", "token_models", "token_width"]
+
+
+def token_models(model: nn.Module) -> dict[str, nn.Module]:
+    """The innermost modules that take ``inputs_embeds`` and know their embedding, by name."""
+    found = {
+        name: module
+        for name, module in base_modules(model)
+        if "inputs_embeds" in parameters_of(module) and input_embedding(module) is not None
+    }
+    return {n: m for n, m in found.items() if not any(o != n and o.startswith(f"{n}." if n else "") for o in found)}
+
+
+def around(model: nn.Module, inner: str, argument: str | None = None) -> list[str]:
+    """The modules around ``inner``, whose forward takes ``argument`` if one is given, the outermost first."""
+    parents = [
+        name for name, _ in base_modules(model) if name != inner and inner.startswith(f"{name}." if name else "")
+    ]
+    return [name for name in parents if argument is None or argument in parameters_of(model.get_submodule(name))]
+
+
+def position_limit(module: nn.Module) -> int | None:
+    """How many positions the module's own table of position embeddings has; None where it has no such table."""
+    for name, child in module.named_modules():
+        last = name.rpartition(".")[2]
+        if isinstance(child, nn.Embedding) and (last == "wpe" or ("position" in last and "relative" not in last)):
+            reserved = child.padding_idx + 1 if child.padding_idx is not None else int(getattr(child, "offset", 0))
+            return child.num_embeddings - reserved
+    return None
+
+
+def is_causal(module: nn.Module) -> bool:
+    """Whether the attention in ``module`` looks back only, as far as the module says."""
+    return any(
+        getattr(m, "is_causal", False) is True or getattr(m, "is_decoder", False) is True for m in module.modules()
+    )
+
+
+def token_width(name: str, module: nn.Module) -> int:
+    """The width of the sequence that ``module`` takes, read from its first attention, norm or linear layer.
+
+    Raises:
+        TargetError: it has none of them.
+    """
+    for child in module.modules():
+        if isinstance(child, nn.MultiheadAttention):
+            return child.embed_dim
+        weight = getattr(child, "weight", None)
+        if isinstance(weight, Tensor) and weight.ndim == 1:
+            return weight.shape[0]
+        if isinstance(child, nn.Linear):
+            return child.in_features
+    raise TargetError(
+        f"{name!r} ({original_class(module).__name__}) has no attention, norm or linear layer to read the token "
+        "width from"
+    )
+
+
+def batch_first(module: nn.Module) -> bool:
+    """Whether ``module`` takes (batch, length, width); torch's transformer layers may take the length first."""
+    return all(m.batch_first for m in module.modules() if isinstance(m, nn.MultiheadAttention))

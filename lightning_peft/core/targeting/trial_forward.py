@@ -1,0 +1,208 @@
+"""A trial forward of a model without values: what its output is made from, found by running it.
+
+The model is copied without its tensors (every parameter and buffer is on the meta device), so a trial costs no memory
+and hardly any time, and the model itself, its random streams and its buffers stay as they are. A trial is possible if
+an input is known (``example_input_array``, ``dummy_inputs``, or one that the first layer fits) and if the forward does
+not look at values.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import warnings
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.core.targeting.base_modules import base_modules
+
+__all__ = ["last_layers", "try_forward"]
+
+#: what a trial said of a model, with the modules it was made of then
+_KNOWN: weakref.WeakKeyDictionary[nn.Module, tuple[frozenset[int], list[str] | None]] = weakref.WeakKeyDictionary()
+
+
+def last_layers(model: nn.Module, names: Iterable[str]) -> list[str] | None:
+    """Those of the modules called ``names`` that the output comes from with none of them in between.
+
+    Several if the model has several heads. Empty if layers further down reach the output past the last ones, as in a
+    residual stream. None if the model cannot be tried.
+    """
+    wanted = list(names)
+    parts = frozenset(id(model.get_submodule(name)) for name in wanted)
+    known = _KNOWN.get(model)
+    if known is None or known[0] != parts:
+        known = _KNOWN[model] = parts, _by_trial(model, wanted)
+    return known[1]
+
+
+def _by_trial(model: nn.Module, names: list[str]) -> list[str] | None:
+    made: dict[Any, str] = {}
+
+    def watch(twin: nn.Module) -> None:
+        for name in names:
+            twin.get_submodule(name).register_forward_hook(_remember(name, made))
+
+    output = try_forward(model, watch)
+    return None if output is None else sources(output, made)
+
+
+def _remember(name: str, made: dict[Any, str]) -> Callable[..., None]:
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        for tensor in _tensors(output):
+            if tensor.grad_fn is not None:
+                made[tensor.grad_fn] = name
+
+    return hook
+
+
+def sources(outputs: Iterable[Tensor], made: Mapping[Any, str]) -> list[str]:
+    """The names that the autograd graph of ``outputs`` meets first, if none of them is upstream of another.
+
+    Args:
+        outputs: tensors with a graph.
+        made: the name of what made a node of the graph.
+    """
+    nodes = [tensor.grad_fn for tensor in outputs if tensor.grad_fn is not None]
+    first = _upstream(nodes, made)
+    found = {made[node] for node in first}
+    below = {made[node] for node in _upstream([n for node in first for n, _ in node.next_functions if n], made, True)}
+    order = list(dict.fromkeys(made.values()))  # as they ran
+    return [] if found & below else sorted(found, key=order.index)
+
+
+def _upstream(nodes: Iterable[Any], marked: Mapping[Any, str], past: bool = False) -> list[Any]:
+    """The marked nodes upstream of ``nodes``: the nearest only, or all of them with ``past``."""
+    waiting, seen, found = list(nodes), set(), []
+    while waiting:
+        node = waiting.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node in marked:
+            found.append(node)
+            if not past:
+                continue
+        waiting += [n for n, _ in node.next_functions if n is not None]
+    return found
+
+
+def try_forward(model: nn.Module, prepare: Callable[[nn.Module], None] | None = None) -> list[Tensor] | None:
+    """The output tensors of ``model`` on an input of meta tensors; None if no input is known that it takes.
+
+    Args:
+        model: any module; unchanged.
+        prepare: called with each copy that is tried, to put hooks on it.
+    """
+    for args, kwargs in _inputs(model):
+        try:
+            with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.enable_grad():
+                warnings.simplefilter("ignore")
+                twin = _without_values(model, {}).eval()
+                if prepare is not None:
+                    prepare(twin)
+                found = list(_tensors(twin(*args, **kwargs)))
+        except Exception:  # whatever a foreign forward raises: this input does not fit, or it looks at values
+            continue
+        if found:
+            return found
+    return None
+
+
+def _inputs(model: nn.Module) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Inputs that ``model`` may take, the surest first."""
+    if getattr(model, "example_input_array", None) is not None:
+        given = _to_meta(model.example_input_array)
+        yield ((), given) if isinstance(given, dict) else (given if isinstance(given, tuple) else (given,), {})
+        return
+    config, name = getattr(model, "config", None), getattr(model, "main_input_name", "")
+    if config is not None and isinstance(name, str):  # of Hugging Face
+        size, channels = getattr(config, "image_size", None), getattr(config, "num_channels", 3)
+        if name == "pixel_values" and size is not None:
+            height, width = (size, size) if isinstance(size, int) else tuple(size)
+            yield (), {name: torch.zeros(1, channels, height, width, device="meta")}
+        elif name == "input_ids":
+            yield (), {name: torch.ones(2, 4, dtype=torch.long, device="meta")}
+        return
+    try:
+        parameters = inspect.signature(model.forward).parameters.values()
+    except (TypeError, ValueError):
+        return
+    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    if sum(p.default is p.empty and p.kind not in kinds for p in parameters) == 1:
+        for value in _fitting(model):
+            yield (value,), {}
+
+
+def _fitting(model: nn.Module) -> Iterator[Tensor]:
+    """Inputs that the layers defined first would take."""
+    layers = (m for _, m in base_modules(model) if not any(True for _ in m.children()))
+    for layer, _ in zip((m for m in layers if any(True for _ in m.parameters())), range(3)):
+        if isinstance(layer, nn.Embedding):
+            yield torch.ones(2, 4, dtype=torch.long, device="meta")
+        elif isinstance(layer, nn.modules.conv._ConvNd):
+            for size in (32, 224):
+                yield torch.zeros(2, layer.in_channels, *[size] * len(layer.kernel_size), device="meta")
+        elif isinstance(width := getattr(layer, "in_features", None), int):
+            yield torch.zeros(2, width, device="meta")
+            yield torch.zeros(2, 4, width, device="meta")
+
+
+def _without_values(module: nn.Module, done: dict[int, Any]) -> Any:
+    """A copy of ``module`` whose tensors are on the meta device; shared ones stay shared, hooks are left out."""
+    if id(module) in done:
+        return done[id(module)]
+    twin = done[id(module)] = object.__new__(type(module))
+    attributes = twin.__dict__
+    for key, value in module.__dict__.items():
+        if "_hooks" in key and isinstance(value, dict):
+            attributes[key] = OrderedDict()
+        elif isinstance(value, Tensor):
+            attributes[key] = value.detach().to("meta")
+        else:  # a forward may write into containers that the copy would share
+            attributes[key] = copy.copy(value) if type(value) in (list, dict, set) else value
+    attributes |= {k: None for k in ("_trainer", "_fabric", "_compiled_call_impl") if k in attributes}
+    if "_device" in attributes:
+        attributes["_device"] = torch.device("meta")
+    for kind in ("_parameters", "_buffers"):
+        attributes[kind] = {k: _shared_on_meta(t, done) for k, t in module.__dict__[kind].items()}
+    attributes["_modules"] = {
+        k: None if child is None else _without_values(child, done) for k, child in module.__dict__["_modules"].items()
+    }
+    return twin
+
+
+def _shared_on_meta(tensor: Tensor | None, done: dict[int, Any]) -> Tensor | None:
+    if tensor is None:
+        return None
+    if id(tensor) not in done:
+        on_meta = torch.empty_like(tensor, device="meta")
+        floating = tensor.is_floating_point() and isinstance(tensor, nn.Parameter)
+        done[id(tensor)] = nn.Parameter(on_meta) if floating else on_meta
+    return done[id(tensor)]
+
+
+def _to_meta(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().to("meta")
+    if isinstance(value, Mapping):
+        return {k: _to_meta(v) for k, v in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(_to_meta(v) for v in value)
+    return value
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            yield from _tensors(part)
+    elif isinstance(value, tuple | list):
+        for part in value:
+            yield from _tensors(part)

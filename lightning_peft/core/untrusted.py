@@ -1,0 +1,170 @@
+"""Read files that need not be trusted: strict JSON, typed options, tried regular expressions, bounded allocations.
+
+Python's ``re`` can take a time that is exponential in the length of a pattern, and nothing can stop it: patterns out
+of files are tried in a process that can be stopped before this one uses them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+__all__ = ["Bounded", "FormatError", "check_regexes", "parse_json"]
+
+MAX_DEPTH = 32  #: lists and objects inside one another
+
+
+class FormatError(ValueError):
+    """Files that are no adapter this package reads, or that cannot be trusted, and why."""
+
+
+def parse_json(data: bytes, where: str) -> dict[str, Any]:
+    """The JSON object in ``data``: no key twice, no NaN, not too deep.
+
+    Raises:
+        FormatError: it is none; ``where`` says what was read.
+    """
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in found:
+                raise FormatError(f"{where} names {key[:80]!r} twice")
+            found[key] = value
+        return found
+
+    def finite(number: str) -> float:
+        if not math.isfinite(float(number)):
+            raise FormatError(f"{where} holds the number {number}")
+        return float(number)
+
+    try:
+        found = json.loads(data.decode("utf-8"), object_pairs_hook=once, parse_float=finite, parse_constant=finite)
+    except RecursionError:
+        raise FormatError(f"{where} is nested deeper than {MAX_DEPTH} levels") from None
+    except FormatError:
+        raise
+    except ValueError as error:  # no UTF-8, no JSON, an integer of thousands of digits
+        raise FormatError(f"{where} is no JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise FormatError(f"{where} is a JSON {type(found).__name__}; an object was expected")
+    if any(depth > MAX_DEPTH for depth in _depths(found)):
+        raise FormatError(f"{where} is nested deeper than {MAX_DEPTH} levels")
+    return found
+
+
+def _depths(value: Any) -> Iterator[int]:
+    stack = [(value, 1)]
+    while stack:
+        value, depth = stack.pop()
+        yield depth
+        inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        stack += [(v, depth + 1) for v in inside if isinstance(v, dict | list)]
+
+
+LIMIT = 10.0  #: seconds for all patterns of a file on all names of a model
+#: of PEFT's options: a string is a regular expression; a list holds them; the keys are
+_STRINGS = ("target_modules", "exclude_modules", "feedforward_modules", "layers_pattern")
+_LISTS = ("layers_pattern", "modules_to_save")
+_KEYS = ("rank_pattern", "alpha_pattern")
+#: names, and alternatives of names as this package writes them: no choice to come back to
+_PLAIN = re.compile(r"\^?(?:[\w.|-]|\\[.-])*")
+#: the names stand between what PEFT and this package put around a pattern
+_TRY = r"""
+import json, re, sys
+patterns, names = json.load(sys.stdin)
+for i, pattern in enumerate(patterns):
+    print(i, flush=True)
+    for name in names:
+        re.match(rf"(?:.*\.)?(?:{pattern})(?:\..*)?$", name)
+"""
+
+
+def check_regexes(config: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Refuse an adapter whose patterns are none, or take long to be looked for in a model.
+
+    Args:
+        config: ``adapter_config.json``.
+        names: all that the patterns may be looked for in.
+
+    Raises:
+        FormatError: names the pattern.
+    """
+    patterns = []
+    for option, pattern in _regexes(config):
+        try:
+            re.compile(pattern)
+        except (re.error, RecursionError, OverflowError) as error:
+            raise FormatError(f"{option}: {pattern[:200]!r} is no regular expression: {error}") from None
+        if not _PLAIN.fullmatch(pattern):
+            patterns.append(pattern)
+    if not patterns:
+        return
+    given = json.dumps([patterns, list(names)])
+    try:
+        subprocess.run([sys.executable, "-ISc", _TRY], input=given.encode(), capture_output=True, timeout=LIMIT)
+    except subprocess.TimeoutExpired as stopped:
+        pattern = patterns[int((stopped.output or b"0").split()[-1])]
+        raise FormatError(
+            f"the regular expression {pattern[:200]!r} takes more than {LIMIT:g} seconds on the names of this model: "
+            "write a list of names, or fewer repeats inside of one another"
+        ) from None
+
+
+def _regexes(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The regular expressions of PEFT's options, and of our own behind ``re:``, each after its option's name."""
+    for option in _STRINGS:
+        if isinstance(config.get(option), str):
+            yield option, config[option]
+    for option in _LISTS:
+        if isinstance(config.get(option), list):
+            yield from ((option, entry) for entry in config[option] if isinstance(entry, str))
+    for option in _KEYS:
+        if isinstance(config.get(option), dict):
+            yield from ((option, pattern) for pattern in config[option])
+    yield from (("config", text[3:]) for text in _strings(config.get("config")) if text.startswith("re:"))
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for inside in (*value, *(value.values() if isinstance(value, dict) else ())):
+            yield from _strings(inside)
+
+
+class Bounded(TorchDispatchMode):
+    """While it is entered, a new tensor that is far larger than all in the model and the file is an error.
+
+    Args:
+        model: what the adapter is for.
+        tensors: the file's, whose configuration says how large they are before they are compared.
+    """
+
+    def __init__(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        known = (*model.parameters(), *(t for t in tensors.values() if isinstance(t, Tensor)))
+        self.most = 4 * max((t.numel() for t in known), default=0) + 2**20
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if args and not isinstance(args[0], Tensor):  # it makes one
+            sizes = [math.prod(arg) if _is_size(arg) else arg for arg in args]
+            wanted = max((size for size in sizes if isinstance(size, int)), default=0)
+            if wanted > self.most:
+                raise FormatError(
+                    f"the configuration asks for a tensor of {wanted:,} values, which neither the file nor the model "
+                    "comes near"
+                )
+        return func(*args, **(kwargs or {}))
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(side, int) for side in value)

@@ -1,0 +1,73 @@
+"""Digests that travel in an adapter directory, and are compared when it is read.
+
+They stand in the metadata of the tensors' file, which PEFT ignores. Files without them, PEFT's own and those of earlier
+releases, load as they are.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from lightning_peft.core.state.digest import difference, tensor_digests, value_digest
+from lightning_peft.core.untrusted import FormatError, parse_json
+
+__all__ = ["check_options", "check_tensors", "seal"]
+
+KEY = "lightning_peft_digests"
+#: options that say where an adapter comes from and do not change what it computes: they may be edited
+_FREE = {"base_model_name_or_path", "revision", "inference_mode", "task_type", "auto_mapping", "reason"}
+
+
+def seal(config: Mapping[str, Any], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
+    """The metadata with digests of the tensors, the options and itself."""
+    digests = {"tensors": tensor_digests(tensors), "options": _options(config), "metadata": value_digest(metadata)}
+    return {**metadata, KEY: json.dumps(digests)}
+
+
+def check_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], where: str) -> None:
+    """Compare an adapter's tensors and its metadata with their digests, if there are any.
+
+    Raises:
+        FormatError: names the first tensor that is not what was saved.
+    """
+    saved = _saved(metadata, where)
+    if saved is None:
+        return
+    rest = {key: value for key, value in metadata.items() if key != KEY}
+    _compare("the tensor", difference(saved.get("tensors"), tensor_digests(tensors)), where)
+    _compare("its metadata", None if saved.get("metadata") == value_digest(rest) else "has changed", where)
+
+
+def check_options(config: Mapping[str, Any], metadata: Mapping[str, str], where: str) -> None:
+    """Compare an adapter's options with their digests: the last check, for a change that nothing else objects to.
+
+    Raises:
+        FormatError: names the first option that is not what was saved.
+    """
+    saved = _saved(metadata, where)
+    if saved is None:
+        return
+    options, known = saved.get("options"), _options(config)
+    if isinstance(options, dict):  # an option that was added decides something as well, unless it is empty
+        known = {key: value for key, value in known.items() if key in options or config[key] not in (None, [], {}, "")}
+    _compare("the option", difference(options, known), where)
+
+
+def _saved(metadata: Mapping[str, str], where: str) -> dict[str, Any] | None:
+    return parse_json(metadata[KEY].encode(), f"the metadata {KEY!r} of {where}") if KEY in metadata else None
+
+
+def _compare(what: str, wrong: str | None, where: str) -> None:
+    if wrong is not None:
+        raise FormatError(
+            f"{where} is not what was saved: {what} {wrong}. The files are damaged, or were edited or mixed with "
+            "another adapter's: take another copy of the directory, or save the adapter anew"
+        )
+
+
+def _options(config: Mapping[str, Any]) -> dict[str, str]:
+    return {option: value_digest(value) for option, value in config.items() if option not in _FREE}

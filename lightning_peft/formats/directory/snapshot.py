@@ -1,0 +1,114 @@
+"""What a method has put into a model, taken apart: the facts and the tensors that an adapter directory is made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from lightning_peft.core.adapters.base import Adapter
+from lightning_peft.core.adapters.lookup import hosts, stack_prefixes, stacks
+from lightning_peft.core.names import canonical
+from lightning_peft.core.record import Injection, injected_module, injection_of
+from lightning_peft.core.state.adapter_records import Part, parts_of, whole
+from lightning_peft.core.state.consistency import check_record, update_base
+from lightning_peft.core.state.state_dict import StateError, trainable_keys
+from lightning_peft.core.targeting.base_model import Base, base_of
+from lightning_peft.methods.families.method import PEFTMethod
+
+__all__ = ["Snapshot", "take_snapshot"]
+
+
+@dataclass
+class Snapshot:
+    """One method's share of a model.
+
+    Attributes:
+        method: the method, with its configuration.
+        parts: its adapters.
+        heads: modules that it trains in full, by their names in the base.
+        trained: what it trains of the base itself (heads, biases, buffers that moved), by name in the base.
+        base: the base they were put into.
+        fingerprint: what identifies the frozen base, by names of the base.
+        metrics: of the run that trained it, where they are known.
+    """
+
+    method: PEFTMethod
+    parts: list[Part]
+    heads: list[str]
+    trained: dict[str, Tensor]
+    base: Base
+    fingerprint: dict[str, Any]
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+def take_snapshot(model: nn.Module, name: str) -> Snapshot:
+    """What the method called ``name`` has put into ``model``.
+
+    Raises:
+        ValueError: the model has no method of that name.
+        StateError: adapters are merged into the weights; a module that carried some was replaced or resized.
+    """
+    record = injection_of(model)
+    if record is None:
+        raise ValueError("no method was applied to this model: lp.apply(model, ...) or train it first")
+    if name not in record.methods:
+        raise ValueError(f"no adapter named {name!r}; the model has {list(record.methods)}")
+    root = injected_module(model)
+    if any(stack.merged is not None for stack in stacks(root).values()):
+        raise StateError("adapters are merged into the base, whose weights are not its own: lp.unmerge(model) first")
+    check_record(root)
+    update_base(root)
+    base = base_of(root, _used(root, record))
+    return Snapshot(
+        method=cast(PEFTMethod, record.methods[name]),
+        parts=list(parts_of(base.module, name)),
+        heads=_heads(base, record, name),
+        trained={**_trained(base, record, name), **_copies(base, name)},
+        base=base,
+        fingerprint=_fingerprint(base, record),
+    )
+
+
+def _used(root: nn.Module, record: Injection) -> list[str]:
+    trained = [name for trains in record.trains.values() for name in (*trains.modules, *trains.parameters)]
+    return [*(canonical(name) for name, _ in hosts(root)), *trained]
+
+
+def _copies(base: Base, name: str) -> dict[str, Tensor]:
+    """What stands in place of the base's own values, by name in the base."""
+    found = {}
+    for host_name, stack in stacks(base.module).items():
+        for part in cast(Adapter, stack[name]).parts() if name in stack else ():
+            for key, value in part.copies().items():
+                found[f"{canonical(host_name)}.{key}".lstrip(".")] = whole(value)
+    return found
+
+
+def _heads(base: Base, record: Injection, name: str) -> list[str]:
+    in_full = record.trains[name].modules or cast(PEFTMethod, record.methods[name]).heads(base.root)
+    return [cast(str, base.inner(head)) for head in in_full]
+
+
+def _trained(base: Base, record: Injection, name: str) -> dict[str, Tensor]:
+    trains, statistics = record.trains[name], record.methods[name].train_norm_stats
+    if not (trains.modules or trains.parameters or statistics):
+        return {}
+    state = {canonical(key): value for key, value in base.root.state_dict().items()}
+    adapters = stack_prefixes(base.root)
+    inside = [f"{head}." if head else "" for head in trains.modules]
+    wanted = {
+        key
+        for key in state
+        if (key in trains.parameters or any(key.startswith(prefix) for prefix in inside))
+        and not key.startswith(adapters)
+    }
+    if statistics:
+        wanted |= trainable_keys(base.root) & dict(base.root.named_buffers()).keys()
+    return {cast(str, base.inner(key)): whole(state[key]) for key in sorted(wanted)}
+
+
+def _fingerprint(base: Base, record: Injection) -> dict[str, Any]:
+    values = {base.inner(name): value for name, value in record.fingerprint.get("values", {}).items()}
+    return {"values": {name: value for name, value in values.items() if name}}

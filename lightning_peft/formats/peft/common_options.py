@@ -1,0 +1,107 @@
+"""What every adapter directory says: PEFT's common options, and our own facts beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning_peft.core.optional import config_value
+from lightning_peft.core.targeting.base_model import Base
+from lightning_peft.core.untrusted import FormatError, parse_json
+from lightning_peft.formats.directory.snapshot import Snapshot
+from lightning_peft.formats.peft.converter import NotInPeftError
+from lightning_peft.pretrained import public_name
+
+__all__ = ["METADATA", "common_options", "own_facts", "shared_places", "task_of"]
+
+#: the key of our own facts in the metadata of the tensors' file, which PEFT ignores
+METADATA = "lightning_peft"
+#: the end of a Hugging Face class's name -> PEFT's task, and the heads that it then looks for by itself
+_TASKS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "ForCausalLM": ("CAUSAL_LM", ()),
+    "LMHeadModel": ("CAUSAL_LM", ()),
+    "ForConditionalGeneration": ("SEQ_2_SEQ_LM", ()),
+    "ForSequenceClassification": ("SEQ_CLS", ("classifier", "score")),
+    "ForTokenClassification": ("TOKEN_CLS", ("classifier", "score")),
+    "ForQuestionAnswering": ("QUESTION_ANS", ("qa_outputs",)),
+    "Model": ("FEATURE_EXTRACTION", ()),
+}
+
+
+def common_options(snapshot: Snapshot, peft_type: str) -> dict[str, Any]:
+    """PEFT's options that say what ``snapshot`` is and where it belongs."""
+    facts, task = snapshot.base.facts(), _task_type(snapshot)
+    auto = {"base_model_class": facts["class"], "parent_library": facts["library"]}
+    return {
+        "peft_type": peft_type,
+        "task_type": task,
+        "auto_mapping": auto if task is None and facts["pretrained"] else None,
+        "base_model_name_or_path": public_name(name) if (name := facts["name_or_path"]) else None,
+        "revision": facts["revision"],
+        "inference_mode": True,
+    }
+
+
+def shared_places(base: Base, modules: Iterable[str]) -> dict[str, list[str]]:
+    """Those of ``modules`` that the base has under other names too, which PEFT would leave as they are."""
+    shared = base.facts().get("shared", {})
+    return {name: shared[name] for name in modules if name in shared}
+
+
+def task_of(base: Base) -> tuple[str, tuple[str, ...]]:
+    """PEFT's task for a model of transformers, and the ends of the names of the heads that it then looks for.
+
+    Raises:
+        NotInPeftError: PEFT has no task for it.
+    """
+    facts = base.facts()
+    if not facts["pretrained"]:
+        raise NotInPeftError(f"PEFT has tasks for models of transformers; {facts['class']} is none")
+    main = getattr(base.module, "main_input_name", "input_ids")
+    if main != "input_ids":
+        raise NotInPeftError(f"PEFT's tasks pass input_ids first; {facts['class']} takes {main}")
+    for end, found in _TASKS.items():
+        if facts["class"].endswith(end) and (found[0] != "SEQ_2_SEQ_LM" or _encodes(base)):
+            return found
+    raise NotInPeftError(f"PEFT has no task for {facts['class']}; it knows classes that end in {', '.join(_TASKS)}")
+
+
+def _encodes(base: Base) -> bool:
+    """Whether the base is an encoder-decoder; ``ForConditionalGeneration`` names models of images with text, too."""
+    return bool(config_value(getattr(base.module, "config", None), "is_encoder_decoder", False))
+
+
+def _task_type(snapshot: Snapshot) -> str | None:
+    """PEFT's task, or None, with which it adapts any model.
+
+    With a task PEFT looks for the heads that are usual for it, and fails where the file has none; and it gives token
+    ids to all that makes features, images as well.
+    """
+    try:
+        task, heads = task_of(snapshot.base)
+    except NotInPeftError:
+        return None
+    told = task != "FEATURE_EXTRACTION" and (not heads or set(heads) & set(snapshot.heads))
+    return task if told else None
+
+
+def own_facts(metadata: Mapping[str, str], where: str | Path) -> dict[str, Any]:
+    """What this package wrote beside what PEFT reads; empty for PEFT's own files.
+
+    Args:
+        metadata: of the tensors' file.
+        where: what to call that file in errors.
+
+    Raises:
+        FormatError: it is not what :func:`lightning_peft.save_adapter` writes.
+    """
+    what = f"the metadata {METADATA!r} of {where}"
+    facts = parse_json(metadata.get(METADATA, "{}").encode(), what)
+    values = facts.get("fingerprint", {}).get("values", {}) if isinstance(facts.get("fingerprint", {}), dict) else None
+    numbers = isinstance(values, dict) and all(
+        isinstance(sample, list) and all(isinstance(v, int | float) for v in sample) for sample in values.values()
+    )
+    if not numbers or not all(isinstance(facts.get(key, {}), dict) for key in ("config", "metrics")):
+        raise FormatError(f"{what} is not what this package writes")
+    return facts

@@ -1,0 +1,1 @@
+"""One converter for each kind of PEFT's adapters."""

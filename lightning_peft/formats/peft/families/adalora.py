@@ -1,0 +1,120 @@
+"""AdaLoRA as PEFT writes it: ``peft_type`` ADALORA.
+
+``lora_A`` (r, in), ``lora_E`` (r, 1) and ``lora_B`` (out, r), without ``.weight``. Of a matrix that lost triplets only
+those are stored that are left, and ``rank_pattern`` says which: ``{"<module>.lora_E": [true, false, ...]}``. The scale
+stays lora_alpha / (init_r + 1e-5), however many are left.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_peft.core.state.adapter_records import Part, kind_of
+from lightning_peft.core.targeting.base_model import Base
+from lightning_peft.core.targeting.patterns import no_match
+from lightning_peft.core.targeting.sites import Site, weight_sites
+from lightning_peft.core.untrusted import FormatError
+from lightning_peft.formats.directory.snapshot import Snapshot
+from lightning_peft.formats.peft.base_values import bias_option
+from lightning_peft.formats.peft.converter import PREFIX, Converter, NotInPeftError, Options, Reading, Tensors, Writing
+from lightning_peft.formats.peft.targets import resolve, target_modules
+from lightning_peft.methods.adalora import AdaLoRA
+
+__all__ = ["AdaLoRAConverter"]
+
+_SCHEDULE = {"tinit": 0, "tfinal": 0, "deltaT": 1, "beta1": 0.85, "beta2": 0.85, "orth_reg_weight": 0.5}
+
+
+class AdaLoRAConverter(Converter):
+    """``peft_type`` ADALORA."""
+
+    peft_type = "ADALORA"
+    methods = (AdaLoRA,)
+
+    def write(self, snapshot: Snapshot, **options: Any) -> Writing:
+        method = snapshot.method
+        assert isinstance(method, AdaLoRA)
+        if method.alpha <= 0:
+            raise NotInPeftError(f"alpha={method.alpha} is not above 0, which PEFT's AdaLoRA takes for another value")
+        tensors: dict[str, Tensor] = {}
+        kept: dict[str, list[bool]] = {}
+        for part in snapshot.parts:
+            _check_kind(part)
+            mask, key = part.tensors["mask"].view(-1), f"{PREFIX}{part.host}"
+            tensors[f"{key}.lora_A"] = part.tensors["lora_A"][mask]
+            tensors[f"{key}.lora_E"] = part.tensors["lora_E"][mask]
+            tensors[f"{key}.lora_B"] = part.tensors["lora_B"][:, mask]
+            kept[f"{part.host}.lora_E"] = mask.tolist()
+        modules = [part.host for part in snapshot.parts]
+        config = {
+            **{option: getattr(method, option) for option in _SCHEDULE},
+            "target_r": method.target_r,
+            "init_r": method.init_r,
+            "lora_alpha": method.alpha,
+            "lora_dropout": method.dropout,
+            "total_step": method.total_step or max(method.step, method.tinit + method.tfinal + 1),
+            "rank_pattern": kept if not all(all(mask) for mask in kept.values()) else None,
+            "fan_in_fan_out": any(part.kind == "Conv1D" for part in snapshot.parts),
+            "bias": bias_option(snapshot, modules),
+            "target_modules": target_modules(modules, snapshot.base),
+        }
+        return Writing(config, tensors, wrapped=modules)
+
+    def read(self, options: Options, tensors: Tensors, base: Base, name: str, **common: Any) -> Reading:
+        sites = weight_sites(base.module)
+        init_r, masks = options.get("init_r", 12), options.get("rank_pattern") or {}
+        if isinstance(init_r, bool) or not isinstance(init_r, int) or init_r < 1:
+            raise FormatError(f"init_r must be an integer of at least 1, got {init_r!r}")
+        found = {}
+        for module in resolve(options, base):
+            if module not in sites or kind_of(sites[module].module, sites[module].layout) not in _KINDS:
+                raise FormatError(f"target_modules: {no_match(module, {n: site.module for n, site in sites.items()})}")
+            found[module] = _take(tensors, sites[module], init_r, masks.get(f"{module}.lora_E"))
+        options.refuse(use_dora=False, use_rslora=False, lora_bias=False, target_parameters=None)
+        options.refuse(trainable_token_indices=None, layer_replication=None, alpha_pattern={})
+        options.ignore("fan_in_fan_out", "total_step", "init_lora_weights", "bias", "r", "megatron_config")
+        options.ignore("megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config")
+        options.ignore("runtime_config", "qalora_group_size", "ensure_weight_tying")
+        method = AdaLoRA(
+            target_r=options.number("target_r", 8),
+            init_r=init_r,
+            alpha=options.number("lora_alpha", 8),
+            dropout=options.number("lora_dropout", 0.0),
+            targets=base.patterns(found),
+            name=name,
+            **{option: options.number(option, default) for option, default in _SCHEDULE.items()},
+            **common,
+        )
+        return Reading(method, found)
+
+
+_KINDS = ("Linear", "Conv1D", "Conv")
+
+
+def _check_kind(part: Part) -> None:
+    facts = part.facts
+    odd = part.kind == "Conv" and (
+        len(part.shape) != 4 or facts["groups"] > 1 or facts["padding_mode"] != "zeros" or set(facts["dilation"]) != {1}
+    )
+    if odd or part.kind not in _KINDS or facts.get("own_forward"):
+        raise NotInPeftError(f"{part.name!r} is a layer that PEFT's AdaLoRA cannot adapt")
+
+
+def _take(tensors: Tensors, site: Site, r: int, kept: list[bool] | None) -> dict[str, Tensor]:
+    if kept is not None and len(kept) != r:
+        raise FormatError(f"rank_pattern of {site.name!r} has {len(kept)} entries; init_r is {r}")
+    (rows, columns), left = site.shape, r if kept is None else sum(kept)
+    own_a, own_e, own_b = (
+        tensors.take(f"{site.name}.{key}", shape)
+        for key, shape in (("lora_A", (left, columns)), ("lora_E", (left, 1)), ("lora_B", (rows, left)))
+    )
+    if r > max(rows, columns, left, 1024):  # what was pruned away is not in the file, and takes memory here
+        raise FormatError(f"init_r={r} is more than {site.name!r} of {rows}x{columns} can have")
+    mask = torch.ones(r, dtype=torch.bool) if kept is None else torch.tensor(kept)
+    a = torch.zeros(r, columns).masked_scatter(mask[:, None], own_a)
+    e = torch.zeros(r, 1).masked_scatter(mask[:, None], own_e)
+    b = torch.zeros(rows, r).masked_scatter(mask[None], own_b)
+    return {"lora_A": a, "lora_E": e, "lora_B": b, "mask": mask[:, None]}

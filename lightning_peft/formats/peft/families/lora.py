@@ -1,0 +1,184 @@
+"""LoRA and DoRA as PEFT writes them: ``peft_type`` LORA. For the tensors see ``lora_tensors.py``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_peft.core.targeting.base_model import Base
+from lightning_peft.core.targeting.patterns import no_match
+from lightning_peft.core.targeting.sites import weight_sites
+from lightning_peft.core.targeting.ties import tied_names
+from lightning_peft.core.untrusted import FormatError
+from lightning_peft.formats.directory.snapshot import Snapshot
+from lightning_peft.formats.peft.base_values import bias_option
+from lightning_peft.formats.peft.converter import Converter, Options, Reading, Tensors, Writing
+from lightning_peft.formats.peft.families.lora_tensors import (
+    entries,
+    take_attention,
+    take_layer,
+    take_parameter,
+    within_rank,
+)
+from lightning_peft.formats.peft.patterns import clean, most_common, our_pattern, pattern_keys, pattern_value
+from lightning_peft.formats.peft.targets import parameters_of, resolve, target_modules, target_parameters
+from lightning_peft.formats.peft.trainable_tokens import take_tokens, write_tokens
+from lightning_peft.methods.dora import DoRA
+from lightning_peft.methods.lora import LoRA
+
+__all__ = ["LoRAConverter"]
+
+
+class LoRAConverter(Converter):
+    """``peft_type`` LORA."""
+
+    peft_type = "LORA"
+    methods = (LoRA, DoRA)
+
+    def write(self, snapshot: Snapshot, fold_scale: bool = False, **options: Any) -> Writing:
+        method = snapshot.method
+        assert isinstance(method, LoRA)
+        found = list(entries([part for part in snapshot.parts if "tokens" not in part.facts], fold_scale))
+        rslora = method.use_rslora and not fold_scale
+        ranks = {entry.name: entry.r for entry in found}
+        alphas = {entry.name: clean(entry.scale * _divisor(entry.r, rslora)) for entry in found}
+        r, alpha = most_common(ranks.values()), most_common(alphas.values())
+        modules = [entry.name for entry in found if not entry.is_parameter]
+        parameters = [entry.name for entry in found if entry.is_parameter]
+        config = {
+            "r": r,
+            "lora_alpha": alpha,
+            "rank_pattern": pattern_keys(ranks, r),
+            "alpha_pattern": pattern_keys(alphas, alpha),
+            "lora_dropout": method.dropout,
+            "use_rslora": rslora,
+            "use_dora": isinstance(method, DoRA),
+            "fan_in_fan_out": any(part.kind == "Conv1D" for part in snapshot.parts),
+            "init_lora_weights": True,
+            "target_modules": target_modules(modules, snapshot.base),
+            "bias": bias_option(snapshot, modules),
+        }
+        if method.lora_bias:
+            config["lora_bias"] = True
+        if parameters:
+            config["target_parameters"] = target_parameters(parameters, snapshot.base)
+        tensors = {key: value for entry in found for key, value in entry.tensors.items()}
+        if rows := write_tokens(snapshot):
+            config["trainable_token_indices"] = rows.config
+        return Writing(config, tensors | (rows.tensors if rows else {}), wrapped=modules)
+
+    def read(self, options: Options, tensors: Tensors, base: Base, name: str, **common: Any) -> Reading:
+        _check(options)
+        pairs = _pairs(options, tensors, base)
+        dora, rslora = bool(options.get("use_dora", False)), bool(options.get("use_rslora", False))
+        lora_bias = any("lora_bias" in pair for pair, _ in pairs.values())
+        ranks = {site: pair["lora_A"].shape[-2] for site, (pair, _) in pairs.items()}
+        alphas = {site: clean(scale * _divisor(ranks[site], rslora)) for site, (_, scale) in pairs.items()}
+        r, alpha = most_common(ranks.values()), most_common(alphas.values())
+        init = options.get("init_lora_weights", True)
+        tokens, rows = take_tokens(options, tensors, base)
+        method = (DoRA if dora else LoRA)(
+            r=r,
+            alpha=alpha,
+            dropout=_dropout(options, pairs, base),
+            targets=base.patterns(pairs),
+            name=name,
+            use_rslora=rslora,
+            rank_pattern=our_pattern(ranks, r, base),
+            alpha_pattern=our_pattern(alphas, alpha, base),
+            bias=options.get("bias", "none"),
+            lora_bias=lora_bias,
+            init=init if init in _FROM_WEIGHT else "kaiming",
+            trainable_tokens=tokens,
+            **common,
+        )
+        return Reading(method, {site: pair for site, (pair, _) in pairs.items()} | rows)
+
+
+#: options of PEFT's that make LoRA compute something else; the value by which they do not
+_REFUSED: dict[str, Any] = {
+    "alora_invocation_tokens": None,
+    "arrow_config": None,
+    "kasa_config": None,
+    "layer_replication": None,
+    "monteclora_config": None,
+    "use_bdlora": None,
+    "use_qalora": False,
+    "velora_config": None,
+}
+#: options that only training, sharding or PEFT's bookkeeping reads; a kind of layer says itself how it is stored
+_IGNORED = (
+    *("megatron_config", "megatron_core", "runtime_config", "fan_in_fan_out", "qalora_group_size"),
+    *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+)
+#: initialisations that leave the base as it is
+_PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+#: initialisations that take a part of the weight out of it, the same part whenever they are repeated
+_FROM_WEIGHT = ("pissa", "olora")
+
+
+def _check(options: Options) -> None:
+    """Refuse what would compute something else."""
+    options.refuse(**_REFUSED)
+    options.ignore(*_IGNORED)
+    if options.get("bias", "none") not in ("none", "lora_only", "all"):
+        raise FormatError(f"bias must be 'none', 'lora_only' or 'all', got {options.get('bias')!r}")
+    init = options.get("init_lora_weights", True)
+    if init not in (*_PLAIN_INITS, *_FROM_WEIGHT):
+        raise FormatError(
+            f"init_lora_weights={init!r} changed the base by what cannot be repeated here: save the adapter with "
+            "PEFT's path_initial_model_for_weight_conversion, which makes it plain LoRA"
+        )
+
+
+def _pairs(options: Options, tensors: Tensors, base: Base) -> dict[str, tuple[dict[str, Tensor], float]]:
+    """Our tensors and the scale of their product, by the name of the weight."""
+    sites = weight_sites(base.module)
+    r, alpha = options.number("r", 8), options.number("lora_alpha", 8)
+    ranks, alphas = options.get("rank_pattern") or {}, options.get("alpha_pattern") or {}
+    dora, rslora = bool(options.get("use_dora", False)), bool(options.get("use_rslora", False))
+    lora_bias = bool(options.get("lora_bias", False))
+
+    def at(name: str) -> tuple[int, float]:
+        rank = pattern_value(ranks, name, r)
+        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+            raise FormatError(f"the rank of {name!r} must be an integer of at least 1, got {rank!r}")
+        return rank, pattern_value(alphas, name, alpha) / _divisor(rank, rslora)
+
+    found: dict[str, tuple[dict[str, Tensor], float]] = {}
+    names = resolve(options, base)
+    if options.get("ensure_weight_tying"):  # PEFT adapts what is tied to a target too, and names the target alone
+        tied = tied_names(base.module)
+        others = [o.rpartition(".")[0] for name in names for o in tied.get(f"{name}.weight", ())]
+        names = list(dict.fromkeys([*names, *others]))
+    for name in names:
+        rank, scale = at(name)
+        if isinstance(base.module.get_submodule(name), nn.MultiheadAttention):
+            both = take_attention(tensors, name, sites, rank)
+            found |= {site: (pair, scale) for site, pair in both.items()}
+        elif name in sites:
+            found[name] = take_layer(tensors, sites[name], rank, dora, lora_bias), scale
+        else:
+            raise FormatError(f"target_modules: {no_match(name, {n: site.module for n, site in sites.items()})}")
+    for host, parameters in parameters_of(options.get("target_parameters") or [], base).items():
+        for outside, parameter in enumerate(reversed(parameters)):
+            rank, scale = at(f"{host}.{parameter}")
+            site = sites.get(f"{host}.{parameter}") or sites.get(host)
+            if site is None or site.parameter != parameter:
+                raise FormatError(f"target_parameters: {host}.{parameter} is no weight that can be adapted")
+            found[site.name] = take_parameter(tensors, site, outside, rank), scale
+    return {name: (within_rank(pair), scale) for name, (pair, scale) in found.items()}
+
+
+def _dropout(options: Options, pairs: Mapping[str, Any], base: Base) -> float:
+    """The dropout, where every adapted weight can have one."""
+    sites = weight_sites(base.module)
+    wanted = options.number("lora_dropout", 0.0)
+    return wanted if all(sites[name].layout.has_activation for name in pairs) else 0.0
+
+
+def _divisor(r: int, rslora: bool) -> float:
+    return math.sqrt(r) if rslora else r

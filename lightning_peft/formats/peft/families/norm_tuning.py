@@ -1,0 +1,63 @@
+"""Norm tuning as PEFT writes it: ``peft_type`` LN_TUNING, whose keys are ``<norm>.ln_tuning_layers.<parameter>``.
+
+PEFT trains a copy of each layer, so all that the layer holds is in the file.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from lightning_peft.core.state.adapter_records import whole
+from lightning_peft.core.targeting.base_model import Base
+from lightning_peft.core.untrusted import FormatError
+from lightning_peft.formats.directory.snapshot import Snapshot
+from lightning_peft.formats.peft.converter import PREFIX, Converter, NotInPeftError, Options, Reading, Tensors, Writing
+from lightning_peft.formats.peft.targets import resolve, target_modules
+from lightning_peft.methods.norm_tuning import NormTuning, is_norm
+
+__all__ = ["NormTuningConverter"]
+
+
+class NormTuningConverter(Converter):
+    """``peft_type`` LN_TUNING."""
+
+    peft_type = "LN_TUNING"
+    methods = (NormTuning,)
+
+    def write(self, snapshot: Snapshot, **options: Any) -> Writing:
+        heads = [snapshot.base.inner(head) for head in snapshot.method.heads(snapshot.base.root)]
+        owners = dict.fromkeys(name.rpartition(".")[0] for name in snapshot.trained)
+        norms = [
+            owner
+            for owner in owners
+            if is_norm(snapshot.base.module.get_submodule(owner))
+            and not any(f"{owner}.".startswith(f"{head}.") for head in heads)
+        ]
+        if not norms:
+            raise NotInPeftError("no norm layer trains")
+        tensors: dict[str, Tensor] = {}
+        for norm in norms:
+            module = snapshot.base.module.get_submodule(norm)
+            state = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
+            for key, value in state.items():
+                # Taken out of what is written under plain names.
+                trained = snapshot.trained.pop(f"{norm}.{key}", None)
+                tensors[f"{PREFIX}{norm}.ln_tuning_layers.{key}"] = whole(value) if trained is None else trained
+        snapshot.heads = [head for head in snapshot.heads if head not in norms]
+        return Writing({"target_modules": target_modules(norms, snapshot.base)}, tensors)
+
+    def read(self, options: Options, tensors: Tensors, base: Base, name: str, **common: Any) -> Reading:
+        own: dict[str, Tensor] = {}
+        norms = resolve(options, base)
+        for norm in norms:
+            module = base.module.get_submodule(norm)
+            if not is_norm(module):
+                raise FormatError(f"target_modules: {norm!r} ({type(module).__name__}) is no norm layer")
+            for key, value in module.state_dict().items():
+                if ".adapters." not in f".{key}" and (
+                    key in module._parameters or tensors.has(f"{norm}.ln_tuning_layers.{key}")
+                ):
+                    own[f"{norm}.{key}"] = tensors.take(f"{norm}.ln_tuning_layers.{key}", tuple(value.shape))
+        return Reading(NormTuning(targets=base.patterns(norms), name=name, **common), {}, own)

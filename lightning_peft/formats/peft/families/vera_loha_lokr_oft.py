@@ -1,0 +1,231 @@
+"""LoRA's kin as PEFT writes them: ``peft_type`` VERA, LOHA, LOKR and OFT.
+
+| method | keys after the module | where the shape differs from ours |
+|---|---|---|
+| VeRA | ``vera_lambda_d``, ``vera_lambda_b``; once ``base_model.vera_A``, ``base_model.vera_B`` | |
+| LoHa | ``hada_w1_a`` ... ``hada_w2_b``, ``hada_t1``, ``hada_t2`` | Conv1d: t (r, r, kernel, 1) |
+| LoKr | ``lokr_w1`` or ``lokr_w1_a``, ``lokr_w1_b``; w2 likewise; ``lokr_t2`` | convolution: w2 (k, n, *kernel) |
+| OFT | ``oft_R.weight``, of an embedding ``oft_embedding_R.weight`` | |
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_peft.core.targeting.base_model import Base
+from lightning_peft.core.untrusted import FormatError
+from lightning_peft.formats.directory.snapshot import Snapshot
+from lightning_peft.formats.peft.converter import NotInPeftError, Options, Reading, Tensors
+from lightning_peft.formats.peft.layers import Layer, LayerConverter, flag
+from lightning_peft.formats.peft.patterns import clean, most_common, our_pattern, pattern_keys, pattern_value
+from lightning_peft.methods.families.weight import WeightMethod
+from lightning_peft.methods.loha import LoHa
+from lightning_peft.methods.lokr import LoKr
+from lightning_peft.methods.oft import OFT
+from lightning_peft.methods.vera import VeRA
+
+__all__ = ["LoHaConverter", "LoKrConverter", "OFTConverter", "VeRAConverter"]
+
+
+class VeRAConverter(LayerConverter):
+    """``peft_type`` VERA. Where the projections are not in the file, both draw them from the same numbers."""
+
+    peft_type = "VERA"
+    methods = (VeRA,)
+    has_rank = True
+    kinds = frozenset({"Linear", "Conv1D"})
+    shared = {"projection.vera_A": "base_model.vera_A", "projection.vera_B": "base_model.vera_B"}
+    ours_alone = frozenset({"projection.sample"})
+
+    def config(self, snapshot: Snapshot) -> dict[str, Any]:
+        method = snapshot.method
+        assert isinstance(method, VeRA)
+        return {
+            "r": method.r,
+            "vera_dropout": method.dropout,
+            "d_initial": method.d_initial,
+            "projection_prng_key": method.projection_seed,
+            "save_projection": method.save_projection,
+            "fan_in_fan_out": any(part.kind == "Conv1D" for part in snapshot.parts),
+            "bias": "none",
+            "init_weights": True,
+        }
+
+    def method(self, options: Options, names: list[str], base: Base, **arguments: Any) -> WeightMethod:
+        return VeRA(
+            r=options.get("r", 256),
+            dropout=options.number("vera_dropout", 0.0),
+            d_initial=options.number("d_initial", 0.1),
+            projection_seed=options.get("projection_prng_key", 0),
+            save_projection=flag(options, "save_projection", True),
+            **arguments,
+        )
+
+
+class _FactorConverter(LayerConverter):
+    """What LoHa and LoKr have in common: ranks and scales by pattern, and shapes that follow the kernel."""
+
+    kinds = frozenset({"Linear", "Conv"})
+    dimensions = frozenset({1, 2})
+
+    def config(self, snapshot: Snapshot) -> dict[str, Any]:
+        method = snapshot.method
+        assert isinstance(method, LoHa | LoKr)
+        ranks = {part.name: part.facts["r"] for part in snapshot.parts}
+        alphas = {part.name: clean(part.facts["scale"] * part.facts["r"]) for part in snapshot.parts}
+        r, alpha = (most_common(values.values()) for values in (ranks, alphas))
+        return {
+            "r": r,
+            "alpha": alpha,
+            "rank_pattern": pattern_keys(ranks, r),
+            "alpha_pattern": pattern_keys(alphas, alpha),
+            "rank_dropout": method.rank_dropout,
+            "module_dropout": method.module_dropout,
+            "use_effective_conv2d": method.use_effective_conv2d,
+            "init_weights": True,
+        }
+
+    def common(self, options: Options, names: list[str], base: Base) -> dict[str, Any]:
+        """The arguments that both have."""
+        values: dict[str, Any] = {}
+        for option, default in (("r", 8), ("alpha", 8)):
+            values[option] = options.number(option, default)
+            patterns = options.get({"r": "rank_pattern", "alpha": "alpha_pattern"}[option]) or {}
+            at = {name: pattern_value(patterns, name, values[option]) for name in names}
+            values[{"r": "rank_pattern", "alpha": "alpha_pattern"}[option]] = our_pattern(at, values[option], base)
+        return values | {
+            "rank_dropout": options.number("rank_dropout", 0.0),
+            "module_dropout": options.number("module_dropout", 0.0),
+            "use_effective_conv2d": flag(options, "use_effective_conv2d"),
+        }
+
+    def place(self, key: str, shape: tuple[int, ...], layer: Layer) -> tuple[str, tuple[int, ...]]:
+        if key in ("hada_t1", "hada_t2", "lokr_t2"):
+            return key, shape if len(shape) == 4 else (*shape, 1)
+        if key == "lokr_w2" and layer.kind == "Conv":
+            kernel = layer.stored[2:]
+            return key, (shape[0], shape[1] // math.prod(kernel), *kernel)
+        return key, shape
+
+
+class LoHaConverter(_FactorConverter):
+    """``peft_type`` LOHA."""
+
+    peft_type = "LOHA"
+    methods = (LoHa,)
+    has_rank = True
+
+    def method(self, options: Options, names: list[str], base: Base, **arguments: Any) -> WeightMethod:
+        return LoHa(**self.common(options, names, base), rank_dropout_scale=True, **arguments)
+
+
+class LoKrConverter(_FactorConverter):
+    """``peft_type`` LOKR.
+
+    PEFT multiplies out the full second factor of a Conv1d along other dimensions, so it is not exchanged.
+    """
+
+    peft_type = "LOKR"
+    methods = (LoKr,)
+
+    def place(self, key: str, shape: tuple[int, ...], layer: Layer) -> tuple[str, tuple[int, ...]]:
+        whole = shape == (layer.stored[0], math.prod(layer.stored[1:]))  # the first factor is a number
+        if key == "lokr_w2" and len(layer.stored) == 3 and not whole:
+            raise NotInPeftError(
+                f"PEFT's LOKR of a Conv1d whose second factor is full is no Kronecker product: lower r below half of "
+                f"{max(shape[0], shape[1] // layer.stored[2])} at {layer.name!r}"
+            )
+        return super().place(key, shape, layer)
+
+    def config(self, snapshot: Snapshot) -> dict[str, Any]:
+        method = snapshot.method
+        assert isinstance(method, LoKr)
+        return super().config(snapshot) | {
+            "decompose_both": method.decompose_both,
+            "decompose_factor": method.decompose_factor,
+            "rank_dropout_scale": method.rank_dropout_scale,
+        }
+
+    def method(self, options: Options, names: list[str], base: Base, **arguments: Any) -> WeightMethod:
+        return LoKr(
+            **self.common(options, names, base),
+            decompose_both=flag(options, "decompose_both"),
+            decompose_factor=options.get("decompose_factor", -1),
+            rank_dropout_scale=flag(options, "rank_dropout_scale"),
+            **arguments,
+        )
+
+
+class OFTConverter(LayerConverter):
+    """``peft_type`` OFT.
+
+    PEFT's rotation of a convolution's input is not the one that it merges, but for a kernel of one; only that is
+    exchanged. With ``coft`` it cuts the entries down whenever it runs, which is done once on reading.
+    """
+
+    peft_type = "OFT"
+    methods = (OFT,)
+    kinds = frozenset({"Linear", "Embedding", "Conv"})
+    dimensions = frozenset({2})
+
+    def check(self, layer: Layer) -> None:
+        super().check(layer)
+        if layer.kind == "Conv" and (layer.stored[2:] != (1, 1) or layer.host.groups > 1):
+            raise NotInPeftError(
+                f"PEFT's OFT of a convolution computes something else as it runs than merged, unless its kernel is one "
+                f"pixel and it has no groups: {layer.name!r} has a weight of {'x'.join(map(str, layer.stored))}"
+            )
+
+    def place(self, key: str, shape: tuple[int, ...], layer: Layer) -> tuple[str, tuple[int, ...]]:
+        return "oft_embedding_R.weight" if layer.kind == "Embedding" else "oft_R.weight", shape
+
+    def config(self, snapshot: Snapshot) -> dict[str, Any]:
+        method = snapshot.method
+        assert isinstance(method, OFT)
+        if method.use_cayley_neumann and method.num_cayley_neumann_terms == 3:
+            raise NotInPeftError("PEFT's OFT has no series of three terms: it takes four for them")
+        return {
+            "r": method.r or 0,
+            "oft_block_size": 0 if method.r else method.block_size or 32,
+            "module_dropout": method.dropout,
+            "block_share": method.block_share,
+            "use_cayley_neumann": method.use_cayley_neumann,
+            "num_cayley_neumann_terms": method.num_cayley_neumann_terms,
+            "coft": False,
+            "bias": "none",
+            "init_weights": True,
+        }
+
+    def method(self, options: Options, names: list[str], base: Base, **arguments: Any) -> WeightMethod:
+        if options.get("oft_block_size") is None:
+            raise FormatError("oft_block_size is missing: before PEFT 0.14 OFT was another function")
+        terms = options.get("num_cayley_neumann_terms", 5)
+        options.ignore("coft", "eps")
+        return OFT(
+            block_size=options.get("oft_block_size", 32) or None,
+            r=options.get("r", 0) or None,
+            dropout=options.number("module_dropout", 0.0),
+            block_share=flag(options, "block_share"),
+            use_cayley_neumann=flag(options, "use_cayley_neumann"),
+            num_cayley_neumann_terms=4 if terms == 3 else terms,
+            **arguments,
+        )
+
+    def read(self, options: Options, tensors: Tensors, base: Base, name: str, **common: Any) -> Reading:
+        reading = super().read(options, tensors, base, name, **common)
+        if flag(options, "coft"):
+            eps = options.number("eps", 6e-5)
+            for mine in reading.tensors.values():
+                mine["oft_R"] = _within(mine["oft_R"], eps)
+        return reading
+
+
+def _within(entries: Tensor, eps: float) -> Tensor:
+    """Each block's entries above the diagonal (blocks, n), no skew matrix longer than eps / sqrt(blocks)."""
+    limit = eps / math.sqrt(len(entries))
+    length = math.sqrt(2) * entries.float().norm(dim=-1, keepdim=True)  # each entry is in the matrix twice
+    return torch.where(length <= limit, entries, entries * (limit / length.clamp(min=limit)).to(entries.dtype))

@@ -1,0 +1,360 @@
+"""Adapter arithmetic: a new LoRA made of what other weight adapters change.
+
+Every weight adapter changes its matrix from W to transform(W); D = transform(W) - W is what is computed with, one D for
+each weight and adapter. With weights w_i, and with mask_i and sign over the entries of a matrix:
+
+| how | D of the result |
+|---|---|
+| linear, cat, svd | sum_i w_i D_i |
+| magnitude_prune | sum_i w_i top(D_i), the share ``density`` of entries of largest magnitude |
+| dare_linear | sum_i w_i random(D_i) / density, entries kept with probability ``density`` |
+| ties | sum_i w_i T_i m_i / sum_i m_i, T_i = top(D_i), m_i = 1 where T_i has the sign of sum_i T_i |
+| dare_ties | the same of T_i = random(D_i) / density |
+
+Ilharco et al. 2022, "Editing Models with Task Arithmetic", arXiv:2212.04089. TIES: Yadav et al. 2023, "TIES-Merging:
+Resolving Interference When Merging Models", arXiv:2306.01708. DARE: Yu et al. 2023, "Language Models are Super Mario",
+arXiv:2311.03099. Hugging Face PEFT's ``add_weighted_adapter`` does the same under ``svd``, ``ties_svd``,
+``dare_linear_svd`` and so on; its ``linear`` and ``ties`` mix the factors A and B themselves, which is another thing
+(the product of two sums has cross terms), and is not offered.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.core.adapters.base import BIASES, Adapter, WeightAdapter
+from lightning_peft.core.adapters.effective_weights import stored_tensor
+from lightning_peft.core.adapters.lookup import adapter_names, check_known, check_unmerged, stacks
+from lightning_peft.core.injection.apply import put_in
+from lightning_peft.core.injection.low_rank_factors import Factors, LowRankReport, change, evaluating, product
+from lightning_peft.core.injection.overrides import replacements
+from lightning_peft.core.injection.remove import check_deletable, take_out
+from lightning_peft.core.names import check_name
+from lightning_peft.core.record import injected_module, injection_of
+from lightning_peft.core.state.plan import Method, Plan
+from lightning_peft.core.switching.active import deactivate
+from lightning_peft.core.targeting.sites import weight_sites
+from lightning_peft.methods.families.arguments import one_of, positive_int
+from lightning_peft.methods.families.weight import exactly
+from lightning_peft.methods.lora import LoRA, lora_parts
+
+__all__ = ["combine", "mix", "to_lora"]
+
+How = Literal["linear", "cat", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune"]
+_SUMS = ("linear", "cat", "svd")
+_HOWS = (*_SUMS, "ties", "dare_linear", "dare_ties", "magnitude_prune")
+
+
+@torch.no_grad()
+def combine(
+    model: nn.Module,
+    names: Sequence[str],
+    weights: Sequence[float] | None = None,
+    name: str = "combined",
+    how: How = "linear",
+    r: int | None = None,
+    energy: float | None = None,
+    density: float | None = None,
+    seed: int = 0,
+) -> LowRankReport:
+    """Put a new adapter into ``model`` that is made of others: a LoRA, frozen, that waits for ``lp.set_active``.
+
+    The adapters may be of any weight method, and each of another one. A weight that one of them does not adapt counts
+    as not changed by it. Where all are low-rank products (LoRA, AdaLoRA, DyLoRA, VeRA, LoHa) a weighted sum is exact:
+    the factors are put side by side. Everything else is decomposed by SVD, exactly unless ``r`` or ``energy`` cuts it.
+
+    Heads, biases and statistics that an adapter brings in place of the base's (loaded ones do) are interpolated as
+    well, base + sum_i w_i (copy_i - base), by the sums only. What a method trained in the base itself is a part of the
+    base here. Where there is nothing but such copies (of :class:`lightning_peft.BitFit` for example), the result is
+    one more adapter of the first one's method.
+
+    Args:
+        model: the adapted model; only the new adapter is added.
+        names: the adapters, at least one.
+        weights: a factor for each, of either sign; by default equal shares of 1.
+        name: what to call the new one.
+        how: see the table in :mod:`lightning_peft.methods.combine`. ``"cat"`` is ``"linear"`` for those that want
+            an error where the sum is not exactly low-rank; ``"svd"`` cuts to the largest rank among them by default.
+        r: the rank of the result, at most.
+        energy: the share of the squared norm that the result keeps at least, in (0, 1]. Without either nothing is lost.
+        density: the share of entries that are kept, in (0, 1], for all but the sums.
+        seed: of DARE's choice.
+
+    Returns:
+        The ranks of the result, and what was lost.
+
+    Raises:
+        ValueError: an adapter that is not there, is merged, or is no weight change that LoRA could express (an
+            activation or a sequence method, a change of biases); copies of other shapes; arguments that do not fit
+            together. All before anything is changed.
+
+    Example::
+
+        lp.combine(model, ["english", "math"], weights=[1.0, -0.5], name="mix")
+        lp.set_active(model, "mix")
+    """
+    shares = [1 / max(1, len(names))] * len(names) if weights is None else list(weights)
+    check_name(name)
+    if name in adapter_names(model):
+        raise ValueError(f"the model has an adapter named {name!r} already: give the new one another name=")
+    _check(model, names, shares, how, r, energy, density)
+    root = injected_module(model)
+    made = _made(root, dict(zip(names, shares)), how, r, energy, density, seed)
+    _put_in(root, name, made, like=names[0])
+    deactivate(root, name)
+    return made.report
+
+
+@torch.no_grad()
+def to_lora(
+    model: nn.Module, name: str, r: int | None = None, energy: float | None = None, new_name: str | None = None
+) -> LowRankReport:
+    """Turn a weight adapter of any method into a plain LoRA, which every reader of LoRA understands.
+
+    Low-rank products stay exact (LoRA that started as a part of the weight, such as PiSSA, gets twice its rank). Other
+    changes are decomposed by SVD: exactly, at whatever rank that takes, or cut by ``r`` or ``energy``.
+
+    Args:
+        model: the adapted model; changed in place.
+        name: the adapter.
+        r: the rank of the result, at most.
+        energy: the share of the squared norm that the result keeps at least, in (0, 1].
+        new_name: put the LoRA in beside the adapter, frozen and waiting; by default it takes its place, name and
+            part in training.
+
+    Returns:
+        The ranks, and what was lost.
+
+    Raises:
+        ValueError: as :func:`combine`; or an adapter in training, whose optimizer would go on without it.
+
+    Example::
+
+        report = lp.to_lora(model, "loha", energy=0.99)
+        print(report.error)  # of the change, in the Frobenius norm
+    """
+    _check(model, [name], [1.0], "linear", r, energy, None)
+    root = injected_module(model)
+    if not _changes(root, [name]):
+        raise ValueError(f"{name!r} changes no matrix: there is nothing to turn into a LoRA")
+    if new_name is not None:
+        return combine(model, [name], [1.0], new_name, r=r, energy=energy)
+    check_deletable(model, name)
+    made = _made(root, {name: 1.0}, "linear", r, energy, None, 0)
+    before = {host: (list(stack), stack.active) for host, stack in stacks(root).items() if name in stack}
+    trains = any(p.requires_grad for s in stacks(root).values() if name in s for p in cast(Any, s[name]).parameters())
+    record = injection_of(model)
+    own = record.trains.get(name) if record is not None else None
+    take_out(root, name)
+    _put_in(root, name, made, trains=trains)
+    if (record := injection_of(model)) is not None and own is not None:
+        record.trains[name] = own
+    for host, stack in stacks(root).items():
+        if name in stack:
+            order, stack.active = before[host]
+            for n in order:
+                stack._modules[n] = stack._modules.pop(n)
+            stack.refresh()
+    return made.report
+
+
+def _check(
+    model: nn.Module,
+    names: Sequence[str],
+    shares: Sequence[float],
+    how: str,
+    r: int | None,
+    energy: float | None,
+    density: float | None,
+) -> None:
+    one_of("how", how, _HOWS)
+    if isinstance(names, str) or not names or len(set(names)) != len(names):
+        raise ValueError(f"names must be a list of different adapters, got {names!r}")
+    check_known(model, *names)
+    if len(shares) != len(names) or not all(isinstance(w, int | float) and math.isfinite(w) for w in shares):
+        raise ValueError(f"weights must be a finite number for each of {list(names)}, got {list(shares)!r}")
+    check_unmerged(model)
+    if r is not None and energy is not None:
+        raise ValueError(f"r={r} and energy={energy} both set the rank: give one of them")
+    if r is not None:
+        positive_int("r", r)
+    if how == "cat" and (r is not None or energy is not None):
+        raise ValueError("how='cat' keeps the factors as they are: take how='svd' with r or energy")
+    for argument, value, wanted in (("energy", energy, None), ("density", density, how not in _SUMS)):
+        if wanted is not None and (value is not None) != wanted:
+            raise ValueError(f"how={how!r} {'needs' if wanted else 'takes no'} {argument}, got {value!r}")
+        if value is not None and not (isinstance(value, int | float) and 0 < value <= 1):
+            raise ValueError(f"{argument} must be a share in (0, 1], got {value!r}")
+
+
+@dataclass
+class _Made:
+    """What a new LoRA is made of: factors by weight, copies by full name, and how good the factors are."""
+
+    factors: dict[str, Factors] = field(default_factory=dict)
+    copies: dict[str, Tensor] = field(default_factory=dict)
+    report: LowRankReport = field(default_factory=LowRankReport)
+
+
+def _made(
+    root: nn.Module,
+    shares: Mapping[str, float],
+    how: str,
+    r: int | None,
+    energy: float | None,
+    density: float | None,
+    seed: int,
+) -> _Made:
+    """The result of :func:`combine`, before anything is changed."""
+    changes = _changes(root, shares)
+    made = _Made(copies=_interpolated(root, shares))
+    if made.copies and how not in _SUMS:
+        raise ValueError(f"{list(made.copies)[:3]} stand in place of the base's own, which {how!r} is not made for")
+    generator = torch.Generator().manual_seed(seed)
+    for site, (weight, parts) in changes.items():
+        weights, factors = [shares[n] for n in parts], [_factors(part) for part in parts.values()]
+        pairs = [f for f in factors if f is not None]
+        exact = len(pairs) == len(parts)
+        if how == "cat" and not exact:
+            raise ValueError(f"how='cat' needs low-rank adapters, and one at {site!r} is none: take how='linear'")
+        cut = r
+        if how == "svd" and exact and r is None and energy is None:
+            cut = max(a.shape[-2] for a, _ in pairs)
+        mixed: Factors | Tensor
+        if how in _SUMS and exact:
+            left = torch.cat([w * a for w, (a, _) in zip(weights, pairs)], -2)
+            mixed = left, torch.cat([b for _, b in pairs], -1)
+        else:
+            tasks = torch.stack([change(part, weight) for part in parts.values()])
+            mixed = mix(tasks, weights, how, density, generator)
+        made.factors[site], made.report.errors[site], made.report.norms[site] = product(mixed, cut, energy)
+        made.report.ranks[site] = made.factors[site][0].shape[-2]
+    return made
+
+
+def mix(tasks: Tensor, weights: Sequence[float], how: str, density: float | None, generator: torch.Generator) -> Tensor:
+    """One change of several, as the table above says.
+
+    Args:
+        tasks: the changes of one matrix, (number, ..., out, in).
+        weights: a factor for each.
+        how, density: see :func:`combine`.
+        generator: what DARE draws from, on the CPU.
+    """
+    if how not in _SUMS:
+        assert density is not None
+        drop = _random if how.startswith("dare") else _largest
+        tasks = torch.stack([task * drop(task, density, generator) for task in tasks])
+    weighted = tasks * tasks.new_tensor(weights).view(-1, *[1] * (tasks.ndim - 1))
+    if not how.endswith("ties"):
+        return weighted.sum(0)
+    agree = tasks.sign() == torch.where(tasks.sum(0) >= 0, 1.0, -1.0)
+    return (weighted * agree).sum(0) / agree.sum(0).clamp_min(1)
+
+
+def _largest(task: Tensor, density: float, generator: torch.Generator) -> Tensor:
+    kept = torch.zeros_like(task).flatten()
+    kept[task.abs().flatten().topk(int(density * task.numel())).indices] = 1
+    return kept.view_as(task)
+
+
+def _random(task: Tensor, density: float, generator: torch.Generator) -> Tensor:
+    return (torch.rand(task.shape, generator=generator) < density).to(task) / density
+
+
+def _factors(part: WeightAdapter) -> Factors | None:
+    with evaluating(part):
+        found = part.low_rank()
+    if found is None:
+        return None
+    a, b = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in found)
+    return a, b
+
+
+def _changes(root: nn.Module, names: Collection[str]) -> dict[str, tuple[Tensor, dict[str, WeightAdapter]]]:
+    """The stored weights that are adapted, each with its adapters by name; by the weight's name.
+
+    Raises:
+        ValueError: an adapter that is no change of a weight, or not of a weight alone.
+    """
+    sites = {(site.host, site.parameter): site.name for site in weight_sites(root).values()}
+    found: dict[str, tuple[Tensor, dict[str, WeightAdapter]]] = {}
+    for host_name, stack in stacks(root).items():
+        host = root.get_submodule(host_name)
+        for name in (n for n in names if n in stack):
+            for adapter in cast(Adapter, stack[name]).parts():
+                where = f"{name!r} at {host_name!r} ({type(adapter).__name__})"
+                if not (adapter.weights() or adapter.copies() or adapter.transparent):
+                    raise ValueError(f"{where} is no weight change, and cannot be combined or become a LoRA")
+                for parameter, part in adapter.weights().items():
+                    bias = stored_tensor(host, BIASES[parameter]) if parameter in BIASES else None
+                    if (host_name, parameter) not in sites or part.transform_bias(bias) is not bias:
+                        raise ValueError(f"{where} changes more than a matrix (a bias, a norm), which no LoRA can")
+                    weight = cast(Tensor, stored_tensor(host, parameter))
+                    found.setdefault(sites[host_name, parameter], (weight, {}))[1][name] = part
+    return {site: (weight, {n: parts[n] for n in names if n in parts}) for site, (weight, parts) in found.items()}
+
+
+def _interpolated(root: nn.Module, shares: Mapping[str, float]) -> dict[str, Tensor]:
+    """What the adapters' copies of the base's own values come to, by full name."""
+    found: dict[str, Tensor] = {}
+    alone = list(shares.values()) == [1]
+    for host_name, stack in stacks(root).items():
+        for name, share in ((n, w) for n, w in shares.items() if n in stack):
+            for local, copy in (
+                (k, c) for part in cast(Adapter, stack[name]).parts() for k, c in part.copies().items()
+            ):
+                full = f"{host_name}.{local}".lstrip(".")
+                base = cast(Tensor, stored_tensor(root.get_submodule(host_name), local)).detach()
+                if alone:
+                    found[full] = copy.detach()
+                elif copy.shape != base.shape:
+                    shapes = f"{tuple(copy.shape)}, and the base's is {tuple(base.shape)}"
+                    raise ValueError(f"{full} of {name!r} is {shapes}: they cannot be interpolated")
+                elif copy.is_floating_point():
+                    found[full] = found.get(full, base) + share * (copy - base)
+    return found
+
+
+def _put_in(root: nn.Module, name: str, made: _Made, like: str = "", trains: bool = False) -> None:
+    """A LoRA with these factors and the copies beside it; without factors, another of the method of ``like``."""
+    record = injection_of(root)
+    method: Method
+    if made.factors:
+        method, plan = _lora(root, name, made.factors, trains)
+    elif made.copies and record is not None:
+        source: Any = record.methods[like]
+        method, plan = type(source)(**{**source.config(), "name": name}), Plan()
+    else:
+        raise ValueError(f"{like!r} changes nothing in this model: there is nothing to combine")
+    for host, adapter in replacements(root, made.copies, trains).items():
+        plan.attach.append((host, host, adapter, f"own {', '.join(adapter.stored_as)}"))
+    put_in(root, {name: (method, plan)})
+
+
+def _lora(root: nn.Module, name: str, factors: dict[str, Factors], trains: bool) -> tuple[LoRA, Plan]:
+    """A LoRA of scale 1 that has these factors."""
+    ranks = {site: a.shape[-2] for site, (a, _) in factors.items()}
+    most = max(ranks.values())
+    other = {pattern: rank for site, rank in ranks.items() if rank != most for pattern in exactly([site])}
+    method = LoRA(
+        r=most,
+        alpha=most,
+        targets=exactly(factors),
+        name=name,
+        rank_pattern=other,
+        alpha_pattern=dict(other),
+    )
+    plan = method.plan(root)
+    for _, _, adapter, _ in plan.attach:
+        for part in lora_parts(adapter):
+            for parameter, value in zip((part.lora_A, part.lora_B), factors[part.site_name]):
+                parameter.data = value.detach().clone().to(torch.promote_types(value.dtype, torch.float32))
+        adapter.requires_grad_(trains)
+    return method, plan

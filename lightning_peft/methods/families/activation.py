@@ -1,0 +1,100 @@
+"""The family of activation methods: an adapter that changes a module's output, wherever one is targeted."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from lightning_peft.core.adapters.activation import ActivationAdapter, InputTap
+from lightning_peft.core.class_swap import original_class
+from lightning_peft.core.state.plan import Plan
+from lightning_peft.core.targeting.activation_sites import ActivationSite, find_activation_sites
+from lightning_peft.core.targeting.patterns import TargetError
+from lightning_peft.methods.families.arguments import positive_int
+from lightning_peft.methods.families.method import PEFTMethod
+
+__all__ = ["ActivationMethod"]
+
+
+class ActivationMethod(PEFTMethod):
+    """Base class of the methods that change activations; a subclass gives :meth:`build`.
+
+    Args:
+        targets: ``"all-attention"``, ``"all-feedforward"`` (the outputs of these sub-layers, before residual sum and
+            norm), ``"all-blocks"``, ``"all-linear"``, or patterns of modules; several in a list. A ``Sequential`` is
+            adapted at its last layer.
+        exclude, trainable, name: see :class:`lightning_peft.PEFTMethod`.
+        width: number of features of the targeted outputs; by default the modules' own layers tell.
+        channels_first: whether these outputs are feature maps (N, C, ...); by default the layers tell.
+        **options: ``seed``, ``adapter_dtype``, ``train_norm_stats``, ``audit`` of
+            :class:`lightning_peft.PEFTMethod`.
+
+    Raises:
+        TargetError: nothing in the model fits ``targets``, or its width cannot be known.
+
+    Example::
+
+        class Shift(lp.ActivationMethod):
+            def build(self, site):
+                return ShiftAdapter(site)
+
+        class ShiftAdapter(lp.ActivationAdapter):
+            def __init__(self, site):
+                super().__init__(site)
+                self.shift = nn.Parameter(torch.zeros(site.width))
+
+            def forward(self, x, y):
+                return y + self.shift
+    """
+
+    def __init__(
+        self,
+        targets: str | Sequence[str] = "all-feedforward",
+        exclude: str | Sequence[str] = (),
+        trainable: str | Sequence[str] = (),
+        name: str = "default",
+        width: int | None = None,
+        channels_first: bool | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(targets=targets, exclude=exclude, trainable=trainable, name=name, **options)
+        if width is not None:
+            positive_int("width", width)
+        self.width = width
+        self.channels_first = channels_first
+
+    @abstractmethod
+    def build(self, site: ActivationSite) -> ActivationAdapter:
+        """A new adapter for ``site``, initialised; random numbers come from torch's seeded global stream.
+
+        Raises:
+            ValueError: the arguments do not fit this place, named with what was expected.
+        """
+        raise NotImplementedError
+
+    def plan(self, model: nn.Module) -> Plan:
+        plan = self.start_plan(model)
+        sites = find_activation_sites(
+            model, self.targets, self.exclude, plan.train_modules, self.width, self.channels_first
+        )
+        for site in sites:
+            with self.initialising(site.host):
+                adapter = self.build(site)
+            if adapter.reads_input and site.start != site.host:
+                tap = InputTap(site.host)
+                adapter.taps = (tap,)
+                plan.attach.append((site.start, site.start, tap, f"its input goes to the adapter at {site.host}"))
+            kind = original_class(site.module).__name__
+            plan.attach.append((site.host, site.host, adapter, f"{self.describe(adapter)} on {kind} {site.width}"))
+        hosts = [host for host, *_ in plan.attach]
+        twice = [host for host in hosts if hosts.count(host) > 1]
+        if twice:
+            raise TargetError(f"targets={self.targets!r} reach {twice[0]!r} in two ways: exclude one of them")
+        return plan
+
+    def describe(self, adapter: ActivationAdapter) -> str:
+        """One adapter in a few words, for the table."""
+        return type(self).__name__

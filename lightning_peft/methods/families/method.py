@@ -1,0 +1,202 @@
+"""The base class of every method: a Lightning callback that freezes a model and puts something small into it."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar, Literal
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import nn
+
+from lightning_peft.core.names import check_name, listed
+from lightning_peft.core.registry import register_method
+from lightning_peft.core.state.plan import Plan
+from lightning_peft.core.targeting.base_modules import base_modules
+from lightning_peft.core.targeting.patterns import (
+    TargetError,
+    as_patterns,
+    bare_parameters,
+    match,
+    match_modules,
+    match_parameters,
+    no_match,
+)
+from lightning_peft.methods.families.arguments import _without_numpy, one_of
+from lightning_peft.trainer.install import install
+
+__all__ = ["PEFTMethod"]
+
+
+class PEFTMethod(Callback, ABC):
+    """A method of parameter-efficient fine-tuning as a Lightning callback.
+
+    Attach it to a Trainer (``Trainer(callbacks=[lp.LoRA(r=8)])``) or apply it by hand (``lp.apply(model, method)``).
+    The base is frozen; what the method adds, and what ``trainable`` names, trains; checkpoints hold just that.
+
+    A subclass takes flat arguments of plain types, stores each under its own name, and gives :meth:`plan`. Most
+    derive from a family instead, such as :class:`lightning_peft.WeightMethod`.
+
+    Args:
+        targets: what to adapt: ``"all-linear"`` (every linear-like layer but the output head) or patterns: a name
+            or the end of one, a glob, ``re:<regular expression>``, ``type:<class name>``.
+        exclude: patterns to take away from ``targets``.
+        trainable: patterns of modules that train in full, heads for example, or of single parameters (``logit_scale``,
+            ``cls_token``), which are looked for if a pattern matches no module.
+        name: the adapter's name, unique on a model.
+        seed: seed of the initialisation, which depends on nothing else, so every rank and every way to build the
+            model gives the same adapters. None takes the seed of Lightning's ``seed_everything``, or 0;
+            ``torch.manual_seed`` has no effect on it.
+        adapter_dtype: the type adapters are kept and trained in; they compute in the activations' type.
+        train_norm_stats: let the running statistics of frozen norm layers move with training.
+        audit: what to do when a check finds an adapter that does not run or does not learn: ``"error"``,
+            ``"warn"`` or ``"off"``.
+
+    Raises:
+        ValueError: an argument that cannot be, named with what was expected.
+        TargetError: a malformed pattern.
+    """
+
+    #: arguments that may differ between the run that saved a state and the run that loads it
+    may_change: ClassVar[frozenset[str]] = frozenset(
+        {"targets", "exclude", "trainable", "seed", "adapter_dtype", "train_norm_stats", "audit"}
+    )
+
+    def __init__(
+        self,
+        targets: str | Sequence[str] = "all-linear",
+        exclude: str | Sequence[str] = (),
+        trainable: str | Sequence[str] = (),
+        name: str = "default",
+        seed: int | None = None,
+        adapter_dtype: Literal["float32", "float64", "bfloat16", "float16"] = "float32",
+        train_norm_stats: bool = False,
+        audit: Literal["error", "warn", "off"] = "error",
+    ) -> None:
+        check_name(name)
+        one_of("audit", audit, ("error", "warn", "off"))
+        one_of("adapter_dtype", adapter_dtype, ("float32", "float64", "bfloat16", "float16"))
+        self.targets = _plain(as_patterns(targets, "targets"), targets)
+        self.exclude = _plain(as_patterns(exclude, "exclude"), exclude)
+        self.trainable = _plain(as_patterns(trainable, "trainable"), trainable)
+        self.name = name
+        self.seed = seed
+        self.adapter_dtype = adapter_dtype
+        self.train_norm_stats = train_norm_stats
+        self.audit = audit
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, _without_numpy(value))
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        register_method(cls)
+
+    @abstractmethod
+    def plan(self, model: nn.Module) -> Plan:
+        """What this method will do to ``model``; changes nothing.
+
+        Raises:
+            TargetError: a pattern matches nothing.
+        """
+        raise NotImplementedError
+
+    def regroup(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+        """Change the optimizer's parameter groups, for methods with learning rates of their own.
+
+        Called once, after frozen parameters were left out. A group that is split keeps its options.
+        """
+
+    def config(self) -> dict[str, Any]:
+        """Every argument by name, as plain values: enough to make this method again."""
+        return {name: getattr(self, name) for name in _arguments(type(self))}
+
+    @property
+    def state_key(self) -> str:
+        return f"{type(self).__name__}:{self.name}"
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        install(trainer, pl_module)
+
+    def heads(self, model: nn.Module) -> list[str]:
+        """The names of the modules that ``trainable`` trains in full.
+
+        Raises:
+            TargetError: a pattern of ``trainable`` matches neither a module nor a parameter.
+        """
+        patterns = as_patterns(self.trainable, "trainable")
+        bare = set(self._of_parameters(model))
+        return list(match_modules(model, [pattern for pattern in patterns if pattern not in bare], "trainable"))
+
+    def trained_parameters(self, model: nn.Module) -> list[str]:
+        """The names of the single parameters that ``trainable`` trains: those of patterns that match no module."""
+        return [name for names in self._of_parameters(model).values() for name in names]
+
+    def _of_parameters(self, model: nn.Module) -> dict[str, list[str]]:
+        modules = {name: module for name, module in base_modules(model) if name}
+        found = {}
+        for pattern in as_patterns(self.trainable, "trainable"):
+            if any(match(pattern, name, module) for name, module in modules.items()):
+                continue
+            found[pattern] = match_parameters(model, pattern)
+            if not found[pattern]:
+                raise TargetError(f"trainable: {no_match(pattern, {**modules, **bare_parameters(model)})}")
+        return found
+
+    def start_plan(self, model: nn.Module) -> Plan:
+        """A plan that holds what ``trainable`` names.
+
+        Raises:
+            TargetError: a pattern of ``trainable`` matches nothing.
+        """
+        heads = self.heads(model)
+        empty = [name for name in heads if not any(True for _ in model.get_submodule(name).parameters())]
+        if empty and len(empty) == len(heads):
+            raise TargetError(f"trainable={self.trainable!r} matches only modules without parameters: {listed(empty)}")
+        return Plan(train_modules=heads, train=dict.fromkeys(self.trained_parameters(model), "trains"))
+
+    def seed_for(self, what: object) -> int:
+        """A seed for one thing that this method draws: of ``seed``, the adapter's name and ``what`` alone."""
+        seed = self.seed if self.seed is not None else int(os.environ.get("PL_GLOBAL_SEED", 0))
+        return int.from_bytes(hashlib.sha256(f"{seed}:{self.name}:{what}".encode()).digest()[:7], "big")
+
+    @contextmanager
+    def initialising(self, where: str) -> Iterator[None]:
+        """Seed torch for the initialisation of the adapter at ``where``, leaving the user's stream untouched.
+
+        Tensors are made on the CPU and in ``adapter_dtype``, whatever device and type a strategy has set.
+        """
+        before = torch.get_default_dtype()
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            torch.random.default_generator.manual_seed(self.seed_for(where))
+            torch.set_default_dtype(getattr(torch, self.adapter_dtype))
+            try:
+                yield
+            finally:
+                torch.set_default_dtype(before)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.config().items())})"
+
+
+def _arguments(cls: type) -> list[str]:
+    names: dict[str, None] = {}
+    for klass in cls.__mro__:
+        init = klass.__dict__.get("__init__")
+        if init is None or not issubclass(klass, PEFTMethod):
+            continue
+        parameters = list(inspect.signature(init).parameters.values())[1:]
+        names |= {p.name: None for p in parameters if p.kind is not p.VAR_KEYWORD}
+        if all(p.kind is not p.VAR_KEYWORD for p in parameters):
+            break
+    return list(names)
+
+
+def _plain(patterns: tuple[str, ...], given: str | Sequence[str]) -> str | list[str]:
+    return given if isinstance(given, str) else list(patterns)

@@ -1,0 +1,391 @@
+"""The family that puts virtual tokens into a module's token sequence, and takes them out of its output.
+
+Two kinds of module can carry a prompt:
+
+* one that takes ``input_ids`` and ``inputs_embeds`` and knows its embedding (``get_input_embeddings``), as the inner
+  models of Hugging Face do: ``LlamaModel``, ``BertModel``, an encoder or decoder stack. Masks, position ids, token
+  types, the KV cache and the labels of the causal model around it are taken care of;
+* any module whose first argument is a sequence (batch, length, width) and that returns one, such as an
+  ``nn.TransformerEncoder`` or a ``Sequential`` of blocks. Its masks may be named ``attention_mask`` (1 keeps),
+  ``key_padding_mask`` or ``src_key_padding_mask`` (True drops), ``mask``, ``src_mask`` or ``attn_mask``
+  (length, length; True drops). Virtual tokens get no position embedding, and are placed by column.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_peft.core.adapters.base import Adapter
+from lightning_peft.core.adapters.virtual_tokens import Layout, Placement, RowPlacement, strip
+from lightning_peft.core.batching.batched import RowLink
+from lightning_peft.core.batching.layout import Place, row_dim
+from lightning_peft.core.class_swap import original_class
+from lightning_peft.core.kv_cache import cache_length, filled_cache, is_cache
+from lightning_peft.core.module_io import by_name, parameters_of
+from lightning_peft.methods.shared.cached_step import check_cached_step
+
+__all__ = ["PromptAdapter", "PromptLabels", "PromptMask", "PromptStrip", "TokenError"]
+
+
+class TokenError(RuntimeError):
+    """A call whose sequence cannot take virtual tokens."""
+
+
+_PADDING = ("key_padding_mask", "src_key_padding_mask")
+_SQUARE = ("mask", "src_mask", "attn_mask")
+# Of the calls that this thread is in: the prompts whose virtual tokens stay in the output.
+_CALLS = threading.local()
+
+
+def _kept(prompt: nn.Module) -> bool:
+    return any(kept is prompt for kept in getattr(_CALLS, "kept", ()))
+
+
+class PromptAdapter(Adapter):
+    """The virtual tokens of one module: ``prompt`` (T, width), or the ``encoder`` that makes it.
+
+    Args:
+        prompt: their start, (T, width), or a module that returns them.
+        placement: where they stand.
+        limit: how many positions the host's table has; None without a table.
+        shorten: take them out of the output again; an encoder leaves them in for its decoder.
+        causal: the output at a token predicts the next one.
+        batch_first: sequences are (batch, length, width), not (length, batch, width).
+    """
+
+    def __init__(
+        self,
+        prompt: Tensor | nn.Module,
+        placement: Placement,
+        limit: int | None = None,
+        shorten: bool = True,
+        causal: bool = False,
+        batch_first: bool = True,
+    ) -> None:
+        super().__init__()
+        if isinstance(prompt, nn.Module):
+            self.encoder: nn.Module | None = prompt
+        else:
+            self.encoder = None
+            self.prompt = nn.Parameter(prompt)
+        self.placement = placement
+        self.limit = limit
+        self.shorten = shorten
+        self.causal = causal
+        self.batch_first = batch_first
+        self.cache_checked = False
+
+    def virtual(self) -> Tensor:
+        """The virtual tokens' embeddings, (T, width)."""
+        return self.prompt if self.encoder is None else self.encoder()
+
+    @property
+    def foldable(self) -> bool:
+        return self.encoder is not None
+
+    def fold(self) -> None:
+        prompt = self.virtual().clone()
+        self.encoder = None
+        self.prompt = nn.Parameter(prompt)
+
+    def run(self, host: Any, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        given = by_name(host, args, kwargs)
+        if given.get("input_ids") is None and given.get("inputs_embeds") is None:
+            return self._around_sequence(host, call, given)
+        return self._around_tokens(host, call, given)
+
+    def _around_tokens(self, host: Any, call: Callable[..., Any], given: dict[str, Any]) -> Any:
+        embeds, ids, mask = (given.get(n) for n in ("inputs_embeds", "input_ids", "attention_mask"))
+        if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
+            raise TokenError(
+                f"{_kind(host)} got an attention mask that is not (batch, length), which takes no virtual tokens. "
+                "Pass the padding mask itself (and generate without a static cache)"
+            )
+        tokens = self.placement.tokens
+        if filled_cache(given.values()) is not None:  # the virtual tokens are in the cache already
+            return call(**self._continued(host, given))
+        if embeds is None:
+            embeds = host.get_input_embeddings()(ids)
+        batch, length = embeds.shape[:2]
+        if self.limit is not None and length + tokens > self.limit:
+            raise TokenError(
+                f"{length} tokens and {tokens} virtual ones are more than the {self.limit} positions of {_kind(host)}: "
+                f"truncate inputs to {self.limit - tokens}"
+            )
+        mask = self._mask(host, mask, embeds)
+        layout, real = self.placement.layout(batch, length, mask, embeds.device), embeds
+        given["input_ids"], given["inputs_embeds"] = None, layout.insert(embeds, self.virtual())
+        if mask is not None:
+            given["attention_mask"] = layout.mask(mask)
+        if given.get("token_type_ids") is not None:
+            given["token_type_ids"] = layout.fill(given["token_type_ids"], 0)
+        if given.get("position_ids") is not None:
+            given["position_ids"] = layout.positions(given["position_ids"])
+        if given.get("cache_position") is not None:
+            given["cache_position"] = torch.arange(length + tokens, device=embeds.device)
+        out = call(**{n: v for n, v in given.items() if n != "input_ids" or "input_ids" in parameters_of(host)})
+        self._note(layout, given, out)
+        self._check_cache(host, call, given, real, out)
+        return strip(out, layout, self.causal) if self.shorten and not _kept(self) else out
+
+    def _continued(self, host: Any, given: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a call whose cache holds the virtual tokens already."""
+        mask, tokens = given.get("attention_mask"), self.placement.tokens
+        if mask is not None:
+            start = Placement((("start", 0, tokens),)).layout(len(mask), mask.shape[1], mask, mask.device)
+            given["attention_mask"] = start.mask(mask)
+        for name in ("position_ids", "cache_position"):
+            if given.get(name) is not None:
+                given[name] = given[name] + tokens
+        return given
+
+    def _mask(self, host: Any, mask: Tensor | None, embeds: Tensor) -> Tensor | None:
+        """The mask (batch, length) of the real tokens."""
+        return mask
+
+    def _note(self, layout: Layout, given: dict[str, Any], out: Any) -> None:
+        """Remember what a later call with the same cache needs to know."""
+
+    def _check_cache(self, host: Any, call: Callable[..., Any], given: dict[str, Any], real: Tensor, out: Any) -> None:
+        """Check once that a step from the cache in ``out`` is right (:class:`CacheError`)."""
+        tokens = self.placement.tokens
+        if self.cache_checked or (self.limit is not None and self.limit < tokens + 3):
+            return
+        layout = self.placement.layout(len(real), 2, None, real.device)
+
+        def whole(start: Tensor, step: Tensor, **rest: Any) -> Any:
+            return call(inputs_embeds=torch.cat([layout.insert(start, self.virtual()), step], 1), **rest)
+
+        def run(**given: Any) -> Any:
+            return self._around_tokens(host, call, given)
+
+        self.cache_checked = True  # the calls below are not checked themselves
+        self.cache_checked = check_cached_step(host, run, whole, out, given, real)
+
+    def _around_sequence(self, host: Any, call: Callable[..., Any], given: dict[str, Any]) -> Any:
+        first, x = next(iter(given.items()), ("", None))
+        if not isinstance(x, Tensor) or x.ndim != 3 or not x.is_floating_point():
+            got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            raise TokenError(
+                f"{_kind(host)} was called with {got} first; a prompt needs embeddings (batch, length, width)"
+            )
+        x = x if self.batch_first else x.transpose(0, 1)
+        batch, length = x.shape[:2]
+        layout = self.placement.layout(batch, length, None, x.device)
+        for name, value in list(given.items())[1:]:
+            if not isinstance(value, Tensor):
+                continue
+            if name == "attention_mask" and value.ndim == 2:
+                given[name] = layout.mask(value)
+            elif name in _PADDING:
+                given[name] = layout.fill(value, 0)
+            elif name in _SQUARE and value.ndim == 2:
+                given[name] = layout.square(value)
+                if given.get("is_causal") is not None:
+                    given["is_causal"] = False  # a hint that the mask is triangular; it is not any more
+            elif length in value.shape:
+                raise TokenError(
+                    f"{_kind(host)} got {name} of shape {tuple(value.shape)}, which takes no virtual tokens; a "
+                    f"prompt knows attention_mask, {', '.join(_PADDING)} and {', '.join(_SQUARE)} (length, length)"
+                )
+        longer = layout.insert(x, self.virtual())
+        given[first] = longer if self.batch_first else longer.transpose(0, 1)
+        positional = [given.pop(first)]
+        out = call(*positional, **given)
+        if not self.batch_first:
+            return strip(out.transpose(0, 1), layout, self.causal).transpose(0, 1)
+        return strip(out, layout, self.causal)
+
+    def row_link(self, host: nn.Module) -> Callable[..., RowLink] | None:
+        # Elsewhere there is no mask to hide the padding of shorter prompts.
+        return PromptRows if "inputs_embeds" in parameters_of(host) else None
+
+    def extra_repr(self) -> str:
+        return f"tokens={self.placement.tokens}, slots={self.placement.slots}"
+
+
+class PromptRows(RowLink, PromptAdapter):
+    """The prompts of each row, padded to the longest; what is padding is masked."""
+
+    def __init__(self, place: Place, adapters: Sequence[PromptAdapter | None]) -> None:
+        nn.Module.__init__(self)
+        RowLink.__init__(self, place, adapters)
+        self.placement: Any = row_placement(self.adapters)
+        prompts = [adapter for adapter, _ in self.groups]
+        self.limit = min((p.limit for p in prompts if p.limit is not None), default=None)
+        self.causal = any(p.causal for p in prompts)
+
+    run = PromptAdapter.run
+
+    @property
+    def shorten(self) -> bool:  # type: ignore[override]
+        return all(adapter.shorten and not _kept(adapter) for adapter, _ in self.groups)  # labels around the model do
+
+    def virtual(self) -> Tensor:
+        """The virtual tokens' embeddings, (rows, T, width)."""
+        tokens = self.placement.tokens
+        made = {a: F.pad(v, (0, 0, 0, tokens - len(v))) for a, _ in self.groups for v in [a.virtual()]}
+        none = torch.zeros_like(next(iter(made.values())))
+        return torch.stack([none if a is None else made[a] for a in self.adapters])
+
+    def _mask(self, host: Any, mask: Tensor | None, embeds: Tensor) -> Tensor | None:
+        if len(embeds) % self.n:
+            row_dim(self.place, embeds, self.n)  # says what is wrong
+        if mask is not None or not self.placement.padded:
+            return mask
+        if "attention_mask" not in parameters_of(host):
+            raise TokenError(
+                f"{_kind(host)} takes no attention_mask, so that rows with fewer virtual tokens than others cannot be "
+                "padded: give all rows prompts of one length"
+            )
+        return torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
+
+    def _note(self, layout: Layout, given: dict[str, Any], out: Any) -> None:
+        values = out.values() if isinstance(out, dict) else out if isinstance(out, tuple) else ()
+        for cache in (v for v in (*given.values(), *values) if is_cache(v) and hasattr(v, "__dict__")):
+            vars(cache).setdefault("_peft_layouts", {})[self._key()] = layout
+
+    def _check_cache(self, host: Any, call: Callable[..., Any], given: dict[str, Any], real: Tensor, out: Any) -> None:
+        self.groups[0][0]._check_cache(host, call, given, real, out)
+
+    def _key(self) -> tuple[int, ...]:
+        return tuple(map(id, self.adapters))
+
+    def _continued(self, host: Any, given: dict[str, Any]) -> dict[str, Any]:
+        cache, mask = filled_cache(given.values()), given.get("attention_mask")
+        embeds = given["inputs_embeds"] if given.get("input_ids") is None else given["input_ids"]
+        layout = getattr(cache, "_peft_layouts", {}).get(self._key())
+        if layout is None or len(layout.there) != len(embeds):
+            raise TokenError(
+                f"{_kind(host)} got a KV cache that was filled with other virtual tokens than its rows name: generate "
+                "within one lp.rows, from an empty cache"
+            )
+        missing = (~layout.there).sum(1, keepdim=True)
+        past, new = cache_length(cache), embeds.shape[1]
+        if mask is None and self.placement.padded:
+            mask = torch.ones(len(embeds), past + new - layout.tokens, dtype=torch.long, device=embeds.device)
+        if mask is not None:
+            start, later = mask[:, : layout.length], mask[:, layout.length :]
+            given["attention_mask"] = torch.cat([layout.mask(start), later], 1)
+        if given.get("position_ids") is not None:
+            given["position_ids"] = given["position_ids"] + layout.tokens - missing
+        elif self.placement.padded:
+            if "position_ids" not in parameters_of(host):
+                raise TokenError(
+                    f"{_kind(host)} takes no position_ids, so that rows with different numbers of virtual tokens "
+                    "cannot go on from one KV cache: call it with use_cache=False, or give all rows prompts "
+                    "of one length"
+                )
+            given["position_ids"] = past + torch.arange(new, device=embeds.device) - missing
+        if given.get("cache_position") is not None:
+            given["cache_position"] = given["cache_position"] + layout.tokens
+        return given
+
+
+class PromptLabels(Adapter):
+    """Around a causal language model: its labels get -100 at the virtual positions.
+
+    The model inside is told to leave these positions in, so that the first real token is predicted, and counts, too.
+    """
+
+    def __init__(self, *prompts: PromptAdapter, placement: Any = None) -> None:
+        super().__init__()
+        self._prompts = prompts  # a tuple is not registered
+        self.placement = prompts[0].placement if placement is None else placement
+
+    def run(self, host: Any, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        given = by_name(host, args, kwargs)
+        labels = given.get("labels")
+        if labels is None or filled_cache(given.values()) is not None:
+            return call(*args, **kwargs)
+        layout = self.placement.layout(len(labels), labels.shape[1], given.get("attention_mask"), labels.device)
+        given["labels"] = layout.fill(labels, -100)
+        before = getattr(_CALLS, "kept", ())
+        _CALLS.kept = (*before, *self._prompts)
+        try:
+            out = call(**given)
+        finally:
+            _CALLS.kept = before
+        if isinstance(out, dict):
+            strip(out, layout, True, ("logits",))
+            return strip(out, layout, False, ("hidden_states", "attentions"))
+        loss, *rest = out
+        return (loss, *strip(tuple(rest), layout, True))
+
+    def row_link(self, host: nn.Module) -> Any:
+        return label_rows
+
+
+class PromptMask(Adapter):
+    """Around a decoder: its mask of the encoder's states grows by the encoder's virtual tokens."""
+
+    def __init__(self, placement: Placement | RowPlacement) -> None:
+        super().__init__()
+        self.placement = placement
+
+    def run(self, host: Any, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        given = by_name(host, args, kwargs)
+        mask, states = given.get("encoder_attention_mask"), given.get("encoder_hidden_states")
+        if mask is None and states is not None and getattr(self.placement, "padded", False):
+            mask = torch.ones(len(states), states.shape[1] - self.placement.tokens, device=states.device)
+        if mask is not None and states is not None and states.shape[1] == mask.shape[1] + self.placement.tokens:
+            layout = self.placement.layout(len(mask), mask.shape[1], mask, mask.device)
+            given["encoder_attention_mask"] = layout.mask(mask)
+        return call(**given)
+
+    def row_link(self, host: nn.Module) -> Any:
+        return mask_rows
+
+
+class PromptStrip(Adapter):
+    """Around an encoder-decoder: the encoder's states in its output lose the virtual positions."""
+
+    names = ("encoder_last_hidden_state", "encoder_hidden_states", "encoder_attentions", "cross_attentions")
+
+    def __init__(self, placement: Placement | RowPlacement) -> None:
+        super().__init__()
+        self.placement = placement
+
+    def run(self, host: Any, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        given = by_name(host, args, kwargs)
+        out = call(*args, **kwargs)
+        states = out.get("encoder_last_hidden_state") if isinstance(out, dict) else None
+        if states is None:
+            return out
+        length = states.shape[1] - self.placement.tokens
+        layout = self.placement.layout(states.shape[0], length, given.get("attention_mask"), states.device)
+        return strip(out, layout, names=self.names)
+
+    def row_link(self, host: nn.Module) -> Any:
+        return strip_rows
+
+
+def row_placement(adapters: Sequence[Any]) -> RowPlacement:
+    """Where the virtual tokens of each row stand."""
+    return RowPlacement(tuple(None if adapter is None else adapter.placement for adapter in adapters))
+
+
+def label_rows(place: Place, adapters: Sequence[PromptLabels | None]) -> PromptLabels:
+    """One that serves rows of different prompts."""
+    prompts = {prompt: None for a in adapters if a is not None for prompt in a._prompts}
+    return PromptLabels(*prompts, placement=row_placement(adapters))
+
+
+def mask_rows(place: Place, adapters: Sequence[PromptMask | None]) -> PromptMask:
+    """One that serves rows of different prompts."""
+    return PromptMask(row_placement(adapters))
+
+
+def strip_rows(place: Place, adapters: Sequence[PromptStrip | None]) -> PromptStrip:
+    """One that serves rows of different prompts."""
+    return PromptStrip(row_placement(adapters))
+
+
+def _kind(module: nn.Module) -> str:
+    return original_class(module).__name__

@@ -1,0 +1,119 @@
+"""Weight methods with a rank and a scale, which patterns may set apart for single layers, and their dropout of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.core.adapters.base import WeightAdapter
+from lightning_peft.core.state.plan import Plan
+from lightning_peft.core.targeting.patterns import TargetError, match, no_match
+from lightning_peft.core.targeting.sites import Site
+from lightning_peft.methods.families.arguments import nonzero, positive_int, probability
+from lightning_peft.methods.families.weight import WeightMethod
+
+__all__ = ["RankedMethod", "RowDropAdapter", "check_drops"]
+
+
+class RankedMethod(WeightMethod):
+    """Base class of the weight methods with a rank.
+
+    Args:
+        r: the rank.
+        alpha: the update is scaled by alpha / r.
+        rank_pattern: other ranks by pattern, as in ``{"q_proj": 4, "re:.*layers\\.0\\..*": 16}``; the last match wins.
+        alpha_pattern: other alphas, likewise.
+        **options: see :class:`lightning_peft.PEFTMethod`.
+
+    Raises:
+        ValueError: a rank below 1, or an alpha that is 0 or no finite number.
+    """
+
+    def __init__(
+        self,
+        r: int,
+        alpha: float,
+        rank_pattern: Mapping[str, int] | None = None,
+        alpha_pattern: Mapping[str, float] | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        positive_int("r", r)
+        for pattern, rank in (rank_pattern or {}).items():
+            positive_int(f"rank_pattern[{pattern!r}]", rank)
+        named = {f"alpha_pattern[{pattern!r}]": value for pattern, value in (alpha_pattern or {}).items()}
+        for argument, value in {"alpha": alpha, **named}.items():
+            nonzero(argument, value)
+        self.r = r
+        self.alpha = alpha
+        self.rank_pattern = dict(rank_pattern or {})
+        self.alpha_pattern = dict(alpha_pattern or {})
+
+    def rank_at(self, site: Site) -> int:
+        """The rank of the adapter at ``site``."""
+        return _last_match(self.rank_pattern, site, self.r)
+
+    def scale_at(self, site: Site) -> float:
+        """What the update at ``site`` is scaled by."""
+        return _last_match(self.alpha_pattern, site, self.alpha) / self.rank_at(site)
+
+    def plan(self, model: nn.Module) -> Plan:
+        plan = super().plan(model)
+        parts = {
+            part.site_name: model.get_submodule(host)
+            for host, _, adapter, _ in plan.attach
+            for part in adapter.modules()
+            if isinstance(part, WeightAdapter)
+        }
+        for argument in ("rank_pattern", "alpha_pattern"):
+            for pattern in getattr(self, argument):
+                if not any(match(pattern, name, module) for name, module in parts.items()):
+                    raise TargetError(f"{argument}: {no_match(pattern, parts)}")
+        return plan
+
+
+def _last_match(patterns: Mapping[str, Any], site: Site, default: Any) -> Any:
+    for pattern, value in patterns.items():
+        if match(pattern, site.name, site.module):
+            default = value
+    return default
+
+
+class RowDropAdapter(WeightAdapter):
+    """An adapter whose update loses rows, or all of itself, while training.
+
+    Args:
+        site: the weight.
+        rank_dropout: probability of leaving out a row.
+        module_dropout: probability of leaving out the update in one forward.
+        rank_dropout_scale: divide the rows that stay by their share.
+    """
+
+    def __init__(self, site: Site, rank_dropout: float, module_dropout: float, rank_dropout_scale: bool) -> None:
+        super().__init__(site)
+        self.rank_dropout = rank_dropout
+        self.module_dropout = module_dropout
+        self.rank_dropout_scale = rank_dropout_scale
+        self.rows = site.shape[-2]
+
+    def drops(self, like: Tensor) -> Tensor | None:
+        """What to multiply the rows of the update by, (out,) or a scalar; None where nothing is dropped."""
+        if not self.training or not (self.rank_dropout or self.module_dropout):
+            return None
+        keep = torch.ones((), device=like.device)
+        if self.rank_dropout:
+            keep = (torch.rand(self.rows, device=like.device) >= self.rank_dropout).float()
+            if self.rank_dropout_scale:
+                keep = keep / keep.mean().clamp_min(1 / self.rows)
+        if self.module_dropout:
+            keep = keep * (torch.rand((), device=like.device) >= self.module_dropout)
+        return keep
+
+
+def check_drops(rank_dropout: float, module_dropout: float) -> None:
+    """Refuse what is no probability."""
+    probability("rank_dropout", rank_dropout)
+    probability("module_dropout", module_dropout)

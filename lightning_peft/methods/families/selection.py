@@ -1,0 +1,258 @@
+"""The family of selection methods: nothing is added, chosen parameters of the base itself train."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import nn
+
+from lightning_peft.core.state.plan import Plan
+from lightning_peft.core.targeting.base_modules import base_modules
+from lightning_peft.core.targeting.blocks import find_blocks
+from lightning_peft.core.targeting.frozen_parts import in_frozen_part, why_frozen
+from lightning_peft.core.targeting.patterns import TargetError, as_patterns, match_modules, no_match, nothing_left
+from lightning_peft.core.targeting.sites import output_head, weight_sites
+from lightning_peft.methods.families.method import PEFTMethod
+from lightning_peft.trainer.param_groups import split_groups
+
+__all__ = ["SelectionMethod", "body_blocks", "depths", "head_module", "parameters_in", "tail_modules"]
+
+
+class SelectionMethod(PEFTMethod):
+    """Base class of the methods that train parameters of the base; a subclass gives :meth:`choose`.
+
+    What a checkpoint holds is those parameters; what stays frozen identifies the base. A checkpoint replaces values
+    of the base, so there is nothing to merge, and ``lp.disabled`` has nothing to turn off.
+
+    Args:
+        layer_decay: discriminative learning rates (Howard & Ruder 2018, arXiv:1801.06146): the rate of a parameter is
+            the user's times ``layer_decay ** depth``. Depth is 0 after the last block, 1 in the last block, one more
+            in each block before it, and one more again before the first. 1 leaves the user's rates alone. The
+            optimizer's groups are split, and learning-rate schedulers follow.
+        targets, exclude, trainable, name, **options: see :class:`lightning_peft.PEFTMethod`.
+    """
+
+    may_change = PEFTMethod.may_change | {"layer_decay"}
+
+    def __init__(
+        self,
+        targets: str | Sequence[str],
+        exclude: str | Sequence[str] = (),
+        trainable: str | Sequence[str] = (),
+        name: str = "default",
+        layer_decay: float = 1.0,
+        **options: Any,
+    ) -> None:
+        super().__init__(targets=targets, exclude=exclude, trainable=trainable, name=name, **options)
+        if isinstance(layer_decay, bool) or not isinstance(layer_decay, int | float) or not 0 < layer_decay <= 1:
+            raise ValueError(f"layer_decay must be a factor in (0, 1], got {layer_decay!r}")
+        self.layer_decay = layer_decay
+
+    @abstractmethod
+    def choose(self, model: nn.Module, plan: Plan) -> None:
+        """Write into ``plan`` what trains beside the modules that ``trainable`` names."""
+        raise NotImplementedError
+
+    def plan(self, model: nn.Module) -> Plan:
+        plan = self.start_plan(model)
+        self.choose(model, plan)
+        whole = plan.train_modules
+        plan.train_modules = [n for n in whole if not any(n != other and _within(n, other) for other in whole)]
+        plan.train = {k: what for k, what in plan.train.items() if not any(_within(k, m) for m in plan.train_modules)}
+        parameters = [(n, model.get_parameter(n)) for n in (*plan.train, *plan.later)]
+        for name in plan.train_modules:
+            parameters += [(f"{name}.{n}".strip("."), p) for n, p in model.get_submodule(name).named_parameters()]
+        for name, parameter in parameters:
+            if not (parameter.is_floating_point() or parameter.is_complex()):
+                raise TargetError(
+                    f"{name} is stored as {parameter.dtype}, quantised, and cannot train itself: exclude it, or "
+                    "load the model unquantised"
+                )
+        plan.notes.append(_share(type(self).__name__, model, parameters))
+        return plan
+
+    def patterns(self, keyword: str) -> tuple[str, ...]:
+        """The patterns in ``targets``; none where it says ``keyword``, the method's own choice."""
+        if self.targets == keyword:
+            return ()
+        if not self.targets:
+            raise TargetError(nothing_left(self.targets, self.exclude))
+        return as_patterns(self.targets, "targets")
+
+    def covered(self, model: nn.Module, patterns: Iterable[str], argument: str) -> Callable[[str], bool]:
+        """A test of a module's name: does one of ``patterns`` name it, or a module around it?
+
+        Raises:
+            TargetError: a pattern matches nothing.
+        """
+        hits = list(match_modules(model, patterns, argument))
+        return lambda name: any(_within(name, hit) for hit in hits)
+
+    def add_modules(
+        self, model: nn.Module, names: Iterable[str], plan: Plan, left_alone: Callable[[str], bool] = lambda name: False
+    ) -> None:
+        """Train the modules called ``names`` in full, without what ``exclude`` names or ``left_alone`` says inside."""
+        excluded = self.covered(model, as_patterns(self.exclude, "exclude"), "exclude")
+        names = list(names)
+        for name in names:
+            parameters = parameters_in(model, name)
+            kept = {n: p for n, p in parameters.items() if not excluded(n.rpartition(".")[0]) and not left_alone(n)}
+            if len(kept) == len(parameters) and kept:
+                plan.train_modules += [name] if name not in plan.train_modules else []
+            else:
+                plan.train |= dict.fromkeys(kept, "trains")
+        if names and not plan.train and not plan.train_modules:
+            raise TargetError(f"{type(self).__name__}: exclude={self.exclude!r} excludes everything that would train")
+
+    def blocks(self, model: nn.Module) -> list[str]:
+        """The names of the blocks that ``targets`` names, the first to run first.
+
+        Raises:
+            TargetError: a pattern matches nothing, or one target lies inside another.
+        """
+        patterns = self.patterns("blocks")
+        if not patterns:
+            return body_blocks(model)
+        names = list(match_modules(model, patterns, "targets"))
+        for name in names:
+            for other in names:
+                if name.startswith(f"{other}."):
+                    raise TargetError(f"targets: {name!r} lies inside {other!r}, which is a target too")
+        return names
+
+    def matching(self, model: nn.Module, accept: Callable[[nn.Module, str, nn.Parameter], bool]) -> dict[str, str]:
+        """The parameters that ``targets`` covers and ``accept`` takes: name to the name of the module that owns it.
+
+        Raises:
+            TargetError: a pattern matches nothing, or no module with such a parameter; or nothing is left.
+        """
+        every = {
+            f"{name}.{key}" if name else key: name
+            for name, module in base_modules(model)
+            for key, value in module._parameters.items()
+            if value is not None and accept(module, key, value)
+        }
+        patterns = self.patterns("all")
+        for pattern in patterns:
+            hit = self.covered(model, [pattern], "targets")
+            if not any(map(hit, every.values())):
+                owners = {name: model.get_submodule(name) for name in every.values() if name}
+                near = no_match(pattern, owners).partition("; ")[2]
+                raise TargetError(f"targets: {pattern!r} names no parameter that {type(self).__name__} trains; {near}")
+        wanted = self.covered(model, patterns, "targets")
+        excluded = self.covered(model, as_patterns(self.exclude, "exclude"), "exclude")
+        if not patterns:
+            left_alone = in_frozen_part(model)
+            every = {key: name for key, name in every.items() if not left_alone(key)}
+        found = {key: name for key, name in every.items() if (not patterns or wanted(name)) and not excluded(name)}
+        if every and not found:
+            raise TargetError(nothing_left(self.targets, self.exclude) + why_frozen(model))
+        return found
+
+    def regroup(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+        if self.layer_decay == 1:
+            return
+        found = depths(model, self.heads(model))
+        scale: dict[int, float] = {}
+        for name, depth in found.items():
+            key = id(model.get_parameter(name))  # a tied weight counts where it is deepest
+            scale[key] = min(scale.get(key, 1.0), self.layer_decay**depth)
+        # What an adapter owns is no part of the base and keeps its rate.
+        split_groups(optimizer, lambda p: {"lr_scale": scale[id(p)]} if id(p) in scale else {})
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        low = {p.dtype for _, m in base_modules(pl_module) for p in m.parameters(recurse=False) if p.requires_grad}
+        for dtype in low & {torch.bfloat16, torch.float16}:
+            rank_zero_warn(
+                f"{type(self).__name__} trains parameters of the base in {dtype}, where small updates are rounded "
+                "away: Trainer(precision='bf16-mixed') keeps them in float32 and computes in bfloat16"
+            )
+
+
+def _share(method: str, model: nn.Module, chosen: Iterable[tuple[str, nn.Parameter]]) -> str:
+    """How much of the base a selection is."""
+    trains = {id(p): p.numel() for _, p in chosen}
+    total = sum(p.numel() for p in {id(p): p for p in parameters_in(model, "").values()}.values())
+    return f"{method} trains {100 * sum(trains.values()) / max(total, 1):.3g} % of the base"
+
+
+def depths(model: nn.Module, heads: Iterable[str] = ()) -> dict[str, int]:
+    """The depth of each parameter of the base: 0 after the last block, 1 in the last block, and so on down.
+
+    What is defined before the first block is one deeper than that block; what stands between two blocks is as deep as
+    the one before it. The output head and ``heads`` have depth 0 wherever they are defined.
+    """
+    blocks, head = body_blocks(model), head_module(model)
+    top = [*heads, *([head] if head is not None else [])]
+    result: dict[str, int] = {}
+    begun = 0
+    for name, module in base_modules(model):
+        inside = next((i for i, block in enumerate(blocks, 1) if _within(name, block)), 0)
+        begun = max(begun, inside)
+        depth = len(blocks) + 1 - (inside or begun)
+        if any(_within(name, t) for t in top) or (not inside and begun == len(blocks)):
+            depth = 0
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                result[f"{name}.{key}" if name else key] = depth
+    return result
+
+
+def body_blocks(model: nn.Module) -> list[str]:
+    """The names of the model's blocks, the first to run first, without an output head among them."""
+    names, head = [name for name, _ in find_blocks(model)], _output_layer(model)
+    below = [name for name in names if head is None or not _within(head, name)]
+    return [name for name in below if not any(name != o and _within(name, o) for o in below)]
+
+
+def head_module(model: nn.Module) -> str | None:
+    """The module that makes the output: the output head, with the layers around it that hold no block.
+
+    A head of several layers (``classifier.dense``, ``classifier.out_proj``) is one module here. None where the output
+    head cannot be told.
+    """
+    head = _output_layer(model)
+    if head is None:
+        return None
+    blocks, parts = body_blocks(model), head.split(".")
+    wider = (".".join(parts[:i]) for i in range(1, len(parts) + 1))
+    return next(name for name in wider if not any(_within(b, name) or _within(name, b) for b in blocks))
+
+
+def tail_modules(model: nn.Module) -> list[str]:
+    """The names of the outermost modules with depth 0: final norm, pooler and head."""
+    left_alone = in_frozen_part(model)
+    found = {key: depth for key, depth in depths(model).items() if not left_alone(key)}
+    top: list[str] = []
+    for name, _ in base_modules(model):
+        inside = [d for key, d in found.items() if _within(key, name)]
+        if name and inside and not any(inside) and not any(_within(name, t) for t in top):
+            top.append(name)
+    return top
+
+
+def _output_layer(model: nn.Module) -> str | None:
+    """The output head; also where it is the only linear layer, as in a convolutional network."""
+    sites = weight_sites(model)
+    left_alone = in_frozen_part(model)
+    last = [name for name in sites if not left_alone(name)][-1:]
+    alone = [name for name, site in sites.items() if site.linear_like and not left_alone(name)] == last
+    return last[0] if alone and last and len(sites) > 1 else output_head(model, sites)
+
+
+def _within(name: str, module: str) -> bool:
+    return name == module or not module or name.startswith(f"{module}.")
+
+
+def parameters_in(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
+    """The base's parameters in the module called ``name``, by qualified name."""
+    found: dict[str, nn.Parameter] = {}
+    for inner, module in base_modules(model.get_submodule(name)):
+        where = ".".join(part for part in (name, inner) if part)
+        found |= {f"{where}.{n}".strip("."): p for n, p in module._parameters.items() if p is not None}
+    return found

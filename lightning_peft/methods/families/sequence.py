@@ -1,0 +1,150 @@
+"""The base class of methods that put virtual tokens into a token sequence."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_peft.core.adapters.virtual_tokens import Placement
+from lightning_peft.core.class_swap import original_class
+from lightning_peft.core.optional import config_value
+from lightning_peft.core.state.plan import Plan
+from lightning_peft.core.targeting.base_modules import base_modules
+from lightning_peft.core.targeting.frozen_parts import in_frozen_part, why_frozen
+from lightning_peft.core.targeting.patterns import TargetError, as_patterns, match, match_modules, no_match
+from lightning_peft.core.targeting.token_modules import (
+    around,
+    batch_first,
+    is_causal,
+    position_limit,
+    token_models,
+    token_width,
+)
+from lightning_peft.methods.families.arguments import one_of, positive_int
+from lightning_peft.methods.families.method import PEFTMethod
+from lightning_peft.methods.families.prompt_adapters import PromptAdapter, PromptLabels, PromptMask, PromptStrip
+
+__all__ = ["PromptMethod"]
+
+_POSITIONS = {"prefix": "v{} x*", "after_bos": "x1 v{} x*", "suffix": "x* v{}"}
+
+
+class PromptMethod(PEFTMethod):
+    """Base class of the methods that put virtual tokens among the input's; a subclass gives :meth:`build`."""
+
+    num_virtual_tokens: int | None
+    position: str
+    template: str | None
+    side: str
+
+    def build(self, name: str, width: int, tokens: int, embedding: nn.Embedding | None) -> Tensor | nn.Module:
+        """The virtual tokens' start (tokens, width), or a module that returns them.
+
+        Args:
+            name: the module that gets them.
+            width: of a token's embedding.
+            tokens: how many there are.
+            embedding: the base's token embedding, None where there is none to tell.
+        """
+        raise NotImplementedError
+
+    def placement(self) -> Placement:
+        """Where the virtual tokens stand."""
+        return Placement.parse(self.template or _POSITIONS[self.position].format(self.num_virtual_tokens or 20))
+
+    def _place(
+        self, num_virtual_tokens: int | None, position: str, template: str | None, side: str = "encoder"
+    ) -> None:
+        one_of("position", position, tuple(_POSITIONS))
+        one_of("side", side, ("encoder", "decoder"))
+        if num_virtual_tokens is not None:
+            positive_int("num_virtual_tokens", num_virtual_tokens)
+        if template is not None and num_virtual_tokens not in (None, Placement.parse(template).tokens):
+            raise ValueError(
+                f"num_virtual_tokens={num_virtual_tokens}, but template={template!r} has "
+                f"{Placement.parse(template).tokens}: leave num_virtual_tokens out"
+            )
+        self.num_virtual_tokens = num_virtual_tokens
+        self.position = position
+        self.template = template
+        self.side = side
+
+    def plan(self, model: nn.Module) -> Plan:
+        plan = self.start_plan(model)
+        placement = self.placement()
+        name, other = self.find(model)
+        host: Any = model.get_submodule(name)
+        tokens = name in token_models(model)
+        embedding = host.get_input_embeddings() if tokens else None
+        if embedding is not None and not isinstance(embedding, nn.Embedding):
+            raise TargetError(f"the input embedding of {name!r} is a {type(embedding).__name__}, not an nn.Embedding")
+        width = embedding.embedding_dim if embedding is not None else token_width(name, host)
+        if embedding is None:
+            found = [m for _, m in base_modules(model) if isinstance(m, nn.Embedding) and m.embedding_dim == width]
+            embedding = max(found, key=lambda m: m.num_embeddings, default=None)
+        limit = position_limit(host) if tokens else None
+        allowed = limit or config_value(getattr(host, "config", None), "max_position_embeddings")
+        if tokens and isinstance(allowed, int) and placement.tokens >= allowed:
+            raise TargetError(
+                f"{placement.tokens} virtual tokens leave no room for a text: {name!r} "
+                f"({original_class(host).__name__}) has {allowed} positions; lower num_virtual_tokens"
+            )
+        encodes = other is not None and self.side == "encoder"
+        labelled = around(model, name, "labels") if tokens and other is None else []
+        generating = [n for n in labelled if _generates(model.get_submodule(n))]
+        with self.initialising(name):
+            adapter = PromptAdapter(
+                self.build(name, width, placement.tokens, embedding),
+                placement,
+                limit=limit,
+                shorten=not encodes,
+                causal=tokens and (is_causal(host) or bool(generating)),
+                batch_first=batch_first(host),
+            )
+        what = f"prompt of {placement.tokens} x {width} on {original_class(host).__name__}"
+        plan.attach.append((name, name, adapter, what))
+        if encodes:
+            assert other is not None
+            plan.attach.append((other, other, PromptMask(placement), "sees the encoder's virtual tokens"))
+            parents = [n for n in around(model, name) if other.startswith(f"{n}." if n else "")]
+            plan.attach.append((parents[-1], parents[-1], PromptStrip(placement), "output keeps its length"))
+        plan.attach += [(n, n, PromptLabels(adapter), "labels of virtual tokens are -100") for n in generating[-1:]]
+        return plan
+
+    def find(self, model: nn.Module) -> tuple[str, str | None]:
+        """The names of the module that gets the prompt, and of the decoder (or encoder) beside it.
+
+        Raises:
+            TargetError: there is none, or several.
+        """
+        left_alone = in_frozen_part(model)
+        models = {name: module for name, module in token_models(model).items() if not left_alone(name)}
+        patterns = as_patterns(self.targets, "targets")
+        if patterns != ("inputs",):
+            modules = {n: m for n, m in base_modules(model) if n}
+            for pattern in patterns:
+                if not any(match(pattern, n, m) for n, m in modules.items()):
+                    raise TargetError(f"targets: {no_match(pattern, modules)}")
+            names = list(match_modules(model, patterns, "targets"))
+            names = [n for n in names if n not in match_modules(model, as_patterns(self.exclude, "exclude"), "exclude")]
+            if len(names) != 1:
+                raise TargetError(f"targets={self.targets!r} matches {names[:4]}; a prompt goes into one: name one")
+            return names[0], None
+        if len(models) == 1:
+            return next(iter(models)), None
+        if len(models) == 2:
+            sides = {n.rpartition(".")[2]: n for n in models}
+            if sides.keys() == {"encoder", "decoder"}:
+                return sides[self.side], sides["decoder" if self.side == "encoder" else "encoder"]
+        if models:
+            raise TargetError(f"targets='inputs' finds several token sequences, {list(models)}: name one of them")
+        raise TargetError(
+            "targets='inputs' finds no module that takes inputs_embeds; name in targets the module that takes and "
+            "returns the sequence of embeddings (batch, length, width), one of "
+            f"{[n for n, _ in base_modules(model) if n][:8]}{why_frozen(model)}"
+        )
+
+
+def _generates(module: Any) -> bool:
+    return callable(getattr(module, "can_generate", None)) and bool(module.can_generate())

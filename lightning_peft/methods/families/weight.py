@@ -1,0 +1,169 @@
+"""The family of weight methods: an adapter that is a function of a matrix, at every matrix that is targeted."""
+
+from __future__ import annotations
+
+import re
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping
+from typing import cast
+
+from torch import nn
+
+from lightning_peft.core.adapters.base import Adapter, WeightAdapter, WeightGroup
+from lightning_peft.core.adapters.lookup import stacks
+from lightning_peft.core.class_swap import original_class
+from lightning_peft.core.state.adapter_records import kind_of
+from lightning_peft.core.state.plan import Plan
+from lightning_peft.core.targeting.base_modules import base_modules
+from lightning_peft.core.targeting.frozen_parts import in_frozen_part
+from lightning_peft.core.targeting.layouts import weight_name
+from lightning_peft.core.targeting.output_head import how_head_was_found
+from lightning_peft.core.targeting.patterns import as_patterns
+from lightning_peft.core.targeting.sites import Site, check_stored, find_sites, weight_sites
+from lightning_peft.methods.families.method import PEFTMethod
+
+__all__ = ["WeightMethod", "check_bias", "exactly"]
+
+
+class WeightMethod(PEFTMethod):
+    """Base class of the methods that change weights; a subclass gives :meth:`build`.
+
+    Example::
+
+        class Shift(lp.WeightMethod):
+            def build(self, site):
+                return ShiftAdapter(site)
+
+        class ShiftAdapter(lp.WeightAdapter):
+            def __init__(self, site):
+                super().__init__(site)
+                self.rows = nn.Parameter(torch.zeros(site.shape[-2], 1))
+
+            def delta(self, weight):
+                return self.rows.expand_as(weight)
+    """
+
+    @abstractmethod
+    def build(self, site: Site) -> WeightAdapter:
+        """A new adapter for ``site``, initialised; random numbers come from torch's seeded global stream.
+
+        Raises:
+            ValueError: the arguments do not fit this weight, named with what was expected.
+        """
+        raise NotImplementedError
+
+    def find(self, model: nn.Module, heads: list[str]) -> tuple[dict[str, Site], list[str]]:
+        """The weights to adapt, by name, and the output heads that are left out; see :func:`find_sites`."""
+        return find_sites(model, self.targets, self.exclude, heads)
+
+    def build_all(self, sites: Mapping[str, Site]) -> dict[str, WeightAdapter]:
+        """A new adapter for each site, by name; override it where adapters share something."""
+        built = {}
+        for name, site in sites.items():
+            with self.initialising(name):
+                built[name] = self.build(site)
+        return built
+
+    def plan(self, model: nn.Module) -> Plan:
+        plan = self.start_plan(model)
+        heads = [*plan.train_modules]
+        sites, left_out = self.find(model, heads)
+        check_stored(sites.values())
+        for head in left_out:
+            if head not in heads:
+                how = how_head_was_found(model, weight_sites(model))
+                plan.notes.append(
+                    f"{head} (the output head{how and f', {how}'}) is left as it is; name it in targets or trainable "
+                    "to train it"
+                )
+        if "all-linear" in as_patterns(self.targets, "targets"):
+            plan.notes += _not_reached(model, [*sites, *left_out, *heads, *plan.train])
+        built: dict[str, dict[str, WeightAdapter]] = {}
+        for name, adapter_at in self.build_all(sites).items():
+            built.setdefault(sites[name].host, {})[name] = adapter_at
+        for host, adapters in built.items():
+            module = model.get_submodule(host)
+            kind = original_class(module).__name__
+            shapes = " + ".join("x".join(map(str, sites[name].shape)) for name in adapters)
+            what = f"{self.describe(next(iter(adapters.values())))} on {kind} {shapes}"
+            whole = len(adapters) == 1 and sites[next(iter(adapters))].parameter == "weight"
+            adapter: Adapter = next(iter(adapters.values()))
+            if not whole:
+                adapter = WeightGroup({a.parameter: a for a in adapters.values()})
+            shown = host if len(adapters) > 1 else next(iter(adapters))
+            plan.attach.append((host, shown, adapter, what))
+        return plan
+
+    def describe(self, adapter: WeightAdapter) -> str:
+        """One adapter in a few words, for the table."""
+        return type(self).__name__
+
+    def parts(self, model: nn.Module) -> dict[str, WeightAdapter]:
+        """This method's adapters in ``model``, by the name of the weight they adapt."""
+        found = {host: cast(Adapter, stack[self.name]) for host, stack in stacks(model).items() if self.name in stack}
+        return {
+            weight_name(host, parameter, bare=kind_of(model.get_submodule(host), part.layout) == "Parameter"): part
+            for host, adapter in found.items()
+            for parameter, part in adapter.weights().items()
+        }
+
+
+def _not_reached(model: nn.Module, reached: list[str]) -> list[str]:
+    """A note of the share of the parameters in layers that are not ``reached``, by class; none below 1 %."""
+    inside = in_frozen_part(model)
+    sizes: dict[str, int] = {}
+    seen: set[int] = set()
+    total = 0
+    for name, module in base_modules(model):
+        own = [(f"{name}.{k}".lstrip("."), p) for k, p in module._parameters.items() if p is not None]
+        for key, parameter in own:
+            if id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            total += parameter.numel()
+            if not inside(key) and not any(key == r or key.startswith(f"{r}.") for r in reached):
+                kind = original_class(module).__name__
+                sizes[kind] = sizes.get(kind, 0) + parameter.numel()
+    shares = {kind: 100 * size / max(total, 1) for kind, size in sorted(sizes.items(), key=lambda item: -item[1])}
+    if sum(shares.values()) < 1:
+        return []
+    each = ", ".join(f"{kind} {share:.3g} %" for kind, share in shares.items() if share >= 0.1)
+    return [f"targets='all-linear' does not reach {sum(shares.values()):.3g} % of the parameters: {each}"]
+
+
+def check_low_rank(method: str, r: int, argument: str, dropout: float, site: Site) -> None:
+    """Refuse a rank or a dropout that the weight at ``site`` cannot have.
+
+    Raises:
+        ValueError: the rank is above both sides of the matrix; dropout where no layer is called with activations.
+    """
+    smaller, larger = sorted(site.shape[-2:])
+    if r > larger:
+        raise ValueError(
+            f"{argument}={r} is above both sides of {site.name!r} ({'x'.join(map(str, site.shape))}), whose rank is at "
+            f"most {smaller}: lower {argument}, or exclude the layer and add a second {method} for it"
+        )
+    if dropout and not site.layout.has_activation:
+        raise ValueError(
+            f"dropout={dropout} cannot be had on {site.name!r}, whose module reads the weight instead of calling a "
+            f"layer: set dropout=0, or exclude it and add a second {method} with dropout=0 for it"
+        )
+
+
+def exactly(names: Iterable[str]) -> list[str]:
+    """Patterns that match these names and nothing else."""
+    return [f"re:{re.escape(name)}" for name in names]
+
+
+def check_bias(site: Site) -> None:
+    """Refuse a weight whose bias cannot change with it.
+
+    Raises:
+        ValueError: the bias is a part of one that other weights share.
+    """
+    packed = site.parameter.endswith("_proj_weight") and site.parameter != "in_proj_weight"
+    if packed and site.module._parameters.get("in_proj_bias") is not None:
+        raise ValueError(
+            f"{site.name!r} shares the bias of its attention with the other projections, so that it cannot be scaled "
+            "with its bias: exclude it, or name the attention's out_proj"
+        )

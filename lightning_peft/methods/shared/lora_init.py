@@ -1,0 +1,123 @@
+"""Where LoRA's two factors start.
+
+| init | A | B | the product B A |
+|---|---|---|---|
+| kaiming | uniform as in ``nn.Linear`` | 0 | 0 |
+| gaussian | normal, standard deviation 1/r | 0 | 0 |
+| orthogonal | rows from one half of an orthogonal r x r matrix | columns from the other half | 0 |
+| pissa | sqrt(S / s) V^T of the r largest singular values | U sqrt(S / s) | W's principal part / s |
+| olora | the first r rows of R, W = Q R | the first r columns of Q | a part of W |
+
+PiSSA: Meng et al. 2024, "PiSSA: Principal Singular Values and Singular Vectors Adaptation of Large Language Models",
+arXiv:2404.02948. OLoRA: Büyükakyüz 2024, "OLoRA: Orthonormal Low-Rank Adaptation of Large Language Models",
+arXiv:2406.01775. Orthogonal: datta0.github.io/posts/rethink-lora-init.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_peft.core.targeting.layouts import EmbeddingLayout
+from lightning_peft.core.targeting.sites import Site
+
+__all__ = ["check_init", "initial_factors", "reads_weight", "values_of"]
+
+_NITER = re.compile(r"pissa_niter_(\d+)")
+
+
+def check_init(init: Any) -> None:
+    """Refuse a name that is no initialisation.
+
+    Raises:
+        ValueError: names the known ones.
+    """
+    known = ("kaiming", "gaussian", "orthogonal", "pissa", "olora")
+    if not isinstance(init, str) or not (init in known or _NITER.fullmatch(init)):
+        raise ValueError(
+            f"init must be one of {', '.join(map(repr, known))} or 'pissa_niter_<iterations>' such as "
+            f"'pissa_niter_4', got {init!r}"
+        )
+
+
+def reads_weight(init: str) -> bool:
+    """Whether the factors start as a part of the weight, so that their first product is taken off again."""
+    return init.startswith("pissa") or init == "olora"
+
+
+def values_of(site: Site, why: str) -> Tensor:
+    """The matrix at ``site`` in float32 or wider.
+
+    Raises:
+        ValueError: it has no values to read yet, or they are quantised.
+    """
+    weight = site.weight
+    if weight.is_meta:
+        raise ValueError(f"{why} reads the weights, and {site.name!r} is on the meta device: load the base first")
+    if not weight.is_floating_point():
+        raise ValueError(f"{why} reads the weights, and {site.name!r} is stored as {weight.dtype}: exclude it")
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    return site.layout.matrix(weight.detach()).to(wide)
+
+
+def initial_factors(site: Site, r: int, scale: float, init: str) -> tuple[Tensor, Tensor]:
+    """A (..., r, in) and B (..., out, r) as ``init`` says; random numbers come from torch's global stream.
+
+    Raises:
+        ValueError: the initialisation does not fit this weight or this rank.
+    """
+    *batch, rows, columns = site.shape
+    if init == "orthogonal":
+        return _orthogonal(site, r)
+    if reads_weight(init):
+        return _parts_of_weight(site, r, scale, init)
+    a, b = torch.zeros(*batch, r, columns), torch.zeros(*batch, rows, r)
+    if isinstance(site.layout, EmbeddingLayout):
+        return a, b.normal_()  # rows of A are looked up: they start at zero, and B does not
+    if init == "gaussian":
+        return a.normal_(std=1 / r), b
+    bound = 1 / math.sqrt(columns)  # kaiming_uniform_ with a = sqrt(5), for each matrix of a batch
+    return a.uniform_(-bound, bound), b
+
+
+def _orthogonal(site: Site, r: int) -> tuple[Tensor, Tensor]:
+    *batch, rows, columns = site.shape
+    if r % 2:
+        raise ValueError(
+            f"init='orthogonal' gives each factor one half of an orthogonal matrix, so r must be even; it is {r} at "
+            f"{site.name!r}: take {r + 1}"
+        )
+    q = torch.linalg.qr(torch.randn(*batch, r, r)).Q
+    a = torch.randn(*batch, columns, r // 2) @ q[..., 0::2, :] / 10
+    return a.mT.contiguous(), torch.randn(*batch, rows, r // 2) @ q[..., 1::2, :] / 10
+
+
+def _parts_of_weight(site: Site, r: int, scale: float, init: str) -> tuple[Tensor, Tensor]:
+    weight = values_of(site, f"init={init!r}")
+    largest = min(weight.shape[-2:])
+    if r > largest:
+        raise ValueError(
+            f"init={init!r} takes r={r} directions of {site.name!r} ({'x'.join(map(str, site.shape))}), which has "
+            f"{largest}: lower r, exclude the layer, or give it its own: rank_pattern={{'{site.name}': {largest}}}"
+        )
+    if scale < 0:
+        raise ValueError(f"init={init!r} needs alpha above 0; the scale at {site.name!r} is {scale:g}")
+    if init == "olora":
+        q, upper = torch.linalg.qr(weight)
+        return _own(upper[..., :r, :]), _own(q[..., :r])
+    if niter := _NITER.fullmatch(init):
+        # On the CPU, where the random start follows the seed whatever the device.
+        u, s, v = torch.svd_lowrank(weight.cpu(), q=r, niter=int(niter[1]))
+        vh = v.mT
+    else:
+        u, s, vh = torch.linalg.svd(weight, full_matrices=False)
+    root = (s[..., :r] / scale).sqrt()
+    return _own(root[..., :, None] * vh[..., :r, :]), _own(u[..., :r] * root[..., None, :])
+
+
+def _own(t: Tensor) -> Tensor:
+    return t.to("cpu", torch.get_default_dtype()).clone(memory_format=torch.contiguous_format)

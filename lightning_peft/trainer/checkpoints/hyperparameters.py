@@ -1,0 +1,208 @@
+"""The arguments of a module that its checkpoint may supply.
+
+One rule for every command and for ``lp.load_from_checkpoint``: a checkpoint supplies plain values. Whatever could be
+imported or called (a class path, a callable, an argument that takes an object) and whatever a class lists in
+``from_user`` comes from the user, and an argument that the user gives is never overridden by a file.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import re
+import types
+from argparse import Namespace
+from collections.abc import Iterable, Mapping, Sequence
+from enum import Enum
+from importlib.machinery import PathFinder
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from lightning.fabric.utilities.data import AttributeDict
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
+
+from lightning_peft.core.state.state_dict import StateError
+from lightning_peft.trainer.checkpoints.apart import names_apart
+
+__all__ = ["names_code", "parameters_of", "saved_arguments", "takes_any"]
+
+#: what jsonargparse and Hydra take for a class to build, also in the middle of a string, which they parse as YAML
+_CLASS_KEYS = ("class_path", "_target_")
+_DOTTED = re.compile(r"[^\W\d]\w*(?:[.:][^\W\d]\w*)+")
+_CONTAINERS = (list, dict, tuple, set, frozenset, Sequence, Mapping, Iterable)
+_PLAIN = (int, float, complex, bool, str, bytes, Path)
+
+
+def saved_arguments(
+    module_class: type,
+    checkpoint: Mapping[str, Any],
+    given: Mapping[str, Any],
+    where: str | Path,
+    trusted: bool = False,
+) -> dict[str, Any]:
+    """The arguments of ``module_class`` that a checkpoint supplies beside those that the user gives.
+
+    An argument that is given and differs from the saved one is used, with a warning.
+
+    Args:
+        module_class: the class that the user named.
+        checkpoint: as it was read, with its ``hyper_parameters``.
+        given: the user's arguments.
+        where: the checkpoint's path, for messages.
+        trusted: objects that were read from the file may be used.
+
+    Raises:
+        StateError: the hyperparameters are not a dictionary, or one that was not given names code.
+    """
+    saved = checkpoint.get("hyper_parameters") or {}
+    if not isinstance(saved, Mapping) or not all(isinstance(name, str) for name in saved):
+        raise StateError(f"{where}: its hyper_parameters are not arguments by name")
+    accepted = parameters_of(module_class)
+    saved = _as_one_argument(saved, checkpoint.get("hparams_name"), accepted)
+    _check_apart(names_apart(checkpoint), checkpoint.get("hparams_name"), accepted, given, where)
+    open_ended = takes_any(module_class)
+    found, refused = {}, {}
+    for name, value in saved.items():
+        parameter = accepted.get(name)
+        if name.startswith("_") or (parameter is None and not open_ended):
+            continue
+        if name in given:
+            if not _equal(given[name], value):
+                shown = _shown(given[name])
+                rank_zero_warn(f"{name}={shown} was given and is used; {where} was saved with {_shown(value)}")
+        elif parameter is not None and _equal(parameter.default, value):
+            continue
+        elif (
+            name in getattr(module_class, "from_user", ())
+            or names_code(value)
+            or not (trusted or _takes_plain(parameter))
+        ):
+            refused[name] = value
+        else:
+            found[name] = value
+    if refused:
+        said = ", ".join(f"{name}={_shown(value)}" for name, value in refused.items())
+        flags = " ".join(f"--model.{name}=..." for name in refused)
+        raise StateError(
+            f"{where} was saved with {said}. What a file names is never imported, called or opened: give these "
+            f"arguments yourself ({flags} on the command line, {', '.join(f'{n}=...' for n in refused)} in Python)"
+        )
+    return found
+
+
+def _as_one_argument(saved: Mapping[str, Any], name: Any, accepted: Mapping[str, inspect.Parameter]) -> dict[str, Any]:
+    """``saved``, or the one argument that it is the content of after ``save_hyperparameters(args)``."""
+    if name not in accepted:
+        return dict(saved)
+    as_namespace = accepted[name].annotation is Namespace
+    return {name: Namespace(**saved) if as_namespace else _attributes(saved)}
+
+
+def _attributes(value: Any) -> Any:
+    """Dictionaries whose entries are attributes too, as those of ``hparams`` are, inside of each other as well."""
+    if isinstance(value, Mapping):
+        return AttributeDict({k: _attributes(v) for k, v in value.items()})
+    return [_attributes(v) for v in value] if isinstance(value, list) else value
+
+
+def _check_apart(
+    names: list[str], whole: Any, accepted: Mapping[str, Any], given: Mapping[str, Any], where: str | Path
+) -> None:
+    """Refuse to build a module without hyperparameters that were not read, whatever the class's defaults are."""
+    needed = [whole] if names and whole in accepted else [name for name in names if name in accepted]
+    if missing := [name for name in needed if name not in given]:
+        raise StateError(
+            f"{where}: the hyperparameters {', '.join(map(ascii, names))} are objects, which are not read from files. "
+            f"Give them yourself ({', '.join(f'{n}=...' for n in missing)}), or read the file with weights_only=False "
+            "if you trust it"
+        )
+
+
+def names_code(value: Any) -> bool:
+    """Whether ``value`` names something that could be imported, or has it in it; imports nothing to find out."""
+    try:
+        return _names_code(value)
+    except RecursionError:  # a pickle can hold a list that holds itself
+        return True
+
+
+def _names_code(value: Any) -> bool:
+    if isinstance(value, str):
+        return any(key in value for key in _CLASS_KEYS) or _importable(value.strip())
+    value = vars(value) if isinstance(value, Namespace) else value
+    if isinstance(value, Mapping):
+        return any(_names_code(part) for pair in value.items() for part in pair)
+    return isinstance(value, list | tuple | set | frozenset) and any(map(_names_code, value))
+
+
+def _importable(text: str) -> bool:
+    if not _DOTTED.fullmatch(text):
+        return False
+    package, inside = re.split("[.:]", text)[:2]
+    try:
+        spec = importlib.util.find_spec(package)  # of a top-level name, which imports nothing
+    except ValueError:  # a module without a spec, such as __main__
+        return True
+    if spec is None:
+        return False
+    folders = spec.submodule_search_locations
+    if spec.origin is None and folders is not None:  # a folder without __init__.py, such as data/: "data.csv" is a file
+        return PathFinder.find_spec(f"{package}.{inside}", list(folders)) is not None
+    return True
+
+
+def takes_any(module_class: type) -> bool:
+    """Whether ``__init__`` has ``**kwargs``."""
+    return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(module_class).parameters.values())
+
+
+def parameters_of(module_class: type) -> dict[str, inspect.Parameter]:
+    """The parameters of ``__init__``, those of base classes that ``**kwargs`` may reach included."""
+    found: dict[str, inspect.Parameter] = {}
+    for cls in module_class.__mro__:
+        init = vars(cls).get("__init__")
+        if init is None or cls is object:
+            continue
+        parameters = list(inspect.signature(init).parameters.values())[1:]
+        for parameter in parameters:
+            hint = parameter.annotation
+            if isinstance(hint, str):
+                try:
+                    hint = eval(hint, dict(vars(inspect.getmodule(cls))))
+                except Exception:
+                    hint = object
+            if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
+                found.setdefault(parameter.name, parameter.replace(annotation=hint))
+        if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters):
+            break
+    return found
+
+
+def _takes_plain(parameter: inspect.Parameter | None) -> bool:
+    """Whether an argument takes plain values only, so that jsonargparse builds nothing out of one."""
+    return parameter is None or parameter.annotation is parameter.empty or _is_plain(parameter.annotation)
+
+
+def _is_plain(hint: Any) -> bool:
+    origin, inside = get_origin(hint), get_args(hint)
+    if origin is Literal or hint in (Any, None, type(None), ..., *_PLAIN, *_CONTAINERS):
+        return True
+    if origin is Annotated:
+        return _is_plain(inside[0])
+    if origin in (Union, types.UnionType, *_CONTAINERS):
+        return all(map(_is_plain, inside))
+    return isinstance(hint, type) and issubclass(hint, (Enum, Namespace))
+
+
+def _equal(one: Any, other: Any) -> bool:
+    try:
+        return bool(type(one) is type(other) and one == other) or (
+            isinstance(one, list | tuple) and isinstance(other, list | tuple) and list(one) == list(other)
+        )
+    except Exception:  # tensors and arrays say more than yes or no
+        return False
+
+
+def _shown(value: Any) -> str:
+    text = ascii(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."

@@ -1,0 +1,138 @@
+"""Checkpoints of sharded models (FSDP2 and tensor parallelism, ``ModelParallelStrategy``): the trainable part only.
+
+Lightning gathers the whole model to save it and asks a checkpoint for every key of it. Here only the trainable
+tensors are gathered, written and asked for; their optimizer state goes Lightning's own way.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_peft.core.names import canonical
+from lightning_peft.core.record import injection_of
+from lightning_peft.core.state.state_dict import StateError, adapter_state, check_state, moved_keys
+from lightning_peft.core.state.torch_file import read_torch_file
+from lightning_peft.trainer.checkpoints.manifest import check_seal
+from lightning_peft.trainer.checkpoints.written import trimmed
+
+__all__ = ["adapt", "agree_on_moved"]
+
+
+def adapt(strategy: Any) -> None:
+    """Replace how this ``ModelParallelStrategy`` collects and loads the module's state."""
+
+    def lightning_module_state_dict() -> dict[str, Any]:
+        module = strategy.lightning_module
+        assert module is not None
+        agree_on_moved(module)
+        state = trimmed(module, adapter_state(module))
+        if strategy._save_distributed_checkpoint:
+            return state
+        full = {k: _gathered(v) for k, v in state.items()}  # every rank takes part in the gathering
+        return full if strategy.is_global_zero else {}
+
+    def load_checkpoint(checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        path = Path(strategy.broadcast(checkpoint_path))
+        weights_only = True if weights_only is None else weights_only
+        return (_load_directory if path.is_dir() else _load_file)(strategy, path, weights_only)
+
+    setattr(strategy, "lightning_module_state_dict", lightning_module_state_dict)  # noqa: B010 - mypy
+    setattr(strategy, "load_checkpoint", load_checkpoint)  # noqa: B010
+
+
+def agree_on_moved(module: nn.Module | None) -> None:
+    """Let every rank save the values that moved on any rank: of a sharded parameter, each rank sees its own part."""
+    record = None if module is None else injection_of(module)
+    if module is not None and record is not None and torch.distributed.is_initialized():
+        moved_keys(module)
+        everywhere: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(everywhere, record.moved)
+        record.moved = set().union(*everywhere)
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A sharded tensor put together again, on every rank; others as they are."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def _gathered(value: Any) -> Any:
+    return whole(value).detach().cpu() if isinstance(value, torch.Tensor) else value
+
+
+def sharded_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """This rank's part of ``tensor``, sharded as ``like`` is; ``tensor`` itself if ``like`` is not sharded."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    return distribute_tensor(tensor, like.device_mesh, like.placements) if isinstance(like, DTensor) else tensor
+
+
+def _load_file(strategy: Any, path: Path, weights_only: bool) -> dict[str, Any]:
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    checkpoint = _read(path, weights_only)
+    module = strategy.lightning_module
+    module.on_load_checkpoint(checkpoint)
+    state = checkpoint["state_dict"]
+    check_state(module, state)
+    own = {canonical(k): (k, v) for k, v in module.state_dict().items()}
+    sharded = {}
+    for key, value in state.items():
+        name, here = own[canonical(key)]
+        is_sharded = isinstance(here, DTensor)
+        sharded[name] = distribute_tensor(value, here.device_mesh, here.placements) if is_sharded else value
+    nn.Module.load_state_dict(module, sharded, strict=False)
+    if module.trainer.state.fn == "fit":
+        options = StateDictOptions(full_state_dict=True, strict=False)
+        for optimizer, saved in zip(strategy.optimizers, checkpoint["optimizer_states"]):
+            set_optimizer_state_dict(module, optimizer, optim_state_dict=_by_name(saved, module), options=options)
+    return checkpoint
+
+
+def _read(path: Path, weights_only: bool) -> dict[str, Any]:
+    found = read_torch_file(path) if weights_only else torch.load(path, map_location="cpu", weights_only=False)
+    check_seal(found, path)
+    return found
+
+
+def _by_name(saved: dict[str, Any], module: nn.Module) -> dict[str, Any]:
+    """Optimizer state with the parameters' names for the numbers that Lightning writes."""
+    names = [name for name, _ in module.named_parameters()]
+
+    def name(key: int | str) -> str:
+        return names[key] if isinstance(key, int) else key
+
+    groups = [{**group, "params": [name(k) for k in group["params"]]} for group in saved["param_groups"]]
+    return {"state": {name(k): v for k, v in saved["state"].items()}, "param_groups": groups}
+
+
+def _load_directory(strategy: Any, path: Path, weights_only: bool) -> dict[str, Any]:
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+    from lightning_peft.trainer.checkpoints.distributed_files import PlainPlanner, check_metadata
+
+    metadata = _read(path / "meta.pt", weights_only)
+    if weights_only:
+        check_metadata(path)
+    planner = PlainPlanner if weights_only else dcp.DefaultLoadPlanner
+    module = strategy.lightning_module
+    module.on_load_checkpoint(metadata)
+    state = trimmed(module, adapter_state(module))
+    stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    held = {canonical(key.removeprefix("state_dict.")) for key in stored if key.startswith("state_dict.")}
+    if held != state.keys():
+        raise StateError(f"{path} does not fit this model; it differs in {sorted(held ^ state.keys())[:8]}")
+    dcp.load({"state_dict": state}, checkpoint_id=path, planner=planner())
+    names = {canonical(k): k for k in module.state_dict()}
+    nn.Module.load_state_dict(module, {names[k]: v for k, v in state.items()}, strict=False)
+    if module.trainer.state.fn == "fit":
+        for i, optimizer in enumerate(strategy.optimizers):
+            saved = {f"optimizer_{i}": get_optimizer_state_dict(module, optimizer)}
+            dcp.load(saved, checkpoint_id=path, planner=planner())
+            set_optimizer_state_dict(module, optimizer, optim_state_dict=saved[f"optimizer_{i}"])
+    return metadata

@@ -1,0 +1,84 @@
+"""Compare what a module's own hooks leave in a checkpoint with the state that must be there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import lightning as L
+from torch import Tensor, nn
+
+from lightning_peft.core.class_swap import original_class
+from lightning_peft.core.names import canonical
+from lightning_peft.core.state.state_dict import StateError, state_keys, trainable_keys
+
+__all__ = ["check_written", "try_saving"]
+
+
+def trimmed(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The trainable part of a full state dict, under canonical keys.
+
+    Raises:
+        StateError: a tensor is missing, or empty, as a sharded parameter that was never gathered is.
+    """
+    keys = trainable_keys(model)
+    if state:  # other ranks than the first may have none
+        check_written(model, map(canonical, state), f"{original_class(model).__name__}.state_dict")
+    kept = {canonical(k): v for k, v in state.items() if canonical(k) in keys}
+    for key, value in kept.items():
+        if isinstance(value, Tensor) and value.numel() == 0:
+            raise StateError(f"refusing to save {key}: it holds no values (a sharded tensor that was not gathered?)")
+    return kept
+
+
+def check_written(model: nn.Module, keys: Iterable[str], who: str) -> None:
+    """Refuse a checkpoint without parts of the trainable state.
+
+    Args:
+        model: the adapted module.
+        keys: what the checkpoint has, in canonical form.
+        who: whose code left the rest out.
+
+    Raises:
+        StateError: names what is missing.
+    """
+    expected = state_keys(model)
+    missing = sorted(expected - set(keys))
+    if missing:
+        few = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
+        raise StateError(
+            f"{who} leaves {len(missing)} of {len(expected)} tensors of the trainable state out of the checkpoint "
+            f"({few}), so that it could not be loaded. Checkpoints hold what trains and nothing else already: remove "
+            "the code that trims them"
+        )
+
+
+def try_saving(trainer: L.Trainer, module: Any) -> None:
+    """Run the module's own ``state_dict`` and ``on_save_checkpoint``, before anything is trained that could be lost.
+
+    Nothing is written. Hooks that cannot run yet are checked when the first checkpoint is saved.
+
+    Raises:
+        StateError: they leave a part of the trainable state out.
+    """
+    own = {name for name in ("state_dict", "on_save_checkpoint") if _overridden(module, name)}
+    if not own or not trainer.checkpoint_callbacks or _is_sharded(module):
+        return
+    checkpoint = {"epoch": 0, "global_step": 0, "hyper_parameters": dict(module.hparams), "optimizer_states": []}
+    try:
+        module.on_save_checkpoint({**checkpoint, "state_dict": trainer.strategy.lightning_module_state_dict()})
+    except StateError:
+        raise
+    except Exception:
+        pass
+
+
+def _overridden(module: nn.Module, name: str) -> bool:
+    owner = next(cls for cls in original_class(module).__mro__ if name in vars(cls))
+    return owner.__module__.partition(".")[0] not in ("torch", "lightning", "pytorch_lightning")
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    return any(hasattr(p, "_local_tensor") for p in module.parameters()) or any(
+        type(m).__name__ == "FullyShardedDataParallel" for m in module.modules()
+    )

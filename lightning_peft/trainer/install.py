@@ -1,0 +1,34 @@
+"""Prepare a Trainer and a module for the attached methods."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+
+from lightning_peft.trainer.averaging import adapt_averaging
+from lightning_peft.trainer.lifecycle import Lifecycle
+from lightning_peft.trainer.module import adapt_module
+from lightning_peft.trainer.packages import check_packages
+from lightning_peft.trainer.strategy import adapt_strategy
+
+__all__ = ["install"]
+
+
+def install(trainer: L.Trainer, module: L.LightningModule) -> None:
+    """Prepare trainer and module for the methods among the trainer's callbacks; idempotent.
+
+    Raises:
+        MisconfigurationException: a callback or strategy that does not work with adapters, or parts of the run
+            that are of another of Lightning's packages than the Trainer.
+    """
+    check_packages(trainer, module)
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    methods = [i for i, c in enumerate(callbacks) if hasattr(c, "plan") and hasattr(c, "may_change")]
+    there = [c for c in callbacks if isinstance(c, Lifecycle)]
+    if not there:
+        there = [Lifecycle()]
+        callbacks.insert(methods[0] + 1 if methods else len(callbacks), there[0])
+    adapt_averaging(callbacks)
+    adapt_module(module)
+    adapt_strategy(trainer, there[0]._loaders)

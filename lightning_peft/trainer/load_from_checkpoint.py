@@ -1,0 +1,108 @@
+"""Load a trained module from its checkpoint alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, TypeVar
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from lightning_peft.core.injection.apply import apply, put_in
+from lightning_peft.core.injection.overrides import replace_trained, saved_copies
+from lightning_peft.core.record import injection_of
+from lightning_peft.core.registry import method_of_file
+from lightning_peft.core.state.plan import Method
+from lightning_peft.core.state.torch_file import naming
+from lightning_peft.core.switching.active import set_active
+from lightning_peft.core.targeting.patterns import TargetError
+from lightning_peft.core.untrusted import Bounded, check_regexes
+from lightning_peft.trainer.checkpoints.hyperparameters import saved_arguments
+from lightning_peft.trainer.checkpoints.manifest import KEY, read_checkpoint
+from lightning_peft.trainer.module import adapt_module
+
+__all__ = ["load_from_checkpoint"]
+
+M = TypeVar("M", bound=L.LightningModule)
+
+
+def load_from_checkpoint(
+    module_class: type[M], path: str | Path, map_location: Any = "cpu", weights_only: bool = True, **kwargs: Any
+) -> M:
+    """Build the module, put the checkpoint's adapters in and load the trainable state.
+
+    The base is built by ``module_class`` itself (its ``__init__``, ``configure_model``, and ``setup("predict")`` where
+    the layers only come to be there), with the hyperparameters that the checkpoint holds. A hyperparameter that names
+    code (a class path, a value for an argument that takes objects) is never used: give it as an argument.
+
+    Args:
+        module_class: the class that was trained.
+        path: a checkpoint written by a Trainer with methods attached.
+        map_location: where to put the tensors.
+        weights_only: read tensors and plain values only. With False, hyperparameters of any kind are read, and any
+            code that the file names runs: for files that you trust.
+        **kwargs: arguments of ``module_class``; they override or complete the saved hyperparameters.
+
+    Raises:
+        StateError: the checkpoint has no manifest, does not fit, was trained on another base, or would run code; or a
+            hyperparameter names code and was not given.
+            The same for a method that is not defined here.
+    """
+    checkpoint = read_checkpoint(path, map_location, weights_only=weights_only)
+    with naming(path):
+        methods = [(_method(entry), entry.get("trains", True), _copies(entry)) for entry in checkpoint[KEY]["methods"]]
+    arguments = saved_arguments(module_class, checkpoint, kwargs, path, trusted=not weights_only)
+    with naming(path) if arguments else nullcontext():
+        module = module_class(**arguments, **kwargs)
+    # For a configure_model that calls lp.apply(self).
+    module.__dict__["_peft_methods"] = [method for method, trains, copies in methods if trains and not copies]
+    module.configure_model()
+    with naming(path):
+        try:
+            _put_in(module, methods, checkpoint["state_dict"])
+        except TargetError:
+            module.setup("predict")
+            _put_in(module, methods, checkpoint["state_dict"])
+        del module.__dict__["_peft_methods"]
+        adapt_module(module)
+        if _in_double(checkpoint["state_dict"]) - _in_double(module.state_dict()):
+            module.double()  # a run with precision="64-true"
+        module.on_load_checkpoint(checkpoint)
+        module.load_state_dict(checkpoint["state_dict"])
+        if not all(trains for _, trains, _ in methods):
+            set_active(module, *checkpoint[KEY]["active"])
+    return module.to(map_location) if isinstance(map_location, str | torch.device) else module
+
+
+def _method(entry: dict[str, Any]) -> Method:
+    return method_of_file(entry["method"], entry["config"])
+
+
+def _in_double(state: Mapping[str, Any]) -> set[str]:
+    return {key for key, value in state.items() if getattr(value, "dtype", None) is torch.float64}
+
+
+def _copies(entry: dict[str, Any]) -> bool:
+    """Whether heads and biases of a method are copies beside the base's, as those of a loaded adapter are."""
+    return entry.get("copies", not entry.get("trains", True))
+
+
+def _put_in(module: L.LightningModule, methods: Iterable[tuple[Method, bool, bool]], state: dict[str, Tensor]) -> None:
+    """Put the methods in, in order, each as it was: training the base itself, or loaded beside it, frozen or not."""
+    names = [name for name, _ in (*module.named_modules(), *module.named_parameters())]
+    for method, trains, copies in methods:
+        check_regexes({"config": method.config()}, names)
+        record = injection_of(module)
+        if trains and not copies:
+            with Bounded(module, state):
+                apply(module, method)
+        elif record is None or method.name not in record.methods:
+            with Bounded(module, state):
+                plan = method.plan(module)
+            replace_trained(plan, module, saved_copies(plan, module, method.name, state), trains)
+            for _, _, adapter, _ in plan.attach if not trains else ():
+                adapter.requires_grad_(False)
+            put_in(module, {method.name: (method, plan)})

@@ -1,0 +1,5 @@
+"""Exact resume.
+
+Read ``rng_state`` (random number generators), ``dataloaders`` (the position in the data) and ``streams`` (what a
+loader draws from).
+"""

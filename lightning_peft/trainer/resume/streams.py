@@ -1,0 +1,202 @@
+"""The random streams that a dataloader draws from: the global ones, and generators of its samplers and dataset."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset, Sampler, get_worker_info
+
+from lightning_peft.trainer.resume.rng_state import rng_state, set_rng_state
+
+__all__ = ["Recorded", "StartFrom", "Streams", "WithStreams"]
+
+
+class Streams:
+    """The global random streams of the CPU, and the generators that some objects hold.
+
+    Args:
+        holders: loaders, samplers and datasets. Generators (torch's, numpy's, Python's) are found among their
+            attributes, and those of the samplers and datasets that they hold.
+    """
+
+    def __init__(self, *holders: Any) -> None:
+        self._own = _generators(*holders)
+
+    @property
+    def has_own(self) -> bool:
+        """Whether the objects hold generators."""
+        return bool(self._own)
+
+    def state(self) -> dict[str, Any]:
+        """The state of all streams by name, in tensors and plain values; ``"generators"`` has those held."""
+        return {**rng_state(cuda=False), "generators": [_state(g) for g in self._own]}
+
+    def set(self, state: dict[str, Any]) -> None:
+        """Set the streams named in ``state``."""
+        set_rng_state({name: value for name, value in state.items() if name != "cuda"})
+        for generator, value in zip(self._own, state.get("generators", ())):
+            _set_state(generator, value)
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two states of one stream are equal."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return all(_same(a[k], b[k]) for k in a)
+    if isinstance(a, list) and not (a and isinstance(a[0], int)):
+        return all(map(_same, a, b))
+    return bool(a == b)
+
+
+class Recorded:
+    """An iterator whose draws from the random streams are recorded, or repeated from a record.
+
+    Args:
+        items: the iterator.
+        streams: the random streams.
+        log: by index of an item that draws, the streams from before it; one that stands where the item before left it
+            is left out. Grows here.
+        until: up to this index, items are repeated: on the streams of the log, and without moving the present ones.
+        count: index of the first item.
+        when: whether the item at an index is recorded.
+        window: keep the last two items alone, each in full.
+    """
+
+    def __init__(
+        self,
+        items: Iterator[Any],
+        streams: Streams,
+        log: dict[int, dict[str, Any]],
+        until: int = 0,
+        count: int = 0,
+        when: Callable[[int], bool] | None = None,
+        window: bool = False,
+    ) -> None:
+        self.items, self.streams, self.log, self.until, self.count = items, streams, log, until, count
+        self.when, self.window = when, window
+        self.left: dict[str, Any] | None = None  # the streams after the last item that drew
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        if self.count < self.until and (self.left is not None or self.count in self.log):
+            item = self._repeat()
+        elif self.when is None or self.when(self.count):
+            item = self._record()
+        else:
+            item = next(self.items)
+        self.count += 1
+        return item
+
+    def _repeat(self) -> Any:
+        now = self.streams.state()
+        self.streams.set({**(self.left or {}), **self.log.get(self.count, {})})
+        try:
+            return next(self.items)
+        finally:
+            self.left = self.streams.state()
+            self.streams.set(now)
+
+    def _record(self) -> Any:
+        before = self.streams.state()
+        item = next(self.items)
+        after = self.streams.state()
+        drew = {name: state for name, state in before.items() if not _same(state, after[name])}
+        left = self.left or {}
+        entry = {n: s for n, s in drew.items() if self.window or n not in left or not _same(s, left[n])}
+        self.left = {**left, **{name: after[name] for name in drew}}
+        if entry:
+            self.log[self.count] = entry
+        if self.window:
+            self.log.pop(self.count - 2, None)
+        return item
+
+
+class WithStreams:
+    """Collates in a worker, and adds the worker's random streams as they stand after the batch."""
+
+    def __init__(self, collate: Callable[[Any], Any]) -> None:
+        self.collate = collate
+        self.streams: Streams | None = None
+
+    def __call__(self, samples: Any) -> Any:
+        if self.streams is None:
+            self.streams = Streams(get_worker_info().dataset)  # type: ignore[union-attr]
+        return self.collate(samples), self.streams.state()
+
+
+class StartFrom:
+    """Initialises a worker, and then sets its random streams."""
+
+    def __init__(self, init: Callable[[int], None] | None, states: dict[int, Any]) -> None:
+        self.init = init
+        self.states = states
+
+    def __call__(self, worker: int) -> None:
+        if self.init is not None:
+            self.init(worker)
+        if worker in self.states:
+            Streams(get_worker_info().dataset).set(self.states[worker])  # type: ignore[union-attr]
+
+
+def _generators(*holders: Any) -> list[Any]:
+    import numpy as np
+
+    kinds = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
+    found: dict[int, Any] = {}
+    queue, seen = list(holders), set(map(id, holders))
+    for holder in queue:
+        for value in getattr(holder, "__dict__", {}).values():
+            if isinstance(value, kinds):
+                found.setdefault(id(value), value)
+            elif isinstance(value, Sampler | Dataset) and id(value) not in seen:
+                seen.add(id(value))
+                queue.append(value)
+    return list(found.values())
+
+
+def _state(generator: Any) -> Any:
+    if isinstance(generator, torch.Generator):
+        return generator.get_state()
+    if isinstance(generator, random.Random):
+        version, state, gauss = generator.getstate()
+        return [version, list(state), gauss]
+    holder = generator.bit_generator if hasattr(generator, "bit_generator") else generator
+    return _plain(holder.state if hasattr(holder, "state") else holder.get_state(legacy=False))
+
+
+def _set_state(generator: Any, state: Any) -> None:
+    if isinstance(generator, torch.Generator):
+        generator.set_state(state.cpu())
+    elif isinstance(generator, random.Random):
+        version, numbers, gauss = state
+        generator.setstate((version, tuple(numbers), gauss))
+    elif hasattr(generator, "bit_generator"):
+        generator.bit_generator.state = _arrays(state)
+    else:
+        generator.set_state(_arrays(state))
+
+
+def _plain(state: Any) -> Any:
+    """numpy's state of a generator with tensors in the place of arrays."""
+    import numpy as np
+
+    if isinstance(state, dict):
+        return {k: _plain(v) for k, v in state.items()}
+    if isinstance(state, np.ndarray):
+        return torch.from_numpy(state.view(f"int{8 * state.itemsize}").copy())
+    return state.item() if isinstance(state, np.generic) else state
+
+
+def _arrays(state: Any) -> Any:
+    if isinstance(state, dict):
+        return {k: _arrays(v) for k, v in state.items()}
+    if isinstance(state, torch.Tensor):
+        array = state.cpu().numpy()
+        return array.view(f"uint{8 * array.itemsize}")
+    return state

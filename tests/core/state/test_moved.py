@@ -1,0 +1,80 @@
+"""What moves without gradients: parameters by their bits, buffers and extra state by copies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lightning_peft as lp
+from lightning_peft.core.state.moved import Start
+from lightning_peft.core.state.state_dict import load_state
+from tests.helpers import assert_same_bits, bits
+
+CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
+    "one value": lambda w: torch.where(torch.arange(w.numel()).view_as(w) == w.numel() - 1, w + 1, w),
+    "rows": lambda w: w.roll(1, 0),
+    "columns": lambda w: w.roll(1, -1),
+    "signs": lambda w: -w,
+    "a sum of nothing": lambda w: w + torch.tensor([1.0, -1.0]).repeat(w.numel() // 2).view_as(w).to(w),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("shape", [(2,), (6,), (40, 70), (3, 512, 6)])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_parameter_that_changes_by_hand_is_seen(shape: tuple[int, ...], dtype: torch.dtype, change: str):
+    torch.manual_seed(0)
+    model = nn.ParameterList([torch.randn(shape, dtype=dtype), torch.randn(shape, dtype=dtype)])
+    start = Start.of(model)
+    start.mark(model)
+    assert start.moved(model, ()) == set()
+    model[1].data = CHANGES[change](model[1].data)
+    assert start.moved(model, ()) == {"1"}
+    assert start.moved(model, {"1"}) == set()  # it trains
+
+
+def test_an_empty_and_a_cast_parameter_have_not_moved():
+    model = nn.ParameterList([torch.empty(0, 3), torch.randn(())])
+    start = Start.of(model)
+    start.mark(model)
+    model.to(torch.bfloat16)
+    assert start.moved(model, ()) == set()
+    start.mark(model)
+    model[1].data += 1
+    assert start.moved(model, ()) == {"1"}
+
+
+def test_merged_adapters_do_not_count_as_movement():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    lp.apply(model, lp.LoRA(r=2, targets=["0"]))
+    nn.init.ones_(model[0].adapters["default"].lora_B)
+    keys = set(lp.adapter_state(model))
+    lp.merge(model)
+    assert set(lp.adapter_state(model)) == keys
+    lp.unmerge(model)
+    assert set(lp.adapter_state(model)) == keys
+
+
+def test_a_moved_state_goes_into_a_fresh_model_and_stays_part_of_its_state():
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+        lp.apply(model, lp.LoRA(r=2, targets=["0"]))
+        return model
+
+    a, b = make(), make()
+    a[1].weight.data.mul_(2)
+    load_state(b, lp.adapter_state(a))
+    assert_same_bits(bits(a), bits(b))
+    b[1].weight.data.div_(2)  # back at the start
+    assert "1.weight" in lp.adapter_state(b)
+
+
+def test_what_a_deleted_method_trained_stays_part_of_the_state():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    lp.apply(model, lp.LoRA(r=2, targets=["0"], trainable=["1"]), lp.LoRA(r=2, targets=["0"], name="b"))
+    lp.delete_adapter(model, "default")
+    assert {"1.weight", "1.bias"} <= set(lp.adapter_state(model))

@@ -1,0 +1,96 @@
+"""Folders of distributed checkpoints: torch's own are read, hostile ones are refused without running."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+
+import lightning_peft as lp
+from lightning_peft.trainer.checkpoints.distributed_files import PlainPlanner, check_metadata
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+
+class Payload:
+    def __init__(self, run=os.mkdir, argument="ran"):
+        self.run, self.argument = run, argument
+
+    def __reduce__(self):
+        return self.run, (self.argument,)
+
+
+def saved(**more: object) -> tuple[Path, dict[str, object]]:
+    """A folder, and an empty state of its form."""
+    model = nn.Linear(3, 2).bfloat16()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.25)
+    model(torch.ones(1, 3, dtype=torch.bfloat16)).sum().backward()
+    optimizer.step()
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), **more}
+    dcp.save(state, checkpoint_id="folder")
+    return Path("folder"), state
+
+
+def test_what_torch_writes_is_read():
+    folder, state = saved()
+    check_metadata(folder)
+    zeros = {k: torch.zeros_like(v) for k, v in state["model"].items()}
+    options = torch.optim.AdamW(nn.Linear(3, 2).parameters(), lr=1.0).state_dict()
+    dcp.load({"model": zeros, "optimizer": options}, checkpoint_id=folder, planner=PlainPlanner())
+    assert all(torch.equal(zeros[k], v) for k, v in state["model"].items())
+    assert options["param_groups"][0]["lr"] == 0.25
+
+
+@pytest.mark.parametrize("run", [os.mkdir, eval, torch.load, pickle.loads])
+def test_metadata_that_would_run_code(run):
+    folder, _ = saved()
+    (folder / ".metadata").write_bytes(pickle.dumps(Payload(run)))
+    with pytest.raises(lp.StateError, match=r"was not read: to read it, .* would be run"):
+        check_metadata(folder)
+    assert not Path("ran").exists()
+
+
+@pytest.mark.parametrize("name", ["os.mkdir", "os", "dataclass"])
+def test_what_the_modules_of_torch_import_is_not_reached(name):
+    """Protocol 4 names attributes of attributes."""
+    folder, _ = saved()
+    parts = [b"\x80\x04"]
+    module = b"torch.distributed.checkpoint.filesystem"
+    parts += [b"\x8c" + bytes([len(module)]) + module, b"\x8c" + bytes([len(name)]) + name.encode(), b"\x93"]
+    parts += [b"\x8c\x03ran\x85R."]
+    (folder / ".metadata").write_bytes(b"".join(parts))
+    with pytest.raises(lp.StateError, match=f"{name} would be run"):
+        check_metadata(folder)
+    assert not Path("ran").exists()
+
+
+def test_a_value_that_would_run_code():
+    folder, _ = saved(extra=Payload())
+    check_metadata(folder)
+    assert not Path("ran").exists()
+    with pytest.raises(CheckpointException, match="'extra' in the checkpoint is no plain value"):
+        dcp.load({"extra": 0}, checkpoint_id=folder, planner=PlainPlanner())
+    assert not Path("ran").exists()
+
+
+def test_files_elsewhere_and_damage():
+    folder, _ = saved()
+    with (folder / ".metadata").open("rb") as file:
+        metadata = pickle.load(file)
+    for info in metadata.storage_data.values():
+        info.relative_path = "../../secret"
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(lp.StateError, match=r"names files outside of its folder: .*secret"):
+        check_metadata(folder)
+    (folder / ".metadata").write_bytes(b"nothing")
+    with pytest.raises(lp.StateError, match="cannot be read"):
+        check_metadata(folder)
+    (folder / ".metadata").unlink()
+    with pytest.raises(lp.StateError, match="is no distributed checkpoint"):
+        check_metadata(folder)
