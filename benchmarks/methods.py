@@ -19,6 +19,7 @@ from benchmarks.cases import Case
 TRANSFORMERS = ("llama", "bert")
 EVERY = (*TRANSFORMERS, "resnet")
 TOKENS = 20  # of prompts and prefixes
+NO_CACHE = {"bert": "needs an encoder with past_key_values, which BERT does not have from transformers 5.24 on"}
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,13 @@ def bottleneck(preset: str, what: str, **row: Any) -> Method:
     return Method(lambda case, r: lp.BottleneckAdapter(preset, bottleneck_size=64), None, what, **row)
 
 
-def sequence(config: str, ours: Callable[[list[str]], lp.PEFTMethod], what: str, **options: Any) -> Method:
+def sequence(
+    config: str,
+    ours: Callable[[list[str]], lp.PEFTMethod],
+    what: str,
+    lacks: Mapping[str, str] | None = None,
+    **options: Any,
+) -> Method:
     """A row of a method on the token sequence. PEFT trains a classifier beside it, so ours does, too."""
 
     def peft(case: Case, r: int) -> nn.Module:
@@ -128,7 +135,7 @@ def sequence(config: str, ours: Callable[[list[str]], lp.PEFTMethod], what: str,
     def make(case: Case, r: int) -> lp.PEFTMethod:
         return ours(["classifier"] if case.head == "classifier" else [])
 
-    return Method(make, peft, what, on=TRANSFORMERS, identity=False)
+    return Method(make, peft, what, on=TRANSFORMERS, lacks=lacks or {}, identity=False)
 
 
 METHODS: dict[str, Method] = {
@@ -217,12 +224,16 @@ METHODS: dict[str, Method] = {
     "bottleneck, Pfeiffer": bottleneck("pfeiffer", "64 wide, after feed-forward", on=TRANSFORMERS),
     "bottleneck, parallel": bottleneck("parallel", "64 wide, beside feed-forward", on=TRANSFORMERS),
     "prefix": sequence(
-        "PrefixTuningConfig", lambda heads: lp.PrefixTuning(TOKENS, trainable=heads), f"{TOKENS} keys and values"
+        "PrefixTuningConfig",
+        lambda heads: lp.PrefixTuning(TOKENS, trainable=heads),
+        f"{TOKENS} keys and values",
+        NO_CACHE,
     ),
     "prefix, network": sequence(
         "PrefixTuningConfig",
         lambda heads: lp.PrefixTuning(TOKENS, bottleneck_size=64, trainable=heads),
         f"{TOKENS} keys and values made by a network 64 wide",
+        NO_CACHE,
         prefix_projection=True,
         encoder_hidden_size=64,
     ),

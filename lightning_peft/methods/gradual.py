@@ -23,6 +23,7 @@ from lightning_peft.core.class_swap import original_class
 from lightning_peft.core.record import injection_of
 from lightning_peft.core.state.freezing import thaw
 from lightning_peft.core.state.plan import Plan
+from lightning_peft.core.targeting.frozen_parts import why_frozen
 from lightning_peft.core.targeting.patterns import TargetError, as_patterns
 from lightning_peft.methods.families.arguments import one_of, positive_int
 from lightning_peft.methods.families.selection import SelectionMethod, depths, parameters_in, tail_modules
@@ -104,7 +105,7 @@ class GradualUnfreezing(SelectionMethod):
         if not trains and self.times(model)[0] > 0:
             raise TargetError(
                 f"GradualUnfreezing finds nothing to train before {self.unit} {self.times(model)[0]}: name the head in "
-                "trainable, or begin the schedule with 0"
+                f"trainable, or begin the schedule with 0{why_frozen(model)}"
             )
         for time, (stage, names) in zip(self.times(model), self.stages(model).items()):
             for name in names:

@@ -175,7 +175,7 @@ def test_experts_have_a_rank_each():
         torch.testing.assert_close(parameter.grad - before[key], want)
     for _ in range(3):
         method.allocate(model)
-    assert method.ranks(model) == {"experts": 3} == {"experts": int(adapter.mask.sum())}
+    assert method.ranks(model) == {"experts.weight": 3} == {"experts.weight": int(adapter.mask.sum())}
 
 
 def test_the_gradient_of_an_orthogonal_matrix_is_zero():

@@ -23,7 +23,8 @@ _FREE = {"base_model_name_or_path", "revision", "inference_mode", "task_type", "
 
 
 def seal(config: Mapping[str, Any], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
-    """The metadata with digests of the tensors, the options and itself."""
+    """The metadata with digests of the tensors, the options and itself, instead of any that it has already."""
+    metadata = {key: value for key, value in metadata.items() if key != KEY}
     digests = {"tensors": tensor_digests(tensors), "options": _options(config), "metadata": value_digest(metadata)}
     return {**metadata, KEY: json.dumps(digests)}
 

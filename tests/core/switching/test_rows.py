@@ -155,7 +155,8 @@ def test_a_cache_that_is_carried_on_by_hand():
         model(inputs[:, 5:], past_key_values=first.past_key_values)
 
 
-@pytest.mark.parametrize("kind", [k for k in KINDS if k != "embedding"])
+# rows of different adapters are refused where another module reads a weight: tests/core/test_reads.py
+@pytest.mark.parametrize("kind", [k for k in KINDS if k not in ("embedding", "reads")])
 @pytest.mark.parametrize("pair", [("lora", "lora_rs"), ("lora_pissa", "dora"), ("vera", "loha"), ("lokr", "oft")])
 @torch.no_grad()
 def test_every_layer_kind(kind, pair):
