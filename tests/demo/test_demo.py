@@ -7,8 +7,8 @@ import torch
 
 from lightning_peft import demo
 from lightning_peft.data import LanguageModelData
-from lightning_peft.demo.build import OVERLAP, Passage, names_itself, shingles, without_near_duplicates
 from lightning_peft.tasks import LanguageModel
+from tools.build_demo import OVERLAP, Passage, names_itself, shingles, without_near_duplicates
 
 FOLDER = demo.MODEL.parent
 

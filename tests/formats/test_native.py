@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import lightning_peft as lp
-from lightning_peft.core.registry import _REGISTRY
+from lightning_peft.core.registry import _METHODS
 from lightning_peft.core.untrusted import FormatError
 from lightning_peft.formats.directory.files import read_files, write_files
 from lightning_peft.formats.load import load_adapter
@@ -216,4 +216,4 @@ def test_two_methods_of_one_name_are_not_mistaken(tmp_path):
         with pytest.raises(lp.FormatError, match=r"elsewhere and .*test_native define a method named 'RowShift'"):
             load_adapter(base, tmp_path)
     finally:
-        del _REGISTRY["RowShift"]["elsewhere"]
+        del _METHODS["RowShift"]["elsewhere"]

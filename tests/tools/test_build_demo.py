@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from lightning_peft.demo import build
+from tools import build_demo as build
 
 PAGES = {"colours": "library/paint", "sounds": "library/horn"}
 

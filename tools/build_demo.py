@@ -1,9 +1,9 @@
 """Build the demo corpus, tokenizer and model configuration from the sources of Python's documentation.
 
-    python -m lightning_peft.demo.build --docs cpython/Doc
+    python -m tools.build_demo --docs cpython/Doc
 
 ``--docs`` is the ``Doc`` folder of a CPython checkout, or the ``_sources`` folder of the built documentation.
-The same sources give the same bytes. What is made, and why it is a fair task: ``README.md`` beside this file.
+The same sources give the same bytes. What is made, and why it is a fair task: ``lightning_peft/demo/README.md``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from lightning_peft.demo.rest import paragraphs, title
+from lightning_peft import demo
+from tools.rst import paragraphs, title
 
 WORDS = (25, 80)  # a passage is closed once it has this many words; no passage is longer than the second
 MIN_PASSAGE = 18  # shorter leftovers are dropped
@@ -284,7 +285,7 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--docs", type=Path, required=True, help="Doc folder of a CPython checkout")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="default: this package")
+    parser.add_argument("--out", type=Path, default=demo.CORPUS.parent, help="default: the package's demo folder")
     args = parser.parse_args()
     for name, count in build(args.docs, args.out).items():
         print(f"{name}: {count} passages")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lightning_peft.demo.rest import paragraphs, plain, title
+from tools.rst import paragraphs, plain, title
 
 PAGE = """
 .. _anchor:
