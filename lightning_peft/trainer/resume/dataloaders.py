@@ -165,8 +165,8 @@ class _Source:
 
     def starts_once_more(self) -> bool:
         """Whether Lightning leaves out the second start of a pass over reloaded data, because it resumes."""
-        fit = self.trainer.fit_loop
-        return fit.is_resuming and self.trainer.current_epoch > 0 and not self.in_the_middle()
+        resuming = getattr(self.trainer.fit_loop, "is_resuming", False)  # the first releases of Lightning 2.5 start twice
+        return resuming and self.trainer.current_epoch > 0 and not self.in_the_middle()
 
     def in_the_middle(self) -> bool:
         epoch = self.trainer.fit_loop.epoch_loop
