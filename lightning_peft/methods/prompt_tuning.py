@@ -32,8 +32,8 @@ class PromptTuning(PromptMethod):
     one that predicts the next, after any virtual tokens between the two. In a classifier that pools its first
     position (BERT) ``position="prefix"`` pools the first virtual token, as Hugging Face PEFT does; ``"after_bos"``
     leaves the first token where it was. A suffix stands after the text that the first step of ``generate`` sees, so it
-    needs the KV cache (``use_cache=True``, the default). For a fresh prompt in every layer use
-    :class:`lightning_peft.PrefixTuning`.
+    needs the KV cache (``use_cache=True``, the default of most models): generating without one is an error. For a fresh
+    prompt in every layer use :class:`lightning_peft.PrefixTuning`.
 
     Choose it for large models and many tasks: T d parameters a task, and rows of different tasks differ in data
     only. It costs T positions of the context and their compute in every layer, cannot be merged, and is weak on

@@ -54,6 +54,11 @@ class Placement:
         """How many virtual tokens there are."""
         return sum(count for _, _, count in self.slots)
 
+    @property
+    def follows_end(self) -> bool:
+        """Whether some virtual tokens move along when the text grows."""
+        return any(anchor == "end" for anchor, _, _ in self.slots)
+
     def layout(self, batch: int, length: int, mask: Tensor | None, device: torch.device) -> Layout:
         """The layout for rows of ``length``; with a mask (batch, length) start and end are those of its ones."""
         first = torch.zeros(batch, dtype=torch.long, device=device)
@@ -89,6 +94,11 @@ class RowPlacement:
     def tokens(self) -> int:
         """How many virtual tokens there are in the longest row."""
         return max(self.counts)
+
+    @property
+    def follows_end(self) -> bool:
+        """Whether some virtual tokens move along when the text grows."""
+        return any(row is not None and row.follows_end for row in self.rows)
 
     @property
     def padded(self) -> bool:

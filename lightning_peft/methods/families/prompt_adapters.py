@@ -28,7 +28,7 @@ from lightning_peft.core.batching.layout import Place, row_dim
 from lightning_peft.core.class_swap import original_class
 from lightning_peft.core.kv_cache import cache_length, filled_cache, is_cache
 from lightning_peft.core.module_io import by_name, parameters_of
-from lightning_peft.methods.shared.cached_step import check_cached_step
+from lightning_peft.methods.shared.cached_step import check_cached_step, check_texts_do_not_grow
 
 __all__ = ["PromptAdapter", "PromptLabels", "PromptMask", "PromptStrip", "TokenError"]
 
@@ -130,6 +130,8 @@ class PromptAdapter(Adapter):
         if given.get("cache_position") is not None:
             given["cache_position"] = torch.arange(length + tokens, device=embeds.device)
         out = call(**{n: v for n, v in given.items() if n != "input_ids" or "input_ids" in parameters_of(host)})
+        if self.causal and self.placement.follows_end:
+            check_texts_do_not_grow(host, embeds if ids is None else ids, out)
         self._note(layout, given, out)
         self._check_cache(host, call, given, real, out)
         return strip(out, layout, self.causal) if self.shorten and not _kept(self) else out

@@ -7,7 +7,9 @@ three short ones (two tokens, one more from the cache, and both without a cache)
 
 from __future__ import annotations
 
+import threading
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +19,10 @@ from torch import Tensor, nn
 from lightning_peft.core.class_swap import original_class
 from lightning_peft.core.kv_cache import cache_length, is_cache, states_in
 
-__all__ = ["CacheError", "check_cached_step"]
+__all__ = ["CacheError", "check_cached_step", "check_texts_do_not_grow"]
+
+# By module, the tokens of this thread's last call without a cache.
+_UNCACHED = threading.local()
 
 #: arguments of a call that go with its tokens
 _BY_TOKEN = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache_position", "token_type_ids")
@@ -84,6 +89,36 @@ def check_cached_step(
         f"without it by {difference:.1%}, and adds {grown} tokens to the cache: this adapter does not understand how "
         "the model continues from its cache. Call the model with use_cache=False"
     )
+
+
+def check_texts_do_not_grow(host: nn.Module, real: Tensor, output: Any) -> None:
+    """Refuse to generate without a cache with virtual tokens that stand after the text.
+
+    Each call would put them after the tokens generated so far, while a cache keeps them before.
+
+    Args:
+        host: the adapted module.
+        real: the tokens (batch, length) or embeddings (batch, length, width) of the call that was just made.
+        output: of that call.
+
+    Raises:
+        CacheError: the call repeats the last one in this thread and adds a token.
+    """
+    if host.training or states_in(output) or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return
+    seen = vars(_UNCACHED).setdefault("seen", weakref.WeakKeyDictionary())
+    before, seen[host] = seen.get(host), real.detach()
+    if before is None or before.ndim != real.ndim or before.device != real.device:
+        return
+    start = real[:, :-1]
+    if start.shape == before.shape and torch.equal(start, before):
+        del seen[host]
+        raise CacheError(
+            f"{original_class(host).__name__} generates without a KV cache: a call repeats the text of the last one "
+            "and adds a token, so that virtual tokens at the end of the text would move behind every generated token. "
+            "Pass use_cache=True to generate (the configuration of some models turns it off), or to each call if these "
+            "are separate texts"
+        )
 
 
 def _holds_tensor(value: Any) -> bool:

@@ -139,6 +139,7 @@ class _Source:
         self.lasting: dict[int, Any] = {}  # the streams of persistent workers after their latest batches
         self.order: _Order | None = None  # of the latest pass: persistent workers keep it
         self._ahead: int | None = None
+        self.dropped_first = False
 
     @property
     def index_sampler(self) -> Any:
@@ -165,8 +166,13 @@ class _Source:
 
     def starts_once_more(self) -> bool:
         """Whether Lightning leaves out the second start of a pass over reloaded data, because it resumes."""
-        resuming = getattr(self.trainer.fit_loop, "is_resuming", False)  # the first releases of Lightning 2.5 start twice
+        resuming = getattr(self.trainer.fit_loop, "is_resuming", False)
         return resuming and self.trainer.current_epoch > 0 and not self.in_the_middle()
+
+    def starts_twice(self) -> bool:
+        """Whether Lightning drops the first pass of a run that resumes; releases before 2.5.3 do at an epoch's end."""
+        fit = self.trainer.fit_loop
+        return not hasattr(fit, "is_resuming") and self.trainer.current_epoch > 0 and not fit.epoch_loop.restarting
 
     def in_the_middle(self) -> bool:
         epoch = self.trainer.fit_loop.epoch_loop
@@ -227,6 +233,8 @@ class _Pass:
         # After a checkpoint was loaded, a pass starts when it is asked for a batch: by then the Trainer has restored
         # its progress, and the streams are those of the checkpoint.
         self.late = self.source.saved.waiting or self.source.resumed is not None
+        self.dropped = self.late and not self.source.dropped_first and self.source.starts_twice()
+        self.source.dropped_first |= self.dropped
         if not self.late:
             self.start(None)
             self.late = self.source.starts_once_more()
@@ -236,6 +244,8 @@ class _Pass:
 
     def __next__(self) -> Any:
         ours = _passes(self.source.trainer)
+        if self.dropped:
+            return None  # fetched ahead, and not looked at
         if self.late:
             self.source.saved.restore(self.source.trainer)
             self._start_late(ours)

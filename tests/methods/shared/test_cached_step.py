@@ -18,6 +18,7 @@ CAUSAL = {
     "llama": ("Llama", {**SMALL, "intermediate_size": 48}),
     "bloom": ("Bloom", {"vocab_size": 40, "hidden_size": 32, "n_layer": 2, "n_head": 4}),
     "falcon": ("Falcon", {**SMALL, "alibi": True}),
+    "mpt": ("Mpt", {"vocab_size": 40, "d_model": 32, "n_heads": 4, "n_layers": 2, "use_cache": True}),
     "opt": ("OPT", {**SMALL, "ffn_dim": 48, "word_embed_proj_dim": 32}),
     "mistral": ("Mistral", {**SMALL, "intermediate_size": 48, "num_key_value_heads": 2, "sliding_window": 6}),
     "mamba": ("Mamba", {"vocab_size": 40, "hidden_size": 32, "state_size": 4, "num_hidden_layers": 2}),
@@ -53,6 +54,26 @@ def test_every_generated_step_equals_the_sequence_without_a_cache(name, position
     for i, step in enumerate(out.logits):
         whole = torch.cat([*parts, embed(out.sequences[:, 8 : 8 + i])], 1)
         torch.testing.assert_close(step, base(inputs_embeds=whole, use_cache=False).logits[:, -1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "options"), [("mpt", {}), ("llama", {"use_cache": False})])
+@torch.no_grad()
+def test_a_suffix_does_not_move_along_with_the_generated_text(name, options):
+    """MPT's own default is ``use_cache=False``."""
+    kind, arguments = CAUSAL[name]
+    config = getattr(transformers, f"{kind}Config")(**{**arguments, **options, "use_cache": False}, pad_token_id=0)
+    models = {p: getattr(transformers, f"{kind}ForCausalLM")(config).eval() for p in ("prefix", "suffix")}
+    options = {**options, "attention_mask": torch.ones_like(IDS), "max_new_tokens": 3, "do_sample": False}
+    for position, model in models.items():
+        lp.apply(model, lp.PromptTuning(3, position=position))
+    assert models["prefix"].generate(IDS, **options).shape == (1, 11)
+    for _ in range(2):
+        with pytest.raises(CacheError, match="generates without a KV cache"):
+            models["suffix"].generate(IDS, **options)
+    assert models["suffix"].generate(IDS, **{**options, "use_cache": True}).shape == (1, 11)
+    for i in range(4):  # texts of their own
+        models["suffix"](IDS + i)
+        models["suffix"](IDS[:, :5])
 
 
 class Attends(nn.Module):
