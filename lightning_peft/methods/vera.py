@@ -105,6 +105,10 @@ class VeRAAdapter(WeightAdapter):
         a, b = self.matrices()
         return self.vera_lambda_d[..., None] * a, self.vera_lambda_b[..., None] * b
 
+    @property
+    def needs_input(self) -> str | None:
+        return f"dropout={self.dropout}" if self.dropout else None
+
     def output(self, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         def down(x: Tensor, a: Tensor) -> Tensor:
             return self.layout.down(host, x, a)

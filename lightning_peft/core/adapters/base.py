@@ -51,6 +51,11 @@ class Adapter(nn.Module):
         return next((why for part in self.weights().values() if (why := part.unreadable()) is not None), None)
 
     @property
+    def needs_input(self) -> str | None:
+        """What this adapter does to the input of a module while training, which no weight can do; None if nothing."""
+        return next((what for part in self.weights().values() if (what := part.needs_input) is not None), None)
+
+    @property
     def replacement(self) -> Adapter | None:
         """The copies of parameters that go with this adapter and come ahead of it; None where there are none."""
         return self._modules.get("replacement")  # type: ignore[return-value]
@@ -139,8 +144,17 @@ class WeightAdapter(Adapter):
         """The adapted bias (out,), for methods that change it with the weight; None where there is none."""
         return bias
 
-    def unreadable(self) -> str | None:
+    @property
+    def needs_input(self) -> str | None:
         return None
+
+    def unreadable(self) -> str | None:
+        if self.needs_input is None or not self.training:
+            return None
+        return (
+            f"{self.needs_input} is not supported on {self.site_name!r}: another module reads this weight and "
+            "computes without calling its layer. Set dropout=0, or exclude it"
+        )
 
     def low_rank(self) -> tuple[Tensor, Tensor] | None:
         """A (..., k, in) and B (..., out, k) whose product B A is :meth:`delta`; None where there is no such form."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_peft.core.adapters.base import BIASES, Adapter
 from lightning_peft.core.adapters.reads import run_with_values
 
-__all__ = ["as_attributes", "effective_weights", "run_in_place", "stored_tensor"]
+__all__ = ["as_attributes", "effective_weights", "lost_input", "run_in_place", "stored_tensor"]
 
 
 def effective_weights(
@@ -59,6 +59,23 @@ def effective_weights(
                 if bias is not None:
                     now[BIASES[parameter]] = bias.to(stored.dtype)
     return now
+
+
+def lost_input(adapters: Sequence[Adapter]) -> str | None:
+    """Why ``adapters``, in this order on one module, cannot train together; None if they can.
+
+    One that rewrites the weight has those before it folded into the weight, where their dropout is lost.
+    """
+    for i, adapter in enumerate(adapters):
+        later = next((a for a in adapters[i + 1 :] if a.rewrites), None)
+        if adapter.needs_input is not None and later is not None:
+            name = next(iter(adapter.weights().values())).site_name
+            return (
+                f"{adapter.needs_input} of the {type(adapter).__name__} on {name!r} would be lost: the "
+                f"{type(later).__name__} after it changes the weight as a whole, and dropout acts on the module's "
+                "input. Apply the method with dropout last, or set its dropout=0"
+            )
+    return None
 
 
 def stored_tensor(host: nn.Module, name: str) -> Tensor | None:

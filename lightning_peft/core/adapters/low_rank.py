@@ -36,13 +36,9 @@ class LowRankAdapter(WeightAdapter):
         a, b = self.factors()
         return (b * self.scale) @ a
 
-    def unreadable(self) -> str | None:
-        if not (self.dropout and self.training):
-            return None
-        return (
-            f"dropout={self.dropout} is not supported on {self.site_name!r}: another module reads this weight and "
-            "computes without calling its layer. Set dropout=0, or exclude it"
-        )
+    @property
+    def needs_input(self) -> str | None:
+        return f"dropout={self.dropout}" if self.dropout else None
 
     def low_rank(self) -> tuple[Tensor, Tensor] | None:
         if type(self).transform is not WeightAdapter.transform:

@@ -16,7 +16,13 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from lightning_peft.core.adapters.base import Adapter, WeightAdapter
-from lightning_peft.core.adapters.effective_weights import as_attributes, effective_weights, run_in_place, stored_tensor
+from lightning_peft.core.adapters.effective_weights import (
+    as_attributes,
+    effective_weights,
+    lost_input,
+    run_in_place,
+    stored_tensor,
+)
 from lightning_peft.core.adapters.later_forward import set_forward
 from lightning_peft.core.adapters.reads import computing, forward_values, refused, run_with_values
 from lightning_peft.core.adapters.switches import Switches, current, remember, switched
@@ -105,9 +111,10 @@ class AdapterStack(AdapterContainer):
     def _parts(self, names: Iterable[str], skipped: tuple[str, ...]) -> tuple[tuple[Adapter, ...], tuple[Adapter, ...]]:
         left = tuple(n for n in self if n in names and n not in self.merged_names and n not in skipped)
         running = tuple(part for n in left for part in cast(Adapter, self[n]).parts())
-        # Everything up to the last adapter that rewrites the weight is folded into it, to keep the order.
+        # Weight adapters up to the last one that rewrites the weight are folded into it, to keep their order.
         split = max((i for i, adapter in enumerate(running, 1) if adapter.rewrites), default=0)
-        return running[:split], running[split:]
+        folded = tuple(adapter for adapter in running[:split] if adapter.changes())
+        return folded, tuple(adapter for adapter in running if adapter not in folded)
 
     def running(self, before: Adapter | None = None) -> tuple[Adapter, ...]:
         """The adapters that run, in order; only those ahead of ``before`` where it is given."""
@@ -140,6 +147,8 @@ class AdapterStack(AdapterContainer):
         """The host's output with the active adapters for all rows."""
         switches, call = current(self), forward
         if switches.folded:
+            if (problem := lost_input([a for a in switches.folded if a.training])) is not None:
+                raise ValueError(problem)
             call = functools.partial(run_in_place, host, effective_weights(host, switches.folded), forward)
         for adapter in switches.around:
             call = functools.partial(adapter.run, host, call)

@@ -7,13 +7,15 @@ cannot be changed) is found while planning. Should the change fail all the same,
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from lightning_peft.core.adapters.effective_weights import lost_input
 from lightning_peft.core.adapters.lookup import hosts
+from lightning_peft.core.adapters.stack import AdapterStack
 from lightning_peft.core.class_swap import check_mixin, original_class
 from lightning_peft.core.injection.attach import attach, check_host
 from lightning_peft.core.injection.rollback import all_or_nothing
@@ -76,7 +78,9 @@ def apply(model: nn.Module, *methods: Method) -> Report:
     if not new and record is not None:
         return record.report
     check_injectable(model)
-    return put_in(model, {method.name: (method, _plan(model, method)) for method in new})
+    plans = {method.name: (method, _plan(model, method)) for method in new}
+    _check_order(model, [plan for _, plan in plans.values()])
+    return put_in(model, plans)
 
 
 def put_in(model: nn.Module, plans: Mapping[str, tuple[Method, Plan]]) -> Report:
@@ -104,6 +108,17 @@ def _check_hosts(model: nn.Module, plans: Mapping[str, tuple[Method, Plan]]) -> 
                 check_mixin(model.get_submodule(trained), FullPrecision, trained)
         except ValueError as error:
             raise InjectionError(f"{type(method).__name__} {name!r}: {error}") from error
+
+
+def _check_order(model: nn.Module, plans: Iterable[Plan]) -> None:
+    """Refuse methods of which one would lose its dropout to a later one on the same module."""
+    found = {id(host): list(cast(AdapterStack, host.adapters).running()) for _, host in hosts(model)}
+    for plan in plans:
+        for host, _, adapter, _ in plan.attach:
+            found.setdefault(id(model.get_submodule(host)), []).extend(adapter.parts())
+    problem = next((why for adapters in found.values() if (why := lost_input(adapters)) is not None), None)
+    if problem is not None:
+        raise InjectionError(problem)
 
 
 def _put_in(model: nn.Module, plans: Mapping[str, tuple[Method, Plan]]) -> Report:
@@ -183,8 +198,9 @@ def inspect(model: nn.Module, *methods: Method) -> Report:
     report = Report() if record is None else record.report.copy()
     report.total = sum(p.numel() for p in model.parameters())
     trained: dict[int, int] = {}
-    for method in new:
-        plan = _plan(model, method)
+    plans = [_plan(model, method) for method in new]
+    _check_order(model, plans)
+    for method, plan in zip(new, plans):
         _check_hosts(model, {method.name: (method, plan)})
         for _, shown, adapter, what in plan.attach:
             count = sum(p.numel() for p in adapter.parameters() if p.requires_grad)
