@@ -22,7 +22,7 @@ from lightning_peft.core.targeting.layouts import (
     weight_name,
 )
 
-__all__ = ["Part", "kind_of", "parts_of", "whole"]
+__all__ = ["Part", "kind_of", "layer_facts", "parts_of", "whole"]
 
 
 @dataclass
@@ -69,7 +69,7 @@ def parts_of(model: nn.Module, name: str, tensors: bool = True) -> Iterator[Part
             for parameter, part in weights.items():
                 stored = host.get_parameter(parameter)
                 facts = {n: getattr(part, n) for n in ("r", "scale", "tokens") if hasattr(part, n)}
-                facts |= _layer_facts(host, part.layout)
+                facts |= layer_facts(host, part.layout)
                 kind = kind_of(host, part.layout)
                 yield Part(
                     canonical(host_name), parameter, kind, tuple(stored.shape), facts, _tensors(part) if tensors else {}
@@ -98,7 +98,8 @@ def kind_of(host: nn.Module, layout: Any) -> str:
     return kinds.get(type(layout), "Linear" if isinstance(host, nn.Linear) else "Parameter")
 
 
-def _layer_facts(host: Any, layout: Layout) -> dict[str, Any]:
+def layer_facts(host: Any, layout: Layout) -> dict[str, Any]:
+    """What a file has to say of a layer, see :class:`Part`."""
     facts: dict[str, Any] = {}
     if isinstance(layout, ConvLayout):
         facts = {"groups": host.groups, "dilation": list(host.dilation), "padding_mode": host.padding_mode}

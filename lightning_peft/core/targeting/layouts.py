@@ -207,9 +207,39 @@ def _guarded(layout: Layout, module: nn.Module, kind: Any) -> Layout:
     """
     cls: Any = original_class(module)
     own_conv = getattr(cls, "_conv_forward", None) is not getattr(kind, "_conv_forward", None)
-    if cls.forward is not kind.forward or own_conv or not _computes_as(module, kind, layout):
+    same_class = cls.forward is kind.forward or (kind is nn.Linear and _is_product(module, cls))
+    if not same_class or own_conv or not _computes_as(module, kind, layout):
         layout.has_activation = layout.vectors = False
     return layout
+
+
+@torch.no_grad()
+def _is_product(module: nn.Module, cls: Any) -> bool:
+    """Whether the forward of a subclass of Linear computes the product that a Linear computes, as Falcon's does.
+
+    A small copy is tried, in training and in evaluation, with inputs of several magnitudes: what clips, scales, masks
+    or adds noise gives another result. Layers with more state than a weight and a bias are not tried.
+    """
+    state = {key: value for key, value in vars(module).items() if key not in ("forward", "_own_forward")}
+    children = [name for name in module._modules if name != "adapters"]
+    if children or module._buffers or not module._parameters.keys() <= {"weight", "bias"}:
+        return False
+    weight = torch.linspace(-1, 2, 12).view(3, 4).sin()
+    bias = None if module._parameters.get("bias") is None else torch.linspace(-2, 1, 3)
+    x = torch.linspace(-1, 2, 12).view(3, 1, 4).cos() * torch.tensor([1e-2, 1.0, 1e3]).view(3, 1, 1)
+    probe = cls.__new__(cls)
+    vars(probe).update(state, in_features=4, out_features=3, _modules={})
+    vars(probe)["_parameters"] = {name: None if t is None else nn.Parameter(t) for name, t in (("weight", weight), ("bias", bias))}
+    expected = F.linear(x, weight, bias)
+    with torch.random.fork_rng(devices=[]):
+        for vars(probe)["training"] in (True, False):
+            try:
+                got = cls.forward(probe, x)
+            except Exception:  # the forward is the user's, and may need anything
+                return False
+            if not isinstance(got, Tensor) or got.shape != expected.shape or not torch.allclose(got, expected):
+                return False
+    return True
 
 
 @torch.no_grad()

@@ -110,7 +110,7 @@ class LayerConverter(Converter):
         if not known or (layer.kind == "Conv" and dimensions not in self.dimensions):
             kind = f"Conv{dimensions}d" if layer.kind == "Conv" else layer.kind
             raise NotInPeftError(f"{peft} adapts no weight like {layer.name!r} ({kind})")
-        if layer.own_forward:
+        if layer.own_forward or hasattr(layer.host, "embed_scale"):  # LoRA alone knows that scale
             raise NotInPeftError(
                 f"{layer.name!r} computes something of its own, around which {peft} is another function"
             )

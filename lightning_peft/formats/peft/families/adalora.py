@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_peft.core.state.adapter_records import Part, kind_of
 from lightning_peft.core.targeting.base_model import Base
 from lightning_peft.core.targeting.patterns import no_match
 from lightning_peft.core.targeting.sites import Site, weight_sites
@@ -20,6 +19,7 @@ from lightning_peft.core.untrusted import FormatError
 from lightning_peft.formats.directory.snapshot import Snapshot
 from lightning_peft.formats.peft.base_values import bias_option
 from lightning_peft.formats.peft.converter import PREFIX, Converter, NotInPeftError, Options, Reading, Tensors, Writing
+from lightning_peft.formats.peft.layers import Layer
 from lightning_peft.formats.peft.targets import resolve, target_modules
 from lightning_peft.methods.adalora import AdaLoRA
 
@@ -42,7 +42,7 @@ class AdaLoRAConverter(Converter):
         tensors: dict[str, Tensor] = {}
         kept: dict[str, list[bool]] = {}
         for part in snapshot.parts:
-            _check_kind(part)
+            _check(Layer.of(part, snapshot.base))
             mask, key = part.tensors["mask"].view(-1), f"{PREFIX}{part.host}"
             tensors[f"{key}.lora_A"] = part.tensors["lora_A"][mask]
             tensors[f"{key}.lora_E"] = part.tensors["lora_E"][mask]
@@ -70,8 +70,9 @@ class AdaLoRAConverter(Converter):
             raise FormatError(f"init_r must be an integer of at least 1, got {init_r!r}")
         found = {}
         for module in resolve(options, base):
-            if module not in sites or kind_of(sites[module].module, sites[module].layout) not in _KINDS:
+            if module not in sites:
                 raise FormatError(f"target_modules: {no_match(module, {n: site.module for n, site in sites.items()})}")
+            _check(Layer.at(sites[module], module))
             found[module] = _take(tensors, sites[module], init_r, masks.get(f"{module}.lora_E"))
         options.refuse(use_dora=False, use_rslora=False, lora_bias=False, target_parameters=None)
         options.refuse(trainable_token_indices=None, layer_replication=None, alpha_pattern={})
@@ -91,16 +92,24 @@ class AdaLoRAConverter(Converter):
         return Reading(method, found)
 
 
-_KINDS = ("Linear", "Conv1D", "Conv")
+def _check(layer: Layer) -> None:
+    """Refuse a layer that PEFT's AdaLoRA does not adapt, or adapts in another way.
 
-
-def _check_kind(part: Part) -> None:
-    facts = part.facts
-    odd = part.kind == "Conv" and (
-        len(part.shape) != 4 or facts["groups"] > 1 or facts["padding_mode"] != "zeros" or set(facts["dilation"]) != {1}
-    )
-    if odd or part.kind not in _KINDS or facts.get("own_forward"):
-        raise NotInPeftError(f"{part.name!r} is a layer that PEFT's AdaLoRA cannot adapt")
+    Raises:
+        NotInPeftError: with the reason.
+    """
+    if layer.kind not in ("Linear", "Conv1D", "Conv") or layer.own_forward:
+        what = "its forward is not its class's" if layer.own_forward else f"it is a {layer.kind}"
+        raise NotInPeftError(f"{layer.name!r} is a layer that PEFT's AdaLoRA does not adapt as it is here: {what}")
+    host = layer.host
+    if layer.kind == "Conv" and (
+        len(layer.stored) != 4 or host.groups > 1 or host.padding_mode != "zeros" or set(host.dilation) != {1}
+    ):
+        raise NotInPeftError(
+            f"{layer.name!r} is a Conv{len(layer.stored) - 2}d with groups={host.groups}, dilation={host.dilation} and "
+            f"padding_mode={host.padding_mode!r}: PEFT's AdaLoRA computes a Conv2d without groups and dilation, padded "
+            "with zeros"
+        )
 
 
 def _take(tensors: Tensors, site: Site, r: int, kept: list[bool] | None) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_peft.core.state.adapter_records import Part, kind_of
+from lightning_peft.core.state.adapter_records import Part, kind_of, layer_facts
 from lightning_peft.core.targeting.layouts import EmbeddingLayout, TransposedLayout
 from lightning_peft.core.targeting.sites import Site
 from lightning_peft.core.untrusted import FormatError
@@ -185,6 +185,8 @@ def take_layer(tensors: Tensors, site: Site, r: int, dora: bool, bias: bool) -> 
     """
     rows, columns = site.shape
     name, kind = site.name, kind_of(site.module, site.layout)
+    if layer_facts(site.module, site.layout).get("own_forward"):
+        raise FormatError(f"{name!r} has a forward of its own, beside which PEFT adds its change unscaled")
     if kind == "Embedding":
         a = tensors.take(f"{name}.lora_embedding_A", (r, columns))
         b = tensors.take(f"{name}.lora_embedding_B", (rows, r))

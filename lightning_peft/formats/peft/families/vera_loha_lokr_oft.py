@@ -210,7 +210,7 @@ class OFTConverter(LayerConverter):
             r=options.get("r", 0) or None,
             dropout=options.number("module_dropout", 0.0),
             block_share=flag(options, "block_share"),
-            use_cayley_neumann=flag(options, "use_cayley_neumann"),
+            use_cayley_neumann=flag(options, "use_cayley_neumann", True),
             num_cayley_neumann_terms=4 if terms == 3 else terms,
             **arguments,
         )
