@@ -29,9 +29,11 @@ class PromptTuning(PromptMethod):
     """Trained embeddings among those of the input (Lester et al. 2021, arXiv:2104.08691).
 
     Outputs, labels, masks and generated tokens keep the user's lengths. In a causal model the output at a token is the
-    one that predicts the next, after any virtual tokens between the two. In a classifier that pools its first
-    position (BERT) ``position="prefix"`` pools the first virtual token, as Hugging Face PEFT does; ``"after_bos"``
-    leaves the first token where it was. A suffix stands after the text that the first step of ``generate`` sees, so it
+    one that predicts the next, after any virtual tokens between the two. A classifier of Hugging Face that pools its
+    first position, in the encoder (BERT) or in its head (RoBERTa), pools the first virtual token with
+    ``position="prefix"``, and one that pools the mean includes the virtual tokens, both as Hugging Face PEFT does.
+    ``"after_bos"`` leaves the first token where it was; ``targets="roberta"``, the encoder's name, leaves its head
+    without virtual tokens. A suffix stands after the text that the first step of ``generate`` sees, so it
     needs the KV cache (``use_cache=True``, the default of most models): generating without one is an error. For a fresh
     prompt in every layer use :class:`lightning_peft.PrefixTuning`.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from lightning_peft.core.class_swap import original_class
@@ -9,8 +11,9 @@ from lightning_peft.core.module_io import parameters_of
 from lightning_peft.core.optional import input_embedding
 from lightning_peft.core.targeting.base_modules import base_modules
 from lightning_peft.core.targeting.patterns import TargetError
+from lightning_peft.core.targeting.trial_forward import TRIAL_LENGTH, sources, try_forward
 
-__all__ = ["around", "batch_first", "is_causal", "position_limit", "token_models", "token_width"]
+__all__ = ["around", "batch_first", "is_causal", "pooling_model", "position_limit", "token_models", "token_width"]
 
 
 def token_models(model: nn.Module) -> dict[str, nn.Module]:
@@ -29,6 +32,34 @@ def around(model: nn.Module, inner: str, argument: str | None = None) -> list[st
         name for name, _ in base_modules(model) if name != inner and inner.startswith(f"{name}." if name else "")
     ]
     return [name for name in parents if argument is None or argument in parameters_of(model.get_submodule(name))]
+
+
+def pooling_model(model: nn.Module, inner: str) -> str | None:
+    """The classifier around an encoder that pools the encoder's sequence itself, as RoBERTa's reads its first position.
+
+    None where the encoder pools inside (BERT), where the output is a sequence too, where the encoder is causal, and
+    where no trial forward can tell.
+    """
+    encoder = model.get_submodule(inner)
+    outer = [n for n in around(model, inner, "labels") if "inputs_embeds" in parameters_of(model.get_submodule(n))]
+    if not outer or is_causal(encoder):
+        return None
+    name = outer[-1]
+    within = inner[len(name) :].lstrip(".")
+    made: dict[Any, str] = {}
+
+    def remember(module: nn.Module, args: Any, output: Any) -> None:
+        for value in output.values() if isinstance(output, dict) else output:
+            if isinstance(value, Tensor) and value.grad_fn is not None:
+                made[value.grad_fn] = "sequence" if value.ndim == 3 else "pooled"
+
+    def watch(twin: nn.Module) -> None:
+        twin.get_submodule(within).register_forward_hook(remember)
+
+    outputs = try_forward(model.get_submodule(name), watch)
+    if not outputs or outputs[0].ndim != 2 or outputs[0].shape[1] == TRIAL_LENGTH:
+        return None
+    return name if sources(outputs[:1], made) == ["sequence"] else None
 
 
 def position_limit(module: nn.Module) -> int | None:

@@ -21,7 +21,10 @@ from torch import Tensor, nn
 
 from lightning_peft.core.targeting.base_modules import base_modules
 
-__all__ = ["last_layers", "try_forward"]
+__all__ = ["TRIAL_LENGTH", "last_layers", "sources", "try_forward"]
+
+#: how many tokens a trial of a language model has; hardly a number of classes, so that outputs can be told apart
+TRIAL_LENGTH = 11
 
 #: what a trial said of a model, with the modules it was made of then
 _KNOWN: weakref.WeakKeyDictionary[nn.Module, tuple[frozenset[int], list[str] | None]] = weakref.WeakKeyDictionary()
@@ -127,7 +130,7 @@ def _inputs(model: nn.Module) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]
             height, width = (size, size) if isinstance(size, int) else tuple(size)
             yield (), {name: torch.zeros(1, channels, height, width, device="meta")}
         elif name == "input_ids":
-            yield (), {name: torch.ones(2, 4, dtype=torch.long, device="meta")}
+            yield (), {name: torch.ones(2, TRIAL_LENGTH, dtype=torch.long, device="meta")}
         return
     try:
         parameters = inspect.signature(model.forward).parameters.values()

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from lightning_peft.core.adapters.virtual_tokens import Placement
 from lightning_peft.core.class_swap import original_class
-from lightning_peft.core.optional import config_value
+from lightning_peft.core.module_io import parameters_of
+from lightning_peft.core.optional import config_value, input_embedding
 from lightning_peft.core.state.plan import Plan
 from lightning_peft.core.targeting.base_modules import base_modules
 from lightning_peft.core.targeting.frozen_parts import in_frozen_part, why_frozen
@@ -17,6 +18,7 @@ from lightning_peft.core.targeting.token_modules import (
     around,
     batch_first,
     is_causal,
+    pooling_model,
     position_limit,
     token_models,
     token_width,
@@ -75,7 +77,7 @@ class PromptMethod(PEFTMethod):
         placement = self.placement()
         name, other = self.find(model)
         host: Any = model.get_submodule(name)
-        tokens = name in token_models(model)
+        tokens = "inputs_embeds" in parameters_of(host) and input_embedding(host) is not None
         embedding = host.get_input_embeddings() if tokens else None
         if embedding is not None and not isinstance(embedding, nn.Embedding):
             raise TargetError(f"the input embedding of {name!r} is a {type(embedding).__name__}, not an nn.Embedding")
@@ -132,7 +134,10 @@ class PromptMethod(PEFTMethod):
                 raise TargetError(f"targets={self.targets!r} matches {names[:4]}; a prompt goes into one: name one")
             return names[0], None
         if len(models) == 1:
-            return next(iter(models)), None
+            (inner,) = models
+            first = self.position == "prefix" and self.template is None
+            outer = pooling_model(model, inner) if first else None
+            return inner if outer is None else outer, None
         if len(models) == 2:
             sides = {n.rpartition(".")[2]: n for n in models}
             if sides.keys() == {"encoder", "decoder"}:
