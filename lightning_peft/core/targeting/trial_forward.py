@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.core.module_io import parameters_of
 from lightning_peft.core.targeting.base_modules import base_modules
 
 __all__ = ["TRIAL_LENGTH", "last_layers", "sources", "try_forward"]
@@ -130,7 +131,10 @@ def _inputs(model: nn.Module) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]
             height, width = (size, size) if isinstance(size, int) else tuple(size)
             yield (), {name: torch.zeros(1, channels, height, width, device="meta")}
         elif name == "input_ids":
-            yield (), {name: torch.ones(2, TRIAL_LENGTH, dtype=torch.long, device="meta")}
+            ids = torch.ones(2, TRIAL_LENGTH, dtype=torch.long, device="meta")
+            if "attention_mask" in parameters_of(model):  # without one, models look for padding among the values
+                yield (), {name: ids, "attention_mask": ids}
+            yield (), {name: ids}
         return
     try:
         parameters = inspect.signature(model.forward).parameters.values()
