@@ -229,7 +229,9 @@ def _is_product(module: nn.Module, cls: Any) -> bool:
     x = torch.linspace(-1, 2, 12).view(3, 1, 4).cos() * torch.tensor([1e-2, 1.0, 1e3]).view(3, 1, 1)
     probe = cls.__new__(cls)
     vars(probe).update(state, in_features=4, out_features=3, _modules={})
-    vars(probe)["_parameters"] = {name: None if t is None else nn.Parameter(t) for name, t in (("weight", weight), ("bias", bias))}
+    vars(probe)["_parameters"] = {
+        name: None if t is None else nn.Parameter(t) for name, t in (("weight", weight), ("bias", bias))
+    }
     expected = F.linear(x, weight, bias)
     with torch.random.fork_rng(devices=[]):
         for vars(probe)["training"] in (True, False):

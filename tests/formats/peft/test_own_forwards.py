@@ -36,9 +36,7 @@ METHODS = {
     "VeRA": (lp.VeRA(4, targets=["dense"]), peft.VeraConfig(r=4, target_modules=["dense"])),
     "IA3": (
         lp.IA3(targets=["query_key_value"], feedforward_targets=["dense_4h_to_h"]),
-        peft.IA3Config(
-            target_modules=["query_key_value", "dense_4h_to_h"], feedforward_modules=["dense_4h_to_h"]
-        ),
+        peft.IA3Config(target_modules=["query_key_value", "dense_4h_to_h"], feedforward_modules=["dense_4h_to_h"]),
     ),
 }
 
@@ -50,9 +48,7 @@ def test_falcon_is_exchanged_as_any_linear(method, tmp_path):
     ours = adapted(base, mine)
     lp.save_adapter(ours, tmp_path / "ours")
     assert read_files(tmp_path / "ours").config["peft_type"] == config.peft_type.value
-    torch.testing.assert_close(
-        logits(read_by_peft(base, tmp_path / "ours"), x), logits(ours, x), rtol=1e-4, atol=1e-4
-    )
+    torch.testing.assert_close(logits(read_by_peft(base, tmp_path / "ours"), x), logits(ours, x), rtol=1e-4, atol=1e-4)
 
     theirs = made_by_peft(base, config, tmp_path / "theirs").eval()
     lp.load_adapter(here := copy.deepcopy(base), tmp_path / "theirs")
@@ -133,7 +129,7 @@ def test_peft_beside_a_forward_of_its_own_is_refused(config, tmp_path):
     """PEFT adds its change unscaled as it runs, and scaled once it is merged."""
     base = nn.Sequential(Scaled(6, 5))
     made_by_peft(base, config, tmp_path)
-    with pytest.raises(lp.FormatError, match="of its own|not its class's"):
+    with pytest.raises(lp.FormatError, match=r"of its own|not its class's"):
         lp.load_adapter(base, tmp_path)
 
 
