@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import lightning as L
@@ -28,6 +29,7 @@ from lightning_peft.formats.peft.common_options import own_facts, shared_places
 from lightning_peft.formats.peft.converter import PREFIX, Options, Reading, Tensors
 from lightning_peft.formats.registry import converter_for_type
 from lightning_peft.methods.families.method import PEFTMethod
+from lightning_peft.trainer.brought_along import is_registered
 from lightning_peft.trainer.install import install
 from lightning_peft.trainer.module import adapt_module
 
@@ -102,6 +104,13 @@ def load_adapter(
         adapt_module(model)  # so that its checkpoints say what they hold
         if (trainer := model._trainer) is not None:  # in setup or configure_model, after callbacks were collected
             install(trainer, model)
+    elif trainable and not is_registered():
+        warnings.warn(
+            f"{type(model).__name__} is not a LightningModule, and this copy of lightning_peft is not installed, so a "
+            "Trainer cannot find this adapter: checkpoints would hold the whole model, without a manifest. Install the "
+            "package (pip install), or load the adapter onto the LightningModule",
+            stacklevel=2,
+        )
     if taken:
         for called in plans:
             deactivate(root, called)

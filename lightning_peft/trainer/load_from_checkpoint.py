@@ -20,9 +20,9 @@ from lightning_peft.core.state.torch_file import naming
 from lightning_peft.core.switching.active import set_active
 from lightning_peft.core.targeting.patterns import TargetError
 from lightning_peft.core.untrusted import Bounded, check_regexes
+from lightning_peft.trainer.brought_along import adopt
 from lightning_peft.trainer.checkpoints.hyperparameters import saved_arguments
 from lightning_peft.trainer.checkpoints.manifest import KEY, read_checkpoint
-from lightning_peft.trainer.module import adapt_module
 
 __all__ = ["load_from_checkpoint"]
 
@@ -67,7 +67,7 @@ def load_from_checkpoint(
             module.setup("predict")
             _put_in(module, methods, checkpoint["state_dict"])
         del module.__dict__["_peft_methods"]
-        adapt_module(module)
+        adopt(module)
         if _in_double(checkpoint["state_dict"]) - _in_double(module.state_dict()):
             module.double()  # a run with precision="64-true"
         module.on_load_checkpoint(checkpoint)

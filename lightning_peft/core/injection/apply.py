@@ -6,7 +6,7 @@ cannot be changed) is found while planning. Should the change fail all the same,
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -20,8 +20,9 @@ from lightning_peft.core.class_swap import check_mixin, original_class
 from lightning_peft.core.injection.attach import attach, check_host
 from lightning_peft.core.injection.rollback import all_or_nothing
 from lightning_peft.core.injection.saving_base import watch_saving
+from lightning_peft.core.injection.widen import widen
 from lightning_peft.core.names import canonical
-from lightning_peft.core.record import Injection, Trains, injected_name, injection_of
+from lightning_peft.core.record import Injection, Trains, injection_of
 from lightning_peft.core.state.adapter_records import parts_of
 from lightning_peft.core.state.consistency import check_record
 from lightning_peft.core.state.fingerprint import fingerprint
@@ -40,7 +41,10 @@ from lightning_peft.core.targeting.frozen_parts import name_frozen_parts
 from lightning_peft.core.targeting.storage import storage_problem
 from lightning_peft.core.targeting.ties import tie_notes, with_tied
 
-__all__ = ["InjectionError", "apply", "check_injectable", "inspect", "put_in"]
+__all__ = ["InjectionError", "after_injection", "apply", "check_injectable", "inspect", "put_in"]
+
+#: called with a model after something was put into it; the Trainer's side adds to it
+after_injection: list[Callable[[nn.Module], None]] = []
 
 
 class InjectionError(ValueError):
@@ -92,7 +96,10 @@ def put_in(model: nn.Module, plans: Mapping[str, tuple[Method, Plan]]) -> Report
     """
     _check_hosts(model, plans)
     with all_or_nothing(model):
-        return _put_in(model, plans)
+        report = _put_in(model, plans)
+    for call in after_injection:
+        call(model)
+    return report
 
 
 def _check_hosts(model: nn.Module, plans: Mapping[str, tuple[Method, Plan]]) -> None:
@@ -124,8 +131,8 @@ def _check_order(model: nn.Module, plans: Iterable[Plan]) -> None:
 def _put_in(model: nn.Module, plans: Mapping[str, tuple[Method, Plan]]) -> Report:
     record = injection_of(model)
     first = record is None
-    if record is not None and (inner := injected_name(model)):
-        _widen(record, model, inner)
+    if record is not None:
+        widen(model)
     if record is None:
         trained = frozenset(canonical(name) for name, p in model.named_parameters() if p.requires_grad)
         model.requires_grad_(False)
@@ -153,34 +160,6 @@ def _put_in(model: nn.Module, plans: Mapping[str, tuple[Method, Plan]]) -> Repor
     if any(record.trains.values()):
         settle(model)
     return record.report
-
-
-def _widen(record: Injection, model: nn.Module, inner: str) -> None:
-    """Let the record of the module called ``inner`` speak of ``model`` around it, and freeze the rest of that."""
-
-    def outer(name: str) -> str:
-        return f"{inner}.{name}" if name else inner
-
-    inside = model.get_submodule(inner)
-    rest = {id(p) for p in model.parameters()} - {id(p) for p in inside.parameters()}
-    others = {name: p for name, p in model.named_parameters() if id(p) in rest}
-    trained = {canonical(name) for name, p in others.items() if p.requires_grad}
-    for parameter in others.values():
-        parameter.requires_grad_(False)
-    record.trained_before = frozenset(trained | {outer(name) for name in record.trained_before})
-    record.later = {outer(name): value for name, value in record.later.items()}
-    record.trains = {
-        adapter: Trains(tuple(map(outer, trains.modules)), tuple(map(outer, trains.parameters)), trains.adapters)
-        for adapter, trains in record.trains.items()
-    }
-    record.hosts = {adapter: tuple(map(outer, found)) for adapter, found in record.hosts.items()}
-    for part in (part for parts in record.parts.values() for part in parts):
-        part.host = outer(part.host)
-    record.report.entries = [entry._replace(module=outer(entry.module)) for entry in record.report.entries]
-    record.kept, record.moved = set(map(outer, record.kept)), set(map(outer, record.moved))
-    record.start = record.start.around(model, inner)
-    model.__dict__["_peft_injection"] = inside.__dict__.pop("_peft_injection")
-    record.fingerprint = fingerprint(model, leave_out=record.later)
 
 
 def inspect(model: nn.Module, *methods: Method) -> Report:

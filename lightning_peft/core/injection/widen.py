@@ -1,0 +1,50 @@
+"""Move the record of an adapted part to the module around it."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from lightning_peft.core.names import canonical
+from lightning_peft.core.record import Trains, injected_name, injection_of
+from lightning_peft.core.state.fingerprint import fingerprint
+
+__all__ = ["widen"]
+
+
+def widen(model: nn.Module, freeze: bool = True) -> None:
+    """Let the record of the module inside ``model`` that methods were applied to use the names of ``model``.
+
+    Does nothing if the record is that of ``model`` already.
+
+    Args:
+        model: the module around it.
+        freeze: whether to freeze the rest of ``model``; otherwise what requires gradients there goes on training.
+    """
+    record, inner = injection_of(model), injected_name(model)
+    if record is None or not inner:
+        return
+
+    def outer(name: str) -> str:
+        return f"{inner}.{name}" if name else inner
+
+    inside = model.get_submodule(inner)
+    rest = {id(p) for p in model.parameters()} - {id(p) for p in inside.parameters()}
+    others = {canonical(name): p for name, p in model.named_parameters() if id(p) in rest and p.requires_grad}
+    for parameter in others.values() if freeze else ():
+        parameter.requires_grad_(False)
+    record.trained_before = frozenset(others.keys() | {outer(name) for name in record.trained_before})
+    record.later = {outer(name): value for name, value in record.later.items()}
+    record.trains = {
+        adapter: Trains(tuple(map(outer, trains.modules)), tuple(map(outer, trains.parameters)), trains.adapters)
+        for adapter, trains in record.trains.items()
+    }
+    record.hosts = {adapter: tuple(map(outer, found)) for adapter, found in record.hosts.items()}
+    for part in (part for parts in record.parts.values() for part in parts):
+        part.host = outer(part.host)
+    record.report.entries = [entry._replace(module=outer(entry.module)) for entry in record.report.entries]
+    record.kept, record.moved = set(map(outer, record.kept)), set(map(outer, record.moved))
+    record.kept |= set() if freeze else others.keys()
+    record.start = record.start.around(model, inner)
+    model.__dict__["_peft_injection"] = inside.__dict__.pop("_peft_injection")
+    record.report.count(model)
+    record.fingerprint = fingerprint(model, leave_out=record.later)

@@ -1,0 +1,87 @@
+"""Modules that bring trainable adapters along, without a method among the Trainer's callbacks.
+
+A module may load an adapter or apply a method to a part of itself (``lp.load_adapter(self.net, ..., trainable=True)``)
+in ``__init__``, ``setup`` or ``configure_model``, or hold a network that was adapted before. A part does not know the
+module around it, so the Trainer's side has to look. Lightning asks the entry point
+``lightning.pytorch.callbacks_factory`` for callbacks when a Trainer is made; ours changes nothing unless the module of
+a run has adapters that train.
+"""
+
+from __future__ import annotations
+
+import weakref
+from importlib.metadata import entry_points
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
+
+from lightning_peft.core.injection.apply import after_injection
+from lightning_peft.core.injection.widen import widen
+from lightning_peft.core.record import injection_of
+from lightning_peft.core.state.state_dict import settle
+from lightning_peft.trainer.install import install
+from lightning_peft.trainer.module import adapt_module
+
+__all__ = ["FindAdapters", "adopt", "callbacks", "is_registered"]
+
+GROUPS = ("lightning.pytorch.callbacks_factory", "pytorch_lightning.callbacks_factory")
+
+_trainers: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def callbacks() -> list[Callback]:
+    """What every Trainer gets; see the module's text."""
+    return [FindAdapters()]
+
+
+def is_registered() -> bool:
+    """Whether Lightning finds :func:`callbacks`: not for a checkout that is on the path and not installed."""
+    return any(point.value == f"{__name__}:callbacks" for group in GROUPS for point in entry_points(group=group))
+
+
+class FindAdapters(Callback):
+    """Prepares a run whose module brings trainable adapters along, as an attached method would."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        _trainers.add(trainer)  # the module's own setup and configure_model come after this
+        _prepare(trainer)
+
+
+def adopt(module: L.LightningModule) -> None:
+    """Let a LightningModule write trimmed checkpoints, with what trains outside of its adapted part in them.
+
+    Raises:
+        MisconfigurationException: two parts of the module were adapted separately.
+    """
+    parts = [name for name, part in module.named_modules() if "_peft_injection" in vars(part)]
+    if len(parts) > 1:
+        raise MisconfigurationException(
+            f"{parts[0]!r} and {parts[1]!r} of {type(module).__name__} were adapted separately, and a checkpoint has "
+            "one list of methods: apply the methods to the LightningModule itself, or load the adapters onto it, each "
+            "under a name of its own"
+        )
+    widen(module, freeze=False)
+    adapt_module(module)
+    settle(module)
+
+
+def _prepare(trainer: Any) -> None:
+    module = trainer.lightning_module
+    record = injection_of(module)
+    if any(hasattr(c, "plan") for c in trainer.callbacks) or record is None or not any(record.trains.values()):
+        return
+    adopt(module)
+    install(trainer, module)
+
+
+def _injected(model: nn.Module) -> None:
+    for trainer in list(_trainers):
+        module = trainer.lightning_module if trainer.state.status == "running" else None
+        if module is not None and any(part is model for part in module.modules()):
+            _prepare(trainer)
+
+
+after_injection.append(_injected)
