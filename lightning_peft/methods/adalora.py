@@ -32,7 +32,7 @@ from lightning_peft.core.adapters.base import WeightAdapter
 from lightning_peft.core.adapters.low_rank import LowRankAdapter
 from lightning_peft.core.targeting.sites import Site
 from lightning_peft.methods.families.arguments import nonzero, positive_int, probability
-from lightning_peft.methods.families.weight import WeightMethod, check_low_rank
+from lightning_peft.methods.families.weight import WeightMethod, above_both_sides, check_low_rank
 from lightning_peft.trainer.checkpoints.sharded import sharded_like, whole
 
 __all__ = ["AdaLoRA"]
@@ -128,6 +128,9 @@ class AdaLoRA(WeightMethod):
         if total_step is not None:
             positive_int("total_step", total_step)
             self._check_schedule()
+
+    def too_small(self, site: Site) -> str | None:
+        return above_both_sides(self.init_r, "init_r", site)
 
     def build(self, site: Site) -> AdaLoRAAdapter:
         check_low_rank("AdaLoRA", self.init_r, "init_r", self.dropout, site)

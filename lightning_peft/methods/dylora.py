@@ -23,7 +23,7 @@ from lightning_peft.core.adapters.base import WeightAdapter
 from lightning_peft.core.record import injection_of
 from lightning_peft.core.targeting.sites import Site
 from lightning_peft.methods.families.arguments import nonzero, positive_int, probability
-from lightning_peft.methods.families.weight import WeightMethod, check_low_rank
+from lightning_peft.methods.families.weight import WeightMethod, above_both_sides, check_low_rank
 from lightning_peft.methods.lora import LoRAAdapter
 
 __all__ = ["DyLoRA"]
@@ -86,6 +86,9 @@ class DyLoRA(WeightMethod):
         self.alpha = alpha
         self.dropout = dropout
         self.frozen = frozen
+
+    def too_small(self, site: Site) -> str | None:
+        return above_both_sides(self.r, "r", site)
 
     def build(self, site: Site) -> DyLoRAAdapter:
         check_low_rank("DyLoRA", self.r, "r", self.dropout, site)

@@ -38,7 +38,7 @@ from lightning_peft.core.targeting.layouts import EmbeddingLayout
 from lightning_peft.core.targeting.sites import Site
 from lightning_peft.methods.families.arguments import one_of, positive, probability
 from lightning_peft.methods.families.ranked import RankedMethod
-from lightning_peft.methods.families.weight import check_bias
+from lightning_peft.methods.families.weight import above_both_sides, check_bias
 from lightning_peft.methods.shared.lora_init import check_init, initial_factors, reads_weight
 from lightning_peft.methods.shared.trainable_tokens import check_tokens, plan_token_rows
 from lightning_peft.trainer.param_groups import split_groups
@@ -210,14 +210,14 @@ class LoRA(RankedMethod):
         scale = super().scale_at(site)
         return scale * math.sqrt(self.rank_at(site)) if self.use_rslora else scale
 
+    def too_small(self, site: Site) -> str | None:
+        return above_both_sides(self.rank_at(site), "r", site)
+
     def build(self, site: Site) -> LoRAAdapter:
         r = self.rank_at(site)
-        smaller, larger = sorted(site.shape[-2:])
-        if r > larger:
-            raise ValueError(
-                f"r={r} is above both sides of {site.name!r} ({'x'.join(map(str, site.shape))}), whose rank is at most "
-                f"{smaller}: lower r, exclude the layer, or give it its own: rank_pattern={{'{site.name}': {smaller}}}"
-            )
+        if (problem := self.too_small(site)) is not None:
+            own = {site.name: min(site.shape[-2:])}
+            raise ValueError(f"{problem}: lower r, exclude the layer, or give it its own: rank_pattern={own}")
         if self.dropout and not site.layout.has_activation:
             raise ValueError(
                 f"dropout={self.dropout} cannot be had on {site.name!r}, whose module reads the weight instead of "

@@ -192,8 +192,17 @@ class OFT(WeightMethod):
         self.coft = coft
         self.eps = eps
 
+    def too_small(self, site: Site) -> str | None:
+        if (side := self._side(site)) > 1:
+            return None
+        return f"{site.name!r} ({'x'.join(map(str, site.shape))}) has a side of {side}, which cannot turn"
+
+    def _side(self, site: Site) -> int:
+        """The side of the matrix that the blocks cut."""
+        return site.shape[-2 if isinstance(site.layout, EmbeddingLayout) else -1]
+
     def build(self, site: Site) -> OFTAdapter:
-        side = site.shape[-2 if isinstance(site.layout, EmbeddingLayout) else -1]
+        side = self._side(site)
         sizes = [d for d in range(2, side + 1) if side % d == 0]  # a block of 1 cannot turn
         wanted = self.block_size or 32
         if self.r is not None:

@@ -22,7 +22,7 @@ from lightning_peft.core.targeting.output_head import find_output_head
 from lightning_peft.core.targeting.patterns import TargetError, as_patterns, match, no_match, nothing_left
 from lightning_peft.core.targeting.storage import is_encoded_layer, storage_problem
 
-__all__ = ["Site", "check_stored", "find_sites", "norm_sites", "output_head", "weight_sites"]
+__all__ = ["Site", "check_stored", "find_sites", "matches_site", "norm_sites", "output_head", "weight_sites"]
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ def find_sites(
                 raise TargetError(_no_linear(model, sites, heads))
             chosen |= dict.fromkeys(linear, pattern)
             continue
-        hits = [n for n, site in sites.items() if _matches(pattern, site)]
+        hits = [n for n, site in sites.items() if matches_site(pattern, site)]
         if not hits:
             raise TargetError(f"targets: {_nothing_to_adapt(pattern, model, sites)}")
         left = [n for n in hits if not _inside(sites[n], trainable)]
@@ -222,13 +222,14 @@ def _no_linear(model: nn.Module, sites: dict[str, Site], heads: list[str]) -> st
     # A hint is offered only if it matches: a bare parameter is named, never its module's type.
     hints = [f"type:{original_class(site.module).__name__}" for site in sites.values()] + [*sites]
     others = [site for name, site in sites.items() if name not in heads]
-    hint = next((h for h in hints if any(_matches(h, site) for site in others)), None)
+    hint = next((h for h in hints if any(matches_site(h, site) for site in others)), None)
     example = f": name what to adapt, for example targets={hint!r}" if hint else ""
     kinds = sorted({original_class(site.module).__name__ for site in sites.values()})
     return f"targets='all-linear' finds no linear layer{besides}; this model has {kinds}{example}{why_frozen(model)}"
 
 
-def _matches(pattern: str, site: Site) -> bool:
+def matches_site(pattern: str, site: Site) -> bool:
+    """Whether ``pattern`` names the site; a bare parameter only if it contains the parameter's name."""
     bare = site.name != site.host and not isinstance(site.module, nn.MultiheadAttention)
     if bare and not re.search(rf"(?<!\w){re.escape(site.parameter)}(?!\w)", pattern):
         return False  # a bare parameter (a position table, experts) is adapted only when named
@@ -239,7 +240,7 @@ def _matches(pattern: str, site: Site) -> bool:
 
 def _covers(pattern: str, site: Site, model: nn.Module) -> bool:
     """Whether ``pattern`` names the site or a module around it."""
-    if _matches(pattern, site):
+    if matches_site(pattern, site):
         return True
     parts = site.host.split(".") if site.host else []
     parents = [".".join(parts[:i]) for i in range(1, len(parts) + 1)]

@@ -12,6 +12,7 @@ from torch import nn
 from lightning_peft.core.adapters.base import Adapter, WeightAdapter, WeightGroup
 from lightning_peft.core.adapters.lookup import stacks
 from lightning_peft.core.class_swap import original_class
+from lightning_peft.core.names import listed
 from lightning_peft.core.state.adapter_records import kind_of
 from lightning_peft.core.state.plan import Plan
 from lightning_peft.core.targeting.base_modules import base_modules
@@ -19,10 +20,10 @@ from lightning_peft.core.targeting.frozen_parts import in_frozen_part
 from lightning_peft.core.targeting.layouts import weight_name
 from lightning_peft.core.targeting.output_head import how_head_was_found
 from lightning_peft.core.targeting.patterns import as_patterns
-from lightning_peft.core.targeting.sites import Site, check_stored, find_sites, weight_sites
+from lightning_peft.core.targeting.sites import Site, check_stored, find_sites, matches_site, weight_sites
 from lightning_peft.methods.families.method import PEFTMethod
 
-__all__ = ["WeightMethod", "check_bias", "exactly"]
+__all__ = ["WeightMethod", "above_both_sides", "check_bias", "check_low_rank", "exactly"]
 
 
 class WeightMethod(PEFTMethod):
@@ -52,6 +53,23 @@ class WeightMethod(PEFTMethod):
         """
         raise NotImplementedError
 
+    def too_small(self, site: Site) -> str | None:
+        """Why the weight at ``site`` is too small for the arguments; None if it is not.
+
+        ``all-linear`` leaves such weights out, and :meth:`build` refuses those that are named.
+        """
+        return None
+
+    def _without_small(self, sites: dict[str, Site], plan: Plan) -> dict[str, Site]:
+        """``sites`` without those that only ``all-linear`` names and that are too small, unless that is all of them."""
+        small = {name: why for name, site in sites.items() if (why := self.too_small(site)) is not None}
+        named = [p for p in (as_patterns(self.targets, "targets") if small else ()) if p != "all-linear"]
+        left = {n: why for n, why in small.items() if not any(matches_site(p, sites[n]) for p in named)}
+        if not left or len(left) == len(sites):
+            return sites
+        plan.notes.append(f"all-linear leaves out {listed(left)}, too small: {next(iter(left.values()))}")
+        return {name: site for name, site in sites.items() if name not in left}
+
     def find(self, model: nn.Module, heads: list[str]) -> tuple[dict[str, Site], list[str]]:
         """The weights to adapt, by name, and the output heads that are left out; see :func:`find_sites`."""
         return find_sites(model, self.targets, self.exclude, heads)
@@ -69,6 +87,7 @@ class WeightMethod(PEFTMethod):
         heads = [*plan.train_modules]
         sites, left_out = self.find(model, heads)
         check_stored(sites.values())
+        sites = self._without_small(sites, plan)
         for head in left_out:
             if head not in heads:
                 how = how_head_was_found(model, weight_sites(model))
@@ -131,18 +150,23 @@ def _not_reached(model: nn.Module, reached: list[str]) -> list[str]:
     return [f"targets='all-linear' does not reach {sum(shares.values()):.3g} % of the parameters: {each}"]
 
 
+def above_both_sides(r: int, argument: str, site: Site) -> str | None:
+    """Why the weight at ``site`` cannot have rank ``r``: the rank is above both sides of the matrix; None if it can."""
+    smaller, larger = sorted(site.shape[-2:])
+    if r <= larger:
+        return None
+    shape = "x".join(map(str, site.shape))
+    return f"{argument}={r} is above both sides of {site.name!r} ({shape}), whose rank is at most {smaller}"
+
+
 def check_low_rank(method: str, r: int, argument: str, dropout: float, site: Site) -> None:
     """Refuse a rank or a dropout that the weight at ``site`` cannot have.
 
     Raises:
         ValueError: the rank is above both sides of the matrix; dropout where no layer is called with activations.
     """
-    smaller, larger = sorted(site.shape[-2:])
-    if r > larger:
-        raise ValueError(
-            f"{argument}={r} is above both sides of {site.name!r} ({'x'.join(map(str, site.shape))}), whose rank is at "
-            f"most {smaller}: lower {argument}, or exclude the layer and add a second {method} for it"
-        )
+    if (problem := above_both_sides(r, argument, site)) is not None:
+        raise ValueError(f"{problem}: lower {argument}, or exclude the layer and add a second {method} for it")
     if dropout and not site.layout.has_activation:
         raise ValueError(
             f"dropout={dropout} cannot be had on {site.name!r}, whose module reads the weight instead of calling a "
