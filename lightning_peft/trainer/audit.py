@@ -19,9 +19,9 @@ from lightning_peft.core.adapters.lookup import hosts, stacks
 from lightning_peft.core.adapters.reads import computing
 from lightning_peft.core.adapters.stack import AdapterStack
 from lightning_peft.core.class_swap import add_mixin, remove_mixin
-from lightning_peft.core.names import listed
+from lightning_peft.core.names import canonical, listed
 from lightning_peft.core.record import injection_of, later_parameters
-from lightning_peft.core.state.state_dict import adapter_state, owned_keys
+from lightning_peft.core.state.state_dict import owned_keys
 from lightning_peft.core.targeting.sites import output_head, weight_sites
 from lightning_peft.ops.finite import is_finite
 from lightning_peft.trainer.checkpoints.apart import unreadable
@@ -313,8 +313,8 @@ def audit_ranks(model: nn.Module) -> None:
     """All ranks of a distributed run hold the same adapters; sharded ones are left out."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return
-    own, full = owned_keys(model), adapter_state(model)
-    state = {k: v for k, v in full.items() if k in own and not v.is_meta and not hasattr(v, "_local_tensor")}
+    own, full = owned_keys(model), {canonical(k): v for k, v in nn.Module.state_dict(model).items()}
+    state = {k: full[k] for k in own if not full[k].is_meta and not hasattr(full[k], "_local_tensor")}
     digest = {k: (tuple(v.shape), float(v.double().sum()), float(v.double().norm())) for k, v in state.items()}
     for rank, keys in _differences(digest):
         raise AuditError(f"rank {rank} holds other adapters than rank 0: {listed(keys)}")

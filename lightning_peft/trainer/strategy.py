@@ -15,7 +15,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_peft.core.names import canonical
-from lightning_peft.core.state.state_dict import StateError, owned_keys
+from lightning_peft.core.state.state_dict import StateError, owned_keys, trainable_keys
 from lightning_peft.core.state.torch_file import read_torch_file
 from lightning_peft.trainer.checkpoints import sharded
 from lightning_peft.trainer.checkpoints.manifest import check_seal
@@ -56,9 +56,9 @@ def adapt_strategy(trainer: L.Trainer, loaders: TrainingLoaders) -> None:
     end, load, load_optimizers = strategy.teardown, strategy.load_checkpoint, strategy.load_optimizer_state_dict
 
     def lightning_module_state_dict() -> dict[str, Any]:
-        if isinstance(strategy, lightning_classes("strategies.FSDPStrategy")):
-            sharded.agree_on_moved(strategy.lightning_module)
-        return trimmed(strategy.lightning_module, full_state())
+        module = strategy.lightning_module
+        is_fsdp = isinstance(strategy, lightning_classes("strategies.FSDPStrategy"))
+        return trimmed(module, full_state(), sharded.agreed_keys(module) if is_fsdp else trainable_keys(module))
 
     def load_checkpoint(checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         # torch before 2.6, and Lightning for remote files, would unpickle anything.

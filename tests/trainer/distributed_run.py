@@ -38,6 +38,7 @@ class Big(L.LightningModule):
                 [nn.Linear(16, WIDTH), nn.Linear(WIDTH, WIDTH), nn.Sequential(nn.Linear(WIDTH, 64), nn.Dropout(0.2))]
             )
             self.head = nn.Linear(64, 2)
+        self.register_buffer("seen", torch.zeros(2))  # moves without gradients
         if self.hparams.shard and dist.is_initialized():
             from torch.distributed.fsdp import fully_shard
 
@@ -52,6 +53,7 @@ class Big(L.LightningModule):
         return self.head(x)
 
     def training_step(self, batch, index):
+        self.seen += 1
         return nn.functional.cross_entropy(self(batch[0]), batch[1])
 
     def validation_step(self, batch, index):
@@ -89,9 +91,8 @@ def strategy_of(kind: str):
 
 
 def full_state(module):
-    return {
-        n: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone() for n, p in module.named_parameters()
-    }
+    tensors = dict([*module.named_parameters(), *module.named_buffers()])
+    return {n: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone() for n, p in tensors.items()}
 
 
 def main(kind: str, root: Path) -> None:

@@ -51,8 +51,8 @@ def test_checkpoints_hold_the_trainable_state_only(run: tuple[str, Path, dict[st
         if kind != "fsdp2-shards":
             state = torch.load(path, weights_only=True)["state_dict"]
             assert all(tensor.numel() for tensor in state.values())
-            assert {k for k in state if ".adapters." not in k} == {"head.weight", "head.bias"}
-            assert len(state) == 8
+            assert {k for k in state if ".adapters." not in k} == {"head.weight", "head.bias", "seen"}
+            assert len(state) == 9
 
 
 def test_an_adapter_is_saved_whole_by_the_first_rank(run: tuple[str, Path, dict[str, Any]]) -> None:

@@ -14,12 +14,12 @@ from torch import nn
 
 from lightning_peft.core.names import canonical
 from lightning_peft.core.record import injection_of
-from lightning_peft.core.state.state_dict import StateError, adapter_state, check_state, moved_keys
+from lightning_peft.core.state.state_dict import StateError, check_state, owned_keys, state_keys, trainable_keys
 from lightning_peft.core.state.torch_file import read_torch_file
 from lightning_peft.trainer.checkpoints.manifest import check_seal
 from lightning_peft.trainer.checkpoints.written import trimmed
 
-__all__ = ["adapt", "agree_on_moved"]
+__all__ = ["adapt", "agreed_keys"]
 
 
 def adapt(strategy: Any) -> None:
@@ -28,8 +28,7 @@ def adapt(strategy: Any) -> None:
     def lightning_module_state_dict() -> dict[str, Any]:
         module = strategy.lightning_module
         assert module is not None
-        agree_on_moved(module)
-        state = trimmed(module, adapter_state(module))
+        state = trimmed(module, nn.Module.state_dict(module), agreed_keys(module))
         if strategy._save_distributed_checkpoint:
             return state
         full = {k: _gathered(v) for k, v in state.items()}  # every rank takes part in the gathering
@@ -44,14 +43,18 @@ def adapt(strategy: Any) -> None:
     setattr(strategy, "load_checkpoint", load_checkpoint)  # noqa: B010
 
 
-def agree_on_moved(module: nn.Module | None) -> None:
-    """Let every rank save the values that moved on any rank: of a sharded parameter, each rank sees its own part."""
-    record = None if module is None else injection_of(module)
-    if module is not None and record is not None and torch.distributed.is_initialized():
-        moved_keys(module)
-        everywhere: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(everywhere, record.moved)
-        record.moved = set().union(*everywhere)
+def agreed_keys(module: nn.Module) -> set[str]:
+    """The keys of the trainable state, with the values that moved on any rank.
+
+    Of a sharded parameter, each rank sees its own part. All ranks must call this together.
+    """
+    keys, record = trainable_keys(module), injection_of(module)
+    if record is None or not torch.distributed.is_initialized():
+        return keys
+    everywhere: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everywhere, record.moved)
+    record.moved = set().union(*everywhere)
+    return state_keys(module)
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -122,11 +125,12 @@ def _load_directory(strategy: Any, path: Path, weights_only: bool) -> dict[str, 
     planner = PlainPlanner if weights_only else dcp.DefaultLoadPlanner
     module = strategy.lightning_module
     module.on_load_checkpoint(metadata)
-    state = trimmed(module, adapter_state(module))
+    current = {canonical(key): value for key, value in nn.Module.state_dict(module).items()}
     stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     held = {canonical(key.removeprefix("state_dict.")) for key in stored if key.startswith("state_dict.")}
-    if held != state.keys():
-        raise StateError(f"{path} does not fit this model; it differs in {sorted(held ^ state.keys())[:8]}")
+    if wrong := (owned_keys(module) - held) | (held - current.keys()):
+        raise StateError(f"{path} does not fit this model; it differs in {sorted(wrong)[:8]}")
+    state = {key: current[key] for key in sorted(held)}  # values that moved without gradients among them
     dcp.load({"state_dict": state}, checkpoint_id=path, planner=planner())
     names = {canonical(k): k for k in module.state_dict()}
     nn.Module.load_state_dict(module, {names[k]: v for k, v in state.items()}, strict=False)

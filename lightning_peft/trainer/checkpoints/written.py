@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 import lightning as L
@@ -10,18 +10,22 @@ from torch import Tensor, nn
 
 from lightning_peft.core.class_swap import original_class
 from lightning_peft.core.names import canonical
-from lightning_peft.core.state.state_dict import StateError, state_keys, trainable_keys
+from lightning_peft.core.state.state_dict import StateError, state_keys
 
-__all__ = ["check_written", "try_saving"]
+__all__ = ["check_written", "trimmed", "try_saving"]
 
 
-def trimmed(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def trimmed(model: nn.Module, state: Mapping[str, Tensor], keys: Container[str]) -> dict[str, Tensor]:
     """The trainable part of a full state dict, under canonical keys.
+
+    Args:
+        model: the adapted module.
+        state: by the names that the module gives.
+        keys: of the trainable state, in canonical form. To find them reads all values of the base.
 
     Raises:
         StateError: a tensor is missing, or empty, as a sharded parameter that was never gathered is.
     """
-    keys = trainable_keys(model)
     if state:  # other ranks than the first may have none
         check_written(model, map(canonical, state), f"{original_class(model).__name__}.state_dict")
     kept = {canonical(k): v for k, v in state.items() if canonical(k) in keys}
