@@ -38,6 +38,7 @@ from lightning_peft.methods.families.arguments import one_of, positive, positive
 from lightning_peft.methods.families.method import PEFTMethod
 from lightning_peft.methods.shared.cached_step import check_cached_step
 from lightning_peft.methods.shared.prefix_batching import PrefixRows
+from lightning_peft.methods.shared.prefix_window import prefix_in_window, sliding_window
 
 __all__ = ["PrefixTuning"]
 
@@ -70,8 +71,9 @@ class PrefixTuning(PEFTMethod):
         init_std: standard deviation of ``"normal"``.
         kv_dim: the width of keys and of values (key heads x head width) of targeted modules whose projections
             have unusual names; otherwise it is read from the modules.
-        shift_positions: give the user's tokens positions from T on, as Hugging Face PEFT does; needed to compute
-            exactly what its adapters were trained with.
+        shift_positions: give the user's tokens positions from T on, and let the prefix fall out of sliding windows
+            (Mistral, Gemma) as any token does, as Hugging Face PEFT does; needed to compute exactly what its adapters
+            were trained with. Without it every token sees the whole prefix.
         **options: ``seed``, ``adapter_dtype``, ``train_norm_stats``, ``audit`` of
             :class:`lightning_peft.PEFTMethod`.
 
@@ -138,6 +140,7 @@ class PrefixTuning(PEFTMethod):
             with self.initialising(site.name):
                 std = self.init_std if self.init == "normal" else 0.0
                 adapter = PrefixAdapter(site, self.num_virtual_tokens, std, self.gate, source, owns_source=i == 0)
+            adapter.window = sliding_window(site.module) if self.shift_positions else None
             kind = original_class(site.module).__name__
             made = f" through {self.bottleneck_size}" if source is not None else ""
             widths = f"{site.key_width}+{site.value_width}"
@@ -202,6 +205,7 @@ class PrefixAdapter(Adapter):
             if owns_source:
                 self.source = source
         self.gate = nn.Parameter(torch.zeros(1)) if gate else None
+        self.window: int | None = None
 
     def key_values(self) -> tuple[Tensor, Tensor]:
         """The prefix itself: keys (T, keys) and values (T, values)."""
@@ -211,7 +215,8 @@ class PrefixAdapter(Adapter):
         return keys, values
 
     def run(self, host: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return call_with_prefix(host, self, call, *args, **kwargs)
+        prefix = prefix_in_window(self, [self.window], self.tokens, host, (*args, *kwargs.values()))
+        return call_with_prefix(host, prefix, call, *args, **kwargs)
 
     def row_link(self, host: nn.Module) -> type[RowLink]:
         return PrefixRows

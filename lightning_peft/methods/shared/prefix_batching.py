@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_peft.core.adapters.attention_prefix import call_with_prefix, mask_columns
 from lightning_peft.core.batching.batched import RowLink
 from lightning_peft.core.batching.layout import RowError, assemble, take
+from lightning_peft.methods.shared.prefix_window import prefix_in_window
 
 __all__ = ["PrefixRows"]
 
@@ -20,7 +21,10 @@ class PrefixRows(RowLink):
     """The prefixes of each row, padded to the longest; what is padding is masked."""
 
     def run(self, host: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return call_with_prefix(host, self, call, *args, **kwargs)
+        extending = [None if a is None or not a.extends else a for a in self.adapters]
+        windows, longest = [a and a.window for a in extending], max(a.tokens if a else 0 for a in extending)
+        prefix = prefix_in_window(self, windows, longest, host, (*args, *kwargs.values()))
+        return call_with_prefix(host, prefix, call, *args, **kwargs)
 
     @property
     def extends(self) -> bool:
