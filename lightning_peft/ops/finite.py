@@ -10,6 +10,8 @@ __all__ = ["is_finite"]
 
 def is_finite(tensor: Tensor) -> bool:
     """Whether every element of ``tensor`` is finite; true of one that is empty."""
+    if tensor.is_sparse:
+        tensor = tensor._values()
     if not tensor.numel():
         return True
     if tensor.is_complex():

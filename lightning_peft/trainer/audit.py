@@ -34,6 +34,7 @@ __all__ = [
     "audit_active",
     "audit_head",
     "audit_hyperparameters",
+    "audit_loss",
     "audit_methods",
     "audit_optimizers",
     "audit_ranks",
@@ -130,6 +131,18 @@ def audit_optimizers(model: nn.Module, optimizers: Iterable[torch.optim.Optimize
         )
     if twice:
         report(model, f"{listed(twice)} are in more than one optimizer group and would be updated twice a step")
+
+
+def audit_loss(loss: Tensor) -> None:
+    """A loss that needs no gradient depends on nothing that trains."""
+    if not loss.requires_grad:
+        raise AuditError(
+            "the loss depends on no trainable parameter, so nothing can be learned from it: the model ran under "
+            "no_grad, the loss was detached, or gradient checkpointing with use_reentrant=True cut off its regions, "
+            "whose inputs need no gradient in a frozen base. Set use_reentrant=False (in transformers: "
+            "gradient_checkpointing_kwargs={'use_reentrant': False}), or let the inputs require gradients "
+            "(model.enable_input_require_grads())"
+        )
 
 
 class UnfrozenAudit:
@@ -267,7 +280,7 @@ class GradientAudit:
                 self._report(
                     sorted(ran),
                     "their modules ran, but cut off from the loss (no_grad, detach, or gradient checkpointing with "
-                    "use_reentrant=True)",
+                    "use_reentrant=True, which a frozen base needs use_reentrant=False for)",
                     routing=False,
                 )
         if self.done == self.steps:

@@ -80,6 +80,9 @@ class Lifecycle(Callback):
             self._ranks_checked = True
             audit.audit_ranks(pl_module)
 
+    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: torch.Tensor) -> None:
+        audit.audit_loss(loss)
+
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
         if self._calls is not None:
             self._stop_watching("training")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_peft.core.adapters.base import BIASES, Adapter
 from lightning_peft.core.adapters.reads import run_with_values
+from lightning_peft.ops.dense_gradient import dense_gradient
 
 __all__ = ["as_attributes", "effective_weights", "lost_input", "run_in_place", "stored_tensor"]
 
@@ -53,7 +54,9 @@ def effective_weights(
             assert stored is not None
             if wanted(parameter):
                 matrix = part.transform(part.layout.matrix(stored)).to(stored.dtype)
-                now[parameter] = part.layout.stored(matrix, stored)
+                weight = part.layout.stored(matrix, stored)
+                sparse = getattr(host, "sparse", False) is True  # an embedding's: backward cannot go on from that
+                now[parameter] = dense_gradient(weight) if sparse else weight
             if parameter in BIASES and part.changes_bias and wanted(BIASES[parameter]):
                 bias = part.transform_bias(current(BIASES[parameter]))
                 if bias is not None:
