@@ -139,7 +139,6 @@ class _Source:
         self.lasting: dict[int, Any] = {}  # the streams of persistent workers after their latest batches
         self.order: _Order | None = None  # of the latest pass: persistent workers keep it
         self._ahead: int | None = None
-        self.dropped_first = False
 
     @property
     def index_sampler(self) -> Any:
@@ -170,9 +169,11 @@ class _Source:
         return resuming and self.trainer.current_epoch > 0 and not self.in_the_middle()
 
     def starts_twice(self) -> bool:
-        """Whether Lightning drops the first pass of a run that resumes; releases before 2.5.3 do at an epoch's end."""
+        """Whether Lightning drops this pass, the first of a run that resumes; releases before 2.5.3 may."""
         fit = self.trainer.fit_loop
-        return not hasattr(fit, "is_resuming") and self.trainer.current_epoch > 0 and not fit.epoch_loop.restarting
+        first = fit._data_fetcher is not None and fit._data_fetcher.iterator is None
+        done = fit.epoch_progress.current.processed  # trainer.current_epoch is not restored yet
+        return first and done > 0 and not fit.epoch_loop.restarting and not hasattr(fit, "is_resuming")
 
     def in_the_middle(self) -> bool:
         epoch = self.trainer.fit_loop.epoch_loop
@@ -233,8 +234,7 @@ class _Pass:
         # After a checkpoint was loaded, a pass starts when it is asked for a batch: by then the Trainer has restored
         # its progress, and the streams are those of the checkpoint.
         self.late = self.source.saved.waiting or self.source.resumed is not None
-        self.dropped = self.late and not self.source.dropped_first and self.source.starts_twice()
-        self.source.dropped_first |= self.dropped
+        self.dropped = self.late and self.source.starts_twice()
         if not self.late:
             self.start(None)
             self.late = self.source.starts_once_more()

@@ -110,7 +110,7 @@ def test_save_last_and_resume_of_a_resume(tmp_path: Path) -> None:
 def test_resume_in_a_fresh_process(tmp_path: Path) -> None:
     expected = fit(tmp_path, loader, {}, *every_step(tmp_path))
     script = (
-        "import sys, torch; from pathlib import Path; from tests.trainer import test_resume as t\n"
+        "import sys, torch; from pathlib import Path; from tests.trainer.resume import test_resume as t\n"
         "root = Path(sys.argv[1])\n"
         "torch.save(t.fit(root, t.loader, {}, ckpt=root / 'step=3.ckpt'), root / 'state.pt')"
     )
