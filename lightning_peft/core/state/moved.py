@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.core.adapters.effective_weights import stored_tensor
 from lightning_peft.core.adapters.lookup import hosts, stack_prefixes
 from lightning_peft.core.adapters.stack import AdapterStack
 from lightning_peft.core.names import canonical
@@ -70,11 +71,13 @@ class Start:
         }
 
     def moved(self, model: nn.Module, trained: Container[str]) -> set[str]:
-        """The names of the values that differ from their start; not ``trained``, nor weights with merged adapters."""
+        """The names of the values that differ from their start; not ``trained``, nor what adapters are merged into."""
+        merged = _merged(model)
         found = {
             name
             for name, buffer in ((canonical(name), buffer) for name, buffer in model.named_buffers())
             if name in self.buffers
+            and id(buffer) not in merged
             and not self.buffers[name].is_meta  # its values came later
             and not torch.equal(self.buffers[name].to(buffer), buffer)
         }
@@ -168,9 +171,9 @@ def _mixed(values: Tensor) -> Tensor:
 
 
 def _merged(model: nn.Module) -> set[int]:
-    """The identities of the parameters that adapters are merged into."""
-    stacks = ((host, cast(AdapterStack, host.adapters).merged or {}) for _, host in hosts(model))
-    return {id(host.get_parameter(name)) for host, merged in stacks for name in merged if merged[name] is not None}
+    """The identities of the parameters and buffers that adapters are merged into."""
+    merged = ((host, cast(AdapterStack, host.adapters).merged or ()) for _, host in hosts(model))
+    return {id(stored_tensor(host, name)) for host, names in merged for name in names}
 
 
 def _base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -53,6 +55,27 @@ def test_merged_adapters_do_not_count_as_movement():
     nn.init.ones_(model[0].adapters["default"].lora_B)
     keys = set(lp.adapter_state(model))
     lp.merge(model)
+    assert set(lp.adapter_state(model)) == keys
+    lp.unmerge(model)
+    assert set(lp.adapter_state(model)) == keys
+
+
+def test_merged_buffers_do_not_count_as_movement(tmp_path: Path):
+    def make(name: str, **options: Any) -> nn.Sequential:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+        lp.apply(model, lp.LoRA(r=2, targets=["0"], name=name, **options))
+        return model
+
+    trained = make("task", trainable=["1"])
+    trained(torch.randn(8, 4) + 3)  # moves the running statistics
+    lp.save_adapter(trained, tmp_path)
+    model = make("own")
+    lp.load_adapter(model, tmp_path, name="task")
+    keys, statistics = set(lp.adapter_state(model)), model[1].running_mean.clone()
+    lp.set_active(model, "task")
+    lp.merge(model)
+    assert not torch.equal(model[1].running_mean, statistics)
     assert set(lp.adapter_state(model)) == keys
     lp.unmerge(model)
     assert set(lp.adapter_state(model)) == keys
