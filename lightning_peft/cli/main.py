@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import lightning as L
 from jsonargparse import Namespace
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 
@@ -20,6 +21,7 @@ from lightning_peft.cli.inspect import inspect_path, names_a_path
 from lightning_peft.cli.merge import merge
 from lightning_peft.cli.methods import methods
 from lightning_peft.cli.module import find_module
+from lightning_peft.cli.runs import LogConfig, check_checkpoint, check_model, files_first
 from lightning_peft.core.state.torch_file import read_torch_file
 from lightning_peft.trainer.checkpoints.hyperparameters import saved_arguments
 from lightning_peft.trainer.logs import resume_wandb
@@ -77,15 +79,21 @@ class PEFTTrainer(L.Trainer):
         Console().print(report)
 
 
-class LogConfig(SaveConfigCallback):
-    """Saves the configuration in the run's folder, and gives it to the loggers (W&B shows it as the run's config)."""
+class Parser(LightningArgumentParser):
+    """A parser that leaves missing classes to :class:`PEFTCLI`, and says where modules are looked for."""
 
-    def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        import yaml
+    def add_lightning_class_args(
+        self, lightning_class: Any, nested_key: str, subclass_mode: bool = False, required: bool = True
+    ) -> list[str]:
+        return super().add_lightning_class_args(lightning_class, nested_key, subclass_mode, not subclass_mode)
 
-        config = yaml.safe_load(self.parser.dump(self.config, skip_none=False, format="yaml"))
-        for logger in trainer.loggers:
-            logger.log_hyperparams({"cli": config})
+    def error(self, message: str, ex: Exception | None = None) -> Any:
+        if "No module named" in message:
+            message += (
+                "\nModules are looked for in the folder where the command is started, and on PYTHONPATH: start it from "
+                "the folder that has the module, or set PYTHONPATH"
+            )
+        return super().error(message, ex)
 
 
 class PEFTCLI(LightningCLI):
@@ -102,14 +110,18 @@ class PEFTCLI(LightningCLI):
             save_config_kwargs={"overwrite": True},
             seed_everything_default=0,
             parser_kwargs={"prog": "lightning-peft", "description": DESCRIPTION},
+            parser_class=Parser,
             args=args,
             **kwargs,
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        super().parse_arguments(parser, args)
-        given = parser.parse_object(args, defaults=False) if isinstance(args, dict) else None
-        self._given = given or parser.parse_args(args, defaults=False)
+        if isinstance(args, dict | Namespace):
+            self.config, self._given = parser.parse_object(args), parser.parse_object(args, defaults=False)
+        else:
+            flags = files_first(sys.argv[1:] if args is None else args)
+            self.config, self._given = parser.parse_args(flags), parser.parse_args(flags, defaults=False)
+        check_model(self.config)
 
     def _parse_ckpt_path(self) -> None:
         """Complete the configuration by a checkpoint's hyperparameters, for the class that the user names.
@@ -142,6 +154,11 @@ class PEFTCLI(LightningCLI):
         # Before the loggers start: a resumed run goes on under its own id.
         resume_wandb(self.trainer.loggers, self._get(self.config, "ckpt_path"))
 
+    def _before_evaluation(self) -> None:
+        check_checkpoint(self.config, self.trainer)
+
+    before_validate = before_test = before_predict = _before_evaluation
+
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
         super()._add_subcommands(parser, **kwargs)
         # Only to be seen in --help: main runs them itself.
@@ -165,8 +182,10 @@ def main(args: Sequence[str] | None = None) -> None:
     import lightning_peft.tasks  # noqa: F401
 
     given = list(sys.argv[1:] if args is None else args)
-    if "" not in sys.path:
-        sys.path.append("")  # a module beside the user; behind all that is installed, as it may be anyone's folder
+    if os.getcwd() not in sys.path:
+        # A module beside the user; behind all that is installed, as it may be anyone's folder. Not "": while a file is
+        # parsed, jsonargparse changes into its folder.
+        sys.path.append(os.getcwd())
     try:
         if given[:1] == ["inspect"] and names_a_path(given[1:]):
             inspect_path(given[1:])

@@ -1,0 +1,128 @@
+"""The files of a run: the configuration that it saves, and the checkpoint that the next command is given."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+import lightning as L
+from jsonargparse import Namespace
+from lightning.fabric.utilities.cloud_io import get_filesystem
+from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+import lightning_peft as lp
+
+__all__ = ["LogConfig", "check_checkpoint", "check_model", "files_first"]
+
+_CONFIG = "config.yaml"
+
+
+class LogConfig(SaveConfigCallback):
+    """Saves the configuration in the run's folder, and gives it to the loggers (W&B shows it as the run's config).
+
+    Paths that are relative to a configuration file are saved absolute, since the saved file is in another folder.
+    """
+
+    def __init__(self, parser: Any, config: Namespace, *args: Any, **kwargs: Any) -> None:
+        super().__init__(parser, _with_absolute_paths(config), *args, **kwargs)
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        folder = trainer.log_dir or trainer.default_root_dir
+        saved = get_filesystem(folder).isfile(os.path.join(folder, self.config_filename))
+        if stage != "fit" and trainer.strategy.broadcast(saved):
+            self.save_to_log_dir = False  # the folder's configuration is that of a fit, which a test leaves as it is
+        super().setup(trainer, pl_module, stage)
+
+    def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        import yaml
+
+        config = yaml.safe_load(self.parser.dump(self.config, skip_none=False, format="yaml"))
+        for logger in trainer.loggers:
+            logger.log_hyperparams({"cli": config})
+
+
+def _with_absolute_paths(value: Any) -> Any:
+    if isinstance(value, jsonargparse.Path):
+        return type(value)(value.absolute)
+    if isinstance(value, Namespace):
+        return Namespace(**{key: _with_absolute_paths(part) for key, part in vars(value).items()})
+    if isinstance(value, dict):
+        return {key: _with_absolute_paths(part) for key, part in value.items()}
+    return [_with_absolute_paths(part) for part in value] if isinstance(value, list) else value
+
+
+def files_first(arguments: Sequence[str]) -> list[str]:
+    """The arguments of a command, every ``--config`` before the others, so that a flag always overrides a file.
+
+    The configuration that a run saves has a value for every flag: after ``--ckpt_path x``, its ``ckpt_path: null``
+    would win.
+    """
+    if not arguments or arguments[0].startswith("-"):
+        return list(arguments)
+    command, *rest = arguments
+    files: list[str] = []
+    flags: list[str] = []
+    while rest:
+        option = rest.pop(0)
+        if option in ("-c", "--config") and rest:
+            files += [option, rest.pop(0)]
+        else:
+            (files if option.startswith("--config=") else flags).append(option)
+    return [command, *files, *flags]
+
+
+def check_model(config: Namespace) -> None:
+    """Refuse a command without ``--model``, and name the configuration beside the checkpoint where there is one.
+
+    Raises:
+        StateError: no class is named.
+    """
+    command = config.get("subcommand")
+    if not command or config.get(f"{command}.model") is not None:
+        return
+    path = config.get(f"{command}.ckpt_path")
+    saved = _config_beside(Path(path)) if path else None
+    way = f"--config {saved}, which was saved with the checkpoint," if saved else "--config run.yaml"
+    raise lp.StateError(
+        f"{command}: --model is missing. It has to come from you, because a checkpoint is data and no code is imported "
+        f"on its word: add {way} or --model my.package.Module and --data my.package.Data"
+    )
+
+
+def _config_beside(checkpoint: Path) -> Path | None:
+    """The configuration of a checkpoint's run: some folders up, depending on the logger."""
+    folders = list(checkpoint.parents)[:4]
+    return next((folder / _CONFIG for folder in folders if (folder / _CONFIG).is_file()), None)
+
+
+def check_checkpoint(config: Namespace, trainer: L.Trainer) -> None:
+    """Warn before ``validate``, ``test`` or ``predict`` of what has not trained.
+
+    Raises:
+        StateError: ``--ckpt_path best``, of which a new process does not know what it is.
+    """
+    command = config["subcommand"]
+    given = config[command]
+    methods = [c for c in trainer.callbacks if isinstance(c, lp.PEFTMethod)]  # type: ignore[attr-defined]
+    if given.get("ckpt_path") not in (None, "best"):
+        return
+    found = [path for file in given.get("config") or () for path in _checkpoints_beside(Path(file.absolute))]
+    example = os.path.relpath(max(found, key=os.path.getmtime)) if found else "path/to/best.ckpt"
+    if given.get("ckpt_path") == "best":
+        raise lp.StateError(
+            f"{command} --ckpt_path best: nothing was trained in this process, so it has no best checkpoint. Give its "
+            f"path: --ckpt_path {example}"
+        )
+    if methods:
+        rank_zero_warn(
+            f"{command}: no --ckpt_path is given, so that the adapters and heads of {type(methods[0]).__name__} are "
+            f"untrained. To {command} what a fit wrote, add --ckpt_path {example}"
+        )
+
+
+def _checkpoints_beside(config: Path) -> list[Path]:
+    return [*config.parent.glob("checkpoints/*.ckpt"), *config.parent.glob("*.ckpt")]
