@@ -46,10 +46,10 @@ class Data(L.LightningDataModule):
         self.batch_size = batch_size
 
     def train_dataloader(self):
-        return DataLoader(self.rows, self.batch_size, shuffle=True)
+        return DataLoader(self.rows, batch_size=self.batch_size, shuffle=True)
 
     def val_dataloader(self):
-        return DataLoader(self.rows, self.batch_size)
+        return DataLoader(self.rows, batch_size=self.batch_size)
 
     test_dataloader = val_dataloader
 

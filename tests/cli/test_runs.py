@@ -17,6 +17,7 @@ from lightning_peft.cli.runs import files_first
 HERE = Path(__file__).parent
 MODULE = """
 from jsonargparse.typing import Path_fr
+from pathlib import Path
 from modules import Data, Module
 
 class Mine(Module):
@@ -28,7 +29,7 @@ class MyData(Data):
 
     def __init__(self, width: int = 16, table: Path_fr | None = None):
         super().__init__(width)
-        assert table is None or table.get_content() == "a table"
+        assert table is None or Path(table).read_text() == "a table"
 
 class Alone(Mine):
     train_dataloader = lambda self: Data().train_dataloader()
