@@ -1,0 +1,25 @@
+import lightning as L
+import torch
+from transformers import AutoModelForCausalLM
+
+import lightning_peft as lp
+
+
+class LanguageModel(L.LightningModule):
+    def __init__(self, name: str, lr: float = 1e-3):
+        super().__init__()
+        self.save_hyperparameters()
+        self.model = AutoModelForCausalLM.from_pretrained(name)
+
+    def training_step(self, batch, batch_idx):
+        return self.model(**batch).loss
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=self.hparams.lr)
+
+
+def train(module, data, **options):
+    lora = lp.LoRA(r=8, alpha=16, targets=["q_proj", "v_proj"])
+    trainer = L.Trainer(callbacks=[lora], **options)
+    trainer.fit(module, data)
+    lp.save_adapter(module, "adapter")
