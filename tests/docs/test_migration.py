@@ -38,6 +38,7 @@ def audio():
         layerdrop=0.0,
         **dict.fromkeys(("hidden_dropout", "attention_dropout", "feat_proj_dropout", "activation_dropout"), 0.0),
         final_dropout=0.0,
+        initializer_range=0.3,
     )
     batch = {"input_values": torch.randn(6, 160), "labels": torch.tensor([0, 1, 0, 1, 1, 0])}
     return transformers.Wav2Vec2ForSequenceClassification(config), batch
