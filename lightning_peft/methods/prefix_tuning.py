@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -314,19 +314,21 @@ class PositionShift(Adapter):
             cache = find_cache(given.values())
             past = 0 if cache is None else cache_length(cache)
             positions = torch.arange(like.shape[1], device=like.device).unsqueeze(0) + past
-        by_row = torch.tensor(self.tokens, device=like.device).repeat_interleave(len(like) // len(self.tokens))
-        given["position_ids"] = positions + (self.tokens[0] if len(self.tokens) == 1 else by_row[:, None])
+        shift: int | Tensor = self.tokens[0]
+        if len(self.tokens) > 1:
+            by_row = torch.tensor(self.tokens, device=like.device)
+            shift = by_row.repeat_interleave(len(like) // len(self.tokens))[:, None]
+        given["position_ids"] = positions + shift
         out = call(**given)
-        if not self.cache_checked:
-            self._check_cache(host, call, given, out)
+        self._check_cache(host, call, given, out)
         return out
 
     def _check_cache(self, host: Any, call: Callable[..., Any], given: dict[str, Any], out: Any) -> None:
         """Check once that a step from the cache in ``out`` is right (:class:`CacheError`)."""
-        embeds = given.get("inputs_embeds")
-        if embeds is None:
-            with torch.no_grad():
-                embeds = host.get_input_embeddings()(given["input_ids"])
+
+        def embeds() -> Tensor:
+            ids = given.get("input_ids")
+            return cast(Tensor, given["inputs_embeds"] if ids is None else host.get_input_embeddings()(ids))
 
         def run(**given: Any) -> Any:
             return self.run(host, call, **given)
@@ -334,8 +336,7 @@ class PositionShift(Adapter):
         def whole(start: Tensor, step: Tensor, **rest: Any) -> Any:
             return run(inputs_embeds=torch.cat([start, step], 1), **rest)
 
-        self.cache_checked = True  # the calls below are not checked themselves
-        self.cache_checked = check_cached_step(host, run, whole, out, given, embeds)
+        check_cached_step(self, host, run, whole, out, given, embeds)
 
 
 def _in_layers(model: nn.Module, sites: dict[str, AttentionSite], layers: Sequence[int]) -> dict[str, AttentionSite]:

@@ -156,19 +156,17 @@ class PromptAdapter(Adapter):
 
     def _check_cache(self, host: Any, call: Callable[..., Any], given: dict[str, Any], real: Tensor, out: Any) -> None:
         """Check once that a step from the cache in ``out`` is right (:class:`CacheError`)."""
-        tokens = self.placement.tokens
-        if self.cache_checked or (self.limit is not None and self.limit < tokens + 3):
+        if self.limit is not None and self.limit < self.placement.tokens + 3:
             return
-        layout = self.placement.layout(len(real), 2, None, real.device)
 
         def whole(start: Tensor, step: Tensor, **rest: Any) -> Any:
+            layout = self.placement.layout(len(start), 2, None, start.device)
             return call(inputs_embeds=torch.cat([layout.insert(start, self.virtual()), step], 1), **rest)
 
         def run(**given: Any) -> Any:
             return self._around_tokens(host, call, given)
 
-        self.cache_checked = True  # the calls below are not checked themselves
-        self.cache_checked = check_cached_step(host, run, whole, out, given, real)
+        check_cached_step(self, host, run, whole, out, given, lambda: real)
 
     def _around_sequence(self, host: Any, call: Callable[..., Any], given: dict[str, Any]) -> Any:
         first, x = next(iter(given.items()), ("", None))

@@ -33,39 +33,59 @@ class CacheError(RuntimeError):
 
 
 def check_cached_step(
+    adapter: Any,
     host: nn.Module,
     run: Callable[..., Any],
     whole: Callable[..., Any],
     output: Any,
     given: dict[str, Any],
-    embeds: Tensor,
-) -> bool:
-    """Compare one cached step of an adapted module with the uncached computation.
+    embeds: Callable[[], Tensor],
+) -> None:
+    """Compare one cached step of an adapted module with the uncached computation, once for each adapter.
+
+    The check runs at the first call in evaluation that returns a cache. It runs again after it failed.
 
     Args:
+        adapter: its ``cache_checked`` remembers that the check has passed.
         host: the adapted module.
         run: calls it with its adapter.
         whole: computes the same without a cache from the embeddings (batch, 2, width) of the first call and
             (batch, 1, width) of the step.
         output: of the call that was just made.
         given: its arguments by name.
-        embeds: its embeddings, (batch, length, width).
-
-    Returns:
-        Whether nothing is left to check.
+        embeds: returns its embeddings, (batch, length, width).
 
     Raises:
         CacheError: the two differ by more than rounding.
     """
-    if host.training or torch.compiler.is_compiling() or torch.jit.is_tracing() or not states_in(output):
-        return False
+    if adapter.cache_checked or host.training or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return
+    if not states_in(output):
+        return
+    adapter.cache_checked = True  # the calls of the comparison are not checked themselves
+    try:
+        _compare(host, run, whole, output, given, embeds)
+    except BaseException:
+        adapter.cache_checked = False
+        raise
+
+
+def _compare(
+    host: nn.Module,
+    run: Callable[..., Any],
+    whole: Callable[..., Any],
+    output: Any,
+    given: dict[str, Any],
+    embeds: Callable[[], Tensor],
+) -> None:
     name = next(iter(states_in(output)))
     rest = {n: v for n, v in given.items() if n not in (*_BY_TOKEN, name, "use_cache", "return_dict")}
     rest = {n: v for n, v in rest.items() if not is_cache(v) and (n.startswith("encoder_") or not _holds_tensor(v))}
-    sample = embeds[:, torch.arange(3, device=embeds.device) % embeds.shape[1]]
-    start, step = sample[:, :2], sample[:, 2:]
     try:
         with torch.no_grad():
+            tokens = embeds()
+            sample = tokens[:, torch.arange(3, device=tokens.device) % tokens.shape[1]]
+            start, step = sample[:, :2], sample[:, 2:]
             first = run(**rest, inputs_embeds=start, use_cache=True)
             before = cache_length(first[name]) if is_cache(first[name]) else 0  # which the step may change in place
             second = run(**rest, inputs_embeds=step, use_cache=True, **{name: first[name]})
@@ -76,13 +96,13 @@ def check_cached_step(
             f"it failed with {type(error).__name__}: {error}. Compare a generation with one of use_cache=False",
             stacklevel=2,
         )
-        return True
+        return
     difference = float((_last(second) - expected).norm() / expected.norm().clamp_min(1e-30))
     grown = cache_length(second[name]) - before if before > 1 else 1
     # Rounding alone may choose another expert of a mixture in half precision.
     allowed = 0.01 if torch.finfo(expected.dtype).bits >= 32 else 0.1
     if difference <= allowed and grown == 1:
-        return True
+        return
     kind = type(first[name]).__name__
     raise CacheError(
         f"a step of {original_class(host).__name__} with the cache {name!r} ({kind}) differs from the computation "
