@@ -30,10 +30,10 @@ from torch.optim import Optimizer
 
 from lightning_peft.core.adapters.base import WeightAdapter
 from lightning_peft.core.adapters.low_rank import LowRankAdapter
+from lightning_peft.core.sharded_tensors import gather_full, sharded_like
 from lightning_peft.core.targeting.sites import Site
 from lightning_peft.methods.families.arguments import nonzero, positive_int, probability
 from lightning_peft.methods.families.weight import WeightMethod, above_both_sides, check_low_rank
-from lightning_peft.trainer.checkpoints.sharded import sharded_like, whole
 
 __all__ = ["AdaLoRA"]
 
@@ -159,7 +159,7 @@ class AdaLoRA(WeightMethod):
         weight = self.orth_reg_weight / max(1, sum(2 * math.prod(a.lora_A.shape[:-2]) for a in adapters))
         for adapter in adapters:
             for parameter in (adapter.lora_A, adapter.lora_B):
-                full = whole(parameter)
+                full = gather_full(parameter)
                 wide = full if parameter is adapter.lora_A else full.mT
                 gram = wide @ wide.mT
                 gram.diagonal(dim1=-2, dim2=-1).sub_(1)
@@ -200,13 +200,13 @@ class AdaLoRA(WeightMethod):
             self._scores = {}  # the ranks are final
         if due or self.step > end:
             for adapter in adapters.values():
-                kept = whole(adapter.lora_E).masked_fill(~adapter.mask, 0.0)
+                kept = gather_full(adapter.lora_E).masked_fill(~adapter.mask, 0.0)
                 adapter.lora_E.copy_(sharded_like(kept, adapter.lora_E))
         return due
 
     def _score(self, key: str, parameter: nn.Parameter) -> None:
-        value = whole(parameter)
-        now = (value * whole(parameter.grad)).abs() if parameter.grad is not None else torch.zeros_like(value)
+        value = gather_full(parameter)
+        now = (value * gather_full(parameter.grad)).abs() if parameter.grad is not None else torch.zeros_like(value)
         if key not in self._scores:
             self._scores[key] = [torch.zeros_like(now), torch.zeros_like(now)]
         importance, uncertainty = (t.to(now.device) for t in self._scores[key])

@@ -21,6 +21,7 @@ from lightning_peft.core.adapters.stack import AdapterStack
 from lightning_peft.core.class_swap import add_mixin, remove_mixin
 from lightning_peft.core.names import canonical, listed
 from lightning_peft.core.record import injection_of, later_parameters
+from lightning_peft.core.sharded_tensors import is_sharded, local_part
 from lightning_peft.core.state.state_dict import owned_keys
 from lightning_peft.core.targeting.sites import output_head, weight_sites
 from lightning_peft.ops.finite import is_finite
@@ -82,7 +83,7 @@ def _looks_fresh(weight: Tensor, any_bound: bool = False) -> bool:
 
     With ``any_bound`` a uniform distribution of any width counts (Xavier, Kaiming), which no training leaves behind.
     """
-    weight = getattr(weight, "_local_tensor", weight)  # of a sharded tensor, this rank's part
+    weight = local_part(weight)
     if weight.is_meta or not weight.is_floating_point() or weight.numel() < 64:
         return False
     w = weight.detach().flatten()[:65536].float()
@@ -319,7 +320,7 @@ def _took_part(model: nn.Module, parameter: str) -> bool:
 
 
 def _finite(gradient: Tensor) -> bool:
-    return is_finite(getattr(gradient, "_local_tensor", gradient))
+    return is_finite(local_part(gradient))
 
 
 def audit_ranks(model: nn.Module) -> None:
@@ -327,7 +328,7 @@ def audit_ranks(model: nn.Module) -> None:
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return
     own, full = owned_keys(model), {canonical(k): v for k, v in nn.Module.state_dict(model).items()}
-    state = {k: full[k] for k in own if not full[k].is_meta and not hasattr(full[k], "_local_tensor")}
+    state = {k: full[k] for k in own if not full[k].is_meta and not is_sharded(full[k])}
     digest = {k: (tuple(v.shape), float(v.double().sum()), float(v.double().norm())) for k, v in state.items()}
     for rank, keys in _differences(digest):
         raise AuditError(f"rank {rank} holds other adapters than rank 0: {listed(keys)}")

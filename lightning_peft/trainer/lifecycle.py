@@ -110,7 +110,11 @@ class Lifecycle(Callback):
     on_predict_batch_end = on_validation_batch_end  # type: ignore[assignment]
 
     def _watch(self, stage: str, module: nn.Module) -> None:
-        if stage not in self._watched and self._calls is None and not _compiled(module):
+        if stage in self._watched or self._calls is not None:
+            return
+        if _compiled(module):
+            self._watched.add(stage)  # so that no later batch asks again
+        else:
             self._calls = audit.CallAudit(module)
 
     def _stop_watching(self, stage: str) -> None:

@@ -13,6 +13,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 import lightning_peft as lp
+from lightning_peft.trainer import lifecycle
 
 from .toys import Toy, data, loader, lora, trainer, val_loader
 
@@ -244,3 +245,10 @@ def test_an_untrained_body_is_not_taken_for_a_pretrained_one(tmp_path):
     for layer in (module.body[0], module.body[4]):
         torch.nn.init.xavier_uniform_(layer.weight)
     trainer(tmp_path, method=lp.LoRA(r=2, targets=["body.*"]), max_steps=1).fit(module)
+
+
+def test_whether_a_module_is_compiled_is_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(lifecycle, "_compiled", lambda model: asked.append(model) or True)
+    trainer(tmp_path, max_epochs=1).fit(Toy(), loader())
+    assert len(asked) == 1

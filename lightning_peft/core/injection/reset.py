@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_peft.core.adapters.lookup import check_unmerged, stack_prefixes
 from lightning_peft.core.names import canonical
 from lightning_peft.core.record import injected_module, injection_of
+from lightning_peft.core.sharded_tensors import sharded_like
 from lightning_peft.core.state.freezing import set_thawed
 from lightning_peft.core.state.state_dict import StateError
 
@@ -62,11 +63,7 @@ def reset(model: nn.Module) -> None:
 
 def _put(tensor: Any, value: Tensor) -> None:
     tensor.grad = None
-    if hasattr(tensor, "_local_tensor"):
-        from torch.distributed.tensor import distribute_tensor
-
-        value = distribute_tensor(value.to(tensor.device), tensor.device_mesh, tensor.placements)
-    tensor.copy_(value)
+    tensor.copy_(sharded_like(value, tensor))
 
 
 def moved_adapters(model: nn.Module) -> list[str]:

@@ -13,6 +13,7 @@ from lightning_peft.core.adapters.lookup import hosts
 from lightning_peft.core.adapters.stack import AdapterStack
 from lightning_peft.core.class_swap import original_class
 from lightning_peft.core.names import canonical
+from lightning_peft.core.sharded_tensors import gather_full
 from lightning_peft.core.targeting.layouts import (
     ConvLayout,
     EmbeddingLayout,
@@ -112,6 +113,4 @@ def layer_facts(host: Any, layout: Layout) -> dict[str, Any]:
 
 def whole(tensor: Tensor) -> Tensor:
     """``tensor`` on the CPU and of its own; of a sharded one all of it."""
-    if hasattr(tensor, "full_tensor"):
-        tensor = tensor.full_tensor()
-    return tensor.detach().to("cpu", copy=True).contiguous()
+    return gather_full(tensor).detach().to("cpu", copy=True).contiguous()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_peft.core.adapters.lookup import stacks
 from lightning_peft.core.names import canonical
+from lightning_peft.core.sharded_tensors import gather_full
 from lightning_peft.core.state.moved import extra_state
 from lightning_peft.core.state.state_dict import StateError, trainable_keys
 
@@ -79,9 +80,7 @@ def _tensors_but(model: nn.Module, without: set[str]) -> dict[str, Tensor]:
 
 
 def _sample(tensor: Tensor, samples: int) -> list[float]:
-    if hasattr(tensor, "full_tensor"):  # sharded; all ranks come here together
-        tensor = tensor.full_tensor()
-    tensor = tensor.detach()
+    tensor = gather_full(tensor).detach()
     flat = (torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor).reshape(-1)
     steps = min(samples, flat.numel())
     # In float64: float32 counts exactly to 2^24 only, and would step past the end of a large embedding.

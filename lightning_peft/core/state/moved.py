@@ -18,6 +18,7 @@ from lightning_peft.core.adapters.effective_weights import stored_tensor
 from lightning_peft.core.adapters.lookup import hosts, stack_prefixes
 from lightning_peft.core.adapters.stack import AdapterStack
 from lightning_peft.core.names import canonical
+from lightning_peft.core.sharded_tensors import is_sharded, local_part
 
 __all__ = ["Start", "extra_state"]
 
@@ -54,7 +55,7 @@ class Start:
         base = {name for name, _ in _base_parameters(model)}
         most = 2 * sum(state[k].nbytes for k in base if k in owned) > sum(state[k].nbytes for k in base)
         new = {k: v for k, v in state.items() if k in owned and k not in self.trained and not (most and k in base)}
-        copies = {k: v.detach().to("cpu", copy=True) for k, v in new.items() if not (v.is_meta or _is_sharded(v))}
+        copies = {k: v.detach().to("cpu", copy=True) for k, v in new.items() if not (v.is_meta or is_sharded(v))}
         self.trained = self.trained | copies
 
     def mark(self, model: nn.Module) -> None:
@@ -133,11 +134,11 @@ class _Mark:
 
     @classmethod
     def of(cls, parameter: Tensor) -> _Mark:
-        local = getattr(parameter, "_local_tensor", parameter).detach()
+        local = local_part(parameter).detach()
         return cls(local.dtype, local.shape, _sums(local))
 
     def comparable(self, parameter: Tensor) -> bool:
-        local = getattr(parameter, "_local_tensor", parameter)
+        local = local_part(parameter)
         return self.sums is not None and (self.dtype, self.shape) == (local.dtype, local.shape)
 
 
@@ -181,10 +182,6 @@ def _base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if not name.startswith(inside):
             yield canonical(name), parameter
-
-
-def _is_sharded(tensor: Tensor) -> bool:
-    return hasattr(tensor, "_local_tensor")
 
 
 def _copy(value: Any) -> Any:

@@ -13,6 +13,7 @@ from torch import nn
 from lightning_peft.core.adapters.base import Adapter
 from lightning_peft.core.adapters.lookup import active_names, stacks
 from lightning_peft.core.record import Injection, Trains, injected_module, injection_of
+from lightning_peft.core.sharded_tensors import is_sharded
 from lightning_peft.core.state.adapter_records import Part
 from lightning_peft.core.state.consistency import check_record, update_base
 from lightning_peft.core.state.digest import difference, tensor_digests, value_digest
@@ -88,7 +89,7 @@ def sealed(manifest: Mapping[str, Any], state: Mapping[str, Any]) -> dict[str, A
 
     A distributed checkpoint has none of the state: no process holds a whole tensor of it.
     """
-    whole = not any(hasattr(value, "full_tensor") for value in state.values())
+    whole = not any(map(is_sharded, state.values()))
     tensors = {"tensors": tensor_digests(state)} if whole else {}
     return {**manifest, "digests": {"manifest": value_digest(manifest), **tensors}}
 

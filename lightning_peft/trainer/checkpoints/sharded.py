@@ -14,6 +14,7 @@ from torch import nn
 
 from lightning_peft.core.names import canonical
 from lightning_peft.core.record import injection_of
+from lightning_peft.core.sharded_tensors import gather_full, sharded_like
 from lightning_peft.core.state.state_dict import StateError, check_state, owned_keys, state_keys, trainable_keys
 from lightning_peft.core.state.torch_file import read_torch_file
 from lightning_peft.trainer.checkpoints.manifest import check_seal
@@ -57,25 +58,12 @@ def agreed_keys(module: nn.Module) -> set[str]:
     return state_keys(module)
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A sharded tensor put together again, on every rank; others as they are."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
 def _gathered(value: Any) -> Any:
-    return whole(value).detach().cpu() if isinstance(value, torch.Tensor) else value
-
-
-def sharded_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """This rank's part of ``tensor``, sharded as ``like`` is; ``tensor`` itself if ``like`` is not sharded."""
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    return distribute_tensor(tensor, like.device_mesh, like.placements) if isinstance(like, DTensor) else tensor
+    return gather_full(value).detach().cpu() if isinstance(value, torch.Tensor) else value
 
 
 def _load_file(strategy: Any, path: Path, weights_only: bool) -> dict[str, Any]:
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
-    from torch.distributed.tensor import DTensor, distribute_tensor
 
     checkpoint = _read(path, weights_only)
     module = strategy.lightning_module
@@ -86,8 +74,7 @@ def _load_file(strategy: Any, path: Path, weights_only: bool) -> dict[str, Any]:
     sharded = {}
     for key, value in state.items():
         name, here = own[canonical(key)]
-        is_sharded = isinstance(here, DTensor)
-        sharded[name] = distribute_tensor(value, here.device_mesh, here.placements) if is_sharded else value
+        sharded[name] = sharded_like(value, here)
     nn.Module.load_state_dict(module, sharded, strict=False)
     if module.trainer.state.fn == "fit":
         options = StateDictOptions(full_state_dict=True, strict=False)

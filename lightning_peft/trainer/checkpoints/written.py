@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_peft.core.class_swap import original_class
 from lightning_peft.core.names import canonical
+from lightning_peft.core.sharded_tensors import is_sharded
 from lightning_peft.core.state.state_dict import StateError, state_keys
 
 __all__ = ["check_written", "trimmed", "try_saving"]
@@ -83,6 +84,6 @@ def _overridden(module: nn.Module, name: str) -> bool:
 
 
 def _is_sharded(module: nn.Module) -> bool:
-    return any(hasattr(p, "_local_tensor") for p in module.parameters()) or any(
+    return any(map(is_sharded, module.parameters())) or any(
         type(m).__name__ == "FullyShardedDataParallel" for m in module.modules()
     )

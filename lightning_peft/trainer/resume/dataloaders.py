@@ -62,6 +62,11 @@ class TrainingLoaders:
                 "or resume from checkpoints of an epoch's end if its order does not matter"
             )
             return loader
+        if loader.num_workers and not getattr(loader, "in_order", True):
+            rank_zero_warn(
+                "a run that stops and resumes will not see the same batches: with in_order=False batches come as "
+                "workers finish them, and which of them came is not stored. Use DataLoader(in_order=True)"
+            )
         for sampler in (loader.sampler, loader.batch_sampler):
             for name, value in getattr(sampler, "__dict__", {}).items():
                 if hasattr(value, "__next__"):

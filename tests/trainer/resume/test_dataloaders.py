@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import pickle
 import random
 import warnings
@@ -19,6 +20,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import DataLoader, Dataset, RandomSampler, Sampler, TensorDataset
 
+from lightning_peft.trainer.resume.dataloaders import TrainingLoaders
 from tests.trainer.resume.test_resume import CASES, fit
 from tests.trainer.toys import Noisy, Stream, Toy, data, every_step, loader, lora, same, state_of, trainer
 
@@ -348,3 +350,11 @@ def test_a_checkpoint_of_an_earlier_version_continues(tmp_path: Path) -> None:
             state["pass"] = [{**{k: record[k] for k in known}, "workers": workers_then}]
         torch.save(checkpoint, path)
         assert same(fit(root, train, {}, ckpt=path), expected)
+
+
+def test_batches_in_the_order_of_the_workers_are_told_of() -> None:
+    if "in_order" not in inspect.signature(DataLoader).parameters:
+        pytest.skip("torch before 2.6")
+    loader: Any = DataLoader(data(), num_workers=2, in_order=False)
+    with pytest.warns(UserWarning, match="in_order=False batches come as workers finish them"):
+        TrainingLoaders().wrap(loader, L.Trainer(accelerator="cpu", logger=False))

@@ -1,0 +1,34 @@
+"""Parts and wholes of sharded tensors (DTensor), by functions that return other tensors as they are."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from torch import Tensor
+
+__all__ = ["gather_full", "is_sharded", "local_part", "sharded_like"]
+
+
+def is_sharded(tensor: Any) -> bool:
+    """Whether ``tensor`` is a DTensor."""
+    return hasattr(tensor, "_local_tensor")
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """This rank's part of ``tensor``; it shares the memory."""
+    return cast(Tensor, getattr(tensor, "_local_tensor", tensor))
+
+
+def gather_full(tensor: Tensor) -> Tensor:
+    """All of ``tensor``, on every rank. All ranks must call this together."""
+    return cast(Any, tensor).full_tensor() if is_sharded(tensor) else tensor
+
+
+def sharded_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """This rank's part of ``tensor``, sharded and placed as ``like`` is; ``tensor`` itself if ``like`` is whole."""
+    if not is_sharded(like):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh = cast(Any, like)
+    return distribute_tensor(tensor.to(like.device), mesh.device_mesh, mesh.placements)
