@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 import lightning_peft as lp
 from lightning_peft.cli.main import main
 from lightning_peft.formats.checkpoint import export_checkpoint
+from lightning_peft.formats.directory.files import read_files
 from tests.formats import models
 from tests.formats.models import logits, read_by_peft, tokens
 
@@ -69,7 +70,7 @@ def test_a_checkpoint_alone_makes_the_directory_that_the_model_makes(model, tmp_
         if file.suffix == ".json":
             assert json.loads(alone.read_text()) == json.loads(there.read_text())
         else:
-            alone, there = (lp.formats.files.read_files(f.parent).tensors for f in (alone, there))
+            alone, there = (read_files(f.parent).tensors for f in (alone, there))
             assert alone.keys() == there.keys()
             assert all(torch.equal(alone[key], there[key]) for key in there)
 

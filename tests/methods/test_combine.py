@@ -11,6 +11,7 @@ from torch import nn
 
 import lightning_peft as lp
 from lightning_peft.core.injection.apply import put_in
+from lightning_peft.core.injection.attach import attach
 from lightning_peft.core.injection.overrides import replace_trained
 from lightning_peft.core.record import injection_of
 from lightning_peft.core.state.state_dict import load_state
@@ -290,7 +291,7 @@ def _merged() -> nn.Module:
 
 def _activation() -> nn.Module:
     model = _with(lp.LoRA(r=2, name="a"))
-    lp.core.host.attach(model, "up", "add", Add(1.0))
+    attach(model, "up", "add", Add(1.0))
     return model
 
 

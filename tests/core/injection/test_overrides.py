@@ -8,6 +8,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import lightning_peft as lp
+from lightning_peft.core.injection.attach import attach
 from lightning_peft.core.injection.overrides import Replacement, replace_trained, replacements
 from lightning_peft.core.state.plan import Plan
 from lightning_peft.core.state.state_dict import StateError
@@ -282,4 +283,4 @@ def test_two_replacements_of_one_name_are_refused():
     model = MLP()
     lp.apply(model, Copies(state={"up.bias": torch.zeros(12)}, name="a"))
     with pytest.raises(ValueError, match="'up' already carries an adapter named 'a'"):
-        lp.core.host.attach(model, "up", "a", Replacement({"weight": torch.zeros(12, 6)}))
+        attach(model, "up", "a", Replacement({"weight": torch.zeros(12, 6)}))
