@@ -180,6 +180,8 @@ class PrefixAdapter(Adapter):
     With a source they are the output of ``up`` instead. The source is stored once, with the first layer.
     """
 
+    misfits = (AttentionError,)
+
     def __init__(
         self,
         site: AttentionSite,

@@ -159,6 +159,7 @@ class BlockPrompt(Adapter):
     """
 
     spans_hosts = True
+    misfits = (TokenError,)
 
     def __init__(
         self,

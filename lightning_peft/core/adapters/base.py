@@ -25,6 +25,8 @@ BIASES = {"weight": "bias", "in_proj_weight": "in_proj_bias", "out_proj.weight":
 class Adapter(nn.Module):
     """Base class of all adapters: runs around the module that carries it."""
 
+    #: what it raises in a forward of a module that it does not fit; a trial forward before injection looks for these
+    misfits: ClassVar[tuple[type[Exception], ...]] = ()
     #: whether it only looks on, so that the module computes the same with it as without
     transparent: ClassVar[bool] = False
 

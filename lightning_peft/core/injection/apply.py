@@ -20,6 +20,7 @@ from lightning_peft.core.class_swap import check_mixin, original_class
 from lightning_peft.core.injection.attach import attach, check_host
 from lightning_peft.core.injection.rollback import all_or_nothing
 from lightning_peft.core.injection.saving_base import watch_saving
+from lightning_peft.core.injection.trial import trial_problem
 from lightning_peft.core.injection.widen import widen
 from lightning_peft.core.names import canonical
 from lightning_peft.core.record import Injection, Trains, injection_of
@@ -84,6 +85,7 @@ def apply(model: nn.Module, *methods: Method) -> Report:
     check_injectable(model)
     plans = {method.name: (method, _plan(model, method)) for method in new}
     _check_order(model, [plan for _, plan in plans.values()])
+    _check_trial(model, plans)
     return put_in(model, plans)
 
 
@@ -115,6 +117,13 @@ def _check_hosts(model: nn.Module, plans: Mapping[str, tuple[Method, Plan]]) -> 
                 check_mixin(model.get_submodule(trained), FullPrecision, trained)
         except ValueError as error:
             raise InjectionError(f"{type(method).__name__} {name!r}: {error}") from error
+
+
+def _check_trial(model: nn.Module, plans: Mapping[str, tuple[Method, Plan]]) -> None:
+    """Refuse what would fail in the first forward, if a trial forward can tell."""
+    for name, (method, plan) in plans.items():
+        if (problem := trial_problem(model, plan)) is not None:
+            raise InjectionError(f"{type(method).__name__} {name!r}, in a trial forward: {problem}")
 
 
 def _check_order(model: nn.Module, plans: Iterable[Plan]) -> None:
@@ -179,6 +188,7 @@ def inspect(model: nn.Module, *methods: Method) -> Report:
     trained: dict[int, int] = {}
     plans = [_plan(model, method) for method in new]
     _check_order(model, plans)
+    _check_trial(model, {method.name: (method, plan) for method, plan in zip(new, plans)})
     for method, plan in zip(new, plans):
         _check_hosts(model, {method.name: (method, plan)})
         for _, shown, adapter, what in plan.attach:

@@ -105,17 +105,39 @@ def try_forward(model: nn.Module, prepare: Callable[[nn.Module], None] | None = 
     """
     for args, kwargs in _inputs(model):
         try:
-            with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.enable_grad():
-                warnings.simplefilter("ignore")
-                twin = _without_values(model, {}).eval()
-                if prepare is not None:
-                    prepare(twin)
-                found = list(_tensors(twin(*args, **kwargs)))
+            found = _run(model, args, kwargs, prepare)
         except Exception:  # whatever a foreign forward raises: this input does not fit, or it looks at values
             continue
         if found:
             return found
     return None
+
+
+def failure(model: nn.Module, prepare: Callable[[nn.Module], None]) -> tuple[bool, Exception | None]:
+    """Whether ``model`` can be tried, and what its forward raises once ``prepare`` has changed the copy."""
+    for args, kwargs in _inputs(model):
+        try:
+            if not _run(model, args, kwargs):
+                continue
+        except Exception:  # as above
+            continue
+        try:
+            _run(model, args, kwargs, prepare)
+        except Exception as error:
+            return True, error
+        return True, None
+    return False, None
+
+
+def _run(
+    model: nn.Module, args: tuple, kwargs: dict[str, Any], prepare: Callable[[nn.Module], None] | None = None
+) -> list[Tensor]:
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.enable_grad():
+        warnings.simplefilter("ignore")
+        twin = _without_values(model, {}).eval()
+        if prepare is not None:
+            prepare(twin)
+        return list(_tensors(twin(*args, **kwargs)))
 
 
 def _inputs(model: nn.Module) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:

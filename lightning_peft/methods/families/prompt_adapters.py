@@ -59,6 +59,8 @@ class PromptAdapter(Adapter):
         batch_first: sequences are (batch, length, width), not (length, batch, width).
     """
 
+    misfits = (TokenError,)
+
     def __init__(
         self,
         prompt: Tensor | nn.Module,

@@ -1,0 +1,52 @@
+"""Try out, before anything is changed, adapters that may not fit the way in which a module computes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+
+from torch import nn
+
+from lightning_peft.core.adapters.lookup import hosts
+from lightning_peft.core.injection.attach import attach
+from lightning_peft.core.state.plan import Plan
+from lightning_peft.core.targeting.trial_forward import failure
+
+__all__ = ["trial_problem"]
+
+
+def trial_problem(model: nn.Module, plan: Plan) -> str | None:
+    """Why the adapters of ``plan`` do not fit, found by a forward without values; None if they do or it is unknown.
+
+    The forward is that of the outermost module around all of them that can be tried. Only the adapters' own
+    errors count: other errors may come from the trial. A model that carries adapters already is not tried.
+    """
+    misfits = tuple({kind for _, _, adapter, _ in plan.attach for kind in adapter.misfits})
+    if not misfits or next(hosts(model), None) is not None:
+        return None
+    for around in _around([host for host, *_ in plan.attach]):
+        prefix = f"{around}." if around else ""
+
+        def put_in(twin: nn.Module, prefix: str = prefix) -> None:
+            for (host, *_), adapter in zip(plan.attach, copy.deepcopy([a for _, _, a, _ in plan.attach])):
+                for part in adapter.modules():
+                    vars(part).update({k: v for k, v in _LENIENT.items() if k in vars(part)})
+                attach(twin, (host + ".").removeprefix(prefix).removesuffix("."), "trial", adapter.to("meta"))
+
+        tried, error = failure(model.get_submodule(around), put_in)
+        if tried:
+            return str(error) if isinstance(error, misfits) else None
+    return None
+
+
+#: what a trial leaves out: the comparison of a cached step needs values, and the trial's input has any length
+_LENIENT = {"cache_checked": True, "limit": None}
+
+
+def _around(names: Iterable[str]) -> list[str]:
+    """The modules around all of ``names``, the outermost first."""
+    paths = [name.split(".") if name else [] for name in names]
+    common = 0
+    while all(len(path) > common and path[common] == paths[0][common] for path in paths):
+        common += 1
+    return [".".join(paths[0][:i]) for i in range(common + 1)]
