@@ -5,10 +5,12 @@ from __future__ import annotations
 import sys
 from argparse import ArgumentParser
 from collections.abc import Sequence
+from pathlib import Path
 
 import lightning_peft as lp
 from lightning_peft.cli.module import add_model_option, load_module, parse
 from lightning_peft.formats.checkpoint import export_checkpoint
+from lightning_peft.formats.directory.files import read_files
 
 __all__ = ["export"]
 
@@ -37,3 +39,7 @@ def export(args: Sequence[str]) -> None:
         module = load_module(options.checkpoint, options.model, arguments)
         names = lp.save_adapter(module, options.directory, options.name, **extra)
     print(f"{options.directory}: {', '.join(names)}", file=sys.stderr)
+    for name in names:
+        folder = Path(options.directory) / name if len(names) > 1 else Path(options.directory)
+        if (reason := read_files(folder).config.get("reason")) is not None:
+            print(f"{folder}: only this package reads it, not Hugging Face PEFT: {reason}", file=sys.stderr)

@@ -38,13 +38,17 @@ def import_adapter(args: Sequence[str]) -> None:
     add_model_option(parser, "the class to train or test it in", required=True)
     parser.add_argument("--name", help="what to call the adapter; by default what it was called")
     parser.add_argument("--any-base", action="store_true", help="also where it was trained on another base")
+    parser.add_argument(
+        "--ignore-option", action="append", default=[], help="an unknown option of adapter_config.json to leave out"
+    )
     options, arguments = parse(parser, args)
+    how = {"check_base": not options.any_base, "ignore_options": options.ignore_option}
     module = build_module(options.model, arguments)
     try:
-        checkpoint = import_checkpoint(module, options.directory, options.name, check_base=not options.any_base)
+        checkpoint = import_checkpoint(module, options.directory, options.name, **how)
     except (FormatError, TargetError):
         module.setup("predict")  # a module may build its layers only here
-        checkpoint = import_checkpoint(module, options.directory, options.name, check_base=not options.any_base)
+        checkpoint = import_checkpoint(module, options.directory, options.name, **how)
     Path(options.checkpoint).parent.mkdir(parents=True, exist_ok=True)
     torch.save(checkpoint, options.checkpoint)
     names = ", ".join(entry["config"]["name"] for entry in checkpoint[KEY]["methods"])

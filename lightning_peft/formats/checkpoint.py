@@ -6,7 +6,7 @@ base is called. That is what most directories are made of.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -76,7 +76,11 @@ def _export(checkpoint: Mapping[str, Any], path: Any, directory: Any, name: str 
 
 @torch.no_grad()
 def import_checkpoint(
-    module: L.LightningModule, directory: str | Path, name: str | None = None, check_base: bool = True
+    module: L.LightningModule,
+    directory: str | Path,
+    name: str | None = None,
+    check_base: bool = True,
+    ignore_options: Collection[str] = (),
 ) -> dict[str, Any]:
     """The checkpoint that a run would have saved which trained the adapter of ``directory`` in ``module``.
 
@@ -88,6 +92,7 @@ def import_checkpoint(
         directory: an adapter directory.
         name: what to call the adapter; by default what it was called.
         check_base: refuse an adapter that was trained on another base.
+        ignore_options: unknown options to leave out.
 
     Raises:
         FormatError, StateError: see :func:`lightning_peft.load_adapter`; a head of another size than the module's.
@@ -95,7 +100,7 @@ def import_checkpoint(
     files = read_files(directory)
     name = name or saved_name(files)
     with naming(directory):
-        method, plan, own = read_plan(module, files, name, check_base)
+        method, plan, own = read_plan(module, files, name, check_base, ignore_options)
     state = module.state_dict()
     for key, value in own.items():
         if value.shape != state[key].shape:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 
 import lightning as L
@@ -27,6 +28,7 @@ from lightning_peft.formats.directory.seal import check_options
 from lightning_peft.formats.peft.base_values import take_own
 from lightning_peft.formats.peft.common_options import own_facts, shared_places
 from lightning_peft.formats.peft.converter import PREFIX, Options, Reading, Tensors
+from lightning_peft.formats.peft.older_layouts import in_current_layout
 from lightning_peft.formats.registry import converter_for_type
 from lightning_peft.methods.families.method import PEFTMethod
 from lightning_peft.trainer.brought_along import is_registered
@@ -42,6 +44,7 @@ def load_adapter(
     name: str | None = None,
     trainable: bool = False,
     check_base: bool = True,
+    ignore_options: Collection[str] = (),
 ) -> list[str]:
     """Put the adapter of a directory, ours or Hugging Face PEFT's, into ``model``.
 
@@ -57,6 +60,9 @@ def load_adapter(
         name: what to call the adapter; by default what it was called when it was saved.
         trainable: let its parameters train.
         check_base: refuse an adapter that was trained on another base. Files of PEFT's own do not say on which.
+        ignore_options: names of options in ``adapter_config.json`` that this release does not know and that change
+            nothing, as a newer PEFT or another tool may write them. By default an unknown option with a value is an
+            error, since it may change what the adapter computes.
 
     Returns:
         The adapters' names.
@@ -92,7 +98,7 @@ def load_adapter(
         if called in taken:
             raise ValueError(f"the model already has an adapter named {called!r}: give this one another name=")
         try:
-            plans[called] = _planned(root, files, called, trainable, check_base)
+            plans[called] = _planned(root, files, called, trainable, check_base, ignore_options)
         except StateError as error:
             hint = "; check_base=False skips this comparison" if "another base" in str(error) else ""
             raise StateError(f"{_told(files, root)}: {error}{hint}") from error
@@ -130,9 +136,11 @@ def saved_name(files: AdapterFiles) -> str:
     return str(own_facts(files.metadata, files.directory).get("config", {}).get("name", "default"))
 
 
-def _planned(root: nn.Module, files: AdapterFiles, name: str, trainable: bool, check_base: bool) -> tuple[Method, Plan]:
+def _planned(
+    root: nn.Module, files: AdapterFiles, name: str, trainable: bool, check_base: bool, ignored: Collection[str]
+) -> tuple[Method, Plan]:
     """The method and the plan by which ``root`` gets the adapter beside others; changes nothing."""
-    method, plan, own = read_plan(root, files, name, check_base)
+    method, plan, own = read_plan(root, files, name, check_base, ignored)
     if not trainable:
         for _, _, adapter, _ in plan.attach:
             adapter.requires_grad_(False)
@@ -141,7 +149,7 @@ def _planned(root: nn.Module, files: AdapterFiles, name: str, trainable: bool, c
 
 
 def read_plan(
-    root: nn.Module, files: AdapterFiles, name: str, check_base: bool
+    root: nn.Module, files: AdapterFiles, name: str, check_base: bool, ignored: Collection[str] = ()
 ) -> tuple[PEFTMethod, Plan, dict[str, Tensor]]:
     """The method that made an adapter, its plan with the values of the file, and what it trained of the base itself.
 
@@ -150,14 +158,16 @@ def read_plan(
         files: the adapter's.
         name: what to call it.
         check_base: whether to compare the base.
+        ignored: unknown options to leave out.
 
     Raises:
         FormatError, StateError: see :func:`load_adapter`.
     """
-    base = base_for_keys(root, [key.removeprefix(PREFIX) for key in files.tensors])
+    config, named = in_current_layout(files.config, files.tensors, base_of(root))
+    base = base_for_keys(root, [key.removeprefix(PREFIX) for key in named])
     if check_base and "fingerprint" in (facts := own_facts(files.metadata, files.directory)):
         check_fingerprint(base.module, facts["fingerprint"], plain=injection_of(root) is None)
-    options, tensors = Options(files.config), Tensors(files.tensors)
+    options, tensors = Options(config, ignored), Tensors(named)
     check_regexes(files.config, [name for name, _ in (*root.named_modules(), *root.named_parameters())])
     converter = converter_for_type(options.get("peft_type"))
     ours = own_facts(files.metadata, files.directory)

@@ -9,13 +9,15 @@ plain name. What is loaded is exactly what was saved.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_peft.core.registry import method_of_file
 from lightning_peft.core.targeting.base_model import Base
+from lightning_peft.core.targeting.base_modules import base_modules
+from lightning_peft.core.targeting.patterns import match
 from lightning_peft.core.untrusted import FormatError
 from lightning_peft.formats.directory.snapshot import Snapshot
 from lightning_peft.formats.peft.converter import PREFIX, Converter, Options, Reading, Tensors, Writing
@@ -43,10 +45,14 @@ class NativeConverter(Converter):
             for key, tensor in part.tensors.items()
         }
 
+        base = snapshot.base
+
         def inner(pattern: str) -> str:
             if pattern.startswith("re:"):
                 return f"re:{pattern[3:].removeprefix(re.escape(name) + re.escape('.'))}"
-            return pattern.removeprefix(f"{name}.")
+            short = pattern.removeprefix(f"{name}.")
+            meant = {base.inner(n) for n in _named(base.root, pattern)}
+            return short if meant == _named(base.module, short) else _exactly(meant) or short
 
         config = _with_patterns(method.config(), inner) if name else method.config()
         return Writing({"method": type(method).__name__, "config": config}, tensors)
@@ -68,13 +74,31 @@ def _make(kind: Any, config: Any, base: Base, name: str) -> PEFTMethod:
         raise FormatError(f"method must name a class and config hold its arguments, got {kind!r} and {config!r}")
 
     def outer(pattern: str) -> str:
-        return f"re:(?:{re.escape(base.name)}\\.)?(?:{pattern[3:]})" if pattern.startswith("re:") else pattern
+        if pattern.startswith("re:"):
+            return f"re:(?:{re.escape(base.name)}\\.)?(?:{pattern[3:]})"
+        meant = {base.outer(n) for n in _named(base.module, pattern)}
+        return pattern if meant == _named(base.root, pattern) else _exactly(meant) or pattern
 
     try:
         config = _with_patterns(config, outer) if base.name else config
         return method_of_file(kind, {**config, "name": name})
     except (TypeError, ValueError) as error:
         raise FormatError(f"{kind} cannot be made as the file says: {error}") from error
+
+
+def _named(module: nn.Module, pattern: str) -> set[str]:
+    """The modules and parameters that a pattern means by their names."""
+    if pattern.startswith("type:"):
+        return set()
+    parameters = {name: None for name, _ in module.named_parameters() if ".adapters." not in f".{name}"}
+    return {name for name in (*dict(base_modules(module)), *parameters) if name and match(pattern, name)}
+
+
+def _exactly(names: Collection[str | None]) -> str | None:
+    """A pattern for these names and no others; None where one has no name."""
+    if not names or None in names:
+        return None
+    return f"re:{'|'.join(sorted(re.escape(str(name)) for name in names))}"
 
 
 def _with_patterns(config: dict[str, Any], change: Callable[[str], str]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from lightning_peft.core.optional import config_value, input_embedding
 from lightning_peft.core.targeting.base_modules import base_modules
 from lightning_peft.core.targeting.ties import seen_once
 
-__all__ = ["Base", "base_for_keys", "base_of"]
+__all__ = ["Base", "base_for_keys", "base_of", "depth_of"]
 
 
 @dataclass(frozen=True)
@@ -104,11 +104,11 @@ def base_for_keys(root: nn.Module, keys: Iterable[str]) -> Base:
     first = base_of(root)
     candidates = [(first.name, first.module), *base_modules(root)]
     # max takes the first of equals: the base as it would be written, then the outermost.
-    name, _ = max(candidates, key=lambda candidate: sum(_depth(candidate[1], path) for path in paths))
+    name, _ = max(candidates, key=lambda candidate: sum(depth_of(candidate[1], path) for path in paths))
     return Base(root, name)
 
 
-def _depth(module: nn.Module, path: Iterable[str]) -> int:
+def depth_of(module: nn.Module, path: Iterable[str]) -> int:
     """How many parts of ``path`` name modules, one inside the other, from ``module`` on."""
     depth = 0
     for part in path:

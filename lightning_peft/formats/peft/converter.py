@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -101,6 +101,7 @@ class Options:
 
     Args:
         config: the file's content.
+        ignored: options that the user has said change nothing.
 
     Raises:
         FormatError: an option that names modules has a value of another type.
@@ -112,10 +113,10 @@ class Options:
         "inference_mode",
     )
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
+    def __init__(self, config: Mapping[str, Any], ignored: Collection[str] = ()) -> None:
         check_types(config)
         self._config = dict(config)
-        self._seen = set(self.COMMON)
+        self._seen = {*self.COMMON, *ignored}
 
     def get(self, option: str, default: Any = None) -> Any:
         """The value of ``option``."""
@@ -159,7 +160,10 @@ class Options:
             option, value = next(iter(left.items()))
             near = difflib.get_close_matches(option, self._seen, n=1)
             hint = f"; nearest known: {near[0]!r}" if near else ""
-            raise FormatError(f"unknown option {option}={value!r} for peft_type {self._config['peft_type']!r}{hint}")
+            raise FormatError(
+                f"unknown option {option}={value!r} for peft_type {self._config['peft_type']!r}{hint}; it may change "
+                f"what the adapter computes. If it does not, load with ignore_options=[{option!r}]"
+            )
 
 
 class Tensors:

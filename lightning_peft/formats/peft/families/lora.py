@@ -23,6 +23,7 @@ from lightning_peft.formats.peft.families.lora_tensors import (
     take_parameter,
     within_rank,
 )
+from lightning_peft.formats.peft.older_layouts import check_not_renamed
 from lightning_peft.formats.peft.patterns import clean, most_common, our_pattern, pattern_keys, pattern_value
 from lightning_peft.formats.peft.targets import parameters_of, resolve, target_modules, target_parameters
 from lightning_peft.formats.peft.trainable_tokens import take_tokens, write_tokens
@@ -65,6 +66,7 @@ class LoRAConverter(Converter):
             config["lora_bias"] = True
         if parameters:
             config["target_parameters"] = target_parameters(parameters, snapshot.base)
+        check_not_renamed(config["target_modules"], snapshot.base)
         tensors = {key: value for entry in found for key, value in entry.tensors.items()}
         if rows := write_tokens(snapshot):
             config["trainable_token_indices"] = rows.config

@@ -131,9 +131,11 @@ class PrefixTuningConverter(Converter):
         method = snapshot.method
         assert isinstance(method, PrefixTuning)
         if method.gate:
-            raise NotInPeftError("PEFT's prefixes have no gate")
+            raise NotInPeftError("PEFT's prefixes have no gate. Train with gate=False for PEFT to read it")
         if not method.shift_positions:
-            raise NotInPeftError("PEFT counts positions from the end of the prefix: shift_positions=True computes that")
+            raise NotInPeftError(
+                "PEFT counts positions from the end of the prefix. Train with shift_positions=True for PEFT to read it"
+            )
         (task, heads), adapters = task_of(snapshot.base), _adapters(snapshot, PrefixAdapter)
         everywhere = find_attention(snapshot.base.module, "all-attention", (), method.kv_dim)
         if adapters.keys() != everywhere.keys() or task == "SEQ_2_SEQ_LM":
