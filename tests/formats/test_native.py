@@ -65,7 +65,7 @@ def build(name: str) -> nn.Module:
 
 
 @pytest.mark.parametrize("case", list(METHODS))
-def test_what_is_loaded_is_exactly_what_was_saved(case, tmp_path):
+def test_what_is_loaded_is_exactly_what_was_saved(case, tmp_path, monkeypatch):
     name, make = METHODS[case]
     base, x = build(name), tokens()
     ours = adapted(base, make())
@@ -78,6 +78,8 @@ def test_what_is_loaded_is_exactly_what_was_saved(case, tmp_path):
     again = copy.deepcopy(base)
     load_adapter(again, tmp_path / "a", name="other")
     assert torch.equal(logits(again, x), logits(ours, x))
+    # An adapted nn.MultiheadAttention has no fused path, whose kernels round in their own way.
+    monkeypatch.setattr(torch.backends.mha, "_is_fastpath_enabled", False)
     with lp.disabled(again):
         assert torch.equal(logits(again, x), logits(base, x))
     save_adapter(again, tmp_path / "b")

@@ -300,8 +300,8 @@ def _same_gradients_checkpointed(row: Row, kind: Kind, reentrant: bool) -> None:
         output = checkpoint(model, *batch, use_reentrant=reentrant) if checkpointed else model(*batch)
         output.pow(2).mean().backward()
         gradients.append({k: p.grad.clone() for k, p in trained_parameters(model).items()})
-    for key, gradient in gradients[0].items():
-        close(gradients[1][key], gradient, 1e-6)
+    for key, gradient in gradients[0].items():  # a forward without a graph may run other kernels: float32's rounding
+        close(gradients[1][key], gradient, 1e-5)
 
 
 @pytest.mark.parametrize(("method", "kind"), REFUSED)
