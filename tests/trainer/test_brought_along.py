@@ -140,6 +140,21 @@ def test_a_network_that_was_adapted_before_it_was_wrapped(tmp_path: Path) -> Non
 
 
 @installed
+def test_a_trainer_of_the_other_package_finds_it_too(tmp_path: Path) -> None:
+    import pytorch_lightning as pl
+
+    module_class = type("Other", (pl.LightningModule,), {k: v for k, v in vars(Wraps).items() if k != "__init__"})
+    network, module = Toy().body, module_class()
+    lp.apply(network, lora())
+    module.networks = nn.ModuleList([network])
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    run = pl.Trainer(max_epochs=1, accelerator="cpu", default_root_dir=tmp_path, **quiet)
+    run.fit(module, loader())
+    run.save_checkpoint(tmp_path / "x.ckpt")
+    assert "lightning_peft" in torch.load(tmp_path / "x.ckpt", weights_only=True)
+
+
+@installed
 def test_parts_that_were_adapted_separately_are_refused(tmp_path: Path) -> None:
     networks = [Toy().body, Toy().body]
     for network in networks:
