@@ -114,7 +114,11 @@ def try_forward(model: nn.Module, prepare: Callable[[nn.Module], None] | None = 
 
 
 def failure(model: nn.Module, prepare: Callable[[nn.Module], None]) -> tuple[bool, Exception | None]:
-    """Whether ``model`` can be tried, and what its forward raises once ``prepare`` has changed the copy."""
+    """Whether ``model`` can be tried, and what its forward raises once ``prepare`` has changed the copy.
+
+    Nothing is raised if one of several inputs that the model takes works: the others may not be those it is made for.
+    """
+    error: Exception | None = None
     for args, kwargs in _inputs(model):
         try:
             if not _run(model, args, kwargs):
@@ -123,10 +127,11 @@ def failure(model: nn.Module, prepare: Callable[[nn.Module], None]) -> tuple[boo
             continue
         try:
             _run(model, args, kwargs, prepare)
-        except Exception as error:
-            return True, error
-        return True, None
-    return False, None
+        except Exception as raised:
+            error = raised
+        else:
+            return True, None
+    return error is not None, error
 
 
 def _run(
