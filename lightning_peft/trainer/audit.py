@@ -84,7 +84,11 @@ def _looks_fresh(weight: Tensor, any_bound: bool = False) -> bool:
     With ``any_bound`` a uniform distribution of any width counts (Xavier, Kaiming), which no training leaves behind.
     """
     weight = local_part(weight)
-    if weight.is_meta or not weight.is_floating_point() or weight.numel() < 64:
+    if weight.is_meta or not weight.is_floating_point() or not weight.numel():
+        return False
+    if not weight.any():
+        return not any_bound  # a head of zeros has not trained; another layer of zeros tells nothing of the rest
+    if weight.numel() < 64:
         return False
     w = weight.detach().flatten()[:65536].float()
     std, kurtosis = w.std().item(), (w**4).mean().item() / (w**2).mean().item() ** 2

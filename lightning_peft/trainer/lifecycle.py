@@ -19,6 +19,7 @@ from lightning_peft.core.state.state_dict import settle
 from lightning_peft.trainer import audit, logs
 from lightning_peft.trainer.averaging import adapt_averaging
 from lightning_peft.trainer.checkpoints.written import try_saving
+from lightning_peft.trainer.modes import TrainingMode
 from lightning_peft.trainer.resume.dataloaders import TrainingLoaders
 from lightning_peft.trainer.resume.rng_state import gather, mine, rng_state
 from lightning_peft.trainer.strategy import adapt_strategy
@@ -38,6 +39,7 @@ class Lifecycle(Callback):
         self._unfrozen: audit.UnfrozenAudit | None = None
         self._calls: audit.CallAudit | None = None
         self._called: set[str] | None = None
+        self._modes: TrainingMode | None = None
         self._watched: set[str] = set()  # which stages had their first batch watched
         self._ranks_checked = False
 
@@ -58,6 +60,7 @@ class Lifecycle(Callback):
         self._unfrozen = audit.UnfrozenAudit(pl_module)
         # With several optimizers, parameters take turns.
         self._gradient_audit = audit.GradientAudit(pl_module) if len(trainer.optimizers) == 1 else None
+        self._modes = TrainingMode(pl_module)
         record = injection_of(pl_module)
         if record is not None and trainer.is_global_zero:
             logs.log_start(trainer, record)
@@ -71,6 +74,8 @@ class Lifecycle(Callback):
         self._gradients = {}
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        if self._modes is not None:
+            self._modes.enter()  # in every batch, since hooks may put the module that carries an adapter in eval mode
         self._watch("training", pl_module)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
@@ -95,6 +100,7 @@ class Lifecycle(Callback):
                 self._gradient_audit = None
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._leave_modes()
         if self._gradient_audit is not None:
             self._gradient_audit.finish()
 
@@ -123,7 +129,13 @@ class Lifecycle(Callback):
             self._watched.add(stage)
             self._called = calls.report(stage)
 
+    def _leave_modes(self) -> None:
+        if self._modes is not None:
+            self._modes.leave()
+            self._modes = None
+
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._leave_modes()
         if self._calls is not None:
             self._calls.finish()
             self._calls = None

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from lightning_peft.core.names import numbers_as_stars
+from lightning_peft.core.names import listed, numbers_as_stars
 
 __all__ = ["Entry", "Report"]
 
@@ -34,12 +34,14 @@ class Report:
         total: the number of all parameters, the adapters' included.
         entries: what was done, in order.
         notes: what was left alone and why.
+        in_eval_mode: the frozen modules that stay in eval mode during the fit.
     """
 
     trainable: int = 0
     total: int = 0
     entries: list[Entry] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    in_eval_mode: list[str] = field(default_factory=list)
 
     @property
     def modules(self) -> dict[str, str]:
@@ -100,9 +102,17 @@ class Report:
             table.add_row(name or "(the model)", str(count), what, f"{parameters:,}")
         table.add_section()
         table.add_row("all", str(len(self.modules)), self.summary(), f"{self.trainable:,}")
-        table.caption = "\n".join(self.notes) or None
+        table.caption = "\n".join([*self.notes, *self._mode_note()]) or None
         table.caption_justify = "left"
         return table
+
+    def _mode_note(self) -> list[str]:
+        if not self.in_eval_mode:
+            return []
+        which = listed(name or "the model" for name in self.in_eval_mode)
+        return [
+            f"The frozen base stays in eval mode, without its own dropout: {which}; train() before fit changes that"
+        ]
 
     def summary(self) -> str:
         """One line: trainable of total, and percent."""

@@ -1,0 +1,58 @@
+"""What trains is in training mode during a fit, whatever the mode of the module that carries it.
+
+Lightning keeps the modes that the user's modules have, and ``from_pretrained`` leaves a model in eval mode. An adapter
+in eval mode would train without its dropout, its rank sampling and its stochastic depth.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from lightning_peft.core.adapters.lookup import stacks
+from lightning_peft.core.class_swap import has_mixin
+from lightning_peft.core.record import injected_module, injection_of
+from lightning_peft.core.state.freezing import FrozenNorm
+from lightning_peft.core.targeting.base_modules import base_modules
+
+__all__ = ["TrainingMode"]
+
+
+class TrainingMode:
+    """The adapters of ``model`` that train and the modules that train in full, and their modes before the fit."""
+
+    def __init__(self, model: nn.Module) -> None:
+        found = [adapter for stack in stacks(model).values() for adapter in stack.values()]
+        record = injection_of(model)
+        if record is not None:
+            root = injected_module(model)
+            found += [root.get_submodule(name) for trains in record.trains.values() for name in trains.modules]
+            found = [module for module in found if any(p.requires_grad for p in module.parameters())]
+            record.report.in_eval_mode = _in_eval_mode(model, found)
+        self._modules = found
+        self._before: dict[nn.Module, bool] = {}
+
+    def enter(self) -> None:
+        """Put what trains in training mode; cheap where it already is."""
+        for module in self._modules:
+            if not module.training and not has_mixin(module, FrozenNorm):
+                self._before = {**{m: m.training for m in module.modules()}, **self._before}
+                module.train()
+
+    def leave(self) -> None:
+        """Put every module that :meth:`enter` changed back into its mode."""
+        for module, mode in self._before.items():
+            module.training = mode
+        self._before = {}
+
+
+def _in_eval_mode(model: nn.Module, trained: list[nn.Module]) -> list[str]:
+    """The outermost modules in eval mode that hold frozen parameters, by name."""
+    inside = {part for module in trained for part in module.modules()}
+    found: list[str] = []
+    for name, module in base_modules(model):
+        if any(outer == "" or name.startswith(f"{outer}.") for outer in found):
+            continue
+        frozen = any(not p.requires_grad for p in module.parameters())
+        if not module.training and frozen and module not in inside and not has_mixin(module, FrozenNorm):
+            found.append(name)
+    return found
