@@ -77,19 +77,25 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
 
 
 def freeze_norm_statistics(model: nn.Module) -> list[str]:
-    """Put every norm layer that has running statistics and no trainable parameter in eval mode for good.
+    """Put every norm layer that has running statistics and does not train in full in eval mode for good.
 
-    Otherwise the statistics of a frozen base move with every training batch. Returns the layers' names.
+    Otherwise the statistics of the base move with every training batch, also where only the layer's bias trains.
+    Returns the layers' names.
     """
     frozen = []
     for name, module in base_modules(model):
         has_statistics = isinstance(getattr(module, "running_mean", None), Tensor)
-        if has_statistics and not any(p.requires_grad for p in module.parameters(recurse=False)):
+        if has_statistics and not _trains_in_full(module):
             mode = bool(module._mode_asked) if has_mixin(module, FrozenNorm) else module.training
             add_mixin(module, FrozenNorm)
             module.train(mode)
             frozen.append(name)
     return frozen
+
+
+def _trains_in_full(module: nn.Module) -> bool:
+    own = list(module.parameters(recurse=False))
+    return bool(own) and all(p.requires_grad for p in own)
 
 
 def hold_statistics(module: nn.Module) -> None:
@@ -163,8 +169,7 @@ def set_thawed(model: nn.Module, names: Iterable[str]) -> None:
 def _after(root: nn.Module, record: Injection) -> None:
     """What follows from a change of what trains: norm statistics, and the count."""
     for module in root.modules():
-        trains = any(p.requires_grad for p in module.parameters(recurse=False))
-        if has_mixin(module, FrozenNorm) and trains and not module._hold_statistics:
+        if has_mixin(module, FrozenNorm) and _trains_in_full(module) and not module._hold_statistics:
             remove_mixin(module, FrozenNorm)
             module.train(getattr(module, "_mode_asked", root.training))
     if not any(method.train_norm_stats for method in record.methods.values()):

@@ -240,6 +240,16 @@ class TestNormStatistics:
         assert moved == (set(before) if move else set())
         assert any("running_mean" in k for k in lp.adapter_state(model)) == move
 
+    @pytest.mark.parametrize(
+        "method", [lp.BitFit(), lp.NormTuning(parts="bias"), lp.LinearProbe(trainable=["blocks.0.norm.weight"])]
+    )
+    def test_layers_that_train_in_part_keep_theirs(self, method, tmp_path):
+        model = ConvNet()
+        lp.apply(model, method)
+        before = {n: b.clone() for n, b in model.named_buffers()}
+        model.train()(torch.randn(4, 1, 8, 8))
+        assert all(torch.equal(b, before[n]) for n, b in model.named_buffers())
+
     def test_trained_blocks_move_theirs(self):
         model = ConvNet()
         lp.apply(model, lp.LastLayers(n=1))
