@@ -188,7 +188,7 @@ class AdaLoRA(WeightMethod):
             raise ValueError("AdaLoRA needs to know the number of optimizer steps: give total_step")
         self.step += 1
         adapters, end = self.adapters(model), self._total - self.tfinal
-        if self.step < end:
+        if self.step < end or (self.step == end and not self._scores):  # with a single step, its own scores count
             for name, adapter in adapters.items():
                 for key, parameter in adapter.triplets().items():
                     self._score(f"{name}.{key}", parameter)

@@ -57,6 +57,8 @@ class OFTAdapter(WeightAdapter):
         self.oft_R = nn.Parameter(torch.zeros(*batch, 1 if share else self.blocks, entries))
         upper = torch.triu_indices(block_size, block_size, 1)
         self.register_buffer("places", upper[0] * block_size + upper[1], persistent=False)
+        if eps < math.inf:
+            self.register_state_dict_pre_hook(_store_constrained)
 
     def constrained(self) -> Tensor:
         """The entries, those of each block that left the ball put back onto it; their gradient passes through."""
@@ -65,6 +67,11 @@ class OFTAdapter(WeightAdapter):
         radius = self.eps / math.sqrt(self.oft_R.shape[-2])
         inside = self.oft_R.detach() * (radius / norm.clamp_min(radius))
         return self.oft_R + (inside - self.oft_R.detach())
+
+    @torch.no_grad()
+    def constrain(self) -> None:
+        """Put the stored entries back onto the ball, so that what is stored is what is computed with."""
+        self.oft_R.copy_(self.constrained())
 
     def rotation(self) -> Tensor:
         """The blocks of R (..., blocks, b, b); while training each is the identity with probability ``dropout``."""
@@ -112,6 +119,14 @@ class OFTAdapter(WeightAdapter):
 
     def extra_repr(self) -> str:
         return f"blocks={self.blocks}, block_size={self.block_size}"
+
+
+def _store_constrained(adapter: nn.Module, *_: Any) -> None:
+    """Before ``state_dict``: training without a Trainer leaves the ball with its last step."""
+    assert isinstance(adapter, OFTAdapter)
+    # Sharded entries need every rank, and state_dict may be called on one; the callback keeps those in the ball.
+    if not hasattr(adapter.oft_R, "placements") and not torch.equal(adapter.oft_R, adapter.constrained()):
+        adapter.constrain()
 
 
 def _neumann(q: Tensor, eye: Tensor, terms: int) -> Tensor:
@@ -218,13 +233,12 @@ class OFT(WeightMethod):
         terms = self.num_cayley_neumann_terms if self.use_cayley_neumann else 0
         return OFTAdapter(site, size, self.block_share, terms, self.dropout, self.eps if self.coft else math.inf)
 
-    @torch.no_grad()
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         for part in self.parts(pl_module).values() if self.coft else ():
             assert isinstance(part, OFTAdapter)
-            part.oft_R.copy_(part.constrained())  # so that what is stored is what is computed with
+            part.constrain()  # after the step and before a checkpoint
 
     def plan(self, model: nn.Module) -> Plan:
         plan = super().plan(model)

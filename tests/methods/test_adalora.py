@@ -68,6 +68,15 @@ def theirs_by_ours(theirs):
     return found
 
 
+@pytest.mark.parametrize("options", [{"max_steps": 1}, {"fast_dev_run": True}, {"limit_train_batches": 1}])
+def test_a_run_of_a_single_step(options):
+    method, module = lp.AdaLoRA(target_r=2, init_r=3), Module()
+    trainer(method, **{"max_epochs": 1, **options}).fit(module)
+    ranks = method.ranks(module)
+    assert method.step == 1
+    assert sum(ranks.values()) == 2 * len(ranks)
+
+
 @pytest.mark.parametrize(
     "changed", [{}, {"tinit": 0, "tfinal": 1, "deltaT": 1}, {"orth_reg_weight": 0.0}, {"target_r": 1, "deltaT": 3}]
 )

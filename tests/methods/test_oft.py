@@ -2,6 +2,7 @@
 
 import copy
 
+import peft
 import pytest
 import torch
 from torch import nn
@@ -50,7 +51,6 @@ def test_fit():
 @pytest.mark.parametrize("terms", [0, 2, 4, 5, 7])
 @pytest.mark.parametrize("case", ["linear", "share", "r", "embedding", "pointwise", "coft", "coft share"])
 def test_parity_with_peft(case, terms):
-    peft = pytest.importorskip("peft")
     torch.manual_seed(0)
     name, options, theirs = "oft_R.default.weight", {"block_size": 4}, {"r": 0, "oft_block_size": 4}
     base, x, targets = net(), torch.randn(2, 5, 8), ["0", "2", "4"]
@@ -205,12 +205,25 @@ def test_constrained_blocks_stay_in_their_ball():
     assert ((turned < 2 * radius) & (turned > radius)).all()  # R - I is close to -2 Q
 
 
+def test_what_is_saved_is_what_is_computed_with(tmp_path):
+    model, x = net(), torch.randn(3, 8)
+    lp.apply(model, oft(coft=True, eps=0.1))
+    perturb(model, scale=5.0)  # as an optimizer's step does, without a Trainer
+    lp.save_adapter(model, tmp_path)
+    loaded = net()
+    lp.load_adapter(loaded, tmp_path, trainable=True)
+    torch.testing.assert_close(loaded(x), model(x))
+    theirs = peft.PeftModel.from_pretrained(net(), tmp_path)
+    torch.testing.assert_close(theirs(x), model(x))
+    perturb(loaded, scale=5.0)  # training goes on in the ball
+    assert (loaded(x) - net()(x)).abs().max() < 0.5
+
+
 def test_training_keeps_the_constrained_entries_themselves_in_the_ball():
     model, method = Classifier(), lp.OFT(4, targets=["qkv"], coft=True, eps=0.01, trainable=["head"])
     trainer(".", method, epochs=3).fit(model)
     parts = method.parts(model)
     assert len(parts) == 3
-    method.on_train_batch_start(None, model, None, 0)
     for part in parts.values():
         norms = 2**0.5 * part.oft_R.detach().norm(dim=-1)
         assert (norms <= 0.01 / part.blocks**0.5 * 1.0001).all()

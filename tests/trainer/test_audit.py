@@ -52,6 +52,16 @@ def test_a_fresh_head_on_a_pretrained_base(tmp_path: Path) -> None:
     assert fit(tmp_path, trained, lora(trainable=[])) == []
 
 
+def test_a_head_of_zeros_is_fresh(tmp_path: Path) -> None:
+    module = pretrained(Toy(width=64))
+    nn.init.zeros_(module.head.weight)
+    with pytest.raises(lp.AuditError, match=r"output head 'head' is frozen.*trainable=\['head'\]"):
+        fit(tmp_path, module, lora(trainable=[]))
+    module = Toy(width=16)
+    nn.init.zeros_(module.head.weight)
+    assert fit(tmp_path, module, lora()) == []
+
+
 class Absent(Toy):
     def configure_optimizers(self) -> Any:
         return torch.optim.SGD(self.head.parameters(), lr=0.1)

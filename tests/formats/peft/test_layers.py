@@ -158,7 +158,7 @@ def test_projections_that_no_seed_gives(tmp_path):
 
 
 @pytest.mark.parametrize("share", [False, True])
-def test_constrained_rotations_are_cut_down_once(share, tmp_path):
+def test_constrained_rotations_are_cut_down(share, tmp_path):
     base, x = build("llama"), tokens()
     config = peft.OFTConfig(
         target_modules=["q_proj", "up_proj"], oft_block_size=4, coft=True, eps=0.5, block_share=share

@@ -13,13 +13,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from lightning_peft.core.targeting.base_model import Base
 from lightning_peft.core.untrusted import FormatError
 from lightning_peft.formats.directory.snapshot import Snapshot
-from lightning_peft.formats.peft.converter import NotInPeftError, Options, Reading, Tensors
+from lightning_peft.formats.peft.converter import NotInPeftError, Options
 from lightning_peft.formats.peft.layers import Layer, LayerConverter, flag
 from lightning_peft.formats.peft.patterns import clean, most_common, our_pattern, pattern_keys, pattern_value
 from lightning_peft.methods.families.weight import WeightMethod
@@ -164,7 +161,7 @@ class OFTConverter(LayerConverter):
     """``peft_type`` OFT.
 
     PEFT's rotation of a convolution's input is not the one that it merges, but for a kernel of one; only that is
-    exchanged. With ``coft`` it cuts the entries down whenever it runs, which is done once on reading.
+    exchanged. With ``coft`` both cut the entries down to the same ball whenever they run.
     """
 
     peft_type = "OFT"
@@ -195,7 +192,8 @@ class OFTConverter(LayerConverter):
             "block_share": method.block_share,
             "use_cayley_neumann": method.use_cayley_neumann,
             "num_cayley_neumann_terms": method.num_cayley_neumann_terms,
-            "coft": False,
+            "coft": method.coft,
+            "eps": method.eps,
             "bias": "none",
             "init_weights": True,
         }
@@ -204,28 +202,14 @@ class OFTConverter(LayerConverter):
         if options.get("oft_block_size") is None:
             raise FormatError("oft_block_size is missing: before PEFT 0.14 OFT was another function")
         terms = options.get("num_cayley_neumann_terms", 5)
-        options.ignore("coft", "eps")
         return OFT(
             block_size=options.get("oft_block_size", 32) or None,
             r=options.get("r", 0) or None,
             dropout=options.number("module_dropout", 0.0),
             block_share=flag(options, "block_share"),
             use_cayley_neumann=flag(options, "use_cayley_neumann", True),
+            coft=flag(options, "coft"),
+            eps=options.number("eps", 6e-5),
             num_cayley_neumann_terms=4 if terms == 3 else terms,
             **arguments,
         )
-
-    def read(self, options: Options, tensors: Tensors, base: Base, name: str, **common: Any) -> Reading:
-        reading = super().read(options, tensors, base, name, **common)
-        if flag(options, "coft"):
-            eps = options.number("eps", 6e-5)
-            for mine in reading.tensors.values():
-                mine["oft_R"] = _within(mine["oft_R"], eps)
-        return reading
-
-
-def _within(entries: Tensor, eps: float) -> Tensor:
-    """Each block's entries above the diagonal (blocks, n), no skew matrix longer than eps / sqrt(blocks)."""
-    limit = eps / math.sqrt(len(entries))
-    length = math.sqrt(2) * entries.float().norm(dim=-1, keepdim=True)  # each entry is in the matrix twice
-    return torch.where(length <= limit, entries, entries * (limit / length.clamp(min=limit)).to(entries.dtype))
