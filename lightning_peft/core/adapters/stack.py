@@ -198,7 +198,9 @@ class Adapted(nn.Module):
     adapters: AdapterStack
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        run = functools.partial(self.adapters.run, self, super().forward)
+        # Not by attribute: __getattr__ below would first look for an adapted value.
+        stack = cast(AdapterStack, self._modules["adapters"])
+        run = functools.partial(stack.run, self, super().forward)
         return run_with_values(self, {}, run, (args, kwargs), {})
 
     def __getattr__(self, name: str) -> Any:
