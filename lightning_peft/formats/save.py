@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from lightning_peft.core.injection.saving_trial import saving_trials
 from lightning_peft.core.record import injection_of
+from lightning_peft.core.state.adapter_records import uncopied
 from lightning_peft.formats.directory.card import model_card
-from lightning_peft.formats.directory.files import write_files
+from lightning_peft.formats.directory.files import check_content, json_text, write_files
 from lightning_peft.formats.directory.snapshot import Snapshot, take_snapshot
 from lightning_peft.formats.native import NATIVE, NativeConverter
 from lightning_peft.formats.peft.base_values import modules_to_save, write_own
@@ -20,7 +21,7 @@ from lightning_peft.formats.peft.common_options import METADATA, common_options,
 from lightning_peft.formats.peft.converter import PREFIX, NotInPeftError
 from lightning_peft.formats.registry import converter_for_method
 
-__all__ = ["save_adapter", "write_snapshots"]
+__all__ = ["save_adapter", "try_writing", "write_snapshots"]
 
 
 def save_adapter(model: nn.Module, directory: str | Path, name: str | None = None, **options: Any) -> list[str]:
@@ -66,6 +67,32 @@ def write_snapshots(snapshots: Mapping[str, Snapshot], directory: str | Path, **
 
 def write_snapshot(snapshot: Snapshot, directory: Path, **options: Any) -> None:
     """Write what one method has put into a model."""
+    config, tensors, metadata, card = _content(snapshot, **options)
+    write_files(directory, config, tensors, metadata, card)
+
+
+def try_writing(model: nn.Module, name: str) -> str | None:
+    """Do all that saving an adapter does, except copying tensors, looking at their values and writing files.
+
+    Returns:
+        A note for the user if PEFT has the method and cannot read this adapter.
+
+    Raises:
+        Exception: whatever saving would raise.
+    """
+    snapshot = take_snapshot(model, name, uncopied)
+    config, tensors, _, _ = _content(snapshot)
+    check_content(config, tensors, values=False)
+    if config["peft_type"] != NATIVE or converter_for_method(snapshot.method) is None:
+        return None
+    return f"lp.save_adapter will write this package's own form, which PEFT cannot read: {config['reason']}"
+
+
+saving_trials.append(try_writing)
+
+
+def _content(snapshot: Snapshot, **options: Any) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, str], str]:
+    """The configuration, the tensors, the metadata of their file, and the model card of an adapter directory."""
     converter = converter_for_method(snapshot.method)
     own: dict[str, Any]
     prefix = PREFIX if converter is None else converter.prefix
@@ -81,8 +108,8 @@ def write_snapshot(snapshot: Snapshot, directory: Path, **options: Any) -> None:
         prefix = PREFIX
     config = {**common_options(snapshot, peft_type), **writing.config, **own}
     tensors = writing.tensors | write_own(snapshot, writing.wrapped, prefix)
-    metadata = {METADATA: json.dumps(_facts(snapshot))}
-    write_files(directory, config, tensors, metadata, model_card(snapshot, config, tensors))
+    metadata = {METADATA: json_text(_facts(snapshot))}
+    return config, tensors, metadata, model_card(snapshot, config, tensors)
 
 
 def _facts(snapshot: Snapshot) -> dict[str, Any]:

@@ -18,10 +18,10 @@ from lightning_peft.core.state.consistency import check_record, update_base
 from lightning_peft.core.state.state_dict import settle
 from lightning_peft.trainer import audit, logs
 from lightning_peft.trainer.averaging import adapt_averaging
-from lightning_peft.trainer.checkpoints.written import try_saving
 from lightning_peft.trainer.modes import TrainingMode
 from lightning_peft.trainer.resume.dataloaders import TrainingLoaders
 from lightning_peft.trainer.resume.rng_state import gather, mine, rng_state
+from lightning_peft.trainer.saving_trial import try_saving
 from lightning_peft.trainer.strategy import adapt_strategy
 
 __all__ = ["Lifecycle"]

@@ -6,6 +6,7 @@ cannot be changed) is found while planning. Should the change fail all the same,
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
@@ -14,12 +15,13 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lightning_peft.core.adapters.effective_weights import lost_input
-from lightning_peft.core.adapters.lookup import hosts
+from lightning_peft.core.adapters.lookup import hosts, stacks
 from lightning_peft.core.adapters.stack import AdapterStack
 from lightning_peft.core.class_swap import check_mixin, original_class
 from lightning_peft.core.injection.attach import attach, check_host
 from lightning_peft.core.injection.rollback import all_or_nothing
 from lightning_peft.core.injection.saving_base import watch_saving
+from lightning_peft.core.injection.saving_trial import saving_problem
 from lightning_peft.core.injection.trial import trial_problem
 from lightning_peft.core.injection.widen import widen
 from lightning_peft.core.names import canonical
@@ -68,7 +70,7 @@ def apply(model: nn.Module, *methods: Method) -> Report:
     Raises:
         TargetError: a pattern matches nothing.
         InjectionError: two methods under one name; a model that is compiled or sharded, or a part of one that has
-            methods already; a module that can take no adapter; no method at all.
+            methods already; a module that can take no adapter; an adapter that could not be saved; no method at all.
         StateError: a module that carries adapters was replaced or resized after they were put in.
 
     Example::
@@ -86,22 +88,38 @@ def apply(model: nn.Module, *methods: Method) -> Report:
     plans = {method.name: (method, _plan(model, method)) for method in new}
     _check_order(model, [plan for _, plan in plans.values()])
     _check_trial(model, plans)
-    return put_in(model, plans)
+    return put_in(model, plans, try_saving=True)
 
 
-def put_in(model: nn.Module, plans: Mapping[str, tuple[Method, Plan]]) -> Report:
+def put_in(model: nn.Module, plans: Mapping[str, tuple[Method, Plan]], try_saving: bool = False) -> Report:
     """Carry out what :func:`apply` planned: the methods and their plans, by adapter name.
 
     Raises:
-        InjectionError: a module cannot take an adapter of that name; nothing was changed.
+        InjectionError: a module cannot take an adapter of that name, or, with ``try_saving``, an adapter could not be
+            saved; nothing was changed.
         Exception: whatever stopped the change, which is undone then.
     """
     _check_hosts(model, plans)
     with all_or_nothing(model):
         report = _put_in(model, plans)
+        for name, (method, _) in plans.items() if try_saving else ():
+            _check_saving(model, name, getattr(method, "audit", "error"))
     for call in after_injection:
         call(model)
     return report
+
+
+def _check_saving(model: nn.Module, name: str, audit: str) -> None:
+    """Refuse what could not be saved after training; of a merged model nothing can be saved, and nothing is tried."""
+    if audit == "off" or any(stack.merged is not None for stack in stacks(model).values()):
+        return
+    problem, _ = saving_problem(model, name)
+    if problem is None:
+        return
+    message = f"{problem}. Change that before training (audit='warn' or 'off' lets it pass)"
+    if audit == "error":
+        raise InjectionError(message)
+    warnings.warn(message, stacklevel=4)
 
 
 def _check_hosts(model: nn.Module, plans: Mapping[str, tuple[Method, Plan]]) -> None:
@@ -153,7 +171,7 @@ def _put_in(model: nn.Module, plans: Mapping[str, tuple[Method, Plan]]) -> Repor
         adapters = any(p.requires_grad for _, _, adapter, _ in plan.attach for p in adapter.parameters())
         modules, parameters = with_tied(model, plan.train_modules, plan.train)
         record.trains[name] = Trains(modules, (*parameters, *plan.later), adapters)
-        record.parts[name] = list(parts_of(model, name, tensors=False))
+        record.parts[name] = list(parts_of(model, name, take=None))
         record.hosts[name] = tuple(dict.fromkeys(canonical(host) for host, *_ in plan.attach))
     record.later = {n: v for n, v in record.later.items() if v is not None or not model.get_parameter(n).requires_grad}
     if not any(method.train_norm_stats for method in record.methods.values()):

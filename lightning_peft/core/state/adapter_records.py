@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -23,7 +23,17 @@ from lightning_peft.core.targeting.layouts import (
     weight_name,
 )
 
-__all__ = ["Part", "kind_of", "layer_facts", "parts_of", "whole"]
+__all__ = ["Part", "kind_of", "layer_facts", "parts_of", "uncopied", "whole"]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """``tensor`` on the CPU and of its own; of a sharded one all of it."""
+    return gather_full(tensor).detach().to("cpu", copy=True).contiguous()
+
+
+def uncopied(tensor: Tensor) -> Tensor:
+    """``tensor`` itself, without a gradient: for a trial that writes nothing."""
+    return tensor.detach()
 
 
 @dataclass
@@ -54,13 +64,13 @@ class Part:
         return weight_name(self.host, self.parameter, bare=self.kind == "Parameter")
 
 
-def parts_of(model: nn.Module, name: str, tensors: bool = True) -> Iterator[Part]:
+def parts_of(model: nn.Module, name: str, take: Callable[[Tensor], Tensor] | None = whole) -> Iterator[Part]:
     """The adapters called ``name`` in ``model``; copies of the base's own values are none.
 
     Args:
         model: the module that carries them.
         name: the adapter's.
-        tensors: whether to copy their tensors.
+        take: what to do with each of their tensors; None leaves them out.
     """
     for host_name, host in hosts(model):
         stack = cast(AdapterStack, host.adapters)
@@ -72,23 +82,16 @@ def parts_of(model: nn.Module, name: str, tensors: bool = True) -> Iterator[Part
                 facts = {n: getattr(part, n) for n in ("r", "scale", "tokens") if hasattr(part, n)}
                 facts |= layer_facts(host, part.layout)
                 kind = kind_of(host, part.layout)
-                yield Part(
-                    canonical(host_name), parameter, kind, tuple(stored.shape), facts, _tensors(part) if tensors else {}
-                )
+                yield Part(canonical(host_name), parameter, kind, tuple(stored.shape), facts, _tensors(part, take))
             if not weights and not adapter.copies():
-                yield Part(
-                    canonical(host_name),
-                    "",
-                    original_class(host).__name__,
-                    (),
-                    {},
-                    _tensors(adapter) if tensors else {},
-                )
+                kind = original_class(host).__name__
+                yield Part(canonical(host_name), "", kind, (), {}, _tensors(adapter, take))
 
 
-def _tensors(adapter: Adapter) -> dict[str, Tensor]:
-    own = adapter.state_dict()
-    return {key: whole(value) for key, value in own.items() if not key.startswith("replacement.")}
+def _tensors(adapter: Adapter, take: Callable[[Tensor], Tensor] | None) -> dict[str, Tensor]:
+    if take is None:
+        return {}
+    return {key: take(value) for key, value in adapter.state_dict().items() if not key.startswith("replacement.")}
 
 
 def kind_of(host: nn.Module, layout: Any) -> str:
@@ -109,8 +112,3 @@ def layer_facts(host: Any, layout: Layout) -> dict[str, Any]:
     if type(layout) is not Layout and not layout.has_activation and not hasattr(host, "embed_scale"):
         facts["own_forward"] = True
     return facts
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """``tensor`` on the CPU and of its own; of a sharded one all of it."""
-    return gather_full(tensor).detach().to("cpu", copy=True).contiguous()

@@ -33,6 +33,8 @@ __all__ = [
     "AdapterFiles",
     "TensorInfo",
     "adapter_folders",
+    "check_content",
+    "json_text",
     "read_config",
     "read_files",
     "read_header",
@@ -192,11 +194,7 @@ def write_files(
     directory = Path(directory).resolve()
     if directory.exists() and not directory.is_dir():
         raise FormatError(f"{directory} is a file; an adapter is saved as a directory")
-    try:
-        text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise FormatError(f"the configuration of this adapter is no JSON: {error}") from error
-    _check_tensors(tensors, "the adapter", config)
+    text = check_content(config, tensors)
     # Inside of a directory that exists: it may be a mount, out of which nothing can be moved in one step.
     beside = (directory if directory.exists() else directory.parent) / f".{directory.name}.{uuid.uuid4().hex[:8]}"
     beside.mkdir(parents=True)
@@ -215,6 +213,33 @@ def write_files(
             beside.rename(directory)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def check_content(config: Mapping[str, Any], tensors: Mapping[str, Tensor], values: bool = True) -> str:
+    """The text of ``adapter_config.json``, of an adapter that can be written and read again.
+
+    Args:
+        config, tensors: see :func:`write_files`.
+        values: whether to look at the tensors' values.
+
+    Raises:
+        FormatError: see :func:`write_files`.
+    """
+    text = json_text(config, indent=2, sort_keys=True)
+    _check_tensors(tensors, "the adapter", config, values)
+    return text
+
+
+def json_text(value: Any, **options: Any) -> str:
+    """``value`` as JSON.
+
+    Raises:
+        FormatError: it cannot be written as JSON.
+    """
+    try:
+        return json.dumps(value, allow_nan=False, **options)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise FormatError(f"the configuration of this adapter is no JSON: {error}") from error
 
 
 def _replace(directory: Path, beside: Path) -> None:
@@ -338,7 +363,7 @@ def _check_key(key: str, where: str) -> None:
         raise FormatError(f"{where}: {shown} cannot name a tensor: expected words with '.' between, as in a state dict")
 
 
-def _check_tensors(tensors: Mapping[str, Tensor], where: str, config: Mapping[str, Any]) -> None:
+def _check_tensors(tensors: Mapping[str, Tensor], where: str, config: Mapping[str, Any], values: bool = True) -> None:
     """Refuse names that are none, and values that no trained adapter has."""
     if not tensors:
         raise FormatError(f"{where} holds no tensors")
@@ -346,11 +371,11 @@ def _check_tensors(tensors: Mapping[str, Tensor], where: str, config: Mapping[st
     may_be_empty = config.get("peft_type") == "ADALORA" and bool(config.get("rank_pattern"))
     for key, tensor in tensors.items():
         _check_key(key, where)
-        if tensor.is_meta:
+        if tensor.is_meta and values:
             raise FormatError(f"{where}: {key!r} has no values: it is on the meta device")
         if not tensor.numel() and not may_be_empty:
             raise FormatError(
                 f"{where}: {key!r} is empty, of shape {tuple(tensor.shape)}: was it saved from a sharded model?"
             )
-        if (tensor.is_floating_point() or tensor.is_complex()) and not is_finite(tensor):
+        if values and (tensor.is_floating_point() or tensor.is_complex()) and not is_finite(tensor):
             raise FormatError(f"{where}: {key!r} holds NaN or infinity")

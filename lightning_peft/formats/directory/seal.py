@@ -35,12 +35,10 @@ def check_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], wh
     Raises:
         FormatError: names the first tensor that is not what was saved.
     """
-    saved = _saved(metadata, where)
-    if saved is None:
-        return
-    rest = {key: value for key, value in metadata.items() if key != KEY}
-    _compare("the tensor", difference(saved.get("tensors"), tensor_digests(tensors)), where)
-    _compare("its metadata", None if saved.get("metadata") == value_digest(rest) else "has changed", where)
+    if (saved := _saved(metadata, where)) is not None:
+        rest = {key: value for key, value in metadata.items() if key != KEY}
+        _compare("the tensor", difference(saved.get("tensors"), tensor_digests(tensors)), where)
+        _compare("its metadata", None if saved.get("metadata") == value_digest(rest) else "has changed", where)
 
 
 def check_options(config: Mapping[str, Any], metadata: Mapping[str, str], where: str) -> None:
@@ -49,13 +47,11 @@ def check_options(config: Mapping[str, Any], metadata: Mapping[str, str], where:
     Raises:
         FormatError: names the first option that is not what was saved.
     """
-    saved = _saved(metadata, where)
-    if saved is None:
-        return
-    options, known = saved.get("options"), _options(config)
-    if isinstance(options, dict):  # an option that was added decides something as well, unless it is empty
-        known = {key: value for key, value in known.items() if key in options or config[key] not in (None, [], {}, "")}
-    _compare("the option", difference(options, known), where)
+    if (saved := _saved(metadata, where)) is not None:
+        options, known = saved.get("options"), _options(config)
+        if isinstance(options, dict):  # an option that was added decides something as well, unless it is empty
+            known = {k: v for k, v in known.items() if k in options or config[k] not in (None, [], {}, "")}
+        _compare("the option", difference(options, known), where)
 
 
 def _saved(metadata: Mapping[str, str], where: str) -> dict[str, Any] | None:

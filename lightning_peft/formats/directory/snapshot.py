@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -32,6 +33,7 @@ class Snapshot:
         base: the base they were put into.
         fingerprint: what identifies the frozen base, by names of the base.
         metrics: of the run that trained it, where they are known.
+        take: gives the tensor to write for one of the model.
     """
 
     method: PEFTMethod
@@ -41,10 +43,16 @@ class Snapshot:
     base: Base
     fingerprint: dict[str, Any]
     metrics: dict[str, float] = field(default_factory=dict)
+    take: Callable[[Tensor], Tensor] = whole
 
 
-def take_snapshot(model: nn.Module, name: str) -> Snapshot:
+def take_snapshot(model: nn.Module, name: str, take: Callable[[Tensor], Tensor] = whole) -> Snapshot:
     """What the method called ``name`` has put into ``model``.
+
+    Args:
+        model: an adapted module.
+        name: of the adapter.
+        take: gives the tensor to write for one of the model, by default a copy on the CPU.
 
     Raises:
         ValueError: the model has no method of that name.
@@ -63,11 +71,12 @@ def take_snapshot(model: nn.Module, name: str) -> Snapshot:
     base = base_of(root, _used(root, record))
     return Snapshot(
         method=cast(PEFTMethod, record.methods[name]),
-        parts=list(parts_of(base.module, name)),
+        parts=list(parts_of(base.module, name, take)),
         heads=_heads(base, record, name),
-        trained={**_trained(base, record, name), **_copies(base, name)},
+        trained={key: take(value) for key, value in (_trained(base, record, name) | _copies(base, name)).items()},
         base=base,
         fingerprint=_fingerprint(base, record),
+        take=take,
     )
 
 
@@ -82,7 +91,7 @@ def _copies(base: Base, name: str) -> dict[str, Tensor]:
     for host_name, stack in stacks(base.module).items():
         for part in cast(Adapter, stack[name]).parts() if name in stack else ():
             for key, value in part.copies().items():
-                found[f"{canonical(host_name)}.{key}".lstrip(".")] = whole(value)
+                found[f"{canonical(host_name)}.{key}".lstrip(".")] = value
     return found
 
 
@@ -106,7 +115,7 @@ def _trained(base: Base, record: Injection, name: str) -> dict[str, Tensor]:
     }
     if statistics:
         wanted |= trainable_keys(base.root) & dict(base.root.named_buffers()).keys()
-    return {cast(str, base.inner(key)): whole(state[key]) for key in sorted(wanted)}
+    return {cast(str, base.inner(key)): state[key] for key in sorted(wanted)}
 
 
 def _fingerprint(base: Base, record: Injection) -> dict[str, Any]:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Mapping
-from typing import Any
 
-import lightning as L
 from torch import Tensor, nn
 
 from lightning_peft.core.class_swap import original_class
 from lightning_peft.core.names import canonical
-from lightning_peft.core.sharded_tensors import is_sharded
 from lightning_peft.core.state.state_dict import StateError, state_keys
 
-__all__ = ["check_written", "trimmed", "try_saving"]
+__all__ = ["check_written", "trimmed"]
 
 
 def trimmed(model: nn.Module, state: Mapping[str, Tensor], keys: Container[str]) -> dict[str, Tensor]:
@@ -56,34 +53,3 @@ def check_written(model: nn.Module, keys: Iterable[str], who: str) -> None:
             f"({few}), so that it could not be loaded. Checkpoints hold what trains and nothing else already: remove "
             "the code that trims them"
         )
-
-
-def try_saving(trainer: L.Trainer, module: Any) -> None:
-    """Run the module's own ``state_dict`` and ``on_save_checkpoint``, before anything is trained that could be lost.
-
-    Nothing is written. Hooks that cannot run yet are checked when the first checkpoint is saved.
-
-    Raises:
-        StateError: they leave a part of the trainable state out.
-    """
-    own = {name for name in ("state_dict", "on_save_checkpoint") if _overridden(module, name)}
-    if not own or not trainer.checkpoint_callbacks or _is_sharded(module):
-        return
-    checkpoint = {"epoch": 0, "global_step": 0, "hyper_parameters": dict(module.hparams), "optimizer_states": []}
-    try:
-        module.on_save_checkpoint({**checkpoint, "state_dict": trainer.strategy.lightning_module_state_dict()})
-    except StateError:
-        raise
-    except Exception:
-        pass
-
-
-def _overridden(module: nn.Module, name: str) -> bool:
-    owner = next(cls for cls in original_class(module).__mro__ if name in vars(cls))
-    return owner.__module__.partition(".")[0] not in ("torch", "lightning", "pytorch_lightning")
-
-
-def _is_sharded(module: nn.Module) -> bool:
-    return any(map(is_sharded, module.parameters())) or any(
-        type(m).__name__ == "FullyShardedDataParallel" for m in module.modules()
-    )

@@ -39,7 +39,7 @@ class Copies(lp.PEFTMethod):
     """Puts a state in place of the base's own."""
 
     def __init__(self, state=None, trainable_copies: bool = False, **options):
-        super().__init__(**options)
+        super().__init__(audit="off", **options)  # tensors are no arguments that could be saved
         self.state, self.trainable_copies = state, trainable_copies
 
     def plan(self, model: nn.Module) -> Plan:

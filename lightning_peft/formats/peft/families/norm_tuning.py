@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_peft.core.state.adapter_records import whole
 from lightning_peft.core.targeting.base_model import Base
 from lightning_peft.core.untrusted import FormatError
 from lightning_peft.formats.directory.snapshot import Snapshot
@@ -44,7 +43,7 @@ class NormTuningConverter(Converter):
             for key, value in state.items():
                 # Taken out of what is written under plain names.
                 trained = snapshot.trained.pop(f"{norm}.{key}", None)
-                tensors[f"{PREFIX}{norm}.ln_tuning_layers.{key}"] = whole(value) if trained is None else trained
+                tensors[f"{PREFIX}{norm}.ln_tuning_layers.{key}"] = snapshot.take(value) if trained is None else trained
         snapshot.heads = [head for head in snapshot.heads if head not in norms]
         return Writing({"target_modules": target_modules(norms, snapshot.base)}, tensors)
 

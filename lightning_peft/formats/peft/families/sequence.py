@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from lightning_peft.core.optional import config_value
-from lightning_peft.core.state.adapter_records import whole
 from lightning_peft.core.targeting.attention_sites import find_attention
 from lightning_peft.core.targeting.base_model import Base
 from lightning_peft.core.untrusted import FormatError
@@ -56,7 +55,7 @@ class _PromptConverter(Converter):
         if layers is None:
             raise NotInPeftError("PEFT's prompts need a model whose configuration counts its layers")
         _add_heads(snapshot, heads)
-        prompt = _folded(adapter)
+        prompt = _folded(adapter, snapshot)
         config = {
             "task_type": task,
             "num_virtual_tokens": len(prompt),
@@ -141,7 +140,7 @@ class PrefixTuningConverter(Converter):
         if adapters.keys() != everywhere.keys() or task == "SEQ_2_SEQ_LM":
             raise NotInPeftError("PEFT's prefixes are those of every attention of a decoder")
         _add_heads(snapshot, heads)
-        parts = [part for adapter in adapters.values() for part in _folded(adapter)]
+        parts = [part for adapter in adapters.values() for part in _folded(adapter, snapshot)]
         if len({part.shape for part in parts}) > 1:
             raise NotInPeftError("PEFT's prefixes have one width in all layers, for keys and for values")
         config = {
@@ -189,14 +188,14 @@ def _adapters(snapshot: Snapshot, kind: type[nn.Module]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _folded(adapter: Any) -> Any:
+def _folded(adapter: Any, snapshot: Snapshot) -> Any:
     """What an adapter's network makes, as it does after training: a prompt, or keys and values."""
     mode = adapter.training
     adapter.eval()
     try:
         if isinstance(adapter, PrefixAdapter):
-            return [whole(part) for part in adapter.key_values()]
-        return whole(adapter.virtual())
+            return [snapshot.take(part) for part in adapter.key_values()]
+        return snapshot.take(adapter.virtual())
     finally:
         adapter.train(mode)
 
@@ -215,7 +214,7 @@ def _add_heads(snapshot: Snapshot, heads: tuple[str, ...]) -> None:
         if name.endswith(heads):
             for key, value in module.state_dict().items():
                 if ".adapters." not in f".{key}":
-                    snapshot.trained.setdefault(f"{name}.{key}", whole(value))
+                    snapshot.trained.setdefault(f"{name}.{key}", snapshot.take(value))
 
 
 def _heads(base: Base, of_keys: bool = False) -> int:

@@ -1,0 +1,177 @@
+"""Adapt, save and load every base class of transformers that can be built from a small configuration.
+
+    python -m benchmarks.base_classes --out classes.json
+
+Each class gets LoRA on all linear layers (on its convolutions if it has none), a state dict, an adapter directory, and
+the directory again on the bare model. A refusal that names its reason is an outcome of its own; everything else that is
+raised is a failure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import copy
+import json
+import random
+import signal
+import tempfile
+import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers.models.auto.modeling_auto import MODEL_MAPPING
+
+import lightning_peft as lp
+
+REFUSALS = (lp.StateError, lp.FormatError, lp.TargetError, lp.InjectionError)
+LIMIT = 20  #: seconds of the processor for one class
+LARGEST = 80_000_000  #: parameters of a model that is built
+_LAYERS = ("layers", "layer", "blocks", "depth", "depths", "repeats")
+_WIDTHS = ("hidden", "dim", "width", "d_model", "d_ff", "ffn", "embd", "inner", "channels", "features", "intermediate")
+_KEPT = ("vocab", "image", "patch", "kernel", "window", "stride", "label", "rope", "factor", "num_channels", "_in_")
+
+
+def small(config: Any, width: int) -> Any:
+    """A copy of a configuration with one layer of each kind, a small vocabulary and widths divided by ``width``."""
+    config = copy.deepcopy(config)
+    _shrink(config, width)
+    return config
+
+
+def _shrink(config: Any, width: int) -> None:
+    for name, value in list(vars(config).items()):
+        if isinstance(value, transformers.PreTrainedConfig):
+            _shrink(value, width)
+        elif name == "vocab_size" and isinstance(value, int):
+            vars(config)[name] = min(value, 600)
+        elif name.endswith("token_id") and isinstance(value, int) and value >= 600:
+            vars(config)[name] = 1
+        elif any(name.endswith(end) for end in _LAYERS) and not name.startswith("output"):
+            vars(config)[name] = _replaced(value, lambda n: min(n, 2))
+        elif any(word in name for word in _WIDTHS) and not any(word in name for word in _KEPT):
+            vars(config)[name] = _replaced(value, lambda n: n // width if n % width == 0 and n >= 32 else n)
+
+
+def _replaced(value: Any, change: Any) -> Any:
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, int):
+        return change(value)
+    return type(value)(_replaced(v, change) for v in value) if isinstance(value, list | tuple) else value
+
+
+def classes() -> Iterator[tuple[type, type]]:
+    """Configurations and the base classes that transformers builds from them."""
+    seen = set()
+    for config in MODEL_MAPPING:
+        try:
+            found = MODEL_MAPPING[config]
+        except (ValueError, ImportError):  # a class that this release names and does not have, or a missing library
+            continue
+        for cls in found if isinstance(found, tuple) else (found,):
+            if cls not in seen:
+                seen.add(cls)
+                yield config, cls
+
+
+def build(config_class: type, cls: Any) -> nn.Module | None:
+    """A small model of ``cls``; None if no configuration that was tried builds one."""
+    for width in (8, 4, 2, 1, 0):
+        try:
+            config = small(config_class(), width) if width else config_class()
+            with torch.device("meta"):
+                size = sum(p.numel() for p in cls(copy.deepcopy(config)).parameters())
+            if size <= LARGEST:
+                return cls(config)
+        except TimeoutError:
+            raise
+        except Exception:
+            continue
+    return None
+
+
+def exchange(model: nn.Module) -> str:
+    """Adapt, save, unload and load ``model``; what the adapter was saved as."""
+    model.eval()
+    try:
+        lp.apply(model, lp.LoRA(r=2))
+    except lp.TargetError:  # no linear layer
+        lp.apply(model, lp.LoRA(r=2, targets="type:Conv2d"))
+    with torch.no_grad():
+        for parameter in lp.trainable_parameters(model):
+            parameter.normal_()
+    before = {key: value.clone() for key, value in lp.adapter_state(model).items()}
+    with tempfile.TemporaryDirectory() as folder:
+        lp.save_adapter(model, folder)
+        lp.unload(model)
+        lp.load_adapter(model, folder, trainable=True)
+        kind = json.loads((Path(folder) / "adapter_config.json").read_text())
+    after = lp.adapter_state(model)
+    wrong = [key for key, value in before.items() if key not in after or not torch.equal(after[key], value)]
+    if wrong or before.keys() != after.keys():
+        raise AssertionError(f"{len(wrong)} of {len(before)} tensors differ, first {wrong[:1]}")
+    return "own form: " + kind["reason"] if kind["peft_type"] == "LIGHTNING_PEFT" else kind["peft_type"]
+
+
+def outcome(config_class: type, cls: Any) -> dict[str, str]:
+    """What became of one class."""
+    try:
+        with limited(LIMIT):
+            model = build(config_class, cls)
+            if model is None:
+                return {"outcome": "not built"}
+            return {"outcome": "ok", "detail": exchange(model)}
+    except TimeoutError:
+        return {"outcome": "too slow"}
+    except REFUSALS as error:
+        return {"outcome": "refused", "detail": f"{type(error).__name__}: {error}"}
+    except Exception as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"{Path(where.filename).name}:{where.lineno}"
+        return {"outcome": "failed", "detail": f"{type(error).__name__} at {place}: {error}"}
+
+
+@contextmanager
+def limited(seconds: int) -> Iterator[None]:
+    """Raise a TimeoutError in the body after so many seconds of the processor."""
+
+    def stop(*_: Any) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
+
+
+def main() -> None:
+    """Try all classes, or those whose names are given."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="classes to try; by default all")
+    parser.add_argument("--out", type=Path, help="write what became of each class here, as JSON")
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    found: dict[str, dict[str, str]] = {}
+    chosen = [pair for pair in classes() if not arguments.names or pair[1].__name__ in arguments.names]
+    random.Random(0).shuffle(chosen)  # so that a run that is cut short has seen some of every kind
+    for config_class, cls in chosen:
+        found[cls.__name__] = result = outcome(config_class, cls)
+        print(f"{cls.__name__:45} {result['outcome']:10} {result.get('detail', '')[:160]}", flush=True)
+        if arguments.out:
+            arguments.out.write_text(json.dumps(found, indent=1))
+    print(dict(collections.Counter(result["outcome"] for result in found.values())))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""Try, when a fit starts, all that saving its result will do, so that a failure costs no training.
+
+Nothing is written, no tensor is copied and no value of the base is read.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+from lightning.fabric.utilities.rank_zero import rank_zero_info
+from torch import nn
+
+from lightning_peft.core.class_swap import original_class
+from lightning_peft.core.injection.saving_trial import saving_problem
+from lightning_peft.core.record import injection_of
+from lightning_peft.core.sharded_tensors import is_sharded
+from lightning_peft.core.state.state_dict import StateError
+from lightning_peft.trainer.audit import report
+from lightning_peft.trainer.checkpoints.apart import unreadable
+from lightning_peft.trainer.checkpoints.manifest import manifest
+
+__all__ = ["try_saving"]
+
+
+def try_saving(trainer: L.Trainer, module: Any) -> None:
+    """Try the manifest, the module's own ``state_dict`` and ``on_save_checkpoint``, and every format of adapters.
+
+    Hooks of the module that cannot run yet are checked when the first checkpoint is saved. A sharded module is not
+    tried.
+
+    Raises:
+        StateError: hooks leave a part of the trainable state out, or the manifest could not be read again.
+        AuditError: an adapter that trains could not be saved.
+    """
+    if _is_sharded(module):
+        return
+    if trainer.checkpoint_callbacks:
+        _try_manifest(module)
+        _try_hooks(trainer, module)
+    _try_formats(module)
+
+
+def _try_manifest(module: nn.Module) -> None:
+    facts = manifest(module)
+    if (why := unreadable(facts)) is None:
+        return
+    for entry in facts["methods"]:
+        for argument, value in entry["config"].items():
+            if (reason := unreadable(value)) is not None:
+                raise StateError(
+                    f"{entry['method']} {entry['config'].get('name')!r}: its argument {argument} is a "
+                    f"{type(value).__name__}, so that no checkpoint of this run could be loaded: "
+                    f"torch.load(weights_only=True) refuses it ({reason}). Let config() return plain values"
+                )
+    raise StateError(f"no checkpoint of this run could be loaded: its manifest holds an object ({why})")
+
+
+def _try_hooks(trainer: L.Trainer, module: Any) -> None:
+    if not any(_overridden(module, name) for name in ("state_dict", "on_save_checkpoint")):
+        return
+    checkpoint = {"epoch": 0, "global_step": 0, "hyper_parameters": dict(module.hparams), "optimizer_states": []}
+    try:
+        module.on_save_checkpoint({**checkpoint, "state_dict": trainer.strategy.lightning_module_state_dict()})
+    except StateError:
+        raise
+    except Exception:  # of the user's hook, which may need what training brings
+        pass
+
+
+def _try_formats(module: nn.Module) -> None:
+    record = injection_of(module)
+    for name in [name for name, trains in record.trains.items() if trains] if record is not None else ():
+        problem, notes = saving_problem(module, name)
+        if problem is not None:
+            report(module, f"{problem}. Change that before training")
+        for note in notes:
+            rank_zero_info(note)
+
+
+def _overridden(module: nn.Module, name: str) -> bool:
+    owner = next(cls for cls in original_class(module).__mro__ if name in vars(cls))
+    return owner.__module__.partition(".")[0] not in ("torch", "lightning", "pytorch_lightning")
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    return any(is_sharded(p) or hasattr(p, "ds_id") for p in module.parameters()) or any(
+        type(m).__name__ == "FullyShardedDataParallel" for m in module.modules()
+    )
