@@ -1,13 +1,73 @@
-"""The names of parameters and modules: the one that a parameter is known by, and lists of them in messages."""
+"""Qualified names of modules and parameters: how they are joined, split, compared, and listed in messages.
+
+A qualified name is the path that ``named_modules`` and ``named_parameters`` give, ``encoder.layers.0.attn``; the root's
+own name is empty, and holds every other.
+"""
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterable
 
 from torch import nn
 
-__all__ = ["canonical", "check_name", "listed", "numbers_as_stars"]
+__all__ = [
+    "canonical",
+    "check_name",
+    "is_within",
+    "join",
+    "leaf",
+    "listed",
+    "nearest",
+    "numbers_as_stars",
+    "owner",
+    "parents",
+    "relative",
+]
+
+
+def join(*parts: str) -> str:
+    """The qualified name made of ``parts``; empty ones (the root) are left out."""
+    return ".".join(part for part in parts if part)
+
+
+def owner(name: str) -> str:
+    """The name of the module that holds ``name`` directly: ``"a.b"`` for ``"a.b.c"``, ``""`` for ``"a"``."""
+    return name.rpartition(".")[0]
+
+
+def leaf(name: str) -> str:
+    """The last part of ``name``: ``"c"`` for ``"a.b.c"``."""
+    return name.rpartition(".")[2]
+
+
+def parents(name: str) -> list[str]:
+    """The names of the modules around ``name``, the outermost first, without the root: ``["a", "a.b"]`` for
+    ``"a.b.c"``."""
+    parts = name.split(".")
+    return [".".join(parts[:i]) for i in range(1, len(parts))]
+
+
+def is_within(name: str, *modules: str) -> bool:
+    """Whether ``name`` is one of ``modules`` or lies in one of them; everything lies in the root, ``""``."""
+    return any(name == module or not module or name.startswith(f"{module}.") for module in modules)
+
+
+def relative(name: str, module: str) -> str:
+    """``name`` as seen from ``module``, in which it lies: ``"c"`` for ``"a.b.c"`` in ``"a.b"``, ``""`` for itself.
+
+    Raises:
+        ValueError: ``name`` does not lie in ``module``.
+    """
+    if not is_within(name, module):
+        raise ValueError(f"{name!r} does not lie in {module!r}")
+    return name[len(module) :].removeprefix(".")
+
+
+def nearest(word: str, words: Iterable[str], n: int = 1, cutoff: float = 0.6) -> list[str]:
+    """Up to ``n`` of ``words`` that are spelled most like ``word``, the closest first: what was meant, for messages."""
+    return difflib.get_close_matches(word, list(words), n=n, cutoff=cutoff)
 
 
 def check_name(name: str) -> None:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import Tensor, nn
 
 from lightning_peft.core.class_swap import original_class
+from lightning_peft.core.names import is_within
 from lightning_peft.core.targeting.base_modules import base_modules
 from lightning_peft.core.targeting.frozen_parts import in_frozen_part, why_frozen
-from lightning_peft.core.targeting.patterns import TargetError, as_patterns, match, no_match, nothing_left
+from lightning_peft.core.targeting.patterns import TargetError, match, no_match
+from lightning_peft.core.targeting.selection import select
 
 __all__ = ["EAGER", "AttentionSite", "attention_sites", "find_attention"]
 
@@ -101,35 +102,31 @@ def find_attention(
     """
     sites = attention_sites(model)
     modules = {name: module for name, module in base_modules(model) if name}
-    chosen: dict[str, AttentionSite] = {}
-    for pattern in as_patterns(targets, "targets"):
-        if pattern == "all-attention":
-            left_alone = in_frozen_part(model)
-            free = {name: site for name, site in sites.items() if not left_alone(name)}
-            if not free:
-                kinds = sorted({original_class(m).__name__ for m in modules.values()})
-                raise TargetError(
-                    "targets='all-attention' finds no attention: no module here owns key and value projections. The "
-                    f"model has {kinds[:12]}; name the modules that attend in targets and give kv_dim="
-                    + why_frozen(model)
-                )
-            chosen |= free
-            continue
-        hits = {n: m for n, m in modules.items() if match(pattern, n, m)}
-        found = {n: sites[n] for n in hits if n in sites}
-        if kv_dim is not None:
-            found |= {n: AttentionSite(n, m, kv_dim, kv_dim, kv_dim) for n, m in hits.items() if n not in sites}
-        if not found:
-            raise TargetError(f"targets: {_no_attention(pattern, hits, sites, modules)}")
-        chosen |= found
-    for pattern in as_patterns(exclude, "exclude"):
-        gone = [n for n, m in modules.items() if match(pattern, n, m)]
-        if not gone:
-            raise TargetError(f"exclude: {no_match(pattern, modules)}")
-        chosen = {n: s for n, s in chosen.items() if not any(n == g or n.startswith(f"{g}.") for g in gone)}
-    if not chosen:
-        raise TargetError(nothing_left(targets, exclude))
-    for site in chosen.values():
+
+    def all_attention() -> list[str]:
+        left_alone = in_frozen_part(model)
+        free = [name for name in sites if not left_alone(name)]
+        if not free:
+            kinds = sorted({original_class(m).__name__ for m in modules.values()})
+            raise TargetError(
+                "targets='all-attention' finds no attention: no module here owns key and value projections. The "
+                f"model has {kinds[:12]}; name the modules that attend in targets and give kv_dim=" + why_frozen(model)
+            )
+        return free
+
+    chosen = select(
+        modules,
+        targets,
+        exclude,
+        {"all-attention": all_attention},
+        candidates=lambda pattern: [
+            n for n, m in modules.items() if (n in sites or kv_dim is not None) and match(pattern, n, m)
+        ],
+        missing=lambda pattern: _no_attention(pattern, sites, modules),
+    )
+    if kv_dim is not None:
+        sites |= {n: AttentionSite(n, modules[n], kv_dim, kv_dim, kv_dim) for n in chosen if n not in sites}
+    for site in map(sites.__getitem__, chosen):
         kind = getattr(getattr(site.module, "config", None), "_attn_implementation", None)
         if kind not in (None, "sdpa", "eager", EAGER):
             raise TargetError(
@@ -137,14 +134,15 @@ def find_attention(
                 "attn_implementation='sdpa' (or call model.set_attn_implementation('sdpa'))"
             )
     order = {name: i for i, name in enumerate(modules)}
-    return {n: chosen[n] for n in sorted(chosen, key=lambda n: order.get(n, -1))}
+    return {n: sites[n] for n in sorted(chosen, key=lambda n: order.get(n, -1))}
 
 
-def _no_attention(pattern: str, hits: Mapping[str, nn.Module], sites: Mapping[str, Any], modules: Any) -> str:
+def _no_attention(pattern: str, sites: Mapping[str, AttentionSite], modules: Mapping[str, nn.Module]) -> str:
+    hits = {n: m for n, m in modules.items() if match(pattern, n, m)}
     if not hits:
         return no_match(pattern, {n: modules[n] for n in sites if n} or modules)
     name, module = next(iter(hits.items()))
-    inside = [n for n in sites if n.startswith(f"{name}.")]
+    inside = [n for n in sites if is_within(n, name)]
     if inside:
         return f"{pattern!r} matches {name!r}, which holds attention but is none; nearest: {inside[0]!r}"
     return (

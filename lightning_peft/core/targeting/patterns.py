@@ -12,7 +12,6 @@ A pattern that matches nothing is always an error: a target silently missed trai
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,6 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import nn
 
 from lightning_peft.core.class_swap import original_class
+from lightning_peft.core.names import join, leaf, nearest
 from lightning_peft.core.targeting.base_modules import base_modules
 
 __all__ = [
@@ -92,14 +92,14 @@ def match_modules(model: nn.Module, patterns: Iterable[str], argument: str) -> d
 def match_parameters(model: nn.Module, pattern: str) -> list[str]:
     """The base's parameters that ``pattern`` names, in model order; ``type:`` names none."""
     owners = base_modules(model)
-    names = (f"{n}.{k}" if n else k for n, m in owners for k, p in m._parameters.items() if p is not None)
+    names = (join(n, k) for n, m in owners for k, p in m._parameters.items() if p is not None)
     return [name for name in names if match(pattern, name)]
 
 
 def bare_parameters(model: nn.Module) -> dict[str, nn.Module]:
     """The names of parameters whose module also holds other modules (a logit scale, query tokens), with that module."""
     around = ((name, module) for name, module in base_modules(model) if any(True for _ in module.children()))
-    return {f"{n}.{k}" if n else k: m for n, m in around for k, p in m._parameters.items() if p is not None}
+    return {join(n, k): m for n, m in around for k, p in m._parameters.items() if p is not None}
 
 
 def no_match(pattern: str, candidates: Mapping[str, nn.Module]) -> str:
@@ -109,8 +109,8 @@ def no_match(pattern: str, candidates: Mapping[str, nn.Module]) -> str:
         words = {original_class(module).__name__ for module in candidates.values()}
     else:
         words = {suffix for name in candidates for suffix in _suffixes(name)}
-    near = difflib.get_close_matches(text, sorted(words), n=4, cutoff=0.5)
-    near = near or sorted({name.rpartition(".")[2] for name in candidates} if not kind else words)[:12]
+    near = nearest(text, sorted(words), n=4, cutoff=0.5)
+    near = near or sorted(set(map(leaf, candidates)) if not kind else words)[:12]
     hint = f"; nearest: {', '.join(kind + word for word in near)}" if near else "; the model has none to match"
     return f"{pattern!r} matches nothing{hint}"
 

@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lightning_peft.core.class_swap import original_class
+from lightning_peft.core.names import is_within, join, leaf, owner
 from lightning_peft.core.targeting.base_modules import base_modules
 from lightning_peft.core.targeting.frozen_parts import in_frozen_part, why_frozen
 from lightning_peft.core.targeting.layouts import Layout, NormLayout, layout_of
 from lightning_peft.core.targeting.output_head import find_output_head
-from lightning_peft.core.targeting.patterns import TargetError, as_patterns, match, no_match, nothing_left
+from lightning_peft.core.targeting.patterns import TargetError, match, no_match
+from lightning_peft.core.targeting.selection import select
 from lightning_peft.core.targeting.storage import is_encoded_layer, storage_problem
 
 __all__ = ["Site", "check_stored", "find_sites", "matches_site", "norm_sites", "output_head", "weight_sites"]
@@ -58,9 +60,8 @@ class Site:
     @property
     def is_computed(self) -> bool:
         """Whether the module computes the weight from other parameters before it runs: weight norm, pruning, ..."""
-        owner, _, name = self.parameter.rpartition(".")
-        module = self.module.get_submodule(owner)
-        return parametrize.is_parametrized(module) or module._parameters.get(name) is None
+        module = self.module.get_submodule(owner(self.parameter))
+        return parametrize.is_parametrized(module) or module._parameters.get(leaf(self.parameter)) is None
 
     @property
     def is_bare(self) -> bool:
@@ -70,9 +71,8 @@ class Site:
     @property
     def bias(self) -> str | None:
         """The name of the bias that the layer adds, or could add, to its product with the weight; None without one."""
-        owner, _, last = self.parameter.rpartition(".")
-        name = {"weight": "bias", "in_proj_weight": "in_proj_bias"}.get(last)
-        biases = self.module.get_submodule(owner)._parameters
+        name = {"weight": "bias", "in_proj_weight": "in_proj_bias"}.get(leaf(self.parameter))
+        biases = self.module.get_submodule(owner(self.parameter))._parameters
         if name not in biases or not self.is_bare:
             return name if name in biases else None
         bias = biases[name]
@@ -130,14 +130,11 @@ def norm_sites(model: nn.Module) -> dict[str, Site]:
 
 
 def _sites_of(name: str, module: nn.Module) -> list[Site]:
-    def inside(parameter: str) -> str:
-        return f"{name}.{parameter}" if name else parameter
-
     if isinstance(module, nn.MultiheadAttention):
         packed = ("in_proj_weight",) if module.in_proj_weight is not None else ()
         names = packed or ("q_proj_weight", "k_proj_weight", "v_proj_weight")
-        sites = [Site(inside(p), name, module, p, Layout(), linear_like=True) for p in names]
-        return [*sites, Site(inside("out_proj"), name, module, "out_proj.weight", Layout(), linear_like=True)]
+        sites = [Site(join(name, p), name, module, p, Layout(), linear_like=True) for p in names]
+        return [*sites, Site(join(name, "out_proj"), name, module, "out_proj.weight", Layout(), linear_like=True)]
     if (found := layout_of(module)) is not None:
         layout, linear_like = found
         return [Site(name, name, module, "weight", layout, linear_like)] if name else []
@@ -146,7 +143,7 @@ def _sites_of(name: str, module: nn.Module) -> list[Site]:
     if getattr(module, "max_norm", None) is not None:
         return []  # an embedding that rescales its own rows as it runs: frozen rows would not stay frozen
     bare = {p: t for p, t in module._parameters.items() if t is not None and t.ndim in (2, 3)}
-    return [Site(inside(p), name, module, p, Layout()) for p, t in bare.items() if t.is_floating_point()]
+    return [Site(join(name, p), name, module, p, Layout()) for p, t in bare.items() if t.is_floating_point()]
 
 
 def find_sites(
@@ -170,38 +167,36 @@ def find_sites(
         TargetError: a pattern matches nothing, or only layers that cannot be adapted; or nothing is left.
     """
     sites = weight_sites(model) if sites is None else sites
+    modules = {name: module for name, module in base_modules(model) if name}
+    free = {name: site for name, site in sites.items() if not is_within(name, *trainable)}
     heads: list[str] = []
-    chosen: dict[str, str] = {}
-    left_alone = in_frozen_part(model)
-    for pattern in as_patterns(targets, "targets"):
-        if pattern == "all-linear":
-            head = output_head(model, sites)
-            heads = [name for name, site in sites.items() if head is not None and name == head]
-            linear = [n for n, site in sites.items() if site.linear_like and n not in heads]
-            linear = [n for n in linear if not _inside(sites[n], trainable) and not left_alone(n)]
-            _check_encoded(
-                {n: m for n, m in base_modules(model) if n not in sites and is_encoded_layer(m) and not left_alone(n)}
-            )
-            if not linear:
-                raise TargetError(_no_linear(model, sites, heads))
-            chosen |= dict.fromkeys(linear, pattern)
-            continue
+
+    def all_linear() -> list[str]:
+        left_alone, head = in_frozen_part(model), output_head(model, sites)
+        heads.extend(name for name in sites if name == head)
+        _check_encoded(
+            {n: m for n, m in modules.items() if n not in sites and is_encoded_layer(m) and not left_alone(n)}
+        )
+        linear = [n for n, site in free.items() if site.linear_like and n != head and not left_alone(n)]
+        if not linear:
+            raise TargetError(_no_linear(model, sites, heads))
+        return linear
+
+    def missing(pattern: str) -> str:
         hits = [n for n, site in sites.items() if matches_site(pattern, site)]
-        if not hits:
-            raise TargetError(f"targets: {_nothing_to_adapt(pattern, model, sites)}")
-        left = [n for n in hits if not _inside(sites[n], trainable)]
-        if not left:
-            raise TargetError(
-                f"targets: {pattern!r} matches only what trains in full, {hits}: take it out of targets or of trainable"
-            )
-        chosen |= dict.fromkeys(left, pattern)
-    for pattern in as_patterns(exclude, "exclude"):
-        hits = [n for n, site in sites.items() if _covers(pattern, site, model)]
-        if not hits:
-            raise TargetError(f"exclude: {no_match(pattern, dict(base_modules(model)))}")
-        chosen = {n: p for n, p in chosen.items() if n not in hits}
-    if not chosen:
-        raise TargetError(nothing_left(targets, exclude))
+        if hits:
+            return f"{pattern!r} matches only what trains in full, {hits}: take it out of targets or of trainable"
+        return _nothing_to_adapt(pattern, modules, sites)
+
+    chosen = select(
+        modules,
+        targets,
+        exclude,
+        {"all-linear": all_linear},
+        candidates=lambda pattern: [n for n, site in free.items() if matches_site(pattern, site)],
+        places=lambda name: (sites[name].host,),
+        missing=missing,
+    )
     return {n: sites[n] for n in sites if n in chosen}, heads
 
 
@@ -238,21 +233,7 @@ def matches_site(pattern: str, site: Site) -> bool:
     return isinstance(site.module, nn.MultiheadAttention) and match(pattern, site.host, site.module)
 
 
-def _covers(pattern: str, site: Site, model: nn.Module) -> bool:
-    """Whether ``pattern`` names the site or a module around it."""
-    if matches_site(pattern, site):
-        return True
-    parts = site.host.split(".") if site.host else []
-    parents = [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
-    return any(match(pattern, name, model.get_submodule(name)) for name in parents)
-
-
-def _inside(site: Site, modules: Iterable[str]) -> bool:
-    return any(f"{site.name}.".startswith(f"{name}.") for name in modules)
-
-
-def _nothing_to_adapt(pattern: str, model: nn.Module, sites: dict[str, Site]) -> str:
-    modules = {name: module for name, module in base_modules(model) if name}
+def _nothing_to_adapt(pattern: str, modules: Mapping[str, nn.Module], sites: dict[str, Site]) -> str:
     hits = [(name, module) for name, module in modules.items() if match(pattern, name, module)]
     if not hits:
         return no_match(pattern, {name: site.module for name, site in sites.items()})
@@ -263,7 +244,7 @@ def _nothing_to_adapt(pattern: str, model: nn.Module, sites: dict[str, Site]) ->
             "this is not supported yet, so load the model unquantised"
         )
     kind = original_class(module).__name__
-    inside = [n for n in sites if n.startswith(f"{name}.")]
+    inside = [n for n in sites if n != name and is_within(n, name)]
     if bare := [n for n in inside if sites[n].host == name]:
         return f"{pattern!r} matches {name!r} ({kind}), of which only the parameters can be named: {', '.join(bare)}"
     if inside:

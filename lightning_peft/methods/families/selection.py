@@ -11,11 +11,20 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
+from lightning_peft.core.names import is_within, join, owner, parents
 from lightning_peft.core.state.plan import Plan
 from lightning_peft.core.targeting.base_modules import base_modules
 from lightning_peft.core.targeting.blocks import find_blocks
 from lightning_peft.core.targeting.frozen_parts import in_frozen_part, why_frozen
-from lightning_peft.core.targeting.patterns import TargetError, as_patterns, match_modules, no_match, nothing_left
+from lightning_peft.core.targeting.patterns import (
+    TargetError,
+    as_patterns,
+    match,
+    match_modules,
+    no_match,
+    nothing_left,
+)
+from lightning_peft.core.targeting.selection import select
 from lightning_peft.core.targeting.sites import output_head, weight_sites
 from lightning_peft.methods.families.method import PEFTMethod
 from lightning_peft.trainer.param_groups import split_groups
@@ -62,11 +71,11 @@ class SelectionMethod(PEFTMethod):
         plan = self.start_plan(model)
         self.choose(model, plan)
         whole = plan.train_modules
-        plan.train_modules = [n for n in whole if not any(n != other and _within(n, other) for other in whole)]
-        plan.train = {k: what for k, what in plan.train.items() if not any(_within(k, m) for m in plan.train_modules)}
+        plan.train_modules = [n for n in whole if not is_within(n, *(other for other in whole if other != n))]
+        plan.train = {k: what for k, what in plan.train.items() if not is_within(k, *plan.train_modules)}
         parameters = [(n, model.get_parameter(n)) for n in (*plan.train, *plan.later)]
         for name in plan.train_modules:
-            parameters += [(f"{name}.{n}".strip("."), p) for n, p in model.get_submodule(name).named_parameters()]
+            parameters += [(join(name, n), p) for n, p in model.get_submodule(name).named_parameters()]
         for name, parameter in parameters:
             if not (parameter.is_floating_point() or parameter.is_complex()):
                 raise TargetError(
@@ -91,7 +100,7 @@ class SelectionMethod(PEFTMethod):
             TargetError: a pattern matches nothing.
         """
         hits = list(match_modules(model, patterns, argument))
-        return lambda name: any(_within(name, hit) for hit in hits)
+        return lambda name: is_within(name, *hits)
 
     def add_modules(
         self, model: nn.Module, names: Iterable[str], plan: Plan, left_alone: Callable[[str], bool] = lambda name: False
@@ -101,7 +110,7 @@ class SelectionMethod(PEFTMethod):
         names = list(names)
         for name in names:
             parameters = parameters_in(model, name)
-            kept = {n: p for n, p in parameters.items() if not excluded(n.rpartition(".")[0]) and not left_alone(n)}
+            kept = {n: p for n, p in parameters.items() if not excluded(owner(n)) and not left_alone(n)}
             if len(kept) == len(parameters) and kept:
                 plan.train_modules += [name] if name not in plan.train_modules else []
             else:
@@ -121,7 +130,7 @@ class SelectionMethod(PEFTMethod):
         names = list(match_modules(model, patterns, "targets"))
         for name in names:
             for other in names:
-                if name.startswith(f"{other}."):
+                if name != other and is_within(name, other):
                     raise TargetError(f"targets: {name!r} lies inside {other!r}, which is a target too")
         return names
 
@@ -132,27 +141,42 @@ class SelectionMethod(PEFTMethod):
             TargetError: a pattern matches nothing, or no module with such a parameter; or nothing is left.
         """
         every = {
-            f"{name}.{key}" if name else key: name
+            join(name, key): name
             for name, module in base_modules(model)
             for key, value in module._parameters.items()
             if value is not None and accept(module, key, value)
         }
-        patterns = self.patterns("all")
-        for pattern in patterns:
-            hit = self.covered(model, [pattern], "targets")
-            if not any(map(hit, every.values())):
-                owners = {name: model.get_submodule(name) for name in every.values() if name}
-                near = no_match(pattern, owners).partition("; ")[2]
-                raise TargetError(f"targets: {pattern!r} names no parameter that {type(self).__name__} trains; {near}")
-        wanted = self.covered(model, patterns, "targets")
-        excluded = self.covered(model, as_patterns(self.exclude, "exclude"), "exclude")
-        if not patterns:
-            left_alone = in_frozen_part(model)
-            every = {key: name for key, name in every.items() if not left_alone(key)}
-        found = {key: name for key, name in every.items() if (not patterns or wanted(name)) and not excluded(name)}
-        if every and not found:
-            raise TargetError(nothing_left(self.targets, self.exclude) + why_frozen(model))
-        return found
+        if not every and self.targets == "all":
+            return {}
+        modules = {name: module for name, module in base_modules(model) if name}
+        left_alone = in_frozen_part(model)
+
+        def inside(pattern: str) -> list[str]:
+            around = [name for name, module in modules.items() if match(pattern, name, module)]
+            return [key for key, name in every.items() if is_within(name, *around)]
+
+        def everything() -> list[str]:
+            free = [key for key in every if not left_alone(key)]
+            if not free:
+                raise TargetError(nothing_left(self.targets, self.exclude) + why_frozen(model))
+            return free
+
+        def missing(pattern: str) -> str:
+            if not any(match(pattern, name, module) for name, module in modules.items()):
+                return no_match(pattern, modules)
+            near = no_match(pattern, {name: modules[name] for name in every.values() if name}).partition("; ")[2]
+            return f"{pattern!r} names no parameter that {type(self).__name__} trains; {near}"
+
+        found = select(
+            modules,
+            self.targets,
+            self.exclude,
+            {"all": everything},
+            candidates=inside,
+            places=lambda key: (every[key],),
+            missing=missing,
+        )
+        return {key: name for key, name in every.items() if key in found}
 
     def regroup(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
         if self.layer_decay == 1:
@@ -192,22 +216,22 @@ def depths(model: nn.Module, heads: Iterable[str] = ()) -> dict[str, int]:
     result: dict[str, int] = {}
     begun = 0
     for name, module in base_modules(model):
-        inside = next((i for i, block in enumerate(blocks, 1) if _within(name, block)), 0)
+        inside = next((i for i, block in enumerate(blocks, 1) if is_within(name, block)), 0)
         begun = max(begun, inside)
         depth = len(blocks) + 1 - (inside or begun)
-        if any(_within(name, t) for t in top) or (not inside and begun == len(blocks)):
+        if is_within(name, *top) or (not inside and begun == len(blocks)):
             depth = 0
         for key, parameter in module._parameters.items():
             if parameter is not None:
-                result[f"{name}.{key}" if name else key] = depth
+                result[join(name, key)] = depth
     return result
 
 
 def body_blocks(model: nn.Module) -> list[str]:
     """The names of the model's blocks, the first to run first, without an output head among them."""
     names, head = [name for name, _ in find_blocks(model)], _output_layer(model)
-    below = [name for name in names if head is None or not _within(head, name)]
-    return [name for name in below if not any(name != o and _within(name, o) for o in below)]
+    below = [name for name in names if head is None or not is_within(head, name)]
+    return [name for name in below if not is_within(name, *(other for other in below if other != name))]
 
 
 def head_module(model: nn.Module) -> str | None:
@@ -219,9 +243,9 @@ def head_module(model: nn.Module) -> str | None:
     head = _output_layer(model)
     if head is None:
         return None
-    blocks, parts = body_blocks(model), head.split(".")
-    wider = (".".join(parts[:i]) for i in range(1, len(parts) + 1))
-    return next(name for name in wider if not any(_within(b, name) or _within(name, b) for b in blocks))
+    blocks = body_blocks(model)
+    wider = (*parents(head), head)
+    return next(name for name in wider if not is_within(name, *blocks) and not any(is_within(b, name) for b in blocks))
 
 
 def tail_modules(model: nn.Module) -> list[str]:
@@ -230,8 +254,8 @@ def tail_modules(model: nn.Module) -> list[str]:
     found = {key: depth for key, depth in depths(model).items() if not left_alone(key)}
     top: list[str] = []
     for name, _ in base_modules(model):
-        inside = [d for key, d in found.items() if _within(key, name)]
-        if name and inside and not any(inside) and not any(_within(name, t) for t in top):
+        inside = [d for key, d in found.items() if is_within(key, name)]
+        if name and inside and not any(inside) and not is_within(name, *top):
             top.append(name)
     return top
 
@@ -245,14 +269,9 @@ def _output_layer(model: nn.Module) -> str | None:
     return last[0] if alone and last and len(sites) > 1 else output_head(model, sites)
 
 
-def _within(name: str, module: str) -> bool:
-    return name == module or not module or name.startswith(f"{module}.")
-
-
 def parameters_in(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
     """The base's parameters in the module called ``name``, by qualified name."""
     found: dict[str, nn.Parameter] = {}
     for inner, module in base_modules(model.get_submodule(name)):
-        where = ".".join(part for part in (name, inner) if part)
-        found |= {f"{where}.{n}".strip("."): p for n, p in module._parameters.items() if p is not None}
+        found |= {join(name, inner, n): p for n, p in module._parameters.items() if p is not None}
     return found

@@ -9,11 +9,13 @@ from torch import Tensor, nn
 from lightning_peft.core.adapters.virtual_tokens import Placement
 from lightning_peft.core.class_swap import original_class
 from lightning_peft.core.module_io import parameters_of
+from lightning_peft.core.names import is_within, leaf
 from lightning_peft.core.optional import config_value, input_embedding
 from lightning_peft.core.state.plan import Plan
 from lightning_peft.core.targeting.base_modules import base_modules
 from lightning_peft.core.targeting.frozen_parts import in_frozen_part, why_frozen
-from lightning_peft.core.targeting.patterns import TargetError, as_patterns, match, match_modules, no_match
+from lightning_peft.core.targeting.patterns import TargetError, as_patterns
+from lightning_peft.core.targeting.selection import select
 from lightning_peft.core.targeting.token_modules import (
     around,
     batch_first,
@@ -109,7 +111,7 @@ class PromptMethod(PEFTMethod):
         if encodes:
             assert other is not None
             plan.attach.append((other, other, PromptMask(placement), "sees the encoder's virtual tokens"))
-            parents = [n for n in around(model, name) if other.startswith(f"{n}." if n else "")]
+            parents = [n for n in around(model, name) if is_within(other, n)]
             plan.attach.append((parents[-1], parents[-1], PromptStrip(placement), "output keeps its length"))
         plan.attach += [(n, n, PromptLabels(adapter), "labels of virtual tokens are -100") for n in generating[-1:]]
         return plan
@@ -124,12 +126,7 @@ class PromptMethod(PEFTMethod):
         models = {name: module for name, module in token_models(model).items() if not left_alone(name)}
         patterns = as_patterns(self.targets, "targets")
         if patterns != ("inputs",):
-            modules = {n: m for n, m in base_modules(model) if n}
-            for pattern in patterns:
-                if not any(match(pattern, n, m) for n, m in modules.items()):
-                    raise TargetError(f"targets: {no_match(pattern, modules)}")
-            names = list(match_modules(model, patterns, "targets"))
-            names = [n for n in names if n not in match_modules(model, as_patterns(self.exclude, "exclude"), "exclude")]
+            names = list(select({n: m for n, m in base_modules(model) if n}, self.targets, self.exclude))
             if len(names) != 1:
                 raise TargetError(f"targets={self.targets!r} matches {names[:4]}; a prompt goes into one: name one")
             return names[0], None
@@ -139,7 +136,7 @@ class PromptMethod(PEFTMethod):
             outer = pooling_model(model, inner) if first else None
             return inner if outer is None else outer, None
         if len(models) == 2:
-            sides = {n.rpartition(".")[2]: n for n in models}
+            sides = {leaf(n): n for n in models}
             if sides.keys() == {"encoder", "decoder"}:
                 return sides[self.side], sides["decoder" if self.side == "encoder" else "encoder"]
         if models:

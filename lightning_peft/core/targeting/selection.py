@@ -1,0 +1,72 @@
+"""The function that every method selects with: reserved words and patterns, less what ``exclude`` names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
+
+from torch import nn
+
+from lightning_peft.core.names import is_within
+from lightning_peft.core.targeting.patterns import Patterns, TargetError, as_patterns, match, no_match, nothing_left
+
+__all__ = ["select"]
+
+Names = Iterable[str]
+
+
+def select(
+    modules: Mapping[str, nn.Module],
+    targets: Patterns,
+    exclude: Patterns = (),
+    words: Mapping[str, Callable[[], Names]] = MappingProxyType({}),
+    *,
+    candidates: Callable[[str], Names] | None = None,
+    places: Callable[[str], Names] = lambda name: (name,),
+    missing: Callable[[str], str] | None = None,
+) -> dict[str, str]:
+    """The candidates that ``targets`` names and ``exclude`` leaves, each with the pattern that named it first.
+
+    Args:
+        modules: the base's modules by name, without the root.
+        targets: reserved words and patterns.
+        exclude: patterns of candidates, or of modules that candidates lie in.
+        words: for each reserved word, a function that returns the candidates it means, or raises.
+        candidates: the candidates that one pattern names; by default the modules that it matches.
+        places: the modules that carry a candidate, which ``exclude`` looks at; by default the candidate is one.
+        missing: the sentence for a pattern of ``targets`` that names no candidate; by default one with the nearest
+            names of modules.
+
+    Raises:
+        TargetError: patterns that name nothing (all of them are listed), or nothing is left.
+    """
+
+    def matched(pattern: str) -> list[str]:
+        return [name for name, module in modules.items() if match(pattern, name, module)]
+
+    def closest(pattern: str) -> str:
+        return no_match(pattern, modules)
+
+    candidates, missing = candidates or matched, missing or closest
+    chosen: dict[str, str] = {}
+    wrong = []
+    for pattern in as_patterns(targets, "targets"):
+        hits = list(words[pattern]() if pattern in words else candidates(pattern))
+        wrong += [] if hits else [missing(pattern)]
+        for name in hits:
+            chosen.setdefault(name, pattern)
+    if wrong:
+        raise TargetError(f"targets: {'; '.join(wrong)}")
+    for pattern in as_patterns(exclude, "exclude"):
+        around, named = matched(pattern), set(candidates(pattern))
+        wrong += [] if around or named else [closest(pattern)]
+        chosen = {n: p for n, p in chosen.items() if n not in named and not _lies_in(places(n), around)}
+    if wrong:
+        raise TargetError(f"exclude: {'; '.join(wrong)}")
+    if not chosen:
+        raise TargetError(nothing_left(targets, exclude))
+    return chosen
+
+
+def _lies_in(names: Names, modules: list[str]) -> bool:
+    return any(is_within(name, *modules) for name in names)
