@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import re
 import sys
@@ -13,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 import lightning_peft as lp
+from lightning_peft.core.names import nearest
 
 __all__ = ["command_name", "exported", "methods"]
 
@@ -41,7 +41,7 @@ def methods(args: Sequence[str]) -> None:
         return
     found = known.get(name) or next((m for m in known.values() if m.__name__.lower() == name.lower()), None)
     if found is None:
-        near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.4) or sorted(known)
+        near = nearest(name.lower(), known, n=3, cutoff=0.4) or sorted(known)
         sys.exit(f"error: no method named {name!r}; nearest: {', '.join(near)}")
     module = sys.modules[found.__module__]
     Console().print(_plain(f"{module.__doc__}\n{inspect.getdoc(found)}"), markup=False, highlight=False)

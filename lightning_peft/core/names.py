@@ -13,15 +13,19 @@ from collections.abc import Iterable
 from torch import nn
 
 __all__ = [
+    "adapter_key",
+    "around_all",
     "canonical",
     "check_name",
+    "host_of",
+    "is_adapter_key",
     "is_within",
     "join",
     "leaf",
     "listed",
     "nearest",
     "numbers_as_stars",
-    "owner",
+    "owner_of",
     "parents",
     "relative",
 ]
@@ -32,7 +36,7 @@ def join(*parts: str) -> str:
     return ".".join(part for part in parts if part)
 
 
-def owner(name: str) -> str:
+def owner_of(name: str) -> str:
     """The name of the module that holds ``name`` directly: ``"a.b"`` for ``"a.b.c"``, ``""`` for ``"a"``."""
     return name.rpartition(".")[0]
 
@@ -43,10 +47,15 @@ def leaf(name: str) -> str:
 
 
 def parents(name: str) -> list[str]:
-    """The names of the modules around ``name``, the outermost first, without the root: ``["a", "a.b"]`` for
-    ``"a.b.c"``."""
-    parts = name.split(".")
-    return [".".join(parts[:i]) for i in range(1, len(parts))]
+    """The names of the modules around ``name``, from the root to its owner: ``["", "a", "a.b"]`` for ``"a.b.c"``."""
+    parts = name.split(".") if name else []
+    return [".".join(parts[:i]) for i in range(len(parts))]
+
+
+def around_all(names: Iterable[str]) -> list[str]:
+    """The names of the modules that hold all of ``names``, or are the only one, from the root to the innermost."""
+    levels = zip(*([*parents(name), name] for name in names))
+    return [level[0] for level in levels if len(set(level)) == 1] or [""]
 
 
 def is_within(name: str, *modules: str) -> bool:
@@ -65,9 +74,28 @@ def relative(name: str, module: str) -> str:
     return name[len(module) :].removeprefix(".")
 
 
+def adapter_key(host: str, adapter: str, *rest: str) -> str:
+    """The key of what an adapter owns: ``"mlp.up.adapters.default.lora_A"`` for the module ``"mlp.up"``."""
+    return join(host, _ADAPTERS, adapter, *rest)
+
+
+def is_adapter_key(key: str, adapter: str = "") -> bool:
+    """Whether ``key`` belongs to an adapter, or to the one called ``adapter``."""
+    return f".{join(_ADAPTERS, adapter)}." in f".{key}"
+
+
+def host_of(key: str) -> str:
+    """The name of the module whose adapter owns ``key``; ``key`` itself if no adapter does."""
+    host, found, _ = f".{key}".partition(f".{_ADAPTERS}.")
+    return host.removeprefix(".") if found else key
+
+
 def nearest(word: str, words: Iterable[str], n: int = 1, cutoff: float = 0.6) -> list[str]:
     """Up to ``n`` of ``words`` that are spelled most like ``word``, the closest first: what was meant, for messages."""
     return difflib.get_close_matches(word, list(words), n=n, cutoff=cutoff)
+
+
+_ADAPTERS = "adapters"  # the child of an adapted module that holds its adapters
 
 
 def check_name(name: str) -> None:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from lightning_peft.core.names import is_within
+
 if TYPE_CHECKING:
     from lightning_peft.core.state.adapter_records import Part
     from lightning_peft.core.state.moved import Start
@@ -76,10 +78,9 @@ class Injection:
     def decided(self, names: Iterable[str]) -> set[str]:
         """Those of ``names`` of base parameters that train by now, whether or not they require gradients."""
         modules = {name for trains in self.trains.values() for name in trains.modules}
-        inside = tuple("" if name == "" else f"{name}." for name in modules)
         single = {name for trains in self.trains.values() for name in trains.parameters} | self.kept
         waiting = {name for name, before in self.later.items() if before is None}
-        return {n for n in names if (n in single and n not in waiting) or n in modules or n.startswith(inside)}
+        return {n for n in names if (n in single and n not in waiting) or is_within(n, *modules)}
 
 
 def injection_of(model: nn.Module) -> Injection | None:

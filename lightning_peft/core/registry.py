@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
+
+from lightning_peft.core.names import nearest
 
 if TYPE_CHECKING:
     from lightning_peft.methods.families.method import PEFTMethod
@@ -27,7 +28,7 @@ def registered_method(name: str) -> type[PEFTMethod]:
         ValueError: no such method is defined, or several are.
     """
     if name not in _METHODS:
-        near = difflib.get_close_matches(name, _METHODS, n=1)
+        near = nearest(name, _METHODS, n=1)
         hint = f"; nearest: {near[0]!r}" if near else ""
         raise ValueError(f"no method named {name!r}; defined are {sorted(_METHODS)}{hint}")
     found = _METHODS[name]

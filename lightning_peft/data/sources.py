@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from typing import Any
 
 from lightning_peft import demo
+from lightning_peft.core.names import nearest
 
 _FORMATS = {
     ".csv": "csv",
@@ -84,5 +84,5 @@ def _check_columns(present: list[str], wanted: tuple[str, ...], where: str) -> N
 
 
 def _nearest(name: str, others: list[str]) -> str:
-    near = difflib.get_close_matches(name, others, n=1, cutoff=0.5)
+    near = nearest(name, others, n=1, cutoff=0.5)
     return f" (did you mean {near[0]!r}?)" if near else ""

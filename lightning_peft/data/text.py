@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_peft import demo
+from lightning_peft.core.names import nearest
 from lightning_peft.data.base import Example, TextDataModule
 
 
@@ -76,7 +76,7 @@ class TextClassificationData(TextDataModule):
         for row in rows:
             if row[self.label] not in number:
                 names = [str(label) for label in self.labels]
-                near = difflib.get_close_matches(str(row[self.label]), names, n=1)
+                near = nearest(str(row[self.label]), names, n=1)
                 hint = f"; the nearest is {near[0]!r}" if near else ""
                 raise ValueError(f"the {split} split has the label {row[self.label]!r}, train has not{hint}.")
         tokens = self.tokenizer([row[self.text] for row in rows], truncation=True, max_length=self.max_length)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,8 @@ import lightning as L
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_peft.core.names import nearest
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -112,7 +113,7 @@ class ImageData(L.LightningDataModule):
             return self._data[split]
         path = Path(str(self.files[split])).expanduser()
         if not path.is_file():
-            near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.npz")], n=1)
+            near = nearest(path.name, [p.name for p in path.parent.glob("*.npz")], n=1)
             raise FileNotFoundError(
                 f"{split}: there is no file {str(path)!r}{f' (near it: {near[0]!r})' if near else ''}."
             )

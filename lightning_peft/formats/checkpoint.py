@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.injection.apply import put_in
+from lightning_peft.core.names import adapter_key, is_within, join
 from lightning_peft.core.registry import method_of_file
 from lightning_peft.core.state.adapter_records import Part, whole
 from lightning_peft.core.state.state_dict import StateError, adapter_state
@@ -151,7 +152,7 @@ def _inner(base: Base, name: str) -> str:
 
 def _tensors_of(part: Part, parts: list[Part], name: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The part's tensors; those of several weights of one module stand under the weights' names."""
-    prefix = f"{part.host}.adapters.{name}.".lstrip(".")
+    prefix = adapter_key(part.host, name) + "."
     if sum(other.host == part.host for other in parts) > 1 or part.parameter not in ("", "weight"):
         key = part.parameter.removesuffix(".weight")
         prefix += f"{key}." if any(k.startswith(f"{prefix}{key}.") for k in state) else f"{key}_."
@@ -169,7 +170,7 @@ def _trained(name: str, entry: Mapping[str, Any], state: Mapping[str, Tensor]) -
             copies[f"{host}.{inside.removeprefix('replacement.')}"] = value
         elif inside and host not in adapted:
             copies[f"{host}.{inside}"] = value
-        elif key in own["parameters"] or any(key.startswith(f"{head}.") for head in own["modules"]):
+        elif key in own["parameters"] or is_within(key, *own["modules"]):
             base[key] = value
     return base | copies
 
@@ -183,7 +184,7 @@ class _Outline(Base):
     def of(cls, facts: Mapping[str, Any], parts: list[Part]) -> _Outline:
         root = nn.Module()
         for name in facts["modules"]:
-            _put(root, f"{facts['name']}.{name}".lstrip("."), nn.Module())
+            _put(root, join(facts["name"], name), nn.Module())
         for part in parts:
             _put(root, part.host, _layer(part, parts))
         outline = cls(root, facts["name"])

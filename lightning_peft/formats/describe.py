@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lightning_peft.core.names import is_adapter_key
 from lightning_peft.core.state.state_dict import StateError
 from lightning_peft.core.untrusted import FormatError
 from lightning_peft.formats.directory.files import TensorInfo, adapter_folders, read_config, read_header
@@ -154,7 +155,7 @@ def _checkpoint(path: Path) -> Description:
     adapters = []
     for entry in manifest["methods"]:
         name = entry["config"]["name"]
-        own = {key: info for key, info in tensors.items() if f".adapters.{name}." in f".{key}"}
+        own = {key: info for key, info in tensors.items() if is_adapter_key(key, name)}
         adapters.append(AdapterSummary(name, entry["method"], "lightning_peft", entry["config"], base, own))
     rest = sum(info.numel for key, info in tensors.items() if not any(key in a.tensors for a in adapters))
     facts = {

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_peft.core.names import is_adapter_key, join
 from lightning_peft.core.registry import method_of_file
 from lightning_peft.core.targeting.base_model import Base
 from lightning_peft.core.targeting.base_modules import base_modules
@@ -40,7 +41,7 @@ class NativeConverter(Converter):
     def write(self, snapshot: Snapshot, **options: Any) -> Writing:
         method, name = snapshot.method, snapshot.base.name
         tensors = {
-            ".".join(filter(None, (PREFIX[:-1], part.name, "adapters", key))): tensor
+            PREFIX + join(part.name, "adapters", key): tensor
             for part in snapshot.parts
             for key, tensor in part.tensors.items()
         }
@@ -90,7 +91,7 @@ def _named(module: nn.Module, pattern: str) -> set[str]:
     """The modules and parameters that a pattern means by their names."""
     if pattern.startswith("type:"):
         return set()
-    parameters = {name: None for name, _ in module.named_parameters() if ".adapters." not in f".{name}"}
+    parameters = {name: None for name, _ in module.named_parameters() if not is_adapter_key(name)}
     return {name for name in (*dict(base_modules(module)), *parameters) if name and match(pattern, name)}
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-
+from lightning_peft.core.names import nearest
 from lightning_peft.core.untrusted import FormatError
 from lightning_peft.formats.native import NativeConverter
 from lightning_peft.formats.peft.converter import Converter
@@ -55,7 +54,7 @@ def converter_for_type(peft_type: str) -> Converter:
     if peft_type not in known:
         if peft_type in _INSTEAD:
             raise FormatError(f"peft_type {peft_type!r} cannot be read: {_INSTEAD[peft_type]}")
-        near = difflib.get_close_matches(str(peft_type).upper(), known, n=1)
+        near = nearest(str(peft_type).upper(), known, n=1)
         hint = f"; nearest: {near[0]!r}" if near else ""
         raise FormatError(f"peft_type {peft_type!r} is none that can be read; known are {sorted(known)}{hint}")
     return known[peft_type]

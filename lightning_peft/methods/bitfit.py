@@ -18,6 +18,7 @@ from typing import Any
 from torch import nn
 
 from lightning_peft.core.class_swap import original_class
+from lightning_peft.core.names import is_within
 from lightning_peft.core.state.plan import Plan
 from lightning_peft.core.targeting.patterns import TargetError
 from lightning_peft.methods.families.selection import SelectionMethod
@@ -61,7 +62,7 @@ class BitFit(SelectionMethod):
 
     def choose(self, model: nn.Module, plan: Plan) -> None:
         chosen = self.matching(model, _is_bias)
-        if all(any(name.startswith(f"{head}.") for head in plan.train_modules) for name in chosen):
+        if all(is_within(name, *plan.train_modules) for name in chosen):
             raise TargetError(
                 f"BitFit finds no bias in {original_class(model).__name__}{' but in trainable' if chosen else ''}, "
                 "whose layers were built without: NormTuning or LoRA train models of this kind"

@@ -35,7 +35,7 @@ from lightning_peft.core.injection.apply import put_in
 from lightning_peft.core.injection.low_rank_factors import Factors, LowRankReport, change, evaluating, product
 from lightning_peft.core.injection.overrides import replacements
 from lightning_peft.core.injection.remove import check_deletable, take_out
-from lightning_peft.core.names import check_name
+from lightning_peft.core.names import check_name, join
 from lightning_peft.core.record import injected_module, injection_of
 from lightning_peft.core.state.plan import Method, Plan
 from lightning_peft.core.switching.active import deactivate
@@ -310,7 +310,7 @@ def _interpolated(root: nn.Module, shares: Mapping[str, float]) -> dict[str, Ten
             for local, copy in (
                 (k, c) for part in cast(Adapter, stack[name]).parts() for k, c in part.copies().items()
             ):
-                full = f"{host_name}.{local}".lstrip(".")
+                full = join(host_name, local)
                 base = cast(Tensor, stored_tensor(root.get_submodule(host_name), local)).detach()
                 if alone:
                     found[full] = copy.detach()

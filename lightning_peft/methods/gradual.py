@@ -20,6 +20,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from lightning_peft.core.class_swap import original_class
+from lightning_peft.core.names import owner_of
 from lightning_peft.core.record import injection_of
 from lightning_peft.core.state.freezing import thaw
 from lightning_peft.core.state.plan import Plan
@@ -120,7 +121,7 @@ class GradualUnfreezing(SelectionMethod):
             found = depths(model, self.heads(model))
             lowest = [name for name, depth in found.items() if depth == len(stages) + 1]
             stages |= {"before the first block": lowest} if lowest else {}
-        return {k: [n for n in names if not excluded(n.rpartition(".")[0])] for k, names in stages.items()}
+        return {k: [n for n in names if not excluded(owner_of(n))] for k, names in stages.items()}
 
     def times(self, model: nn.Module) -> list[int]:
         """When each stage thaws.

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.adapters.base import WeightAdapter
+from lightning_peft.core.names import is_within
 from lightning_peft.core.targeting.blocks import find_sublayers, label
 from lightning_peft.core.targeting.frozen_parts import why_frozen
 from lightning_peft.core.targeting.layouts import EmbeddingLayout
@@ -155,7 +156,7 @@ def _expanded(model: nn.Module, argument: str, patterns: str | Sequence[str], he
         kind = "attention" if pattern == "all-key-value" else "feedforward"
         sublayers = [s for s in find_sublayers(model) if s.kind == kind]
         names = [n for s in sublayers for n in (s.outputs if kind == "feedforward" else _keys_and_values(s.sites))]
-        names = [n for n in names if not any(n == head or n.startswith(f"{head}.") for head in heads)]
+        names = [n for n in names if not is_within(n, *heads)]
         if not names:
             what = "the key and value projections of an attention" if kind == "attention" else "a feed-forward"
             raise TargetError(

@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 
 from lightning_peft.core.class_swap import original_class
-from lightning_peft.core.names import listed
+from lightning_peft.core.names import is_within, listed
 from lightning_peft.core.state.plan import Plan
 from lightning_peft.core.targeting.base_modules import base_modules
 from lightning_peft.core.targeting.frozen_parts import in_frozen_part, why_frozen
@@ -89,7 +89,7 @@ class LinearProbe(SelectionMethod):
         self.add_modules(model, [head], plan)
         inside = {id(p) for p in model.get_submodule(head).parameters()}
         owners = model.named_parameters(remove_duplicate=False)
-        tied = sorted(n for n, p in owners if id(p) in inside and not n.startswith(f"{head}."))
+        tied = sorted(n for n, p in owners if id(p) in inside and not is_within(n, head))
         if tied:
             plan.notes.append(f"{head} shares its weight with {', '.join(tied)}, which trains with it")
         return None

@@ -32,6 +32,7 @@ from lightning_peft.core.adapters.base import WeightAdapter
 from lightning_peft.core.adapters.lookup import stacks
 from lightning_peft.core.adapters.low_rank import LowRankAdapter
 from lightning_peft.core.batching.batched import RowLink
+from lightning_peft.core.names import join, owner_of
 from lightning_peft.core.state.plan import Plan
 from lightning_peft.core.targeting.base_modules import base_modules
 from lightning_peft.core.targeting.layouts import EmbeddingLayout
@@ -241,12 +242,12 @@ class LoRA(RankedMethod):
             if part.r > largest:
                 plan.notes.append(f"{part.site_name}: r={part.r} where the weight's rank is at most {largest}")
         # The modules that hold the weights: an attention's out_proj is one of its own.
-        adapted = {f"{host}.{part.parameter}".rpartition(".")[0].lstrip(".") for host, part in parts}
+        adapted = {owner_of(join(host, part.parameter)) for host, part in parts}
         for name, module in base_modules(model):
             wanted = self.bias == "all" or (self.bias == "lora_only" and name in adapted)
             for parameter, value in module._parameters.items() if wanted else ():
                 if value is not None and parameter.endswith("bias"):
-                    plan.train[f"{name}.{parameter}" if name else parameter] = "bias trains"
+                    plan.train[join(name, parameter)] = "bias trains"
         plan_token_rows(plan, model, self.trainable_tokens, self.initialising)
         return plan
 

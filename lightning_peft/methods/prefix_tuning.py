@@ -29,6 +29,7 @@ from lightning_peft.core.batching.layout import Place
 from lightning_peft.core.class_swap import original_class
 from lightning_peft.core.kv_cache import cache_length, find_cache
 from lightning_peft.core.module_io import by_name, parameters_of
+from lightning_peft.core.names import is_within
 from lightning_peft.core.state.plan import Plan
 from lightning_peft.core.targeting.attention_sites import AttentionSite, find_attention
 from lightning_peft.core.targeting.base_modules import base_modules
@@ -349,7 +350,7 @@ def _in_layers(model: nn.Module, sites: dict[str, AttentionSite], layers: Sequen
                 f"layers={list(layers)!r}: the model has {len(blocks)} blocks, {blocks[:1]} to {blocks[-1:]}"
             )
     wanted = [blocks[i] for i in layers]
-    inside = {n: s for n, s in sites.items() if any(n == b or n.startswith(f"{b}.") for b in wanted)}
+    inside = {n: s for n, s in sites.items() if is_within(n, *wanted)}
     if not inside:
         raise TargetError(f"layers={list(layers)!r} names {wanted}, which hold no targeted attention")
     return inside
@@ -360,7 +361,7 @@ def _owner_of_positions(model: nn.Module, sites: list[str]) -> str:
     around = [
         name
         for name, module in base_modules(model)
-        if all(s.startswith(f"{name}." if name else "") and s != name for s in sites)
+        if all(is_within(s, name) and s != name for s in sites)
         and "position_ids" in parameters_of(module)
         and {"input_ids", "inputs_embeds"} & {*parameters_of(module)}  # a layer is told positions that others made
     ]

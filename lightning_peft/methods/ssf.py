@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from lightning_peft.core.adapters.base import WeightAdapter
 from lightning_peft.core.class_swap import original_class
+from lightning_peft.core.names import is_within
 from lightning_peft.core.state.plan import Plan
 from lightning_peft.core.targeting.frozen_parts import in_frozen_part
 from lightning_peft.core.targeting.layouts import NormLayout
@@ -92,7 +93,7 @@ class SSF(WeightMethod):
                 continue
             names = [n for n, s in sites.items() if n in norms or (pattern == "all-layers" and s.bias is not None)]
             names = [n for n in names if n != head and not left_alone(n)]
-            names = [n for n in names if not any(n == h or n.startswith(f"{h}.") for h in heads)]
+            names = [n for n in names if not is_within(n, *heads)]
             patterns += exactly(n for n in names if n not in norms or _offset(norms[n].module) is not None)
         chosen, left_out = find_sites(model, patterns, self.exclude, heads, sites)
         if head is not None and head not in chosen and head not in left_out:

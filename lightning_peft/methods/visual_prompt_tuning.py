@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from lightning_peft.core.adapters.base import Adapter
 from lightning_peft.core.class_swap import original_class
 from lightning_peft.core.module_io import by_name
+from lightning_peft.core.names import is_within, leaf, owner_of
 from lightning_peft.core.state.plan import Plan
 from lightning_peft.core.targeting.attention_sites import attention_sites
 from lightning_peft.core.targeting.base_modules import base_modules
@@ -136,7 +137,7 @@ class VisualPromptTuning(PEFTMethod):
             blocks = list(match_modules(model, as_patterns(self.targets, "targets"), "targets").items())
         gone = match_modules(model, as_patterns(self.exclude, "exclude"), "exclude")
         blocks = [(n, m) for n, m in blocks if n not in gone]
-        stacks = list(dict.fromkeys(n.rpartition(".")[0] for n, _ in blocks))
+        stacks = list(dict.fromkeys(owner_of(n) for n, _ in blocks))
         if len(stacks) != 1:
             raise TargetError(
                 f"the blocks of {stacks} are several stacks, and prompts go into one: name it, as in "
@@ -224,7 +225,7 @@ def _leading(model: nn.Module) -> int:
     for _, module in base_modules(model):
         if isinstance(count := getattr(module, "num_prefix_tokens", None), int):
             return count
-    names = {name.rpartition(".")[2] for name, p in model.named_parameters() if p.numel()}
+    names = {leaf(name) for name, p in model.named_parameters() if p.numel()}
     registers = [
         p.shape[-2] for name, p in model.named_parameters() if name.endswith("register_tokens") and p.ndim == 3
     ]
@@ -236,7 +237,7 @@ def _patch(model: nn.Module, blocks: list[str], width: int) -> int:
 
     That layer is a strided convolution, or a linear layer for patches that were cut out before.
     """
-    outside = [m for n, m in base_modules(model) if not any(n.startswith(f"{b}.") for b in blocks)]
+    outside = [m for n, m in base_modules(model) if not is_within(owner_of(n), *blocks)]
     for module in outside:
         if isinstance(module, nn.modules.conv._ConvNd) and max(module.stride) > 1:
             return module.in_channels * math.prod(module.kernel_size)

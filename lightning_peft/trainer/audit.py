@@ -19,7 +19,7 @@ from lightning_peft.core.adapters.lookup import hosts, stacks
 from lightning_peft.core.adapters.reads import computing
 from lightning_peft.core.adapters.stack import AdapterStack
 from lightning_peft.core.class_swap import add_mixin, remove_mixin
-from lightning_peft.core.names import canonical, listed
+from lightning_peft.core.names import adapter_key, canonical, host_of, is_adapter_key, is_within, listed
 from lightning_peft.core.record import injection_of, later_parameters
 from lightning_peft.core.sharded_tensors import is_sharded, local_part
 from lightning_peft.core.state.state_dict import owned_keys
@@ -279,7 +279,7 @@ class GradientAudit:
                     f"{listed(bad)} got a gradient that is not finite in the first step: lower the learning rate, or "
                     "alpha",
                 )
-            ran = [n for n in self.waiting if called is not None and n.partition(".adapters.")[0] in called]
+            ran = [n for n in self.waiting if called is not None and host_of(n) in called]
             ran = [n for n in ran if _took_part(self.model, n)]
             if ran:
                 self._report(
@@ -316,10 +316,9 @@ class GradientAudit:
 def _took_part(model: nn.Module, parameter: str) -> bool:
     """Whether the adapter that owns ``parameter``, if one does, runs where its host does: active, or named by rows."""
     for name, stack in stacks(model).items():
-        prefix = f"{name}.adapters.".lstrip(".")
-        if parameter.startswith(prefix):
+        if is_adapter_key(parameter) and host_of(parameter) == name:
             running = stack.active if stack.named is None else stack.named
-            return parameter.removeprefix(prefix).partition(".")[0] in running
+            return any(is_within(parameter, adapter_key(name, adapter)) for adapter in running)
     return True
 
 

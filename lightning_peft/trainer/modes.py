@@ -10,6 +10,7 @@ from torch import nn
 
 from lightning_peft.core.adapters.lookup import stacks
 from lightning_peft.core.class_swap import has_mixin
+from lightning_peft.core.names import is_within
 from lightning_peft.core.record import injected_module, injection_of
 from lightning_peft.core.state.freezing import FrozenNorm
 from lightning_peft.core.targeting.base_modules import base_modules
@@ -50,7 +51,7 @@ def _in_eval_mode(model: nn.Module, trained: list[nn.Module]) -> list[str]:
     inside = {part for module in trained for part in module.modules()}
     found: list[str] = []
     for name, module in base_modules(model):
-        if any(outer == "" or name.startswith(f"{outer}.") for outer in found):
+        if is_within(name, *found):
             continue
         frozen = any(not p.requires_grad for p in module.parameters())
         if not module.training and frozen and module not in inside and not has_mixin(module, FrozenNorm):

@@ -18,7 +18,7 @@ from lightning_peft.core.adapters.base import Adapter
 from lightning_peft.core.adapters.effective_weights import stored_tensor
 from lightning_peft.core.adapters.lookup import hosts
 from lightning_peft.core.adapters.stack import AdapterStack
-from lightning_peft.core.names import canonical
+from lightning_peft.core.names import canonical, is_adapter_key, parents
 from lightning_peft.core.record import injected_module, injection_of, later_parameters
 
 __all__ = ["add_adapters", "configured"]
@@ -96,10 +96,9 @@ def _adapted(module: nn.Module, host_name: str, host: nn.Module, adapter: Adapte
     """The base's parameters that an adapter changes: weights, or those of its host or the nearest module around it."""
     names = [name for part in adapter.parts() for name in (*part.weights(), *part.copies())]
     weights = [p for name in names if isinstance(p := stored_tensor(host, name), nn.Parameter)]
-    parts = host_name.split(".") if host_name else []
-    for depth in range(len(parts), -1, -1):
+    for around in reversed([*parents(host_name), host_name]):
         if weights:
             break
-        around = module.get_submodule(".".join(parts[:depth]))
-        weights = [p for name, p in around.named_parameters() if ".adapters." not in f".{name}"]
+        inside = module.get_submodule(around).named_parameters()
+        weights = [p for name, p in inside if not is_adapter_key(name)]
     return weights

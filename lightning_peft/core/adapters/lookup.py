@@ -9,6 +9,7 @@ from torch import nn
 
 from lightning_peft.core.adapters.stack import Adapted, AdapterStack
 from lightning_peft.core.class_swap import has_mixin
+from lightning_peft.core.names import adapter_key
 
 __all__ = ["active_names", "adapter_names", "check_known", "check_unmerged", "hosts", "stack_prefixes", "stacks"]
 
@@ -27,9 +28,8 @@ def stacks(model: nn.Module) -> dict[str, AdapterStack]:
 
 def stack_prefixes(model: nn.Module, name: str | None = None) -> tuple[str, ...]:
     """What the keys of all adapters in ``model``, or of those called ``name``, start with; of each name of a host."""
-    inside = "" if name is None else f"{name}."
     named = model.named_modules(remove_duplicate=False)
-    return tuple(f"{host}.adapters.{inside}".lstrip(".") for host, module in named if has_mixin(module, Adapted))
+    return tuple(f"{adapter_key(host, name or '')}." for host, module in named if has_mixin(module, Adapted))
 
 
 def adapter_names(model: nn.Module) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.class_swap import original_class
+from lightning_peft.core.names import parents
 from lightning_peft.core.targeting.layouts import layout_of
 
 __all__ = [
@@ -72,8 +73,7 @@ def places(model: nn.Module, names: Iterable[str]) -> dict[str, Place]:
     mixed = _sequence_first(model)
     found = {}
     for name in names:
-        parts = name.split(".") if name else []
-        around = [modules[".".join(parts[:i])] for i in range(len(parts) + 1)]
+        around = [modules[outer] for outer in (*parents(name), name)]
         order: Literal["batch", "sequence", "either"] = "either" if mixed else "batch"
         if isinstance(modules[name], nn.MultiheadAttention | nn.RNNBase):
             order = "sequence" if _sequence_first(modules[name]) else "batch"

@@ -10,6 +10,7 @@ from lightning_peft.core.adapters.base import Adapter
 from lightning_peft.core.adapters.lookup import hosts
 from lightning_peft.core.adapters.stack import _TENSOR_PARALLEL, Adapted, AdapterStack
 from lightning_peft.core.class_swap import add_mixin, check_mixin, has_mixin, original_class, remove_mixin
+from lightning_peft.core.names import parents
 
 __all__ = ["attach", "check_host", "detach"]
 
@@ -74,7 +75,7 @@ def detach(model: nn.Module, host_name: str, name: str | None = None) -> None:
         del host.adapters
         for key in [k for k, hook in host._forward_pre_hooks.items() if hook is _slow_path]:
             del host._forward_pre_hooks[key]
-        for parent in _parents(model, host_name):
+        for parent in [model.get_submodule(name) for name in parents(host_name)]:
             if "_before_slow_path" in vars(parent) and next(hosts(parent), None) is None:
                 vars(parent).update(vars(parent).pop("_before_slow_path"))
 
@@ -85,15 +86,10 @@ def _slow_path(module: nn.Module, args: Any) -> None:
 
 
 def _keep_slow_paths(model: nn.Module, host_name: str, host: nn.Module) -> None:
-    parents = _parents(model, host_name)
-    if any(isinstance(p, nn.TransformerEncoderLayer) for p in parents):
+    around = [model.get_submodule(name) for name in parents(host_name)]
+    if any(isinstance(p, nn.TransformerEncoderLayer) for p in around):
         host.register_forward_pre_hook(_slow_path)
-    for parent in parents:
+    for parent in around:
         if isinstance(parent, nn.TransformerEncoder) and parent.use_nested_tensor:
             vars(parent)["_before_slow_path"] = {"use_nested_tensor": True}
             parent.use_nested_tensor = False  # only the fast path can take the nested tensors it would make
-
-
-def _parents(model: nn.Module, host_name: str) -> list[nn.Module]:
-    parts = host_name.split(".") if host_name else []
-    return [model.get_submodule(".".join(parts[:i])) for i in range(len(parts))]

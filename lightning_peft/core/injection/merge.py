@@ -16,7 +16,7 @@ from lightning_peft.core.adapters.stack import AdapterStack
 from lightning_peft.core.class_swap import restore_class
 from lightning_peft.core.injection.attach import detach
 from lightning_peft.core.injection.low_rank_factors import evaluating
-from lightning_peft.core.names import canonical
+from lightning_peft.core.names import canonical, join
 from lightning_peft.core.record import injected_module, injection_of
 from lightning_peft.core.state.consistency import check_record
 from lightning_peft.core.state.state_dict import StateError
@@ -129,7 +129,7 @@ class _Fold:
         self.stack = cast(AdapterStack, host.adapters)
         parts = [part for name in names for part in cast(Adapter, self.stack[name]).parts()]
         touched = sorted({p for part in parts for p in _touched(part) or ()})
-        self.parameters = {p: f"{host_name}.{p}".lstrip(".") for p in touched}
+        self.parameters = {p: join(host_name, p) for p in touched}
         # What others share is computed ahead: it must change alike everywhere, and from one and the same value.
         self._weights = None if shared.keys().isdisjoint(self.parameters.values()) else self._compute()
 
@@ -263,7 +263,7 @@ def _effective(host_name: str, host: nn.Module, adapters: Sequence[Adapter]) -> 
     for parameter in (p for adapter in adapters for p in adapter.weights()):
         dtype = cast(torch.Tensor, stored[parameter]).dtype
         if not (dtype.is_floating_point or dtype.is_complex):
-            full = f"{host_name}.{parameter}".lstrip(".")
+            full = join(host_name, parameter)
             raise MergeError(f"{full} is stored as {dtype}: a quantised weight cannot take an exact change")
     dtype = torch.float32
     for tensor in stored.values():

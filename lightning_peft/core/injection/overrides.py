@@ -9,7 +9,6 @@ from the copy.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +20,7 @@ from torch.nn.utils import parametrize
 from lightning_peft.core.adapters.base import Adapter
 from lightning_peft.core.adapters.effective_weights import stored_tensor
 from lightning_peft.core.class_swap import original_class
+from lightning_peft.core.names import adapter_key, join, nearest
 from lightning_peft.core.state.plan import Plan
 from lightning_peft.core.state.state_dict import StateError
 from lightning_peft.core.targeting.base_modules import base_modules
@@ -50,7 +50,7 @@ class Replacement(Adapter):
                 owner.register_parameter(key, value)
             else:
                 owner.register_buffer(key, value)
-            self.stored_as[name] = f"{child}.{key}" if child else key
+            self.stored_as[name] = join(child, key)
 
     @property
     def rewrites(self) -> bool:
@@ -135,16 +135,12 @@ def saved_copies(plan: Plan, model: nn.Module, name: str, state: Mapping[str, Te
         name: the adapter.
         state: by key.
     """
-
-    def prefix(host: str) -> str:
-        return f"{host}.adapters.{name}".lstrip(".")
-
-    others = {f"{prefix(host)}.{key}" for host, _, adapter, _ in plan.attach for key in adapter.state_dict()}
+    others = {f"{adapter_key(host, name)}.{key}" for host, _, adapter, _ in plan.attach for key in adapter.state_dict()}
     found: dict[str, Tensor] = {}
     for full, place in _places(model):
         for beside in ("replacement.", ""):
             for end in ("", "_"):
-                key = f"{prefix(place.host)}.{beside}{place.name}{end}"
+                key = f"{adapter_key(place.host, name)}.{beside}{place.name}{end}"
                 if key in state and key not in others:
                     found[full] = state[key]
     return found
@@ -174,11 +170,11 @@ def _places(model: nn.Module) -> Iterator[tuple[str, _Place]]:
         buffers = {k: b for k, b in module._buffers.items() if k not in module._non_persistent_buffers_set}
         for key, tensor in {**module._parameters, **buffers}.items():
             if tensor is not None:
-                yield f"{name}.{key}" if name else key, _Place(host, module, f"{prefix}{key}", tensor)
+                yield join(name, key), _Place(host, module, f"{prefix}{key}", tensor)
 
 
 def _unknown(name: str, places: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(places), n=1)
+    near = nearest(name, list(places), n=1)
     return "the base has no such parameter or buffer" + (f"; nearest: {near[0]}" if near else "")
 
 

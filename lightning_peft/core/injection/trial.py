@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
 
 from torch import nn
 
 from lightning_peft.core.adapters.lookup import hosts
 from lightning_peft.core.injection.attach import attach
+from lightning_peft.core.names import around_all, relative
 from lightning_peft.core.state.plan import Plan
 from lightning_peft.core.targeting.trial_forward import failure
 
@@ -24,14 +24,13 @@ def trial_problem(model: nn.Module, plan: Plan) -> str | None:
     misfits = tuple({kind for _, _, adapter, _ in plan.attach for kind in adapter.misfits})
     if not misfits or next(hosts(model), None) is not None:
         return None
-    for around in _around([host for host, *_ in plan.attach]):
-        prefix = f"{around}." if around else ""
+    for around in around_all(host for host, *_ in plan.attach):
 
-        def put_in(twin: nn.Module, prefix: str = prefix) -> None:
+        def put_in(twin: nn.Module, around: str = around) -> None:
             for (host, *_), adapter in zip(plan.attach, copy.deepcopy([a for _, _, a, _ in plan.attach])):
                 for part in adapter.modules():
                     vars(part).update({k: v for k, v in _LENIENT.items() if k in vars(part)})
-                attach(twin, (host + ".").removeprefix(prefix).removesuffix("."), "trial", adapter.to("meta"))
+                attach(twin, relative(host, around), "trial", adapter.to("meta"))
 
         tried, error = failure(model.get_submodule(around), put_in)
         if tried:
@@ -41,12 +40,3 @@ def trial_problem(model: nn.Module, plan: Plan) -> str | None:
 
 #: what a trial leaves out: the comparison of a cached step needs values, and the trial's input has any length
 _LENIENT = {"cache_checked": True, "limit": None}
-
-
-def _around(names: Iterable[str]) -> list[str]:
-    """The modules around all of ``names``, the outermost first."""
-    paths = [name.split(".") if name else [] for name in names]
-    common = 0
-    while all(len(path) > common and path[common] == paths[0][common] for path in paths):
-        common += 1
-    return [".".join(paths[0][:i]) for i in range(common + 1)]

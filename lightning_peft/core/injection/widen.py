@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from lightning_peft.core.names import canonical
+from lightning_peft.core.names import canonical, join
 from lightning_peft.core.record import Trains, injected_name, injection_of
 from lightning_peft.core.state.fingerprint import fingerprint
 
@@ -25,7 +25,7 @@ def widen(model: nn.Module, freeze: bool = True) -> None:
         return
 
     def outer(name: str) -> str:
-        return f"{inner}.{name}" if name else inner
+        return join(inner, name)
 
     inside = model.get_submodule(inner)
     rest = {id(p) for p in model.parameters()} - {id(p) for p in inside.parameters()}

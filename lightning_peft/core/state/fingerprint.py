@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.adapters.lookup import stacks
-from lightning_peft.core.names import canonical
+from lightning_peft.core.names import canonical, nearest
 from lightning_peft.core.sharded_tensors import gather_full
 from lightning_peft.core.state.moved import extra_state
 from lightning_peft.core.state.state_dict import StateError, trainable_keys
@@ -59,7 +58,7 @@ def check_fingerprint(model: nn.Module, saved: Mapping[str, Any], plain: bool = 
         if name in trained:
             continue
         if name not in frozen:
-            near = difflib.get_close_matches(name, list(frozen), n=1)
+            near = nearest(name, list(frozen), n=1)
             raise StateError(
                 f"this is another base model: it has no tensor {name!r}" + (f"; nearest: {near[0]!r}" if near else "")
             )

@@ -9,14 +9,13 @@ fine: the base brings them.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from torch import Tensor, nn
 
 from lightning_peft.core.adapters.lookup import check_known, stack_prefixes
-from lightning_peft.core.names import canonical
+from lightning_peft.core.names import canonical, join, nearest
 from lightning_peft.core.record import injected_module, injected_name, injection_of
 from lightning_peft.core.state.moved import extra_state
 from lightning_peft.ops.finite import is_finite
@@ -80,7 +79,7 @@ def _moved_before(model: nn.Module) -> set[str]:
     if record is None:
         return set()
     stored = {canonical(key) for key in nn.Module.state_dict(model)}
-    moved = {f"{prefix}.{name}" if prefix else name for name in record.moved}
+    moved = {join(prefix, name) for name in record.moved}
     return moved & stored
 
 
@@ -169,5 +168,5 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 def _listed(keys: list[str], others: Iterable[str]) -> str:
     text = ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
-    near = difflib.get_close_matches(keys[0], list(others), n=1, cutoff=0.6)
+    near = nearest(keys[0], list(others), n=1, cutoff=0.6)
     return f"{text} (nearest to the first: {near[0]})" if near else text

@@ -13,6 +13,7 @@ from torch import nn
 
 from lightning_peft.core.adapters.lookup import check_known, check_unmerged, stacks
 from lightning_peft.core.adapters.switches import switched
+from lightning_peft.core.names import is_within
 from lightning_peft.core.targeting.blocks import find_blocks
 
 __all__ = ["adapter_drop"]
@@ -49,7 +50,7 @@ def adapter_drop(model: nn.Module, blocks: int | Sequence[int], name: str | None
     left_out = {
         host: stack
         for host, stack in stacks(model).items()
-        if any(host == block or host.startswith(f"{block}.") for block in chosen) and (name is None or name in stack)
+        if is_within(host, *chosen) and (name is None or name in stack)
     }
     if chosen and not left_out:
         raise ValueError(f"no adapter to leave out in {', '.join(chosen)}; adapters are in {list(stacks(model))}")

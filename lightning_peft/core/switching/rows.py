@@ -7,9 +7,7 @@ module they sit on, or the one around all of them, runs once for each group of r
 
 from __future__ import annotations
 
-import difflib
 import functools
-import itertools
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -23,6 +21,7 @@ from lightning_peft.core.adapters.stack import AdapterStack
 from lightning_peft.core.adapters.switches import current, switched
 from lightning_peft.core.batching.layout import Place, RowError, batch_dims, places, tensors
 from lightning_peft.core.class_swap import add_mixin, remove_mixin
+from lightning_peft.core.names import around_all, nearest
 from lightning_peft.core.record import injection_of
 from lightning_peft.core.switching.row_dispatcher import Router, Rows, Spanned
 
@@ -65,7 +64,7 @@ def rows(model: nn.Module, names: Sequence[str | Sequence[str] | None] | None, r
     found = stacks(model)
     wanted = _checked(model, names, found)
     spanning, root = _spanning(model, found, wanted)
-    around = _around(found)
+    around = around_all(found)
     where = places(model, [*found, *around, *([] if root is None else [root])])
     router = Router(wanted, spanning, None if root is None else where[root])
     for stack in found.values():
@@ -157,17 +156,6 @@ class _LengthCheck:
             self.outermost = None
 
 
-def _around(found: dict[str, AdapterStack]) -> list[str]:
-    """The names of the modules that hold all hosts, from the model itself to the innermost."""
-    common = _common([name.split(".") if name else [] for name in found])
-    return [".".join(common[:i]) for i in range(len(common) + 1)]
-
-
-def _common(parts: list[list[str]]) -> list[str]:
-    """What all names begin with."""
-    return [level[0] for level in itertools.takewhile(lambda level: len(set(level)) == 1, zip(*parts))]
-
-
 def _checked(model: nn.Module, names: Any, stacks: dict[str, AdapterStack]) -> Rows:
     if isinstance(names, str) or not isinstance(names, Sequence) or not len(names):
         raise RowError(f"names must be a list with one entry for each row of the batch, got {names!r}")
@@ -185,7 +173,7 @@ def _checked(model: nn.Module, names: Any, stacks: dict[str, AdapterStack]) -> R
                     "which all rows share. Save it with lp.save_adapter and load it with lp.load_adapter: loaded, it "
                     "is a copy that rows can name"
                 )
-            near = difflib.get_close_matches(str(name), known, n=1)
+            near = nearest(str(name), known, n=1)
             hint = f"; nearest: {near[0]!r}" if near else ""
             raise RowError(f"row {i}: no adapter named {name!r}{hint}; the model has {known}, and None is the base")
         if len(set(row)) < len(row):
@@ -210,8 +198,7 @@ def _spanning(model: nn.Module, found: dict[str, AdapterStack], rows: Rows) -> t
     inside = {host for name in spanning for host in where[name]}
     if len({spanning.intersection(row) for row in rows}) < 2 or len(inside) < 2:
         return frozenset(), None
-    parts = [host.split(".") for host in inside]
-    common = _common(parts)
-    while isinstance(model.get_submodule(".".join(common)), nn.ModuleList | nn.ModuleDict):
-        common.pop()  # these are never called
-    return spanning, ".".join(common)
+    around = around_all(inside)
+    while isinstance(model.get_submodule(around[-1]), nn.ModuleList | nn.ModuleDict):
+        around.pop()  # these are never called
+    return spanning, around[-1]

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 from torch import nn
 
 from lightning_peft.core.class_swap import original_class
-from lightning_peft.core.names import is_within, owner
+from lightning_peft.core.names import is_within, owner_of
 from lightning_peft.core.targeting.base_modules import base_modules
 from lightning_peft.core.targeting.blocks import channels_first, find_blocks, find_sublayers, input_width, output_width
 from lightning_peft.core.targeting.frozen_parts import why_frozen
@@ -142,10 +142,10 @@ def _span(name: str, modules: dict[str, nn.Module], called: set[str]) -> _Span:
         end = f"{end}.{children[-1]}"
     while isinstance(modules.get(start), nn.Sequential) and len(modules[start]):  # type: ignore[arg-type]
         start = f"{start}.{next(iter(dict(modules[start].named_children())))}"
-    module, parent = modules[end], modules.get(owner(end))
+    module, parent = modules[end], modules.get(owner_of(end))
     if isinstance(module, nn.ModuleList | nn.ModuleDict | nn.ParameterList | nn.ParameterDict):
         kind = original_class(module).__name__
         raise TargetError(f"{name!r} is a {kind}, which is never called: name what is in it, as in '{name}.*'")
     if isinstance(parent, nn.MultiheadAttention) and end not in called:
-        raise TargetError(f"{name!r} is never called, its attention reads the weight: name {owner(end)!r}")
+        raise TargetError(f"{name!r} is never called, its attention reads the weight: name {owner_of(end)!r}")
     return _Span(start, end)

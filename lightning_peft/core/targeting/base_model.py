@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from lightning_peft.core.class_swap import original_class
+from lightning_peft.core.names import is_within, join, relative
 from lightning_peft.core.optional import config_value, input_embedding
 from lightning_peft.core.targeting.base_modules import base_modules
 from lightning_peft.core.targeting.ties import seen_once
@@ -41,13 +42,11 @@ class Base:
 
     def outer(self, name: str) -> str:
         """A name of the base as ``root`` has it."""
-        return ".".join(part for part in (self.name, name) if part)
+        return join(self.name, name)
 
     def inner(self, name: str) -> str | None:
         """A name of ``root`` as the base has it; None outside of the base."""
-        if not self.name or name == self.name:
-            return name if not self.name else ""
-        return name.removeprefix(f"{self.name}.") if name.startswith(f"{self.name}.") else None
+        return relative(name, self.name) if is_within(name, self.name) else None
 
     def patterns(self, names: Iterable[str]) -> list[str]:
         """Patterns for a method on ``root`` that mean exactly these names of the base."""
@@ -92,9 +91,9 @@ def base_of(root: nn.Module, used: Iterable[str] = ()) -> Base:
         if len(children) != 1 or any(True for _ in module.parameters(recurse=False)):
             break
         child = next(iter(children))
-        if any(Base(root, f"{name}.{child}".lstrip(".")).inner(other) is None for other in used):
+        if any(Base(root, join(name, child)).inner(other) is None for other in used):
             break
-        name, module = f"{name}.{child}".lstrip("."), children[child]
+        name, module = join(name, child), children[child]
     return Base(root, name)
 
 

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from lightning_peft.core.names import is_within
+
 __all__ = ["AdapterContainer", "base_modules"]
 
 
@@ -18,6 +20,6 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     inside = None
     for name, module in model.named_modules():
         if isinstance(module, AdapterContainer):
-            inside = f"{name}."  # what a module holds comes right after it
-        elif inside is None or not name.startswith(inside):
+            inside = name  # what a module holds comes right after it
+        elif inside is None or not is_within(name, inside):
             yield name, module

@@ -16,6 +16,7 @@ from typing import Literal
 from torch import nn
 
 from lightning_peft.core.class_swap import original_class
+from lightning_peft.core.names import is_within, join, leaf, owner_of
 from lightning_peft.core.targeting.base_modules import base_modules
 from lightning_peft.core.targeting.frozen_parts import in_frozen_part
 from lightning_peft.core.targeting.sites import Site, output_head, weight_sites
@@ -35,7 +36,7 @@ def find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """
     left_alone = in_frozen_part(model)
     inside = [
-        (f"{name}.{child}" if name else child, module, len(container))
+        (join(name, child), module, len(container))
         for name, container in base_modules(model)
         if isinstance(container, _CONTAINERS)
         for child, module in container.named_children()
@@ -56,7 +57,7 @@ def find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def _outermost(blocks: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
-    return [(n, m) for n, m in blocks if not any(n.startswith(f"{other}.") for other, _ in blocks)]
+    return [(n, m) for n, m in blocks if not is_within(owner_of(n), *(other for other, _ in blocks))]
 
 
 @dataclass(frozen=True)
@@ -166,10 +167,9 @@ def _search(
         done: list[str] = []
         found: list[Sublayer] = []
         for name, module in modules.items():
-            inside = not root or name == root or name.startswith(f"{root}.")
-            if not name or not inside or any(name == d or name.startswith(f"{d}.") for d in done):
+            if not name or not is_within(name, root) or is_within(name, *done):
                 continue
-            last = name.rpartition(".")[2]
+            last = leaf(name)
             kind = original_class(module).__name__
             is_attention = isinstance(module, nn.MultiheadAttention) or (
                 _ATTENTION_CLASS.fullmatch(kind) or (name != root and _ATTENTION_NAME.fullmatch(last))
@@ -197,14 +197,14 @@ def _search(
 def _sublayer(
     kind: str, start: str, end: str, modules: dict[str, nn.Module], sites: dict[str, Site]
 ) -> Sublayer | None:
-    names = list(dict.fromkeys(n for part in (start, end) for n in sites if n == part or n.startswith(f"{part}.")))
+    names = list(dict.fromkeys(n for part in (start, end) for n in sites if is_within(n, part)))
     linear = [n for n in names if sites[n].linear_like]
     others = [n for n in names if not sites[n].is_computed and not sites[n].layout.has_activation]
     bare = [n for n in others if sites[n].weight.ndim == 3]
     if not linear and not bare:
         return None
     literal: Literal["attention", "feedforward"] = "attention" if kind == "attention" else "feedforward"
-    last = [n for n in linear if label(n) in _LAST[kind] and (n == end or n.startswith(f"{end}."))]
+    last = [n for n in linear if label(n) in _LAST[kind] and is_within(n, end)]
     pair = start != end
     if not pair:
         start = _narrowed(start, names, modules, sites)
@@ -224,9 +224,9 @@ def _narrowed(name: str, inside: list[str], modules: dict[str, nn.Module], sites
     """The smallest module around all of ``inside``, down from ``name``."""
     hosts = {sites[n].host for n in inside}
     while name not in hosts:
-        deeper = [c for c in modules if c.startswith(f"{name}.") and "." not in c[len(name) + 1 :]]
-        around = [c for c in deeper if any(h == c or h.startswith(f"{c}.") for h in hosts)]
-        if len(around) != 1 or not all(h == around[0] or h.startswith(f"{around[0]}.") for h in hosts):
+        deeper = [c for c in modules if c and owner_of(c) == name]
+        around = [c for c in deeper if any(is_within(h, c) for h in hosts)]
+        if len(around) != 1 or not all(is_within(h, around[0]) for h in hosts):
             break
         if isinstance(modules[around[0]], nn.ModuleList | nn.ModuleDict):
             break

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from lightning_peft.core.names import is_within, join, parents
 from lightning_peft.core.record import injected_name, injection_of
 from lightning_peft.core.targeting.base_modules import base_modules
 
@@ -28,7 +29,7 @@ def frozen_parts(model: nn.Module) -> list[str]:
     live = set(_with_parents(name for name, value in trains.items() if value))
     found: list[str] = []
     for name in _with_parents(trains):
-        if name not in live and not any(name.startswith(f"{outer}.") for outer in found):
+        if name not in live and not is_within(name, *found):
             found.append(name)
     return found
 
@@ -36,7 +37,7 @@ def frozen_parts(model: nn.Module) -> list[str]:
 def in_frozen_part(model: nn.Module) -> Callable[[str], bool]:
     """A test of the name of a module or parameter: does it lie in a part that the user froze as a whole?"""
     parts = frozen_parts(model)
-    return lambda name: any(name == part or name.startswith(f"{part}.") for part in parts)
+    return lambda name: is_within(name, *parts)
 
 
 def why_frozen(model: nn.Module) -> str:
@@ -54,8 +55,8 @@ def name_frozen_parts(model: nn.Module, plan: Plan) -> None:
     """Add to the notes of ``plan`` which frozen parts it does not touch."""
     touched = [*(host for host, *_ in plan.attach), *plan.train, *plan.train_modules, *plan.later]
     for part in frozen_parts(model):
-        inside = any(name == part or name.startswith(f"{part}.") for name in touched)
-        around = any(not name or part.startswith(f"{name}.") for name in plan.train_modules)
+        inside = any(is_within(name, part) for name in touched)
+        around = is_within(part, *plan.train_modules)
         if not inside and not around:
             size = sum(p.numel() for p in model.get_submodule(part).parameters())
             plan.notes.append(f"{part} was frozen before and is left alone ({size:,} parameters)")
@@ -64,12 +65,12 @@ def name_frozen_parts(model: nn.Module, plan: Plan) -> None:
 def _trains_by_module(model: nn.Module) -> dict[str, bool]:
     """Whether each module's own parameters train, or did before methods were applied; modules without any left out."""
     record, root = injection_of(model), injected_name(model)
-    before = {f"{root}.{name}".lstrip(".") for name in record.trained_before} if record is not None else set()
+    before = {join(root, name) for name in record.trained_before} if record is not None else set()
     every = dict(model.named_parameters(remove_duplicate=False))
     trained = {id(p) for name, p in every.items() if name in before}  # by identity: a tied weight has several names
     found: dict[str, bool] = {}
     for name, module in base_modules(model):
-        inside = record is not None and (not root or f"{name}.".startswith(f"{root}."))
+        inside = record is not None and is_within(name, root)
         for parameter in module._parameters.values():
             if parameter is None or not parameter.is_floating_point() or is_traceable_wrapper_subclass(parameter):
                 continue
@@ -80,7 +81,5 @@ def _trains_by_module(model: nn.Module) -> dict[str, bool]:
 
 def _with_parents(names: Iterable[str]) -> list[str]:
     """The names and those of all modules around them, the outermost first."""
-    around = {
-        ".".join(parts[:i]): None for parts in (n.split(".") for n in names if n) for i in range(1, len(parts) + 1)
-    }
+    around = {outer: None for name in names if name for outer in (*parents(name)[1:], name)}
     return sorted(around, key=lambda name: name.count("."))

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_peft.core.class_swap import original_class, own_forward
+from lightning_peft.core.names import join
 
 __all__ = [
     "ConvLayout",
@@ -98,7 +99,7 @@ def weight_name(host: str, parameter: str, bare: bool) -> str:
         parameter: the weight's name in it.
         bare: whether the weight is a parameter of a module that is not a layer of a known kind.
     """
-    full = f"{host}.{parameter}".strip(".")
+    full = join(host, parameter)
     return full if bare and parameter == "weight" else full.removesuffix(".weight")
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from lightning_peft.core.names import is_within, leaf, owner_of, relative
 from lightning_peft.core.optional import output_embedding
 from lightning_peft.core.targeting.base_modules import base_modules
 from lightning_peft.core.targeting.frozen_parts import in_frozen_part
@@ -52,7 +53,7 @@ def _find(model: nn.Module, sites: Mapping[str, Site]) -> tuple[str | None, str]
     alone = [name for name in linear if not _repeated(model, name)]
     last = linear[-1]
     usual = _HEAD if last in alone else _SURELY_HEAD
-    named = [name for name in alone if usual.fullmatch(name.rpartition(".")[2])]
+    named = [name for name in alone if usual.fullmatch(leaf(name))]
     if named and last not in named and (last not in alone or _outside(named[-1], last)):
         return named[-1], "by its name"
     return (last, "as the layer defined last") if last in alone else (None, "")
@@ -67,5 +68,5 @@ def _repeated(model: nn.Module, name: str) -> bool:
 
 def _outside(name: str, other: str) -> bool:
     """Whether ``other`` lies in another part of the model than ``name``: an auxiliary network, not the next layer."""
-    around = name.rpartition(".")[0]
-    return not other.startswith(f"{around}." if around else "") or "." in other.removeprefix(f"{around}.").lstrip(".")
+    around = owner_of(name)
+    return not is_within(other, around) or "." in relative(other, around)

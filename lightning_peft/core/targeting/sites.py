@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lightning_peft.core.class_swap import original_class
-from lightning_peft.core.names import is_within, join, leaf, owner
+from lightning_peft.core.names import is_within, join, leaf, owner_of
 from lightning_peft.core.targeting.base_modules import base_modules
 from lightning_peft.core.targeting.frozen_parts import in_frozen_part, why_frozen
 from lightning_peft.core.targeting.layouts import Layout, NormLayout, layout_of
@@ -60,7 +60,7 @@ class Site:
     @property
     def is_computed(self) -> bool:
         """Whether the module computes the weight from other parameters before it runs: weight norm, pruning, ..."""
-        module = self.module.get_submodule(owner(self.parameter))
+        module = self.module.get_submodule(owner_of(self.parameter))
         return parametrize.is_parametrized(module) or module._parameters.get(leaf(self.parameter)) is None
 
     @property
@@ -72,7 +72,7 @@ class Site:
     def bias(self) -> str | None:
         """The name of the bias that the layer adds, or could add, to its product with the weight; None without one."""
         name = {"weight": "bias", "in_proj_weight": "in_proj_bias"}.get(leaf(self.parameter))
-        biases = self.module.get_submodule(owner(self.parameter))._parameters
+        biases = self.module.get_submodule(owner_of(self.parameter))._parameters
         if name not in biases or not self.is_bare:
             return name if name in biases else None
         bias = biases[name]

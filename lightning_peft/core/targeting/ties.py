@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from lightning_peft.core.state.plan import Plan
+from lightning_peft.core.names import is_within, join, leaf, owner_of
 from lightning_peft.core.targeting.base_modules import base_modules
 
 __all__ = ["seen_once", "shared_modules", "tie_notes", "tied_names", "under_all_names", "with_tied"]
@@ -26,7 +27,7 @@ def tied_names(model: nn.Module) -> dict[str, list[str]]:
     modules = {name: id(module) for name, module in model.named_modules(remove_duplicate=False)}
     found: dict[str, list[str]] = {}
     for group in names.values():
-        owners = {modules[name.rpartition(".")[0]]: name for name in reversed(group)}
+        owners = {modules[owner_of(name)]: name for name in reversed(group)}
         if len(owners) > 1:
             found |= {name: list(owners.values()) for name in owners.values()}
     return found
@@ -49,8 +50,7 @@ def seen_once(model: nn.Module) -> dict[str, list[str]]:
     """
 
     def place(name: str) -> tuple[int, str]:
-        owner, _, last = name.rpartition(".")
-        return id(model.get_submodule(owner)), last
+        return id(model.get_submodule(owner_of(name))), leaf(name)
 
     shared = shared_modules(model)
     left = {name: [o for o in others if place(o) != place(name)] for name, others in shared.items()}
@@ -66,15 +66,19 @@ def with_tied(
     """
     modules, parameters = list(modules), list(parameters)
     tied = tied_names(model)
-    inside = tuple("" if name == "" else f"{name}." for name in modules)
-    for name in [n for n in tied if not n.startswith(inside) and any(o.startswith(inside) for o in tied[n])]:
-        owner = name.rpartition(".")[0]
-        own = [f"{owner}.{key}".lstrip(".") for key, _ in model.get_submodule(owner).named_parameters()]
-        if owner and all(any(o.startswith(inside) for o in tied.get(key, ())) for key in own):
+
+    def inside(name: str) -> bool:
+        return is_within(name, *wanted)
+
+    wanted = tuple(modules)
+    for name in [n for n in tied if not inside(n) and any(map(inside, tied[n]))]:
+        owner = owner_of(name)
+        own = [join(owner, key) for key, _ in model.get_submodule(owner).named_parameters()]
+        if owner and all(any(map(inside, tied.get(key, ()))) for key in own):
             modules.append(owner)
         else:
             parameters.append(name)
-    parameters += [o for name in [*parameters] for o in tied.get(name, ()) if not o.startswith(inside)]
+    parameters += [o for name in [*parameters] for o in tied.get(name, ()) if not inside(o)]
     return tuple(dict.fromkeys(modules)), tuple(dict.fromkeys(parameters))
 
 
@@ -92,8 +96,8 @@ def tie_notes(model: nn.Module, plan: Plan) -> list[str]:
         notes.append(f"{name} trains as well: it holds the same tensor as what was named, and stays tied to it")
     hosts = dict.fromkeys(host for host, *_ in plan.attach)
     for host, _, adapter, _ in plan.attach:
-        for weight in (f"{host}.{p}".lstrip(".") for p in adapter.weights()):
-            apart = [o for o in tied.get(weight, ()) if o != weight and o.rpartition(".")[0] not in hosts]
+        for weight in (join(host, p) for p in adapter.weights()):
+            apart = [o for o in tied.get(weight, ()) if o != weight and owner_of(o) not in hosts]
             if apart:
                 notes.append(f"{host} is adapted alone: {', '.join(apart)} is the same tensor and stays as it is")
     shared = seen_once(model)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lightning_peft.core.class_swap import original_class
 from lightning_peft.core.module_io import parameters_of
+from lightning_peft.core.names import is_within, leaf, relative
 from lightning_peft.core.optional import input_embedding
 from lightning_peft.core.targeting.base_modules import base_modules
 from lightning_peft.core.targeting.patterns import TargetError
@@ -23,14 +24,12 @@ def token_models(model: nn.Module) -> dict[str, nn.Module]:
         for name, module in base_modules(model)
         if "inputs_embeds" in parameters_of(module) and input_embedding(module) is not None
     }
-    return {n: m for n, m in found.items() if not any(o != n and o.startswith(f"{n}." if n else "") for o in found)}
+    return {n: m for n, m in found.items() if not any(o != n and is_within(o, n) for o in found)}
 
 
 def around(model: nn.Module, inner: str, argument: str | None = None) -> list[str]:
     """The modules around ``inner``, whose forward takes ``argument`` if one is given, the outermost first."""
-    parents = [
-        name for name, _ in base_modules(model) if name != inner and inner.startswith(f"{name}." if name else "")
-    ]
+    parents = [name for name, _ in base_modules(model) if name != inner and is_within(inner, name)]
     return [name for name in parents if argument is None or argument in parameters_of(model.get_submodule(name))]
 
 
@@ -45,7 +44,7 @@ def pooling_model(model: nn.Module, inner: str) -> str | None:
     if not outer or is_causal(encoder):
         return None
     name = outer[-1]
-    within = inner[len(name) :].lstrip(".")
+    within = relative(inner, name)
     made: dict[Any, str] = {}
 
     def remember(module: nn.Module, args: Any, output: Any) -> None:
@@ -65,7 +64,7 @@ def pooling_model(model: nn.Module, inner: str) -> str | None:
 def position_limit(module: nn.Module) -> int | None:
     """How many positions the module's own table of position embeddings has; None where it has no such table."""
     for name, child in module.named_modules():
-        last = name.rpartition(".")[2]
+        last = leaf(name)
         if isinstance(child, nn.Embedding) and (last == "wpe" or ("position" in last and "relative" not in last)):
             reserved = child.padding_idx + 1 if child.padding_idx is not None else int(getattr(child, "offset", 0))
             return child.num_embeddings - reserved

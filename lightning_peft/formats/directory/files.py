@@ -7,7 +7,6 @@ in it is run, and all that it declares is held against its real size before memo
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import os
@@ -22,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lightning_peft.core.names import nearest
 from lightning_peft.core.untrusted import FormatError, parse_json
 from lightning_peft.formats.directory.seal import check_tensors, seal
 from lightning_peft.ops.finite import is_finite
@@ -283,7 +283,7 @@ def _folder(directory: str | Path) -> Path:
     path = Path(directory)
     if not path.exists():
         beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        near = difflib.get_close_matches(path.name, beside, n=3)
+        near = nearest(path.name, beside, n=3)
         hub = f"of the Hub, download it first: huggingface_hub.snapshot_download({str(directory)!r})"
         hint = f"; near it: {', '.join(near)}" if near else f"; {hub}" if str(directory).count("/") == 1 else ""
         raise FormatError(f"there is no directory {path}{hint}")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_peft.core.adapters.base import Adapter
 from lightning_peft.core.adapters.lookup import hosts, stack_prefixes, stacks
-from lightning_peft.core.names import canonical
+from lightning_peft.core.names import canonical, is_within, join
 from lightning_peft.core.record import Injection, injected_module, injection_of
 from lightning_peft.core.state.adapter_records import Part, parts_of, whole
 from lightning_peft.core.state.consistency import check_record, update_base
@@ -91,7 +91,7 @@ def _copies(base: Base, name: str) -> dict[str, Tensor]:
     for host_name, stack in stacks(base.module).items():
         for part in cast(Adapter, stack[name]).parts() if name in stack else ():
             for key, value in part.copies().items():
-                found[f"{canonical(host_name)}.{key}".lstrip(".")] = value
+                found[join(canonical(host_name), key)] = value
     return found
 
 
@@ -105,14 +105,8 @@ def _trained(base: Base, record: Injection, name: str) -> dict[str, Tensor]:
     if not (trains.modules or trains.parameters or statistics):
         return {}
     state = {canonical(key): value for key, value in base.root.state_dict().items()}
-    adapters = stack_prefixes(base.root)
-    inside = [f"{head}." if head else "" for head in trains.modules]
-    wanted = {
-        key
-        for key in state
-        if (key in trains.parameters or any(key.startswith(prefix) for prefix in inside))
-        and not key.startswith(adapters)
-    }
+    adapters, trained = stack_prefixes(base.root), (*trains.modules, *trains.parameters)
+    wanted = {key for key in state if is_within(key, *trained) and not key.startswith(adapters)}
     if statistics:
         wanted |= trainable_keys(base.root) & dict(base.root.named_buffers()).keys()
     return {cast(str, base.inner(key)): state[key] for key in sorted(wanted)}

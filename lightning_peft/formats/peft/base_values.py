@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.core.names import is_within, leaf, owner_of
 from lightning_peft.core.targeting.base_model import Base
 from lightning_peft.core.targeting.ties import under_all_names, with_tied
 from lightning_peft.core.untrusted import FormatError
@@ -38,7 +39,7 @@ def modules_to_save(snapshot: Snapshot) -> list[str] | None:
     others = snapshot.base.modules().keys() - set(snapshot.heads)
     for head in snapshot.heads:
         # PEFT compares the ends of names, letters and all, and takes targets for heads in which it finds their names.
-        outside = [other for other in others if not other.startswith(f"{head}.")]
+        outside = [other for other in others if not is_within(other, head)]
         clash = any(other.endswith(head) or re.match(rf"(^|.*\.){head}($|\..*)", other) for other in outside)
         found.append(PREFIX + head if clash else head)
     return found or None
@@ -46,10 +47,8 @@ def modules_to_save(snapshot: Snapshot) -> list[str] | None:
 
 def bias_option(snapshot: Snapshot, targets: Iterable[str]) -> str:
     """``bias`` as PEFT says it: ``"none"``, ``"lora_only"`` of the adapted modules, or ``"all"``."""
-    heads = tuple(f"{head}." for head in snapshot.heads)
-    owners = {
-        name.rpartition(".")[0] for name in snapshot.trained if name.endswith("bias") and not name.startswith(heads)
-    }
+    biases = [name for name in snapshot.trained if name.endswith("bias")]
+    owners = {owner_of(name) for name in biases if not is_within(name, *snapshot.heads)}
     targets = set(targets)
     of_targets = targets | {f"{name}.out_proj" for name in targets}
     return "none" if not owners else "lora_only" if owners <= of_targets else "all"
@@ -98,10 +97,10 @@ def take_own(
         FormatError: a head is incomplete.
     """
     modules = base.modules()
-    state = {key: value for key, value in base.module.state_dict().items() if key.rpartition(".")[0] in modules}
+    state = {key: value for key, value in base.module.state_dict().items() if owner_of(key) in modules}
     heads = [h for h in options.get("modules_to_save") or [] if h not in _USUAL or h in _ends(base)]
     names = heads_of(heads, base)
-    wanted = [key for key in state if any(key.startswith(f"{head}.") for head in names)]
+    wanted = [key for key in state if is_within(key, *names)]
     values = {key: tensors.take(key, prefix=prefix) for key in wanted}
     for key in tensors.keys():  # noqa: SIM118
         name = ".".join(part for part in key.removeprefix(prefix).split(".") if part != "base_layer")
@@ -116,7 +115,7 @@ def take_own(
 
 
 def _ends(base: Base) -> set[str]:
-    return {name.rpartition(".")[2] for name in base.modules()}
+    return {leaf(name) for name in base.modules()}
 
 
 def _check_vocabulary(values: dict[str, Tensor], base: Base) -> None:
@@ -126,7 +125,7 @@ def _check_vocabulary(values: dict[str, Tensor], base: Base) -> None:
         FormatError: names the size to give it.
     """
     for name, value in values.items():
-        owner: Any = base.module.get_submodule(name.rpartition(".")[0])
+        owner: Any = base.module.get_submodule(owner_of(name))
         if isinstance(owner, nn.Embedding) and len(value) != len(owner.weight):
             raise FormatError(
                 f"{name!r} has {len(value)} rows and the base {len(owner.weight)}: the vocabulary was resized before "

@@ -7,7 +7,6 @@ and put it into :data:`lightning_peft.formats.registry.CONVERTERS`.
 
 from __future__ import annotations
 
-import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from lightning_peft.core.names import nearest
 from lightning_peft.core.targeting.base_model import Base
 from lightning_peft.core.untrusted import FormatError
 from lightning_peft.formats.directory.option_types import check_types
@@ -158,7 +158,7 @@ class Options:
         left = {o: v for o, v in self._config.items() if o not in self._seen and v not in (None, False, [], {}, "")}
         if left:
             option, value = next(iter(left.items()))
-            near = difflib.get_close_matches(option, self._seen, n=1)
+            near = nearest(option, self._seen, n=1)
             hint = f"; nearest known: {near[0]!r}" if near else ""
             raise FormatError(
                 f"unknown option {option}={value!r} for peft_type {self._config['peft_type']!r}{hint}; it may change "
@@ -198,7 +198,7 @@ class Tensors:
         full = prefix + key
         tensor = self._left.pop(full, None)
         if tensor is None:
-            near = difflib.get_close_matches(full, self._left, n=1, cutoff=0.6)
+            near = nearest(full, self._left, n=1, cutoff=0.6)
             raise FormatError(f"the file has no tensor {full!r}" + (f"; nearest: {near[0]!r}" if near else ""))
         fits = shape is None or (
             len(shape) == tensor.ndim and all(want in (None, have) for want, have in zip(shape, tensor.shape))

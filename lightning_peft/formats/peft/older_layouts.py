@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_peft.core.names import leaf
 from lightning_peft.core.optional import config_value
 from lightning_peft.core.targeting.base_model import Base, depth_of
 from lightning_peft.formats.peft.converter import PREFIX, NotInPeftError
@@ -75,7 +76,7 @@ def check_not_renamed(targets: list[str] | str, base: Base) -> None:
     leaves = _STACKED.get({**kinds, "mixtral": "mixtral"}.get(model_type, ""), ())
     names: Iterable[str] = re.split(r"\|", targets.replace("\\", "")) if isinstance(targets, str) else targets
     for name in names:
-        if leaves and (isinstance(targets, str) or name.rpartition(".")[2] in leaves):
+        if leaves and (isinstance(targets, str) or leaf(name) in leaves):
             raise NotInPeftError(
                 f"PEFT takes {name!r} of a {model_type} for an expert of an older release of transformers, and would "
                 "adapt the stacked experts in its place"

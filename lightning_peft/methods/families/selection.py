@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
-from lightning_peft.core.names import is_within, join, owner, parents
+from lightning_peft.core.names import is_within, join, owner_of, parents
 from lightning_peft.core.state.plan import Plan
 from lightning_peft.core.targeting.base_modules import base_modules
 from lightning_peft.core.targeting.blocks import find_blocks
@@ -110,7 +110,7 @@ class SelectionMethod(PEFTMethod):
         names = list(names)
         for name in names:
             parameters = parameters_in(model, name)
-            kept = {n: p for n, p in parameters.items() if not excluded(owner(n)) and not left_alone(n)}
+            kept = {n: p for n, p in parameters.items() if not excluded(owner_of(n)) and not left_alone(n)}
             if len(kept) == len(parameters) and kept:
                 plan.train_modules += [name] if name not in plan.train_modules else []
             else:
@@ -244,7 +244,7 @@ def head_module(model: nn.Module) -> str | None:
     if head is None:
         return None
     blocks = body_blocks(model)
-    wider = (*parents(head), head)
+    wider = (*parents(head)[1:], head)
     return next(name for name in wider if not is_within(name, *blocks) and not any(is_within(b, name) for b in blocks))
 
 

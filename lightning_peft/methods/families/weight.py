@@ -12,7 +12,7 @@ from torch import nn
 from lightning_peft.core.adapters.base import Adapter, WeightAdapter, WeightGroup
 from lightning_peft.core.adapters.lookup import stacks
 from lightning_peft.core.class_swap import original_class
-from lightning_peft.core.names import listed
+from lightning_peft.core.names import is_within, join, listed
 from lightning_peft.core.state.adapter_records import kind_of
 from lightning_peft.core.state.plan import Plan
 from lightning_peft.core.targeting.base_modules import base_modules
@@ -134,13 +134,13 @@ def _not_reached(model: nn.Module, reached: list[str]) -> list[str]:
     seen: set[int] = set()
     total = 0
     for name, module in base_modules(model):
-        own = [(f"{name}.{k}".lstrip("."), p) for k, p in module._parameters.items() if p is not None]
+        own = [(join(name, k), p) for k, p in module._parameters.items() if p is not None]
         for key, parameter in own:
             if id(parameter) in seen:
                 continue
             seen.add(id(parameter))
             total += parameter.numel()
-            if not inside(key) and not any(key == r or key.startswith(f"{r}.") for r in reached):
+            if not inside(key) and not is_within(key, *reached):
                 kind = original_class(module).__name__
                 sizes[kind] = sizes.get(kind, 0) + parameter.numel()
     shares = {kind: 100 * size / max(total, 1) for kind, size in sorted(sizes.items(), key=lambda item: -item[1])}

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lightning_peft.core.adapters.base import WeightAdapter
 from lightning_peft.core.adapters.effective_weights import stored_tensor
+from lightning_peft.core.names import is_within
 from lightning_peft.core.optional import input_embedding
 from lightning_peft.core.state.plan import Plan
 from lightning_peft.core.targeting.base_modules import base_modules
@@ -106,9 +107,7 @@ def plan_token_rows(plan: Plan, model: nn.Module, tokens: Any, default: Any) -> 
             raise ValueError(f"trainable_tokens: {name!r} has {vocabulary} rows, and no token {max(ids)}")
         rows: nn.Parameter | None = None
         for site in _tied(sites, name):
-            if any(host == site.host for host, *_ in plan.attach) or any(
-                f"{site.host}.".startswith(f"{head}.") for head in plan.train_modules
-            ):
+            if any(host == site.host for host, *_ in plan.attach) or is_within(site.host, *plan.train_modules):
                 raise ValueError(
                     f"{site.name!r} is adapted or trained in full already, and trainable_tokens would train rows of "
                     "it: drop one of them"

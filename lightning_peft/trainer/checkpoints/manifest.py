@@ -12,6 +12,7 @@ from torch import nn
 
 from lightning_peft.core.adapters.base import Adapter
 from lightning_peft.core.adapters.lookup import active_names, stacks
+from lightning_peft.core.names import is_adapter_key
 from lightning_peft.core.record import Injection, Trains, injected_module, injection_of
 from lightning_peft.core.sharded_tensors import is_sharded
 from lightning_peft.core.state.adapter_records import Part
@@ -186,7 +187,7 @@ def check_manifest(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
     for name, entry in there.items():
         if name not in record.methods:
             if not entry.get("trains", True):
-                for key in [k for k in state if f".adapters.{name}." in f".{k}"]:
+                for key in [k for k in state if is_adapter_key(k, name)]:
                     del state[key]
                 continue
             raise StateError(

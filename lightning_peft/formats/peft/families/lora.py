@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_peft.core.names import owner_of
 from lightning_peft.core.targeting.base_model import Base
 from lightning_peft.core.targeting.patterns import no_match
 from lightning_peft.core.targeting.sites import weight_sites
@@ -154,7 +155,7 @@ def _pairs(options: Options, tensors: Tensors, base: Base) -> dict[str, tuple[di
     names = resolve(options, base)
     if options.get("ensure_weight_tying"):  # PEFT adapts what is tied to a target too, and names the target alone
         tied = tied_names(base.module)
-        others = [o.rpartition(".")[0] for name in names for o in tied.get(f"{name}.weight", ())]
+        others = [owner_of(o) for name in names for o in tied.get(f"{name}.weight", ())]
         names = list(dict.fromkeys([*names, *others]))
     for name in names:
         rank, scale = at(name)

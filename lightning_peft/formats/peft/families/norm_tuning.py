@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_peft.core.names import is_adapter_key, is_within, owner_of
 from lightning_peft.core.targeting.base_model import Base
 from lightning_peft.core.untrusted import FormatError
 from lightning_peft.formats.directory.snapshot import Snapshot
@@ -26,13 +27,13 @@ class NormTuningConverter(Converter):
     methods = (NormTuning,)
 
     def write(self, snapshot: Snapshot, **options: Any) -> Writing:
-        heads = [snapshot.base.inner(head) for head in snapshot.method.heads(snapshot.base.root)]
-        owners = dict.fromkeys(name.rpartition(".")[0] for name in snapshot.trained)
+        inner = map(snapshot.base.inner, snapshot.method.heads(snapshot.base.root))
+        heads = [head for head in inner if head is not None]
+        owners = dict.fromkeys(owner_of(name) for name in snapshot.trained)
         norms = [
             owner
             for owner in owners
-            if is_norm(snapshot.base.module.get_submodule(owner))
-            and not any(f"{owner}.".startswith(f"{head}.") for head in heads)
+            if is_norm(snapshot.base.module.get_submodule(owner)) and not is_within(owner, *heads)
         ]
         if not norms:
             raise NotInPeftError("no norm layer trains")
@@ -55,7 +56,7 @@ class NormTuningConverter(Converter):
             if not is_norm(module):
                 raise FormatError(f"target_modules: {norm!r} ({type(module).__name__}) is no norm layer")
             for key, value in module.state_dict().items():
-                if ".adapters." not in f".{key}" and (
+                if not is_adapter_key(key) and (
                     key in module._parameters or tensors.has(f"{norm}.ln_tuning_layers.{key}")
                 ):
                     own[f"{norm}.{key}"] = tensors.take(f"{norm}.ln_tuning_layers.{key}", tuple(value.shape))

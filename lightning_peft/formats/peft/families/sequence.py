@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_peft.core.names import is_adapter_key
 from lightning_peft.core.optional import config_value
 from lightning_peft.core.targeting.attention_sites import find_attention
 from lightning_peft.core.targeting.base_model import Base
@@ -213,7 +214,7 @@ def _add_heads(snapshot: Snapshot, heads: tuple[str, ...]) -> None:
     for name, module in snapshot.base.modules().items():
         if name.endswith(heads):
             for key, value in module.state_dict().items():
-                if ".adapters." not in f".{key}":
+                if not is_adapter_key(key):
                     snapshot.trained.setdefault(f"{name}.{key}", snapshot.take(value))
 
 
