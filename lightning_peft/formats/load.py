@@ -142,7 +142,7 @@ def _planned(
     """The method and the plan by which ``root`` gets the adapter beside others; changes nothing."""
     method, plan, own = read_plan(root, files, name, check_base, ignored)
     if not trainable:
-        for _, _, adapter, _ in plan.attach:
+        for adapter in (a.adapter for a in plan.attach):
             adapter.requires_grad_(False)
     replace_trained(plan, root, own, trainable)
     return method, plan
@@ -187,7 +187,7 @@ def read_plan(
 
 def _check_shared(plan: Plan, base: Base) -> None:
     """Refuse a file of PEFT's for a module that has several names, of which PEFT adapts the first alone."""
-    touched = [base.inner(name) or "" for name in (*(host for host, *_ in plan.attach), *plan.train_modules)]
+    touched = [base.inner(name) or "" for name in (*(a.host for a in plan.attach), *plan.train_modules)]
     for name, others in shared_places(base, touched).items():
         raise FormatError(
             f"{name!r} is one module with {others}: PEFT adapts it under the first name only, and an adapter here acts "
@@ -199,7 +199,7 @@ def _check_shared(plan: Plan, base: Base) -> None:
 def _fill(plan: Plan, reading: Reading, base: Base) -> None:
     """Give the adapters of a plan the values that were read."""
     left = {base.outer(name): tensors for name, tensors in reading.tensors.items()}
-    for host, _, adapter, _ in plan.attach:
+    for host, adapter in ((a.host, a.adapter) for a in plan.attach):
         weights: dict[str, nn.Module] = {part.site_name: part for part in adapter.weights().values()}
         for name, part in (weights or {host: adapter}).items():
             _fill_one(part, name, left.pop(name, {}))

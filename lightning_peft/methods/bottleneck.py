@@ -165,7 +165,7 @@ class BottleneckAdapter(ActivationMethod):
 
     def plan(self, model: nn.Module) -> Plan:
         plan = super().plan(model)
-        places = {host: model.get_submodule(host) for host, _, adapter, _ in plan.attach if _is_bottleneck(adapter)}
+        places = {a.host: model.get_submodule(a.host) for a in plan.attach if _is_bottleneck(a.adapter)}
         for argument in ("bottleneck_size", "reduction_factor"):
             for pattern in _patterns(getattr(self, argument)):
                 if pattern != "default" and not any(match(pattern, name, module) for name, module in places.items()):

@@ -37,7 +37,7 @@ from lightning_peft.core.injection.overrides import replacements
 from lightning_peft.core.injection.remove import check_deletable, take_out
 from lightning_peft.core.names import check_name, join
 from lightning_peft.core.record import injected_module, injection_of
-from lightning_peft.core.state.plan import Method, Plan
+from lightning_peft.core.state.plan import Attachment, Method, Plan
 from lightning_peft.core.switching.active import deactivate
 from lightning_peft.core.targeting.sites import weight_sites
 from lightning_peft.methods.families.arguments import one_of, positive_int
@@ -334,7 +334,7 @@ def _put_in(root: nn.Module, name: str, made: _Made, like: str = "", trains: boo
     else:
         raise ValueError(f"{like!r} changes nothing in this model: there is nothing to combine")
     for host, adapter in replacements(root, made.copies, trains).items():
-        plan.attach.append((host, host, adapter, f"own {', '.join(adapter.stored_as)}"))
+        plan.attach.append(Attachment(host, host, adapter, f"own {', '.join(adapter.stored_as)}"))
     put_in(root, {name: (method, plan)})
 
 
@@ -352,7 +352,7 @@ def _lora(root: nn.Module, name: str, factors: dict[str, Factors], trains: bool)
         alpha_pattern=dict(other),
     )
     plan = method.plan(root)
-    for _, _, adapter, _ in plan.attach:
+    for adapter in (a.adapter for a in plan.attach):
         for part in lora_parts(adapter):
             for parameter, value in zip((part.lora_A, part.lora_B), factors[part.site_name]):
                 parameter.data = value.detach().clone().to(torch.promote_types(value.dtype, torch.float32))

@@ -236,7 +236,7 @@ class LoRA(RankedMethod):
 
     def plan(self, model: nn.Module) -> Plan:
         plan = super().plan(model)
-        parts = [(host, part) for host, _, adapter, _ in plan.attach for part in lora_parts(adapter)]
+        parts = [(a.host, part) for a in plan.attach for part in lora_parts(a.adapter)]
         for _, part in parts:
             largest = min(part.lora_A.shape[-1], part.lora_B.shape[-2])
             if part.r > largest:

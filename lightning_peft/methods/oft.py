@@ -242,7 +242,7 @@ class OFT(WeightMethod):
 
     def plan(self, model: nn.Module) -> Plan:
         plan = super().plan(model)
-        for _, _, adapter, _ in plan.attach:
+        for adapter in (a.adapter for a in plan.attach):
             for part in adapter.weights().values():
                 assert isinstance(part, OFTAdapter)
                 wanted, got = (

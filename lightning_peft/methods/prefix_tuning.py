@@ -30,7 +30,7 @@ from lightning_peft.core.class_swap import original_class
 from lightning_peft.core.kv_cache import cache_length, find_cache
 from lightning_peft.core.module_io import by_name, parameters_of
 from lightning_peft.core.names import is_within
-from lightning_peft.core.state.plan import Plan
+from lightning_peft.core.state.plan import Attachment, Plan
 from lightning_peft.core.targeting.attention_sites import AttentionSite, find_attention
 from lightning_peft.core.targeting.base_modules import base_modules
 from lightning_peft.core.targeting.blocks import find_blocks
@@ -145,14 +145,12 @@ class PrefixTuning(PEFTMethod):
             kind = original_class(site.module).__name__
             made = f" through {self.bottleneck_size}" if source is not None else ""
             widths = f"{site.key_width}+{site.value_width}"
-            plan.attach.append(
-                (site.name, site.name, adapter, f"prefix of {self.num_virtual_tokens} x {widths}{made} on {kind}")
-            )
+            what = f"prefix of {self.num_virtual_tokens} x {widths}{made} on {kind}"
+            plan.attach.append(Attachment(site.name, site.name, adapter, what))
         if self.shift_positions:
             where = _owner_of_positions(model, list(sites))
-            plan.attach.append(
-                (where, where, PositionShift(self.num_virtual_tokens), f"positions from {self.num_virtual_tokens}")
-            )
+            shift, what = PositionShift(self.num_virtual_tokens), f"positions from {self.num_virtual_tokens}"
+            plan.attach.append(Attachment(where, where, shift, what))
         return plan
 
     def folded(self) -> PrefixTuning:

@@ -118,12 +118,12 @@ class SSF(WeightMethod):
 
     def plan(self, model: nn.Module) -> Plan:
         plan = super().plan(model)
-        shiftless = [shown for _, shown, adapter, _ in plan.attach if getattr(adapter, "shift", 0) is None]
+        shiftless = [a.shown for a in plan.attach if getattr(a.adapter, "shift", 0) is None]
         if shiftless:
             plan.notes.append(
                 f"{len(shiftless)} norm layers cannot have a bias and get a scale only ({shiftless[0]}, ...)"
             )
-        adapted = {host for host, *_ in plan.attach}
+        adapted = {a.host for a in plan.attach}
         strange = [n for n, s in norm_sites(model).items() if n not in adapted and _offset(s.module) is None]
         if strange:
             plan.notes.append(f"{', '.join(strange[:3])}: left as it is, no simple function of its weight")

@@ -23,7 +23,7 @@ from lightning_peft.core.adapters.base import Adapter
 from lightning_peft.core.class_swap import original_class
 from lightning_peft.core.module_io import by_name
 from lightning_peft.core.names import is_within, leaf, owner_of
-from lightning_peft.core.state.plan import Plan
+from lightning_peft.core.state.plan import Attachment, Plan
 from lightning_peft.core.targeting.attention_sites import attention_sites
 from lightning_peft.core.targeting.base_modules import base_modules
 from lightning_peft.core.targeting.blocks import find_blocks
@@ -120,7 +120,7 @@ class VisualPromptTuning(PEFTMethod):
                 dim=1 if batch_first(block) else 0,
             )
             what = f"{self.num_virtual_tokens} prompts of {width}" if prompt is not None else "takes the prompts out"
-            plan.attach.append((name, name, adapter, f"{what} on {original_class(block).__name__}"))
+            plan.attach.append(Attachment(name, name, adapter, f"{what} on {original_class(block).__name__}"))
         return plan
 
     def _blocks(self, model: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -103,6 +103,6 @@ def _put_in(module: L.LightningModule, methods: Iterable[tuple[Method, bool, boo
             with Bounded(module, state):
                 plan = method.plan(module)
             replace_trained(plan, module, saved_copies(plan, module, method.name, state), trains)
-            for _, _, adapter, _ in plan.attach if not trains else ():
-                adapter.requires_grad_(False)
+            for attachment in plan.attach if not trains else ():
+                attachment.adapter.requires_grad_(False)
             put_in(module, {method.name: (method, plan)})

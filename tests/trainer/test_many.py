@@ -28,7 +28,7 @@ def add_frozen(module: L.LightningModule, name: str = "b") -> None:
     method = lp.LoRA(r=2, name=name, trainable=["head"])
     plan = method.plan(module)
     replace_trained(plan, module, {"head.weight": torch.ones(2, 16), "head.bias": torch.zeros(2)})
-    for _, _, adapter, _ in plan.attach:
+    for adapter in (a.adapter for a in plan.attach):
         adapter.requires_grad_(False)
     others = injection_of(module) is not None
     put_in(module, {name: (method, plan)})

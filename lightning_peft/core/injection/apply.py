@@ -125,8 +125,8 @@ def _check_saving(model: nn.Module, name: str, audit: str) -> None:
 def _check_hosts(model: nn.Module, plans: Mapping[str, tuple[Method, Plan]]) -> None:
     for name, (method, plan) in plans.items():
         try:
-            for host, _, adapter, _ in plan.attach:
-                check_host(model, host, name, copies=bool(adapter.copies()))
+            for a in plan.attach:
+                check_host(model, a.host, name, copies=bool(a.adapter.copies()))
             for name_of, parameters, _ in _unfrozen(model, plan):
                 for parameter in parameters:
                     if (problem := storage_problem(parameter)) is not None:
@@ -148,8 +148,8 @@ def _check_order(model: nn.Module, plans: Iterable[Plan]) -> None:
     """Refuse methods of which one would lose its dropout to a later one on the same module."""
     found = {id(host): list(cast(AdapterStack, host.adapters).running()) for _, host in hosts(model)}
     for plan in plans:
-        for host, _, adapter, _ in plan.attach:
-            found.setdefault(id(model.get_submodule(host)), []).extend(adapter.parts())
+        for a in plan.attach:
+            found.setdefault(id(model.get_submodule(a.host)), []).extend(a.adapter.parts())
     problem = next((why for adapters in found.values() if (why := lost_input(adapters)) is not None), None)
     if problem is not None:
         raise InjectionError(problem)
@@ -168,11 +168,11 @@ def _put_in(model: nn.Module, plans: Mapping[str, tuple[Method, Plan]]) -> Repor
         _commit(model, method, plan, record.report)
         record.methods[name] = method
         record.later |= dict.fromkeys(plan.later)
-        adapters = any(p.requires_grad for _, _, adapter, _ in plan.attach for p in adapter.parameters())
+        adapters = any(p.requires_grad for a in plan.attach for p in a.adapter.parameters())
         modules, parameters = with_tied(model, plan.train_modules, plan.train)
         record.trains[name] = Trains(modules, (*parameters, *plan.later), adapters)
         record.parts[name] = list(parts_of(model, name, take=None))
-        record.hosts[name] = tuple(dict.fromkeys(canonical(host) for host, *_ in plan.attach))
+        record.hosts[name] = tuple(dict.fromkeys(canonical(a.host) for a in plan.attach))
     record.later = {n: v for n, v in record.later.items() if v is not None or not model.get_parameter(n).requires_grad}
     if not any(method.train_norm_stats for method in record.methods.values()):
         frozen = freeze_norm_statistics(model)
@@ -209,11 +209,11 @@ def inspect(model: nn.Module, *methods: Method) -> Report:
     _check_trial(model, {method.name: (method, plan) for method, plan in zip(new, plans)})
     for method, plan in zip(new, plans):
         _check_hosts(model, {method.name: (method, plan)})
-        for _, shown, adapter, what in plan.attach:
-            count = sum(p.numel() for p in adapter.parameters() if p.requires_grad)
-            report.add(shown, what, count, method.name)
+        for a in plan.attach:
+            count = sum(p.numel() for p in a.adapter.parameters() if p.requires_grad)
+            report.add(a.shown, a.what, count, method.name)
             report.trainable += count
-            report.total += sum(p.numel() for p in adapter.parameters())
+            report.total += sum(p.numel() for p in a.adapter.parameters())
         for name, parameters, what in _unfrozen(model, plan):
             report.add(name, what, sum(p.numel() for p in parameters), method.name)
             trained |= {id(p): p.numel() for p in parameters}
@@ -312,13 +312,13 @@ def _check_initialised(model: nn.Module) -> None:
 
 
 def _commit(model: nn.Module, method: Method, plan: Plan, report: Report) -> None:
-    for host, shown, adapter, what in plan.attach:
-        owners = (model.get_submodule(host), model)
+    for a in plan.attach:
+        owners = (model.get_submodule(a.host), model)
         reference = next((p for owner in owners for p in owner.parameters()), None)
         if reference is not None and not reference.is_meta:
-            adapter.to(reference.device)
-        attach(model, host, method.name, adapter)
-        report.add(shown, what, sum(p.numel() for p in adapter.parameters() if p.requires_grad), method.name)
+            a.adapter.to(reference.device)
+        attach(model, a.host, method.name, a.adapter)
+        report.add(a.shown, a.what, sum(p.numel() for p in a.adapter.parameters() if p.requires_grad), method.name)
     for name, parameters, what in _unfrozen(model, plan):
         for parameter in parameters:
             parameter.requires_grad_(True)

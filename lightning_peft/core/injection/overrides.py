@@ -21,7 +21,7 @@ from lightning_peft.core.adapters.base import Adapter
 from lightning_peft.core.adapters.effective_weights import stored_tensor
 from lightning_peft.core.class_swap import original_class
 from lightning_peft.core.names import adapter_key, join, nearest
-from lightning_peft.core.state.plan import Plan
+from lightning_peft.core.state.plan import Attachment, Plan
 from lightning_peft.core.state.state_dict import StateError
 from lightning_peft.core.targeting.base_modules import base_modules
 from lightning_peft.ops.finite import is_finite
@@ -121,7 +121,7 @@ def replace_trained(
     """
     found = replacements(model, state, trainable)
     for host, adapter in found.items():
-        plan.attach.append((host, host, adapter, f"own {', '.join(adapter.stored_as)}"))
+        plan.attach.append(Attachment(host, host, adapter, f"own {', '.join(adapter.stored_as)}"))
     plan.train, plan.train_modules, plan.later, plan.hold_statistics = {}, [], {}, []
     return found
 
@@ -135,7 +135,7 @@ def saved_copies(plan: Plan, model: nn.Module, name: str, state: Mapping[str, Te
         name: the adapter.
         state: by key.
     """
-    others = {f"{adapter_key(host, name)}.{key}" for host, _, adapter, _ in plan.attach for key in adapter.state_dict()}
+    others = {adapter_key(a.host, name, key) for a in plan.attach for key in a.adapter.state_dict()}
     found: dict[str, Tensor] = {}
     for full, place in _places(model):
         for beside in ("replacement.", ""):

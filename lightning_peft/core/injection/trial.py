@@ -21,16 +21,16 @@ def trial_problem(model: nn.Module, plan: Plan) -> str | None:
     The forward is that of the outermost module around all of them that can be tried. Only the adapters' own
     errors count: other errors may come from the trial. A model that carries adapters already is not tried.
     """
-    misfits = tuple({kind for _, _, adapter, _ in plan.attach for kind in adapter.misfits})
+    misfits = tuple({kind for a in plan.attach for kind in a.adapter.misfits})
     if not misfits or next(hosts(model), None) is not None:
         return None
-    for around in around_all(host for host, *_ in plan.attach):
+    for around in around_all(a.host for a in plan.attach):
 
         def put_in(twin: nn.Module, around: str = around) -> None:
-            for (host, *_), adapter in zip(plan.attach, copy.deepcopy([a for _, _, a, _ in plan.attach])):
+            for a, adapter in zip(plan.attach, copy.deepcopy([a.adapter for a in plan.attach])):
                 for part in adapter.modules():
                     vars(part).update({k: v for k, v in _LENIENT.items() if k in vars(part)})
-                attach(twin, relative(host, around), "trial", adapter.to("meta"))
+                attach(twin, relative(a.host, around), "trial", adapter.to("meta"))
 
         tried, error = failure(model.get_submodule(around), put_in)
         if tried:

@@ -3,14 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import nn
 
 from lightning_peft.core.adapters.base import Adapter
 
-__all__ = ["Method", "Plan"]
+__all__ = ["Attachment", "Method", "Plan"]
+
+
+class Attachment(NamedTuple):
+    """One adapter that a plan puts on one module.
+
+    Attributes:
+        host: the qualified name of the module that will carry the adapter.
+        shown: the name in the report's table; the weight's for a weight adapter, mostly ``host`` otherwise.
+        adapter: the adapter itself, not yet attached.
+        what: the description in the report's table, such as ``LoRA r=8 on Linear 64x64``.
+    """
+
+    host: str
+    shown: str
+    adapter: Adapter
+    what: str
 
 
 @dataclass
@@ -18,7 +34,7 @@ class Plan:
     """What one method will do to one model.
 
     Attributes:
-        attach: (host name, name in the table, adapter, description) for each adapter.
+        attach: the adapters, each with the module that it goes on.
         train: names of base parameters to train, with the description for the table.
         train_modules: names of base modules that train in full, heads for example; ``""`` is the whole model.
         later: names of base parameters that are frozen at first and train later, with their name and description
@@ -27,7 +43,7 @@ class Plan:
         notes: what is left alone and why.
     """
 
-    attach: list[tuple[str, str, Adapter, str]] = field(default_factory=list)
+    attach: list[Attachment] = field(default_factory=list)
     train: dict[str, str] = field(default_factory=dict)
     train_modules: list[str] = field(default_factory=list)
     later: dict[str, tuple[str, str]] = field(default_factory=dict)

@@ -53,7 +53,7 @@ def why_frozen(model: nn.Module) -> str:
 
 def name_frozen_parts(model: nn.Module, plan: Plan) -> None:
     """Add to the notes of ``plan`` which frozen parts it does not touch."""
-    touched = [*(host for host, *_ in plan.attach), *plan.train, *plan.train_modules, *plan.later]
+    touched = [*(a.host for a in plan.attach), *plan.train, *plan.train_modules, *plan.later]
     for part in frozen_parts(model):
         inside = any(is_within(name, part) for name in touched)
         around = is_within(part, *plan.train_modules)

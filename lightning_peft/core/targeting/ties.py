@@ -94,8 +94,8 @@ def tie_notes(model: nn.Module, plan: Plan) -> list[str]:
     modules, parameters = with_tied(model, plan.train_modules, plan.train)
     for name in [n for n in (*modules, *parameters) if n not in (*plan.train_modules, *plan.train)]:
         notes.append(f"{name} trains as well: it holds the same tensor as what was named, and stays tied to it")
-    hosts = dict.fromkeys(host for host, *_ in plan.attach)
-    for host, _, adapter, _ in plan.attach:
+    hosts = dict.fromkeys(a.host for a in plan.attach)
+    for host, adapter in ((a.host, a.adapter) for a in plan.attach):
         for weight in (join(host, p) for p in adapter.weights()):
             apart = [o for o in tied.get(weight, ()) if o != weight and owner_of(o) not in hosts]
             if apart:

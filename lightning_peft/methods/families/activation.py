@@ -10,7 +10,7 @@ from torch import nn
 
 from lightning_peft.core.adapters.activation import ActivationAdapter, InputTap
 from lightning_peft.core.class_swap import original_class
-from lightning_peft.core.state.plan import Plan
+from lightning_peft.core.state.plan import Attachment, Plan
 from lightning_peft.core.targeting.activation_sites import ActivationSite, find_activation_sites
 from lightning_peft.core.targeting.patterns import TargetError
 from lightning_peft.methods.families.arguments import positive_int
@@ -86,10 +86,12 @@ class ActivationMethod(PEFTMethod):
             if adapter.reads_input and site.start != site.host:
                 tap = InputTap(site.host)
                 adapter.taps = (tap,)
-                plan.attach.append((site.start, site.start, tap, f"its input goes to the adapter at {site.host}"))
+                what = f"its input goes to the adapter at {site.host}"
+                plan.attach.append(Attachment(site.start, site.start, tap, what))
             kind = original_class(site.module).__name__
-            plan.attach.append((site.host, site.host, adapter, f"{self.describe(adapter)} on {kind} {site.width}"))
-        hosts = [host for host, *_ in plan.attach]
+            what = f"{self.describe(adapter)} on {kind} {site.width}"
+            plan.attach.append(Attachment(site.host, site.host, adapter, what))
+        hosts = [a.host for a in plan.attach]
         twice = [host for host in hosts if hosts.count(host) > 1]
         if twice:
             raise TargetError(f"targets={self.targets!r} reach {twice[0]!r} in two ways: exclude one of them")

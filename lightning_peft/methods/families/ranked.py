@@ -63,9 +63,9 @@ class RankedMethod(WeightMethod):
     def plan(self, model: nn.Module) -> Plan:
         plan = super().plan(model)
         parts = {
-            part.site_name: model.get_submodule(host)
-            for host, _, adapter, _ in plan.attach
-            for part in adapter.modules()
+            part.site_name: model.get_submodule(a.host)
+            for a in plan.attach
+            for part in a.adapter.modules()
             if isinstance(part, WeightAdapter)
         }
         for argument in ("rank_pattern", "alpha_pattern"):

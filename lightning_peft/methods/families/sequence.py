@@ -11,7 +11,7 @@ from lightning_peft.core.class_swap import original_class
 from lightning_peft.core.module_io import parameters_of
 from lightning_peft.core.names import is_within, leaf
 from lightning_peft.core.optional import config_value, input_embedding
-from lightning_peft.core.state.plan import Plan
+from lightning_peft.core.state.plan import Attachment, Plan
 from lightning_peft.core.targeting.base_modules import base_modules
 from lightning_peft.core.targeting.frozen_parts import in_frozen_part, why_frozen
 from lightning_peft.core.targeting.patterns import TargetError, as_patterns
@@ -107,13 +107,15 @@ class PromptMethod(PEFTMethod):
                 batch_first=batch_first(host),
             )
         what = f"prompt of {placement.tokens} x {width} on {original_class(host).__name__}"
-        plan.attach.append((name, name, adapter, what))
+        plan.attach.append(Attachment(name, name, adapter, what))
         if encodes:
             assert other is not None
-            plan.attach.append((other, other, PromptMask(placement), "sees the encoder's virtual tokens"))
+            what = "sees the encoder's virtual tokens"
+            plan.attach.append(Attachment(other, other, PromptMask(placement), what))
             parents = [n for n in around(model, name) if is_within(other, n)]
-            plan.attach.append((parents[-1], parents[-1], PromptStrip(placement), "output keeps its length"))
-        plan.attach += [(n, n, PromptLabels(adapter), "labels of virtual tokens are -100") for n in generating[-1:]]
+            plan.attach.append(Attachment(parents[-1], parents[-1], PromptStrip(placement), "output keeps its length"))
+        what = "labels of virtual tokens are -100"
+        plan.attach += [Attachment(n, n, PromptLabels(adapter), what) for n in generating[-1:]]
         return plan
 
     def find(self, model: nn.Module) -> tuple[str, str | None]:

@@ -14,7 +14,7 @@ from lightning_peft.core.adapters.lookup import stacks
 from lightning_peft.core.class_swap import original_class
 from lightning_peft.core.names import is_within, join, listed
 from lightning_peft.core.state.adapter_records import kind_of
-from lightning_peft.core.state.plan import Plan
+from lightning_peft.core.state.plan import Attachment, Plan
 from lightning_peft.core.targeting.base_modules import base_modules
 from lightning_peft.core.targeting.frozen_parts import in_frozen_part
 from lightning_peft.core.targeting.layouts import weight_name
@@ -110,7 +110,7 @@ class WeightMethod(PEFTMethod):
             if not whole:
                 adapter = WeightGroup({a.parameter: a for a in adapters.values()})
             shown = host if len(adapters) > 1 else next(iter(adapters))
-            plan.attach.append((host, shown, adapter, what))
+            plan.attach.append(Attachment(host, shown, adapter, what))
         return plan
 
     def describe(self, adapter: WeightAdapter) -> str:

@@ -19,7 +19,7 @@ from lightning_peft.core.adapters.base import WeightAdapter
 from lightning_peft.core.adapters.effective_weights import stored_tensor
 from lightning_peft.core.names import is_within
 from lightning_peft.core.optional import input_embedding
-from lightning_peft.core.state.plan import Plan
+from lightning_peft.core.state.plan import Attachment, Plan
 from lightning_peft.core.targeting.base_modules import base_modules
 from lightning_peft.core.targeting.layouts import EmbeddingLayout
 from lightning_peft.core.targeting.patterns import TargetError, match, no_match
@@ -107,7 +107,7 @@ def plan_token_rows(plan: Plan, model: nn.Module, tokens: Any, default: Any) -> 
             raise ValueError(f"trainable_tokens: {name!r} has {vocabulary} rows, and no token {max(ids)}")
         rows: nn.Parameter | None = None
         for site in _tied(sites, name):
-            if any(host == site.host for host, *_ in plan.attach) or is_within(site.host, *plan.train_modules):
+            if any(a.host == site.host for a in plan.attach) or is_within(site.host, *plan.train_modules):
                 raise ValueError(
                     f"{site.name!r} is adapted or trained in full already, and trainable_tokens would train rows of "
                     "it: drop one of them"
@@ -116,7 +116,7 @@ def plan_token_rows(plan: Plan, model: nn.Module, tokens: Any, default: Any) -> 
                 adapter = TokenRows(site, sorted(ids), rows)
             rows = adapter.rows
             what = f"{len(ids)} trainable rows" + ("" if site.name == name else f", those of {name}")
-            plan.attach.append((site.host, site.name, adapter, what))
+            plan.attach.append(Attachment(site.host, site.name, adapter, what))
 
 
 def token_embeddings(model: nn.Module, tokens: Any) -> dict[str, list[int]]:
