@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_peft.core.module_io import tensors_in
+
 __all__ = ["cache_length", "filled_cache", "find_cache", "is_cache", "states_in"]
 
 #: what transformers' caches and recurrent states have had in common, the newest releases first
@@ -44,7 +46,7 @@ def cache_length(cache: Any) -> int:
         seen = cache.has_previous_state
         return int(bool(seen() if callable(seen) else seen))
     states = [getattr(cache, mark, None) for mark in ("ssm_states", "conv_states")]
-    return int(any(bool(tensor.any()) for tensor in _tensors(states)))
+    return int(any(bool(tensor.any()) for tensor in tensors_in(states)))
 
 
 def states_in(output: Any) -> dict[str, Any]:
@@ -65,11 +67,3 @@ def _is_tuple_cache(value: object) -> bool:
         and all(isinstance(layer, tuple | list) and len(layer) >= 2 for layer in value)
         and all(isinstance(t, Tensor) and t.is_floating_point() and t.ndim >= 3 for layer in value for t in layer[:2])
     )
-
-
-def _tensors(values: Any) -> list[Tensor]:
-    if isinstance(values, Tensor):
-        return [values]
-    if isinstance(values, dict):
-        return _tensors(list(values.values()))
-    return [t for value in values for t in _tensors(value)] if isinstance(values, tuple | list) else []

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from lightning_peft.core.class_swap import original_class
 
-__all__ = ["by_name", "first_tensor", "hidden_state", "parameters_of", "with_hidden_state"]
+__all__ = ["by_name", "first_tensor", "hidden_state", "parameters_of", "tensors_in", "with_hidden_state"]
 
 
 def first_tensor(args: Iterable[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
@@ -23,6 +23,15 @@ def first_tensor(args: Iterable[Any], kwargs: Mapping[str, Any]) -> Tensor | Non
         if isinstance(value, Tensor) and value.is_floating_point():
             return value
     return None
+
+
+def tensors_in(value: object) -> Iterator[Tensor]:
+    """All tensors in ``value``: itself, or those in nested tuples, lists and mappings, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping | tuple | list):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from tensors_in(part)
 
 
 def hidden_state(output: Any, where: str) -> Tensor:

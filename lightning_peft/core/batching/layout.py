@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.class_swap import original_class
+from lightning_peft.core.module_io import tensors_in
 from lightning_peft.core.names import parents
 from lightning_peft.core.targeting.layouts import layout_of
 
@@ -29,7 +30,6 @@ __all__ = [
     "places",
     "row_dim",
     "take",
-    "tensors",
 ]
 
 #: arguments that are (length, length) for all rows
@@ -97,7 +97,7 @@ def check_experts(place: Place, given: Iterable[Any], n: int) -> None:
     Raises:
         RowError: the rows cannot be told apart there.
     """
-    found = tensors(given)
+    found = list(tensors_in(given))
     x = next((t for t in found if t.is_floating_point()), None)
     if not place.experts or x is None:
         return
@@ -179,16 +179,3 @@ def assemble(pieces: Sequence[tuple[Sequence[int], Tensor]], dim: int) -> Tensor
         return whole
     inverse = tuple(sorted(range(len(order)), key=order.__getitem__))
     return whole.index_select(dim, entries(inverse, whole.shape[dim] // len(order), whole.device))
-
-
-def tensors(values: Iterable[Any]) -> list[Tensor]:
-    """All tensors in nested tuples, lists and mappings."""
-    found: list[Tensor] = []
-    for value in values:
-        if isinstance(value, Tensor):
-            found.append(value)
-        elif isinstance(value, Mapping):
-            found += tensors(value.values())
-        elif isinstance(value, tuple | list):
-            found += tensors(value)
-    return found

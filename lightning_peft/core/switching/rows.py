@@ -19,8 +19,9 @@ from lightning_peft.core.adapters.base import Adapter
 from lightning_peft.core.adapters.lookup import stacks
 from lightning_peft.core.adapters.stack import AdapterStack
 from lightning_peft.core.adapters.switches import current, switched
-from lightning_peft.core.batching.layout import Place, RowError, batch_dims, places, tensors
+from lightning_peft.core.batching.layout import Place, RowError, batch_dims, places
 from lightning_peft.core.class_swap import add_mixin, remove_mixin
+from lightning_peft.core.module_io import tensors_in
 from lightning_peft.core.names import around_all, nearest
 from lightning_peft.core.record import injection_of
 from lightning_peft.core.switching.row_dispatcher import Router, Rows, Spanned
@@ -132,7 +133,7 @@ class _LengthCheck:
         if self.outermost is not None or not getattr(self.mine, "entered", False):
             return
         self.outermost = module
-        given = [t for t in tensors((*args, *kwargs.values())) if t.ndim]
+        given = [t for t in tensors_in((*args, *kwargs.values())) if t.ndim]
         x = next((t for t in given if t.ndim > 1), given[0] if given else None)
         if x is None:
             return

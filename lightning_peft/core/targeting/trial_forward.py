@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core.module_io import parameters_of
+from lightning_peft.core.module_io import parameters_of, tensors_in
 from lightning_peft.core.targeting.base_modules import base_modules
 
 __all__ = ["TRIAL_LENGTH", "last_layers", "sources", "try_forward"]
@@ -58,7 +58,7 @@ def _by_trial(model: nn.Module, names: list[str]) -> list[str] | None:
 
 def _remember(name: str, made: dict[Any, str]) -> Callable[..., None]:
     def hook(module: nn.Module, args: Any, output: Any) -> None:
-        for tensor in _tensors(output):
+        for tensor in tensors_in(output):
             if tensor.grad_fn is not None:
                 made[tensor.grad_fn] = name
 
@@ -142,7 +142,7 @@ def _run(
         twin = _without_values(model, {}).eval()
         if prepare is not None:
             prepare(twin)
-        return list(_tensors(twin(*args, **kwargs)))
+        return list(tensors_in(twin(*args, **kwargs)))
 
 
 def _inputs(model: nn.Module) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
@@ -229,14 +229,3 @@ def _to_meta(value: Any) -> Any:
     if type(value) in (tuple, list):
         return type(value)(_to_meta(v) for v in value)
     return value
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for part in value.values():
-            yield from _tensors(part)
-    elif isinstance(value, tuple | list):
-        for part in value:
-            yield from _tensors(part)
