@@ -39,9 +39,9 @@ from lightning_peft.core.names import check_name, join
 from lightning_peft.core.record import injected_module, injection_of
 from lightning_peft.core.state.plan import Attachment, Method, Plan
 from lightning_peft.core.switching.active import deactivate
+from lightning_peft.core.targeting.patterns import exactly
 from lightning_peft.core.targeting.sites import weight_sites
 from lightning_peft.methods.families.arguments import one_of, positive_int
-from lightning_peft.methods.families.weight import exactly
 from lightning_peft.methods.lora import LoRA, lora_parts
 
 __all__ = ["combine", "mix", "to_lora"]
@@ -342,11 +342,11 @@ def _lora(root: nn.Module, name: str, factors: dict[str, Factors], trains: bool)
     """A LoRA of scale 1 that has these factors."""
     ranks = {site: a.shape[-2] for site, (a, _) in factors.items()}
     most = max(ranks.values())
-    other = {pattern: rank for site, rank in ranks.items() if rank != most for pattern in exactly([site])}
+    other = {exactly(site): rank for site, rank in ranks.items() if rank != most}
     method = LoRA(
         r=most,
         alpha=most,
-        targets=exactly(factors),
+        targets=list(map(exactly, factors)),
         name=name,
         rank_pattern=other,
         alpha_pattern=dict(other),

@@ -26,7 +26,7 @@ from lightning_peft.core.targeting.frozen_parts import why_frozen
 from lightning_peft.core.targeting.layouts import EmbeddingLayout
 from lightning_peft.core.targeting.patterns import TargetError, as_patterns
 from lightning_peft.core.targeting.sites import Site, find_sites
-from lightning_peft.methods.families.weight import WeightMethod, check_bias, exactly
+from lightning_peft.methods.families.weight import WeightMethod, check_bias
 
 __all__ = ["IA3"]
 
@@ -80,10 +80,12 @@ class IA3(WeightMethod):
         self._at_input: frozenset[str] = frozenset()
 
     def find(self, model: nn.Module, heads: list[str]) -> tuple[dict[str, Site], list[str]]:
-        outputs = _expanded(model, "targets", self.targets, heads)
-        inputs = _expanded(model, "feedforward_targets", self.feedforward_targets, heads)
-        self._at_input = frozenset(find_sites(model, inputs, (), heads)[0]) if inputs else frozenset()
-        return find_sites(model, [*outputs, *inputs], self.exclude, heads)
+        outputs = as_patterns(self.targets, "targets")
+        inputs = as_patterns(self.feedforward_targets, "feedforward_targets")
+        words = _words(model, outputs, heads)
+        found = find_sites(model, [*outputs, *inputs], self.exclude, heads, words=words)
+        self._at_input = frozenset(find_sites(model, inputs, (), heads, words=words)[0]) if inputs else frozenset()
+        return found
 
     def build(self, site: Site) -> WeightAdapter:
         return InputScale(site) if site.name in self._at_input else OutputScale(site)
@@ -146,25 +148,26 @@ class InputScale(WeightAdapter):
         return call(**{**kwargs, first: (x * scale).to(x.dtype)})
 
 
-def _expanded(model: nn.Module, argument: str, patterns: str | Sequence[str], heads: list[str]) -> list[str]:
-    """The patterns with the words ``all-key-value`` and ``all-feedforward`` spelt out."""
-    expanded: list[str] = []
-    for pattern in as_patterns(patterns, argument):
-        if pattern not in ("all-key-value", "all-feedforward"):
-            expanded.append(pattern)
-            continue
-        kind = "attention" if pattern == "all-key-value" else "feedforward"
+def _words(model: nn.Module, outputs: Sequence[str], heads: list[str]) -> dict[str, Callable[[], list[str]]]:
+    """The reserved words, each with a function that finds the weights that it means; ``outputs`` are ``targets``."""
+
+    def found(word: str, kind: str, what: str) -> list[str]:
         sublayers = [s for s in find_sublayers(model) if s.kind == kind]
         names = [n for s in sublayers for n in (s.outputs if kind == "feedforward" else _keys_and_values(s.sites))]
         names = [n for n in names if not is_within(n, *heads)]
         if not names:
-            what = "the key and value projections of an attention" if kind == "attention" else "a feed-forward"
+            argument = "targets" if word in outputs else "feedforward_targets"
             raise TargetError(
-                f"{argument}={pattern!r}: nothing in this model looks like {what}; give patterns of the layers to "
+                f"{argument}={word!r}: nothing in this model looks like {what}; give patterns of the layers to "
                 f"scale, or {argument}=() for none{why_frozen(model)}"
             )
-        expanded += exactly(names)
-    return expanded
+        return names
+
+    keys_and_values = "the key and value projections of an attention"
+    return {
+        "all-key-value": lambda: found("all-key-value", "attention", keys_and_values),
+        "all-feedforward": lambda: found("all-feedforward", "feedforward", "a feed-forward"),
+    }
 
 
 def _keys_and_values(sites: Sequence[str]) -> list[str]:

@@ -11,7 +11,7 @@ Lian et al. 2022, "Scaling & Shifting Your Features: A New Baseline for Efficien
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -24,10 +24,9 @@ from lightning_peft.core.names import is_within
 from lightning_peft.core.state.plan import Plan
 from lightning_peft.core.targeting.frozen_parts import in_frozen_part
 from lightning_peft.core.targeting.layouts import NormLayout
-from lightning_peft.core.targeting.patterns import as_patterns
 from lightning_peft.core.targeting.sites import Site, find_sites, norm_sites, output_head, weight_sites
 from lightning_peft.methods.families.arguments import one_of
-from lightning_peft.methods.families.weight import WeightMethod, check_bias, exactly
+from lightning_peft.methods.families.weight import WeightMethod, check_bias
 
 __all__ = ["SSF"]
 
@@ -85,17 +84,17 @@ class SSF(WeightMethod):
         # In model order, with a norm's weight where its module stands.
         order = {name: i for i, (name, _) in enumerate(model.named_modules())}
         sites = dict(sorted({**sites, **norms}.items(), key=lambda item: order[item[1].host]))
-        patterns: list[str] = []
         left_alone = in_frozen_part(model)
-        for pattern in as_patterns(self.targets, "targets"):
-            if pattern not in ("all-layers", "all-norms"):
-                patterns.append(pattern)
-                continue
-            names = [n for n, s in sites.items() if n in norms or (pattern == "all-layers" and s.bias is not None)]
-            names = [n for n in names if n != head and not left_alone(n)]
-            names = [n for n in names if not is_within(n, *heads)]
-            patterns += exactly(n for n in names if n not in norms or _offset(norms[n].module) is not None)
-        chosen, left_out = find_sites(model, patterns, self.exclude, heads, sites)
+
+        def shiftable(candidates: Iterable[str]) -> list[str]:
+            names = [n for n in candidates if n != head and not left_alone(n) and not is_within(n, *heads)]
+            return [n for n in names if n not in norms or _offset(norms[n].module) is not None]
+
+        words = {
+            "all-layers": lambda: shiftable(n for n, s in sites.items() if n in norms or s.bias is not None),
+            "all-norms": lambda: shiftable(n for n in sites if n in norms),
+        }
+        chosen, left_out = find_sites(model, self.targets, self.exclude, heads, sites, words)
         if head is not None and head not in chosen and head not in left_out:
             left_out.append(head)
         return chosen, left_out

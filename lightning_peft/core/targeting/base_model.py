@@ -7,7 +7,6 @@ other holder of the same model go by the names inside. :class:`Base` maps betwee
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +17,7 @@ from lightning_peft.core.class_swap import original_class
 from lightning_peft.core.names import is_within, join, relative
 from lightning_peft.core.optional import config_value, input_embedding
 from lightning_peft.core.targeting.base_modules import base_modules
+from lightning_peft.core.targeting.patterns import exactly
 from lightning_peft.core.targeting.ties import seen_once
 
 __all__ = ["Base", "base_for_keys", "base_of", "depth_of"]
@@ -50,7 +50,7 @@ class Base:
 
     def patterns(self, names: Iterable[str]) -> list[str]:
         """Patterns for a method on ``root`` that mean exactly these names of the base."""
-        return [f"re:{re.escape(self.outer(name))}" for name in names]
+        return [exactly(self.outer(name)) for name in names]
 
     def modules(self) -> dict[str, nn.Module]:
         """The base's own modules by name, as they are without adapters."""

@@ -27,6 +27,7 @@ __all__ = [
     "TargetError",
     "as_patterns",
     "bare_parameters",
+    "exactly",
     "match",
     "match_modules",
     "match_parameters",
@@ -60,6 +61,11 @@ def as_patterns(patterns: Patterns, argument: str) -> tuple[str, ...]:
             separate = [part.strip() for part in re.split(r"[,\s]+", pattern) if part.strip()]
             raise TargetError(f"{argument}: {pattern!r} is one string; write a list: {separate}")
     return listed
+
+
+def exactly(name: str) -> str:
+    """The pattern that means what is called ``name`` and nothing else."""
+    return f"re:{re.escape(name)}"
 
 
 def match(pattern: str, name: str, module: nn.Module | None = None) -> bool:

@@ -52,7 +52,8 @@ def select(
     wrong = []
     for pattern in as_patterns(targets, "targets"):
         hits = list(words[pattern]() if pattern in words else candidates(pattern))
-        wrong += [] if hits else [missing(pattern)]
+        if not hits:
+            wrong.append(f"{pattern!r} finds nothing in this model" if pattern in words else missing(pattern))
         for name in hits:
             chosen.setdefault(name, pattern)
     if wrong:

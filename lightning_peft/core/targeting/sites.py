@@ -6,8 +6,9 @@ How a stored weight reads as a matrix is its :class:`~lightning_peft.core.target
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -152,6 +153,7 @@ def find_sites(
     exclude: Any = (),
     trainable: Iterable[str] = (),
     sites: dict[str, Site] | None = None,
+    words: Mapping[str, Callable[[], Iterable[str]]] = MappingProxyType({}),
 ) -> tuple[dict[str, Site], list[str]]:
     """The sites that a method's arguments name, and the layers that ``all-linear`` leaves out.
 
@@ -162,6 +164,7 @@ def find_sites(
         exclude: patterns to take away again.
         trainable: names of modules that train in full; never adapted as well.
         sites: what there is to choose from; by default all of :func:`weight_sites`.
+        words: the method's own reserved words, each with a function that returns the names of the sites it means.
 
     Raises:
         TargetError: a pattern matches nothing, or only layers that cannot be adapted; or nothing is left.
@@ -192,7 +195,7 @@ def find_sites(
         modules,
         targets,
         exclude,
-        {"all-linear": all_linear},
+        {"all-linear": all_linear, **words},
         candidates=lambda pattern: [n for n, site in free.items() if matches_site(pattern, site)],
         places=lambda name: (sites[name].host,),
         missing=missing,

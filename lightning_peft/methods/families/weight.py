@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import cast
 
 from torch import nn
@@ -23,7 +22,7 @@ from lightning_peft.core.targeting.patterns import as_patterns
 from lightning_peft.core.targeting.sites import Site, check_stored, find_sites, matches_site, weight_sites
 from lightning_peft.methods.families.method import PEFTMethod
 
-__all__ = ["WeightMethod", "above_both_sides", "check_bias", "check_low_rank", "exactly"]
+__all__ = ["WeightMethod", "above_both_sides", "check_bias", "check_low_rank"]
 
 
 class WeightMethod(PEFTMethod):
@@ -172,11 +171,6 @@ def check_low_rank(method: str, r: int, argument: str, dropout: float, site: Sit
             f"dropout={dropout} cannot be had on {site.name!r}, whose module reads the weight instead of calling a "
             f"layer: set dropout=0, or exclude it and add a second {method} with dropout=0 for it"
         )
-
-
-def exactly(names: Iterable[str]) -> list[str]:
-    """Patterns that match these names and nothing else."""
-    return [f"re:{re.escape(name)}" for name in names]
 
 
 def check_bias(site: Site) -> None:
