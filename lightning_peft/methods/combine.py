@@ -173,7 +173,7 @@ def _check(
     energy: float | None,
     density: float | None,
 ) -> None:
-    one_of("how", how, _HOWS)
+    one_of(*_HOWS).require("how", how)
     if isinstance(names, str) or not names or len(set(names)) != len(names):
         raise ValueError(f"names must be a list of different adapters, got {names!r}")
     check_known(model, *names)

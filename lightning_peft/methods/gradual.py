@@ -28,7 +28,6 @@ from lightning_peft.core.state.plan import Plan
 from lightning_peft.core.targeting.frozen_parts import why_frozen
 from lightning_peft.core.targeting.patterns import TargetError, as_patterns
 from lightning_peft.methods.families.arguments import as_list, is_int, positive_int
-from lightning_peft.methods.families.declared import target_patterns
 from lightning_peft.methods.families.selection import SelectionMethod, depths, parameters_in, tail_modules
 from lightning_peft.trainer.packages import lightning_classes
 
@@ -77,7 +76,7 @@ class GradualUnfreezing(SelectionMethod):
     every: int = field(default=1, validator=positive_int, kw_only=False)
     schedule: Sequence[int] | None = field(default=None, converter=as_list)
     unit: Literal["epoch", "step"] = "epoch"
-    targets: str | Sequence[str] = field(default="blocks", converter=target_patterns, kw_only=False)
+    targets: str | Sequence[str] = field(default="blocks", kw_only=False)
 
     def check(self) -> None:
         if self.schedule is None:

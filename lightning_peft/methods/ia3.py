@@ -62,7 +62,7 @@ class IA3(WeightMethod):
 
     may_change = WeightMethod.may_change | {"feedforward_targets"}
 
-    targets: str | Sequence[str] = field(default="all-key-value", converter=target_patterns, kw_only=False)
+    targets: str | Sequence[str] = field(default="all-key-value", kw_only=False)
     feedforward_targets: str | Sequence[str] = field(
         default="all-feedforward", converter=target_patterns, kw_only=False
     )

@@ -20,7 +20,6 @@ from lightning_peft.core.class_swap import original_class
 from lightning_peft.core.state.plan import Plan
 from lightning_peft.core.targeting.patterns import TargetError
 from lightning_peft.methods.families.arguments import optional, positive_int
-from lightning_peft.methods.families.declared import target_patterns
 from lightning_peft.methods.families.selection import SelectionMethod, tail_modules
 
 __all__ = ["LastLayers"]
@@ -50,7 +49,7 @@ class LastLayers(SelectionMethod):
     """
 
     n: int | None = field(default=None, validator=optional(positive_int), kw_only=False)
-    targets: str | Sequence[str] = field(default="blocks", converter=target_patterns, kw_only=False)
+    targets: str | Sequence[str] = field(default="blocks", kw_only=False)
 
     def choose(self, model: nn.Module, plan: Plan) -> None:
         blocks = self.blocks(model)

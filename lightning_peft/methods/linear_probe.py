@@ -22,7 +22,6 @@ from lightning_peft.core.state.plan import Plan
 from lightning_peft.core.targeting.base_modules import base_modules
 from lightning_peft.core.targeting.frozen_parts import in_frozen_part, why_frozen
 from lightning_peft.core.targeting.patterns import TargetError, match_modules
-from lightning_peft.methods.families.declared import target_patterns
 from lightning_peft.methods.families.selection import SelectionMethod, head_module, parameters_in
 
 __all__ = ["LinearProbe"]
@@ -48,7 +47,7 @@ class LinearProbe(SelectionMethod):
         trainer = L.Trainer(callbacks=[lp.LinearProbe()])
     """
 
-    targets: str | Sequence[str] = field(default="head", converter=target_patterns, kw_only=False)
+    targets: str | Sequence[str] = field(default="head", kw_only=False)
 
     def plan(self, model: nn.Module) -> Plan:
         plan = super().plan(model)

@@ -38,7 +38,7 @@ from lightning_peft.core.state.plan import Plan
 from lightning_peft.core.targeting.base_modules import base_modules
 from lightning_peft.core.targeting.layouts import EmbeddingLayout
 from lightning_peft.core.targeting.sites import Site
-from lightning_peft.methods.families.arguments import nonzero, optional, positive, probability
+from lightning_peft.methods.families.arguments import optional, positive, probability
 from lightning_peft.methods.families.ranked import RankedMethod
 from lightning_peft.methods.families.weight import above_both_sides, check_bias
 from lightning_peft.methods.shared.lora_init import check_init, initial_factors, reads_weight
@@ -159,7 +159,7 @@ class LoRA(RankedMethod):
     }
     adapter_class: ClassVar[type[LoRAAdapter]] = LoRAAdapter
 
-    alpha: float = field(default=16, validator=nonzero, kw_only=False)
+    alpha: float = field(default=16, kw_only=False)
     dropout: float = field(default=0.0, validator=probability)
     use_rslora: bool = False
     bias: Literal["none", "lora_only", "all"] = "none"

@@ -37,7 +37,6 @@ from lightning_peft.core.targeting.base_modules import base_modules
 from lightning_peft.core.targeting.blocks import find_blocks
 from lightning_peft.core.targeting.patterns import TargetError
 from lightning_peft.methods.families.arguments import Check, as_list, is_int, optional, positive, positive_int
-from lightning_peft.methods.families.declared import target_patterns
 from lightning_peft.methods.families.method import PEFTMethod
 from lightning_peft.methods.shared.cached_step import check_cached_step
 from lightning_peft.methods.shared.prefix_batching import PrefixRows
@@ -95,7 +94,7 @@ class PrefixTuning(PEFTMethod):
     may_change = PEFTMethod.may_change | {"init", "init_std"}
 
     num_virtual_tokens: int = field(default=20, validator=positive_int, kw_only=False)
-    targets: str | Sequence[str] = field(default="all-attention", converter=target_patterns)
+    targets: str | Sequence[str] = "all-attention"
     layers: Sequence[int] | None = field(default=None, converter=as_list, validator=optional(_block_indices))
     bottleneck_size: int | None = field(default=None, validator=optional(positive_int))
     activation: Literal["tanh", "relu", "gelu", "silu"] = "tanh"

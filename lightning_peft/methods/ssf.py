@@ -26,7 +26,6 @@ from lightning_peft.core.state.plan import Plan
 from lightning_peft.core.targeting.frozen_parts import in_frozen_part
 from lightning_peft.core.targeting.layouts import NormLayout
 from lightning_peft.core.targeting.sites import Site, find_sites, norm_sites, output_head, weight_sites
-from lightning_peft.methods.families.declared import target_patterns
 from lightning_peft.methods.families.weight import WeightMethod, check_bias
 
 __all__ = ["SSF"]
@@ -61,7 +60,7 @@ class SSF(WeightMethod):
 
     may_change = WeightMethod.may_change | {"init"}
 
-    targets: str | Sequence[str] = field(default="all-layers", converter=target_patterns, kw_only=False)
+    targets: str | Sequence[str] = field(default="all-layers", kw_only=False)
     init: Literal["identity", "normal"] = "identity"
 
     def find(self, model: nn.Module, heads: list[str]) -> tuple[dict[str, Site], list[str]]:

@@ -32,7 +32,6 @@ from lightning_peft.core.targeting.frozen_parts import why_frozen
 from lightning_peft.core.targeting.patterns import TargetError, as_patterns, match_modules
 from lightning_peft.core.targeting.token_modules import batch_first, token_width
 from lightning_peft.methods.families.arguments import nonnegative_int, optional, positive_int, probability
-from lightning_peft.methods.families.declared import target_patterns
 from lightning_peft.methods.families.method import PEFTMethod
 from lightning_peft.methods.families.prompt_adapters import TokenError
 
@@ -73,7 +72,7 @@ class VisualPromptTuning(PEFTMethod):
 
     num_virtual_tokens: int = field(default=50, validator=positive_int, kw_only=False)
     deep: bool = False
-    targets: str | Sequence[str] = field(default="blocks", converter=target_patterns)
+    targets: str | Sequence[str] = "blocks"
     leading_tokens: int | None = field(default=None, validator=optional(nonnegative_int))
     dropout: float = field(default=0.0, validator=probability)
 

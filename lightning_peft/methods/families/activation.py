@@ -14,7 +14,6 @@ from lightning_peft.core.state.plan import Attachment, Plan
 from lightning_peft.core.targeting.activation_sites import ActivationSite, find_activation_sites
 from lightning_peft.core.targeting.patterns import TargetError
 from lightning_peft.methods.families.arguments import optional, positive_int
-from lightning_peft.methods.families.declared import target_patterns
 from lightning_peft.methods.families.method import PEFTMethod
 
 __all__ = ["ActivationMethod"]
@@ -48,7 +47,7 @@ class ActivationMethod(PEFTMethod):
                 return y + self.shift
     """
 
-    targets: str | Sequence[str] = field(default="all-feedforward", converter=target_patterns, kw_only=False)
+    targets: str | Sequence[str] = field(default="all-feedforward", kw_only=False)
     width: int | None = field(default=None, validator=optional(positive_int))
     channels_first: bool | None = None
 

@@ -96,18 +96,27 @@ def _arguments(cls: type) -> list[str]:
 def _with_type_checks(cls: type, fields: list[Attribute[Any]]) -> list[Attribute[Any]]:
     """The fields with the checks of their types, in the order family, method, options of every method.
 
-    A redeclared field keeps its place, so that arguments by position mean the same in a subclass.
+    A redeclared field keeps its place, and its converter and checks unless it brings its own.
     """
     parents = [c for c in cls.__mro__[1:] if attrs.has(c) and attrs.fields(c)]
-    inherited = [a.name for a in attrs.fields(parents[0])] if parents else []
+    inherited = {a.name: a for a in attrs.fields(parents[0])} if parents else {}
     options = [a.name for a in attrs.fields(parents[-1])] if parents else []
-    own = cls.__dict__.get("__annotations__", {})
+    own = inspect.get_annotations(cls)
     new = [a.name for a in fields if a.name not in inherited]
     order = [*(name for name in inherited if name not in options), *new, *options]
-    return sorted((_checked(cls, a) if a.name in own else a for a in fields), key=lambda a: order.index(a.name))
+    return sorted(
+        (_checked(cls, a, inherited.get(a.name)) if a.name in own else a for a in fields),
+        key=lambda a: order.index(a.name),
+    )
 
 
-def _checked(cls: type, argument: Attribute[Any]) -> Attribute[Any]:
+def _checked(cls: type, argument: Attribute[Any], before: Attribute[Any] | None) -> Attribute[Any]:
+    if before is not None:
+        argument = argument.evolve(
+            kw_only=before.kw_only and argument.kw_only,
+            converter=argument.converter or before.converter,
+            validator=argument.validator or before.validator,
+        )
     annotated = type("", (), {"__annotations__": {argument.name: argument.type}})
     try:
         hint = get_type_hints(annotated, vars(sys.modules[cls.__module__]))[argument.name]

@@ -27,7 +27,6 @@ from lightning_peft.core.targeting.patterns import (
 from lightning_peft.core.targeting.selection import select
 from lightning_peft.core.targeting.sites import output_head, weight_sites
 from lightning_peft.methods.families.arguments import Check, is_number
-from lightning_peft.methods.families.declared import target_patterns
 from lightning_peft.methods.families.method import PEFTMethod
 from lightning_peft.trainer.param_groups import split_groups
 
@@ -49,7 +48,7 @@ class SelectionMethod(PEFTMethod):
 
     may_change = PEFTMethod.may_change | {"layer_decay"}
 
-    targets: str | Sequence[str] = field(default="all", converter=target_patterns, kw_only=False)
+    targets: str | Sequence[str] = field(default="all", kw_only=False)
     layer_decay: float = field(
         default=1.0, validator=Check("a factor in (0, 1]", lambda value: is_number(value) and 0 < value <= 1)
     )

@@ -28,7 +28,6 @@ from lightning_peft.core.targeting.token_modules import (
     token_width,
 )
 from lightning_peft.methods.families.arguments import optional, positive_int
-from lightning_peft.methods.families.declared import target_patterns
 from lightning_peft.methods.families.method import PEFTMethod
 from lightning_peft.methods.families.prompt_adapters import PromptAdapter, PromptLabels, PromptMask, PromptStrip
 
@@ -41,7 +40,7 @@ class PromptMethod(PEFTMethod):
     """Base class of the methods that put virtual tokens among the input's; a subclass gives :meth:`build`."""
 
     num_virtual_tokens: int | None = field(default=None, validator=optional(positive_int), kw_only=False)
-    targets: str | Sequence[str] = field(default="inputs", converter=target_patterns)
+    targets: str | Sequence[str] = "inputs"
     position: Literal["prefix", "after_bos", "suffix"] = "prefix"
     template: str | None = None
     side: Literal["encoder", "decoder"] = "encoder"
