@@ -11,7 +11,9 @@ import lightning_peft as lp
 class TwoFactors(lp.WeightMethod):
     """A (r x in) starts at random, B (out x r) at zero."""
 
-    r: int = 4
+    def __init__(self, r: int = 4, **options) -> None:
+        super().__init__(**options)
+        self.r = r
 
     def build(self, site) -> lp.WeightAdapter:
         return TwoFactorsAdapter(site, self.r)

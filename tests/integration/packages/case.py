@@ -1,0 +1,84 @@
+"""A model of another package, as a test trains it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+import lightning_peft as lp
+from tests.integration.skeletons import seeded
+
+#: a method of each family, as the page calls it
+METHODS: Mapping[str, Callable[..., lp.PEFTMethod]] = {
+    "LoRA": lambda **options: lp.LoRA(**{"r": 2, "seed": 0, **options}),
+    "SSF": lp.SSF,
+    "BitFit": lp.BitFit,
+}
+MERGED = ("LoRA", "SSF")  # those that can be folded into the weights
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model of a package, in a LightningModule that learns to return ones.
+
+    Attributes:
+        package: the package's name on the index.
+        build: makes the model; imports the package.
+        batch: makes the arguments of the model's forward.
+        options: the arguments that a method needs on this model, by method.
+        refused: what the error says of a method that cannot work on this model.
+        result: takes the tensor out of what the forward returns.
+        pl: Lightning's package that the module is written for.
+    """
+
+    package: str
+    build: Callable[[], Any]
+    batch: Callable[[], Any]
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    refused: Mapping[str, str] = field(default_factory=dict)
+    result: Callable[[Any], Tensor] = lambda out: out
+    pl: ModuleType = pl
+
+    def module(self) -> Any:
+        """The LightningModule, with the same weights each time."""
+        return Wrapped(seeded(self.build), self.result)
+
+    def method(self, name: str) -> lp.PEFTMethod:
+        return METHODS[name](**self.options.get(name, {}))
+
+    def loader(self) -> DataLoader:
+        """Three times the same batch."""
+        return DataLoader([self.batch()] * 3, batch_size=None)
+
+    @torch.no_grad()
+    def output(self, module: nn.Module) -> Tensor:
+        torch.manual_seed(0)
+        return module.eval()(*self.batch())
+
+    def load(self, path: Path) -> Any:
+        """A new module from the checkpoint."""
+        module = self.module()
+        return lp.load_from_checkpoint(Wrapped, path, model=module.model, result=self.result)
+
+
+class Wrapped(pl.LightningModule):
+    def __init__(self, model: nn.Module, result: Callable[[Any], Tensor]) -> None:
+        super().__init__()
+        self.model, self.result = model, result
+
+    def forward(self, *batch: Any) -> Tensor:
+        return self.result(self.model(*batch))
+
+    def training_step(self, batch: tuple[Any, ...], batch_idx: int) -> Tensor:
+        return (self(*batch) - 1).pow(2).mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam((p for p in self.parameters() if p.requires_grad), lr=3e-2)

@@ -1,0 +1,71 @@
+"""The page docs/packages.md: what works in models of other packages, from the table that the tests run.
+
+``python -m tests.integration.packages.page > docs/packages.md`` writes the page.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from tests.integration.packages.case import MERGED, METHODS, Case
+from tests.integration.packages.table import CASES
+
+ROOT = Path(__file__).parents[3]
+
+
+def versions() -> dict[str, str]:
+    """The release of each package that the tests run with in CI."""
+    lines = (ROOT / ".ci/packages.txt").read_text().splitlines()
+    return dict(line.split("==") for line in lines if line and not line.startswith("#"))
+
+
+def arguments(case: Case) -> str:
+    """The arguments that the methods need, those that agree together."""
+    texts: dict[str, list[str]] = {}
+    for method, options in case.options.items():
+        texts.setdefault(", ".join(f"{k}={v!r}" for k, v in options.items()), []).append(method)
+    needed = [f"{', '.join(methods)}: `{text}`" for text, methods in texts.items()]
+    return "; ".join([*needed, *(f"{method} is refused: {why}" for method, why in case.refused.items())])
+
+
+def page() -> str:
+    """The documentation page."""
+    known = versions()
+
+    def works(case: Case, methods: Iterable[str] = METHODS) -> str:
+        return ", ".join(method for method in methods if method not in case.refused)
+
+    rows = [
+        f"| {case.package} {known[case.package]} | {name.partition(' ')[2]} | {works(case)} | {works(case)} "
+        f"| {works(case)} | {works(case, MERGED)} | {arguments(case)} |"
+        for name, case in CASES.items()
+    ]
+    return (
+        "\n".join(
+            [
+                "# Models of other packages",
+                "",
+                "Every cell is a test with a tiny, randomly initialised model of the package, in the release shown. It",
+                "runs a method of each family: `LoRA(r=2)` on `all-linear`, `SSF()` and `BitFit()`, with the arguments",
+                "in the last column if the model needs some. `pip install lightning_peft[integrations]` installs the",
+                "packages, `pytest tests/integration/packages` runs the tests, and",
+                "`python -m tests.integration.packages.page > docs/packages.md` writes this page.",
+                "",
+                "| package | model | inject | train | checkpoint | merge | arguments |",
+                "|---|---|---|---|---|---|---|",
+                *rows,
+                "",
+                "- **inject**: the method finds its layers, and unloading restores every class, key and frozen bit.",
+                "- **train**: three steps in a Trainer change the output and leave the frozen parameters bit for bit.",
+                "- **checkpoint**: the Trainer's checkpoint holds no frozen parameter, and loads into a new module.",
+                "- **merge**: the merged model gives the outputs of the adapted one. Nothing is merged for BitFit,",
+                "  which trains the model's own biases.",
+            ]
+        )
+        + "\n"
+    )
+
+
+if __name__ == "__main__":
+    print(page(), end="")

@@ -1,0 +1,91 @@
+"""Models of other packages train, checkpoint, reload, merge and unload with a method of each family."""
+
+from __future__ import annotations
+
+import warnings
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import lightning_peft as lp
+from tests.helpers import assert_same_bits, bits, close, differ, trained_parameters
+from tests.integration.packages.case import MERGED, METHODS, Case
+from tests.integration.packages.page import ROOT, page, versions
+from tests.integration.packages.table import CASES
+
+
+def fit(case: Case, module: Any, method: lp.PEFTMethod, folder: Path) -> Path:
+    """The checkpoint of three steps."""
+    trainer = case.pl.Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        limit_train_batches=3,
+        logger=False,
+        callbacks=[method, case.pl.callbacks.ModelCheckpoint(folder, filename="last")],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.fit(module.train(), case.loader())
+    return folder / "last.ckpt"
+
+
+def classes(module: nn.Module) -> list[type]:
+    return [type(part) for part in module.modules()]
+
+
+def installed(package: str) -> str:
+    """The release of ``package``; without one the test is skipped."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        pytest.skip(f"{package} is not installed")
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", CASES)
+def test_model(name: str, method: str, tmp_path: Path) -> None:
+    case = CASES[name]
+    installed(case.package)
+    base, module = case.module(), case.module()
+    if method in case.refused:
+        with pytest.raises(lp.TargetError, match=case.refused[method]):
+            lp.apply(module, case.method(method))
+        return
+    before, untrained = bits(base), case.output(base)
+    path = fit(case, module, case.method(method), tmp_path)
+    trained = case.output(module)
+    differ(trained, untrained)
+
+    # The checkpoint holds what trains and nothing of the frozen base, which has not changed.
+    stored = torch.load(path, weights_only=True)["state_dict"]
+    trains = trained_parameters(module).keys()
+    frozen = {k for k, _ in base.named_parameters(remove_duplicate=False)} - trains
+    assert trains <= stored.keys()
+    assert not stored.keys() & frozen
+    assert_same_bits(bits(module, frozen), {k: before[k] for k in frozen})
+    close(case.output(case.load(path)), trained)
+
+    if method in MERGED:
+        lp.merge(module)
+        close(case.output(module), trained, 1e-4)
+        lp.unmerge(module)
+    lp.unload(module)
+    assert classes(module) == classes(base)
+    assert_same_bits(bits(module, frozen), {k: before[k] for k in frozen})
+    assert module.state_dict().keys() == before.keys()
+
+
+def test_the_page_is_made_from_the_table() -> None:
+    text = (ROOT / "docs/packages.md").read_text()
+    assert text == page(), "python -m tests.integration.packages.page > docs/packages.md"
+
+
+@pytest.mark.parametrize("package", sorted({case.package for case in CASES.values()}))
+def test_the_page_names_the_release_that_is_tested(package: str) -> None:
+    assert installed(package) == versions()[package], "update .ci/packages.txt and write the page again"
