@@ -256,3 +256,9 @@ METHODS: dict[str, Method] = {
         identity=False,
     ),
 }
+
+#: methods that are not measured, each with its reason
+NOT_MEASURED = {
+    "GatedLoRA": "LoRA and one product with a vector for each layer",
+    "GradualUnfreezing": "what trains changes from epoch to epoch, from the head to everything",
+}

@@ -11,9 +11,7 @@ import lightning_peft as lp
 class TwoFactors(lp.WeightMethod):
     """A (r x in) starts at random, B (out x r) at zero."""
 
-    def __init__(self, r: int = 4, **options) -> None:
-        super().__init__(**options)
-        self.r = r
+    r: int = 4
 
     def build(self, site) -> lp.WeightAdapter:
         return TwoFactorsAdapter(site, self.r)

@@ -10,9 +10,7 @@ import lightning_peft as lp
 class Smallest(lp.SelectionMethod):
     """Trains every parameter of the base that has at most so many elements."""
 
-    def __init__(self, elements: int = 64, targets: str = "all", **options) -> None:
-        super().__init__(targets, **options)
-        self.elements = elements
+    elements: int = 64
 
     def choose(self, model: nn.Module, plan) -> None:
         for name, parameter in model.named_parameters():

@@ -18,12 +18,12 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
 import torch
+from attrs import field
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -32,7 +32,15 @@ from lightning_peft.core.adapters.base import WeightAdapter
 from lightning_peft.core.adapters.low_rank import LowRankAdapter
 from lightning_peft.core.sharded_tensors import gather_full, sharded_like
 from lightning_peft.core.targeting.sites import Site
-from lightning_peft.methods.families.arguments import nonzero, positive_int, probability
+from lightning_peft.methods.families.arguments import (
+    nonnegative,
+    nonnegative_int,
+    nonzero,
+    open_unit_interval,
+    optional,
+    positive_int,
+    probability,
+)
 from lightning_peft.methods.families.weight import WeightMethod, above_both_sides, check_low_rank
 
 __all__ = ["AdaLoRA"]
@@ -59,7 +67,6 @@ class AdaLoRA(WeightMethod):
         init_r: the rank of each matrix at the start.
         alpha: the update is scaled by alpha / init_r.
         dropout: probability of dropping an element of the adapter's input while training.
-        targets, exclude, trainable, name: see :class:`lightning_peft.PEFTMethod`.
         tinit: optimizer steps before the budget begins to fall.
         tfinal: optimizer steps at the end with the ranks fixed.
         deltaT: optimizer steps between two allocations.
@@ -67,8 +74,6 @@ class AdaLoRA(WeightMethod):
         beta2: smoothing of its uncertainty, in (0, 1).
         orth_reg_weight: weight of the orthogonality term; 0 leaves it out.
         total_step: optimizer steps in all; None takes the Trainer's.
-        **options: ``seed``, ``adapter_dtype``, ``train_norm_stats``, ``audit`` of
-            :class:`lightning_peft.PEFTMethod`.
 
     Raises:
         ValueError: target_r above init_r; an argument out of its range; init_r above both sides of a matrix.
@@ -83,50 +88,31 @@ class AdaLoRA(WeightMethod):
         *("target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step", "dropout")
     }
 
-    def __init__(
-        self,
-        target_r: int = 8,
-        init_r: int = 12,
-        alpha: float = 16,
-        dropout: float = 0.0,
-        targets: str | Sequence[str] = "all-linear",
-        exclude: str | Sequence[str] = (),
-        trainable: str | Sequence[str] = (),
-        name: str = "default",
-        tinit: int = 0,
-        tfinal: int = 0,
-        deltaT: int = 1,
-        beta1: float = 0.85,
-        beta2: float = 0.85,
-        orth_reg_weight: float = 0.5,
-        total_step: int | None = None,
-        **options: Any,
-    ) -> None:
-        super().__init__(targets=targets, exclude=exclude, trainable=trainable, name=name, **options)
-        for argument, count in (("target_r", target_r), ("init_r", init_r), ("deltaT", deltaT)):
-            positive_int(argument, count)
-        if target_r > init_r:
-            raise ValueError(f"target_r={target_r} is above init_r={init_r}: the rank can only fall; raise init_r")
-        for argument, steps in (("tinit", tinit), ("tfinal", tfinal)):
-            if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
-                raise ValueError(f"{argument} must be a number of optimizer steps from 0 on, got {steps!r}")
-        for argument, beta in (("beta1", beta1), ("beta2", beta2)):
-            if not isinstance(beta, float) or not 0 < beta < 1:
-                raise ValueError(f"{argument} must lie between 0 and 1, got {beta!r}")
-        if not isinstance(orth_reg_weight, int | float) or not 0 <= orth_reg_weight < math.inf:
-            raise ValueError(f"orth_reg_weight must be 0 or above, got {orth_reg_weight!r}")
-        nonzero("alpha", alpha)
-        probability("dropout", dropout)
-        self.target_r, self.init_r, self.alpha, self.dropout = target_r, init_r, alpha, dropout
-        self.tinit, self.tfinal, self.deltaT = tinit, tfinal, deltaT
-        self.beta1, self.beta2, self.orth_reg_weight = beta1, beta2, orth_reg_weight
-        self.total_step = total_step
+    target_r: int = field(default=8, validator=positive_int, kw_only=False)
+    init_r: int = field(default=12, validator=positive_int, kw_only=False)
+    alpha: float = field(default=16, validator=nonzero)
+    dropout: float = field(default=0.0, validator=probability)
+    tinit: int = field(default=0, validator=nonnegative_int)
+    tfinal: int = field(default=0, validator=nonnegative_int)
+    deltaT: int = field(default=1, validator=positive_int)
+    beta1: float = field(default=0.85, validator=open_unit_interval)
+    beta2: float = field(default=0.85, validator=open_unit_interval)
+    orth_reg_weight: float = field(default=0.5, validator=nonnegative)
+    total_step: int | None = field(default=None, validator=optional(positive_int))
+
+    def check(self) -> None:
+        if self.target_r > self.init_r:
+            raise ValueError(
+                f"target_r={self.target_r} is above init_r={self.init_r}: the rank can only fall; raise init_r"
+            )
+
+    def __attrs_post_init__(self) -> None:
+        super().__attrs_post_init__()
         self.step = 0  # optimizer steps done
-        self._total = total_step or 0
+        self._total = self.total_step or 0
         self._scores: dict[str, list[Tensor]] = {}  # importance and uncertainty, by parameter
         self._hooks: list[Any] = []
-        if total_step is not None:
-            positive_int("total_step", total_step)
+        if self.total_step is not None:
             self._check_schedule()
 
     def too_small(self, site: Site) -> str | None:

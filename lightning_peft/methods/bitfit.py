@@ -12,9 +12,6 @@ arXiv:2106.10199.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 from torch import nn
 
 from lightning_peft.core.class_swap import original_class
@@ -38,9 +35,6 @@ class BitFit(SelectionMethod):
             ``["query", "intermediate.dense"]``.
         exclude: patterns of modules whose biases stay frozen.
         trainable: patterns of modules that train in full; a new head belongs here.
-        name: see :class:`lightning_peft.PEFTMethod`.
-        **options: ``seed``, ``adapter_dtype``, ``train_norm_stats``, ``audit`` of
-            :class:`lightning_peft.PEFTMethod`.
 
     Raises:
         TargetError: the model has no bias, or a pattern matches nothing that has one.
@@ -49,16 +43,6 @@ class BitFit(SelectionMethod):
 
         trainer = L.Trainer(callbacks=[lp.BitFit(trainable=["classifier"])])
     """
-
-    def __init__(
-        self,
-        targets: str | Sequence[str] = "all",
-        exclude: str | Sequence[str] = (),
-        trainable: str | Sequence[str] = (),
-        name: str = "default",
-        **options: Any,
-    ) -> None:
-        super().__init__(targets, exclude, trainable, name, **options)
 
     def choose(self, model: nn.Module, plan: Plan) -> None:
         chosen = self.matching(model, _is_bias)

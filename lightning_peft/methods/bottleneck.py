@@ -20,6 +20,8 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from attrs import Attribute, Converter, field
+from attrs.converters import pipe
 from torch import Tensor, nn
 
 from lightning_peft.core.adapters.activation import ActivationAdapter
@@ -27,7 +29,17 @@ from lightning_peft.core.state.plan import Plan
 from lightning_peft.core.targeting.activation_sites import ActivationSite
 from lightning_peft.core.targeting.patterns import TargetError, match, no_match
 from lightning_peft.methods.families.activation import ActivationMethod
-from lightning_peft.methods.families.arguments import nonzero, one_of, positive, positive_int, probability
+from lightning_peft.methods.families.arguments import (
+    Check,
+    is_number,
+    one_of,
+    one_or_each,
+    optional,
+    positive,
+    positive_int,
+    probability,
+)
+from lightning_peft.methods.families.declared import target_patterns
 
 __all__ = ["BottleneckAdapter"]
 
@@ -62,6 +74,20 @@ _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def _or_preset(value: Any, method: Any, argument: Attribute[Any]) -> Any:
+    if value is not None or (argument.name == "reduction_factor" and method.bottleneck_size is not None):
+        return value
+    one_of(*PRESETS).require("preset", method.preset)
+    return PRESETS[method.preset][argument.name]
+
+
+def _is_scaling(value: Any) -> bool:
+    return value in ("learned", "channel") or (is_number(value) and value != 0)
+
+
+or_preset = Converter(_or_preset, takes_self=True, takes_field=True)  # type: ignore[misc]
+
+
 class BottleneckAdapter(ActivationMethod):
     """Bottleneck adapters (Houlsby, Pfeiffer, parallel, AdapterPlus) after or beside the sub-layers of any model.
 
@@ -94,8 +120,6 @@ class BottleneckAdapter(ActivationMethod):
         gate: multiply the contribution by sigmoid(w x + b), learned, as UniPELT does (d + 1 more). It is computed for
             each position, so that it stays causal; UniPELT's code averages it over the sequence.
         exclude, trainable, name, width, channels_first: see :class:`lightning_peft.ActivationMethod`.
-        **options: ``seed``, ``adapter_dtype``, ``train_norm_stats``, ``audit`` of
-            :class:`lightning_peft.PEFTMethod`.
 
     Raises:
         ValueError: a reduction factor that leaves no width, both ways to give the width, an unknown word;
@@ -110,58 +134,37 @@ class BottleneckAdapter(ActivationMethod):
 
     may_change = ActivationMethod.may_change | {"dropout", "stochastic_depth", "init"}
 
-    def __init__(
-        self,
-        preset: Literal["houlsby", "pfeiffer", "parallel", "scaled_parallel", "adapterplus"] = "pfeiffer",
-        targets: str | Sequence[str] | None = None,
-        reduction_factor: float | Mapping[str, float] | None = None,
-        parallel: bool | None = None,
-        non_linearity: Literal["relu", "gelu", "swish", "silu", "tanh", "leaky_relu", "linear"] | None = None,
-        scaling: float | Literal["learned", "channel"] | None = None,
-        init: Literal["zero", "houlsby", "bert"] | None = None,
-        stochastic_depth: float | None = None,
-        bottleneck_size: int | Mapping[str, int] | None = None,
-        dropout: float = 0.0,
-        norm_before: bool = False,
-        norm_after: bool = False,
-        gate: bool = False,
-        exclude: str | Sequence[str] = (),
-        trainable: str | Sequence[str] = (),
-        name: str = "default",
-        **options: Any,
-    ) -> None:
-        one_of("preset", preset, tuple(PRESETS))
+    preset: Literal["houlsby", "pfeiffer", "parallel", "scaled_parallel", "adapterplus"] = field(
+        default="pfeiffer", kw_only=False
+    )
+    bottleneck_size: int | Mapping[str, int] | None = field(default=None, validator=optional(one_or_each(positive_int)))
+    reduction_factor: float | Mapping[str, float] | None = field(
+        default=None, converter=or_preset, validator=optional(one_or_each(positive))
+    )
+    parallel: bool | None = field(default=None, converter=or_preset)
+    non_linearity: Literal["relu", "gelu", "swish", "silu", "tanh", "leaky_relu", "linear"] | None = field(
+        default=None, converter=or_preset, validator=one_of(*_FUNCTIONS)
+    )
+    scaling: float | Literal["learned", "channel"] | None = field(
+        default=None,
+        converter=or_preset,
+        validator=Check("'learned', 'channel' or a finite number other than 0", _is_scaling),
+    )
+    init: Literal["zero", "houlsby", "bert"] | None = field(
+        default=None, converter=or_preset, validator=one_of("zero", "houlsby", "bert")
+    )
+    stochastic_depth: float | None = field(default=None, converter=or_preset, validator=probability)
+    targets: str | Sequence[str] | None = field(  # type: ignore[assignment]
+        default=None, converter=pipe(or_preset, target_patterns)
+    )
+    dropout: float = field(default=0.0, validator=probability)
+    norm_before: bool = False
+    norm_after: bool = False
+    gate: bool = False
 
-        def chosen(argument: str, value: Any) -> Any:
-            return PRESETS[preset][argument] if value is None else value
-
-        super().__init__(chosen("targets", targets), exclude, trainable, name, **options)
-        if bottleneck_size is not None and reduction_factor is not None:
+    def check(self) -> None:
+        if self.bottleneck_size is not None and self.reduction_factor is not None:
             raise ValueError("give bottleneck_size or reduction_factor, not both: each sets the bottleneck's width")
-        self.preset = preset
-        self.bottleneck_size = bottleneck_size
-        self.reduction_factor = None if bottleneck_size is not None else chosen("reduction_factor", reduction_factor)
-        self.parallel = chosen("parallel", parallel)
-        self.non_linearity = chosen("non_linearity", non_linearity)
-        self.scaling = chosen("scaling", scaling)
-        self.init = chosen("init", init)
-        self.stochastic_depth = chosen("stochastic_depth", stochastic_depth)
-        self.dropout = dropout
-        self.norm_before = norm_before
-        self.norm_after = norm_after
-        self.gate = gate
-        one_of("non_linearity", self.non_linearity, tuple(_FUNCTIONS))
-        one_of("init", self.init, ("zero", "houlsby", "bert"))
-        probability("dropout", dropout)
-        probability("stochastic_depth", self.stochastic_depth)
-        if isinstance(self.scaling, str):
-            one_of("scaling", self.scaling, ("learned", "channel", "a number"))
-        else:
-            nonzero("scaling", self.scaling)
-        for pattern, value in _patterns(self.bottleneck_size).items():
-            positive_int(f"bottleneck_size[{pattern!r}]", value)
-        for pattern, value in _patterns(self.reduction_factor).items():
-            positive(f"reduction_factor[{pattern!r}]", value)
 
     def plan(self, model: nn.Module) -> Plan:
         plan = super().plan(model)
@@ -190,14 +193,15 @@ class BottleneckAdapter(ActivationMethod):
                 f"a parallel adapter adds what it makes of the input to the output, and {site.host!r} takes "
                 f"{site.input_width} features and gives {site.width}: exclude it, or give it a serial adapter"
             )
+        chosen: Any = self  # without the None of the types: the preset has replaced it
         return Bottleneck(
             site,
             size,
-            parallel=self.parallel,
-            non_linearity=self.non_linearity,
-            scaling=self.scaling,
-            init=self.init,
-            stochastic_depth=self.stochastic_depth,
+            parallel=chosen.parallel,
+            non_linearity=chosen.non_linearity,
+            scaling=chosen.scaling,
+            init=chosen.init,
+            stochastic_depth=chosen.stochastic_depth,
             dropout=self.dropout,
             norm_before=self.norm_before,
             norm_after=self.norm_after,

@@ -173,7 +173,7 @@ def _check(
     energy: float | None,
     density: float | None,
 ) -> None:
-    one_of("how", how, _HOWS)
+    one_of(*_HOWS).require("how", how)
     if isinstance(names, str) or not names or len(set(names)) != len(names):
         raise ValueError(f"names must be a list of different adapters, got {names!r}")
     check_known(model, *names)
@@ -183,7 +183,7 @@ def _check(
     if r is not None and energy is not None:
         raise ValueError(f"r={r} and energy={energy} both set the rank: give one of them")
     if r is not None:
-        positive_int("r", r)
+        positive_int.require("r", r)
     if how == "cat" and (r is not None or energy is not None):
         raise ValueError("how='cat' keeps the factors as they are: take how='svd' with r or energy")
     for argument, value, wanted in (("energy", energy, None), ("density", density, how not in _SUMS)):

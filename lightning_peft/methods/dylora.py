@@ -12,11 +12,11 @@ Adaptation", arXiv:2210.07558.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, cast
 
 import lightning as L
 import torch
+from attrs import field
 from torch import Tensor, nn
 
 from lightning_peft.core.adapters.base import WeightAdapter
@@ -47,11 +47,8 @@ class DyLoRA(WeightMethod):
         r: the highest rank; r (in + out) parameters train for each matrix.
         alpha: the update of rank b is scaled by alpha / b.
         dropout: probability of dropping an element of the adapter's input while training.
-        targets, exclude, trainable, name: see :class:`lightning_peft.PEFTMethod`.
         frozen: train only the b-th row and column in a step, the paper's faster variant. The optimizer's momentum
             and weight decay still move the others.
-        **options: ``seed``, ``adapter_dtype``, ``train_norm_stats``, ``audit`` of
-            :class:`lightning_peft.PEFTMethod`.
 
     Raises:
         ValueError: a rank below 1 or above both sides of the matrix, a dropout outside [0, 1), or a dropout on a
@@ -66,26 +63,10 @@ class DyLoRA(WeightMethod):
 
     may_change = WeightMethod.may_change | {"dropout", "frozen"}
 
-    def __init__(
-        self,
-        r: int = 8,
-        alpha: float = 16,
-        dropout: float = 0.0,
-        targets: str | Sequence[str] = "all-linear",
-        exclude: str | Sequence[str] = (),
-        trainable: str | Sequence[str] = (),
-        name: str = "default",
-        frozen: bool = False,
-        **options: Any,
-    ) -> None:
-        super().__init__(targets=targets, exclude=exclude, trainable=trainable, name=name, **options)
-        positive_int("r", r)
-        probability("dropout", dropout)
-        nonzero("alpha", alpha)
-        self.r = r
-        self.alpha = alpha
-        self.dropout = dropout
-        self.frozen = frozen
+    r: int = field(default=8, validator=positive_int, kw_only=False)
+    alpha: float = field(default=16, validator=nonzero, kw_only=False)
+    dropout: float = field(default=0.0, validator=probability)
+    frozen: bool = False
 
     def too_small(self, site: Site) -> str | None:
         return above_both_sides(self.r, "r", site)
@@ -127,7 +108,7 @@ class DyLoRA(WeightMethod):
         methods = [m for m in methods if name in (None, m.name)]
         if not methods:
             raise ValueError(f"the model has no DyLoRA adapter{'' if name is None else f' named {name!r}'} to truncate")
-        positive_int("rank", rank)
+        positive_int.require("rank", rank)
         for method in methods:
             if rank > method.r:
                 raise ValueError(f"rank={rank} is above r={method.r}, the highest rank that {method.name!r} has")

@@ -11,9 +11,6 @@ arXiv:1801.06146.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 from torch import nn
 
 from lightning_peft.core.state.plan import Plan
@@ -34,11 +31,8 @@ class FullFineTuning(SelectionMethod):
     Args:
         targets: ``"all"``, or patterns of the modules that train in full.
         exclude: patterns of modules that stay frozen.
-        trainable, name: see :class:`lightning_peft.PEFTMethod`.
         layer_decay: learning rates by depth: the rate is multiplied by this for each block further from the
             output. 1 for one rate everywhere.
-        **options: ``seed``, ``adapter_dtype``, ``train_norm_stats``, ``audit`` of
-            :class:`lightning_peft.PEFTMethod`.
 
     Raises:
         ValueError: a decay outside (0, 1].
@@ -48,17 +42,6 @@ class FullFineTuning(SelectionMethod):
 
         trainer = L.Trainer(callbacks=[lp.FullFineTuning(layer_decay=0.8)])
     """
-
-    def __init__(
-        self,
-        targets: str | Sequence[str] = "all",
-        exclude: str | Sequence[str] = (),
-        trainable: str | Sequence[str] = (),
-        name: str = "default",
-        layer_decay: float = 1.0,
-        **options: Any,
-    ) -> None:
-        super().__init__(targets, exclude, trainable, name, layer_decay, **options)
 
     def choose(self, model: nn.Module, plan: Plan) -> None:
         patterns = self.patterns("all")

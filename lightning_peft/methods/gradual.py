@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import lightning as L
+from attrs import field
 from lightning.fabric.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
@@ -26,7 +27,7 @@ from lightning_peft.core.state.freezing import thaw
 from lightning_peft.core.state.plan import Plan
 from lightning_peft.core.targeting.frozen_parts import why_frozen
 from lightning_peft.core.targeting.patterns import TargetError, as_patterns
-from lightning_peft.methods.families.arguments import one_of, positive_int
+from lightning_peft.methods.families.arguments import as_list, is_int, positive_int
 from lightning_peft.methods.families.selection import SelectionMethod, depths, parameters_in, tail_modules
 from lightning_peft.trainer.packages import lightning_classes
 
@@ -59,8 +60,6 @@ class GradualUnfreezing(SelectionMethod):
         trainable, name: see :class:`lightning_peft.PEFTMethod`. What follows the last block trains from the start.
         layer_decay: learning rates by depth: the rate is multiplied by this for each block further from the output;
             the paper has 1 / 2.6.
-        **options: ``seed``, ``adapter_dtype``, ``train_norm_stats``, ``audit`` of
-            :class:`lightning_peft.PEFTMethod`.
 
     Raises:
         ValueError: a schedule that is empty, negative or goes back in time.
@@ -74,30 +73,18 @@ class GradualUnfreezing(SelectionMethod):
 
     may_change = SelectionMethod.may_change | {"every", "schedule", "unit"}
 
-    def __init__(
-        self,
-        every: int = 1,
-        schedule: Sequence[int] | None = None,
-        unit: Literal["epoch", "step"] = "epoch",
-        targets: str | Sequence[str] = "blocks",
-        exclude: str | Sequence[str] = (),
-        trainable: str | Sequence[str] = (),
-        name: str = "default",
-        layer_decay: float = 1.0,
-        **options: Any,
-    ) -> None:
-        super().__init__(targets, exclude, trainable, name, layer_decay, **options)
-        positive_int("every", every)
-        one_of("unit", unit, ("epoch", "step"))
-        if schedule is not None:
-            times = list(schedule)
-            if not times or not all(isinstance(t, int) and not isinstance(t, bool) and t >= 0 for t in times):
-                raise ValueError(f"schedule must be a list of {unit} numbers from 0 on, got {schedule!r}")
-            if times != sorted(times):
-                raise ValueError(f"schedule must not go back in time, from the output down; got {schedule!r}")
-        self.every = every
-        self.schedule = None if schedule is None else list(schedule)
-        self.unit = unit
+    every: int = field(default=1, validator=positive_int, kw_only=False)
+    schedule: Sequence[int] | None = field(default=None, converter=as_list)
+    unit: Literal["epoch", "step"] = "epoch"
+    targets: str | Sequence[str] = field(default="blocks", kw_only=False)
+
+    def check(self) -> None:
+        if self.schedule is None:
+            return
+        if not self.schedule or not all(is_int(time) and time >= 0 for time in self.schedule):
+            raise ValueError(f"schedule must be a list of {self.unit} numbers from 0 on, got {self.schedule!r}")
+        if list(self.schedule) != sorted(self.schedule):
+            raise ValueError(f"schedule must not go back in time, from the output down; got {self.schedule!r}")
 
     def choose(self, model: nn.Module, plan: Plan) -> None:
         self.add_modules(model, tail_modules(model), plan)
@@ -137,7 +124,7 @@ class GradualUnfreezing(SelectionMethod):
                 f"schedule={self.schedule} goes past the last block: it has {len(self.schedule)} entries, and "
                 f"{original_class(model).__name__} has {len(stages)} to thaw: {list(stages)}"
             )
-        return self.schedule
+        return list(self.schedule)
 
     def advance(self, model: nn.Module, time: int) -> list[str]:
         """Thaw what is due at ``time`` (epochs or optimizer steps done); returns the names that were frozen before."""

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from attrs import field
 from torch import Tensor, nn
 
 from lightning_peft.core.adapters.base import WeightAdapter
@@ -26,6 +27,7 @@ from lightning_peft.core.targeting.frozen_parts import why_frozen
 from lightning_peft.core.targeting.layouts import EmbeddingLayout
 from lightning_peft.core.targeting.patterns import TargetError, as_patterns
 from lightning_peft.core.targeting.sites import Site, find_sites
+from lightning_peft.methods.families.declared import target_patterns
 from lightning_peft.methods.families.weight import WeightMethod, check_bias
 
 __all__ = ["IA3"]
@@ -48,9 +50,6 @@ class IA3(WeightMethod):
         feedforward_targets: weights whose input is scaled: ``"all-feedforward"`` (the second linear layer of each
             feed-forward; of all experts, where it has some) or patterns; empty for none. What ``targets`` names as
             well is scaled at its input only, so the lists of Hugging Face PEFT can be used as they are.
-        exclude, trainable, name: see :class:`lightning_peft.PEFTMethod`.
-        **options: ``seed``, ``adapter_dtype``, ``train_norm_stats``, ``audit`` of
-            :class:`lightning_peft.PEFTMethod`.
 
     Raises:
         TargetError: nothing looks like an attention or a feed-forward; a pattern matches nothing.
@@ -63,20 +62,17 @@ class IA3(WeightMethod):
 
     may_change = WeightMethod.may_change | {"feedforward_targets"}
 
-    def __init__(
-        self,
-        targets: str | Sequence[str] = "all-key-value",
-        feedforward_targets: str | Sequence[str] = "all-feedforward",
-        exclude: str | Sequence[str] = (),
-        trainable: str | Sequence[str] = (),
-        name: str = "default",
-        **options: Any,
-    ) -> None:
-        super().__init__(targets=targets, exclude=exclude, trainable=trainable, name=name, **options)
-        patterns = as_patterns(feedforward_targets, "feedforward_targets")
-        if not patterns and not as_patterns(targets, "targets"):
+    targets: str | Sequence[str] = field(default="all-key-value", kw_only=False)
+    feedforward_targets: str | Sequence[str] = field(
+        default="all-feedforward", converter=target_patterns, kw_only=False
+    )
+
+    def check(self) -> None:
+        if not self.feedforward_targets and not self.targets:
             raise TargetError("targets and feedforward_targets are both empty: nothing would train")
-        self.feedforward_targets = feedforward_targets if isinstance(feedforward_targets, str) else list(patterns)
+
+    def __attrs_post_init__(self) -> None:
+        super().__attrs_post_init__()
         self._at_input: frozenset[str] = frozenset()
 
     def find(self, model: nn.Module, heads: list[str]) -> tuple[dict[str, Site], list[str]]:

@@ -12,14 +12,14 @@ Lee et al. 2019, "What Would Elsa Do? Freezing Layers During Transformer Fine-Tu
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
+from attrs import field
 from torch import nn
 
 from lightning_peft.core.class_swap import original_class
 from lightning_peft.core.state.plan import Plan
 from lightning_peft.core.targeting.patterns import TargetError
-from lightning_peft.methods.families.arguments import positive_int
+from lightning_peft.methods.families.arguments import optional, positive_int
 from lightning_peft.methods.families.selection import SelectionMethod, tail_modules
 
 __all__ = ["LastLayers"]
@@ -38,8 +38,6 @@ class LastLayers(SelectionMethod):
         exclude: patterns of modules inside them that stay frozen.
         trainable, name: see :class:`lightning_peft.PEFTMethod`. What follows the last block trains in any case.
         layer_decay: learning rates by depth: the rate is multiplied by this for each block further from the output.
-        **options: ``seed``, ``adapter_dtype``, ``train_norm_stats``, ``audit`` of
-            :class:`lightning_peft.PEFTMethod`.
 
     Raises:
         ValueError: n below 1, a decay outside (0, 1].
@@ -50,20 +48,8 @@ class LastLayers(SelectionMethod):
         trainer = L.Trainer(callbacks=[lp.LastLayers(n=2, layer_decay=0.8)])
     """
 
-    def __init__(
-        self,
-        n: int | None = None,
-        targets: str | Sequence[str] = "blocks",
-        exclude: str | Sequence[str] = (),
-        trainable: str | Sequence[str] = (),
-        name: str = "default",
-        layer_decay: float = 1.0,
-        **options: Any,
-    ) -> None:
-        super().__init__(targets, exclude, trainable, name, layer_decay, **options)
-        if n is not None:
-            positive_int("n", n)
-        self.n = n
+    n: int | None = field(default=None, validator=optional(positive_int), kw_only=False)
+    targets: str | Sequence[str] = field(default="blocks", kw_only=False)
 
     def choose(self, model: nn.Module, plan: Plan) -> None:
         blocks = self.blocks(model)

@@ -12,8 +12,8 @@ Kumar et al. 2022, "Fine-Tuning can Distort Pretrained Features", arXiv:2202.100
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
+from attrs import field
 from torch import nn
 
 from lightning_peft.core.class_swap import original_class
@@ -38,9 +38,6 @@ class LinearProbe(SelectionMethod):
             patterns of what is to be the head.
         exclude: patterns of modules inside it that stay frozen.
         trainable: the head by pattern instead; with it the model's own output head is not looked for.
-        name: see :class:`lightning_peft.PEFTMethod`.
-        **options: ``seed``, ``adapter_dtype``, ``train_norm_stats``, ``audit`` of
-            :class:`lightning_peft.PEFTMethod`.
 
     Raises:
         TargetError: no output head can be told, or a pattern matches nothing.
@@ -50,15 +47,7 @@ class LinearProbe(SelectionMethod):
         trainer = L.Trainer(callbacks=[lp.LinearProbe()])
     """
 
-    def __init__(
-        self,
-        targets: str | Sequence[str] = "head",
-        exclude: str | Sequence[str] = (),
-        trainable: str | Sequence[str] = (),
-        name: str = "default",
-        **options: Any,
-    ) -> None:
-        super().__init__(targets, exclude, trainable, name, **options)
+    targets: str | Sequence[str] = field(default="head", kw_only=False)
 
     def plan(self, model: nn.Module) -> Plan:
         plan = super().plan(model)

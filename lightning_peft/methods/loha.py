@@ -16,7 +16,6 @@ arXiv:2108.06098; for adapters: LyCORIS, arXiv:2309.14859.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 
 from lightning_peft.core.adapters.base import WeightAdapter
 from lightning_peft.core.targeting.sites import Site
-from lightning_peft.methods.families.ranked import RankedMethod, RowDropAdapter, check_drops
+from lightning_peft.methods.families.ranked import RowDropAdapter, RowDropMethod
 from lightning_peft.methods.shared.kernel_factors import tucker, uniform
 from lightning_peft.ops.recompute import recomputed
 
@@ -76,7 +75,7 @@ class LoHaAdapter(RowDropAdapter):
         return a, b * self.scale
 
 
-class LoHa(RankedMethod):
+class LoHa(RowDropMethod):
     """The elementwise product of two low-rank updates, of rank r squared (arXiv:2108.06098).
 
     Choose it for image models, or where LoRA's rank limits: it reaches rank r^2 for the parameters of LoRA at 2 r.
@@ -85,16 +84,8 @@ class LoHa(RankedMethod):
     Args:
         r: the rank of each factor; 2 r (in + out) parameters train for each matrix.
         alpha: the update is scaled by alpha / r.
-        targets, exclude, trainable, name: see :class:`lightning_peft.PEFTMethod`.
-        rank_dropout: probability of leaving out a row of the update while training.
-        module_dropout: probability of leaving out a layer's update in one training step.
-        rank_dropout_scale: divide the rows that stay by their share, as Hugging Face PEFT always does.
         use_effective_conv2d: on convolutions of any dimension, share factors over the kernel: 2 r (in + out + r
             kernel) parameters instead of 2 r (in kernel + out).
-        rank_pattern: other ranks by pattern, as in ``{"q_proj": 4, "re:.*layers\\.0\\..*": 16}``; the last match wins.
-        alpha_pattern: other alphas, likewise.
-        **options: ``seed``, ``adapter_dtype``, ``train_norm_stats``, ``audit`` of
-            :class:`lightning_peft.PEFTMethod`.
 
     Raises:
         ValueError: a rank below 1, an alpha of 0, a probability outside [0, 1).
@@ -104,36 +95,10 @@ class LoHa(RankedMethod):
         trainer = L.Trainer(callbacks=[lp.LoHa(r=4, targets="type:Conv2d", trainable=["classifier"])])
     """
 
-    may_change = RankedMethod.may_change | {"rank_dropout", "module_dropout", "rank_dropout_scale"}
-
-    def __init__(
-        self,
-        r: int = 8,
-        alpha: float = 8,
-        targets: str | Sequence[str] = "all-linear",
-        exclude: str | Sequence[str] = (),
-        trainable: str | Sequence[str] = (),
-        name: str = "default",
-        rank_dropout: float = 0.0,
-        module_dropout: float = 0.0,
-        rank_dropout_scale: bool = False,
-        use_effective_conv2d: bool = False,
-        rank_pattern: Mapping[str, int] | None = None,
-        alpha_pattern: Mapping[str, float] | None = None,
-        **options: Any,
-    ) -> None:
-        patterns: dict[str, Any] = {"rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern}
-        where: dict[str, Any] = {"targets": targets, "exclude": exclude, "trainable": trainable, "name": name}
-        super().__init__(r, alpha, **patterns, **where, **options)
-        check_drops(rank_dropout, module_dropout)
-        self.rank_dropout = rank_dropout
-        self.module_dropout = module_dropout
-        self.rank_dropout_scale = rank_dropout_scale
-        self.use_effective_conv2d = use_effective_conv2d
+    use_effective_conv2d: bool = False
 
     def build(self, site: Site) -> LoHaAdapter:
-        drops = self.rank_dropout, self.module_dropout, self.rank_dropout_scale
-        return LoHaAdapter(site, self.rank_at(site), self.scale_at(site), self.use_effective_conv2d, *drops)
+        return LoHaAdapter(site, self.rank_at(site), self.scale_at(site), self.use_effective_conv2d, *self.drops)
 
     def describe(self, adapter: WeightAdapter) -> str:
         assert isinstance(adapter, LoHaAdapter)

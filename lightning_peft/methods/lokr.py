@@ -17,15 +17,16 @@ arXiv:2309.14859. The scale is alpha / r also where both factors are full, as in
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from attrs import field
 from torch import Tensor, nn
 
 from lightning_peft.core.adapters.base import WeightAdapter
 from lightning_peft.core.targeting.sites import Site
-from lightning_peft.methods.families.ranked import RankedMethod, RowDropAdapter, check_drops
+from lightning_peft.methods.families.arguments import Check, is_int
+from lightning_peft.methods.families.ranked import RowDropAdapter, RowDropMethod
 from lightning_peft.methods.shared.kernel_factors import tucker, uniform
 from lightning_peft.ops.recompute import recomputed
 
@@ -102,7 +103,7 @@ class LoKrAdapter(RowDropAdapter):
         return y + (z if keep is None else z * keep.to(z.dtype)).to(y.dtype)
 
 
-class LoKr(RankedMethod):
+class LoKr(RowDropMethod):
     """A Kronecker product of two small matrices as the update (arXiv:2309.14859).
 
     Choose it for the smallest files at full rank: around 2 sqrt(in out) parameters for each matrix, and on linear
@@ -112,18 +113,10 @@ class LoKr(RankedMethod):
     Args:
         r: the rank of a factor that is decomposed; a factor of sides up to 2 r stays full.
         alpha: the update is scaled by alpha / r.
-        targets, exclude, trainable, name: see :class:`lightning_peft.PEFTMethod`.
         decompose_factor: what the first factor's sides should be, where they divide the matrix's; -1 for as near the
             square root as can be.
         decompose_both: decompose the first factor too.
-        rank_dropout: probability of leaving out a row of the update while training.
-        module_dropout: probability of leaving out a layer's update in one training step.
-        rank_dropout_scale: divide the rows that stay by their share.
         use_effective_conv2d: on convolutions of any dimension, share the second factor's halves over the kernel.
-        rank_pattern: other ranks by pattern, as in ``{"q_proj": 4, "re:.*layers\\.0\\..*": 16}``; the last match wins.
-        alpha_pattern: other alphas, likewise.
-        **options: ``seed``, ``adapter_dtype``, ``train_norm_stats``, ``audit`` of
-            :class:`lightning_peft.PEFTMethod`.
 
     Raises:
         ValueError: a rank below 1, an alpha of 0, a probability outside [0, 1), a factor that is neither -1 nor
@@ -134,44 +127,15 @@ class LoKr(RankedMethod):
         trainer = L.Trainer(callbacks=[lp.LoKr(r=4, decompose_factor=8, trainable=["classifier"])])
     """
 
-    may_change = RankedMethod.may_change | {"rank_dropout", "module_dropout", "rank_dropout_scale"}
-
-    def __init__(
-        self,
-        r: int = 8,
-        alpha: float = 8,
-        targets: str | Sequence[str] = "all-linear",
-        exclude: str | Sequence[str] = (),
-        trainable: str | Sequence[str] = (),
-        name: str = "default",
-        decompose_factor: int = -1,
-        decompose_both: bool = False,
-        rank_dropout: float = 0.0,
-        module_dropout: float = 0.0,
-        rank_dropout_scale: bool = False,
-        use_effective_conv2d: bool = False,
-        rank_pattern: Mapping[str, int] | None = None,
-        alpha_pattern: Mapping[str, float] | None = None,
-        **options: Any,
-    ) -> None:
-        patterns: dict[str, Any] = {"rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern}
-        where: dict[str, Any] = {"targets": targets, "exclude": exclude, "trainable": trainable, "name": name}
-        super().__init__(r, alpha, **patterns, **where, **options)
-        check_drops(rank_dropout, module_dropout)
-        whole = isinstance(decompose_factor, int) and not isinstance(decompose_factor, bool)
-        if not whole or (decompose_factor != -1 and decompose_factor < 1):
-            raise ValueError(f"decompose_factor must be -1 or an integer of at least 1, got {decompose_factor!r}")
-        self.decompose_factor = decompose_factor
-        self.decompose_both = decompose_both
-        self.rank_dropout = rank_dropout
-        self.module_dropout = module_dropout
-        self.rank_dropout_scale = rank_dropout_scale
-        self.use_effective_conv2d = use_effective_conv2d
+    decompose_factor: int = field(
+        default=-1, validator=Check("-1 or an integer of at least 1", lambda n: is_int(n) and (n == -1 or n >= 1))
+    )
+    decompose_both: bool = False
+    use_effective_conv2d: bool = False
 
     def build(self, site: Site) -> LoKrAdapter:
         how = self.decompose_factor, self.decompose_both, self.use_effective_conv2d
-        drops = self.rank_dropout, self.module_dropout, self.rank_dropout_scale
-        return LoKrAdapter(site, self.rank_at(site), self.scale_at(site), *how, *drops)
+        return LoKrAdapter(site, self.rank_at(site), self.scale_at(site), *how, *self.drops)
 
     def describe(self, adapter: WeightAdapter) -> str:
         assert isinstance(adapter, LoKrAdapter)

@@ -23,9 +23,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
+from attrs import field
 from torch import Tensor, nn
 
 from lightning_peft.core.adapters.base import WeightAdapter
@@ -37,11 +38,11 @@ from lightning_peft.core.state.plan import Plan
 from lightning_peft.core.targeting.base_modules import base_modules
 from lightning_peft.core.targeting.layouts import EmbeddingLayout
 from lightning_peft.core.targeting.sites import Site
-from lightning_peft.methods.families.arguments import one_of, positive, probability
+from lightning_peft.methods.families.arguments import optional, positive, probability
 from lightning_peft.methods.families.ranked import RankedMethod
 from lightning_peft.methods.families.weight import above_both_sides, check_bias
 from lightning_peft.methods.shared.lora_init import check_init, initial_factors, reads_weight
-from lightning_peft.methods.shared.trainable_tokens import check_tokens, plan_token_rows
+from lightning_peft.methods.shared.trainable_tokens import as_tokens, plan_token_rows
 from lightning_peft.trainer.param_groups import split_groups
 
 __all__ = ["LoRA", "LoRAAdapter", "plain_factors"]
@@ -125,10 +126,7 @@ class LoRA(RankedMethod):
         alpha: the update is scaled by alpha / r.
         dropout: probability of dropping an element of the adapter's input while training. It needs a layer that is
             called with activations (Linear, Conv1D, Conv1d/2d/3d); an embedding has no such input and takes none.
-        targets, exclude, trainable, name: see :class:`lightning_peft.PEFTMethod`.
         use_rslora: scale by alpha / sqrt(r) instead (arXiv:2312.03732).
-        rank_pattern: other ranks by pattern, as in ``{"q_proj": 4, "re:.*layers\\.0\\..*": 16}``; the last match wins.
-        alpha_pattern: other alphas, likewise.
         bias: base biases to train: ``"none"``, ``"lora_only"`` (of the adapted layers) or ``"all"``.
         lora_bias: give B a bias of its own, for layers that have one or could (Linear, Conv1D, Conv1d/2d/3d, the
             projections of ``nn.MultiheadAttention``).
@@ -145,8 +143,6 @@ class LoRA(RankedMethod):
             schedulers follow. Embeddings, whose A starts at zero, keep one rate.
         freeze_A: train B alone (LoRA-FA, arXiv:2308.03303): half the parameters, and no layer input is stored for
             A's gradient. For an embedding the factor that stays is B.
-        **options: ``seed``, ``adapter_dtype``, ``train_norm_stats``, ``audit`` of
-            :class:`lightning_peft.PEFTMethod`.
 
     Raises:
         ValueError: a rank below 1 or above both sides of the matrix, a dropout outside [0, 1), a dropout on a weight
@@ -163,49 +159,22 @@ class LoRA(RankedMethod):
     }
     adapter_class: ClassVar[type[LoRAAdapter]] = LoRAAdapter
 
-    def __init__(
-        self,
-        r: int = 8,
-        alpha: float = 16,
-        dropout: float = 0.0,
-        targets: str | Sequence[str] = "all-linear",
-        exclude: str | Sequence[str] = (),
-        trainable: str | Sequence[str] = (),
-        name: str = "default",
-        use_rslora: bool = False,
-        rank_pattern: Mapping[str, int] | None = None,
-        alpha_pattern: Mapping[str, float] | None = None,
-        bias: Literal["none", "lora_only", "all"] = "none",
-        init: str = "kaiming",
-        lora_plus_ratio: float | None = None,
-        freeze_A: bool = False,
-        lora_bias: bool = False,
-        trainable_tokens: Sequence[int] | Mapping[str, Sequence[int]] = (),
-        **options: Any,
-    ) -> None:
-        patterns: dict[str, Any] = {"rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern}
-        where: dict[str, Any] = {"targets": targets, "exclude": exclude, "trainable": trainable, "name": name}
-        super().__init__(r, alpha, **patterns, **where, **options)
-        probability("dropout", dropout)
-        one_of("bias", bias, ("none", "lora_only", "all"))
-        check_init(init)
-        if lora_plus_ratio is not None:
-            positive("lora_plus_ratio", lora_plus_ratio)
-            if freeze_A:
-                raise ValueError("lora_plus_ratio sets B's rate apart from A's; freeze_A=True leaves A none: drop one")
-        self.dropout = dropout
-        self.use_rslora = use_rslora
-        self.bias = bias
-        self.init = init
-        self.lora_plus_ratio = lora_plus_ratio
-        self.freeze_A = freeze_A
-        self.lora_bias = lora_bias
-        check_tokens(trainable_tokens)
-        self.trainable_tokens = (
-            {pattern: list(ids) for pattern, ids in trainable_tokens.items()}
-            if isinstance(trainable_tokens, Mapping)
-            else list(trainable_tokens)
-        )
+    alpha: float = field(default=16, kw_only=False)
+    dropout: float = field(default=0.0, validator=probability)
+    use_rslora: bool = False
+    bias: Literal["none", "lora_only", "all"] = "none"
+    init: str = field(default="kaiming", validator=lambda _, __, init: check_init(init))
+    lora_plus_ratio: float | None = field(default=None, validator=optional(positive))
+    freeze_A: bool = False
+    lora_bias: bool = False
+    trainable_tokens: Sequence[int] | Mapping[str, Sequence[int]] = field(default=(), converter=as_tokens)
+
+    def check(self) -> None:
+        if self.lora_plus_ratio is not None and self.freeze_A:
+            raise ValueError(
+                "lora_plus_ratio sets separate learning rates for A and B, but freeze_A=True does not train A: remove "
+                "one of the two"
+            )
 
     def scale_at(self, site: Site) -> float:
         scale = super().scale_at(site)

@@ -11,15 +11,13 @@ Of BatchNorm: Frankle et al. 2020, "Training BatchNorm and Only BatchNorm", arXi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor, nn
 
 from lightning_peft.core.class_swap import original_class
 from lightning_peft.core.state.plan import Plan
 from lightning_peft.core.targeting.patterns import TargetError
-from lightning_peft.methods.families.arguments import one_of
 from lightning_peft.methods.families.selection import SelectionMethod
 
 __all__ = ["NormTuning"]
@@ -36,11 +34,9 @@ class NormTuning(SelectionMethod):
         targets: ``"all"`` norm layers, or patterns of norm layers or of modules around them.
         exclude: patterns to take away.
         trainable: patterns of modules that train in full; a new head belongs here.
-        name: see :class:`lightning_peft.PEFTMethod`.
         parts: what of a norm layer trains: ``"all"``, ``"weight"`` (the scale) or ``"bias"`` (the shift).
         train_norm_stats: let the running statistics of BatchNorm move with training; by default they stay those of
             the base, in training as in evaluation.
-        **options: ``seed``, ``adapter_dtype``, ``audit`` of :class:`lightning_peft.PEFTMethod`.
 
     Raises:
         TargetError: the model has no norm layer with parameters, or a pattern matches none.
@@ -52,19 +48,7 @@ class NormTuning(SelectionMethod):
 
     may_change = SelectionMethod.may_change | {"parts"}
 
-    def __init__(
-        self,
-        targets: str | Sequence[str] = "all",
-        exclude: str | Sequence[str] = (),
-        trainable: str | Sequence[str] = (),
-        name: str = "default",
-        parts: Literal["all", "weight", "bias"] = "all",
-        train_norm_stats: bool = False,
-        **options: Any,
-    ) -> None:
-        super().__init__(targets, exclude, trainable, name, train_norm_stats=train_norm_stats, **options)
-        one_of("parts", parts, ("all", "weight", "bias"))
-        self.parts = parts
+    parts: Literal["all", "weight", "bias"] = "all"
 
     def choose(self, model: nn.Module, plan: Plan) -> None:
         if not any(is_norm(module) for module in model.modules()):

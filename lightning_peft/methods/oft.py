@@ -22,18 +22,26 @@ Cayley-Neumann: Qiu et al. 2025, "Orthogonal Finetuning Made Scalable", arXiv:25
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import lightning as L
 import torch
+from attrs import field
 from torch import Tensor, nn
 
 from lightning_peft.core.adapters.base import WeightAdapter
 from lightning_peft.core.state.plan import Plan
 from lightning_peft.core.targeting.layouts import EmbeddingLayout
 from lightning_peft.core.targeting.sites import Site
-from lightning_peft.methods.families.arguments import positive, positive_int, probability
+from lightning_peft.methods.families.arguments import (
+    Check,
+    is_int,
+    optional,
+    positive,
+    positive_int,
+    probability,
+)
 from lightning_peft.methods.families.weight import WeightMethod
 
 __all__ = ["OFT"]
@@ -137,6 +145,10 @@ def _neumann(q: Tensor, eye: Tensor, terms: int) -> Tensor:
     return r
 
 
+def is_at_least_2(value: Any) -> bool:
+    return is_int(value) and value >= 2
+
+
 class OFT(WeightMethod):
     """Each weight times a trained rotation: its rows keep their lengths and angles (arXiv:2306.07280).
 
@@ -148,15 +160,12 @@ class OFT(WeightMethod):
         block_size: the side of a block; in (block_size - 1) / 2 parameters train for each matrix of in columns. Where
             it does not divide, the nearest size that does is taken, and the report says so. None for 32.
         r: the number of blocks, instead of their size.
-        targets, exclude, trainable, name: see :class:`lightning_peft.PEFTMethod`.
         dropout: probability that a block stays unturned while training.
         block_share: one block for all places.
         use_cayley_neumann: the series in place of the inverse: cheaper on a GPU, orthogonal up to Q^(terms - 1).
         num_cayley_neumann_terms: how many terms of it, at least 2.
         coft: constrained OFT: no further from the base than ``eps``.
         eps: with ``coft``, the radius of the ball that the entries of a matrix's blocks stay in.
-        **options: ``seed``, ``adapter_dtype``, ``train_norm_stats``, ``audit`` of
-            :class:`lightning_peft.PEFTMethod`.
 
     Raises:
         ValueError: r and block_size together, or one that is not positive, a dropout outside [0, 1), too few terms, an
@@ -169,43 +178,25 @@ class OFT(WeightMethod):
 
     may_change = WeightMethod.may_change | {"dropout"}
 
-    def __init__(
-        self,
-        block_size: int | None = None,
-        r: int | None = None,
-        targets: str | Sequence[str] = "all-linear",
-        exclude: str | Sequence[str] = (),
-        trainable: str | Sequence[str] = (),
-        name: str = "default",
-        dropout: float = 0.0,
-        block_share: bool = False,
-        use_cayley_neumann: bool = False,
-        num_cayley_neumann_terms: int = 5,
-        coft: bool = False,
-        eps: float = 6e-5,
-        **options: Any,
-    ) -> None:
-        super().__init__(targets=targets, exclude=exclude, trainable=trainable, name=name, **options)
-        if block_size is not None and r is not None:
-            raise ValueError(f"give block_size or r, not both: got block_size={block_size!r} and r={r!r}")
-        for argument, value in (("block_size", block_size), ("r", r)):
-            if value is not None:
-                positive_int(argument, value)
-        if block_size == 1:
-            raise ValueError("block_size must be at least 2: a block of 1 has nothing to turn")
-        probability("dropout", dropout)
-        positive_int("num_cayley_neumann_terms", num_cayley_neumann_terms)
-        if num_cayley_neumann_terms < 2:
-            raise ValueError("num_cayley_neumann_terms must be at least 2: with one term nothing turns")
-        positive("eps", eps)
-        self.block_size = block_size
-        self.r = r
-        self.dropout = dropout
-        self.block_share = block_share
-        self.use_cayley_neumann = use_cayley_neumann
-        self.num_cayley_neumann_terms = num_cayley_neumann_terms
-        self.coft = coft
-        self.eps = eps
+    block_size: int | None = field(
+        default=None,
+        kw_only=False,
+        validator=optional(Check("an integer of at least 2, the least that can turn", lambda n: is_int(n) and n >= 2)),
+    )
+    r: int | None = field(default=None, validator=optional(positive_int))
+    dropout: float = field(default=0.0, validator=probability)
+    block_share: bool = False
+    use_cayley_neumann: bool = False
+    num_cayley_neumann_terms: int = field(
+        default=5,
+        validator=Check("an integer of at least 2: with one term nothing turns", lambda n: is_int(n) and n >= 2),
+    )
+    coft: bool = False
+    eps: float = field(default=6e-5, validator=positive)
+
+    def check(self) -> None:
+        if self.block_size is not None and self.r is not None:
+            raise ValueError(f"give block_size or r, not both: got block_size={self.block_size!r} and r={self.r!r}")
 
     def too_small(self, site: Site) -> str | None:
         if (side := self._side(site)) > 1:

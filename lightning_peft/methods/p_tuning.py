@@ -12,13 +12,13 @@ Liu et al. 2021, "GPT Understands, Too", arXiv:2103.10385.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
+from attrs import field
 from torch import Tensor, nn
 
-from lightning_peft.methods.families.arguments import one_of, positive_int, probability
+from lightning_peft.methods.families.arguments import optional, positive_int, probability
 from lightning_peft.methods.families.sequence import PromptMethod
 
 __all__ = ["PTuning"]
@@ -43,8 +43,6 @@ class PTuning(PromptMethod):
         num_layers: of the LSTM.
         dropout: between the LSTM's layers; needs at least two of them.
         folded_prompt: whether the prompt is trained directly; :func:`lightning_peft.fold` sets it.
-        **options: ``seed``, ``adapter_dtype``, ``train_norm_stats``, ``audit`` of
-            :class:`lightning_peft.PEFTMethod`.
 
     Raises:
         ValueError: an argument that cannot be, or one of the LSTM's with the MLP.
@@ -57,39 +55,18 @@ class PTuning(PromptMethod):
 
     may_change = PromptMethod.may_change | {"dropout"}
 
-    def __init__(
-        self,
-        num_virtual_tokens: int | None = None,
-        targets: str | Sequence[str] = "inputs",
-        exclude: str | Sequence[str] = (),
-        trainable: str | Sequence[str] = (),
-        name: str = "default",
-        position: Literal["prefix", "after_bos", "suffix"] = "prefix",
-        template: str | None = None,
-        side: Literal["encoder", "decoder"] = "encoder",
-        encoder: Literal["mlp", "lstm"] = "mlp",
-        hidden_size: int | None = None,
-        num_layers: int = 2,
-        dropout: float = 0.0,
-        folded_prompt: bool = False,
-        **options: Any,
-    ) -> None:
-        super().__init__(targets=targets, exclude=exclude, trainable=trainable, name=name, **options)
-        self._place(num_virtual_tokens, position, template, side)
-        one_of("encoder", encoder, ("mlp", "lstm"))
-        if hidden_size is not None:
-            positive_int("hidden_size", hidden_size)
-        positive_int("num_layers", num_layers)
-        probability("dropout", dropout)
-        if encoder == "mlp" and (num_layers != 2 or dropout):
+    encoder: Literal["mlp", "lstm"] = "mlp"
+    hidden_size: int | None = field(default=None, validator=optional(positive_int))
+    num_layers: int = field(default=2, validator=positive_int)
+    dropout: float = field(default=0.0, validator=probability)
+    folded_prompt: bool = False
+
+    def check(self) -> None:
+        super().check()
+        if self.encoder == "mlp" and (self.num_layers != 2 or self.dropout):
             raise ValueError("num_layers and dropout are the LSTM's: set encoder='lstm', or leave them out")
-        if dropout and num_layers == 1:
+        if self.dropout and self.num_layers == 1:
             raise ValueError("dropout works between the LSTM's layers: set num_layers to 2 or more, or dropout=0")
-        self.encoder = encoder
-        self.hidden_size = hidden_size
-        self.num_layers = num_layers
-        self.dropout = dropout
-        self.folded_prompt = folded_prompt
 
     def build(self, name: str, width: int, tokens: int, embedding: nn.Embedding | None) -> Tensor | nn.Module:
         if self.folded_prompt:

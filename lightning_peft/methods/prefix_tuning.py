@@ -20,6 +20,7 @@ from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
+from attrs import field
 from torch import Tensor, nn
 
 from lightning_peft.core.adapters.attention_prefix import AttentionError, call_with_prefix, mask_columns
@@ -35,7 +36,7 @@ from lightning_peft.core.targeting.attention_sites import AttentionSite, find_at
 from lightning_peft.core.targeting.base_modules import base_modules
 from lightning_peft.core.targeting.blocks import find_blocks
 from lightning_peft.core.targeting.patterns import TargetError
-from lightning_peft.methods.families.arguments import one_of, positive, positive_int
+from lightning_peft.methods.families.arguments import Check, as_list, is_int, optional, positive, positive_int
 from lightning_peft.methods.families.method import PEFTMethod
 from lightning_peft.methods.shared.cached_step import check_cached_step
 from lightning_peft.methods.shared.prefix_batching import PrefixRows
@@ -44,6 +45,11 @@ from lightning_peft.methods.shared.prefix_window import prefix_in_window, slidin
 __all__ = ["PrefixTuning"]
 
 _ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}
+
+
+_block_indices = Check(
+    "a list of block indices such as [0, 1, -1]", lambda layers: bool(layers) and all(map(is_int, layers))
+)
 
 
 class PrefixTuning(PEFTMethod):
@@ -62,7 +68,6 @@ class PrefixTuning(PEFTMethod):
         num_virtual_tokens: T, the length of the prefix.
         targets: ``"all-attention"``, or patterns of attention modules (in T5 for example
             ``["SelfAttention", "EncDecAttention"]``).
-        exclude, trainable, name: see :class:`lightning_peft.PEFTMethod`.
         layers: only the attention in these blocks of the model, by index; negative ones count from the end.
         bottleneck_size: width of the network that makes the prefixes while training; None trains them directly.
             :func:`lightning_peft.fold` replaces it by the prefixes it makes.
@@ -75,8 +80,6 @@ class PrefixTuning(PEFTMethod):
         shift_positions: give the user's tokens positions from T on, and let the prefix fall out of sliding windows
             (Mistral, Gemma) as any token does, as Hugging Face PEFT does; needed to compute exactly what its adapters
             were trained with. Without it every token sees the whole prefix.
-        **options: ``seed``, ``adapter_dtype``, ``train_norm_stats``, ``audit`` of
-            :class:`lightning_peft.PEFTMethod`.
 
     Raises:
         ValueError: a number that is none, or an unknown choice.
@@ -90,42 +93,16 @@ class PrefixTuning(PEFTMethod):
 
     may_change = PEFTMethod.may_change | {"init", "init_std"}
 
-    def __init__(
-        self,
-        num_virtual_tokens: int = 20,
-        targets: str | Sequence[str] = "all-attention",
-        exclude: str | Sequence[str] = (),
-        trainable: str | Sequence[str] = (),
-        name: str = "default",
-        layers: Sequence[int] | None = None,
-        bottleneck_size: int | None = None,
-        activation: Literal["tanh", "relu", "gelu", "silu"] = "tanh",
-        gate: bool = False,
-        init: Literal["normal", "zero"] = "normal",
-        init_std: float = 0.02,
-        kv_dim: int | None = None,
-        shift_positions: bool = False,
-        **options: Any,
-    ) -> None:
-        super().__init__(targets=targets, exclude=exclude, trainable=trainable, name=name, **options)
-        positive_int("num_virtual_tokens", num_virtual_tokens)
-        for argument, value in (("bottleneck_size", bottleneck_size), ("kv_dim", kv_dim)):
-            if value is not None:
-                positive_int(argument, value)
-        one_of("activation", activation, tuple(_ACTIVATIONS))
-        one_of("init", init, ("normal", "zero"))
-        positive("init_std", init_std)
-        if layers is not None and (not layers or any(isinstance(i, bool) or not isinstance(i, int) for i in layers)):
-            raise ValueError(f"layers must be a list of block indices such as [0, 1, -1], got {layers!r}")
-        self.num_virtual_tokens = num_virtual_tokens
-        self.layers = None if layers is None else list(layers)
-        self.bottleneck_size = bottleneck_size
-        self.activation = activation
-        self.gate = gate
-        self.init = init
-        self.init_std = init_std
-        self.kv_dim = kv_dim
-        self.shift_positions = shift_positions
+    num_virtual_tokens: int = field(default=20, validator=positive_int, kw_only=False)
+    targets: str | Sequence[str] = "all-attention"
+    layers: Sequence[int] | None = field(default=None, converter=as_list, validator=optional(_block_indices))
+    bottleneck_size: int | None = field(default=None, validator=optional(positive_int))
+    activation: Literal["tanh", "relu", "gelu", "silu"] = "tanh"
+    gate: bool = False
+    init: Literal["normal", "zero"] = "normal"
+    init_std: float = field(default=0.02, validator=positive)
+    kv_dim: int | None = field(default=None, validator=optional(positive_int))
+    shift_positions: bool = False
 
     def plan(self, model: nn.Module) -> Plan:
         plan = self.start_plan(model)

@@ -11,13 +11,14 @@ Lester et al. 2021, "The Power of Scale for Parameter-Efficient Prompt Tuning", 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
+from attrs import field
 from torch import Tensor, nn
 
 from lightning_peft.core.targeting.patterns import TargetError
-from lightning_peft.methods.families.arguments import one_of
+from lightning_peft.methods.families.arguments import as_list
 from lightning_peft.methods.families.method import PEFTMethod
 from lightning_peft.methods.families.sequence import PromptMethod
 from lightning_peft.pretrained import load_tokenizer
@@ -45,7 +46,6 @@ class PromptTuning(PromptMethod):
         num_virtual_tokens: T; 20 by default.
         targets: ``"inputs"`` finds the module that embeds tokens, or a pattern for the one module that takes the
             sequence (see :mod:`lightning_peft.methods.families.prompt_adapters`).
-        exclude, trainable, name: see :class:`lightning_peft.PEFTMethod`.
         position: ``"prefix"``, ``"after_bos"`` (after the first token: learns faster where the base has always seen a
             BOS first) or ``"suffix"``, of the tokens that the attention mask keeps.
         template: any other place, as words: ``v8`` for eight virtual tokens, ``x1`` for one real, ``x*`` once for all
@@ -56,8 +56,6 @@ class PromptTuning(PromptMethod):
             tokens).
         init_text: the text, or the class names.
         tokenizer: of the model, for ``init_text``: its folder or hub id, or ``"demo"``.
-        **options: ``seed``, ``adapter_dtype``, ``train_norm_stats``, ``audit`` of
-            :class:`lightning_peft.PEFTMethod`.
 
     Raises:
         ValueError: an argument that cannot be; a text without a tokenizer.
@@ -70,35 +68,21 @@ class PromptTuning(PromptMethod):
 
     may_change = PEFTMethod.may_change | {"init", "init_text", "tokenizer"}
 
-    def __init__(
-        self,
-        num_virtual_tokens: int | None = None,
-        targets: str | Sequence[str] = "inputs",
-        exclude: str | Sequence[str] = (),
-        trainable: str | Sequence[str] = (),
-        name: str = "default",
-        position: Literal["prefix", "after_bos", "suffix"] = "prefix",
-        template: str | None = None,
-        side: Literal["encoder", "decoder"] = "encoder",
-        init: Literal["vocab", "random", "text", "labels"] = "vocab",
-        init_text: str | Sequence[str] | None = None,
-        tokenizer: str | None = None,
-        **options: Any,
-    ) -> None:
-        super().__init__(targets=targets, exclude=exclude, trainable=trainable, name=name, **options)
-        self._place(num_virtual_tokens, position, template, side)
-        one_of("init", init, ("vocab", "random", "text", "labels"))
-        if init in ("text", "labels"):
-            if not init_text or isinstance(init_text, str) != (init == "text"):
-                kind = "a string" if init == "text" else "a list of class names"
-                raise ValueError(f"init={init!r} needs init_text, {kind}, got {init_text!r}")
-            if tokenizer is None:
-                raise ValueError(f"init={init!r} needs tokenizer=, the folder or hub id of the model's tokenizer")
-        elif init_text is not None:
-            raise ValueError(f"init_text is only used with init='text' or 'labels', not with init={init!r}")
-        self.init = init
-        self.init_text = init_text if init_text is None or isinstance(init_text, str) else list(init_text)
-        self.tokenizer = tokenizer
+    init: Literal["vocab", "random", "text", "labels"] = "vocab"
+    tokenizer: str | None = None
+    init_text: str | Sequence[str] | None = field(default=None, converter=as_list)
+
+    def check(self) -> None:
+        super().check()
+        text = self.init_text
+        if self.init in ("text", "labels"):
+            if not text or isinstance(text, str) != (self.init == "text"):
+                kind = "a string" if self.init == "text" else "a list of class names"
+                raise ValueError(f"init={self.init!r} needs init_text, {kind}, got {text!r}")
+            if self.tokenizer is None:
+                raise ValueError(f"init={self.init!r} needs tokenizer=, the folder or hub id of the model's tokenizer")
+        elif text is not None:
+            raise ValueError(f"init_text is only used with init='text' or 'labels', not with init={self.init!r}")
 
     def build(self, name: str, width: int, tokens: int, embedding: nn.Embedding | None) -> Tensor | nn.Module:
         if self.init == "random":

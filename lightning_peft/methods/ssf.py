@@ -16,6 +16,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
+from attrs import field
 from torch import Tensor, nn
 
 from lightning_peft.core.adapters.base import WeightAdapter
@@ -25,7 +26,6 @@ from lightning_peft.core.state.plan import Plan
 from lightning_peft.core.targeting.frozen_parts import in_frozen_part
 from lightning_peft.core.targeting.layouts import NormLayout
 from lightning_peft.core.targeting.sites import Site, find_sites, norm_sites, output_head, weight_sites
-from lightning_peft.methods.families.arguments import one_of
 from lightning_peft.methods.families.weight import WeightMethod, check_bias
 
 __all__ = ["SSF"]
@@ -42,11 +42,8 @@ class SSF(WeightMethod):
         targets: ``"all-layers"`` (every linear, convolution and norm layer and the projections of
             ``nn.MultiheadAttention``, but the output head and what ``trainable`` trains), ``"all-norms"``,
             ``"all-linear"``, or patterns.
-        exclude, trainable, name: see :class:`lightning_peft.PEFTMethod`.
         init: ``"identity"`` (scales one, shifts zero) or ``"normal"`` (around these with standard deviation 0.02, as in
             the paper's code: *not* the base's function at the start).
-        **options: ``seed``, ``adapter_dtype``, ``train_norm_stats``, ``audit`` of
-            :class:`lightning_peft.PEFTMethod`.
 
     A norm layer that cannot have a bias (RMSNorm) gets the scale only. One that multiplies by 1 + weight (Gemma's)
     is recognised by a trial run. Norm layers without a weight have nothing to merge into and are left alone.
@@ -63,18 +60,8 @@ class SSF(WeightMethod):
 
     may_change = WeightMethod.may_change | {"init"}
 
-    def __init__(
-        self,
-        targets: str | Sequence[str] = "all-layers",
-        exclude: str | Sequence[str] = (),
-        trainable: str | Sequence[str] = (),
-        name: str = "default",
-        init: Literal["identity", "normal"] = "identity",
-        **options: Any,
-    ) -> None:
-        super().__init__(targets=targets, exclude=exclude, trainable=trainable, name=name, **options)
-        one_of("init", init, ("identity", "normal"))
-        self.init = init
+    targets: str | Sequence[str] = field(default="all-layers", kw_only=False)
+    init: Literal["identity", "normal"] = "identity"
 
     def find(self, model: nn.Module, heads: list[str]) -> tuple[dict[str, Site], list[str]]:
         sites = weight_sites(model)

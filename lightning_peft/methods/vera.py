@@ -12,16 +12,17 @@ Kopiczko, Blankevoort and Asano 2023, "VeRA: Vector-based Random Matrix Adaptati
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from attrs import field
 from torch import Tensor, nn
 
 from lightning_peft.core.adapters.base import WeightAdapter
 from lightning_peft.core.targeting.layouts import EmbeddingLayout
 from lightning_peft.core.targeting.sites import Site
-from lightning_peft.methods.families.arguments import nonzero, positive_int, probability
+from lightning_peft.methods.families.arguments import integer, nonzero, positive_int, probability
 from lightning_peft.methods.families.weight import WeightMethod
 from lightning_peft.ops.dropout import dropped
 
@@ -132,13 +133,10 @@ class VeRA(WeightMethod):
     Args:
         r: the rank of the shared matrices.
         dropout: probability of dropping an element of the adapter's input while training. An embedding takes none.
-        targets, exclude, trainable, name: see :class:`lightning_peft.PEFTMethod`.
         d_initial: what d starts at.
         projection_seed: of the shared matrices; the only thing beside their sizes that they depend on.
         save_projection: keep the shared matrices in checkpoints (once, with the first adapted layer), so that these
             need no random numbers. Otherwise they are drawn again, and loading checks that they are the same.
-        **options: ``seed``, ``adapter_dtype``, ``train_norm_stats``, ``audit`` of
-            :class:`lightning_peft.PEFTMethod`.
 
     Raises:
         ValueError: a rank below 1, a dropout outside [0, 1), a d_initial of 0 (nothing would ever train), a dropout
@@ -151,30 +149,11 @@ class VeRA(WeightMethod):
 
     may_change = WeightMethod.may_change | {"dropout", "d_initial"}
 
-    def __init__(
-        self,
-        r: int = 256,
-        dropout: float = 0.0,
-        targets: str | Sequence[str] = "all-linear",
-        exclude: str | Sequence[str] = (),
-        trainable: str | Sequence[str] = (),
-        name: str = "default",
-        d_initial: float = 0.1,
-        projection_seed: int = 0,
-        save_projection: bool = True,
-        **options: Any,
-    ) -> None:
-        super().__init__(targets=targets, exclude=exclude, trainable=trainable, name=name, **options)
-        positive_int("r", r)
-        probability("dropout", dropout)
-        nonzero("d_initial", d_initial)  # at 0 nothing would train
-        if isinstance(projection_seed, bool) or not isinstance(projection_seed, int):
-            raise ValueError(f"projection_seed must be an integer, got {projection_seed!r}")
-        self.r = r
-        self.dropout = dropout
-        self.d_initial = d_initial
-        self.projection_seed = projection_seed
-        self.save_projection = save_projection
+    r: int = field(default=256, validator=positive_int, kw_only=False)
+    dropout: float = field(default=0.0, validator=probability)
+    d_initial: float = field(default=0.1, validator=nonzero)  # at 0 nothing would train
+    projection_seed: int = field(default=0, validator=integer)
+    save_projection: bool = True
 
     def build_all(self, sites: Mapping[str, Site]) -> dict[str, WeightAdapter]:
         built: dict[str, WeightAdapter] = {}

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from attrs import field
 from torch import Tensor, nn
 
 from lightning_peft.core.adapters.base import Adapter
@@ -30,7 +31,7 @@ from lightning_peft.core.targeting.blocks import find_blocks
 from lightning_peft.core.targeting.frozen_parts import why_frozen
 from lightning_peft.core.targeting.patterns import TargetError, as_patterns, match_modules
 from lightning_peft.core.targeting.token_modules import batch_first, token_width
-from lightning_peft.methods.families.arguments import positive_int, probability
+from lightning_peft.methods.families.arguments import nonnegative_int, optional, positive_int, probability
 from lightning_peft.methods.families.method import PEFTMethod
 from lightning_peft.methods.families.prompt_adapters import TokenError
 
@@ -53,12 +54,9 @@ class VisualPromptTuning(PEFTMethod):
         num_virtual_tokens: T, the prompts in each block.
         deep: fresh prompts in every block instead of only before the first.
         targets: ``"blocks"`` finds the repeated blocks, or patterns that name them.
-        exclude, trainable, name: see :class:`lightning_peft.PEFTMethod`.
         leading_tokens: how many tokens stand before the prompts; None counts the model's CLS and distillation
             tokens (``num_prefix_tokens`` in timm).
         dropout: probability of dropping an element of a prompt while training.
-        **options: ``seed``, ``adapter_dtype``, ``train_norm_stats``, ``audit`` of
-            :class:`lightning_peft.PEFTMethod`.
 
     Raises:
         ValueError: a number that cannot be.
@@ -72,29 +70,11 @@ class VisualPromptTuning(PEFTMethod):
 
     may_change = PEFTMethod.may_change | {"dropout"}
 
-    def __init__(
-        self,
-        num_virtual_tokens: int = 50,
-        deep: bool = False,
-        targets: str | Sequence[str] = "blocks",
-        exclude: str | Sequence[str] = (),
-        trainable: str | Sequence[str] = (),
-        name: str = "default",
-        leading_tokens: int | None = None,
-        dropout: float = 0.0,
-        **options: Any,
-    ) -> None:
-        super().__init__(targets=targets, exclude=exclude, trainable=trainable, name=name, **options)
-        positive_int("num_virtual_tokens", num_virtual_tokens)
-        probability("dropout", dropout)
-        if leading_tokens is not None and (
-            isinstance(leading_tokens, bool) or not isinstance(leading_tokens, int) or leading_tokens < 0
-        ):
-            raise ValueError(f"leading_tokens must be an integer of at least 0, got {leading_tokens!r}")
-        self.num_virtual_tokens = num_virtual_tokens
-        self.deep = deep
-        self.leading_tokens = leading_tokens
-        self.dropout = dropout
+    num_virtual_tokens: int = field(default=50, validator=positive_int, kw_only=False)
+    deep: bool = False
+    targets: str | Sequence[str] = "blocks"
+    leading_tokens: int | None = field(default=None, validator=optional(nonnegative_int))
+    dropout: float = field(default=0.0, validator=probability)
 
     def plan(self, model: nn.Module) -> Plan:
         plan = self.start_plan(model)

@@ -1,6 +1,22 @@
 """What happens once per Trainer, however many methods are attached: checks, random streams, logging.
 
 The first method's ``setup`` puts one :class:`Lifecycle` beside it into ``trainer.callbacks``.
+
+The order of Lightning's hooks in a fit, with the part that each has here or in the methods::
+
+    setup                      methods wrap configure_model; here: the strategy saves trimmed checkpoints
+    configure_model            the user's modules exist; adapters go in, before sharding and the optimizer
+    on_load_checkpoint         on resume: gradients of an unfinished accumulation
+    load_state_dict            on resume: random streams
+    configure_optimizers       the user's optimizer; methods change its parameter groups
+    on_fit_start               record, head, optimizers and saving are checked; the start is logged
+    on_train_start             ranks are compared; loaders, streams and gradients are restored
+    on_train_batch_start       adapters and heads to training mode; the first batch is watched
+    on_before_backward         the loss is checked
+    on_before_optimizer_step   which adapters ran, which parameters got finite gradients
+    on_train_batch_end         ranks are compared once, after the first step
+    on_save_checkpoint         streams and gradients are added to the trimmed state
+    on_train_end, on_fit_end   modes as before; the sizes are logged
 """
 
 from __future__ import annotations
@@ -11,6 +27,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch import nn
+from torch.optim import Optimizer
 
 from lightning_peft.core.names import canonical
 from lightning_peft.core.record import injection_of
@@ -88,7 +105,7 @@ class Lifecycle(Callback):
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: torch.Tensor) -> None:
         audit.audit_loss(loss)
 
-    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         if self._calls is not None:
             self._stop_watching("training")
         if self._unfrozen is not None:

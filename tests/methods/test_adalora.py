@@ -309,9 +309,9 @@ class TestErrors:
         [
             ({"target_r": 13}, "target_r=13 is above init_r=12: the rank can only fall"),
             ({"deltaT": 0}, "deltaT must be an integer of at least 1"),
-            ({"tinit": -1}, "tinit must be a number of optimizer steps from 0 on"),
-            ({"beta1": 1.0}, "beta1 must lie between 0 and 1"),
-            ({"orth_reg_weight": -0.1}, "orth_reg_weight must be 0 or above"),
+            ({"tinit": -1}, "tinit must be an integer of at least 0"),
+            ({"beta1": 1.0}, "beta1 must be a number between 0 and 1"),
+            ({"orth_reg_weight": -0.1}, "orth_reg_weight must be a number of 0 or above"),
             ({"alpha": 0}, "alpha must be a finite number other than 0"),
             ({"dropout": 1.0}, r"dropout must be a probability in \[0, 1\)"),
         ],

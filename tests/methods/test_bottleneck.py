@@ -291,11 +291,13 @@ def test_bad_input():
         lp.BottleneckAdapter("hulsby")
     with pytest.raises(ValueError, match="not both"):
         lp.BottleneckAdapter(bottleneck_size=4, reduction_factor=4)
-    with pytest.raises(ValueError, match=r"bottleneck_size\['default'\] must be an integer"):
+    with pytest.raises(ValueError, match=r"bottleneck_size must be an integer"):
         lp.BottleneckAdapter(bottleneck_size=0)
-    with pytest.raises(ValueError, match=r"reduction_factor\['default'\] must be a number above 0"):
+    with pytest.raises(ValueError, match=r"reduction_factor must be a number above 0"):
         lp.BottleneckAdapter(reduction_factor=-1)
-    with pytest.raises(ValueError, match="scaling must be one of 'learned', 'channel', 'a number', got 'x'"):
+    with pytest.raises(
+        ValueError, match="scaling must be 'learned', 'channel' or a finite number other than 0, got 'x'"
+    ):
         lp.BottleneckAdapter(scaling="x")
     with pytest.raises(ValueError, match=r"reduction_factor=96 leaves no width at 'layers.0.linear2', which has 16"):
         lp.apply(encoder(), lp.BottleneckAdapter("adapterplus"))

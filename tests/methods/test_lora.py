@@ -45,7 +45,7 @@ def test_config_is_every_argument_as_plain_values():
     assert config["trainable"] == "head"
     assert (config["r"], config["rank_pattern"], config["seed"], config["audit"]) == (4, {"up": 2}, 3, "error")
     assert lp.LoRA(**config).config() == config
-    assert repr(method).startswith("LoRA(r=4, alpha=16, dropout=0.0, targets=['up']")
+    assert repr(method).startswith("LoRA(r=4, alpha=16, rank_pattern={'up': 2}")
 
 
 def test_the_last_matching_pattern_wins():

@@ -210,7 +210,7 @@ def test_lora_plus_is_the_two_rates_of_the_paper():
         ({"init": "pissa", "r": 9}, r"takes r=9 directions of '0' \(12x8\), which has 8: .* rank_pattern=\{'0': 8\}"),
         ({"init": "olora", "alpha": -1}, "needs alpha above 0"),
         ({"lora_plus_ratio": 0}, "lora_plus_ratio must be a number above 0, got 0"),
-        ({"lora_plus_ratio": 4, "freeze_A": True}, "drop one"),
+        ({"lora_plus_ratio": 4, "freeze_A": True}, "remove one"),
         ({"rank_pattern": {"nope": 2}}, "rank_pattern: 'nope' matches nothing"),
         ({"alpha_pattern": {"0": 0}}, r"alpha_pattern\['0'\] must be a finite number other than 0"),
     ],

@@ -151,9 +151,9 @@ def test_sizes_that_do_not_divide_are_reported():
     ("options", "message"),
     [
         ({"block_size": 4, "r": 2}, "give block_size or r, not both"),
-        ({"block_size": 1}, "block_size must be at least 2"),
+        ({"block_size": 1}, "block_size must be an integer of at least 2"),
         ({"r": 0}, "r must be an integer of at least 1, got 0"),
-        ({"num_cayley_neumann_terms": 1}, "must be at least 2"),
+        ({"num_cayley_neumann_terms": 1}, "must be an integer of at least 2"),
         ({"dropout": 1}, "dropout must be a probability"),
     ],
 )

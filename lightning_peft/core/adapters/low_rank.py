@@ -20,6 +20,21 @@ _BLOCK = 1 << 18
 class LowRankAdapter(WeightAdapter):
     """W + s B A, computed on activations as y + s B (A x); a subclass gives :meth:`factors`.
 
+    The path of a batch x (..., in) through a layer with one such adapter, as LoRA's on an ``nn.Linear``::
+
+        layer(x)                          its class is swapped: Adapted.forward, then AdapterStack.run_active
+          WeightAdapter.run
+            y = forward(x)                the frozen layer, bias included: (..., out)
+            output(layer, x, y)
+              a, b = factors()            (r, in) and (out, r), in the type the adapter trains in
+              h = layout.down(x, a)       dropout(x) A^T in the type of x: (..., r)
+              y = layout.up(h, b, y, s)   y + s h B^T in the type of y, in one fused operation: (..., out)
+
+    Layouts write ``down`` and ``up`` for their layer: for a convolution ``down`` is the layer's own convolution with r
+    channels and ``up`` one of size 1; for an embedding ``down`` looks rows of A^T up. If a later adapter modifies the
+    weight as a whole, or the module reads its weight without calling a layer, :meth:`delta` is added to W instead. In
+    ``lp.rows``, :class:`LowRankRows` runs the products of all adapters of the batch together.
+
     Attributes:
         scale: s; 1 where the factors are used as they are.
         dropout: probability of dropping an element of x while training.

@@ -4,6 +4,16 @@ The adapters live in ``module.adapters``, so new keys read ``<module>.adapters.<
 changes. Several adapters run in the order in which they were attached. An adapter with a path of its own on
 activations is called around the original forward; one that needs the adapted weight makes the original forward see
 that weight while it runs.
+
+The way of a call::
+
+    host(x)                        nn.Module.__call__, with the hooks of the host
+      Adapted.forward              the swapped class; while it runs, the host's own code reads the stored weights
+        AdapterStack.run           looks up the switches of this thread; in lp.rows, their router goes on from here
+          run_active               the active adapters, for all rows:
+            adapters around        adapter.run(host, call), the first attached innermost
+              run_in_place         only if some adapter modifies the weight: the host reads effective_weights(...)
+                forward            that of the host's original class
 """
 
 from __future__ import annotations
@@ -11,7 +21,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Iterable
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from torch import Tensor, nn
 
@@ -30,6 +40,8 @@ from lightning_peft.core.class_swap import original_class
 from lightning_peft.core.targeting.base_modules import AdapterContainer
 
 __all__ = ["Adapted", "AdapterStack"]
+
+T = TypeVar("T")
 
 _TENSOR_PARALLEL = (
     "Tensor parallelism splits a layer's weight and inputs, and an adapter needs them whole: leave adapted layers out "
@@ -61,7 +73,7 @@ class AdapterStack(AdapterContainer):
         self.named: set[str] | None = None
         self.refresh()
 
-    def forward(self, x: Any) -> Any:
+    def forward(self, x: T) -> T:
         """``x`` itself: a host that is a ``Sequential`` runs its adapters as one of its layers."""
         return x
 
@@ -122,7 +134,7 @@ class AdapterStack(AdapterContainer):
         running = (*switches.folded, *switches.around)
         return running if before is None else running[: next(i for i, a in enumerate(running) if a is before)]
 
-    def run(self, host: Any, forward: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+    def run(self, host: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The host's output; ``forward`` is the original one."""
         switches = current(self)
         remember(self, switches)
@@ -130,7 +142,14 @@ class AdapterStack(AdapterContainer):
             return switches.router.run(host, forward, args, kwargs)
         return self.run_active(host, forward, args, kwargs)
 
-    def run_as(self, names: Iterable[str], host: Any, forward: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+    def run_as(
+        self,
+        names: Iterable[str],
+        host: nn.Module,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
         """The host's output with the adapters called ``names``, whatever is active."""
         switches = current(self)
         if switches is self.shared:
@@ -143,7 +162,9 @@ class AdapterStack(AdapterContainer):
         finally:
             switches.folded, switches.around = before
 
-    def run_active(self, host: Any, forward: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+    def run_active(
+        self, host: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         """The host's output with the active adapters for all rows."""
         switches, call = current(self), forward
         if switches.folded:

@@ -15,10 +15,11 @@ from lightning_peft.core.targeting.sites import Site, weight_sites
 from lightning_peft.core.untrusted import FormatError
 from lightning_peft.formats.directory.snapshot import Snapshot
 from lightning_peft.formats.peft.converter import PREFIX, Converter, NotInPeftError, Options, Reading, Tensors, Writing
+from lightning_peft.formats.peft.option_table import Option
 from lightning_peft.formats.peft.targets import resolve, target_modules
 from lightning_peft.methods.families.weight import WeightMethod
 
-__all__ = ["Layer", "LayerConverter", "flag"]
+__all__ = ["Layer", "LayerConverter"]
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,8 @@ class LayerConverter(Converter):
     dimensions: ClassVar[frozenset[int]] = frozenset()
     #: whether some tensor has a side as long as the rank
     has_rank: ClassVar[bool] = False
+    #: PEFT's options that are arguments of ours, for both directions
+    table: ClassVar[tuple[Option, ...]] = ()
     #: our tensors that PEFT stores once for the model, with their full keys there
     shared: ClassVar[dict[str, str]] = {}
     #: our tensors that PEFT does not store
@@ -159,15 +162,3 @@ class LayerConverter(Converter):
                     theirs, there = self.place(key, shape, layer)
                     mine[key] = tensors.take(f"{module}.{theirs}", there).reshape(shape)
         return Reading(method, found)
-
-
-def flag(options: Options, option: str, default: bool = False) -> bool:
-    """An option that is true or false.
-
-    Raises:
-        FormatError: it is neither.
-    """
-    value = options.get(option, default)
-    if not isinstance(value, bool):
-        raise FormatError(f"{option} must be true or false, got {value!r}")
-    return value

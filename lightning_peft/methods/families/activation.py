@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any
 
+from attrs import field
 from torch import nn
 
 from lightning_peft.core.adapters.activation import ActivationAdapter, InputTap
@@ -13,7 +13,7 @@ from lightning_peft.core.class_swap import original_class
 from lightning_peft.core.state.plan import Attachment, Plan
 from lightning_peft.core.targeting.activation_sites import ActivationSite, find_activation_sites
 from lightning_peft.core.targeting.patterns import TargetError
-from lightning_peft.methods.families.arguments import positive_int
+from lightning_peft.methods.families.arguments import optional, positive_int
 from lightning_peft.methods.families.method import PEFTMethod
 
 __all__ = ["ActivationMethod"]
@@ -26,11 +26,8 @@ class ActivationMethod(PEFTMethod):
         targets: ``"all-attention"``, ``"all-feedforward"`` (the outputs of these sub-layers, before residual sum and
             norm), ``"all-blocks"``, ``"all-linear"``, or patterns of modules; several in a list. A ``Sequential`` is
             adapted at its last layer.
-        exclude, trainable, name: see :class:`lightning_peft.PEFTMethod`.
         width: number of features of the targeted outputs; by default the modules' own layers tell.
         channels_first: whether these outputs are feature maps (N, C, ...); by default the layers tell.
-        **options: ``seed``, ``adapter_dtype``, ``train_norm_stats``, ``audit`` of
-            :class:`lightning_peft.PEFTMethod`.
 
     Raises:
         TargetError: nothing in the model fits ``targets``, or its width cannot be known.
@@ -50,21 +47,9 @@ class ActivationMethod(PEFTMethod):
                 return y + self.shift
     """
 
-    def __init__(
-        self,
-        targets: str | Sequence[str] = "all-feedforward",
-        exclude: str | Sequence[str] = (),
-        trainable: str | Sequence[str] = (),
-        name: str = "default",
-        width: int | None = None,
-        channels_first: bool | None = None,
-        **options: Any,
-    ) -> None:
-        super().__init__(targets=targets, exclude=exclude, trainable=trainable, name=name, **options)
-        if width is not None:
-            positive_int("width", width)
-        self.width = width
-        self.channels_first = channels_first
+    targets: str | Sequence[str] = field(default="all-feedforward", kw_only=False)
+    width: int | None = field(default=None, validator=optional(positive_int))
+    channels_first: bool | None = None
 
     @abstractmethod
     def build(self, site: ActivationSite) -> ActivationAdapter:

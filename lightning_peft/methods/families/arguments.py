@@ -1,55 +1,110 @@
-"""Checks of methods' arguments; each error names the argument, what was expected and what was given."""
+"""Checks and converters of arguments; a message names the argument, what was expected and what was given."""
 
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from attrs import Attribute
+from attrs.validators import optional
 
-def _without_numpy(value: Any) -> Any:
-    """``value`` with Python's numbers and strings for numpy's scalars, which a checkpoint could not be read with."""
-    numpy = sys.modules.get("numpy")
-    if numpy is not None and isinstance(value, numpy.generic):
-        return value.item()
-    if type(value) in (list, tuple):
-        return type(value)(map(_without_numpy, value))
-    if type(value) is dict:
-        return {_without_numpy(k): _without_numpy(v) for k, v in value.items()}
-    return value
-
-
-def one_of(argument: str, value: Any, choices: Sequence[Any]) -> None:
-    """Refuse ``value`` unless it is among ``choices``."""
-    if value not in choices:
-        raise ValueError(f"{argument} must be one of {', '.join(map(repr, choices))}, got {value!r}")
-
-
-def positive_int(argument: str, value: Any) -> None:
-    """Refuse ``value`` unless it is an integer of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{argument} must be an integer of at least 1, got {value!r}")
-
-
-def nonzero(argument: str, value: Any) -> None:
-    """Refuse ``value`` unless it is a finite number other than 0."""
-    if not is_number(value) or value == 0:
-        raise ValueError(f"{argument} must be a finite number other than 0, got {value!r}")
+__all__ = [
+    "Check",
+    "as_dict",
+    "as_list",
+    "each",
+    "integer",
+    "is_int",
+    "is_number",
+    "nonnegative",
+    "nonnegative_int",
+    "nonzero",
+    "one_of",
+    "one_or_each",
+    "open_unit_interval",
+    "optional",
+    "positive",
+    "positive_int",
+    "probability",
+]
 
 
-def positive(argument: str, value: Any) -> None:
-    """Refuse ``value`` unless it is a finite number above 0."""
-    if not is_number(value) or value <= 0:
-        raise ValueError(f"{argument} must be a number above 0, got {value!r}")
+@dataclass(frozen=True)
+class Check:
+    """A condition on one argument; a validator for attrs' fields.
+
+    Args:
+        expected: completes "{argument} must be ...".
+        holds: called with the value.
+    """
+
+    expected: str
+    holds: Callable[[Any], bool]
+
+    def __call__(self, _: Any, argument: Attribute[Any], value: Any) -> None:
+        self.require(argument.name, value)
+
+    def require(self, argument: str, value: Any) -> None:
+        """Refuse a value.
+
+        Raises:
+            ValueError: names the argument, what was expected and what was given.
+        """
+        if not self.holds(value):
+            raise ValueError(f"{argument} must be {self.expected}, got {value!r}")
 
 
 def is_number(value: Any) -> bool:
-    """Whether ``value`` is a finite number."""
+    """True if ``value`` is a finite number; False for a bool."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def probability(argument: str, value: Any) -> None:
-    """Refuse ``value`` unless it lies in [0, 1)."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
-        raise ValueError(f"{argument} must be a probability in [0, 1), got {value!r}")
+def is_int(value: Any) -> bool:
+    """True if ``value`` is an integer; False for a bool."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+integer = Check("an integer", is_int)
+positive_int = Check("an integer of at least 1", lambda value: is_int(value) and value >= 1)
+nonnegative_int = Check("an integer of at least 0", lambda value: is_int(value) and value >= 0)
+nonzero = Check("a finite number other than 0", lambda value: is_number(value) and value != 0)
+positive = Check("a number above 0", lambda value: is_number(value) and value > 0)
+nonnegative = Check("a number of 0 or above", lambda value: is_number(value) and value >= 0)
+probability = Check("a probability in [0, 1)", lambda value: is_number(value) and 0 <= value < 1)
+open_unit_interval = Check("a number between 0 and 1", lambda value: is_number(value) and 0 < value < 1)
+
+
+def one_of(*choices: Any) -> Check:
+    """The check that the value is among ``choices``."""
+    return Check(f"one of {', '.join(map(repr, choices))}", lambda value: value in choices)
+
+
+def each(check: Check) -> Callable[[Any, Attribute[Any], Mapping[Any, Any]], None]:
+    """``check`` for every value of a mapping; the message names the key too, as in ``rank_pattern['q_proj']``."""
+
+    def check_each(_: Any, argument: Attribute[Any], value: Mapping[Any, Any]) -> None:
+        for key, one in value.items():
+            check.require(f"{argument.name}[{key!r}]", one)
+
+    return check_each
+
+
+def one_or_each(check: Check) -> Callable[[Any, Attribute[Any], Any], None]:
+    """``check`` for one value, or for every value of a mapping."""
+
+    def check_value(method: Any, argument: Attribute[Any], value: Any) -> None:
+        (each(check) if isinstance(value, Mapping) else check)(method, argument, value)
+
+    return check_value
+
+
+def as_dict(value: Mapping[Any, Any] | None) -> dict[Any, Any]:
+    """A plain dict; None is empty."""
+    return dict(value or {})
+
+
+def as_list(value: Any) -> Any:
+    """A sequence as a list; a string, None and what is no sequence as they are."""
+    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -12,6 +11,7 @@ from typing import Any, ClassVar, Literal
 
 import lightning as L
 import torch
+from attrs import field
 from lightning.pytorch.callbacks import Callback
 from torch import nn
 
@@ -28,13 +28,13 @@ from lightning_peft.core.targeting.patterns import (
     match_parameters,
     no_match,
 )
-from lightning_peft.methods.families.arguments import _without_numpy, one_of
+from lightning_peft.methods.families.declared import Declared, target_patterns
 from lightning_peft.trainer.install import install
 
 __all__ = ["PEFTMethod"]
 
 
-class PEFTMethod(Callback, ABC):
+class PEFTMethod(Declared, Callback, ABC):
     """A method of parameter-efficient fine-tuning as a Lightning callback.
 
     Attach it to a Trainer (``Trainer(callbacks=[lp.LoRA(r=8)])``) or apply it by hand (``lp.apply(model, method)``).
@@ -68,31 +68,14 @@ class PEFTMethod(Callback, ABC):
         {"targets", "exclude", "trainable", "seed", "adapter_dtype", "train_norm_stats", "audit"}
     )
 
-    def __init__(
-        self,
-        targets: str | Sequence[str] = "all-linear",
-        exclude: str | Sequence[str] = (),
-        trainable: str | Sequence[str] = (),
-        name: str = "default",
-        seed: int | None = None,
-        adapter_dtype: Literal["float32", "float64", "bfloat16", "float16"] = "float32",
-        train_norm_stats: bool = False,
-        audit: Literal["error", "warn", "off"] = "error",
-    ) -> None:
-        check_name(name)
-        one_of("audit", audit, ("error", "warn", "off"))
-        one_of("adapter_dtype", adapter_dtype, ("float32", "float64", "bfloat16", "float16"))
-        self.targets = _plain(as_patterns(targets, "targets"), targets)
-        self.exclude = _plain(as_patterns(exclude, "exclude"), exclude)
-        self.trainable = _plain(as_patterns(trainable, "trainable"), trainable)
-        self.name = name
-        self.seed = seed
-        self.adapter_dtype = adapter_dtype
-        self.train_norm_stats = train_norm_stats
-        self.audit = audit
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, _without_numpy(value))
+    targets: str | Sequence[str] = field(default="all-linear", converter=target_patterns)
+    exclude: str | Sequence[str] = field(default=(), converter=target_patterns)
+    trainable: str | Sequence[str] = field(default=(), converter=target_patterns)
+    name: str = field(default="default", validator=lambda _, __, name: check_name(name))
+    seed: int | None = None
+    adapter_dtype: Literal["float32", "float64", "bfloat16", "float16"] = "float32"
+    train_norm_stats: bool = False
+    audit: Literal["error", "warn", "off"] = "error"
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -112,10 +95,6 @@ class PEFTMethod(Callback, ABC):
 
         Called once, after frozen parameters were left out. A group that is split keeps its options.
         """
-
-    def config(self) -> dict[str, Any]:
-        """Every argument by name, as plain values: enough to make this method again."""
-        return {name: getattr(self, name) for name in _arguments(type(self))}
 
     @property
     def state_key(self) -> str:
@@ -180,23 +159,3 @@ class PEFTMethod(Callback, ABC):
                 yield
             finally:
                 torch.set_default_dtype(before)
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.config().items())})"
-
-
-def _arguments(cls: type) -> list[str]:
-    names: dict[str, None] = {}
-    for klass in cls.__mro__:
-        init = klass.__dict__.get("__init__")
-        if init is None or not issubclass(klass, PEFTMethod):
-            continue
-        parameters = list(inspect.signature(init).parameters.values())[1:]
-        names |= {p.name: None for p in parameters if p.kind is not p.VAR_KEYWORD}
-        if all(p.kind is not p.VAR_KEYWORD for p in parameters):
-            break
-    return list(names)
-
-
-def _plain(patterns: tuple[str, ...], given: str | Sequence[str]) -> str | list[str]:
-    return given if isinstance(given, str) else list(patterns)

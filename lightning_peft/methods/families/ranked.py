@@ -6,16 +6,17 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from attrs import field
 from torch import Tensor, nn
 
 from lightning_peft.core.adapters.base import WeightAdapter
 from lightning_peft.core.state.plan import Plan
 from lightning_peft.core.targeting.patterns import TargetError, match, no_match
 from lightning_peft.core.targeting.sites import Site
-from lightning_peft.methods.families.arguments import nonzero, positive_int, probability
+from lightning_peft.methods.families.arguments import as_dict, each, nonzero, positive_int, probability
 from lightning_peft.methods.families.weight import WeightMethod
 
-__all__ = ["RankedMethod", "RowDropAdapter", "check_drops"]
+__all__ = ["RankedMethod", "RowDropAdapter", "RowDropMethod"]
 
 
 class RankedMethod(WeightMethod):
@@ -26,39 +27,23 @@ class RankedMethod(WeightMethod):
         alpha: the update is scaled by alpha / r.
         rank_pattern: other ranks by pattern, as in ``{"q_proj": 4, "re:.*layers\\.0\\..*": 16}``; the last match wins.
         alpha_pattern: other alphas, likewise.
-        **options: see :class:`lightning_peft.PEFTMethod`.
 
     Raises:
         ValueError: a rank below 1, or an alpha that is 0 or no finite number.
     """
 
-    def __init__(
-        self,
-        r: int,
-        alpha: float,
-        rank_pattern: Mapping[str, int] | None = None,
-        alpha_pattern: Mapping[str, float] | None = None,
-        **options: Any,
-    ) -> None:
-        super().__init__(**options)
-        positive_int("r", r)
-        for pattern, rank in (rank_pattern or {}).items():
-            positive_int(f"rank_pattern[{pattern!r}]", rank)
-        named = {f"alpha_pattern[{pattern!r}]": value for pattern, value in (alpha_pattern or {}).items()}
-        for argument, value in {"alpha": alpha, **named}.items():
-            nonzero(argument, value)
-        self.r = r
-        self.alpha = alpha
-        self.rank_pattern = dict(rank_pattern or {})
-        self.alpha_pattern = dict(alpha_pattern or {})
+    r: int = field(default=8, validator=positive_int, kw_only=False)
+    alpha: float = field(default=8, validator=nonzero, kw_only=False)
+    rank_pattern: Mapping[str, int] | None = field(default=None, validator=each(positive_int), converter=as_dict)
+    alpha_pattern: Mapping[str, float] | None = field(default=None, validator=each(nonzero), converter=as_dict)
 
     def rank_at(self, site: Site) -> int:
         """The rank of the adapter at ``site``."""
-        return _last_match(self.rank_pattern, site, self.r)
+        return _last_match(self.rank_pattern or {}, site, self.r)
 
     def scale_at(self, site: Site) -> float:
         """What the update at ``site`` is scaled by."""
-        return _last_match(self.alpha_pattern, site, self.alpha) / self.rank_at(site)
+        return _last_match(self.alpha_pattern or {}, site, self.alpha) / self.rank_at(site)
 
     def plan(self, model: nn.Module) -> Plan:
         plan = super().plan(model)
@@ -80,6 +65,27 @@ def _last_match(patterns: Mapping[str, Any], site: Site, default: Any) -> Any:
         if match(pattern, site.name, site.module):
             default = value
     return default
+
+
+class RowDropMethod(RankedMethod):
+    """Base class of the ranked methods whose update loses rows, or all of itself, while training.
+
+    Args:
+        rank_dropout: probability of leaving out a row of the update while training.
+        module_dropout: probability of leaving out a layer's update in one training step.
+        rank_dropout_scale: divide the rows that stay by their share, as Hugging Face PEFT always does.
+    """
+
+    may_change = RankedMethod.may_change | {"rank_dropout", "module_dropout", "rank_dropout_scale"}
+
+    rank_dropout: float = field(default=0.0, validator=probability)
+    module_dropout: float = field(default=0.0, validator=probability)
+    rank_dropout_scale: bool = False
+
+    @property
+    def drops(self) -> tuple[float, float, bool]:
+        """The arguments of :class:`RowDropAdapter` after the site."""
+        return self.rank_dropout, self.module_dropout, self.rank_dropout_scale
 
 
 class RowDropAdapter(WeightAdapter):
@@ -111,9 +117,3 @@ class RowDropAdapter(WeightAdapter):
         if self.module_dropout:
             keep = keep * (torch.rand((), device=like.device) >= self.module_dropout)
         return keep
-
-
-def check_drops(rank_dropout: float, module_dropout: float) -> None:
-    """Refuse what is no probability."""
-    probability("rank_dropout", rank_dropout)
-    probability("module_dropout", module_dropout)

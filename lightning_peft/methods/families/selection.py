@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 import lightning as L
 import torch
+from attrs import field
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
@@ -26,6 +26,7 @@ from lightning_peft.core.targeting.patterns import (
 )
 from lightning_peft.core.targeting.selection import select
 from lightning_peft.core.targeting.sites import output_head, weight_sites
+from lightning_peft.methods.families.arguments import Check, is_number
 from lightning_peft.methods.families.method import PEFTMethod
 from lightning_peft.trainer.param_groups import split_groups
 
@@ -43,24 +44,14 @@ class SelectionMethod(PEFTMethod):
             the user's times ``layer_decay ** depth``. Depth is 0 after the last block, 1 in the last block, one more
             in each block before it, and one more again before the first. 1 leaves the user's rates alone. The
             optimizer's groups are split, and learning-rate schedulers follow.
-        targets, exclude, trainable, name, **options: see :class:`lightning_peft.PEFTMethod`.
     """
 
     may_change = PEFTMethod.may_change | {"layer_decay"}
 
-    def __init__(
-        self,
-        targets: str | Sequence[str],
-        exclude: str | Sequence[str] = (),
-        trainable: str | Sequence[str] = (),
-        name: str = "default",
-        layer_decay: float = 1.0,
-        **options: Any,
-    ) -> None:
-        super().__init__(targets=targets, exclude=exclude, trainable=trainable, name=name, **options)
-        if isinstance(layer_decay, bool) or not isinstance(layer_decay, int | float) or not 0 < layer_decay <= 1:
-            raise ValueError(f"layer_decay must be a factor in (0, 1], got {layer_decay!r}")
-        self.layer_decay = layer_decay
+    targets: str | Sequence[str] = field(default="all", kw_only=False)
+    layer_decay: float = field(
+        default=1.0, validator=Check("a factor in (0, 1]", lambda value: is_number(value) and 0 < value <= 1)
+    )
 
     @abstractmethod
     def choose(self, model: nn.Module, plan: Plan) -> None:

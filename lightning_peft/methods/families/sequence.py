@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
+from attrs import field
 from torch import Tensor, nn
 
 from lightning_peft.core.adapters.virtual_tokens import Placement
@@ -25,7 +27,7 @@ from lightning_peft.core.targeting.token_modules import (
     token_models,
     token_width,
 )
-from lightning_peft.methods.families.arguments import one_of, positive_int
+from lightning_peft.methods.families.arguments import optional, positive_int
 from lightning_peft.methods.families.method import PEFTMethod
 from lightning_peft.methods.families.prompt_adapters import PromptAdapter, PromptLabels, PromptMask, PromptStrip
 
@@ -37,10 +39,21 @@ _POSITIONS = {"prefix": "v{} x*", "after_bos": "x1 v{} x*", "suffix": "x* v{}"}
 class PromptMethod(PEFTMethod):
     """Base class of the methods that put virtual tokens among the input's; a subclass gives :meth:`build`."""
 
-    num_virtual_tokens: int | None
-    position: str
-    template: str | None
-    side: str
+    num_virtual_tokens: int | None = field(default=None, validator=optional(positive_int), kw_only=False)
+    targets: str | Sequence[str] = "inputs"
+    position: Literal["prefix", "after_bos", "suffix"] = "prefix"
+    template: str | None = None
+    side: Literal["encoder", "decoder"] = "encoder"
+
+    def check(self) -> None:
+        if self.template is None:
+            return
+        tokens = Placement.parse(self.template).tokens
+        if self.num_virtual_tokens not in (None, tokens):
+            raise ValueError(
+                f"num_virtual_tokens={self.num_virtual_tokens}, but template={self.template!r} has {tokens}: leave "
+                "num_virtual_tokens out"
+            )
 
     def build(self, name: str, width: int, tokens: int, embedding: nn.Embedding | None) -> Tensor | nn.Module:
         """The virtual tokens' start (tokens, width), or a module that returns them.
@@ -56,23 +69,6 @@ class PromptMethod(PEFTMethod):
     def placement(self) -> Placement:
         """Where the virtual tokens stand."""
         return Placement.parse(self.template or _POSITIONS[self.position].format(self.num_virtual_tokens or 20))
-
-    def _place(
-        self, num_virtual_tokens: int | None, position: str, template: str | None, side: str = "encoder"
-    ) -> None:
-        one_of("position", position, tuple(_POSITIONS))
-        one_of("side", side, ("encoder", "decoder"))
-        if num_virtual_tokens is not None:
-            positive_int("num_virtual_tokens", num_virtual_tokens)
-        if template is not None and num_virtual_tokens not in (None, Placement.parse(template).tokens):
-            raise ValueError(
-                f"num_virtual_tokens={num_virtual_tokens}, but template={template!r} has "
-                f"{Placement.parse(template).tokens}: leave num_virtual_tokens out"
-            )
-        self.num_virtual_tokens = num_virtual_tokens
-        self.position = position
-        self.template = template
-        self.side = side
 
     def plan(self, model: nn.Module) -> Plan:
         plan = self.start_plan(model)

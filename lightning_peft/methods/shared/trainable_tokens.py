@@ -26,7 +26,7 @@ from lightning_peft.core.targeting.patterns import TargetError, match, no_match
 from lightning_peft.core.targeting.sites import Site, weight_sites
 from lightning_peft.methods.shared.lora_init import values_of
 
-__all__ = ["TokenRows", "check_tokens", "plan_token_rows", "token_embeddings"]
+__all__ = ["TokenRows", "as_tokens", "plan_token_rows", "token_embeddings"]
 
 
 class TokenRows(WeightAdapter):
@@ -67,8 +67,8 @@ class TokenRows(WeightAdapter):
         return f"tokens={self.tokens if len(self.tokens) < 9 else len(self.tokens)}"
 
 
-def check_tokens(tokens: Any) -> None:
-    """Refuse what is neither a list of token ids nor lists of them by pattern.
+def as_tokens(tokens: Any) -> list[int] | dict[str, list[int]]:
+    """A list of token ids, or lists of them by pattern, as plain values.
 
     Raises:
         ValueError: says what was expected.
@@ -81,6 +81,9 @@ def check_tokens(tokens: Any) -> None:
                 "trainable_tokens must be a list of different token ids (whole numbers from 0 on), or such lists by "
                 f"pattern of the embedding, as in {{'embed_tokens': [5, 7]}}; got {tokens!r}"
             )
+    if isinstance(tokens, Mapping):
+        return {pattern: list(ids) for pattern, ids in tokens.items()}
+    return list(tokens)
 
 
 def plan_token_rows(plan: Plan, model: nn.Module, tokens: Any, default: Any) -> None:

@@ -11,13 +11,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 from lightning_peft.core.targeting.base_model import Base
 from lightning_peft.core.untrusted import FormatError
 from lightning_peft.formats.directory.snapshot import Snapshot
 from lightning_peft.formats.peft.converter import NotInPeftError, Options
-from lightning_peft.formats.peft.layers import Layer, LayerConverter, flag
+from lightning_peft.formats.peft.layers import Layer, LayerConverter
+from lightning_peft.formats.peft.option_table import Option, read_options, written_options
 from lightning_peft.formats.peft.patterns import clean, most_common, our_pattern, pattern_keys, pattern_value
 from lightning_peft.methods.families.weight import WeightMethod
 from lightning_peft.methods.loha import LoHa
@@ -37,30 +38,24 @@ class VeRAConverter(LayerConverter):
     kinds = frozenset({"Linear", "Conv1D"})
     shared = {"projection.vera_A": "base_model.vera_A", "projection.vera_B": "base_model.vera_B"}
     ours_alone = frozenset({"projection.sample"})
+    table = (
+        Option("r", 256),
+        Option("vera_dropout", 0.0, "dropout"),
+        Option("d_initial", 0.1),
+        Option("projection_prng_key", 0, "projection_seed"),
+        Option("save_projection", True),
+    )
 
     def config(self, snapshot: Snapshot) -> dict[str, Any]:
-        method = snapshot.method
-        assert isinstance(method, VeRA)
         return {
-            "r": method.r,
-            "vera_dropout": method.dropout,
-            "d_initial": method.d_initial,
-            "projection_prng_key": method.projection_seed,
-            "save_projection": method.save_projection,
+            **written_options(self.table, snapshot.method),
             "fan_in_fan_out": any(part.kind == "Conv1D" for part in snapshot.parts),
             "bias": "none",
             "init_weights": True,
         }
 
     def method(self, options: Options, names: list[str], base: Base, **arguments: Any) -> WeightMethod:
-        return VeRA(
-            r=options.get("r", 256),
-            dropout=options.number("vera_dropout", 0.0),
-            d_initial=options.number("d_initial", 0.1),
-            projection_seed=options.get("projection_prng_key", 0),
-            save_projection=flag(options, "save_projection", True),
-            **arguments,
-        )
+        return VeRA(**read_options(self.table, options), **arguments)
 
 
 class _FactorConverter(LayerConverter):
@@ -68,10 +63,13 @@ class _FactorConverter(LayerConverter):
 
     kinds = frozenset({"Linear", "Conv"})
     dimensions = frozenset({1, 2})
+    table: ClassVar[tuple[Option, ...]] = (
+        Option("rank_dropout", 0.0),
+        Option("module_dropout", 0.0),
+        Option("use_effective_conv2d", False),
+    )
 
     def config(self, snapshot: Snapshot) -> dict[str, Any]:
-        method = snapshot.method
-        assert isinstance(method, LoHa | LoKr)
         ranks = {part.name: part.facts["r"] for part in snapshot.parts}
         alphas = {part.name: clean(part.facts["scale"] * part.facts["r"]) for part in snapshot.parts}
         r, alpha = (most_common(values.values()) for values in (ranks, alphas))
@@ -80,9 +78,7 @@ class _FactorConverter(LayerConverter):
             "alpha": alpha,
             "rank_pattern": pattern_keys(ranks, r),
             "alpha_pattern": pattern_keys(alphas, alpha),
-            "rank_dropout": method.rank_dropout,
-            "module_dropout": method.module_dropout,
-            "use_effective_conv2d": method.use_effective_conv2d,
+            **written_options(self.table, snapshot.method),
             "init_weights": True,
         }
 
@@ -94,11 +90,7 @@ class _FactorConverter(LayerConverter):
             patterns = options.get({"r": "rank_pattern", "alpha": "alpha_pattern"}[option]) or {}
             at = {name: pattern_value(patterns, name, values[option]) for name in names}
             values[{"r": "rank_pattern", "alpha": "alpha_pattern"}[option]] = our_pattern(at, values[option], base)
-        return values | {
-            "rank_dropout": options.number("rank_dropout", 0.0),
-            "module_dropout": options.number("module_dropout", 0.0),
-            "use_effective_conv2d": flag(options, "use_effective_conv2d"),
-        }
+        return values | read_options(self.table, options)
 
     def place(self, key: str, shape: tuple[int, ...], layer: Layer) -> tuple[str, tuple[int, ...]]:
         if key in ("hada_t1", "hada_t2", "lokr_t2"):
@@ -128,6 +120,12 @@ class LoKrConverter(_FactorConverter):
 
     peft_type = "LOKR"
     methods = (LoKr,)
+    table = (
+        *_FactorConverter.table,
+        Option("decompose_both", False),
+        Option("decompose_factor", -1),
+        Option("rank_dropout_scale", False),
+    )
 
     def place(self, key: str, shape: tuple[int, ...], layer: Layer) -> tuple[str, tuple[int, ...]]:
         whole = shape == (layer.stored[0], math.prod(layer.stored[1:]))  # the first factor is a number
@@ -138,23 +136,8 @@ class LoKrConverter(_FactorConverter):
             )
         return super().place(key, shape, layer)
 
-    def config(self, snapshot: Snapshot) -> dict[str, Any]:
-        method = snapshot.method
-        assert isinstance(method, LoKr)
-        return super().config(snapshot) | {
-            "decompose_both": method.decompose_both,
-            "decompose_factor": method.decompose_factor,
-            "rank_dropout_scale": method.rank_dropout_scale,
-        }
-
     def method(self, options: Options, names: list[str], base: Base, **arguments: Any) -> WeightMethod:
-        return LoKr(
-            **self.common(options, names, base),
-            decompose_both=flag(options, "decompose_both"),
-            decompose_factor=options.get("decompose_factor", -1),
-            rank_dropout_scale=flag(options, "rank_dropout_scale"),
-            **arguments,
-        )
+        return LoKr(**self.common(options, names, base), **arguments)
 
 
 class OFTConverter(LayerConverter):
@@ -166,6 +149,13 @@ class OFTConverter(LayerConverter):
 
     peft_type = "OFT"
     methods = (OFT,)
+    table = (
+        Option("module_dropout", 0.0, "dropout"),
+        Option("block_share", False),
+        Option("use_cayley_neumann", True),
+        Option("coft", False),
+        Option("eps", 6e-5),
+    )
     kinds = frozenset({"Linear", "Embedding", "Conv"})
     dimensions = frozenset({2})
 
@@ -188,12 +178,8 @@ class OFTConverter(LayerConverter):
         return {
             "r": method.r or 0,
             "oft_block_size": 0 if method.r else method.block_size or 32,
-            "module_dropout": method.dropout,
-            "block_share": method.block_share,
-            "use_cayley_neumann": method.use_cayley_neumann,
             "num_cayley_neumann_terms": method.num_cayley_neumann_terms,
-            "coft": method.coft,
-            "eps": method.eps,
+            **written_options(self.table, method),
             "bias": "none",
             "init_weights": True,
         }
@@ -205,11 +191,7 @@ class OFTConverter(LayerConverter):
         return OFT(
             block_size=options.get("oft_block_size", 32) or None,
             r=options.get("r", 0) or None,
-            dropout=options.number("module_dropout", 0.0),
-            block_share=flag(options, "block_share"),
-            use_cayley_neumann=flag(options, "use_cayley_neumann", True),
-            coft=flag(options, "coft"),
-            eps=options.number("eps", 6e-5),
             num_cayley_neumann_terms=4 if terms == 3 else terms,
+            **read_options(self.table, options),
             **arguments,
         )

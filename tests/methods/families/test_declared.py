@@ -1,0 +1,88 @@
+"""Arguments declared as fields: order, checks, inheritance, and constructors that a user writes by hand."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import pickle
+from typing import Literal
+
+import attrs
+import numpy as np
+import pytest
+from attrs import field
+
+import lightning_peft as lp
+
+
+class ByField(lp.LoRA):
+    """LoRA with two more arguments."""
+
+    alpha: float = 3  # redeclared
+    steps: int = field(default=2, kw_only=False)
+    mode: Literal["fast", "slow"] = "fast"
+
+
+class ByHand(lp.LoRA):
+    """LoRA with a constructor."""
+
+    def __init__(self, steps: int = 2, **options) -> None:
+        super().__init__(**options)
+        self.steps = steps
+
+
+class BelowByHand(ByHand):
+    """Inherits a constructor."""
+
+
+def test_a_redeclared_argument_keeps_its_place():
+    assert list(inspect.signature(ByField).parameters)[:2] == ["r", "alpha"]
+    method = ByField(4, steps=5)
+    assert (method.r, method.alpha, method.steps) == (4, 3, 5)
+
+
+def test_the_options_of_every_method_come_last():
+    options = [a.name for a in attrs.fields(lp.PEFTMethod)]
+    for cls in (ByField, lp.LoRA, lp.LastLayers, lp.BottleneckAdapter):
+        assert [a.name for a in attrs.fields(cls)][-len(options) :] == options
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"mode": "quick"}, "mode must be one of 'fast', 'slow', got 'quick'"),
+        ({"use_rslora": "yes"}, "use_rslora must be True or False, got 'yes'"),
+        ({"rank_pattern": {"q": 0}}, r"rank_pattern\['q'\] must be an integer of at least 1, got 0"),
+        ({"alpha": 0}, "alpha must be a finite number other than 0, got 0"),  # the check of what it redeclares
+        ({"r": True}, "r must be an integer of at least 1, got True"),
+    ],
+)
+def test_a_check_names_argument_expectation_and_value(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ByField(**arguments)
+
+
+@pytest.mark.parametrize("cls", [ByField, ByHand, BelowByHand])
+def test_config_builds_the_same_method_again(cls):
+    method = cls(r=4, steps=7, name="other")
+    assert method.config()["steps"] == 7
+    assert cls(**method.config()).config() == method.config()
+    assert pickle.loads(pickle.dumps(method)).config() == method.config()
+    assert copy.deepcopy(method).config() == method.config()
+
+
+def test_numpy_scalars_become_plain_values():
+    config = lp.LoRA(np.int64(4), lora_plus_ratio=np.float64(2.0), rank_pattern={"q": np.int32(2)}).config()
+    assert (type(config["r"]), type(config["lora_plus_ratio"]), type(config["rank_pattern"]["q"])) == (int, float, int)
+
+
+def test_fields_below_a_constructor_written_by_hand_are_refused():
+    with pytest.raises(TypeError, match="ByHand has an __init__ of its own, which would not set them"):
+
+        class Mixed(ByHand):
+            more: int = field(default=3)
+
+
+def test_methods_with_equal_arguments_are_not_equal():
+    assert lp.LoRA() != lp.LoRA()
+    assert len({lp.LoRA(), lp.LoRA()}) == 2
