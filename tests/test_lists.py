@@ -18,6 +18,7 @@ import pytest
 
 import lightning_peft as lp
 import lightning_peft.methods
+from lightning_peft.formats.registry import CONVERTERS
 from tests import features, table
 from tests.kinds import KINDS
 
@@ -59,6 +60,12 @@ def _in_benchmarks() -> set[str]:
     return set(re.findall(r"\blp\.(\w+)\(", source)) | set(re.findall(r'^    "(\w+)": "', source, re.MULTILINE))
 
 
+def _converted() -> set[str]:
+    """The methods that PEFT's format has, and those of which docs/support.md says why it has not."""
+    converted = {method.__name__ for converter in CONVERTERS for method in converter.methods}
+    return converted | {features.ROWS[row].method.__name__ for row, part in features.HOLES if part == "to PEFT"}
+
+
 #: file -> the names that it lists, and what to add for one that is missing
 LISTS: dict[str, tuple[Callable[[], set[str]], str]] = {
     "lightning_peft/__init__.py": (lambda: set(lp.__all__), "its import, and its name in __all__"),
@@ -68,6 +75,10 @@ LISTS: dict[str, tuple[Callable[[], set[str]], str]] = {
     "docs/support.md": (
         lambda: _in_first_column("docs/support.md"),
         "its row, by `python -m tests.features > docs/support.md`",
+    ),
+    "lightning_peft/formats/registry.py": (
+        _converted,
+        "a converter to CONVERTERS if PEFT has the method, or why not to HOLES in tests/features.py",
     ),
     "tests/features.py": (lambda: {row.method.__name__ for row in features.ROWS.values()}, "a row in ROWS"),
     "tests/table.py": (_in_table, "a row in METHODS"),

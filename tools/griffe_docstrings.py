@@ -51,10 +51,9 @@ def _link(role: re.Match[str]) -> str:
 def _fenced(block: re.Match[str]) -> str:
     indent, before, code = block.groups()
     code = textwrap.dedent(code).strip("\n")
-    # A section of griffe's has its content indented; a paragraph is followed by its block.
-    inner = f"{indent}    " if before == "Example" else indent
-    fenced = textwrap.indent(f"```python\n{code}\n```\n", inner)
-    return f"{indent}{before or ''}:\n{fenced}\n" if before == "Example" else f"{indent}{before}:\n\n{fenced}\n"
+    if before == "Example":  # one of griffe's sections, whose content is indented
+        return f"{indent}Example:\n" + textwrap.indent(f"```python\n{code}\n```\n\n", f"{indent}    ")
+    return f"{indent}{before or ''}:\n\n" + textwrap.indent(f"```\n{code}\n```\n\n", indent)
 
 
 def arguments(cls: type[lp.PEFTMethod]) -> dict[str, str]:

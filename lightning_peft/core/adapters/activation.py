@@ -25,6 +25,22 @@ class ActivationAdapter(Adapter):
 
     Args:
         site: where it attaches; gives ``site.width`` and ``site.axis``.
+
+    Example::
+
+        class GateAdapter(lp.ActivationAdapter):
+            def __init__(self, site):
+                super().__init__(site)
+                self.gate = nn.Parameter(torch.ones(site.width))
+
+            def forward(self, x, y):
+                return y * self.gate
+
+        class Gate(lp.ActivationMethod):
+            def build(self, site):
+                return GateAdapter(site)
+
+        lp.apply(model, Gate(targets=["v_proj"]))
     """
 
     #: whether ``x`` must be the sub-layer's input where that is another module's than the host's

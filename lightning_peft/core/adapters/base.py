@@ -23,7 +23,17 @@ BIASES = {"weight": "bias", "in_proj_weight": "in_proj_bias", "out_proj.weight":
 
 
 class Adapter(nn.Module):
-    """Base class of all adapters: runs around the module that carries it."""
+    """Base class of all adapters: runs around the module that carries it.
+
+    Most adapters derive from :class:`lightning_peft.WeightAdapter` or :class:`lightning_peft.ActivationAdapter`.
+
+    Example::
+
+        class Noise(lp.Adapter):
+            def run(self, host, call, *args, **kwargs):
+                y = call(*args, **kwargs)
+                return y + 0.01 * torch.randn_like(y) if self.training else y
+    """
 
     #: what it raises in a forward of a module that it does not fit; a trial forward before injection looks for these
     misfits: ClassVar[tuple[type[Exception], ...]] = ()
@@ -121,6 +131,23 @@ class WeightAdapter(Adapter):
     Args:
         site: the weight it adapts; gives ``site.shape``, the matrix's shape (out, in), or (batch, out, in) for
             stacked experts.
+
+    Example::
+
+        class RowScaleAdapter(lp.WeightAdapter):
+            def __init__(self, site):
+                super().__init__(site)
+                self.scale = nn.Parameter(torch.ones(*site.shape[:-1], 1))
+
+            def transform(self, weight):
+                return self.scale * weight
+
+        class RowScale(lp.WeightMethod):
+            def build(self, site):
+                return RowScaleAdapter(site)
+
+        lp.apply(model, RowScale(targets=["q_proj"]))
+        lp.merge(model)
     """
 
     def __init__(self, site: Site) -> None:

@@ -38,6 +38,24 @@ class LowRankAdapter(WeightAdapter):
     Attributes:
         scale: s; 1 where the factors are used as they are.
         dropout: probability of dropping an element of x while training.
+
+    Example::
+
+        class ThinAdapter(lp.LowRankAdapter):
+            def __init__(self, site):
+                super().__init__(site)
+                *batch, rows, columns = site.shape
+                self.a = nn.Parameter(torch.randn(*batch, 4, columns))
+                self.b = nn.Parameter(torch.zeros(*batch, rows, 4))
+
+            def factors(self):
+                return self.a, self.b
+
+        class Thin(lp.WeightMethod):
+            def build(self, site):
+                return ThinAdapter(site)
+
+        lp.apply(model, Thin(targets=["q_proj"]))
     """
 
     scale: float = 1.0

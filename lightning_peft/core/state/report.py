@@ -35,6 +35,12 @@ class Report:
         entries: what was done, in order.
         notes: what was left alone and why.
         in_eval_mode: the frozen modules that stay in eval mode during the fit.
+
+    Example::
+
+        report = lp.inspect(model, lp.LoRA(r=8, targets=["q_proj"]))
+        print(f"{report.trainable} of {report.total} parameters would train")
+        print(report)  # the table
     """
 
     trainable: int = 0

@@ -61,6 +61,12 @@ class PEFTMethod(Declared, Callback, ABC):
     Raises:
         ValueError: an argument that cannot be, named with what was expected.
         TargetError: a malformed pattern.
+
+    Example::
+
+        methods = [lp.LoRA(r=8, trainable=["classifier"]), lp.PrefixTuning(10, name="prefix")]
+        assert all(isinstance(method, lp.PEFTMethod) for method in methods)
+        trainer = L.Trainer(callbacks=methods)
     """
 
     #: arguments that may differ between the run that saved a state and the run that loads it

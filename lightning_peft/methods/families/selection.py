@@ -44,6 +44,16 @@ class SelectionMethod(PEFTMethod):
             the user's times ``layer_decay ** depth``. Depth is 0 after the last block, 1 in the last block, one more
             in each block before it, and one more again before the first. 1 leaves the user's rates alone. The
             optimizer's groups are split, and learning-rate schedulers follow.
+
+    Example::
+
+        class Gains(lp.SelectionMethod):
+            def choose(self, model, plan):
+                for name, parameter in model.named_parameters():
+                    if parameter.ndim == 1 and name.endswith("weight"):
+                        plan.train[name] = "trains"
+
+        lp.apply(model, Gains())
     """
 
     may_change = PEFTMethod.may_change | {"layer_decay"}
