@@ -1,6 +1,9 @@
 """The table: which methods are held to which invariants on which layer kinds, and every hole with its reason.
 
 A new method adds one row. ``tests/methods/test_table.py`` holds the invariants.
+
+A hole is a cell that no test runs: ``HOLES`` and :func:`hole` say why the invariant cannot hold there. A cell of
+``REFUSED`` is tested instead to raise an error, with a message that says why.
 """
 
 from __future__ import annotations

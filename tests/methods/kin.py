@@ -19,6 +19,7 @@ import lightning_peft as lp
 from lightning_peft.core.adapters.effective_weights import effective_weights
 from lightning_peft.core.adapters.lookup import hosts
 from lightning_peft.core.state.state_dict import load_state
+from tests.helpers import close
 
 CONVOLUTIONS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "plain": (lambda: nn.Conv2d(4, 6, 3), (2, 4, 7, 8)),
@@ -84,10 +85,6 @@ def net(seed: int = 0) -> nn.Module:
         torch.manual_seed(seed)
         first, second = nn.Linear(8, 12), nn.Linear(12, 12, bias=False)
         return nn.Sequential(first, nn.Tanh(), second, nn.Tanh(), nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 3))
-
-
-def close(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> None:
-    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
 def check_against_matrix(make: Callable[..., lp.PEFTMethod], kind: str, **options: Any) -> None:
