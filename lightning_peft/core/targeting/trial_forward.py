@@ -180,11 +180,20 @@ def _fitting(model: nn.Module) -> Iterator[Tensor]:
         if isinstance(layer, nn.Embedding):
             yield torch.ones(2, 4, dtype=torch.long, device="meta")
         elif isinstance(layer, nn.modules.conv._ConvNd):
-            for size in (32, 224):
+            for size in (*_sizes_of_positions(model, layer), 32, 224):
                 yield torch.zeros(2, layer.in_channels, *[size] * len(layer.kernel_size), device="meta")
         elif isinstance(width := getattr(layer, "in_features", None), int):
             yield torch.zeros(2, width, device="meta")
             yield torch.zeros(2, 4, width, device="meta")
+
+
+def _sizes_of_positions(model: nn.Module, patches: nn.modules.conv._ConvNd) -> Iterator[int]:
+    """Sides of images whose patches are as many as a learned position embedding has, with up to two tokens before."""
+    dimensions, stride = len(patches.kernel_size), patches.stride[0]
+    for shape in dict.fromkeys(parameter.shape for parameter in model.parameters()):
+        if len(shape) == 3 and shape[0] == 1 and shape[2] == patches.out_channels:
+            sides = ((count, round(count ** (1 / dimensions))) for count in range(max(1, shape[1] - 2), shape[1] + 1))
+            yield from (side * stride for count, side in sides if side**dimensions == count)
 
 
 def _without_values(module: nn.Module, done: dict[int, Any]) -> Any:

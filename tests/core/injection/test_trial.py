@@ -102,6 +102,34 @@ def test_a_misfit_is_refused_before_anything_is_changed(misfit, inside):
     assert type(net.blocks[0]) is attention
 
 
+class Patches(nn.Module):
+    """Takes images of one size only: a position is learned for each of its patches, and one for a class token."""
+
+    def __init__(self, attention: type[nn.Module], size: int = 12) -> None:
+        super().__init__()
+        self.enter = nn.Conv2d(3, 8, 4, stride=4)
+        self.positions = nn.Parameter(torch.zeros(1, 1 + (size // 4) ** 2, 8))
+        self.blocks = nn.ModuleList(attention() for _ in range(3))
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.enter(x).flatten(2).transpose(1, 2)
+        x = torch.cat([x.mean(1, keepdim=True), x], dim=1) + self.positions
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(x[:, 0])
+
+
+def test_the_size_of_images_follows_from_the_positions():
+    for model in (Patches(ByHand), Task(Patches(ByHand))):
+        with pytest.raises(ValueError, match="in a trial forward: ByHand ran without calling"):
+            lp.apply(model, lp.PrefixTuning(3))
+        assert all(p.requires_grad for p in model.parameters())
+    model = Patches(Called)
+    lp.apply(model, lp.PrefixTuning(3))
+    assert model(torch.randn(2, 3, 12, 12)).shape == (2, 2)
+
+
 def test_what_fits_is_applied_as_without_a_trial():
     torch.manual_seed(0)
     model, plain = Net(Called), Net(Called)

@@ -1,0 +1,119 @@
+"""Places in other packages where adapters once failed, or did nothing, without a word."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lightning_peft as lp
+from tests.helpers import close, perturb
+from tests.integration.packages.table import CASES
+from tests.integration.packages.test_packages import fit, installed
+
+
+def module_of(name: str) -> nn.Module:
+    installed(CASES[name].package)
+    return CASES[name].module().eval()
+
+
+REFUSED = {
+    "prefix, timm Swin": ("timm SwinTransformer", lp.PrefixTuning, "WindowAttention ran without calling"),
+    "prefix, torchvision Swin": ("torchvision SwinTransformer", lp.PrefixTuning, "ShiftedWindowAttention ran without"),
+    "prefix, MONAI SABlock": ("MONAI ViT", lp.PrefixTuning, "SABlock ran without calling"),
+    "prompts, timm Swin": (
+        "timm SwinTransformer",
+        lp.VisualPromptTuning,
+        r"SwinTransformerStage was called with \(2, 8",
+    ),
+    "prompts, timm EVA-02": ("timm Eva", lp.VisualPromptTuning, "EvaBlock was called with rope of shape"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_would_fail_in_the_first_forward_is_refused_at_injection(case: str) -> None:
+    name, method, why = REFUSED[case]
+    module = module_of(name)
+    with pytest.raises(ValueError, match=f"in a trial forward: {why}"):
+        lp.apply(module, method(2))
+    assert all(p.requires_grad for p in module.parameters())
+
+
+@pytest.mark.parametrize(("name", "weight"), [("timm Eva", "attn.qkv"), ("torchvision SwinTransformer", "attn.qkv")])
+def test_a_weight_that_the_attention_reads_is_adapted(name: str, weight: str) -> None:
+    module = module_of(name)
+    base = CASES[name].output(module)
+    lp.apply(module, lp.LoRA(r=2, targets=weight))
+    perturb(module, scale=0.5)
+    adapted = CASES[name].output(module)
+    assert (adapted - base).abs().max() > 1e-3 * base.abs().max()
+    lp.merge(module)
+    close(CASES[name].output(module), adapted, 1e-4)
+
+
+@pytest.mark.parametrize("name", ["timm EfficientNet", "timm ResNet", "timm ConvNeXt", "torchvision ResNet"])
+def test_a_default_lora_notes_what_it_does_not_reach(name: str) -> None:
+    report = lp.inspect(module_of(name), lp.LoRA(r=2))
+    assert "does not reach" in report.__rich__().caption
+    assert "Conv2d" in report.__rich__().caption
+
+
+def test_a_head_of_zeros_on_a_trained_base_is_named(tmp_path: Path) -> None:
+    case = CASES["torchvision VisionTransformer"]
+    module = module_of("torchvision VisionTransformer")
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if ".heads." not in name:
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    with pytest.raises(lp.AuditError, match=r"output head 'model.heads.head' is frozen.*trainable=\['head'\]"):
+        fit(case, module, lp.LoRA(r=2), tmp_path)
+
+
+def test_the_name_that_an_error_suggests_for_a_linear_layer_of_graphs_works() -> None:
+    module = module_of("PyG GraphSAGE")
+    for targets in ("all-linear", "type:Linear"):
+        with pytest.raises(lp.TargetError, match=r"model.convs.0.lin_l.weight"):
+            lp.inspect(module, lp.LoRA(r=2, targets=targets))
+    assert lp.apply(module, lp.LoRA(r=2, targets="model.convs.0.lin_l.weight")).trainable == 2 * (8 + 16)
+
+
+class Mixed(nn.Module):
+    """Blocks whose outputs are mixed by weights in a ``ParameterList``, as in COMET's encoders."""
+
+    def __init__(self, mix: nn.Module | None = None) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(3))
+        self.mix = mix
+        if mix is None:
+            self.scales = nn.ParameterList(torch.zeros(1) for _ in range(3))
+        self.head = nn.Linear(8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs = []
+        for block in self.blocks:
+            x = block(x)
+            outputs.append(x)
+        if self.mix is not None:
+            return self.head(self.mix(outputs, torch.ones(x.shape[:2]))[:, 0])
+        weights = torch.cat(list(self.scales)).softmax(0)
+        return self.head(sum(weight * output for weight, output in zip(weights, outputs))[:, 0])
+
+
+@pytest.mark.parametrize("real", [False, True])
+def test_the_last_layers_of_a_model_with_a_parameter_list_are_saved_and_read(real: bool, tmp_path: Path) -> None:
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        if not real:
+            return Mixed()
+        installed("unbabel-comet")
+        return Mixed(pytest.importorskip("comet.modules").LayerwiseAttention(3, layer_norm=False))
+
+    model, x = build().eval(), torch.randn(2, 5, 8)
+    lp.apply(model, lp.LastLayers(1))
+    perturb(model)
+    lp.save_adapter(model, tmp_path)
+    again = build().eval()
+    lp.load_adapter(again, tmp_path)
+    close(again(x), model(x))
