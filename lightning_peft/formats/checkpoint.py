@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from lightning_peft.core.injection.apply import put_in
 from lightning_peft.core.names import adapter_key, is_within, join
 from lightning_peft.core.registry import method_of_file
-from lightning_peft.core.state.adapter_records import Part, whole
+from lightning_peft.core.state.adapter_records import Part, adapted_names, whole
+from lightning_peft.core.state.fingerprint import fingerprint_now
 from lightning_peft.core.state.state_dict import StateError, adapter_state
 from lightning_peft.core.state.torch_file import naming
 from lightning_peft.core.targeting.base_model import Base
@@ -128,7 +129,9 @@ def import_checkpoint(
 
 
 def _snapshot(name: str, entry: Mapping[str, Any], manifest: Mapping[str, Any], state: dict[str, Tensor]) -> Snapshot:
-    base = _Outline.of(manifest["base"], [Part(**part) for e in manifest["methods"] for part in e["parts"]])
+    everywhere = [Part(**part) for e in manifest["methods"] for part in e["parts"]]
+    base = _Outline.of(manifest["base"], everywhere)
+    values = fingerprint_now(manifest["fingerprint"], state, adapted_names(everywhere))["values"]
     parts = [Part(**part) for part in entry["parts"]]
     for part in parts:
         part.tensors = _tensors_of(part, parts, name, state)
@@ -141,7 +144,7 @@ def _snapshot(name: str, entry: Mapping[str, Any], manifest: Mapping[str, Any], 
         heads=heads,
         trained={_inner(base, key): whole(value) for key, value in _trained(name, entry, state).items()},
         base=base,
-        fingerprint={"values": {_inner(base, n): v for n, v in manifest["fingerprint"]["values"].items()}},
+        fingerprint={"values": {_inner(base, n): v for n, v in values.items()}},
     )
 
 

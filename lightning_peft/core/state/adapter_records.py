@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -23,7 +23,7 @@ from lightning_peft.core.targeting.layouts import (
     weight_name,
 )
 
-__all__ = ["Part", "kind_of", "layer_facts", "parts_of", "uncopied", "whole"]
+__all__ = ["Part", "adapted_names", "kind_of", "layer_facts", "parts_of", "uncopied", "whole"]
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -62,6 +62,11 @@ class Part:
     def name(self) -> str:
         """The weight's name as patterns know it: the module's, or the parameter's where it is one of several."""
         return weight_name(self.host, self.parameter, bare=self.kind == "Parameter")
+
+
+def adapted_names(parts: Iterable[Part]) -> list[str]:
+    """The names of the weights that carry adapters, and of the modules that carry adapters of no weight."""
+    return [".".join(filter(None, (part.host, part.parameter))) for part in parts]
 
 
 def parts_of(model: nn.Module, name: str, take: Callable[[Tensor], Tensor] | None = whole) -> Iterator[Part]:

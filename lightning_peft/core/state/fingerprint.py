@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from lightning_peft.core.adapters.lookup import stacks
 from lightning_peft.core.names import canonical, nearest
-from lightning_peft.core.sharded_tensors import gather_full
+from lightning_peft.core.sharded_tensors import gather_full, is_sharded
 from lightning_peft.core.state.moved import extra_state
 from lightning_peft.core.state.state_dict import StateError, trainable_keys
 
-__all__ = ["check_fingerprint", "fingerprint"]
+__all__ = ["check_fingerprint", "fingerprint", "fingerprint_now"]
 
 
 def fingerprint(
@@ -64,13 +64,37 @@ def check_fingerprint(model: nn.Module, saved: Mapping[str, Any], plain: bool = 
             )
         if frozen[name].is_meta or not frozen[name].numel():
             continue
-        here = torch.tensor(_sample(frozen[name], len(values)), dtype=torch.float64)
-        there = torch.tensor(values, dtype=torch.float64)
-        if here.shape != there.shape or not torch.allclose(here, there, rtol=1e-2, atol=1e-6):
+        if not _same(_sample(frozen[name], len(values)), values):
             raise StateError(
                 f"this is another base model: the values of {name!r} differ from those the state was trained on. "
                 "Load the same pretrained weights (and build anything random in the base from a fixed seed)"
             )
+
+
+def fingerprint_now(saved: Mapping[str, Any], tensors: Mapping[str, Any], adapted: Iterable[str]) -> dict[str, Any]:
+    """The fingerprint of the base that adapters compute with, which may have been overwritten after they were put in.
+
+    Weights under adapters are frozen. If one of them differs from what it was, or most of the base does, other weights
+    were loaded, and the base is sampled again. Otherwise it is what it was: teachers and statistics move in training.
+
+    Args:
+        saved: what :func:`fingerprint` gave when methods were applied.
+        tensors: the base's values as they are, by the same names; some may be missing.
+        adapted: names of the weights that carry adapters, or of modules that do.
+    """
+    whole = {n: tensors[n] for n in saved["values"] if n in tensors and not is_sharded(tensors[n])}
+    now = {n: _sample(t, len(saved["values"][n])) for n, t in whole.items() if not t.is_meta}
+    under = tuple(f"{name}." if name else "" for name in adapted)
+    differ = [n for n, values in now.items() if not _same(values, saved["values"][n])]
+    if not any(f"{n}.".startswith(under) for n in differ) and 2 * len(differ) <= len(saved["values"]):
+        return dict(saved)
+    return {**saved, "values": {**saved["values"], **now}}
+
+
+def _same(here: list[float], there: list[float]) -> bool:
+    """Whether two samples are of one tensor, which may have been cast in between."""
+    a, b = torch.tensor(here, dtype=torch.float64), torch.tensor(there, dtype=torch.float64)
+    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-2, atol=1e-6)
 
 
 def _tensors_but(model: nn.Module, without: set[str]) -> dict[str, Tensor]:

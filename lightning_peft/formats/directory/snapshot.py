@@ -12,8 +12,9 @@ from lightning_peft.core.adapters.base import Adapter
 from lightning_peft.core.adapters.lookup import hosts, stack_prefixes, stacks
 from lightning_peft.core.names import canonical, is_within, join
 from lightning_peft.core.record import Injection, injected_module, injection_of
-from lightning_peft.core.state.adapter_records import Part, parts_of, whole
+from lightning_peft.core.state.adapter_records import Part, adapted_names, parts_of, whole
 from lightning_peft.core.state.consistency import check_record, update_base
+from lightning_peft.core.state.fingerprint import fingerprint_now
 from lightning_peft.core.state.state_dict import StateError, trainable_keys
 from lightning_peft.core.targeting.base_model import Base, base_of
 from lightning_peft.methods.families.method import PEFTMethod
@@ -113,5 +114,8 @@ def _trained(base: Base, record: Injection, name: str) -> dict[str, Tensor]:
 
 
 def _fingerprint(base: Base, record: Injection) -> dict[str, Any]:
-    values = {base.inner(name): value for name, value in record.fingerprint.get("values", {}).items()}
+    state = {canonical(key): value for key, value in nn.Module.state_dict(base.root).items()}
+    parts = [part for parts in record.parts.values() for part in parts]
+    now = fingerprint_now(record.fingerprint, state, adapted_names(parts))
+    values = {base.inner(name): value for name, value in now["values"].items()}
     return {"values": {name: value for name, value in values.items() if name}}
