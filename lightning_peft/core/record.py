@@ -61,6 +61,7 @@ class Injection:
         moved: names of frozen values that have changed since the start; they stay part of the state.
         hosts: the modules that carry each method's adapters, by adapter name.
         parts: where each method's adapters are and on what layers, without their tensors, by adapter name.
+        origins: options of the files that adapters were read from, to be written again, by adapter name.
     """
 
     methods: dict[str, Method]
@@ -74,6 +75,7 @@ class Injection:
     moved: set[str] = field(default_factory=set)
     hosts: dict[str, tuple[str, ...]] = field(default_factory=dict)
     parts: dict[str, list[Part]] = field(default_factory=dict)
+    origins: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def decided(self, names: Iterable[str]) -> set[str]:
         """Those of ``names`` of base parameters that train by now, whether or not they require gradients."""

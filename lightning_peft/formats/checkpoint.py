@@ -145,6 +145,7 @@ def _snapshot(name: str, entry: Mapping[str, Any], manifest: Mapping[str, Any], 
         trained={_inner(base, key): whole(value) for key, value in _trained(name, entry, state).items()},
         base=base,
         fingerprint={"values": {_inner(base, n): v for n, v in values.items()}},
+        origin=entry.get("origin", {}),
     )
 
 

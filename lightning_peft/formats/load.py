@@ -182,6 +182,7 @@ def read_plan(
     _fill(plan, reading, base)
     own |= reading.own
     check_options(files.config, files.metadata, str(files.directory))
+    plan.origin = {"task_type": files.config["task_type"]} if "task_type" in files.config else {}
     return reading.method, plan, {base.outer(key): value for key, value in own.items()}
 
 

@@ -172,6 +172,7 @@ def _put_in(model: nn.Module, plans: Mapping[str, tuple[Method, Plan]]) -> Repor
         modules, parameters = with_tied(model, plan.train_modules, plan.train)
         record.trains[name] = Trains(modules, (*parameters, *plan.later), adapters)
         record.parts[name] = list(parts_of(model, name, take=None))
+        record.origins[name] = plan.origin
         record.hosts[name] = tuple(dict.fromkeys(canonical(a.host) for a in plan.attach))
     record.later = {n: v for n, v in record.later.items() if v is not None or not model.get_parameter(n).requires_grad}
     if not any(method.train_norm_stats for method in record.methods.values()):

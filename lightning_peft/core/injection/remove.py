@@ -61,6 +61,7 @@ def take_out(model: nn.Module, name: str) -> None:
         record.kept |= replace(record, trains={name: own}).decided(names)  # what it trained of the base goes on
         record.parts.pop(name, None)
         record.hosts.pop(name, None)
+        record.origins.pop(name, None)
         record.report.entries = [entry for entry in record.report.entries if entry.adapter != name]
         record.report.count(injected_module(model))
 

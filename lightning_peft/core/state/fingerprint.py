@@ -17,6 +17,8 @@ from lightning_peft.core.state.state_dict import StateError, trainable_keys
 
 __all__ = ["check_fingerprint", "fingerprint", "fingerprint_now"]
 
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
 
 def fingerprint(
     model: nn.Module, tensors: int = 256, samples: int = 8, leave_out: Iterable[str] = ()
@@ -74,8 +76,8 @@ def check_fingerprint(model: nn.Module, saved: Mapping[str, Any], plain: bool = 
 def fingerprint_now(saved: Mapping[str, Any], tensors: Mapping[str, Any], adapted: Iterable[str]) -> dict[str, Any]:
     """The fingerprint of the base that adapters compute with, which may have been overwritten after they were put in.
 
-    Weights under adapters are frozen. If one of them differs from what it was, or most of the base does, other weights
-    were loaded, and the base is sampled again. Otherwise it is what it was: teachers and statistics move in training.
+    Weights under adapters are frozen. If one of them differs from what it was, other weights were loaded, and the base
+    is sampled again. Otherwise the base is what it was: teachers and statistics move in training.
 
     Args:
         saved: what :func:`fingerprint` gave when methods were applied.
@@ -86,7 +88,7 @@ def fingerprint_now(saved: Mapping[str, Any], tensors: Mapping[str, Any], adapte
     now = {n: _sample(t, len(saved["values"][n])) for n, t in whole.items() if not t.is_meta}
     under = tuple(f"{name}." if name else "" for name in adapted)
     differ = [n for n, values in now.items() if not _same(values, saved["values"][n])]
-    if not any(f"{n}.".startswith(under) for n in differ) and 2 * len(differ) <= len(saved["values"]):
+    if not any(f"{n}.".startswith(under) and n.rpartition(".")[2] not in _STATISTICS for n in differ):
         return dict(saved)
     return {**saved, "values": {**saved["values"], **now}}
 

@@ -41,6 +41,7 @@ class Plan:
             in the table.
         hold_statistics: names of norm layers whose running statistics stay although their parameters train.
         notes: what is left alone and why.
+        origin: options of the file that the adapter was read from, which describe it and are written again.
     """
 
     attach: list[Attachment] = field(default_factory=list)
@@ -49,6 +50,7 @@ class Plan:
     later: dict[str, tuple[str, str]] = field(default_factory=dict)
     hold_statistics: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    origin: dict[str, Any] = field(default_factory=dict)
 
 
 class Method(Protocol):

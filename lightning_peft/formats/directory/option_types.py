@@ -23,6 +23,8 @@ def check_types(config: Mapping[str, Any]) -> None:
         value = config.get(option)
         if value is not None and not (isinstance(value, str) and option in _NAMES) and not _is_list(value, str):
             raise FormatError(f"{option} must be a list of names, got {value!r}")
+    if not isinstance(config.get("task_type"), str | None):
+        raise FormatError(f"task_type must be a string or null, got {config['task_type']!r}")
     layers = config.get("layers_to_transform")
     if layers is not None and not _is_list(layers if isinstance(layers, list) else [layers], int):
         raise FormatError(f"layers_to_transform must be numbers of layers, got {layers!r}")

@@ -35,6 +35,7 @@ class Snapshot:
         fingerprint: what identifies the frozen base, by names of the base.
         metrics: of the run that trained it, where they are known.
         take: gives the tensor to write for one of the model.
+        origin: options of the file that the adapter was read from, which are written again.
     """
 
     method: PEFTMethod
@@ -45,6 +46,7 @@ class Snapshot:
     fingerprint: dict[str, Any]
     metrics: dict[str, float] = field(default_factory=dict)
     take: Callable[[Tensor], Tensor] = whole
+    origin: dict[str, Any] = field(default_factory=dict)
 
 
 def take_snapshot(model: nn.Module, name: str, take: Callable[[Tensor], Tensor] = whole) -> Snapshot:
@@ -78,6 +80,7 @@ def take_snapshot(model: nn.Module, name: str, take: Callable[[Tensor], Tensor] 
         base=base,
         fingerprint=_fingerprint(base, record),
         take=take,
+        origin=record.origins.get(name, {}),
     )
 
 

@@ -31,7 +31,8 @@ _TASKS: dict[str, tuple[str, tuple[str, ...]]] = {
 
 def common_options(snapshot: Snapshot, peft_type: str) -> dict[str, Any]:
     """PEFT's options that say what ``snapshot`` is and where it belongs."""
-    facts, task = snapshot.base.facts(), _task_type(snapshot)
+    facts = snapshot.base.facts()
+    task = snapshot.origin["task_type"] if "task_type" in snapshot.origin else _task_type(snapshot)
     auto = {"base_model_class": facts["class"], "parent_library": facts["library"]}
     return {
         "peft_type": peft_type,

@@ -46,6 +46,7 @@ def manifest(model: nn.Module) -> dict[str, Any]:
                 "copies": has_copies(model, name),
                 "parts": [_plain(part) for part in record.parts.get(name, ())],
                 "own": asdict(_own(model, record, name)),
+                "origin": record.origins.get(name, {}),
             }
             for name, method in record.methods.items()
         ],
