@@ -64,3 +64,15 @@ def test_so_does_one_that_is_made_from_a_checkpoint(tmp_path):
     lp.load_adapter(new := Trained(seed=9).eval(), tmp_path)
     x = tokens()
     torch.testing.assert_close(logits(new, x), logits(module.eval(), x))
+
+
+def test_a_base_that_holds_infinity_is_saved_and_loaded(tmp_path):
+    def base():
+        model = nn.Sequential(nn.Linear(4, 3, bias=False))
+        nn.init.ones_(model[0].weight)
+        model.register_buffer("mask", torch.full((3,), -torch.inf))
+        return model
+
+    lp.apply(model := base(), lp.LoRA(r=2, targets="0"))
+    lp.save_adapter(model, tmp_path)
+    lp.load_adapter(base(), tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -38,7 +39,7 @@ def fingerprint(
     names = list(frozen)
     chosen = names[:: max(1, len(names) // tensors)]
     values = {n: _sample(frozen[n], samples) for n in chosen if frozen[n].numel() and not frozen[n].is_meta}
-    return {"shapes": shapes, "values": values}
+    return {"shapes": shapes, "values": _finite(values)}
 
 
 def check_fingerprint(model: nn.Module, saved: Mapping[str, Any], plain: bool = False) -> None:
@@ -90,7 +91,12 @@ def fingerprint_now(saved: Mapping[str, Any], tensors: Mapping[str, Any], adapte
     differ = [n for n, values in now.items() if not _same(values, saved["values"][n])]
     if not any(f"{n}.".startswith(under) and n.rpartition(".")[2] not in _STATISTICS for n in differ):
         return dict(saved)
-    return {**saved, "values": {**saved["values"], **now}}
+    return {**saved, "values": {**saved["values"], **_finite(now)}}
+
+
+def _finite(values: dict[str, list[float]]) -> dict[str, list[float]]:
+    """Without samples that JSON cannot hold: those of masks of minus infinity, for example."""
+    return {name: sample for name, sample in values.items() if all(map(math.isfinite, sample))}
 
 
 def _same(here: list[float], there: list[float]) -> bool:
