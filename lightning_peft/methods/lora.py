@@ -40,7 +40,7 @@ from lightning_peft.core.targeting.layouts import EmbeddingLayout
 from lightning_peft.core.targeting.sites import Site
 from lightning_peft.methods.families.arguments import optional, positive, probability
 from lightning_peft.methods.families.ranked import RankedMethod
-from lightning_peft.methods.families.weight import above_both_sides, check_bias
+from lightning_peft.methods.families.weight import above_both_sides, check_bias, check_dropout
 from lightning_peft.methods.shared.lora_init import check_init, initial_factors, reads_weight
 from lightning_peft.methods.shared.trainable_tokens import as_tokens, plan_token_rows
 from lightning_peft.trainer.param_groups import split_groups
@@ -188,12 +188,7 @@ class LoRA(RankedMethod):
         if (problem := self.too_small(site)) is not None:
             own = {site.name: min(site.shape[-2:])}
             raise ValueError(f"{problem}: lower r, exclude the layer, or give it its own: rank_pattern={own}")
-        if self.dropout and not site.layout.has_activation:
-            raise ValueError(
-                f"dropout={self.dropout} cannot be had on {site.name!r}, whose module reads the weight instead of "
-                f"calling a layer: set dropout=0, or exclude it and add a second {type(self).__name__} with dropout=0 "
-                "for it"
-            )
+        check_dropout(type(self).__name__, self.dropout, site)
         if self.lora_bias:
             check_bias(site)
             if site.bias is None:

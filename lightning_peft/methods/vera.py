@@ -23,7 +23,7 @@ from lightning_peft.core.adapters.base import WeightAdapter
 from lightning_peft.core.targeting.layouts import EmbeddingLayout
 from lightning_peft.core.targeting.sites import Site
 from lightning_peft.methods.families.arguments import integer, nonzero, positive_int, probability
-from lightning_peft.methods.families.weight import WeightMethod
+from lightning_peft.methods.families.weight import WeightMethod, check_dropout
 from lightning_peft.ops.dropout import dropped
 
 __all__ = ["VeRA"]
@@ -161,11 +161,7 @@ class VeRA(WeightMethod):
         with self.initialising("projection"):
             shared = SharedProjection((self.r, columns, rows), self.projection_seed, self.save_projection)
         for name, site in sites.items():
-            if self.dropout and not site.layout.has_activation:
-                raise ValueError(
-                    f"dropout={self.dropout} cannot be had on {name!r}, whose module reads the weight instead of "
-                    "calling a layer: set dropout=0, or exclude it"
-                )
+            check_dropout("VeRA", self.dropout, site)
             with self.initialising(name):
                 built[name] = VeRAAdapter(site, shared, not built, self.d_initial, self.dropout)
         return built

@@ -195,7 +195,7 @@ class TestErrors:
 
     def test_dropout_where_the_weight_is_read(self):
         model = nn.ModuleDict({"a": nn.MultiheadAttention(4, 2)})
-        with pytest.raises(ValueError, match=r"dropout=0.1 cannot be had on 'a.in_proj_weight'"):
+        with pytest.raises(ValueError, match=r"dropout=0.1 is not supported on 'a.in_proj_weight'"):
             lp.apply(model, lp.DyLoRA(r=2, dropout=0.1, targets=["a"]))
 
     def test_truncation(self):

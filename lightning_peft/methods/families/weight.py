@@ -22,7 +22,7 @@ from lightning_peft.core.targeting.patterns import as_patterns
 from lightning_peft.core.targeting.sites import Site, check_stored, find_sites, matches_site, weight_sites
 from lightning_peft.methods.families.method import PEFTMethod
 
-__all__ = ["WeightMethod", "above_both_sides", "check_bias", "check_low_rank"]
+__all__ = ["WeightMethod", "above_both_sides", "check_bias", "check_dropout", "check_low_rank"]
 
 
 class WeightMethod(PEFTMethod):
@@ -166,10 +166,19 @@ def check_low_rank(method: str, r: int, argument: str, dropout: float, site: Sit
     """
     if (problem := above_both_sides(r, argument, site)) is not None:
         raise ValueError(f"{problem}: lower {argument}, or exclude the layer and add a second {method} for it")
+    check_dropout(method, dropout, site)
+
+
+def check_dropout(method: str, dropout: float, site: Site) -> None:
+    """Refuse dropout on a weight that no layer is called with activations for.
+
+    Raises:
+        ValueError: names the weight, and the two ways out.
+    """
     if dropout and not site.layout.has_activation:
         raise ValueError(
-            f"dropout={dropout} cannot be had on {site.name!r}, whose module reads the weight instead of calling a "
-            f"layer: set dropout=0, or exclude it and add a second {method} with dropout=0 for it"
+            f"dropout={dropout} is not supported on {site.name!r}: its module reads the weight instead of calling a "
+            f"layer. Set dropout=0, or exclude it and add a second {method} with dropout=0 for it"
         )
 
 
