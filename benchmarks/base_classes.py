@@ -115,7 +115,9 @@ def exchange(model: nn.Module) -> str:
         kind = json.loads((Path(folder) / "adapter_config.json").read_text())
     after = lp.adapter_state(model)
     wrong = [key for key, value in before.items() if key not in after or not torch.equal(after[key], value)]
-    if wrong or before.keys() != after.keys():
+    # PEFT adapts both projections of nn.MultiheadAttention, so a file has zeros for one that was not adapted.
+    wrong += [key for key in after.keys() - before.keys() if key.endswith("lora_B") and after[key].any()]
+    if wrong:
         raise AssertionError(f"{len(wrong)} of {len(before)} tensors differ, first {wrong[:1]}")
     return "own form: " + kind["reason"] if kind["peft_type"] == "LIGHTNING_PEFT" else kind["peft_type"]
 
