@@ -37,7 +37,9 @@ class PTuning(PromptMethod):
     Args:
         num_virtual_tokens: T; 20 by default.
         targets, exclude, trainable, name: see :class:`lightning_peft.PromptTuning`.
-        position, template, side: likewise.
+        position: ``"prefix"``, ``"after_bos"`` or ``"suffix"``, as of :class:`lightning_peft.PromptTuning`.
+        template: any other place, as words: ``"v8 x1 v4 x*"``, as of :class:`lightning_peft.PromptTuning`.
+        side: of an encoder-decoder: ``"encoder"`` or ``"decoder"``.
         encoder: ``"mlp"`` or ``"lstm"``.
         hidden_size: h, the network's width; the token width by default.
         num_layers: of the LSTM.

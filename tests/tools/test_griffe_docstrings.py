@@ -37,3 +37,8 @@ def test_arguments_come_from_the_class_that_describes_them():
     assert list(own)[:2] == ["r", "alpha"]
     assert own["trainable"] == inherited["trainable"]
     assert "rank" in own["r"]
+
+
+@pytest.mark.parametrize("method", [m for m in map(vars(lp).get, lp.__all__) if hasattr(m, "may_change")])
+def test_every_argument_has_a_text(method):
+    assert not inspect.signature(method).parameters.keys() - arguments(method).keys()
