@@ -220,7 +220,10 @@ def _add_heads(snapshot: Snapshot, heads: tuple[str, ...]) -> None:
 
 def _heads(base: Base, of_keys: bool = False) -> int:
     config = _config(base)
-    return (of_keys and getattr(config, "num_key_value_heads", None)) or config.num_attention_heads
+    heads = (of_keys and config_value(config, "num_key_value_heads")) or config_value(config, "num_attention_heads")
+    if heads is None:
+        raise NotInPeftError("PEFT's prompts need a model whose configuration counts its attention heads")
+    return heads
 
 
 def _config(base: Base) -> Any:

@@ -10,7 +10,14 @@ import peft
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2ForSequenceClassification, T5Config, T5ForConditionalGeneration
+from transformers import (
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    MambaConfig,
+    MambaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import lightning_peft as lp
 from lightning_peft.core.untrusted import FormatError
@@ -211,3 +218,12 @@ def test_prefixes_of_another_base(tmp_path):
     save_adapter(adapted(build("llama"), lp.PrefixTuning(3, shift_positions=True)), tmp_path)
     with pytest.raises(FormatError, match="is 3x64; this base needs 3x48"):
         load_adapter(build("multi_query"), tmp_path, check_base=False)
+
+
+def test_a_prompt_of_a_model_without_attention_is_saved_in_our_own_form(tmp_path):
+    sizes = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}
+    base = MambaForCausalLM(MambaConfig(**sizes))
+    lp.apply(model := copy.deepcopy(base), lp.PromptTuning(2))
+    lp.save_adapter(model, tmp_path)
+    assert "attention heads" in read_files(tmp_path).config["reason"]
+    lp.load_adapter(base, tmp_path)
