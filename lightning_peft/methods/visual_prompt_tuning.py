@@ -166,10 +166,11 @@ class BlockPrompt(Adapter):
                 f"{original_class(host).__name__} was called with {got}; visual prompts need (batch, length, width) "
                 f"with at least {least} in front of the patches"
             )
+        lengths = {x.shape[self.dim], x.shape[self.dim] - least}  # with and without the tokens before the patches
         for name, value in by_name(host, args, kwargs).items():
             parts = value if isinstance(value, tuple) else (value,)
-            with_length = [tuple(t.shape) for t in parts if isinstance(t, Tensor) and x.shape[self.dim] in t.shape]
-            if with_length and re.search("mask|position|rotary|key|memory", name):
+            with_length = [tuple(t.shape) for t in parts if isinstance(t, Tensor) and lengths & {*t.shape}]
+            if with_length and re.search("mask|position|rotary|rope|key|memory", name):
                 raise TokenError(
                     f"{original_class(host).__name__} was called with {name} of shape {with_length[0]}, made for the "
                     "patches alone: visual prompts are for blocks that get patch tokens only. For others take "

@@ -208,9 +208,8 @@ def test_bad_targets():
     lp.apply(two, lp.VisualPromptTuning(4, targets="a.blocks.?"))
     assert two.a.tokens(IMAGES).shape == (2, 17, 16)
     model = make_own()
-    lp.apply(model, lp.VisualPromptTuning(4, targets=["blocks.1", "blocks.2"], leading_tokens=30))
-    with pytest.raises(TokenError, match="at least 30 in front of the patches"):
-        model(IMAGES)
+    with pytest.raises(ValueError, match=r"in a trial forward.*at least 30 in front of the patches"):
+        lp.apply(model, lp.VisualPromptTuning(4, targets=["blocks.1", "blocks.2"], leading_tokens=30))
 
 
 def test_blocks_that_get_more_than_patches_are_refused_at_the_first_forward_or_before():

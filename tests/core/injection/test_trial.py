@@ -102,21 +102,34 @@ def test_a_misfit_is_refused_before_anything_is_changed(misfit, inside):
     assert type(net.blocks[0]) is attention
 
 
+class RotaryPatches(nn.Module):
+    """A block that rotates the patches and leaves a class token before them, as timm's EVA-02 does."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.attn = Called(width)
+
+    def forward(self, x: Tensor, rope: Tensor) -> Tensor:
+        return x + self.attn(torch.cat([x[:, :1], x[:, 1:] * rope], dim=1))
+
+
 class Patches(nn.Module):
     """Takes images of one size only: a position is learned for each of its patches, and one for a class token."""
 
     def __init__(self, attention: type[nn.Module], size: int = 12) -> None:
         super().__init__()
         self.enter = nn.Conv2d(3, 8, 4, stride=4)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, 8))
         self.positions = nn.Parameter(torch.zeros(1, 1 + (size // 4) ** 2, 8))
+        self.register_buffer("rope", torch.rand((size // 4) ** 2, 8))
         self.blocks = nn.ModuleList(attention() for _ in range(3))
         self.head = nn.Linear(8, 2)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.enter(x).flatten(2).transpose(1, 2)
-        x = torch.cat([x.mean(1, keepdim=True), x], dim=1) + self.positions
+        x = torch.cat([self.cls_token.expand(len(x), 1, 8), x], dim=1) + self.positions
         for block in self.blocks:
-            x = x + block(x)
+            x = block(x, self.rope) if isinstance(block, RotaryPatches) else x + block(x)
         return self.head(x[:, 0])
 
 
@@ -125,6 +138,8 @@ def test_the_size_of_images_follows_from_the_positions():
         with pytest.raises(ValueError, match="in a trial forward: ByHand ran without calling"):
             lp.apply(model, lp.PrefixTuning(3))
         assert all(p.requires_grad for p in model.parameters())
+    with pytest.raises(ValueError, match=r"in a trial forward: RotaryPatches was called with rope of shape \(9, 8\)"):
+        lp.apply(Patches(RotaryPatches), lp.VisualPromptTuning(3))
     model = Patches(Called)
     lp.apply(model, lp.PrefixTuning(3))
     assert model(torch.randn(2, 3, 12, 12)).shape == (2, 2)
