@@ -36,6 +36,7 @@ class Case:
         options: the arguments that a method needs on this model, by method.
         refused: what the error says of a method that cannot work on this model.
         result: takes the tensor out of what the forward returns.
+        plain_hyperparameters: whether a checkpoint holds tensors and plain values only.
         pl: Lightning's package that the module is written for.
     """
 
@@ -45,6 +46,7 @@ class Case:
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
     result: Callable[[Any], Tensor] = lambda out: out
+    plain_hyperparameters: bool = True
     pl: ModuleType = pl
 
     def module(self) -> Any:

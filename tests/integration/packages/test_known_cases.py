@@ -117,3 +117,13 @@ def test_the_last_layers_of_a_model_with_a_parameter_list_are_saved_and_read(rea
     again = build().eval()
     lp.load_adapter(again, tmp_path)
     close(again(x), model(x))
+
+
+def test_hyperparameters_that_are_objects_are_given_again(tmp_path: Path) -> None:
+    case = CASES["pytorch-forecasting NBeats"]
+    installed(case.package)
+    module = case.module()
+    path = fit(case, module, lp.LoRA(r=2), tmp_path)
+    for options, why in (({}, "would be run"), ({"weights_only": False}, "dataset_parameters=... in Python")):
+        with pytest.raises(lp.StateError, match=why):
+            lp.load_from_checkpoint(type(module), path, **options)

@@ -63,7 +63,7 @@ def test_model(name: str, method: str, tmp_path: Path) -> None:
     differ(trained, untrained)
 
     # The checkpoint holds what trains and nothing of the frozen base, which has not changed.
-    stored = torch.load(path, weights_only=True)["state_dict"]
+    stored = torch.load(path, weights_only=case.plain_hyperparameters)["state_dict"]
     trains = trained_parameters(module).keys()
     frozen = {k for k, _ in base.named_parameters(remove_duplicate=False)} - trains
     assert trains <= stored.keys()
