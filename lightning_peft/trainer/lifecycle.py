@@ -40,6 +40,7 @@ from lightning_peft.trainer.resume.dataloaders import TrainingLoaders
 from lightning_peft.trainer.resume.rng_state import gather, mine, rng_state
 from lightning_peft.trainer.saving_trial import try_saving
 from lightning_peft.trainer.strategy import adapt_strategy
+from lightning_peft.trainer.zero_gradients import ZeroGradientAudit
 
 __all__ = ["Lifecycle"]
 
@@ -53,6 +54,7 @@ class Lifecycle(Callback):
         self._loaders = TrainingLoaders()
         self._gradients: dict[str, torch.Tensor] = {}
         self._gradient_audit: audit.GradientAudit | None = None
+        self._zero_gradients: ZeroGradientAudit | None = None
         self._unfrozen: audit.UnfrozenAudit | None = None
         self._calls: audit.CallAudit | None = None
         self._called: set[str] | None = None
@@ -77,6 +79,7 @@ class Lifecycle(Callback):
         self._unfrozen = audit.UnfrozenAudit(pl_module)
         # With several optimizers, parameters take turns.
         self._gradient_audit = audit.GradientAudit(pl_module) if len(trainer.optimizers) == 1 else None
+        self._zero_gradients = ZeroGradientAudit(pl_module)
         self._modes = TrainingMode(pl_module)
         record = injection_of(pl_module)
         if record is not None and trainer.is_global_zero:
@@ -115,6 +118,8 @@ class Lifecycle(Callback):
             self._gradient_audit.step(self._called, scaled)
             if not self._gradient_audit.waiting:
                 self._gradient_audit = None
+        if self._zero_gradients is not None:
+            self._zero_gradients.step(optimizer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._leave_modes()

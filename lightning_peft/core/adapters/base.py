@@ -39,6 +39,8 @@ class Adapter(nn.Module):
     misfits: ClassVar[tuple[type[Exception], ...]] = ()
     #: whether it only looks on, so that the module computes the same with it as without
     transparent: ClassVar[bool] = False
+    #: whether a batch without certain tokens leaves it without a gradient
+    needs_its_tokens: ClassVar[bool] = False
 
     def run(self, host: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The host's output, given ``call``, the host's forward with the adapters before this one."""

@@ -38,6 +38,7 @@ class TokenRows(WeightAdapter):
         rows: what to share with the adapter of a tied layer; by default the rows of the weight.
     """
 
+    needs_its_tokens = True
     ids: Tensor
 
     def __init__(self, site: Site, tokens: Sequence[int], rows: nn.Parameter | None = None) -> None:

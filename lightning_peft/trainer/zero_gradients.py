@@ -1,0 +1,131 @@
+"""Check that no adapter and no trained module has a gradient of exactly zero over the first optimizer steps.
+
+Such a part has no effect on the loss: the run goes on without an error, and the part stays as it is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
+
+from lightning_peft.core.adapters.base import Adapter
+from lightning_peft.core.adapters.lookup import adapter_names, stacks
+from lightning_peft.core.names import listed
+from lightning_peft.core.record import injected_module, injection_of
+from lightning_peft.core.sharded_tensors import local_part
+from lightning_peft.trainer.audit import report
+from lightning_peft.trainer.resume.rng_state import gather
+
+__all__ = ["ZeroGradientAudit"]
+
+_WINDOWS = 3  # after how many times ``steps`` the check ends, also for groups that had too few steps that count
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Parameters that are judged together: what they are, and the name of the adapter if they belong to one."""
+
+    what: str
+    adapter: str | None
+    parameters: tuple[nn.Parameter, ...]
+
+
+class ZeroGradientAudit:
+    """Judges each adapter as a whole, each module that trains beside adapters, and each selection method as a whole.
+
+    A whole adapter, because parts of one may have zeros for a good reason: LoRA's A while B is zero, what is behind a
+    gate of zero, the ranks that DyLoRA did not draw. The largest gradients stay on their device until ``steps`` steps
+    are done, and are read together.
+
+    Args:
+        model: the module that trains.
+        steps: the number of optimizer steps over which a gradient of zero is reported; a shorter run is not judged.
+    """
+
+    def __init__(self, model: nn.Module, steps: int = 4) -> None:
+        self.model, self.steps = model, steps
+        self.groups = list(_groups(model))
+        self._moved = False
+        self._largest: list[Tensor] = []  # of each group in each step; NaN if the step does not count for the group
+
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Look at the gradients before one step of ``optimizer``, and report when enough were seen."""
+        if not self.groups:
+            return
+        # At a learning rate of zero (warmup) a head of zeros stays zero, and keeps the gradients behind it at zero.
+        moving = [group for group in optimizer.param_groups if group.get("lr") != 0]
+        stepped = {id(p) for group in moving for p in group["params"]}
+        running = {n for s in stacks(self.model).values() for n in (s.active if s.named is None else s.named)}
+        found = []
+        for group in self.groups:
+            counts = group.adapter is None or group.adapter in running
+            grads = [p.grad for p in group.parameters if counts and id(p) in stepped and p.grad is not None]
+            found.append(_largest(grads))
+        device = next((value.device for value in found if value.device.type != "cpu"), None)
+        self._largest.append(torch.stack([value.to(device) for value in found]))
+        if len(self._largest) % self.steps == 0:
+            self._judge()
+
+    def _judge(self) -> None:
+        columns = torch.stack(self._largest).T.tolist()
+        facts = [(sum(map(math.isfinite, c)), any(math.isfinite(v) and v > 0 for v in c)) for c in columns]
+        # Of a sharded gradient each rank has seen a part; every rank reports the same.
+        ranks = list(zip(*gather(facts)))
+        still = [not any(moved for _, moved in group) for group in ranks]
+        judged = [min(steps for steps, _ in group) >= self.steps for group in ranks]
+        self._moved |= not all(still)
+        zero = [group.what for group, here, known in zip(self.groups, still, judged) if here and known]
+        if zero:
+            self._report(zero)
+        # Those that had too few steps are judged later, within a limit.
+        waiting = [i for i in range(len(still)) if still[i] and not judged[i]]
+        waiting = waiting if len(self._largest) < _WINDOWS * self.steps else []
+        self.groups = [self.groups[i] for i in waiting]
+        self._largest = [values[waiting] for values in self._largest] if waiting else []
+
+    def _report(self, zero: list[str]) -> None:
+        flat = (
+            ""
+            if self._moved
+            else " Nothing that trains has a gradient: the loss itself may be flat (a margin that is "
+            "met, rewards that are all equal)."
+        )
+        report(
+            self.model,
+            f"the gradient of {listed(zero)} was exactly zero in each of the first {self.steps} optimizer steps: the "
+            f"loss does not depend on it, so it learns nothing.{flat} Place it where the loss depends on it (no token "
+            "of a causal model sees a prompt with position='suffix': use position='prefix'), or leave it out",
+        )
+
+
+def _largest(gradients: list[Tensor]) -> Tensor:
+    """The largest absolute value in all gradients; NaN without any, 0 if this rank's parts of them are empty."""
+    if not gradients:
+        return torch.tensor(math.nan)
+    parts = [part._values() if part.is_sparse else part for part in map(local_part, gradients)]
+    return get_total_norm([part for part in parts if part.numel()], math.inf).float()
+
+
+def _groups(model: nn.Module) -> Iterator[_Group]:
+    record = injection_of(model)
+    root = injected_module(model)
+    for name in adapter_names(model):
+        adapters = [stack[name] for stack in stacks(model).values() if name in stack]
+        # Whether single tokens get a gradient depends on the batch.
+        parts = [m for a in adapters for m in a.modules() if not (isinstance(m, Adapter) and m.needs_its_tokens)]
+        yield _Group(f"adapter {name!r}", name, tuple(p for m in parts for p in m.parameters(recurse=False)))
+    if record is None:
+        return
+    for name, trains in record.trains.items():
+        modules = {module: tuple(root.get_submodule(module).parameters()) for module in trains.modules}
+        if trains.adapters:
+            yield from (_Group(f"module {module!r}", None, parameters) for module, parameters in modules.items())
+        else:
+            single = map(root.get_parameter, trains.parameters)
+            parameters = (*single, *(p for part in modules.values() for p in part))
+            yield _Group(f"what {type(record.methods[name]).__name__} {name!r} trains", None, parameters)
