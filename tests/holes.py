@@ -19,7 +19,7 @@ _NO_PATCHES = "no blocks with attention in one stack"
 _NO_HEAD = "no layer stands apart as the output's"
 _NO_BIAS = "its layers were built without biases"
 _NO_NORM = "no norm layers"
-_NOTHING_FIRST = "there is no head, so nothing would train before the first block thaws"
+_NOTHING_FIRST = "there is no head, so nothing would train before the first block unfreezes"
 
 _ATTEND = [name for name, kind in KINDS.items() if kind.keys]
 _LINEAR = ["linear", "linear_4d", "fused_qkv", "llama", "gpt2", "vit"]

@@ -37,8 +37,8 @@ def markdown(text: str) -> str:
     """A docstring's roles and literal blocks in Markdown.
 
     Example:
-        >>> markdown("See :func:`lightning_peft.rows` and :class:`Part`.")
-        'See [`rows`][lightning_peft.rows] and `Part`.'
+        >>> markdown("See :func:`lightning_peft.rows` and :class:`AdapterRecord`.")
+        'See [`rows`][lightning_peft.rows] and `AdapterRecord`.'
     """
     return _LITERAL.sub(_fenced, _ROLE.sub(_link, f"{text}\n")).rstrip("\n")
 

@@ -17,7 +17,7 @@ import lightning_peft as lp
 from lightning_peft.cli.module import add_model_option, build_module, load_module, parse
 from lightning_peft.core.adapters.lookup import active_names, adapter_names
 from lightning_peft.core.optional import config_value, input_embedding, output_embedding
-from lightning_peft.core.record import injection_of
+from lightning_peft.core.record import injection_state
 from lightning_peft.core.state.state_dict import StateError
 from lightning_peft.core.targeting.sites import output_head
 
@@ -70,7 +70,7 @@ def merge(arguments: Sequence[str]) -> None:
         if given.name not in adapter_names(model):
             raise StateError(f"no adapter named {given.name!r}; {given.source} has {list(adapter_names(model))}")
         lp.set_active(model, given.name)
-    record = injection_of(model)
+    record = injection_state(model)
     names = list(record.methods) if record is not None else []
     active = active_names(model)
     idle = [n for n in adapter_names(model) if n not in active]

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["frame", "in_backward", "note", "noted"]
+__all__ = ["checkpoint_frame", "in_backward", "recall", "remember"]
 
 _NOTES: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
@@ -23,7 +23,7 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def frame() -> Any:
+def checkpoint_frame() -> Any:
     """The frame of the checkpoint around the forward in progress; None without one, or with ``use_reentrant=True``."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     pack: Any = inspect.unwrap(hooks[0]) if hooks is not None else None
@@ -35,11 +35,11 @@ def frame() -> Any:
     return found if isinstance(found, torch.utils.checkpoint._CheckpointFrame) else None
 
 
-def note(frame: Any, key: Any, value: Any) -> None:
+def remember(frame: Any, key: Any, value: Any) -> None:
     """Keep ``value`` under ``key`` for as long as the frame lives."""
     _NOTES.setdefault(frame, {})[key] = value
 
 
-def noted(frame: Any, key: Any) -> Any:
-    """What :func:`note` kept; None without any."""
+def recall(frame: Any, key: Any) -> Any:
+    """What :func:`remember` kept; None without any."""
     return _NOTES.get(frame, {}).get(key)

@@ -134,7 +134,7 @@ def _swapped(original: type, mixins: tuple[type, ...]) -> type:
         "_swapped_mixins": mixins,
     }
     if (first := _forwarding(mixins)[:1]) and hasattr(original, "forward"):
-        namespace["forward"] = _signed(first[0].__dict__["forward"], original.forward)
+        namespace["forward"] = _with_signature(first[0].__dict__["forward"], original.forward)
     # By the original's name: transformers writes it into config.json, and reads kinds of modules from it.
     return _metaclass(type(original))(original.__name__, (original,), namespace)
 
@@ -151,10 +151,10 @@ def _resolution_order(cls: type) -> list[type]:
         return type.mro(cls)
     inherited = own["_swapped_from"].__mro__
     ahead = [c for mixin in own["_swapped_mixins"] for c in mixin.__mro__ if c not in inherited]
-    return [cls, _Unannounced, *dict.fromkeys(ahead), *inherited]
+    return [cls, _NoInitSubclass, *dict.fromkeys(ahead), *inherited]
 
 
-class _Unannounced:
+class _NoInitSubclass:
     """Keeps ``__init_subclass__`` of the original from running: a registry, say, would list the subclass."""
 
     __slots__ = ()
@@ -163,7 +163,7 @@ class _Unannounced:
         pass
 
 
-def _signed(function: Any, like: Any) -> Any:
+def _with_signature(function: Any, like: Any) -> Any:
     """A copy of ``function`` with the signature of ``like``: callers look up by it what they may pass."""
     copy = types.FunctionType(
         function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__

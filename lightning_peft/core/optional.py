@@ -15,12 +15,12 @@ __all__ = ["config_value", "input_embedding", "output_embedding"]
 
 def input_embedding(module: nn.Module) -> nn.Module | None:
     """What ``module.get_input_embeddings()`` returns, None without an answer."""
-    return _asked(module, "get_input_embeddings")
+    return _call_or_none(module, "get_input_embeddings")
 
 
 def output_embedding(module: nn.Module) -> nn.Module | None:
     """What ``module.get_output_embeddings()`` returns, None without an answer."""
-    return _asked(module, "get_output_embeddings")
+    return _call_or_none(module, "get_output_embeddings")
 
 
 def config_value(config: object, name: str, default: Any = None) -> Any:
@@ -32,7 +32,7 @@ def config_value(config: object, name: str, default: Any = None) -> Any:
     return default if value is None else value
 
 
-def _asked(module: nn.Module, method: str) -> nn.Module | None:
+def _call_or_none(module: nn.Module, method: str) -> nn.Module | None:
     try:
         answer = getattr(module, method)()
     except Exception:  # NotImplementedError, or the AttributeError of a layer that this model does not have

@@ -11,23 +11,23 @@ from torch import Tensor, nn
 from lightning_peft.core.names import is_within
 
 if TYPE_CHECKING:
-    from lightning_peft.core.state.adapter_records import Part
-    from lightning_peft.core.state.moved import Start
+    from lightning_peft.core.state.adapter_records import AdapterRecord
+    from lightning_peft.core.state.moved_values import InitialValues
     from lightning_peft.core.state.plan import Method
     from lightning_peft.core.state.report import Report
 __all__ = [
-    "Injection",
-    "Trains",
+    "InjectionState",
+    "TrainedBase",
+    "deferred_parameters",
     "injected_module",
     "injected_name",
-    "injection_of",
-    "later_parameters",
+    "injection_state",
     "trainable_parameters",
 ]
 
 
 @dataclass(frozen=True)
-class Trains:
+class TrainedBase:
     """What one method trains of the base itself, by name in the module that methods were applied to.
 
     Attributes:
@@ -45,7 +45,7 @@ class Trains:
 
 
 @dataclass
-class Injection:
+class InjectionState:
     """The record of what was put into a model; it lives on the model itself.
 
     Attributes:
@@ -54,38 +54,38 @@ class Injection:
         fingerprint: what identifies the frozen base (:func:`lightning_peft.core.state.fingerprint.fingerprint`).
         start: the base's values as they were, to tell which ones change without gradients.
         trained_before: names of the base parameters that required gradients before.
-        later: names of the parameters that train later; with the values they started from once they do.
-        trains: what each method trains of the base itself, by adapter name.
-        kept: names of base parameters that train although no method names them: those that the user unfroze before
-            the fit, and those of a deleted method.
+        deferred: names of the parameters that train later; with the values they started from once they do.
+        trained_base: what each method trains of the base itself, by adapter name.
+        also_trained: names of base parameters that train although no method names them: those that the user unfroze
+            before the fit, and those of a deleted method.
         moved: names of frozen values that have changed since the start; they stay part of the state.
         hosts: the modules that carry each method's adapters, by adapter name.
-        parts: where each method's adapters are and on what layers, without their tensors, by adapter name.
+        adapter_records: where each method's adapters are and on what layers, without their tensors, by adapter name.
         origins: options of the files that adapters were read from, to be written again, by adapter name.
     """
 
     methods: dict[str, Method]
     report: Report
     fingerprint: dict[str, Any]
-    start: Start
+    start: InitialValues
     trained_before: frozenset[str]
-    later: dict[str, Tensor | None] = field(default_factory=dict)
-    trains: dict[str, Trains] = field(default_factory=dict)
-    kept: set[str] = field(default_factory=set)
+    deferred: dict[str, Tensor | None] = field(default_factory=dict)
+    trained_base: dict[str, TrainedBase] = field(default_factory=dict)
+    also_trained: set[str] = field(default_factory=set)
     moved: set[str] = field(default_factory=set)
     hosts: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    parts: dict[str, list[Part]] = field(default_factory=dict)
+    adapter_records: dict[str, list[AdapterRecord]] = field(default_factory=dict)
     origins: dict[str, dict[str, Any]] = field(default_factory=dict)
 
-    def decided(self, names: Iterable[str]) -> set[str]:
+    def trained_among(self, names: Iterable[str]) -> set[str]:
         """Those of ``names`` of base parameters that train by now, whether or not they require gradients."""
-        modules = {name for trains in self.trains.values() for name in trains.modules}
-        single = {name for trains in self.trains.values() for name in trains.parameters} | self.kept
-        waiting = {name for name, before in self.later.items() if before is None}
+        modules = {name for trained in self.trained_base.values() for name in trained.modules}
+        single = {name for trained in self.trained_base.values() for name in trained.parameters} | self.also_trained
+        waiting = {name for name, before in self.deferred.items() if before is None}
         return {n for n in names if (n in single and n not in waiting) or is_within(n, *modules)}
 
 
-def injection_of(model: nn.Module) -> Injection | None:
+def injection_state(model: nn.Module) -> InjectionState | None:
     """The record of ``model``, or of the one module inside it that methods were applied to."""
     return vars(injected_module(model)).get("_peft_injection")
 
@@ -102,11 +102,11 @@ def injected_name(model: nn.Module) -> str:
 
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The parameters an optimizer should get: those that require gradients, or will later in the run."""
-    later = {id(p) for p in later_parameters(model)}
-    return [p for p in model.parameters() if p.requires_grad or id(p) in later]
+    deferred = {id(p) for p in deferred_parameters(model)}
+    return [p for p in model.parameters() if p.requires_grad or id(p) in deferred]
 
 
-def later_parameters(model: nn.Module) -> list[nn.Parameter]:
+def deferred_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The parameters that start frozen and train later in the run, whether or not they do by now."""
-    record = injection_of(model)
-    return [] if record is None else [injected_module(model).get_parameter(name) for name in record.later]
+    record = injection_state(model)
+    return [] if record is None else [injected_module(model).get_parameter(name) for name in record.deferred]

@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["Bounded", "FormatError", "check_regexes", "parse_json"]
+__all__ = ["AllocationLimit", "FormatError", "check_regexes", "parse_json"]
 
 MAX_DEPTH = 32  #: lists and objects inside one another
 
@@ -141,7 +141,7 @@ def _strings(value: Any) -> Iterator[str]:
             yield from _strings(inside)
 
 
-class Bounded(TorchDispatchMode):
+class AllocationLimit(TorchDispatchMode):
     """While it is entered, a new tensor that is far larger than all in the model and the file is an error.
 
     Args:

@@ -15,10 +15,10 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core.injection.apply import put_in
+from lightning_peft.core.injection.apply import install
 from lightning_peft.core.names import adapter_key, is_within, join
 from lightning_peft.core.registry import method_of_file
-from lightning_peft.core.state.adapter_records import Part, adapted_names, whole
+from lightning_peft.core.state.adapter_records import AdapterRecord, adapted_names, gather_to_cpu
 from lightning_peft.core.state.fingerprint import fingerprint_now
 from lightning_peft.core.state.state_dict import StateError, adapter_state
 from lightning_peft.core.state.torch_file import naming
@@ -109,7 +109,7 @@ def import_checkpoint(
             raise FormatError(
                 f"{key!r} is {tuple(value.shape)} in the file and {tuple(state[key].shape)} in the module"
             )
-    put_in(module, {name: (method, plan)})
+    install(module, {name: (method, plan)})
     nn.Module.load_state_dict(module, own, strict=False)
     trained = adapter_state(module)
     if lost := sorted(own.keys() - trained.keys()):
@@ -129,20 +129,20 @@ def import_checkpoint(
 
 
 def _snapshot(name: str, entry: Mapping[str, Any], manifest: Mapping[str, Any], state: dict[str, Tensor]) -> Snapshot:
-    everywhere = [Part(**part) for e in manifest["methods"] for part in e["parts"]]
+    everywhere = [AdapterRecord(**part) for e in manifest["methods"] for part in e["parts"]]
     base = _Outline.of(manifest["base"], everywhere)
     values = fingerprint_now(manifest["fingerprint"], state, adapted_names(everywhere))["values"]
-    parts = [Part(**part) for part in entry["parts"]]
-    for part in parts:
-        part.tensors = _tensors_of(part, parts, name, state)
+    records = [AdapterRecord(**part) for part in entry["parts"]]
+    for part in records:
+        part.tensors = _tensors_of(part, records, name, state)
         part.host = _inner(base, part.host)
     own = entry["own"]
     heads = [_inner(base, head) for head in own["modules"]]
     return Snapshot(
         method=method_of_file(entry["method"], entry["config"]),
-        parts=parts,
+        adapter_records=records,
         heads=heads,
-        trained={_inner(base, key): whole(value) for key, value in _trained(name, entry, state).items()},
+        trained={_inner(base, key): gather_to_cpu(value) for key, value in _trained(name, entry, state).items()},
         base=base,
         fingerprint={"values": {_inner(base, n): v for n, v in values.items()}},
         origin=entry.get("origin", {}),
@@ -154,13 +154,15 @@ def _inner(base: Base, name: str) -> str:
     return name if inner is None else inner
 
 
-def _tensors_of(part: Part, parts: list[Part], name: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _tensors_of(
+    part: AdapterRecord, records: list[AdapterRecord], name: str, state: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     """The part's tensors; those of several weights of one module stand under the weights' names."""
     prefix = adapter_key(part.host, name) + "."
-    if sum(other.host == part.host for other in parts) > 1 or part.parameter not in ("", "weight"):
+    if sum(other.host == part.host for other in records) > 1 or part.parameter not in ("", "weight"):
         key = part.parameter.removesuffix(".weight")
         prefix += f"{key}." if any(k.startswith(f"{prefix}{key}.") for k in state) else f"{key}_."
-    found = {key.removeprefix(prefix): whole(value) for key, value in state.items() if key.startswith(prefix)}
+    found = {key.removeprefix(prefix): gather_to_cpu(value) for key, value in state.items() if key.startswith(prefix)}
     return {key: value for key, value in found.items() if not key.startswith("replacement.")}
 
 
@@ -185,12 +187,12 @@ class _Outline(Base):
     _facts: dict[str, Any]
 
     @classmethod
-    def of(cls, facts: Mapping[str, Any], parts: list[Part]) -> _Outline:
+    def of(cls, facts: Mapping[str, Any], records: list[AdapterRecord]) -> _Outline:
         root = nn.Module()
         for name in facts["modules"]:
             _put(root, join(facts["name"], name), nn.Module())
-        for part in parts:
-            _put(root, part.host, _layer(part, parts))
+        for part in records:
+            _put(root, part.host, _layer(part, records))
         outline = cls(root, facts["name"])
         object.__setattr__(outline, "_facts", dict(facts))
         outline.module.config = SimpleNamespace(tie_word_embeddings=facts["tied"])  # type: ignore[assignment]
@@ -209,7 +211,7 @@ def _put(root: nn.Module, name: str, module: nn.Module) -> None:
     owner.add_module(parts[-1], module)
 
 
-def _layer(part: Part, parts: list[Part]) -> nn.Module:
+def _layer(part: AdapterRecord, records: list[AdapterRecord]) -> nn.Module:
     """A layer of that kind and size on the meta device, which takes no memory."""
     shape = part.shape
     if part.kind == "Linear":
@@ -219,7 +221,7 @@ def _layer(part: Part, parts: list[Part]) -> nn.Module:
     if part.kind == "Attention":
         return nn.MultiheadAttention(shape[1], 1, device="meta")
     module = nn.Module()
-    for other in parts:
+    for other in records:
         if other.host == part.host and other.parameter:
             module.register_parameter(other.parameter, nn.Parameter(torch.empty(other.shape, device="meta")))
     return module

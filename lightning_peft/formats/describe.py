@@ -17,7 +17,7 @@ from lightning_peft.core.names import is_adapter_key
 from lightning_peft.core.state.state_dict import StateError
 from lightning_peft.core.untrusted import FormatError
 from lightning_peft.formats.directory.files import TensorInfo, adapter_folders, read_config, read_header
-from lightning_peft.formats.peft.common_options import own_facts
+from lightning_peft.formats.peft.common_options import base_facts
 from lightning_peft.formats.registry import converter_for_type
 from lightning_peft.trainer.checkpoints.manifest import KEY, read_checkpoint, scores
 
@@ -126,7 +126,7 @@ def describe(path: str | Path) -> Description:
 
 def _adapter(folder: Path) -> AdapterSummary:
     config, (tensors, metadata) = read_config(folder), read_header(folder)
-    facts = own_facts(metadata, folder)
+    facts = base_facts(metadata, folder)
     note = ""
     try:
         converter_for_type(config["peft_type"])

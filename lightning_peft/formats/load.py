@@ -12,28 +12,28 @@ from torch import Tensor, nn
 
 from lightning_peft.core.adapters.lookup import adapter_names
 from lightning_peft.core.class_swap import original_class
-from lightning_peft.core.injection.apply import check_injectable, put_in
-from lightning_peft.core.injection.overrides import replace_trained
+from lightning_peft.core.injection.apply import check_injectable, install
+from lightning_peft.core.injection.overrides import override_trained
 from lightning_peft.core.names import check_name
-from lightning_peft.core.record import injected_module, injection_of
+from lightning_peft.core.record import injected_module, injection_state
 from lightning_peft.core.state.consistency import check_record
 from lightning_peft.core.state.fingerprint import check_fingerprint
 from lightning_peft.core.state.plan import Method, Plan
 from lightning_peft.core.state.state_dict import StateError
 from lightning_peft.core.switching.active import deactivate
 from lightning_peft.core.targeting.base_model import Base, base_for_keys, base_of
-from lightning_peft.core.untrusted import Bounded, FormatError, check_regexes
+from lightning_peft.core.untrusted import AllocationLimit, FormatError, check_regexes
 from lightning_peft.formats.directory.files import CONFIG, AdapterFiles, adapter_folders, read_files
 from lightning_peft.formats.directory.seal import check_options
-from lightning_peft.formats.peft.base_values import take_own
-from lightning_peft.formats.peft.common_options import own_facts, shared_places
+from lightning_peft.formats.peft.base_values import take_base_values
+from lightning_peft.formats.peft.common_options import base_facts, shared_modules_of
 from lightning_peft.formats.peft.converter import PREFIX, Options, Reading, Tensors
 from lightning_peft.formats.peft.older_layouts import in_current_layout
 from lightning_peft.formats.registry import converter_for_type
 from lightning_peft.methods.families.method import PEFTMethod
 from lightning_peft.trainer.brought_along import is_registered
-from lightning_peft.trainer.install import install
 from lightning_peft.trainer.module import adapt_module
+from lightning_peft.trainer.prepare_run import prepare_run
 
 __all__ = ["load_adapter", "read_plan", "saved_name"]
 
@@ -89,7 +89,7 @@ def load_adapter(
             f"{directory} holds the adapters {', '.join(f.name for f in folders)}, which cannot all be called "
             f"{name!r}: give the folder of one, such as {folders[0]}, or no name"
         )
-    taken = [*adapter_names(root), *(record.methods if (record := injection_of(root)) is not None else ())]
+    taken = [*adapter_names(root), *(record.methods if (record := injection_state(root)) is not None else ())]
     plans: dict[str, tuple[Method, Plan]] = {}
     for folder in folders:
         files = read_files(folder)
@@ -101,15 +101,15 @@ def load_adapter(
             plans[called] = _planned(root, files, called, trainable, check_base, ignore_options)
         except StateError as error:
             hint = "; check_base=False skips this comparison" if "another base" in str(error) else ""
-            raise StateError(f"{_told(files, root)}: {error}{hint}") from error
+            raise StateError(f"{_describe_load(files, root)}: {error}{hint}") from error
         except Exception as error:  # what a file says can lead to any error
             what = str(error) if isinstance(error, ValueError) else f"an option has a value it cannot have: {error!r}"
-            raise FormatError(f"{_told(files, root)}: {what}") from error
-    put_in(root, plans)
+            raise FormatError(f"{_describe_load(files, root)}: {what}") from error
+    install(root, plans)
     if trainable and isinstance(model, L.LightningModule):
         adapt_module(model)  # so that its checkpoints say what they hold
         if (trainer := model._trainer) is not None:  # in setup or configure_model, after callbacks were collected
-            install(trainer, model)
+            prepare_run(trainer, model)
     elif trainable and not is_registered():
         warnings.warn(
             f"{type(model).__name__} is not a LightningModule, and this copy of lightning_peft is not installed, so a "
@@ -123,9 +123,9 @@ def load_adapter(
     return list(plans)
 
 
-def _told(files: AdapterFiles, root: nn.Module) -> str:
+def _describe_load(files: AdapterFiles, root: nn.Module) -> str:
     """What does not go where, for an error."""
-    facts = own_facts(files.metadata, files.directory)
+    facts = base_facts(files.metadata, files.directory)
     made_for = " of ".join(str(n) for n in (facts.get("base"), files.config.get("base_model_name_or_path")) if n)
     kind = original_class(base_of(root).module).__name__
     return f"{files.directory}{f', made for {made_for!a},' if made_for else ''} onto {kind}"
@@ -133,7 +133,7 @@ def _told(files: AdapterFiles, root: nn.Module) -> str:
 
 def saved_name(files: AdapterFiles) -> str:
     """What the adapter was called when it was saved."""
-    return str(own_facts(files.metadata, files.directory).get("config", {}).get("name", "default"))
+    return str(base_facts(files.metadata, files.directory).get("config", {}).get("name", "default"))
 
 
 def _planned(
@@ -144,7 +144,7 @@ def _planned(
     if not trainable:
         for adapter in (a.adapter for a in plan.attach):
             adapter.requires_grad_(False)
-    replace_trained(plan, root, own, trainable)
+    override_trained(plan, root, own, trainable)
     return method, plan
 
 
@@ -165,17 +165,19 @@ def read_plan(
     """
     config, named = in_current_layout(files.config, files.tensors, base_of(root))
     base = base_for_keys(root, [key.removeprefix(PREFIX) for key in named])
-    if check_base and "fingerprint" in (facts := own_facts(files.metadata, files.directory)):
-        check_fingerprint(base.module, facts["fingerprint"], plain=injection_of(root) is None)
+    if check_base and "fingerprint" in (facts := base_facts(files.metadata, files.directory)):
+        check_fingerprint(base.module, facts["fingerprint"], plain=injection_state(root) is None)
     options, tensors = Options(config, ignored), Tensors(named)
     check_regexes(files.config, [name for name, _ in (*root.named_modules(), *root.named_parameters())])
     converter = converter_for_type(options.get("peft_type"))
-    ours = own_facts(files.metadata, files.directory)
-    heads, own = take_own(options, tensors, base, converter.prefix, tie=bool(ours) and not ours.get("all_names"))
+    ours = base_facts(files.metadata, files.directory)
+    heads, own = take_base_values(
+        options, tensors, base, converter.prefix, tie=bool(ours) and not ours.get("all_names")
+    )
     reading = converter.read(options, tensors, base, name, trainable=base.patterns(heads))
     options.done()
     tensors.done()
-    with Bounded(root, files.tensors):
+    with AllocationLimit(root, files.tensors):
         plan = reading.method.plan(root)
     if not ours:
         _check_shared(plan, base)
@@ -189,7 +191,7 @@ def read_plan(
 def _check_shared(plan: Plan, base: Base) -> None:
     """Refuse a file of PEFT's for a module that has several names, of which PEFT adapts the first alone."""
     touched = [base.inner(name) or "" for name in (*(a.host for a in plan.attach), *plan.train_modules)]
-    for name, others in shared_places(base, touched).items():
+    for name, others in shared_modules_of(base, touched).items():
         raise FormatError(
             f"{name!r} is one module with {others}: PEFT adapts it under the first name only, and an adapter here acts "
             "under each, which computes something else. Give the other names modules of their own first"

@@ -42,7 +42,7 @@ class NativeConverter(Converter):
         method, name = snapshot.method, snapshot.base.name
         tensors = {
             PREFIX + join(part.name, "adapters", key): tensor
-            for part in snapshot.parts
+            for part in snapshot.adapter_records
             for key, tensor in part.tensors.items()
         }
 

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.injection.saving_trial import saving_trials
-from lightning_peft.core.record import injection_of
+from lightning_peft.core.record import injection_state
 from lightning_peft.core.state.adapter_records import uncopied
 from lightning_peft.formats.directory.card import model_card
 from lightning_peft.formats.directory.files import check_content, json_text, write_files
 from lightning_peft.formats.directory.snapshot import Snapshot, take_snapshot
 from lightning_peft.formats.native import NATIVE, NativeConverter
-from lightning_peft.formats.peft.base_values import modules_to_save, write_own
-from lightning_peft.formats.peft.common_options import METADATA, common_options, shared_places
+from lightning_peft.formats.peft.base_values import modules_to_save, write_base_values
+from lightning_peft.formats.peft.common_options import METADATA, common_options, shared_modules_of
 from lightning_peft.formats.peft.converter import PREFIX, NotInPeftError
 from lightning_peft.formats.registry import converter_for_method
 
@@ -48,7 +48,7 @@ def save_adapter(model: nn.Module, directory: str | Path, name: str | None = Non
         ValueError: the model has no adapter of that name.
         StateError: adapters are merged into the weights.
     """
-    record = injection_of(model)
+    record = injection_state(model)
     names = [name] if name is not None else list(record.methods) if record is not None else [""]
     write_snapshots({each: take_snapshot(model, each) for each in names}, directory, **options)
     return names
@@ -99,7 +99,9 @@ def _content(snapshot: Snapshot, **options: Any) -> tuple[dict[str, Any], dict[s
     try:
         if converter is None:
             raise NotInPeftError(f"{type(snapshot.method).__name__} has no counterpart in PEFT")
-        for name, others in shared_places(snapshot.base, [p.host for p in snapshot.parts] + snapshot.heads).items():
+        for name, others in shared_modules_of(
+            snapshot.base, [p.host for p in snapshot.adapter_records] + snapshot.heads
+        ).items():
             raise NotInPeftError(f"{name!r} is one module with {others}, and PEFT would adapt it under one name only")
         writing = converter.write(snapshot, **options)
         peft_type, own = converter.peft_type, {"modules_to_save": modules_to_save(snapshot)}
@@ -107,7 +109,7 @@ def _content(snapshot: Snapshot, **options: Any) -> tuple[dict[str, Any], dict[s
         writing, peft_type, own = NativeConverter().write(snapshot), NATIVE, {"reason": str(reason)}
         prefix = PREFIX
     config = {**common_options(snapshot, peft_type), **writing.config, **own}
-    tensors = writing.tensors | write_own(snapshot, writing.wrapped, prefix)
+    tensors = writing.tensors | write_base_values(snapshot, writing.wrapped, prefix)
     metadata = {METADATA: json_text(_facts(snapshot))}
     return config, tensors, metadata, model_card(snapshot, config, tensors)
 

@@ -84,7 +84,7 @@ class AdaLoRA(WeightMethod):
         trainer = L.Trainer(callbacks=[lp.AdaLoRA(target_r=4, init_r=8, tinit=100, tfinal=300)], max_epochs=3)
     """
 
-    may_change = WeightMethod.may_change | {
+    resume_may_differ = WeightMethod.resume_may_differ | {
         *("target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step", "dropout")
     }
 
@@ -134,7 +134,7 @@ class AdaLoRA(WeightMethod):
 
     def adapters(self, model: nn.Module) -> dict[str, AdaLoRAAdapter]:
         """This method's adapters in ``model``, by the name of the weight."""
-        return {name: cast(AdaLoRAAdapter, part) for name, part in self.parts(model).items()}
+        return {name: cast(AdaLoRAAdapter, part) for name, part in self.adapters_by_weight(model).items()}
 
     @torch.no_grad()
     def regularize(self, model: nn.Module) -> None:

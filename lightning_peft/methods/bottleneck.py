@@ -132,7 +132,7 @@ class BottleneckAdapter(ActivationMethod):
         trainer = L.Trainer(callbacks=[lp.BottleneckAdapter("houlsby", bottleneck_size=64, trainable=["classifier"])])
     """
 
-    may_change = ActivationMethod.may_change | {"dropout", "stochastic_depth", "init"}
+    resume_may_differ = ActivationMethod.resume_may_differ | {"dropout", "stochastic_depth", "init"}
 
     preset: Literal["houlsby", "pfeiffer", "parallel", "scaled_parallel", "adapterplus"] = field(
         default="pfeiffer", kw_only=False

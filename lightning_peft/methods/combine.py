@@ -31,12 +31,18 @@ from torch import Tensor, nn
 from lightning_peft.core.adapters.base import BIASES, Adapter, WeightAdapter
 from lightning_peft.core.adapters.effective_weights import stored_tensor
 from lightning_peft.core.adapters.lookup import adapter_names, check_known, check_unmerged, stacks
-from lightning_peft.core.injection.apply import put_in
-from lightning_peft.core.injection.low_rank_factors import Factors, LowRankReport, change, evaluating, product
-from lightning_peft.core.injection.overrides import replacements
-from lightning_peft.core.injection.remove import check_deletable, take_out
+from lightning_peft.core.injection.apply import install
+from lightning_peft.core.injection.low_rank_factors import (
+    Factors,
+    LowRankReport,
+    evaluating,
+    low_rank_factors,
+    weight_delta,
+)
+from lightning_peft.core.injection.overrides import parameter_overrides
+from lightning_peft.core.injection.remove import check_deletable, uninstall
 from lightning_peft.core.names import check_name, join
-from lightning_peft.core.record import injected_module, injection_of
+from lightning_peft.core.record import injected_module, injection_state
 from lightning_peft.core.state.plan import Attachment, Method, Plan
 from lightning_peft.core.switching.active import deactivate
 from lightning_peft.core.targeting.patterns import exactly
@@ -105,10 +111,10 @@ def combine(
         raise ValueError(f"the model has an adapter named {name!r} already: give the new one another name=")
     _check(model, names, shares, how, r, energy, density)
     root = injected_module(model)
-    made = _made(root, dict(zip(names, shares)), how, r, energy, density, seed)
-    _put_in(root, name, made, like=names[0])
+    combined = _combined(root, dict(zip(names, shares)), how, r, energy, density, seed)
+    _install_combined(root, name, combined, like=names[0])
     deactivate(root, name)
-    return made.report
+    return combined.report
 
 
 @torch.no_grad()
@@ -146,22 +152,22 @@ def to_lora(
     if new_name is not None:
         return combine(model, [name], [1.0], new_name, r=r, energy=energy)
     check_deletable(model, name)
-    made = _made(root, {name: 1.0}, "linear", r, energy, None, 0)
+    combined = _combined(root, {name: 1.0}, "linear", r, energy, None, 0)
     before = {host: (list(stack), stack.active) for host, stack in stacks(root).items() if name in stack}
     trains = any(p.requires_grad for s in stacks(root).values() if name in s for p in cast(Any, s[name]).parameters())
-    record = injection_of(model)
-    own = record.trains.get(name) if record is not None else None
-    take_out(root, name)
-    _put_in(root, name, made, trains=trains)
-    if (record := injection_of(model)) is not None and own is not None:
-        record.trains[name] = own
+    record = injection_state(model)
+    own = record.trained_base.get(name) if record is not None else None
+    uninstall(root, name)
+    _install_combined(root, name, combined, trains=trains)
+    if (record := injection_state(model)) is not None and own is not None:
+        record.trained_base[name] = own
     for host, stack in stacks(root).items():
         if name in stack:
             order, stack.active = before[host]
             for n in order:
                 stack._modules[n] = stack._modules.pop(n)
             stack.refresh()
-    return made.report
+    return combined.report
 
 
 def _check(
@@ -194,15 +200,15 @@ def _check(
 
 
 @dataclass
-class _Made:
+class _Combined:
     """What a new LoRA is made of: factors by weight, copies by full name, and how good the factors are."""
 
     factors: dict[str, Factors] = field(default_factory=dict)
-    copies: dict[str, Tensor] = field(default_factory=dict)
+    overrides: dict[str, Tensor] = field(default_factory=dict)
     report: LowRankReport = field(default_factory=LowRankReport)
 
 
-def _made(
+def _combined(
     root: nn.Module,
     shares: Mapping[str, float],
     how: str,
@@ -210,12 +216,14 @@ def _made(
     energy: float | None,
     density: float | None,
     seed: int,
-) -> _Made:
+) -> _Combined:
     """The result of :func:`combine`, before anything is changed."""
     changes = _changes(root, shares)
-    made = _Made(copies=_interpolated(root, shares))
-    if made.copies and how not in _SUMS:
-        raise ValueError(f"{list(made.copies)[:3]} stand in place of the base's own, which {how!r} is not made for")
+    combined = _Combined(overrides=_interpolated(root, shares))
+    if combined.overrides and how not in _SUMS:
+        raise ValueError(
+            f"{list(combined.overrides)[:3]} stand in place of the base's own, which {how!r} is not made for"
+        )
     generator = torch.Generator().manual_seed(seed)
     for site, (weight, parts) in changes.items():
         weights, factors = [shares[n] for n in parts], [_factors(part) for part in parts.values()]
@@ -231,11 +239,13 @@ def _made(
             left = torch.cat([w * a for w, (a, _) in zip(weights, pairs)], -2)
             mixed = left, torch.cat([b for _, b in pairs], -1)
         else:
-            tasks = torch.stack([change(part, weight) for part in parts.values()])
+            tasks = torch.stack([weight_delta(part, weight) for part in parts.values()])
             mixed = mix(tasks, weights, how, density, generator)
-        made.factors[site], made.report.errors[site], made.report.norms[site] = product(mixed, cut, energy)
-        made.report.ranks[site] = made.factors[site][0].shape[-2]
-    return made
+        combined.factors[site], combined.report.errors[site], combined.report.norms[site] = low_rank_factors(
+            mixed, cut, energy
+        )
+        combined.report.ranks[site] = combined.factors[site][0].shape[-2]
+    return combined
 
 
 def mix(tasks: Tensor, weights: Sequence[float], how: str, density: float | None, generator: torch.Generator) -> Tensor:
@@ -288,9 +298,9 @@ def _changes(root: nn.Module, names: Collection[str]) -> dict[str, tuple[Tensor,
     for host_name, stack in stacks(root).items():
         host = root.get_submodule(host_name)
         for name in (n for n in names if n in stack):
-            for adapter in cast(Adapter, stack[name]).parts():
+            for adapter in cast(Adapter, stack[name]).components():
                 where = f"{name!r} at {host_name!r} ({type(adapter).__name__})"
-                if not (adapter.weights() or adapter.copies() or adapter.transparent):
+                if not (adapter.weights() or adapter.overrides() or adapter.is_passthrough):
                     raise ValueError(f"{where} is no weight change, and cannot be combined or become a LoRA")
                 for parameter, part in adapter.weights().items():
                     bias = stored_tensor(host, BIASES[parameter]) if parameter in BIASES else None
@@ -308,7 +318,7 @@ def _interpolated(root: nn.Module, shares: Mapping[str, float]) -> dict[str, Ten
     for host_name, stack in stacks(root).items():
         for name, share in ((n, w) for n, w in shares.items() if n in stack):
             for local, copy in (
-                (k, c) for part in cast(Adapter, stack[name]).parts() for k, c in part.copies().items()
+                (k, c) for part in cast(Adapter, stack[name]).components() for k, c in part.overrides().items()
             ):
                 full = join(host_name, local)
                 base = cast(Tensor, stored_tensor(root.get_submodule(host_name), local)).detach()
@@ -322,20 +332,20 @@ def _interpolated(root: nn.Module, shares: Mapping[str, float]) -> dict[str, Ten
     return found
 
 
-def _put_in(root: nn.Module, name: str, made: _Made, like: str = "", trains: bool = False) -> None:
+def _install_combined(root: nn.Module, name: str, combined: _Combined, like: str = "", trains: bool = False) -> None:
     """A LoRA with these factors and the copies beside it; without factors, another of the method of ``like``."""
-    record = injection_of(root)
+    record = injection_state(root)
     method: Method
-    if made.factors:
-        method, plan = _lora(root, name, made.factors, trains)
-    elif made.copies and record is not None:
+    if combined.factors:
+        method, plan = _lora(root, name, combined.factors, trains)
+    elif combined.overrides and record is not None:
         source: Any = record.methods[like]
         method, plan = type(source)(**{**source.config(), "name": name}), Plan()
     else:
         raise ValueError(f"{like!r} changes nothing in this model: there is nothing to combine")
-    for host, adapter in replacements(root, made.copies, trains).items():
+    for host, adapter in parameter_overrides(root, combined.overrides, trains).items():
         plan.attach.append(Attachment(host, host, adapter, f"own {', '.join(adapter.stored_as)}"))
-    put_in(root, {name: (method, plan)})
+    install(root, {name: (method, plan)})
 
 
 def _lora(root: nn.Module, name: str, factors: dict[str, Factors], trains: bool) -> tuple[LoRA, Plan]:

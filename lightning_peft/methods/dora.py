@@ -65,7 +65,7 @@ class DoRAAdapter(LoRAAdapter):
             return (z * by).to(z.dtype)
         return torch.addcmul(self.layout.features(host, (1 - gain) * bias), z, by).to(z.dtype)
 
-    def row_link(self, host: nn.Module) -> None:
+    def batched_class(self, host: nn.Module) -> None:
         return None  # its norms are those of what the other adapters of a row have made of the weight
 
     def _remembered(self, weight: Tensor, first: bool) -> Tensor:

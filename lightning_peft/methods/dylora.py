@@ -20,7 +20,7 @@ from attrs import field
 from torch import Tensor, nn
 
 from lightning_peft.core.adapters.base import WeightAdapter
-from lightning_peft.core.record import injection_of
+from lightning_peft.core.record import injection_state
 from lightning_peft.core.targeting.sites import Site
 from lightning_peft.methods.families.arguments import nonzero, positive_int, probability
 from lightning_peft.methods.families.weight import WeightMethod, above_both_sides, check_low_rank
@@ -61,7 +61,7 @@ class DyLoRA(WeightMethod):
         lp.DyLoRA.truncate(module, 4)
     """
 
-    may_change = WeightMethod.may_change | {"dropout", "frozen"}
+    resume_may_differ = WeightMethod.resume_may_differ | {"dropout", "frozen"}
 
     r: int = field(default=8, validator=positive_int, kw_only=False)
     alpha: float = field(default=16, validator=nonzero, kw_only=False)
@@ -81,7 +81,7 @@ class DyLoRA(WeightMethod):
     def sample(self, model: nn.Module, step: int) -> int:
         """Draw the rank that the adapters train at in ``step``, and set it; returns it."""
         rank = 1 + self.seed_for(step) % self.r
-        for part in self.parts(model).values():
+        for part in self.adapters_by_weight(model).values():
             cast(DyLoRAAdapter, part).train_at(rank)
         return rank
 
@@ -103,7 +103,7 @@ class DyLoRA(WeightMethod):
         Raises:
             ValueError: there is no such adapter, or it does not have that rank.
         """
-        record = injection_of(model)
+        record = injection_state(model)
         methods = [m for m in record.methods.values() if isinstance(m, DyLoRA)] if record is not None else []
         methods = [m for m in methods if name in (None, m.name)]
         if not methods:
@@ -113,7 +113,7 @@ class DyLoRA(WeightMethod):
             if rank > method.r:
                 raise ValueError(f"rank={rank} is above r={method.r}, the highest rank that {method.name!r} has")
         for method in methods:
-            for part in method.parts(model).values():
+            for part in method.adapters_by_weight(model).values():
                 cast(DyLoRAAdapter, part).truncate(rank, cut)
             method.r = rank if cut else method.r
 

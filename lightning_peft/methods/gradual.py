@@ -1,9 +1,9 @@
-"""Gradual unfreezing: the head trains first, then one block after the other thaws, from the output down.
+"""Gradual unfreezing: the head trains first, then one block after the other unfreezes, from the output down.
 
     theta_l trains from time t_l on,    t_L <= t_{L-1} <= ... <= t_1
 
 The lower layers see gradients only once those above have settled, which keeps what the base knows. All of what has
-thawed trains; with every block scheduled, in the end the whole model does.
+unfrozen trains; with every block scheduled, in the end the whole model does.
 
 Howard & Ruder 2018, "Universal Language Model Fine-tuning for Text Classification", arXiv:1801.06146.
 """
@@ -22,8 +22,8 @@ from torch import nn
 
 from lightning_peft.core.class_swap import original_class
 from lightning_peft.core.names import owner_of
-from lightning_peft.core.record import injection_of
-from lightning_peft.core.state.freezing import thaw
+from lightning_peft.core.record import injection_state
+from lightning_peft.core.state.freezing import unfreeze
 from lightning_peft.core.state.plan import Plan
 from lightning_peft.core.targeting.frozen_parts import why_frozen
 from lightning_peft.core.targeting.patterns import TargetError, as_patterns
@@ -35,26 +35,26 @@ __all__ = ["GradualUnfreezing"]
 
 
 class GradualUnfreezing(SelectionMethod):
-    """Gradual unfreezing (Howard & Ruder 2018, arXiv:1801.06146): blocks thaw one by one from the output down.
+    """Gradual unfreezing (Howard & Ruder 2018, arXiv:1801.06146): blocks unfreeze one by one from the output down.
 
     Choose it when full fine-tuning forgets what the base knows: little data, or data far from the base's. It costs
-    as much as full fine-tuning once all has thawed, and less before; checkpoints grow with what has thawed.
+    as much as full fine-tuning once all has unfrozen, and less before; checkpoints grow with what has unfrozen.
 
     The optimizer holds every parameter that is scheduled from the start (``configure_optimizers`` sees them as
     trainable), so its groups and schedulers are those of the user throughout; a frozen parameter has no gradient, and
-    is not touched. A checkpoint says what has thawed, and a resumed run goes on exactly. The base values of a thawed
-    parameter are kept on the CPU, so that an earlier checkpoint can still be loaded.
+    is not touched. A checkpoint says what has unfrozen, and a resumed run goes on exactly. The base values of a
+    unfrozen parameter are kept on the CPU, so that an earlier checkpoint can still be loaded.
 
     Without a Trainer: ``lp.apply(model, method)``, build the optimizer over ``lp.trainable_parameters(model)``, and
     call ``method.advance(model, time)`` at the start of each epoch or step.
 
     Args:
-        every: epochs (or steps) between one block and the next, when there is no ``schedule``; all blocks thaw then,
-            and last what stands before the first (embeddings).
-        schedule: when each block thaws, counted from 0, from the output down: ``[1, 2, 2]`` thaws the last block
-            after one epoch and the two before it after two. What it does not reach stays frozen.
+        every: epochs (or steps) between one block and the next, when there is no ``schedule``; all blocks unfreeze
+            then, and last what stands before the first (embeddings).
+        schedule: when each block unfreezes, counted from 0, from the output down: ``[1, 2, 2]`` unfreezes the last
+            block after one epoch and the two before it after two. What it does not reach stays frozen.
         unit: ``"epoch"``, or ``"step"`` of the optimizer.
-        targets: ``"blocks"``, the repeated blocks found in the model, or patterns of modules to thaw instead, which
+        targets: ``"blocks"``, the repeated blocks found in the model, or patterns of modules to unfreeze instead, which
             do so from the last in model order to the first.
         exclude: patterns of modules that never train.
         trainable, name: see :class:`lightning_peft.PEFTMethod`. What follows the last block trains from the start.
@@ -71,7 +71,7 @@ class GradualUnfreezing(SelectionMethod):
         trainer = L.Trainer(callbacks=[lp.GradualUnfreezing(schedule=[1, 2, 3], layer_decay=0.4)])
     """
 
-    may_change = SelectionMethod.may_change | {"every", "schedule", "unit"}
+    resume_may_differ = SelectionMethod.resume_may_differ | {"every", "schedule", "unit"}
 
     every: int = field(default=1, validator=positive_int, kw_only=False)
     schedule: Sequence[int] | None = field(default=None, converter=as_list)
@@ -98,20 +98,20 @@ class GradualUnfreezing(SelectionMethod):
         for time, (stage, names) in zip(self.times(model), self.stages(model).items()):
             for name in names:
                 if id(model.get_parameter(name)) not in trains:
-                    plan.later[name] = stage, f"trains from {self.unit} {time}"
+                    plan.deferred[name] = stage, f"trains from {self.unit} {time}"
 
     def stages(self, model: nn.Module) -> dict[str, list[str]]:
-        """What thaws together, in order: the block's name to the names of its parameters."""
+        """What unfreezes together, in order: the block's name to the names of its parameters."""
         excluded = self.covered(model, as_patterns(self.exclude, "exclude"), "exclude")
         stages = {block: list(parameters_in(model, block)) for block in reversed(self.blocks(model))}
         if not self.patterns("blocks"):
-            found = depths(model, self.heads(model))
+            found = depths(model, self.trainable_modules(model))
             lowest = [name for name, depth in found.items() if depth == len(stages) + 1]
             stages |= {"before the first block": lowest} if lowest else {}
         return {k: [n for n in names if not excluded(owner_of(n))] for k, names in stages.items()}
 
     def times(self, model: nn.Module) -> list[int]:
-        """When each stage thaws.
+        """When each stage unfreezes.
 
         Raises:
             TargetError: there are more times than stages.
@@ -122,16 +122,16 @@ class GradualUnfreezing(SelectionMethod):
         if len(self.schedule) > len(stages):
             raise TargetError(
                 f"schedule={self.schedule} goes past the last block: it has {len(self.schedule)} entries, and "
-                f"{original_class(model).__name__} has {len(stages)} to thaw: {list(stages)}"
+                f"{original_class(model).__name__} has {len(stages)} to unfreeze: {list(stages)}"
             )
         return list(self.schedule)
 
     def advance(self, model: nn.Module, time: int) -> list[str]:
         """Thaw what is due at ``time`` (epochs or optimizer steps done); returns the names that were frozen before."""
-        record = injection_of(model)
-        later = record.later if record is not None else {}
+        record = injection_state(model)
+        later = record.deferred if record is not None else {}
         due = [names for t, names in zip(self.times(model), self.stages(model).values()) if t <= time]
-        return thaw(model, [name for names in due for name in names if name in later])
+        return unfreeze(model, [name for names in due for name in names if name in later])
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         kind = type(trainer.strategy).__name__

@@ -60,7 +60,7 @@ class IA3(WeightMethod):
         trainer = L.Trainer(callbacks=[lp.IA3(trainable=["classifier"])])
     """
 
-    may_change = WeightMethod.may_change | {"feedforward_targets"}
+    resume_may_differ = WeightMethod.resume_may_differ | {"feedforward_targets"}
 
     targets: str | Sequence[str] = field(default="all-key-value", kw_only=False)
     feedforward_targets: str | Sequence[str] = field(
@@ -125,7 +125,7 @@ class InputScale(WeightAdapter):
         self.ia3_l = nn.Parameter(torch.ones(*site.shape[:-2], 1, self.inputs))
 
     @property
-    def rewrites(self) -> bool:
+    def modifies_weight(self) -> bool:
         return not self.layout.has_activation
 
     def transform(self, weight: Tensor) -> Tensor:

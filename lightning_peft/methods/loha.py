@@ -23,14 +23,14 @@ from torch import Tensor, nn
 
 from lightning_peft.core.adapters.base import WeightAdapter
 from lightning_peft.core.targeting.sites import Site
-from lightning_peft.methods.families.ranked import RowDropAdapter, RowDropMethod
+from lightning_peft.methods.families.ranked import RankDropAdapter, RowDropMethod
 from lightning_peft.methods.shared.kernel_factors import tucker, uniform
 from lightning_peft.ops.recompute import recomputed
 
 __all__ = ["LoHa"]
 
 
-class LoHaAdapter(RowDropAdapter):
+class LoHaAdapter(RankDropAdapter):
     """``hada_w1_a``, ``hada_w2_a`` (..., out, r) and ``hada_w1_b``, ``hada_w2_b`` (..., r, in).
 
     With ``hada_t1``, ``hada_t2`` (r, r, *kernel): a (r, out) and b (r, in).

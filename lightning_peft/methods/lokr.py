@@ -26,14 +26,14 @@ from torch import Tensor, nn
 from lightning_peft.core.adapters.base import WeightAdapter
 from lightning_peft.core.targeting.sites import Site
 from lightning_peft.methods.families.arguments import Check, is_int
-from lightning_peft.methods.families.ranked import RowDropAdapter, RowDropMethod
+from lightning_peft.methods.families.ranked import RankDropAdapter, RowDropMethod
 from lightning_peft.methods.shared.kernel_factors import tucker, uniform
 from lightning_peft.ops.recompute import recomputed
 
 __all__ = ["LoKr"]
 
 
-def factorise(n: int, factor: int) -> tuple[int, int]:
+def factorize(n: int, factor: int) -> tuple[int, int]:
     """``n`` as a product: ``factor`` first where it divides, else the largest divisor up to it and up to sqrt(n)."""
     if factor > 0 and n % factor == 0:
         return factor, n // factor
@@ -42,7 +42,7 @@ def factorise(n: int, factor: int) -> tuple[int, int]:
     return first, n // first
 
 
-class LoKrAdapter(RowDropAdapter):
+class LoKrAdapter(RankDropAdapter):
     """``lokr_w1`` (..., l, m), or ``lokr_w1_a`` (..., l, r) and ``lokr_w1_b`` (..., r, m).
 
     ``lokr_w2`` (..., k, n * kernel), or ``lokr_w2_a`` (..., k, r) and ``lokr_w2_b`` (..., r, n * kernel); with
@@ -54,7 +54,7 @@ class LoKrAdapter(RowDropAdapter):
         *batch, rows, columns = site.shape
         kernel = site.layout.kernel(site.weight)
         size = math.prod(kernel)
-        (l, k), (m, n) = factorise(rows, factor), factorise(columns // size, factor)  # noqa: E741 - the paper's names
+        (l, k), (m, n) = factorize(rows, factor), factorize(columns // size, factor)  # noqa: E741 - the paper's names
         self.r = r
         self.scale = scale
         self.sides = m, n * size
@@ -88,7 +88,7 @@ class LoKrAdapter(RowDropAdapter):
         return update if keep is None else update * keep[..., None]
 
     @property
-    def rewrites(self) -> bool:
+    def modifies_weight(self) -> bool:
         return not (self.layout.has_activation and self.layout.vectors)
 
     def output(self, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from lightning_peft.core.adapters.base import WeightAdapter
 from lightning_peft.core.adapters.lookup import stacks
 from lightning_peft.core.adapters.low_rank import LowRankAdapter
-from lightning_peft.core.batching.batched import RowLink
+from lightning_peft.core.batching.batched import BatchedAdapters
 from lightning_peft.core.names import join, owner_of
 from lightning_peft.core.state.plan import Plan
 from lightning_peft.core.targeting.base_modules import base_modules
@@ -42,7 +42,7 @@ from lightning_peft.methods.families.arguments import optional, positive, probab
 from lightning_peft.methods.families.ranked import RankedMethod
 from lightning_peft.methods.families.weight import above_both_sides, check_bias, check_dropout
 from lightning_peft.methods.shared.lora_init import check_init, initial_factors, reads_weight
-from lightning_peft.methods.shared.trainable_tokens import as_tokens, plan_token_rows
+from lightning_peft.methods.shared.trainable_tokens import as_tokens, plan_trainable_tokens
 from lightning_peft.trainer.param_groups import split_groups
 
 __all__ = ["LoRA", "LoRAAdapter", "plain_factors"]
@@ -96,10 +96,10 @@ class LoRAAdapter(LowRankAdapter):
             return out
         return (out + self.scale * self.layout.features(host, self.lora_bias)).to(out.dtype)
 
-    def row_link(self, host: nn.Module) -> type[RowLink] | None:
+    def batched_class(self, host: nn.Module) -> type[BatchedAdapters] | None:
         # The products of all rows together have no place for a bias, or for what a subclass makes of its output.
         plain = self.lora_bias is None and type(self).output is LoRAAdapter.output
-        return super().row_link(host) if plain else WeightAdapter.row_link(self, host)
+        return super().batched_class(host) if plain else WeightAdapter.batched_class(self, host)
 
     @property
     def changes_bias(self) -> bool:
@@ -154,7 +154,7 @@ class LoRA(RankedMethod):
         trainer = L.Trainer(callbacks=[lp.LoRA(r=8, targets=["q_proj", "v_proj"], trainable=["classifier"])])
     """
 
-    may_change = RankedMethod.may_change | {
+    resume_may_differ = RankedMethod.resume_may_differ | {
         *("dropout", "bias", "init", "lora_plus_ratio", "freeze_A", "trainable_tokens")
     }
     adapter_class: ClassVar[type[LoRAAdapter]] = LoRAAdapter
@@ -212,10 +212,10 @@ class LoRA(RankedMethod):
             for parameter, value in module._parameters.items() if wanted else ():
                 if value is not None and parameter.endswith("bias"):
                     plan.train[join(name, parameter)] = "bias trains"
-        plan_token_rows(plan, model, self.trainable_tokens, self.initialising)
+        plan_trainable_tokens(plan, model, self.trainable_tokens, self.seeded_init)
         return plan
 
-    def regroup(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    def configure_param_groups(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
         if self.lora_plus_ratio is None:
             return
         found = [stack[self.name] for stack in stacks(model).values() if self.name in stack]

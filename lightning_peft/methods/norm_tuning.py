@@ -46,7 +46,7 @@ class NormTuning(SelectionMethod):
         trainer = L.Trainer(callbacks=[lp.NormTuning(trainable=["classifier"])])
     """
 
-    may_change = SelectionMethod.may_change | {"parts"}
+    resume_may_differ = SelectionMethod.resume_may_differ | {"parts"}
 
     parts: Literal["all", "weight", "bias"] = "all"
 

@@ -109,7 +109,7 @@ class OFTAdapter(WeightAdapter):
         return turned.transpose(-2, -3).flatten(-2)
 
     @property
-    def rewrites(self) -> bool:
+    def modifies_weight(self) -> bool:
         return not (self.layout.has_activation and (self.layout.vectors or self.on_rows))
 
     def run(self, host: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -176,7 +176,7 @@ class OFT(WeightMethod):
         trainer = L.Trainer(callbacks=[lp.OFT(block_size=32, targets=["q_proj", "v_proj"], trainable=["classifier"])])
     """
 
-    may_change = WeightMethod.may_change | {"dropout"}
+    resume_may_differ = WeightMethod.resume_may_differ | {"dropout"}
 
     block_size: int | None = field(
         default=None,
@@ -227,7 +227,7 @@ class OFT(WeightMethod):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        for part in self.parts(pl_module).values() if self.coft else ():
+        for part in self.adapters_by_weight(pl_module).values() if self.coft else ():
             assert isinstance(part, OFTAdapter)
             part.constrain()  # after the step and before a checkpoint
 

@@ -55,7 +55,7 @@ class PTuning(PromptMethod):
         trainer = L.Trainer(callbacks=[lp.PTuning(20, template="v10 x1 v10 x*", trainable=["classifier"])])
     """
 
-    may_change = PromptMethod.may_change | {"dropout"}
+    resume_may_differ = PromptMethod.resume_may_differ | {"dropout"}
 
     encoder: Literal["mlp", "lstm"] = "mlp"
     hidden_size: int | None = field(default=None, validator=optional(positive_int))
@@ -76,7 +76,7 @@ class PTuning(PromptMethod):
         hidden = self.hidden_size or width
         return PromptEncoder(tokens, width, hidden, self.num_layers if self.encoder == "lstm" else 0, self.dropout)
 
-    def folded(self) -> PTuning:
+    def without_reparameterization(self) -> PTuning:
         """This method with a direct prompt, as a model has it after :func:`lightning_peft.fold`."""
         method = copy.copy(self)
         method.folded_prompt = True

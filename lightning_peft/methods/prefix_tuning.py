@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from lightning_peft.core.adapters.attention_prefix import AttentionError, call_with_prefix, mask_columns
 from lightning_peft.core.adapters.base import Adapter
-from lightning_peft.core.batching.batched import RowLink
-from lightning_peft.core.batching.layout import Place
+from lightning_peft.core.batching.batched import BatchedAdapters
+from lightning_peft.core.batching.layout import BatchLayout
 from lightning_peft.core.class_swap import original_class
 from lightning_peft.core.kv_cache import cache_length, find_cache
 from lightning_peft.core.module_io import by_name, parameters_of
@@ -39,7 +39,7 @@ from lightning_peft.core.targeting.patterns import TargetError
 from lightning_peft.methods.families.arguments import Check, as_list, is_int, optional, positive, positive_int
 from lightning_peft.methods.families.method import PEFTMethod
 from lightning_peft.methods.shared.cached_step import check_cached_step
-from lightning_peft.methods.shared.prefix_batching import PrefixRows
+from lightning_peft.methods.shared.prefix_batching import BatchedPrefixes
 from lightning_peft.methods.shared.prefix_window import prefix_in_window, sliding_window
 
 __all__ = ["PrefixTuning"]
@@ -91,7 +91,7 @@ class PrefixTuning(PEFTMethod):
         trainer = L.Trainer(callbacks=[lp.PrefixTuning(num_virtual_tokens=20, bottleneck_size=512)])
     """
 
-    may_change = PEFTMethod.may_change | {"init", "init_std"}
+    resume_may_differ = PEFTMethod.resume_may_differ | {"init", "init_std"}
 
     num_virtual_tokens: int = field(default=20, validator=positive_int, kw_only=False)
     targets: str | Sequence[str] = "all-attention"
@@ -111,11 +111,11 @@ class PrefixTuning(PEFTMethod):
             sites = _in_layers(model, sites, self.layers)
         source = None
         if self.bottleneck_size is not None:
-            with self.initialising("encoder"):
+            with self.seeded_init("encoder"):
                 width = next(iter(sites.values())).key_width
                 source = PrefixSource(self.num_virtual_tokens, width, self.bottleneck_size, self.activation)
         for i, site in enumerate(sites.values()):
-            with self.initialising(site.name):
+            with self.seeded_init(site.name):
                 std = self.init_std if self.init == "normal" else 0.0
                 adapter = PrefixAdapter(site, self.num_virtual_tokens, std, self.gate, source, owns_source=i == 0)
             adapter.window = sliding_window(site.module) if self.shift_positions else None
@@ -130,7 +130,7 @@ class PrefixTuning(PEFTMethod):
             plan.attach.append(Attachment(where, where, shift, what))
         return plan
 
-    def folded(self) -> PrefixTuning:
+    def without_reparameterization(self) -> PrefixTuning:
         """This method with direct prefixes, as a model has them after :func:`lightning_peft.fold`."""
         method = copy.copy(self)
         method.bottleneck_size = None
@@ -156,7 +156,7 @@ class PrefixAdapter(Adapter):
     With a source they are the output of ``up`` instead. The source is stored once, with the first layer.
     """
 
-    misfits = (AttentionError,)
+    misfit_errors = (AttentionError,)
 
     def __init__(
         self,
@@ -196,8 +196,8 @@ class PrefixAdapter(Adapter):
         prefix = prefix_in_window(self, [self.window], self.tokens, host, (*args, *kwargs.values()))
         return call_with_prefix(host, prefix, call, *args, **kwargs)
 
-    def row_link(self, host: nn.Module) -> type[RowLink]:
-        return PrefixRows
+    def batched_class(self, host: nn.Module) -> type[BatchedAdapters]:
+        return BatchedPrefixes
 
     @property
     def extends(self) -> bool:
@@ -249,10 +249,10 @@ class PrefixAdapter(Adapter):
         )
 
     @property
-    def foldable(self) -> bool:
+    def has_reparameterization(self) -> bool:
         return bool(self._source)
 
-    def fold(self) -> None:
+    def remove_reparameterization(self) -> None:
         keys, values = self.key_values()
         self.prefix_keys, self.prefix_values = nn.Parameter(keys.clone()), nn.Parameter(values.clone())
         self._source = ()
@@ -264,7 +264,7 @@ class PrefixAdapter(Adapter):
         return f"tokens={self.tokens}, widths={self.widths}, gated={self.gate is not None}"
 
 
-def shift_rows(place: Place, adapters: Sequence[PositionShift | None]) -> PositionShift:
+def batched_shift(batch_layout: BatchLayout, adapters: Sequence[PositionShift | None]) -> PositionShift:
     """One that serves rows of different prefixes."""
     return PositionShift(*(0 if a is None else a.tokens[0] for a in adapters))
 
@@ -281,8 +281,8 @@ class PositionShift(Adapter):
         self.tokens = tokens
         self.cache_checked = False
 
-    def row_link(self, host: nn.Module) -> Any:
-        return shift_rows
+    def batched_class(self, host: nn.Module) -> Any:
+        return batched_shift
 
     def run(self, host: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         given = by_name(host, args, kwargs)

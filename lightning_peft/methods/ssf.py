@@ -58,7 +58,7 @@ class SSF(WeightMethod):
         trainer = L.Trainer(callbacks=[lp.SSF(trainable=["head"])])
     """
 
-    may_change = WeightMethod.may_change | {"init"}
+    resume_may_differ = WeightMethod.resume_may_differ | {"init"}
 
     targets: str | Sequence[str] = field(default="all-layers", kw_only=False)
     init: Literal["identity", "normal"] = "identity"

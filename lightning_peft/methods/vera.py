@@ -147,7 +147,7 @@ class VeRA(WeightMethod):
         trainer = L.Trainer(callbacks=[lp.VeRA(r=256, targets=["q_proj", "v_proj"], trainable=["classifier"])])
     """
 
-    may_change = WeightMethod.may_change | {"dropout", "d_initial"}
+    resume_may_differ = WeightMethod.resume_may_differ | {"dropout", "d_initial"}
 
     r: int = field(default=256, validator=positive_int, kw_only=False)
     dropout: float = field(default=0.0, validator=probability)
@@ -158,11 +158,11 @@ class VeRA(WeightMethod):
     def build_all(self, sites: Mapping[str, Site]) -> dict[str, WeightAdapter]:
         built: dict[str, WeightAdapter] = {}
         rows, columns = (max(site.shape[i] for site in sites.values()) for i in (-2, -1))
-        with self.initialising("projection"):
+        with self.seeded_init("projection"):
             shared = SharedProjection((self.r, columns, rows), self.projection_seed, self.save_projection)
         for name, site in sites.items():
             check_dropout("VeRA", self.dropout, site)
-            with self.initialising(name):
+            with self.seeded_init(name):
                 built[name] = VeRAAdapter(site, shared, not built, self.d_initial, self.dropout)
         return built
 

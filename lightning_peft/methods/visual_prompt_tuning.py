@@ -68,7 +68,7 @@ class VisualPromptTuning(PEFTMethod):
         trainer = L.Trainer(callbacks=[lp.VisualPromptTuning(50, deep=True, trainable=["head"])])
     """
 
-    may_change = PEFTMethod.may_change | {"dropout"}
+    resume_may_differ = PEFTMethod.resume_may_differ | {"dropout"}
 
     num_virtual_tokens: int = field(default=50, validator=positive_int, kw_only=False)
     deep: bool = False
@@ -86,7 +86,7 @@ class VisualPromptTuning(PEFTMethod):
             prompt = None
             if self.deep or i == 0:
                 bound = math.sqrt(6 / (patch + width))  # the paper's: Xavier over a patch and a token
-                with self.initialising(name):
+                with self.seeded_init(name):
                     prompt = (2 * torch.rand(self.num_virtual_tokens, width) - 1) * bound
             elif i < len(blocks) - 1:
                 continue
@@ -140,7 +140,7 @@ class BlockPrompt(Adapter):
     """
 
     spans_hosts = True
-    misfits = (TokenError,)
+    misfit_errors = (TokenError,)
 
     def __init__(
         self,

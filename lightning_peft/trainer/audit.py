@@ -20,12 +20,12 @@ from lightning_peft.core.adapters.reads import computing
 from lightning_peft.core.adapters.stack import AdapterStack
 from lightning_peft.core.class_swap import add_mixin, remove_mixin
 from lightning_peft.core.names import adapter_key, canonical, host_of, is_adapter_key, is_within, listed
-from lightning_peft.core.record import injection_of, later_parameters
+from lightning_peft.core.record import deferred_parameters, injection_state
 from lightning_peft.core.sharded_tensors import is_sharded, local_part
 from lightning_peft.core.state.state_dict import owned_keys
 from lightning_peft.core.targeting.sites import output_head, weight_sites
 from lightning_peft.ops.finite import is_finite
-from lightning_peft.trainer.checkpoints.apart import unreadable
+from lightning_peft.trainer.checkpoints.unsafe_hparams import unreadable
 
 __all__ = [
     "AuditError",
@@ -49,7 +49,7 @@ class AuditError(RuntimeError):
 
 def report(model: nn.Module, message: str) -> None:
     """Raise or warn, whichever is the strictest that a method on ``model`` asks for."""
-    record = injection_of(model)
+    record = injection_state(model)
     levels = {getattr(method, "audit", "error") for method in record.methods.values()} if record else {"error"}
     if "error" in levels:
         raise AuditError(f"{message} (audit='warn' or 'off' lets it pass)")
@@ -154,7 +154,7 @@ class UnfrozenAudit:
     """Parameters that the user unfreezes during a fit are in no optimizer, unless the user puts them there."""
 
     def __init__(self, model: nn.Module) -> None:
-        later = {id(p) for p in later_parameters(model)}
+        later = {id(p) for p in deferred_parameters(model)}
         frozen = {n: p for n, p in model.named_parameters() if not p.requires_grad and id(p) not in later}
         self.model, self.frozen = model, frozen
 
@@ -180,7 +180,7 @@ def audit_active(model: nn.Module) -> None:
         name
         for stack in stacks(model).values()
         for name, adapter in stack.items()
-        if name not in stack.active and stack.named is None and any(p.requires_grad for p in adapter.parameters())
+        if name not in stack.active and stack.ever_routed is None and any(p.requires_grad for p in adapter.parameters())
     }
     if idle:
         warnings.warn(
@@ -307,7 +307,7 @@ class GradientAudit:
         trained = [n for n, p in self.model.named_parameters() if p.requires_grad and n not in {*names, *self.waiting}]
         steps = "the first step" if self.done == 1 else f"the first {self.done} steps"
         message = f"{listed(names)} got no gradient in {steps}: {why}"
-        if routing and _some_of_each(names, trained):
+        if routing and _examples_of_each_kind(names, trained):
             warnings.warn(f"{message}. Others of the same kind did, so this may be routing.", stacklevel=2)
         else:
             report(self.model, f"{message}; exclude them, or find out why")
@@ -317,7 +317,7 @@ def _took_part(model: nn.Module, parameter: str) -> bool:
     """Whether the adapter that owns ``parameter``, if one does, runs where its host does: active, or named by rows."""
     for name, stack in stacks(model).items():
         if is_adapter_key(parameter) and host_of(parameter) == name:
-            running = stack.active if stack.named is None else stack.named
+            running = stack.active if stack.ever_routed is None else stack.ever_routed
             return any(is_within(parameter, adapter_key(name, adapter)) for adapter in running)
     return True
 
@@ -359,7 +359,7 @@ def _differences(mine: dict[str, Any]) -> Iterator[tuple[int, list[str]]]:
             yield rank, keys
 
 
-def _some_of_each(missed: list[str], others: list[str]) -> bool:
+def _examples_of_each_kind(missed: list[str], others: list[str]) -> bool:
     """Whether every missed name has a sibling among ``others`` that differs only in a number."""
 
     def kind(name: str) -> str:

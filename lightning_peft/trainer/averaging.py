@@ -17,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from lightning_peft.core.class_swap import add_mixin, has_mixin, original_class
 from lightning_peft.core.names import canonical
-from lightning_peft.core.record import injection_of
+from lightning_peft.core.record import injection_state
 from lightning_peft.trainer.packages import lightning_classes
 
 __all__ = ["TrainableAveraging", "adapt_averaging", "start_averaging"]
@@ -71,7 +71,7 @@ class _Trainable(nn.Module):
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 self.register_parameter(canonical(name).replace(".", "/"), parameter)
-        record = injection_of(model)
+        record = injection_state(model)
         if record is not None and any(method.train_norm_stats for method in record.methods.values()):
             for name, buffer in model.named_buffers():
                 if name in record.start.buffers:

@@ -19,13 +19,13 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from lightning_peft.core.injection.apply import after_injection
-from lightning_peft.core.injection.widen import widen
-from lightning_peft.core.record import injection_of
-from lightning_peft.core.state.state_dict import settle
-from lightning_peft.trainer.install import install
+from lightning_peft.core.injection.widen_record import widen_record
+from lightning_peft.core.record import injection_state
+from lightning_peft.core.state.state_dict import fix_trained
 from lightning_peft.trainer.module import adapt_module
+from lightning_peft.trainer.prepare_run import prepare_run
 
-__all__ = ["FindAdapters", "adopt", "callbacks", "is_registered"]
+__all__ = ["FindAdapters", "adapt_around", "callbacks", "is_registered"]
 
 GROUPS = ("lightning.pytorch.callbacks_factory", "pytorch_lightning.callbacks_factory")
 
@@ -50,7 +50,7 @@ class FindAdapters(Callback):
         _prepare(trainer)
 
 
-def adopt(module: L.LightningModule) -> None:
+def adapt_around(module: L.LightningModule) -> None:
     """Let a LightningModule write trimmed checkpoints, with what trains outside of its adapted part in them.
 
     Raises:
@@ -63,18 +63,18 @@ def adopt(module: L.LightningModule) -> None:
             "one list of methods: apply the methods to the LightningModule itself, or load the adapters onto it, each "
             "under a name of its own"
         )
-    widen(module, freeze=False)
+    widen_record(module, freeze=False)
     adapt_module(module)
-    settle(module)
+    fix_trained(module)
 
 
 def _prepare(trainer: Any) -> None:
     module = trainer.lightning_module
-    record = injection_of(module)
-    if any(hasattr(c, "plan") for c in trainer.callbacks) or record is None or not any(record.trains.values()):
+    record = injection_state(module)
+    if any(hasattr(c, "plan") for c in trainer.callbacks) or record is None or not any(record.trained_base.values()):
         return
-    adopt(module)
-    install(trainer, module)
+    adapt_around(module)
+    prepare_run(trainer, module)
 
 
 def _injected(model: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""What happens once per Trainer, however many methods are attached: checks, random streams, logging.
+"""What happens once per Trainer, however many methods are attached: checks, RNG states, logging.
 
 The first method's ``setup`` puts one :class:`Lifecycle` beside it into ``trainer.callbacks``.
 
@@ -7,7 +7,7 @@ The order of Lightning's hooks in a fit, with the part that each has here or in 
     setup                      methods wrap configure_model; here: the strategy saves trimmed checkpoints
     configure_model            the user's modules exist; adapters go in, before sharding and the optimizer
     on_load_checkpoint         on resume: gradients of an unfinished accumulation
-    load_state_dict            on resume: random streams
+    load_state_dict            on resume: RNG states
     configure_optimizers       the user's optimizer; methods change its parameter groups
     on_fit_start               record, head, optimizers and saving are checked; the start is logged
     on_train_start             ranks are compared; loaders, streams and gradients are restored
@@ -30,14 +30,14 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_peft.core.names import canonical
-from lightning_peft.core.record import injection_of
+from lightning_peft.core.record import injection_state
 from lightning_peft.core.state.consistency import check_record, update_base
-from lightning_peft.core.state.state_dict import settle
+from lightning_peft.core.state.state_dict import fix_trained
 from lightning_peft.trainer import audit, logs
 from lightning_peft.trainer.averaging import adapt_averaging
 from lightning_peft.trainer.modes import TrainingMode
 from lightning_peft.trainer.resume.dataloaders import TrainingLoaders
-from lightning_peft.trainer.resume.rng_state import gather, mine, rng_state
+from lightning_peft.trainer.resume.rng_state import gather_ranks, rng_state, this_rank
 from lightning_peft.trainer.saving_trial import try_saving
 from lightning_peft.trainer.strategy import adapt_strategy
 from lightning_peft.trainer.zero_gradients import ZeroGradientAudit
@@ -70,7 +70,7 @@ class Lifecycle(Callback):
         self._watched, self._called, self._ranks_checked = set(), None, False
         check_record(pl_module)
         update_base(pl_module)
-        settle(pl_module)
+        fix_trained(pl_module)
         audit.audit_active(pl_module)
         audit.audit_head(pl_module)
         audit.audit_hyperparameters(pl_module.hparams)
@@ -81,7 +81,7 @@ class Lifecycle(Callback):
         self._gradient_audit = audit.GradientAudit(pl_module) if len(trainer.optimizers) == 1 else None
         self._zero_gradients = ZeroGradientAudit(pl_module)
         self._modes = TrainingMode(pl_module)
-        record = injection_of(pl_module)
+        record = injection_state(pl_module)
         if record is not None and trainer.is_global_zero:
             logs.log_start(trainer, record)
 
@@ -163,11 +163,11 @@ class Lifecycle(Callback):
             self._calls = None
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.is_global_zero and injection_of(pl_module) is not None:
+        if trainer.is_global_zero and injection_state(pl_module) is not None:
             logs.log_end(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"rng": gather(rng_state())}
+        return {"rng": gather_ranks(rng_state())}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._loaders.saved.load(state_dict["rng"])
@@ -177,10 +177,10 @@ class Lifecycle(Callback):
         # Between two steps of accumulation the gradients so far are part of the state.
         if trainer.accumulate_grad_batches > 1 and trainer.fit_loop._should_accumulate():
             grads = {canonical(n): p.grad.cpu() for n, p in pl_module.named_parameters() if p.grad is not None}
-            checkpoint[GRADIENTS] = gather(grads)
+            checkpoint[GRADIENTS] = gather_ranks(grads)
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        self._gradients = (mine(checkpoint[GRADIENTS]) if GRADIENTS in checkpoint else None) or {}
+        self._gradients = (this_rank(checkpoint[GRADIENTS]) if GRADIENTS in checkpoint else None) or {}
 
 
 def _compiled(model: nn.Module) -> bool:

@@ -11,16 +11,16 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from lightning_peft.core.injection.apply import apply, put_in
-from lightning_peft.core.injection.overrides import replace_trained, saved_copies
-from lightning_peft.core.record import injection_of
+from lightning_peft.core.injection.apply import apply, install
+from lightning_peft.core.injection.overrides import override_trained, saved_overrides
+from lightning_peft.core.record import injection_state
 from lightning_peft.core.registry import method_of_file
 from lightning_peft.core.state.plan import Method
 from lightning_peft.core.state.torch_file import naming
 from lightning_peft.core.switching.active import set_active
 from lightning_peft.core.targeting.patterns import TargetError
-from lightning_peft.core.untrusted import Bounded, check_regexes
-from lightning_peft.trainer.brought_along import adopt
+from lightning_peft.core.untrusted import AllocationLimit, check_regexes
+from lightning_peft.trainer.brought_along import adapt_around
 from lightning_peft.trainer.checkpoints.hyperparameters import saved_arguments
 from lightning_peft.trainer.checkpoints.manifest import KEY, read_checkpoint
 
@@ -53,7 +53,9 @@ def load_from_checkpoint(
     """
     checkpoint = read_checkpoint(path, map_location, weights_only=weights_only)
     with naming(path):
-        methods = [(_method(entry), entry.get("trains", True), _copies(entry)) for entry in checkpoint[KEY]["methods"]]
+        methods = [
+            (_method(entry), entry.get("trains", True), _has_overrides(entry)) for entry in checkpoint[KEY]["methods"]
+        ]
     arguments = saved_arguments(module_class, checkpoint, kwargs, path, trusted=not weights_only)
     with naming(path) if arguments else nullcontext():
         module = module_class(**arguments, **kwargs)
@@ -62,12 +64,12 @@ def load_from_checkpoint(
     module.configure_model()
     with naming(path):
         try:
-            _put_in(module, methods, checkpoint["state_dict"])
+            _install_saved(module, methods, checkpoint["state_dict"])
         except TargetError:
             module.setup("predict")
-            _put_in(module, methods, checkpoint["state_dict"])
+            _install_saved(module, methods, checkpoint["state_dict"])
         del module.__dict__["_peft_methods"]
-        adopt(module)
+        adapt_around(module)
         if _in_double(checkpoint["state_dict"]) - _in_double(module.state_dict()):
             module.double()  # a run with precision="64-true"
         module.on_load_checkpoint(checkpoint)
@@ -85,24 +87,26 @@ def _in_double(state: Mapping[str, Any]) -> set[str]:
     return {key for key, value in state.items() if getattr(value, "dtype", None) is torch.float64}
 
 
-def _copies(entry: dict[str, Any]) -> bool:
+def _has_overrides(entry: dict[str, Any]) -> bool:
     """Whether heads and biases of a method are copies beside the base's, as those of a loaded adapter are."""
     return entry.get("copies", not entry.get("trains", True))
 
 
-def _put_in(module: L.LightningModule, methods: Iterable[tuple[Method, bool, bool]], state: dict[str, Tensor]) -> None:
+def _install_saved(
+    module: L.LightningModule, methods: Iterable[tuple[Method, bool, bool]], state: dict[str, Tensor]
+) -> None:
     """Put the methods in, in order, each as it was: training the base itself, or loaded beside it, frozen or not."""
     names = [name for name, _ in (*module.named_modules(), *module.named_parameters())]
     for method, trains, copies in methods:
         check_regexes({"config": method.config()}, names)
-        record = injection_of(module)
+        record = injection_state(module)
         if trains and not copies:
-            with Bounded(module, state):
+            with AllocationLimit(module, state):
                 apply(module, method)
         elif record is None or method.name not in record.methods:
-            with Bounded(module, state):
+            with AllocationLimit(module, state):
                 plan = method.plan(module)
-            replace_trained(plan, module, saved_copies(plan, module, method.name, state), trains)
+            override_trained(plan, module, saved_overrides(plan, module, method.name, state), trains)
             for attachment in plan.attach if not trains else ():
                 attachment.adapter.requires_grad_(False)
-            put_in(module, {method.name: (method, plan)})
+            install(module, {method.name: (method, plan)})

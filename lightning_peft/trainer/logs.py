@@ -16,7 +16,7 @@ from rich.console import Console
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lightning_peft.core.record import Injection
+from lightning_peft.core.record import InjectionState
 from lightning_peft.core.state.state_dict import StateError, adapter_state
 from lightning_peft.core.state.torch_file import read_torch_file
 from lightning_peft.trainer.checkpoints.manifest import KEY, manifest
@@ -25,7 +25,7 @@ from lightning_peft.trainer.packages import lightning_classes
 __all__ = ["continue_runs", "log_end", "log_start", "resume_wandb", "run_ids"]
 
 
-def log_start(trainer: L.Trainer, record: Injection) -> None:
+def log_start(trainer: L.Trainer, record: InjectionState) -> None:
     """Print the match table; give every logger the methods' configuration and the counts."""
     Console().print(record.report)
     methods = {name: {"method": type(m).__name__, **m.config()} for name, m in record.methods.items()}

@@ -11,7 +11,7 @@ from torch import nn
 from lightning_peft.core.adapters.lookup import stacks
 from lightning_peft.core.class_swap import has_mixin
 from lightning_peft.core.names import is_within
-from lightning_peft.core.record import injected_module, injection_of
+from lightning_peft.core.record import injected_module, injection_state
 from lightning_peft.core.state.freezing import FrozenNorm
 from lightning_peft.core.targeting.base_modules import base_modules
 
@@ -23,10 +23,10 @@ class TrainingMode:
 
     def __init__(self, model: nn.Module) -> None:
         found = [adapter for stack in stacks(model).values() for adapter in stack.values()]
-        record = injection_of(model)
+        record = injection_state(model)
         if record is not None:
             root = injected_module(model)
-            found += [root.get_submodule(name) for trains in record.trains.values() for name in trains.modules]
+            found += [root.get_submodule(name) for trains in record.trained_base.values() for name in trains.modules]
             found = [module for module in found if any(p.requires_grad for p in module.parameters())]
             record.report.in_eval_mode = _in_eval_mode(model, found)
         self._modules = found

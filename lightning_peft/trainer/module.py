@@ -19,17 +19,17 @@ from lightning_peft.core.class_swap import add_mixin, original_class
 from lightning_peft.core.injection.apply import apply
 from lightning_peft.core.injection.reset import moved_adapters
 from lightning_peft.core.names import canonical, listed
-from lightning_peft.core.record import injection_of, later_parameters, trainable_parameters
+from lightning_peft.core.record import deferred_parameters, injection_state, trainable_parameters
 from lightning_peft.core.state.consistency import check_record, update_base
 from lightning_peft.core.state.fingerprint import check_fingerprint
-from lightning_peft.core.state.freezing import set_thawed
+from lightning_peft.core.state.freezing import set_unfrozen
 from lightning_peft.core.state.state_dict import StateError, load_state, trainable_keys
 from lightning_peft.core.state.torch_file import naming
 from lightning_peft.trainer.audit import audit_methods, audit_ranks
 from lightning_peft.trainer.averaging import start_averaging
-from lightning_peft.trainer.checkpoints.apart import set_apart
 from lightning_peft.trainer.checkpoints.manifest import KEY, check_manifest, manifest, sealed
-from lightning_peft.trainer.checkpoints.written import check_written
+from lightning_peft.trainer.checkpoints.trimming import check_complete
+from lightning_peft.trainer.checkpoints.unsafe_hparams import pickle_unsafe_hparams
 from lightning_peft.trainer.lifecycle import Lifecycle
 from lightning_peft.trainer.logs import continue_runs, run_ids
 from lightning_peft.trainer.optimizers import add_adapters, configured
@@ -56,7 +56,7 @@ class AdaptedModule(_LightningModule):
         audit_methods(_methods_of(self._trainer))
         _check_precision(self._trainer)
         super().configure_model()
-        if _methods_of(self._trainer) or injection_of(self) is None:
+        if _methods_of(self._trainer) or injection_state(self) is None:
             apply(self)
         update_base(self)
         audit_ranks(self)  # before a strategy copies rank 0's adapters to the others, and hides a difference
@@ -66,7 +66,7 @@ class AdaptedModule(_LightningModule):
         own = super().configure_callbacks()
         own = list(own) if isinstance(own, Sequence) else [own]
         # A module that brings its adapters along trains as under methods, which install this themselves.
-        loaded = injection_of(self) is not None and not _methods_of(self._trainer)
+        loaded = injection_state(self) is not None and not _methods_of(self._trainer)
         return [*own, Lifecycle()] if loaded and self.trainer.state.fn == "fit" else own
 
     def configure_optimizers(self) -> Any:
@@ -79,11 +79,11 @@ class AdaptedModule(_LightningModule):
             )
         remember_schedulers(result)
         add_adapters(optimizers, self)
-        record = injection_of(self)
+        record = injection_state(self)
         for optimizer in optimizers:
             _drop_frozen(optimizer, self)
             for method in record.methods.values() if record is not None else ():
-                method.regroup(optimizer, self)
+                method.configure_param_groups(optimizer, self)
         return result
 
     @property
@@ -95,7 +95,7 @@ class AdaptedModule(_LightningModule):
         pass
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        if injection_of(self) is None:
+        if injection_state(self) is None:
             return super().load_state_dict(state_dict, strict=strict, assign=assign)
         own = {canonical(k) for k in nn.Module.state_dict(self)}
         will_train = {id(p) for p in trainable_parameters(self)}
@@ -113,13 +113,13 @@ class AdaptedModule(_LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
         if self._trainer is None or self._trainer.is_global_zero:
-            check_written(self, checkpoint["state_dict"], f"{original_class(self).__name__}.on_save_checkpoint")
-        set_apart(checkpoint)
+            check_complete(self, checkpoint["state_dict"], f"{original_class(self).__name__}.on_save_checkpoint")
+        pickle_unsafe_hparams(checkpoint)
         checkpoint[KEY] = {**sealed(manifest(self), checkpoint["state_dict"]), "wandb": run_ids(self._trainer)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
-        record = injection_of(self)
+        record = injection_state(self)
         if record is not None:
             check_record(self)
             with naming(self._trainer.ckpt_path if self._trainer is not None else None):
@@ -128,7 +128,7 @@ class AdaptedModule(_LightningModule):
             continue_runs(self._trainer, checkpoint[KEY].get("wandb", []))
             if self._trainer is not None and self._trainer.precision == "64-true":
                 self.double()  # Lightning does so after loading, when half of the digits are gone
-            set_thawed(self, checkpoint[KEY].get("thawed", ()))
+            set_unfrozen(self, checkpoint[KEY].get("thawed", ()))
 
 
 def _check_precision(trainer: Any) -> None:
@@ -174,7 +174,7 @@ def _check_strict(model: nn.Module, own: set[str], given: set[str]) -> None:
 
 def _drop_frozen(optimizer: Optimizer, model: nn.Module) -> None:
     # Groups stay, even when they end up empty: learning-rate schedulers count them.
-    later = {id(p) for p in later_parameters(model)}
+    later = {id(p) for p in deferred_parameters(model)}
     dropped: list[int] = []
     emptied: list[int] = []
     for group in optimizer.param_groups:

@@ -19,7 +19,7 @@ from lightning_peft.core.adapters.effective_weights import stored_tensor
 from lightning_peft.core.adapters.lookup import hosts
 from lightning_peft.core.adapters.stack import AdapterStack
 from lightning_peft.core.names import canonical, is_adapter_key, parents
-from lightning_peft.core.record import injected_module, injection_of, later_parameters
+from lightning_peft.core.record import deferred_parameters, injected_module, injection_state
 
 __all__ = ["add_adapters", "configured"]
 
@@ -27,10 +27,10 @@ __all__ = ["add_adapters", "configured"]
 def configured(module: nn.Module, configure: Callable[[], Any]) -> Any:
     """What ``configure`` returns for ``module``, or, if it cannot sort adapters, for the module without them."""
     try:
-        with _requires_grad(p for p in later_parameters(module)):  # the user's own rules choose their groups now
+        with _requires_grad(p for p in deferred_parameters(module)):  # the user's own rules choose their groups now
             return configure()
     except Exception as error:
-        record = injection_of(module)
+        record = injection_state(module)
         if record is None:
             raise
         inner = injected_module(module)
@@ -94,7 +94,7 @@ def add_adapters(optimizers: Iterable[Optimizer], module: nn.Module) -> None:
 
 def _adapted(module: nn.Module, host_name: str, host: nn.Module, adapter: Adapter) -> list[Any]:
     """The base's parameters that an adapter changes: weights, or those of its host or the nearest module around it."""
-    names = [name for part in adapter.parts() for name in (*part.weights(), *part.copies())]
+    names = [name for part in adapter.components() for name in (*part.weights(), *part.overrides())]
     weights = [p for name in names if isinstance(p := stored_tensor(host, name), nn.Parameter)]
     for around in reversed([*parents(host_name), host_name]):
         if weights:

@@ -58,7 +58,7 @@ def split_groups(
             scale = float(options.pop("lr_scale", 1.0))
             groups.append(_part(group, options, scale, positions))
             origin.append((index, scale))
-    _tell_apart(groups)
+    _make_names_unique(groups)
     optimizer.param_groups[:] = groups  # in place: wrapping optimizers and some schedulers hold this very list
     for scheduler in schedulers_of(optimizer) if schedulers is None else schedulers:
         for one in _nested(scheduler):
@@ -87,7 +87,7 @@ def _part(group: Mapping[str, Any], options: Mapping[str, Any], scale: float, po
     return part
 
 
-def _tell_apart(groups: Iterable[dict[str, Any]]) -> None:
+def _make_names_unique(groups: Iterable[dict[str, Any]]) -> None:
     """Give groups of one name names that differ, as LearningRateMonitor demands."""
     taken: set[str] = set()
     for group in groups:

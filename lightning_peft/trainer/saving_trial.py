@@ -13,12 +13,12 @@ from torch import nn
 
 from lightning_peft.core.class_swap import original_class
 from lightning_peft.core.injection.saving_trial import saving_problem
-from lightning_peft.core.record import injection_of
+from lightning_peft.core.record import injection_state
 from lightning_peft.core.sharded_tensors import is_sharded
 from lightning_peft.core.state.state_dict import StateError
 from lightning_peft.trainer.audit import report
-from lightning_peft.trainer.checkpoints.apart import unreadable
 from lightning_peft.trainer.checkpoints.manifest import manifest
+from lightning_peft.trainer.checkpoints.unsafe_hparams import unreadable
 
 __all__ = ["try_saving"]
 
@@ -69,8 +69,8 @@ def _try_hooks(trainer: L.Trainer, module: Any) -> None:
 
 
 def _try_formats(module: nn.Module) -> None:
-    record = injection_of(module)
-    for name in [name for name, trains in record.trains.items() if trains] if record is not None else ():
+    record = injection_state(module)
+    for name in [name for name, trains in record.trained_base.items() if trains] if record is not None else ():
         problem, notes = saving_problem(module, name)
         if problem is not None:
             report(module, f"{problem}. Change that before training")

@@ -19,7 +19,7 @@ from lightning_peft.core.state.state_dict import StateError, owned_keys, trainab
 from lightning_peft.core.state.torch_file import read_torch_file
 from lightning_peft.trainer.checkpoints import sharded
 from lightning_peft.trainer.checkpoints.manifest import check_seal
-from lightning_peft.trainer.checkpoints.written import trimmed
+from lightning_peft.trainer.checkpoints.trimming import trim_state
 from lightning_peft.trainer.packages import lightning_classes
 from lightning_peft.trainer.resume.dataloaders import TrainingLoaders
 
@@ -58,7 +58,7 @@ def adapt_strategy(trainer: L.Trainer, loaders: TrainingLoaders) -> None:
     def lightning_module_state_dict() -> dict[str, Any]:
         module = strategy.lightning_module
         is_fsdp = isinstance(strategy, lightning_classes("strategies.FSDPStrategy"))
-        return trimmed(module, full_state(), sharded.agreed_keys(module) if is_fsdp else trainable_keys(module))
+        return trim_state(module, full_state(), sharded.agreed_keys(module) if is_fsdp else trainable_keys(module))
 
     def load_checkpoint(checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         # torch before 2.6, and Lightning for remote files, would unpickle anything.

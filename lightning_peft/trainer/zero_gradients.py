@@ -16,10 +16,10 @@ from torch.nn.utils import get_total_norm
 from lightning_peft.core.adapters.base import Adapter
 from lightning_peft.core.adapters.lookup import adapter_names, stacks
 from lightning_peft.core.names import listed
-from lightning_peft.core.record import injected_module, injection_of
+from lightning_peft.core.record import injected_module, injection_state
 from lightning_peft.core.sharded_tensors import local_part
 from lightning_peft.trainer.audit import report
-from lightning_peft.trainer.resume.rng_state import gather
+from lightning_peft.trainer.resume.rng_state import gather_ranks
 
 __all__ = ["ZeroGradientAudit"]
 
@@ -75,7 +75,7 @@ class ZeroGradientAudit:
         columns = torch.stack(self._largest).T.tolist()
         facts = [(sum(map(math.isfinite, c)), any(math.isfinite(v) and v > 0 for v in c)) for c in columns]
         # Of a sharded gradient each rank has seen a part; every rank reports the same.
-        ranks = list(zip(*gather(facts)))
+        ranks = list(zip(*gather_ranks(facts)))
         still = [not any(moved for _, moved in group) for group in ranks]
         judged = [min(steps for steps, _ in group) >= self.steps for group in ranks]
         self._moved |= not all(still)
@@ -112,7 +112,7 @@ def _largest(gradients: list[Tensor]) -> Tensor:
 
 
 def _groups(model: nn.Module) -> Iterator[_Group]:
-    record = injection_of(model)
+    record = injection_state(model)
     root = injected_module(model)
     for name in adapter_names(model):
         adapters = [stack[name] for stack in stacks(model).values() if name in stack]
@@ -121,7 +121,7 @@ def _groups(model: nn.Module) -> Iterator[_Group]:
         yield _Group(f"adapter {name!r}", name, tuple(p for m in parts for p in m.parameters(recurse=False)))
     if record is None:
         return
-    for name, trains in record.trains.items():
+    for name, trains in record.trained_base.items():
         modules = {module: tuple(root.get_submodule(module).parameters()) for module in trains.modules}
         if trains.adapters:
             yield from (_Group(f"module {module!r}", None, parameters) for module, parameters in modules.items())

@@ -156,7 +156,7 @@ def test_the_same_seed_gives_the_same_scores(tmp_path):
     assert 500 < first.checkpoint < 60_000
 
 
-def test_a_failing_method_is_told_and_the_others_run(tiny, monkeypatch, capsys):
+def test_a_failing_method_is_reported_and_the_others_run(tiny, monkeypatch, capsys):
     monkeypatch.setattr(Tiny, "rows", (Row("bad", "LoRA", {"r": 0}, 0.1), Row("base")))
     assert main(["e2e"]) == 1
     shown = capsys.readouterr().out
@@ -165,7 +165,7 @@ def test_a_failing_method_is_told_and_the_others_run(tiny, monkeypatch, capsys):
     assert main(["e2e", "--methods", "nothing"]) == 2
 
 
-def test_missing_data_is_told(capsys, tmp_path, monkeypatch):
+def test_missing_data_is_reported(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr("benchmarks.real.study.DATA", DATA)  # --data changes it
     assert main(["cifar", "--data", str(tmp_path)]) == 0
     assert f"skipped: there is no cifar_resnet/resnet20-12fca82f.th in {tmp_path}" in capsys.readouterr().out

@@ -100,7 +100,7 @@ def test_inspect_of_a_path_needs_no_model():
         ("--trainer.callbacks.dropout=1.5", "dropout must be a probability in [0, 1), got 1.5"),
     ],
 )
-def test_a_mistake_is_one_line_and_a_failing_exit(argument, message):
+def test_a_user_error_prints_one_line_and_exits_with_an_error(argument, message):
     with pytest.raises(SystemExit) as stop:
         run("fit", *RUN, *LORA, argument)
     assert stop.value.code not in (0, None)

@@ -15,7 +15,7 @@ from torch import nn
 
 import lightning_peft as lp
 from lightning_peft.cli.main import main
-from lightning_peft.core.record import injection_of
+from lightning_peft.core.record import injection_state
 from lightning_peft.tasks import TextClassifier
 from tests.helpers import perturb
 from tests.methods import tiny
@@ -192,7 +192,7 @@ def test_what_a_selection_method_trained_is_there_without_folding():
     run("run.ckpt", "out", "--model=modules.Module")
     state = load_file("out/model.safetensors")
     assert all(torch.equal(value, state[key]) for key, value in module.state_dict().items())
-    assert list(injection_of(module).methods) == ["default"]
+    assert list(injection_state(module).methods) == ["default"]
 
 
 @pytest.mark.parametrize(
@@ -215,7 +215,7 @@ def test_what_a_selection_method_trained_is_there_without_folding():
         (["unnamed", "out"], r"unnamed does not say what its base is: add --base"),
     ],
 )
-def test_what_is_asked_wrongly(arguments: list[str], message: str):
+def test_invalid_arguments_of_merge(arguments: list[str], message: str):
     checkpoint(Module(), lp.LoRA(r=4))
     Path("taken").mkdir()
     Path("taken/file").touch()

@@ -141,7 +141,7 @@ def test_a_module_with_loaders_of_its_own_needs_no_data():
     run("fit", "--config", config, "--model=own_loaders.Alone", "--data=null", "--model.width=16")
 
 
-def test_a_module_that_is_elsewhere(tmp_path, monkeypatch, capsys):
+def test_a_module_that_is_not_on_the_path(tmp_path, monkeypatch, capsys):
     config, checkpoint = (path.absolute() for path in fitted("in_another_folder"))
     monkeypatch.delitem(sys.modules, "in_another_folder")
     elsewhere = tmp_path / "elsewhere"

@@ -21,7 +21,7 @@ from tests.formats.models import adapted, llama, made_by_peft
 from tests.trainer.toys import Toy, loader, lora, trainer, val_loader
 
 
-def test_ours(tmp_path):
+def test_an_adapter_of_ours(tmp_path):
     model = adapted(llama(), lp.LoRA(r=3, targets=["q_proj"], name="mine"))
     save_adapter(model, tmp_path / "a")
     found = describe(tmp_path / "a")
@@ -34,7 +34,7 @@ def test_ours(tmp_path):
         assert shown in str(found)
 
 
-def test_pefts_and_several(tmp_path):
+def test_adapters_of_peft_in_several_folders(tmp_path):
     base = llama()
     made_by_peft(base, peft.LoraConfig(r=2, target_modules=["v_proj"]), tmp_path)
     made_by_peft(base, peft.BOFTConfig(boft_block_size=4, target_modules=["v_proj"]), tmp_path / "second")
@@ -119,13 +119,13 @@ def test_a_checkpoint_that_would_run_code_or_is_none():
         describe("nowhere")
 
 
-def test_what_a_file_says_is_no_markup(tmp_path):
+def test_text_of_a_file_is_not_rendered_as_markup(tmp_path):
     text = "[red]x[/red]\x1b[2J\nsecond line"
     write_files(tmp_path, {"peft_type": "LORA", "base_model_name_or_path": text}, {"a": torch.ones(1)}, {}, None)
     assert r"[red]x[/red]\x1b[2J\nsecond line" in str(describe(tmp_path))
 
 
-def test_metadata_that_is_none(tmp_path):
+def test_invalid_metadata(tmp_path):
     save_adapter(adapted(llama(), lp.LoRA(r=3, targets=["q_proj"])), tmp_path)
     files = read_files(tmp_path)
     odd = ({"config": 1}, {"fingerprint": []}, {"fingerprint": {"values": {"a": "b"}}}, {"metrics": [1]})

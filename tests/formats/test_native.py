@@ -86,7 +86,7 @@ def test_what_is_loaded_is_exactly_what_was_saved(case, tmp_path, monkeypatch):
     first, second = read_files(tmp_path / "a").tensors, read_files(tmp_path / "b").tensors
     assert all(torch.equal(value, first[key]) for key, value in second.items())
     before = base.state_dict()
-    for key in first.keys() - second.keys():  # it is the base's own value: a part that had not thawed
+    for key in first.keys() - second.keys():  # it is the base's own value: a part that had not unfrozen
         assert torch.equal(first[key], before[key.removeprefix("base_model.model.")])
 
 

@@ -76,7 +76,7 @@ def test_the_trainers_checkpoint_is_saved(tmp_path):
 
 
 @pytest.mark.parametrize("error", [NotImplementedError, AttributeError, ValueError, TypeError])
-def test_no_answer_is_none(error):
+def test_a_model_method_that_raises_counts_as_none(error):
     class Raises(nn.Linear):
         def get_input_embeddings(self):
             raise error

@@ -54,7 +54,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], lp.PEFTMethod], str
     "schedule past the last block": (
         bert,
         lambda: lp.GradualUnfreezing(schedule=[1, 2, 3, 4, 5, 6], trainable=["classifier"]),
-        r"schedule=\[1, 2, 3, 4, 5, 6\] goes past the last block: it has 6 entries, and Around has 4 to thaw",
+        r"schedule=\[1, 2, 3, 4, 5, 6\] goes past the last block: it has 6 entries, and Around has 4 to unfreeze",
     ),
     "more last layers than blocks": (bert, lambda: lp.LastLayers(9), "n=9, but Around has 3 blocks"),
     "target rank above the initial": (

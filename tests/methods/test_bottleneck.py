@@ -49,7 +49,7 @@ def test_count_identity_and_disabled(make, preset):
         fresh.load_state_dict(lp.adapter_state(model), strict=False)
         assert torch.equal(run(fresh, x), changed)
         torch.testing.assert_close(run(lp.unload(fresh), x), base, rtol=1e-5, atol=2e-6)
-        with pytest.raises(lp.MergeError, match=r"Bottleneck|InputTap"):
+        with pytest.raises(lp.MergeError, match=r"Bottleneck|InputCapture"):
             lp.merge(model)
         assert torch.equal(run(model, x), changed)
 
@@ -132,8 +132,8 @@ def test_a_run_that_breaks_off_leaves_nothing_that_cannot_be_copied():
     model = encoder()
     lp.apply(model, lp.BottleneckAdapter("parallel", bottleneck_size=4))
     model.layers[0].linear1(BATCHES[encoder].clone().requires_grad_() * 2)  # and never on to linear2
-    assert model.layers[0].linear1.adapters["default"].lent is not None
-    assert copy.deepcopy(model).layers[0].linear1.adapters["default"].lent is None
+    assert model.layers[0].linear1.adapters["default"].captured is not None
+    assert copy.deepcopy(model).layers[0].linear1.adapters["default"].captured is None
     pickle.dumps(model)
 
 

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 import lightning_peft as lp
-from lightning_peft.core.injection.apply import put_in
+from lightning_peft.core.injection.apply import install
 from lightning_peft.core.injection.attach import attach
-from lightning_peft.core.injection.overrides import replace_trained
-from lightning_peft.core.record import injection_of
+from lightning_peft.core.injection.overrides import override_trained
+from lightning_peft.core.record import injection_state
 from lightning_peft.core.state.state_dict import load_state
 from lightning_peft.core.targeting.sites import weight_sites
 from lightning_peft.methods.combine import mix
@@ -101,12 +101,12 @@ def test_to_lora(method: str, kind: Kind):
     lp.set_active(model, "task")
     assert lp.to_lora(model, "task").ranks == report.ranks
     assert report.error < 1e-5
-    assert type(injection_of(model).methods["task"]) is lp.LoRA
+    assert type(injection_state(model).methods["task"]) is lp.LoRA
     assert all(p.requires_grad for p in adapter_parameters(model, "task").values())
     close(evaluate(model, kind), output, 2e-5)
     check(model, kind, "task", wanted)
     fresh = kind.build()
-    lp.apply(fresh, injection_of(model).methods["task"])
+    lp.apply(fresh, injection_state(model).methods["task"])
     load_state(fresh, lp.adapter_state(model, "task"))
     close(evaluate(fresh, kind), output, 2e-5)
 
@@ -151,7 +151,7 @@ PEFT = {"linear": "svd", "cat": "cat", "svd": "svd", "ties": "ties_svd", "magnit
 
 
 @pytest.mark.parametrize("how", PEFT)
-def test_as_peft_does(how: str):
+def test_combined_equals_peft(how: str):
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(12, 10), nn.Tanh(), nn.Linear(10, 14))
     config = {"target_modules": ["0", "2"], "lora_alpha": 8, "init_lora_weights": False}
@@ -235,8 +235,8 @@ def test_adapters_of_low_precision_are_combined_in_a_higher_one():
 def _own(model: nn.Module, name: str, state: dict[str, torch.Tensor], **options: Any) -> None:
     method = lp.LoRA(r=2, name=name, **options)
     plan = method.plan(model)
-    replace_trained(plan, model, state)
-    put_in(model, {name: (method, plan)})
+    override_trained(plan, model, state)
+    install(model, {name: (method, plan)})
 
 
 def test_heads_and_biases_are_interpolated_by_sums():
@@ -249,7 +249,7 @@ def test_heads_and_biases_are_interpolated_by_sums():
     lp.combine(model, ["a", "b"], weights=[0.75, 0.25], name="mix")
     close(model.head.adapters["mix"].weight, 0.75 * first["head.weight"])
     close(model.up.adapters["mix"].replacement.bias, base["up.bias"] + 0.75 * (1 - base["up.bias"]))
-    assert not model.mid.adapters["mix"].copies()
+    assert not model.mid.adapters["mix"].overrides()
     with pytest.raises(ValueError, match=r"head.weight.* stand in place.* which .ties. is not made for"):
         lp.combine(model, ["a", "b"], name="mix2", how="ties", density=0.5)
     _own(model, "wide", {"head.weight": torch.ones(5, 8), "head.bias": torch.ones(5)}, targets=["up"])
@@ -272,7 +272,7 @@ def test_conversion_keeps_place_and_head():
     assert list(model.up.adapters) == ["first", "second"]
     close(evaluate(model, kind), only)
     assert model.head.weight.requires_grad
-    assert injection_of(model).trains["first"].modules == ("head",)
+    assert injection_state(model).trained_base["first"].modules == ("head",)
     with lp.active(model, "first", "second"):
         close(evaluate(model, kind), both)
 
@@ -353,7 +353,7 @@ def test_lora_that_started_as_a_part_of_the_weight_becomes_plain(init: str, use_
     perturb(model)
     output = model(x)
     report = lp.to_lora(model, "default")
-    method = injection_of(model).methods["default"]
+    method = injection_state(model).methods["default"]
     assert method.init == "kaiming"
     assert set(report.ranks.values()) == ({1, 2} if init == "kaiming" else {2, 4})
     lp.apply(base, method)

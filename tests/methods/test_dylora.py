@@ -17,7 +17,7 @@ def moved(model, method):
     lp.apply(model, method)
     g = torch.Generator().manual_seed(5)
     with torch.no_grad():
-        for part in method.parts(model).values():
+        for part in method.adapters_by_weight(model).values():
             part.lora_B.normal_(generator=g)
     return model
 
@@ -28,8 +28,8 @@ def as_lora(model, method, rank):
     lora = lp.LoRA(r=rank, alpha=method.alpha, targets=["0", "2"])
     lp.apply(plain, lora)
     with torch.no_grad():
-        for name, part in method.parts(model).items():
-            other = lora.parts(plain)[name]
+        for name, part in method.adapters_by_weight(model).items():
+            other = lora.adapters_by_weight(plain)[name]
             other.lora_A.copy_(part.lora_A[:rank])
             other.lora_B.copy_(part.lora_B[:, :rank])
     return plain, lora
@@ -44,13 +44,13 @@ def test_each_rank_is_a_lora(rank):
     model = moved(mlp(), method)
     plain, lora = as_lora(model, method, rank)
     # in training
-    for part in method.parts(model).values():
+    for part in method.adapters_by_weight(model).values():
         part.train_at(rank)
     torch.testing.assert_close(model(X), plain(X))
     model(X).square().sum().backward()
     plain(X).square().sum().backward()
-    for name, part in method.parts(model).items():
-        other = lora.parts(plain)[name]
+    for name, part in method.adapters_by_weight(model).items():
+        other = lora.adapters_by_weight(plain)[name]
         torch.testing.assert_close(part.lora_A.grad[:rank], other.lora_A.grad)
         torch.testing.assert_close(part.lora_B.grad[:, :rank], other.lora_B.grad)
         assert not part.lora_A.grad[rank:].any()
@@ -84,11 +84,11 @@ def test_frozen_trains_one_row(rank):
     for frozen in (False, True):
         method = lp.DyLoRA(r=3, targets=["0", "2"], frozen=frozen)
         model = moved(mlp(), method)
-        for part in method.parts(model).values():
+        for part in method.adapters_by_weight(model).values():
             part.train_at(rank)
         out = model(X)
         out.square().sum().backward()
-        grads.append((out, {n: (p.lora_A.grad, p.lora_B.grad) for n, p in method.parts(model).items()}))
+        grads.append((out, {n: (p.lora_A.grad, p.lora_B.grad) for n, p in method.adapters_by_weight(model).items()}))
     (out, full), (out_frozen, one) = grads
     assert torch.equal(out, out_frozen)
     row = rank - 1
@@ -176,7 +176,7 @@ def test_one_rank_for_accumulated_batches():
             pass
 
         def on_train_batch_end(self, trainer, module, *args):
-            seen.append(int((method.parts(module)["net.0"].gate > 0).sum()))
+            seen.append(int((method.adapters_by_weight(module)["net.0"].gate > 0).sum()))
 
     method = make(r=4, targets=["net.0"])
     trainer([method, Watch()], max_epochs=4, accumulate_grad_batches=2).fit(Module())

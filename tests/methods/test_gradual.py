@@ -1,4 +1,4 @@
-"""Gradual unfreezing: what thaws when, checkpoints in both directions, two processes."""
+"""Gradual unfreezing: what unfreezes when, checkpoints in both directions, two processes."""
 
 import copy
 import warnings
@@ -24,7 +24,7 @@ class Watch(L.Callback):
         self.seen.append(len([p for p in module.parameters() if p.grad is not None]))
 
 
-def test_what_thaws_when():
+def test_unfreezing_schedule():
     model = bert()
     method = lp.GradualUnfreezing(schedule=[1, 2, 2], trainable=["classifier"])
     report = lp.apply(model, method)
@@ -68,7 +68,7 @@ def test_accumulated_steps_count_once():
 
 
 def test_an_earlier_checkpoint_loads_again(tmp_path):
-    """Testing the best checkpoint after training: what had not thawed by then is that of the base again."""
+    """Testing the best checkpoint after training: what had not unfrozen by then is that of the base again."""
     saving = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
     t = trainer([lp.GradualUnfreezing(), saving], max_epochs=3, enable_checkpointing=True)
     module = Module()
@@ -85,7 +85,7 @@ def test_an_earlier_checkpoint_loads_again(tmp_path):
                torch.load(tmp_path / "epoch=2.ckpt", weights_only=True)["state_dict"].items())  # fmt: skip
 
 
-def test_a_base_loaded_by_hand_thaws_nothing():
+def test_loading_a_base_checkpoint_by_hand_unfreezes_nothing():
     module = Module()
     state = {k: v + 1 for k, v in module.state_dict().items()}
     t = trainer(lp.GradualUnfreezing(), max_epochs=1)
@@ -95,7 +95,7 @@ def test_a_base_loaded_by_hand_thaws_nothing():
     assert all(torch.equal(v, state[k]) for k, v in module.state_dict().items())
 
 
-def test_norm_statistics_thaw_with_their_layer():
+def test_norm_statistics_move_once_their_layer_is_unfrozen():
     model = ConvNet()
     method = lp.GradualUnfreezing(schedule=[1])
     lp.apply(model, method)
@@ -161,7 +161,7 @@ class TestErrors:
         with pytest.raises(lp.TargetError, match=r"goes past the last block: it has 3 entries, and Sequential has 2"):
             lp.apply(mlp(), lp.GradualUnfreezing(schedule=[1, 2, 3]))
 
-    def test_nothing_to_begin_with(self):
+    def test_nothing_to_train_in_the_first_stage(self):
         model = nn.LSTM(2, 2)
         with pytest.raises(lp.TargetError, match="finds nothing to train before epoch 1"):
             lp.apply(nn.ModuleDict({"a": model, "b": nn.LSTM(2, 2)}), lp.GradualUnfreezing(exclude=["b"]))

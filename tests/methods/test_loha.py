@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import lightning_peft as lp
-from tests.methods.kin import (
+from tests.methods.invariants import (
     KINDS,
     check_against_matrix,
     check_checkpointed_and_compiled,

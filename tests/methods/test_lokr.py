@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import lightning_peft as lp
-from lightning_peft.methods.lokr import factorise
-from tests.methods.kin import (
+from lightning_peft.methods.lokr import factorize
+from tests.methods.invariants import (
     KINDS,
     check_against_matrix,
     check_checkpointed_and_compiled,
@@ -82,7 +82,7 @@ def test_parity_with_peft(case):
 def test_factors_are_those_of_peft(factor):
     lokr_layer = pytest.importorskip("peft.tuners.lokr.layer")
     for n in range(1, 200):
-        assert factorise(n, factor) == lokr_layer.factorization(n, factor), n
+        assert factorize(n, factor) == lokr_layer.factorization(n, factor), n
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ from tests.kinds import KINDS, MLP
         ({"name": "a.b"}, "name='a.b' cannot name an adapter"),
     ],
 )
-def test_arguments_that_cannot_be_are_refused(arguments: dict, message: str):
+def test_invalid_arguments_are_refused(arguments: dict, message: str):
     with pytest.raises(ValueError, match=message):
         lp.LoRA(**arguments)
 

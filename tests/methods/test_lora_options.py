@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import lightning_peft as lp
-from tests.methods.kin import (
+from tests.methods.invariants import (
     KINDS,
     Task,
     check_against_matrix,
@@ -136,7 +136,7 @@ def test_freeze_a():
 def rates(model, method, groups):
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(groups(trained), lr=0.01)
-    method.regroup(optimizer, model)
+    method.configure_param_groups(optimizer, model)
     of = {id(p): g for g in optimizer.param_groups for p in g["params"]}
     assert sum(len(g["params"]) for g in optimizer.param_groups) == len(trained)
     return {n: of[id(p)] for n, p in trained.items()}
@@ -193,7 +193,7 @@ def test_lora_plus_is_the_two_rates_of_the_paper():
     before = lp.adapter_state(model)
     before = {k: v.clone() for k, v in before.items()}
     optimizer = torch.optim.SGD(lp.trainable_parameters(model), lr=1e-3)
-    method.regroup(optimizer, model)
+    method.configure_param_groups(optimizer, model)
     model(torch.randn(4, 8)).square().sum().backward()
     optimizer.step()
     for name, p in model.named_parameters():

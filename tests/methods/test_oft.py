@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import lightning_peft as lp
-from tests.methods.kin import (
+from tests.methods.invariants import (
     KINDS,
     check_against_matrix,
     check_checkpointed_and_compiled,
@@ -222,7 +222,7 @@ def test_what_is_saved_is_what_is_computed_with(tmp_path):
 def test_training_keeps_the_constrained_entries_themselves_in_the_ball():
     model, method = Classifier(), lp.OFT(4, targets=["qkv"], coft=True, eps=0.01, trainable=["head"])
     trainer(".", method, epochs=3).fit(model)
-    parts = method.parts(model)
+    parts = method.adapters_by_weight(model)
     assert len(parts) == 3
     for part in parts.values():
         norms = 2**0.5 * part.oft_R.detach().norm(dim=-1)

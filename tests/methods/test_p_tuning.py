@@ -72,7 +72,7 @@ def test_fold_keeps_the_function_and_the_folded_state_loads(make):
     assert p.shape == (4, 32)
     assert not method.folded_prompt
     fresh = make()
-    lp.apply(fresh, method.folded())
+    lp.apply(fresh, method.without_reparameterization())
     fresh.load_state_dict(lp.adapter_state(model), strict=False)
     torch.testing.assert_close(fresh(**inputs).logits, before)
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import lightning_peft as lp
-from lightning_peft.core.adapters.virtual_tokens import Placement
+from lightning_peft.core.adapters.virtual_tokens import TokenTemplate
 from lightning_peft.methods.families.prompt_adapters import PromptAdapter, TokenError
 from tests.methods.tiny import Block, Classifier, bert, gpt2, llama, randomise, t5, trainer
 
@@ -432,7 +432,7 @@ def test_calls_that_cannot_take_a_prompt():
 
 
 def test_placement_in_rows_too_short_for_the_template():
-    layout = Placement.parse("x3 v1 x* v1 x2").layout(1, 4, torch.tensor([[0, 0, 1, 0]]), torch.device("cpu"))
+    layout = TokenTemplate.parse("x3 v1 x* v1 x2").layout(1, 4, torch.tensor([[0, 0, 1, 0]]), torch.device("cpu"))
     assert layout.insert(torch.arange(4.0)[None], torch.tensor([8.0, 9.0])).tolist() == [[0, 1, 2, 8, 9, 3]]
 
 

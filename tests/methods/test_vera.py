@@ -8,7 +8,7 @@ from torch import nn
 
 import lightning_peft as lp
 from lightning_peft.core.state.state_dict import load_state
-from tests.methods.kin import (
+from tests.methods.invariants import (
     KINDS,
     check_against_matrix,
     check_checkpointed_and_compiled,
@@ -86,7 +86,7 @@ def test_projections_come_with_the_file():
     assert torch.equal(other(x), model(x))
 
 
-def test_other_random_numbers_are_found():
+def test_projections_of_another_seed_are_refused():
     model, other = net(), net()
     lp.apply(model, vera(save_projection=False))
     lp.apply(other, vera(save_projection=False, projection_seed=1))

@@ -10,7 +10,7 @@ from lightning_peft.ops.finite import is_finite
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.complex64, torch.float8_e5m2])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_one_element_tells(dtype: torch.dtype, value: float):
+def test_one_bad_element_is_found(dtype: torch.dtype, value: float):
     tensor = torch.linspace(-1, 1, 101).to(dtype)
     assert is_finite(tensor)
     tensor[70] = torch.tensor(value).to(dtype)

@@ -66,7 +66,7 @@ def test_weights_that_do_not_fit(tmp_path):
         ImageClassifier(NETWORK, 2, weights="nowhere.pt")
 
 
-def test_networks_that_are_none():
+def test_invalid_networks():
     with pytest.raises(ValueError, match=r"network='torch.nn.Lineal' is no import path"):
         ImageClassifier("torch.nn.Lineal", 2)
     with pytest.raises(ValueError, match=r"network='resnet' is no import path"):

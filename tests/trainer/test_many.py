@@ -12,9 +12,9 @@ import torch
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
 
 import lightning_peft as lp
-from lightning_peft.core.injection.apply import put_in
-from lightning_peft.core.injection.overrides import replace_trained
-from lightning_peft.core.record import injection_of
+from lightning_peft.core.injection.apply import install
+from lightning_peft.core.injection.overrides import override_trained
+from lightning_peft.core.record import injection_state
 from lightning_peft.core.state.state_dict import StateError
 from lightning_peft.core.switching.active import deactivate
 from lightning_peft.trainer.audit import AuditError, audit_active
@@ -27,11 +27,11 @@ def add_frozen(module: L.LightningModule, name: str = "b") -> None:
     """What loading an adapter does: one that is frozen, waits, and has a head of its own."""
     method = lp.LoRA(r=2, name=name, trainable=["head"])
     plan = method.plan(module)
-    replace_trained(plan, module, {"head.weight": torch.ones(2, 16), "head.bias": torch.zeros(2)})
+    override_trained(plan, module, {"head.weight": torch.ones(2, 16), "head.bias": torch.zeros(2)})
     for adapter in (a.adapter for a in plan.attach):
         adapter.requires_grad_(False)
-    others = injection_of(module) is not None
-    put_in(module, {name: (method, plan)})
+    others = injection_state(module) is not None
+    install(module, {name: (method, plan)})
     perturb(module, name=name)
     if others:
         deactivate(module, name)
@@ -44,7 +44,7 @@ class Adds(Callback):
         self.moment = moment
 
     def act(self, moment: str, module: L.LightningModule) -> None:
-        if moment == self.moment and "b" not in injection_of(module).methods:
+        if moment == self.moment and "b" not in injection_state(module).methods:
             add_frozen(module)
 
     def on_fit_start(self, trainer, module) -> None:
@@ -61,7 +61,7 @@ class Compares(Toy):
     """Looks at another adapter while validating."""
 
     def validation_step(self, batch: Any, index: int) -> None:
-        names = set(injection_of(self).methods)
+        names = set(injection_state(self).methods)
         with lp.disabled(self):
             self.log("base", self.loss(batch))
         if "b" in names:
@@ -95,7 +95,7 @@ def test_a_frozen_adapter_beside_it_changes_nothing_of_a_training(tmp_path: Path
     module, run = fit(tmp_path, moment)
     assert same(trained((module, run)), trained(fit(tmp_path, None)))
     assert not any(".adapters.b." in n for n, p in module.named_parameters() if p.requires_grad)
-    report = injection_of(module).report
+    report = injection_state(module).report
     assert report.trainable == sum(p.numel() for p in lp.trainable_parameters(module))
     with lp.active(module, "b"):
         x, own = torch.randn(3, 16), module.head.adapters["b"]
@@ -118,7 +118,7 @@ def test_resume_is_exact_with_and_without_the_frozen_one(tmp_path: Path, moment:
     assert same(trained(fit(tmp_path, "before", ckpt=tmp_path / "plain" / "step=2.ckpt")), plain)
 
 
-def test_one_that_trained_is_still_missed(tmp_path: Path) -> None:
+def test_a_missing_trained_method_is_an_error(tmp_path: Path) -> None:
     fit(tmp_path, "before", *every_step(tmp_path))
     with pytest.raises(StateError, match="the checkpoint holds a LoRA named 'default', which this run does not attach"):
         trainer(tmp_path, method=lora(name="other")).fit(Compares(), loader(), ckpt_path=tmp_path / "step=2.ckpt")
@@ -143,11 +143,11 @@ def test_a_checkpoint_alone_gives_what_was_combined_back(tmp_path: Path) -> None
     add_frozen(module)
     bias = lp.BitFit(name="c")
     plan = bias.plan(module)
-    replace_trained(plan, module, {name: torch.ones_like(module.get_parameter(name)) for name in plan.train})
-    put_in(module, {"c": (bias, plan)})
+    override_trained(plan, module, {name: torch.ones_like(module.get_parameter(name)) for name in plan.train})
+    install(module, {"c": (bias, plan)})
     lp.combine(module, ["b", "c"], name="lora_and_copies")
     lp.combine(module, ["c"], [0.5], name="copies")
-    assert isinstance(injection_of(module).methods["copies"], lp.BitFit)
+    assert isinstance(injection_state(module).methods["copies"], lp.BitFit)
     lp.set_active(module, "default")
     trainer(tmp_path, *every_step(tmp_path)).fit(module, loader(), val_loader())
     again, x = lp.load_from_checkpoint(Compares, tmp_path / "step=10.ckpt"), torch.randn(3, 16)
@@ -173,7 +173,7 @@ class Deletes(Callback):
 def test_the_frozen_one_can_be_deleted_in_a_training_and_the_other_cannot(tmp_path: Path) -> None:
     module, run = fit(tmp_path, "fit", Deletes("b"))
     assert same(trained((module, run)), trained(fit(tmp_path, None)))
-    assert list(injection_of(module).methods) == ["default"]
+    assert list(injection_state(module).methods) == ["default"]
     with pytest.raises(ValueError, match="'default' is in training, and the optimizer holds its parameters"):
         fit(tmp_path, None, Deletes("default"))
     module, _ = fit(tmp_path, None)

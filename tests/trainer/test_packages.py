@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_peft as lp
-from lightning_peft.core.record import injection_of
+from lightning_peft.core.record import injection_state
 from lightning_peft.trainer.packages import lightning_classes
 
 PACKAGES = ["lightning.pytorch", "pytorch_lightning"]
@@ -168,5 +168,5 @@ def test_a_run_with_parts_of_both_is_refused_before_anything_changes(name: str, 
     with pytest.raises(Exception, match=r"do not recognise each other's classes.*import them from"):
         trainer.fit(module, data())
     assert type(module) is cls
-    assert injection_of(module) is None
+    assert injection_state(module) is None
     assert all(p.requires_grad for p in module.parameters())

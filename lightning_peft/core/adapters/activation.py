@@ -13,11 +13,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_peft.core.adapters.base import Adapter
-from lightning_peft.core.batching.batched import AfterRows, RowLink, WholeBatch
+from lightning_peft.core.batching.batched import BatchedAdapters, BatchedPassthrough, PerGroupOutput
 from lightning_peft.core.module_io import first_tensor, hidden_state, with_hidden_state
 from lightning_peft.core.targeting.activation_sites import ActivationSite
 
-__all__ = ["ActivationAdapter", "InputTap"]
+__all__ = ["ActivationAdapter", "InputCapture"]
 
 
 class ActivationAdapter(Adapter):
@@ -51,7 +51,7 @@ class ActivationAdapter(Adapter):
         self.site_name = site.name
         self.width = site.width
         self.axis = site.axis
-        self.taps: tuple[InputTap, ...] = ()  # in a tuple, so that it is no child
+        self.captures: tuple[InputCapture, ...] = ()  # in a tuple, so that it is no child
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """The new output from the input ``x`` and the output ``y`` so far; shaped as ``y``."""
@@ -64,7 +64,7 @@ class ActivationAdapter(Adapter):
 
     def reads(self, args: tuple, kwargs: Mapping[str, Any]) -> Tensor | None:
         """The sub-layer's input, in a call of the host that ends it; None where there is none."""
-        return self.taps[0].take() if self.taps else first_tensor(args, kwargs)
+        return self.captures[0].take() if self.captures else first_tensor(args, kwargs)
 
     def after(self, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """The new output of some rows, given their input and their output so far."""
@@ -75,14 +75,14 @@ class ActivationAdapter(Adapter):
             )
         return self(x, y)
 
-    def row_link(self, host: nn.Module) -> type[RowLink] | None:
-        return AfterRows if type(self).run is ActivationAdapter.run else None
+    def batched_class(self, host: nn.Module) -> type[BatchedAdapters] | None:
+        return PerGroupOutput if type(self).run is ActivationAdapter.run else None
 
 
-class InputTap(Adapter):
-    """Lends the input of the module it sits on to the adapter at the end of the sub-layer. It has no parameters."""
+class InputCapture(Adapter):
+    """Captures the input of the module it sits on for the adapter at the end of the sub-layer. It has no parameters."""
 
-    transparent = True
+    is_passthrough = True
 
     def __init__(self, reader: str) -> None:
         super().__init__()
@@ -90,24 +90,24 @@ class InputTap(Adapter):
         self._runs = threading.local()
 
     @property
-    def lent(self) -> Tensor | None:
+    def captured(self) -> Tensor | None:
         """The input of the run in progress in this thread; None once it is taken."""
-        return getattr(self._runs, "lent", None)
+        return getattr(self._runs, "captured", None)
 
-    @lent.setter
-    def lent(self, x: Tensor | None) -> None:
-        self._runs.lent = x
+    @captured.setter
+    def captured(self, x: Tensor | None) -> None:
+        self._runs.captured = x
 
     def run(self, host: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        self.lent = first_tensor(args, kwargs)
+        self.captured = first_tensor(args, kwargs)
         return call(*args, **kwargs)
 
-    def row_link(self, host: nn.Module) -> type[RowLink]:
-        return WholeBatch
+    def batched_class(self, host: nn.Module) -> type[BatchedAdapters]:
+        return BatchedPassthrough
 
     def take(self) -> Tensor:
         """The input of the run in progress, once."""
-        x, self.lent = self.lent, None
+        x, self.captured = self.captured, None
         if x is None:
             raise RuntimeError(f"{self.reader!r} ran before the module whose input its adapter reads")
         return x

@@ -255,7 +255,7 @@ def _mode(host: Any) -> _Mode | None:
     return None
 
 
-class _Routed:
+class _PrefixedConfig:
     """A Hugging Face configuration that names our attention function and is the original otherwise.
 
     Args:
@@ -277,7 +277,7 @@ class _Routed:
 
 
 def _route(host: Any, users: int) -> None:
-    """Count the calls of ``host`` in progress; while there are any, its configuration is a :class:`_Routed`."""
+    """Count the calls of ``host`` in progress; while there are any, its configuration is a :class:`_PrefixedConfig`."""
     if torch.compiler.is_compiling():
         return _count(host, users)
     with _LOCK:
@@ -285,8 +285,8 @@ def _route(host: Any, users: int) -> None:
 
 
 def _count(host: Any, users: int) -> None:
-    if not isinstance(host.config, _Routed):
-        host.config = _Routed(host, host.config)
+    if not isinstance(host.config, _PrefixedConfig):
+        host.config = _PrefixedConfig(host, host.config)
     host.config._users += users
     if host.config._users == 0:
         host.config = host.config._config

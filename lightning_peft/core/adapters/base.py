@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core.batching.batched import AfterRows, RowLink
+from lightning_peft.core.batching.batched import BatchedAdapters, PerGroupOutput
 from lightning_peft.core.targeting.sites import Site
 
 __all__ = ["BIASES", "Adapter", "WeightAdapter", "WeightGroup"]
@@ -36,9 +36,9 @@ class Adapter(nn.Module):
     """
 
     #: what it raises in a forward of a module that it does not fit; a trial forward before injection looks for these
-    misfits: ClassVar[tuple[type[Exception], ...]] = ()
+    misfit_errors: ClassVar[tuple[type[Exception], ...]] = ()
     #: whether it only looks on, so that the module computes the same with it as without
-    transparent: ClassVar[bool] = False
+    is_passthrough: ClassVar[bool] = False
     #: whether a batch without certain tokens leaves it without a gradient
     needs_its_tokens: ClassVar[bool] = False
 
@@ -50,13 +50,13 @@ class Adapter(nn.Module):
         """The adapters of the host's weights in this one, by parameter name; empty where it has none."""
         return {}
 
-    def copies(self) -> Mapping[str, Tensor]:
+    def overrides(self) -> Mapping[str, Tensor]:
         """What stands in place of the host's own parameters and buffers, by name; empty where nothing does."""
         return {}
 
     def changes(self) -> frozenset[str]:
         """The names of the host's parameters and buffers that have another value with this adapter."""
-        found = {*self.copies(), *self.weights()}
+        found = {*self.overrides(), *self.weights()}
         changed = {p for p, part in self.weights().items() if part.changes_bias and p in BIASES}
         return frozenset(found | {BIASES[parameter] for parameter in changed})
 
@@ -74,21 +74,21 @@ class Adapter(nn.Module):
         """The copies of parameters that go with this adapter and come ahead of it; None where there are none."""
         return self._modules.get("replacement")  # type: ignore[return-value]
 
-    def parts(self) -> tuple[Adapter, ...]:
+    def components(self) -> tuple[Adapter, ...]:
         """What runs for this adapter, in order."""
         return (self,) if self.replacement is None else (self.replacement, self)
 
     @property
-    def rewrites(self) -> bool:
+    def modifies_weight(self) -> bool:
         """Whether the host must run with its adapted weight in place instead of around its own."""
         return False
 
     #: whether its parts at several hosts work on one sequence, so that a batch of rows must pass all of them together
     spans_hosts = False
-    #: what lends it the input of another module
-    taps: tuple[Any, ...] = ()
+    #: what captures the input of another module for it
+    captures: tuple[Any, ...] = ()
 
-    def row_link(self, host: nn.Module) -> Callable[..., RowLink] | None:
+    def batched_class(self, host: nn.Module) -> Callable[..., BatchedAdapters] | None:
         """What lets adapters of this kind serve one batch whose rows name different ones, and the same for all of them.
 
         None where the host has to run once for each adapter. See :mod:`lightning_peft.core.switching.rows`.
@@ -96,11 +96,11 @@ class Adapter(nn.Module):
         return None
 
     @property
-    def foldable(self) -> bool:
+    def has_reparameterization(self) -> bool:
         """Whether :meth:`fold` would change anything."""
         return False
 
-    def fold(self) -> None:
+    def remove_reparameterization(self) -> None:
         """Replace what only training needs by the parameters it computes."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Adapter:
@@ -199,7 +199,7 @@ class WeightAdapter(Adapter):
         raise NotImplementedError
 
     @property
-    def rewrites(self) -> bool:
+    def modifies_weight(self) -> bool:
         return type(self).output is WeightAdapter.output or not self.layout.has_activation
 
     def weights(self) -> Mapping[str, WeightAdapter]:
@@ -216,9 +216,9 @@ class WeightAdapter(Adapter):
         """The new output of some rows, given their input and their output so far."""
         return self.output(host, x, y)
 
-    def row_link(self, host: nn.Module) -> type[RowLink] | None:
-        around = not self.rewrites and type(self).run is WeightAdapter.run
-        return AfterRows if around else None
+    def batched_class(self, host: nn.Module) -> type[BatchedAdapters] | None:
+        around = not self.modifies_weight and type(self).run is WeightAdapter.run
+        return PerGroupOutput if around else None
 
 
 class WeightGroup(Adapter):
@@ -231,7 +231,7 @@ class WeightGroup(Adapter):
             self.add_module(f"{key}_" if hasattr(self, key) else key, adapter)  # such as 'weights' or 'run'
 
     @property
-    def rewrites(self) -> bool:
+    def modifies_weight(self) -> bool:
         return True
 
     def weights(self) -> Mapping[str, WeightAdapter]:

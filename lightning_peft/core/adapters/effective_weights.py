@@ -44,7 +44,7 @@ def effective_weights(
         return only is None or name.partition(".")[0] == only
 
     for adapter in adapters:
-        for name, copy in adapter.copies().items():
+        for name, copy in adapter.overrides().items():
             if wanted(name):
                 stored = stored_tensor(host, name)
                 assert stored is not None
@@ -70,7 +70,7 @@ def lost_input(adapters: Sequence[Adapter]) -> str | None:
     One that rewrites the weight has those before it folded into the weight, where their dropout is lost.
     """
     for i, adapter in enumerate(adapters):
-        later = next((a for a in adapters[i + 1 :] if a.rewrites), None)
+        later = next((a for a in adapters[i + 1 :] if a.modifies_weight), None)
         if adapter.needs_input is not None and later is not None:
             name = next(iter(adapter.weights().values())).site_name
             return (

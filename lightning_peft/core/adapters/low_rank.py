@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.adapters.base import WeightAdapter
-from lightning_peft.core.batching.batched import AfterRows, LowRankRows, RowLink
+from lightning_peft.core.batching.batched import BatchedAdapters, BatchedLowRank, PerGroupOutput
 from lightning_peft.ops.dropout import dropped
 
-__all__ = ["LowRankAdapter", "with_products"]
+__all__ = ["LowRankAdapter", "add_products"]
 
 #: elements of a block that stays in a processor's cache
 _BLOCK = 1 << 18
@@ -33,7 +33,7 @@ class LowRankAdapter(WeightAdapter):
     Layouts write ``down`` and ``up`` for their layer: for a convolution ``down`` is the layer's own convolution with r
     channels and ``up`` one of size 1; for an embedding ``down`` looks rows of A^T up. If a later adapter modifies the
     weight as a whole, or the module reads its weight without calling a layer, :meth:`delta` is added to W instead. In
-    ``lp.rows``, :class:`LowRankRows` runs the products of all adapters of the batch together.
+    ``lp.rows``, :class:`BatchedLowRank` runs the products of all adapters of the batch together.
 
     Attributes:
         scale: s; 1 where the factors are used as they are.
@@ -87,14 +87,14 @@ class LowRankAdapter(WeightAdapter):
         h = dropped(down, x, a, self.dropout) if self.dropout and self.training else down(x, a)
         return self.layout.up(host, h, b, y, self.scale)
 
-    def row_link(self, host: nn.Module) -> type[RowLink] | None:
-        if type(self).output is not LowRankAdapter.output and type(self).row_link is LowRankAdapter.row_link:
-            return super().row_link(host)  # it adds something of its own beside the product
-        link = super().row_link(host)
-        return LowRankRows if link is AfterRows and self.layout.vectors else link
+    def batched_class(self, host: nn.Module) -> type[BatchedAdapters] | None:
+        if type(self).output is not LowRankAdapter.output and type(self).batched_class is LowRankAdapter.batched_class:
+            return super().batched_class(host)  # it adds something of its own beside the product
+        batched = super().batched_class(host)
+        return BatchedLowRank if batched is PerGroupOutput and self.layout.vectors else batched
 
 
-def with_products(matrix: Tensor, pairs: Iterable[tuple[Tensor, Tensor]], dtype: torch.dtype) -> Tensor:
+def add_products(matrix: Tensor, pairs: Iterable[tuple[Tensor, Tensor]], dtype: torch.dtype) -> Tensor:
     """``matrix`` plus the product B A of each pair (A, B), computed in ``dtype`` and rounded once to its own type.
 
     Done in blocks of rows, so that no second matrix of the type ``dtype`` is ever in memory.

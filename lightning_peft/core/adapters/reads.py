@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_peft.core.checkpoint_frame import in_backward
 
-__all__ = ["computing", "forward_values", "refused", "run_with_values"]
+__all__ = ["computing", "forward_values", "run_with_values", "unreadable_tensor"]
 
 # By id of the module. A copy for each call, so that one model can serve several threads.
 _IN_FORWARD: ContextVar[Mapping[int, Mapping[str, Any]]] = ContextVar("in_forward", default=MappingProxyType({}))
@@ -82,7 +82,7 @@ def computing() -> bool:
     return False
 
 
-class _Refused(Tensor):
+class _UnreadableTensor(Tensor):
     """A tensor that has a shape, a type and a device, and raises ``error`` when something is computed with it."""
 
     error: Exception
@@ -91,27 +91,27 @@ class _Refused(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        raise next(t.error for t in tree_leaves((args, kwargs)) if isinstance(t, _Refused))
+        raise next(t.error for t in tree_leaves((args, kwargs)) if isinstance(t, _UnreadableTensor))
 
 
-def refused(like: Tensor, message: str) -> Tensor:
+def unreadable_tensor(like: Tensor, message: str) -> Tensor:
     """Stands for a value that cannot be given; its shape, type and device are those of ``like``.
 
     Models read the type of a weight without computing with it (T5's ``wo.weight.dtype``), so the read itself must not
     be an error.
     """
     if torch.compiler.is_compiling():
-        return _refused(like, message)  # not in the graph if nothing uses it
-    tensor = Tensor._make_wrapper_subclass(_Refused, like.shape, dtype=like.dtype, device=like.device)
+        return _unreadable_tensor(like, message)  # not in the graph if nothing uses it
+    tensor = Tensor._make_wrapper_subclass(_UnreadableTensor, like.shape, dtype=like.dtype, device=like.device)
     tensor.error = ValueError(message)
     return tensor
 
 
 @torch.library.custom_op("lightning_peft::refused", mutates_args=())
-def _refused(like: Tensor, message: str) -> Tensor:
+def _unreadable_tensor(like: Tensor, message: str) -> Tensor:
     raise ValueError(message)
 
 
-@_refused.register_fake
+@_unreadable_tensor.register_fake
 def _(like: Tensor, message: str) -> Tensor:
     return torch.empty_like(like)

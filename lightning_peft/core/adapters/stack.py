@@ -9,7 +9,7 @@ The way of a call::
 
     host(x)                        nn.Module.__call__, with the hooks of the host
       Adapted.forward              the swapped class; while it runs, the host's own code reads the stored weights
-        AdapterStack.run           looks up the switches of this thread; in lp.rows, their router goes on from here
+        AdapterStack.run           looks up the switches of this thread; in lp.rows, their dispatcher goes on from here
           run_active               the active adapters, for all rows:
             adapters around        adapter.run(host, call), the first attached innermost
               run_in_place         only if some adapter modifies the weight: the host reads effective_weights(...)
@@ -33,9 +33,9 @@ from lightning_peft.core.adapters.effective_weights import (
     run_in_place,
     stored_tensor,
 )
-from lightning_peft.core.adapters.later_forward import set_forward
-from lightning_peft.core.adapters.reads import computing, forward_values, refused, run_with_values
-from lightning_peft.core.adapters.switches import Switches, current, remember, switched
+from lightning_peft.core.adapters.reads import computing, forward_values, run_with_values, unreadable_tensor
+from lightning_peft.core.adapters.replaced_forward import set_forward
+from lightning_peft.core.adapters.switches import Switches, current, remember_switches, switched
 from lightning_peft.core.class_swap import original_class
 from lightning_peft.core.targeting.base_modules import AdapterContainer
 
@@ -60,7 +60,7 @@ class AdapterStack(AdapterContainer):
         merged_names: the adapters that are folded in.
         changed: names of the host's parameters and buffers that some of the adapters change.
         attributes: the host's attributes that these are read from.
-        named: the adapters that rows of some batch have named so far; None where none was ever routed.
+        ever_routed: the adapters that rows of some batch have named so far; None where none was ever routed.
     """
 
     def __init__(self) -> None:
@@ -70,7 +70,7 @@ class AdapterStack(AdapterContainer):
         self.local = threading.local()
         self.merged: dict[str, Tensor | None] | None = None
         self.merged_names: tuple[str, ...] = ()
-        self.named: set[str] | None = None
+        self.ever_routed: set[str] | None = None
         self.refresh()
 
     def forward(self, x: T) -> T:
@@ -81,7 +81,7 @@ class AdapterStack(AdapterContainer):
         """Work out what runs, after the names, ``active``, ``disabled`` or ``merged`` have changed."""
         for switches in (self.shared, *self.open):
             self.work_out(switches)
-        parts = [part for adapter in self.values() for part in cast(Adapter, adapter).parts()]
+        parts = [part for adapter in self.values() for part in cast(Adapter, adapter).components()]
         weights = {part.parameter for part in parts if isinstance(part, WeightAdapter)}
         self.changed = frozenset(weights.union(*(part.changes() for part in parts)))
         self.attributes = frozenset(name.partition(".")[0] for name in self.changed)
@@ -89,7 +89,7 @@ class AdapterStack(AdapterContainer):
     def work_out(self, switches: Switches) -> None:
         """Work out what runs with ``switches``."""
         names = () if switches.disabled else switches.active
-        switches.folded, switches.around = self._parts(names, switches.skipped)
+        switches.weight_adapters, switches.wrapping_adapters = self._parts(names, switches.skipped)
 
     @property
     def active(self) -> tuple[str, ...]:
@@ -111,35 +111,35 @@ class AdapterStack(AdapterContainer):
         return current(self).skipped
 
     @property
-    def router(self) -> Any:
+    def dispatcher(self) -> Any:
         """What chooses the adapters for each row of the batch; None where all rows have the active ones."""
-        return current(self).router
+        return current(self).dispatcher
 
     @property
-    def place(self) -> Any:
-        """Where the router finds the rows."""
-        return current(self).place
+    def batch_layout(self) -> Any:
+        """Where the dispatcher finds the rows."""
+        return current(self).batch_layout
 
     def _parts(self, names: Iterable[str], skipped: tuple[str, ...]) -> tuple[tuple[Adapter, ...], tuple[Adapter, ...]]:
         left = tuple(n for n in self if n in names and n not in self.merged_names and n not in skipped)
-        running = tuple(part for n in left for part in cast(Adapter, self[n]).parts())
+        running = tuple(part for n in left for part in cast(Adapter, self[n]).components())
         # Weight adapters up to the last one that rewrites the weight are folded into it, to keep their order.
-        split = max((i for i, adapter in enumerate(running, 1) if adapter.rewrites), default=0)
+        split = max((i for i, adapter in enumerate(running, 1) if adapter.modifies_weight), default=0)
         folded = tuple(adapter for adapter in running[:split] if adapter.changes())
         return folded, tuple(adapter for adapter in running if adapter not in folded)
 
     def running(self, before: Adapter | None = None) -> tuple[Adapter, ...]:
         """The adapters that run, in order; only those ahead of ``before`` where it is given."""
         switches = current(self)
-        running = (*switches.folded, *switches.around)
+        running = (*switches.weight_adapters, *switches.wrapping_adapters)
         return running if before is None else running[: next(i for i, a in enumerate(running) if a is before)]
 
     def run(self, host: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The host's output; ``forward`` is the original one."""
         switches = current(self)
-        remember(self, switches)
-        if switches.router is not None and not switches.disabled:
-            return switches.router.run(host, forward, args, kwargs)
+        remember_switches(self, switches)
+        if switches.dispatcher is not None and not switches.disabled:
+            return switches.dispatcher.run(host, forward, args, kwargs)
         return self.run_active(host, forward, args, kwargs)
 
     def run_as(
@@ -155,42 +155,42 @@ class AdapterStack(AdapterContainer):
         if switches is self.shared:
             with switched({self: {}}):
                 return self.run_as(names, host, forward, args, kwargs)
-        before = switches.folded, switches.around
-        switches.folded, switches.around = self._parts(names, switches.skipped)
+        before = switches.weight_adapters, switches.wrapping_adapters
+        switches.weight_adapters, switches.wrapping_adapters = self._parts(names, switches.skipped)
         try:
             return self.run_active(host, forward, args, kwargs)
         finally:
-            switches.folded, switches.around = before
+            switches.weight_adapters, switches.wrapping_adapters = before
 
     def run_active(
         self, host: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """The host's output with the active adapters for all rows."""
         switches, call = current(self), forward
-        if switches.folded:
-            if (problem := lost_input([a for a in switches.folded if a.training])) is not None:
+        if switches.weight_adapters:
+            if (problem := lost_input([a for a in switches.weight_adapters if a.training])) is not None:
                 raise ValueError(problem)
-            call = functools.partial(run_in_place, host, effective_weights(host, switches.folded), forward)
-        for adapter in switches.around:
+            call = functools.partial(run_in_place, host, effective_weights(host, switches.weight_adapters), forward)
+        for adapter in switches.wrapping_adapters:
             call = functools.partial(adapter.run, host, call)
         return call(*args, **kwargs)
 
     def values_to_read(self, host: nn.Module, name: str) -> dict[str, Any]:
         """The adapted values behind the host's attribute ``name``, for code outside of its forward; may be empty."""
         running, rows_differ = self.running(), False
-        if self.router is not None and not self.disabled:
-            names = self.router.names_to_read(host)
+        if self.dispatcher is not None and not self.disabled:
+            names = self.dispatcher.names_to_read(host)
             running, rows_differ = sum(self._parts(names or (), self.skipped), ()), names is None
         problem = next((why for adapter in running if (why := adapter.unreadable()) is not None), None)
         if rows_differ:
             problem = (
-                f"{self.place} has different adapters for the rows of the batch, and another module reads its "
+                f"{self.batch_layout} has different adapters for the rows of the batch, and another module reads its "
                 f"{name!r}, one value for all rows. Run the rows of each adapter in a batch of their own"
             )
         if problem is None:
             return as_attributes(host, effective_weights(host, running, only=name))
         stored = {n: stored_tensor(host, n) for n in self.changed if n.partition(".")[0] == name}
-        return as_attributes(host, {n: refused(t, problem) for n, t in stored.items() if t is not None})
+        return as_attributes(host, {n: unreadable_tensor(t, problem) for n, t in stored.items() if t is not None})
 
     def __getattr__(self, name: str) -> Any:
         if name == "weight":  # asked for by parallelize_module, which takes every child of a layer for one
@@ -199,7 +199,7 @@ class AdapterStack(AdapterContainer):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy has what runs here and now, and is not inside the context of lp.rows.
-        shared = current(self).changed(router=None)
+        shared = current(self).changed(dispatcher=None)
         self.work_out(shared)
         return {**{k: v for k, v in self.__dict__.items() if k != "local"}, "shared": shared, "open": []}
 

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lightning_peft.core.checkpoint_frame import frame, in_backward, note, noted
+from lightning_peft.core.checkpoint_frame import checkpoint_frame, in_backward, recall, remember
 
 if TYPE_CHECKING:
     from lightning_peft.core.adapters.base import Adapter
     from lightning_peft.core.adapters.stack import AdapterStack
-__all__ = ["Switches", "current", "remember", "switched"]
+__all__ = ["Switches", "current", "remember_switches", "switched"]
 
 
 class Switches:
@@ -31,28 +31,29 @@ class Switches:
         active: names of the adapters that take part.
         disabled: whether none does, for the time being.
         skipped: the adapters that are left out here, whatever is active.
-        router: what chooses the adapters for each row of the batch; None where all rows have the active ones.
-        place: where the router finds the rows.
-        folded: the adapters that run with their weights in place of the host's, in order.
-        around: the adapters that run around the host after these.
+        dispatcher: what chooses the adapters for each row of the batch; None where all rows have the active ones.
+        batch_layout: where the dispatcher finds the rows.
+        weight_adapters: the adapters that run with their weights in place of the host's, in order.
+        wrapping_adapters: the adapters that run around the host after these.
     """
 
-    folded: tuple[Adapter, ...] = ()
-    around: tuple[Adapter, ...] = ()
+    weight_adapters: tuple[Adapter, ...] = ()
+    wrapping_adapters: tuple[Adapter, ...] = ()
 
     def __init__(
         self,
         active: tuple[str, ...] = (),
         disabled: bool = False,
         skipped: tuple[str, ...] = (),
-        router: Any = None,
-        place: Any = None,
+        dispatcher: Any = None,
+        batch_layout: Any = None,
     ) -> None:
-        self.active, self.disabled, self.skipped, self.router, self.place = active, disabled, skipped, router, place
+        self.active, self.disabled, self.skipped = active, disabled, skipped
+        self.dispatcher, self.batch_layout = dispatcher, batch_layout
 
     def changed(self, **changes: Any) -> Switches:
         """A copy with some attributes changed; what runs is to be worked out anew."""
-        names = ("active", "disabled", "skipped", "router", "place")
+        names = ("active", "disabled", "skipped", "dispatcher", "batch_layout")
         return Switches(**{**{name: getattr(self, name) for name in names}, **changes})
 
 
@@ -86,8 +87,8 @@ def current(stack: AdapterStack) -> Switches:
     if torch.compiler.is_compiling():
         entered = getattr(stack.local, "entered", ())
         own = entered[-1] if entered else None
-    elif in_backward() and (checkpoint := frame()) is not None:
-        own = noted(checkpoint, id(stack))
+    elif in_backward() and (checkpoint := checkpoint_frame()) is not None:
+        own = recall(checkpoint, id(stack))
     else:
         own = _OWN.get().get(id(stack))
         if own is None and len(stack.open) == 1 and in_backward() and _is_foreign():
@@ -96,12 +97,12 @@ def current(stack: AdapterStack) -> Switches:
     return stack.shared if own is None else own
 
 
-def remember(stack: AdapterStack, switches: Switches) -> None:
+def remember_switches(stack: AdapterStack, switches: Switches) -> None:
     """If a checkpointed forward is in progress, its repetition will run with ``switches``."""
     if switches is not stack.shared and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        checkpoint = None if in_backward() else frame()
+        checkpoint = None if in_backward() else checkpoint_frame()
         if checkpoint is not None:
-            note(checkpoint, id(stack), switches)
+            remember(checkpoint, id(stack), switches)
 
 
 def _is_foreign() -> bool:

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Layout", "Placement", "RowPlacement", "strip"]
+__all__ = ["PerRowTemplate", "TokenLayout", "TokenTemplate", "strip"]
 
 
 @dataclass(frozen=True)
-class Placement:
+class TokenTemplate:
     """Where the virtual tokens stand between the real ones.
 
     Attributes:
@@ -25,7 +25,7 @@ class Placement:
     slots: tuple[tuple[str, int, int], ...]
 
     @classmethod
-    def parse(cls, template: str) -> Placement:
+    def parse(cls, template: str) -> TokenTemplate:
         """A placement from a template: ``v3`` is three virtual tokens, ``x1`` one real, ``x*`` all the others.
 
         Raises:
@@ -59,7 +59,7 @@ class Placement:
         """Whether some virtual tokens move along when the text grows."""
         return any(anchor == "end" for anchor, _, _ in self.slots)
 
-    def layout(self, batch: int, length: int, mask: Tensor | None, device: torch.device) -> Layout:
+    def layout(self, batch: int, length: int, mask: Tensor | None, device: torch.device) -> TokenLayout:
         """The layout for rows of ``length``; with a mask (batch, length) start and end are those of its ones."""
         first = torch.zeros(batch, dtype=torch.long, device=device)
         end = torch.full_like(first, length)
@@ -73,17 +73,17 @@ class Placement:
             least = torch.minimum(first + offset, end) if anchor == "start" else torch.maximum(end - offset, least)
             columns += [least] * count
         ahead = mask is None and self.slots[0] == ("start", 0, self.tokens)
-        return Layout(torch.stack(columns, 1), length, first, ahead=ahead)
+        return TokenLayout(torch.stack(columns, 1), length, first, ahead=ahead)
 
 
 @dataclass(frozen=True)
-class RowPlacement:
+class PerRowTemplate:
     """A placement for each row of a batch, None for rows without virtual tokens.
 
     Rows with fewer of them than others have the missing ones as padding after all their tokens.
     """
 
-    rows: tuple[Placement | None, ...]
+    rows: tuple[TokenTemplate | None, ...]
 
     @property
     def counts(self) -> list[int]:
@@ -105,21 +105,21 @@ class RowPlacement:
         """Whether rows have different numbers of virtual tokens."""
         return len(set(self.counts)) > 1
 
-    def layout(self, batch: int, length: int, mask: Tensor | None, device: torch.device) -> Layout:
-        """As :meth:`Placement.layout`, for a batch that has the same number of entries for each row."""
+    def layout(self, batch: int, length: int, mask: Tensor | None, device: torch.device) -> TokenLayout:
+        """As :meth:`TokenTemplate.layout`, for a batch that has the same number of entries for each row."""
         before = torch.full((batch, self.tokens), length, device=device)
         row = torch.arange(len(self.rows), device=device).repeat_interleave(batch // len(self.rows))
         first = torch.zeros(batch, dtype=torch.long, device=device)
-        for placement in dict.fromkeys(p for p in self.rows if p is not None):
-            layout = placement.layout(batch, length, mask, device)
-            theirs = torch.tensor([p == placement for p in self.rows], device=device)[row]
-            before[:, : placement.tokens] = torch.where(theirs[:, None], layout.before, before[:, : placement.tokens])
+        for template in dict.fromkeys(p for p in self.rows if p is not None):
+            layout = template.layout(batch, length, mask, device)
+            theirs = torch.tensor([p == template for p in self.rows], device=device)[row]
+            before[:, : template.tokens] = torch.where(theirs[:, None], layout.before, before[:, : template.tokens])
             first = layout.first
         there = torch.arange(self.tokens, device=device) < torch.tensor(self.counts, device=device)[row, None]
-        return Layout(before, length, first, there)
+        return TokenLayout(before, length, first, there)
 
 
-class Layout:
+class TokenLayout:
     """Where each virtual and each real token of a batch goes.
 
     Args:
@@ -207,7 +207,7 @@ def take(x: Tensor, index: Tensor, dim: int) -> Tensor:
     return x.gather(dim, index.view(shape).expand(size))
 
 
-def strip(output: Any, layout: Layout, predicting: bool = False, names: Sequence[str] = ()) -> Any:
+def strip(output: Any, layout: TokenLayout, predicting: bool = False, names: Sequence[str] = ()) -> Any:
     """A model's output without the virtual positions, whatever structure it has.
 
     Args:
@@ -231,7 +231,7 @@ def _first(output: dict) -> int:
     return 1 if next(iter(output)) == "loss" else 0
 
 
-def _entry(value: Any, layout: Layout, predicting: bool) -> Any:
+def _entry(value: Any, layout: TokenLayout, predicting: bool) -> Any:
     if isinstance(value, Tensor):
         return _strip(value, layout, layout.predicts if predicting else layout.keep)
     if type(value) in (tuple, list):
@@ -239,7 +239,7 @@ def _entry(value: Any, layout: Layout, predicting: bool) -> Any:
     return value
 
 
-def _strip(x: Tensor, layout: Layout, index: Tensor) -> Tensor:
+def _strip(x: Tensor, layout: TokenLayout, index: Tensor) -> Tensor:
     whole = layout.length + layout.tokens
     if x.ndim == 4:
         for dim in (2, 3):

@@ -1,7 +1,7 @@
 """How adapters of one kind serve a batch whose rows name different ones, without a run of the host for each.
 
-A link stands where a single adapter would: it is called around the host with the whole batch, and changes each row as
-the adapter of that row does. Kinds without a link have the host run once for each adapter instead.
+A :class:`BatchedAdapters` stands in for a single adapter: it is called around the host with the whole batch, and
+changes each row as the adapter of that row does. Types without one have the host run once for each adapter instead.
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_peft.core.batching.layout import Place, assemble, entries, row_dim, take
+from lightning_peft.core.batching.layout import BatchLayout, assemble, entries, row_dim, take
 from lightning_peft.core.module_io import hidden_state, with_hidden_state
 from lightning_peft.ops.dropout import dropped
 
-__all__ = ["AfterRows", "LowRankRows", "RowLink", "WholeBatch"]
+__all__ = ["BatchedAdapters", "BatchedLowRank", "BatchedPassthrough", "PerGroupOutput"]
 
 
-class RowLink:
+class BatchedAdapters:
     """Adapters of one kind at one host, and the rows that name them.
 
     Args:
-        place: where the host is.
+        batch_layout: where the host is.
         adapters: what serves each row; None for a row that none of them serves.
     """
 
-    def __init__(self, place: Place, adapters: Sequence[Any]) -> None:
-        self.place = place
+    def __init__(self, batch_layout: BatchLayout, adapters: Sequence[Any]) -> None:
+        self.batch_layout = batch_layout
         self.adapters = tuple(adapters)
         self.n = len(self.adapters)
         self.rows = tuple(i for i, adapter in enumerate(self.adapters) if adapter is not None)
@@ -43,7 +43,7 @@ class RowLink:
         raise NotImplementedError
 
 
-class WholeBatch(RowLink):
+class BatchedPassthrough(BatchedAdapters):
     """Adapters that change nothing themselves, such as those that only look."""
 
     def run(self, host: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -52,36 +52,36 @@ class WholeBatch(RowLink):
         return self.groups[-1][0].run(host, call, *args, **kwargs)
 
 
-class AfterRows(RowLink):
+class PerGroupOutput(BatchedAdapters):
     """Adapters that work on the host's output: the host runs once, then each adapter on its rows."""
 
     def run(self, host: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         output = call(*args, **kwargs)
-        y = hidden_state(output, self.place.name)
+        y = hidden_state(output, self.batch_layout.name)
         rest = tuple(i for i in range(self.n) if self.adapters[i] is None)
         pieces = []
         for adapter, rows in self.groups:
             x = adapter.reads(args, kwargs)
             x = y if x is None else x
-            dim = row_dim(self.place, x, self.n)
+            dim = row_dim(self.batch_layout, x, self.n)
             pieces.append((rows, adapter.after(host, take(x, dim, rows, self.n), take(y, dim, rows, self.n))))
         if rest:
             pieces.append((rest, take(y, dim, rest, self.n)))
         return with_hidden_state(output, assemble(pieces, dim))
 
 
-class LowRankRows(RowLink):
+class BatchedLowRank(BatchedAdapters):
     """Low-rank updates of vectors: two batched products for all rows together, whatever their ranks."""
 
-    def __init__(self, place: Place, adapters: Sequence[Any]) -> None:
-        super().__init__(place, adapters)
+    def __init__(self, batch_layout: BatchLayout, adapters: Sequence[Any]) -> None:
+        super().__init__(batch_layout, adapters)
         self._kept: tuple[Any, tuple[Tensor, Tensor]] | None = None
         self._state = [t for adapter, _ in self.groups for t in (*adapter.parameters(), *adapter.buffers())]
 
     def run(self, host: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         y = call(*args, **kwargs)
         x = args[0] if args else next(iter(kwargs.values()))
-        dim = row_dim(self.place, x, self.n)
+        dim = row_dim(self.batch_layout, x, self.n)
         ours = take(x, dim, self.rows, self.n).movedim(dim, 0)
         ours = ours.reshape(len(self.rows), -1, x.shape[-1])
         a, b = self._factors(ours)

@@ -21,13 +21,13 @@ from lightning_peft.core.names import parents
 from lightning_peft.core.targeting.layouts import layout_of
 
 __all__ = [
-    "Place",
+    "BatchLayout",
     "RowError",
     "assemble",
     "batch_dims",
+    "batch_layouts",
     "check_experts",
     "entries",
-    "places",
     "row_dim",
     "take",
 ]
@@ -48,7 +48,7 @@ class RowError(ValueError):
 
 
 @dataclass(frozen=True)
-class Place:
+class BatchLayout:
     """A module, and how it sees the batch.
 
     Attributes:
@@ -67,7 +67,7 @@ class Place:
         return f"{self.name or 'the model'!r} ({self.kind})"
 
 
-def places(model: nn.Module, names: Iterable[str]) -> dict[str, Place]:
+def batch_layouts(model: nn.Module, names: Iterable[str]) -> dict[str, BatchLayout]:
     """How the modules called ``names`` see the batch, as far as their classes and those around them tell."""
     modules = dict(model.named_modules(remove_duplicate=False))
     mixed = _sequence_first(model)
@@ -79,7 +79,7 @@ def places(model: nn.Module, names: Iterable[str]) -> dict[str, Place]:
             order = "sequence" if _sequence_first(modules[name]) else "batch"
         elif mixed and any(isinstance(m, _TRANSFORMERS) and _sequence_first(m) for m in around):
             order = "sequence"
-        found[name] = Place(name, original_class(modules[name]).__name__, order, _experts(modules[name]))
+        found[name] = BatchLayout(name, original_class(modules[name]).__name__, order, _experts(modules[name]))
     return found
 
 
@@ -88,7 +88,7 @@ def _experts(module: nn.Module) -> int:
     return 0 if layout_of(module) is not None or not stacked else len(stacked[0])
 
 
-def check_experts(place: Place, given: Iterable[Any], n: int) -> None:
+def check_experts(batch_layout: BatchLayout, given: Iterable[Any], n: int) -> None:
     """Refuse stacked experts that see the batch expert by expert.
 
     Without an integer for each token, which says where it goes, tokens come once for each expert or sorted by expert:
@@ -99,14 +99,14 @@ def check_experts(place: Place, given: Iterable[Any], n: int) -> None:
     """
     found = list(tensors_in(given))
     x = next((t for t in found if t.is_floating_point()), None)
-    if not place.experts or x is None:
+    if not batch_layout.experts or x is None:
         return
     routed = any(t.ndim and not t.is_floating_point() and len(t) == len(x) for t in found)
-    if not routed and (x.ndim == 2 or (x.ndim == 3 and len(x) == place.experts != n)):
+    if not routed and (x.ndim == 2 or (x.ndim == 3 and len(x) == batch_layout.experts != n)):
         raise RowError(
-            f"{place} holds {place.experts} experts and was called with {tuple(x.shape)}, whose rows may be "
-            "sorted by expert: its adapters cannot be told apart by row. Exclude it, or call the model once for each "
-            "adapter with lp.active"
+            f"{batch_layout} holds {batch_layout.experts} experts and was called with {tuple(x.shape)}, whose rows may "
+            "be sorted by expert: its adapters cannot be told apart by row. Exclude it, or call the model once for "
+            "each adapter with lp.active"
         )
 
 
@@ -114,44 +114,45 @@ def _sequence_first(module: nn.Module) -> bool:
     return any(isinstance(m, nn.MultiheadAttention | nn.RNNBase) and not m.batch_first for m in module.modules())
 
 
-def batch_dims(place: Place, x: Tensor) -> tuple[int, ...]:
-    """The dimension of ``x``, an input of the module at ``place``, that holds the batch; both if it is open."""
-    if place.order == "either" and x.ndim > (2 if x.is_floating_point() else 1):
+def batch_dims(batch_layout: BatchLayout, x: Tensor) -> tuple[int, ...]:
+    """The dimension of ``x``, an input of the module of ``batch_layout``, that holds the batch; both if it is open."""
+    if batch_layout.order == "either" and x.ndim > (2 if x.is_floating_point() else 1):
         return (0, 1)
-    return (1,) if place.order == "sequence" and x.ndim > 2 else (0,)
+    return (1,) if batch_layout.order == "sequence" and x.ndim > 2 else (0,)
 
 
-def row_dim(place: Place, x: Tensor, n: int) -> int:
-    """The dimension of ``x``, an input of the module at ``place``, that holds the ``n`` rows.
+def row_dim(batch_layout: BatchLayout, x: Tensor, n: int) -> int:
+    """The dimension of ``x``, an input of the module of ``batch_layout``, that holds the ``n`` rows.
 
     Raises:
         RowError: none does, or it cannot be told.
     """
-    dims = batch_dims(place, x)
+    dims = batch_dims(batch_layout, x)
     fits = [d for d in range(min(2, x.ndim)) if x.shape[d] and x.shape[d] % n == 0]
     looked_up = not x.is_floating_point()
     if len(dims) > 1 and len(fits) > 1:
         raise RowError(
-            f"{place} was called with {tuple(x.shape)} for {n} rows, in a model that has modules with "
+            f"{batch_layout} was called with {tuple(x.shape)} for {n} rows, in a model that has modules with "
             "batch_first=False: whether its rows are the first or the second dimension cannot be told. Build the "
             "model with batch_first=True, or use another batch size"
         )
     dim = fits[0] if len(dims) > 1 and fits else dims[0]
     if dim not in fits:
         raise RowError(
-            f"{place} was called with a tensor of shape {tuple(x.shape)}, whose dimension {dim} is no multiple of the "
-            f"{n} rows. Give as many names as the batch has rows; a module that does not see the batch row by row (the "
-            "experts of a mixture, a table that all rows share) cannot have another adapter for each row: exclude it"
+            f"{batch_layout} was called with a tensor of shape {tuple(x.shape)}, whose dimension {dim} is no multiple "
+            f"of the {n} rows. Give as many names as the batch has rows; a module that does not see the batch row by "
+            "row (the experts of a mixture, a table that all rows share) cannot have another adapter for each row: "
+            "exclude it"
         )
-    if x.ndim == 2 and not looked_up and re.search(r"(^|\.)experts\.\d+(\.|$)", place.name):
+    if x.ndim == 2 and not looked_up and re.search(r"(^|\.)experts\.\d+(\.|$)", batch_layout.name):
         raise RowError(
-            f"{place} is one of several experts, which get the tokens of all rows mixed: adapters there cannot be told "
-            "apart by row. Exclude it"
+            f"{batch_layout} is one of several experts, which get the tokens of all rows mixed: adapters there cannot "
+            "be told apart by row. Exclude it"
         )
     if x.ndim == 1 and looked_up and (len(x) != n or torch.equal(x, torch.arange(n, device=x.device))):
         raise RowError(
-            f"{place} was called with {len(x)} indices that look like positions, which all rows share: its adapters "
-            "cannot be told apart by row. Exclude it, or call it with (batch, length) indices"
+            f"{batch_layout} was called with {len(x)} indices that look like positions, which all rows share: its "
+            "adapters cannot be told apart by row. Exclude it, or call it with (batch, length) indices"
         )
     return dim
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_peft.core.batching.layout import _SQUARE, Place, RowError, assemble, row_dim, take
+from lightning_peft.core.batching.layout import _SQUARE, BatchLayout, RowError, assemble, row_dim, take
 from lightning_peft.core.kv_cache import find_cache
 from lightning_peft.core.module_io import parameters_of
 
@@ -15,7 +15,7 @@ __all__ = ["split"]
 
 
 def split(
-    place: Place,
+    batch_layout: BatchLayout,
     module: nn.Module,
     groups: Sequence[Sequence[int]],
     call: Callable[[int, tuple, dict[str, Any]], Any],
@@ -25,7 +25,7 @@ def split(
     """Run a module once for each group of rows, and put the outputs together.
 
     Args:
-        place: where the module is.
+        batch_layout: where the module is.
         module: the module.
         groups: the rows of each group.
         call: runs it, given the number of the group and its arguments.
@@ -38,13 +38,13 @@ def split(
     values = (*args, *kwargs.values())
     if find_cache(values) is not None:
         raise RowError(
-            f"the rows at {place} need a run each, and its KV cache is one for all: call the model with "
+            f"the rows at {batch_layout} need a run each, and its KV cache is one for all: call the model with "
             "use_cache=False, or give these rows one adapter"
         )
     first = next((v for v in values if isinstance(v, Tensor) and v.ndim), None)
     if first is None:
-        raise RowError(f"{place} was called without a tensor, so that its rows cannot be told apart")
-    where = row_dim(place, first, n)
+        raise RowError(f"{batch_layout} was called without a tensor, so that its rows cannot be told apart")
+    where = row_dim(batch_layout, first, n)
     size = first.shape[where]
     names = parameters_of(module)[: len(args)] if len(values) > 1 else []
     names += [""] * (len(args) - len(names))
@@ -66,11 +66,11 @@ def split(
     if isinstance(module, nn.MultiheadAttention | nn.RNNBase):  # whose second output has another order than the first
         second = 0 if isinstance(module, nn.MultiheadAttention) else 1
         hidden, rest = ([o[i] for o in outputs] for i in (0, 1))
-        return _together(place, groups, hidden, where), _together(place, groups, rest, second)
-    return _together(place, groups, outputs, where)
+        return _together(batch_layout, groups, hidden, where), _together(batch_layout, groups, rest, second)
+    return _together(batch_layout, groups, outputs, where)
 
 
-def _together(place: Place, groups: Sequence[Sequence[int]], outputs: list[Any], where: int) -> Any:
+def _together(batch_layout: BatchLayout, groups: Sequence[Sequence[int]], outputs: list[Any], where: int) -> Any:
     first = outputs[0]
     if isinstance(first, Tensor):
         dim = where if first.ndim > 2 else 0
@@ -80,18 +80,20 @@ def _together(place: Place, groups: Sequence[Sequence[int]], outputs: list[Any],
             return assemble(list(zip(groups, outputs)), dim)
         if len(rest) > 1 and len(per_row) == 1:
             raise RowError(
-                f"{place} gives outputs of shapes {[tuple(o.shape) for o in outputs]} for rows {[*map(list, groups)]}: "
-                "heads of different widths cannot serve one batch; call the model once for each width"
+                f"{batch_layout} gives outputs of shapes {[tuple(o.shape) for o in outputs]} for rows "
+                f"{[*map(list, groups)]}: heads of different widths cannot serve one batch; call the model once for "
+                "each width"
             )
         raise RowError(
-            f"{place} ran once for each group of rows, and its outputs, of shapes {[tuple(o.shape) for o in outputs]}, "
-            "cannot be put together: it must give one output for each row (and no loss), of one shape for all"
+            f"{batch_layout} ran once for each group of rows, and its outputs, of shapes "
+            f"{[tuple(o.shape) for o in outputs]}, cannot be put together: it must give one output for each row (and "
+            "no loss), of one shape for all"
         )
     if isinstance(first, Mapping):
-        merged = {key: _together(place, groups, [o[key] for o in outputs], where) for key in first}
+        merged = {key: _together(batch_layout, groups, [o[key] for o in outputs], where) for key in first}
         return merged if type(first) is dict else type(first)(**merged)
     if isinstance(first, tuple | list):
-        parts = [_together(place, groups, list(values), where) for values in zip(*outputs)]
+        parts = [_together(batch_layout, groups, list(values), where) for values in zip(*outputs)]
         return type(first)(*parts) if hasattr(first, "_fields") else type(first)(parts)
     return first
 

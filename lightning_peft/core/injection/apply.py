@@ -19,14 +19,14 @@ from lightning_peft.core.adapters.lookup import hosts, stacks
 from lightning_peft.core.adapters.stack import AdapterStack
 from lightning_peft.core.class_swap import check_mixin, original_class
 from lightning_peft.core.injection.attach import attach, check_host
+from lightning_peft.core.injection.check_forward import forward_problem
 from lightning_peft.core.injection.rollback import all_or_nothing
 from lightning_peft.core.injection.saving_base import watch_saving
 from lightning_peft.core.injection.saving_trial import saving_problem
-from lightning_peft.core.injection.trial import trial_problem
-from lightning_peft.core.injection.widen import widen
+from lightning_peft.core.injection.widen_record import widen_record
 from lightning_peft.core.names import canonical
-from lightning_peft.core.record import Injection, Trains, injection_of
-from lightning_peft.core.state.adapter_records import parts_of
+from lightning_peft.core.record import InjectionState, TrainedBase, injection_state
+from lightning_peft.core.state.adapter_records import adapter_records
 from lightning_peft.core.state.consistency import check_record
 from lightning_peft.core.state.fingerprint import fingerprint
 from lightning_peft.core.state.freezing import (
@@ -35,16 +35,16 @@ from lightning_peft.core.state.freezing import (
     hold_statistics,
     keep_full_precision,
 )
-from lightning_peft.core.state.moved import Start
+from lightning_peft.core.state.moved_values import InitialValues
 from lightning_peft.core.state.plan import Method, Plan
 from lightning_peft.core.state.report import Report
-from lightning_peft.core.state.state_dict import settle
+from lightning_peft.core.state.state_dict import fix_trained
 from lightning_peft.core.targeting.base_modules import base_modules
 from lightning_peft.core.targeting.frozen_parts import name_frozen_parts
 from lightning_peft.core.targeting.storage import storage_problem
 from lightning_peft.core.targeting.ties import tie_notes, with_tied
 
-__all__ = ["InjectionError", "after_injection", "apply", "check_injectable", "inspect", "put_in"]
+__all__ = ["InjectionError", "after_injection", "apply", "check_injectable", "inspect", "install"]
 
 #: called with a model after something was put into it; the Trainer's side adds to it
 after_injection: list[Callable[[nn.Module], None]] = []
@@ -79,7 +79,7 @@ def apply(model: nn.Module, *methods: Method) -> Report:
         optimizer = torch.optim.AdamW(lp.trainable_parameters(model), lr=1e-3)
     """
     wanted: Sequence[Method] = methods or _callbacks_of(model)
-    record = injection_of(model)
+    record = injection_state(model)
     check_record(model)
     new = _not_yet_applied(wanted, record)
     if not new and record is not None:
@@ -88,10 +88,10 @@ def apply(model: nn.Module, *methods: Method) -> Report:
     plans = {method.name: (method, _plan(model, method)) for method in new}
     _check_order(model, [plan for _, plan in plans.values()])
     _check_trial(model, plans)
-    return put_in(model, plans, try_saving=True)
+    return install(model, plans, try_saving=True)
 
 
-def put_in(model: nn.Module, plans: Mapping[str, tuple[Method, Plan]], try_saving: bool = False) -> Report:
+def install(model: nn.Module, plans: Mapping[str, tuple[Method, Plan]], try_saving: bool = False) -> Report:
     """Carry out what :func:`apply` planned: the methods and their plans, by adapter name.
 
     Raises:
@@ -101,7 +101,7 @@ def put_in(model: nn.Module, plans: Mapping[str, tuple[Method, Plan]], try_savin
     """
     _check_hosts(model, plans)
     with all_or_nothing(model):
-        report = _put_in(model, plans)
+        report = _install(model, plans)
         for name, (method, _) in plans.items() if try_saving else ():
             _check_saving(model, name, getattr(method, "audit", "error"))
     for call in after_injection:
@@ -126,7 +126,7 @@ def _check_hosts(model: nn.Module, plans: Mapping[str, tuple[Method, Plan]]) -> 
     for name, (method, plan) in plans.items():
         try:
             for a in plan.attach:
-                check_host(model, a.host, name, copies=bool(a.adapter.copies()))
+                check_host(model, a.host, name, overrides=bool(a.adapter.overrides()))
             for name_of, parameters, _ in _unfrozen(model, plan):
                 for parameter in parameters:
                     if (problem := storage_problem(parameter)) is not None:
@@ -140,7 +140,7 @@ def _check_hosts(model: nn.Module, plans: Mapping[str, tuple[Method, Plan]]) -> 
 def _check_trial(model: nn.Module, plans: Mapping[str, tuple[Method, Plan]]) -> None:
     """Refuse what would fail in the first forward, if a trial forward can tell."""
     for name, (method, plan) in plans.items():
-        if (problem := trial_problem(model, plan)) is not None:
+        if (problem := forward_problem(model, plan)) is not None:
             raise InjectionError(f"{type(method).__name__} {name!r}, in a trial forward: {problem}")
 
 
@@ -149,32 +149,34 @@ def _check_order(model: nn.Module, plans: Iterable[Plan]) -> None:
     found = {id(host): list(cast(AdapterStack, host.adapters).running()) for _, host in hosts(model)}
     for plan in plans:
         for a in plan.attach:
-            found.setdefault(id(model.get_submodule(a.host)), []).extend(a.adapter.parts())
+            found.setdefault(id(model.get_submodule(a.host)), []).extend(a.adapter.components())
     problem = next((why for adapters in found.values() if (why := lost_input(adapters)) is not None), None)
     if problem is not None:
         raise InjectionError(problem)
 
 
-def _put_in(model: nn.Module, plans: Mapping[str, tuple[Method, Plan]]) -> Report:
-    record = injection_of(model)
+def _install(model: nn.Module, plans: Mapping[str, tuple[Method, Plan]]) -> Report:
+    record = injection_state(model)
     first = record is None
     if record is not None:
-        widen(model)
+        widen_record(model)
     if record is None:
         trained = frozenset(canonical(name) for name, p in model.named_parameters() if p.requires_grad)
         model.requires_grad_(False)
-        record = Injection({}, Report(), {}, Start(), trained)
+        record = InjectionState({}, Report(), {}, InitialValues(), trained)
     for name, (method, plan) in plans.items():
         _commit(model, method, plan, record.report)
         record.methods[name] = method
-        record.later |= dict.fromkeys(plan.later)
+        record.deferred |= dict.fromkeys(plan.deferred)
         adapters = any(p.requires_grad for a in plan.attach for p in a.adapter.parameters())
         modules, parameters = with_tied(model, plan.train_modules, plan.train)
-        record.trains[name] = Trains(modules, (*parameters, *plan.later), adapters)
-        record.parts[name] = list(parts_of(model, name, take=None))
+        record.trained_base[name] = TrainedBase(modules, (*parameters, *plan.deferred), adapters)
+        record.adapter_records[name] = list(adapter_records(model, name, take=None))
         record.origins[name] = plan.origin
         record.hosts[name] = tuple(dict.fromkeys(canonical(a.host) for a in plan.attach))
-    record.later = {n: v for n, v in record.later.items() if v is not None or not model.get_parameter(n).requires_grad}
+    record.deferred = {
+        n: v for n, v in record.deferred.items() if v is not None or not model.get_parameter(n).requires_grad
+    }
     if not any(method.train_norm_stats for method in record.methods.values()):
         frozen = freeze_norm_statistics(model)
         if frozen and first:
@@ -182,11 +184,11 @@ def _put_in(model: nn.Module, plans: Mapping[str, tuple[Method, Plan]]) -> Repor
     record.report.count(model)
     watch_saving(model)
     if first:
-        record.start = Start.of(model)
+        record.start = InitialValues.of(model)
         model.__dict__["_peft_injection"] = record
-        record.fingerprint = fingerprint(model, leave_out=record.later)
-    if any(record.trains.values()):
-        settle(model)
+        record.fingerprint = fingerprint(model, leave_out=record.deferred)
+    if any(record.trained_base.values()):
+        fix_trained(model)
     return record.report
 
 
@@ -199,9 +201,9 @@ def inspect(model: nn.Module, *methods: Method) -> Report:
             method at all.
     """
     wanted: Sequence[Method] = methods or _callbacks_of(model)
-    record = injection_of(model)
+    record = injection_state(model)
     new = _not_yet_applied(wanted, record)
-    _check_initialised(model)
+    _check_initialized(model)
     report = Report() if record is None else record.report.copy()
     report.total = sum(p.numel() for p in model.parameters())
     trained: dict[int, int] = {}
@@ -218,7 +220,7 @@ def inspect(model: nn.Module, *methods: Method) -> Report:
         for name, parameters, what in _unfrozen(model, plan):
             report.add(name, what, sum(p.numel() for p in parameters), method.name)
             trained |= {id(p): p.numel() for p in parameters}
-        for name, what in dict.fromkeys(plan.later.values()):
+        for name, what in dict.fromkeys(plan.deferred.values()):
             report.add(name, what, 0, method.name)
         report.note([*plan.notes, *tie_notes(model, plan)])
     report.trainable += sum(trained.values())
@@ -243,7 +245,7 @@ def _callbacks_of(model: nn.Module) -> Sequence[Any]:
     return found
 
 
-def _not_yet_applied(methods: Iterable[Method], record: Injection | None) -> list[Method]:
+def _not_yet_applied(methods: Iterable[Method], record: InjectionState | None) -> list[Method]:
     new: dict[str, Method] = {}
     for method in methods:
         kind = type(method).__name__
@@ -275,8 +277,8 @@ def check_injectable(model: nn.Module) -> None:
         InjectionError: it is compiled, sharded or wrapped for distributed training, has PEFT's layers or parameters
             without a shape yet, or is a part of an adapted model.
     """
-    _check_initialised(model)
-    if injection_of(model) is None and (adapted := next(hosts(model), None)) is not None:
+    _check_initialized(model)
+    if injection_state(model) is None and (adapted := next(hosts(model), None)) is not None:
         raise InjectionError(
             f"{adapted[0] or 'the model'} carries adapters that were put into a larger model, of which this is a part: "
             "apply further methods to that one"
@@ -302,7 +304,7 @@ def check_injectable(model: nn.Module) -> None:
             )
 
 
-def _check_initialised(model: nn.Module) -> None:
+def _check_initialized(model: nn.Module) -> None:
     lazy = [name for name, p in [*model.named_parameters(), *model.named_buffers()] if is_lazy(p)]
     if lazy:
         raise InjectionError(
@@ -324,7 +326,7 @@ def _commit(model: nn.Module, method: Method, plan: Plan, report: Report) -> Non
         for parameter in parameters:
             parameter.requires_grad_(True)
         report.add(name, what, sum(p.numel() for p in parameters), method.name)
-    for name, what in dict.fromkeys(plan.later.values()):
+    for name, what in dict.fromkeys(plan.deferred.values()):
         report.add(name, what, 0, method.name)
     report.note([*plan.notes, *tie_notes(model, plan)])
     # A model that trains as a whole keeps the type that was asked for.

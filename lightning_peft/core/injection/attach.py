@@ -23,7 +23,7 @@ def attach(model: nn.Module, host_name: str, name: str, adapter: Adapter) -> Non
     Raises:
         ValueError: see :func:`check_host`.
     """
-    check_host(model, host_name, name, copies=bool(adapter.copies()))
+    check_host(model, host_name, name, overrides=bool(adapter.overrides()))
     host = model.get_submodule(host_name)
     if not has_mixin(host, Adapted):
         add_mixin(host, Adapted)  # first: it is what can fail
@@ -40,8 +40,8 @@ def attach(model: nn.Module, host_name: str, name: str, adapter: Adapter) -> Non
     stack.refresh()
 
 
-def check_host(model: nn.Module, host_name: str, name: str, copies: bool = False) -> None:
-    """Whether the module called ``host_name`` can take an adapter called ``name``, or ``copies`` that go with it.
+def check_host(model: nn.Module, host_name: str, name: str, overrides: bool = False) -> None:
+    """Whether the module called ``host_name`` can take an adapter called ``name``, or ``overrides`` that go with it.
 
     Raises:
         ValueError: the name is taken there, the module has an ``adapters`` of its own, or its class cannot be changed.
@@ -57,7 +57,7 @@ def check_host(model: nn.Module, host_name: str, name: str, copies: bool = False
             raise ValueError(f"{host_name!r} has a weight that is distributed already. {_TENSOR_PARALLEL}")
         check_mixin(host, Adapted, host_name)
     elif name in (stack := cast(AdapterStack, host.adapters)):
-        if copies and not any(part.copies() for part in cast(Adapter, stack[name]).parts()):
+        if overrides and not any(part.overrides() for part in cast(Adapter, stack[name]).components()):
             return
         raise ValueError(f"{host_name!r} already carries an adapter named {name!r}: give this one another name=")
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_peft.core.adapters.base import WeightAdapter
 
-__all__ = ["Factors", "LowRankReport", "change", "evaluating", "product"]
+__all__ = ["Factors", "LowRankReport", "evaluating", "low_rank_factors", "weight_delta"]
 
 Factors = tuple[Tensor, Tensor]  # A (..., k, in) and B (..., out, k)
 
@@ -68,7 +68,7 @@ def evaluating(*modules: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def change(part: WeightAdapter, weight: Tensor) -> Tensor:
+def weight_delta(part: WeightAdapter, weight: Tensor) -> Tensor:
     """What ``part`` adds to the matrix of the stored ``weight``, (..., out, in), in float32 or wider."""
     wide = torch.promote_types(weight.dtype, torch.float32)
     matrix = part.layout.matrix(weight.detach()).to(wide)
@@ -79,7 +79,9 @@ def change(part: WeightAdapter, weight: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def product(given: Factors | Tensor, r: int | None = None, energy: float | None = None) -> tuple[Factors, float, float]:
+def low_rank_factors(
+    given: Factors | Tensor, r: int | None = None, energy: float | None = None
+) -> tuple[Factors, float, float]:
     """Factors of a matrix, or of the product of ``given`` ones.
 
     Args:

@@ -11,16 +11,16 @@ from torch import nn
 from lightning_peft.core.adapters.base import Adapter
 from lightning_peft.core.adapters.effective_weights import effective_weights, stored_tensor
 from lightning_peft.core.adapters.lookup import adapter_names, check_known, hosts, stacks
-from lightning_peft.core.adapters.low_rank import LowRankAdapter, with_products
+from lightning_peft.core.adapters.low_rank import LowRankAdapter, add_products
 from lightning_peft.core.adapters.stack import AdapterStack
 from lightning_peft.core.class_swap import restore_class
 from lightning_peft.core.injection.attach import detach
 from lightning_peft.core.injection.low_rank_factors import evaluating
 from lightning_peft.core.names import canonical, join
-from lightning_peft.core.record import injected_module, injection_of
+from lightning_peft.core.record import injected_module, injection_state
 from lightning_peft.core.state.consistency import check_record
 from lightning_peft.core.state.state_dict import StateError
-from lightning_peft.core.targeting.layouts import Layout
+from lightning_peft.core.targeting.layouts import WeightLayout
 from lightning_peft.core.targeting.ties import tied_names
 from lightning_peft.ops.finite import is_finite
 
@@ -66,55 +66,55 @@ def merge(model: nn.Module, name: str | None = None, partial: bool = False, unti
         raise MergeError(
             f"none of {list(adapter_names(model))} is active: lp.set_active(model, ...) first, or name one"
         )
-    folds: list[_Fold] = []
+    plans: list[_MergePlan] = []
     left: dict[str, list[str]] = {}  # why, by adapter
     shared = tied_names(model)
     for host_name, host in hosts(model):
         stack = cast(AdapterStack, host.adapters)
         if stack.merged is not None:
             raise MergeError(f"{host_name!r} has adapters merged already: lp.unmerge(model) first")
-        names, reasons = _split(host_name, host, name)
+        names, reasons = _mergeable(host_name, host, name)
         try:
             if names:
-                folds.append(_Fold(host_name, host, names, shared))
+                plans.append(_MergePlan(host_name, host, names, shared))
         except MergeError as error:
             reasons |= {n: str(error) for n in names}
         for n, reason in reasons.items():
             left.setdefault(n, []).append(reason)
-    tied = _tied(shared, folds)
-    for fold in folds if not untie else ():
-        for full in (full for full in fold.parameters.values() if full in tied):
+    tied = _tied(shared, plans)
+    for plan in plans if not untie else ():
+        for full in (full for full in plan.parameters.values() if full in tied):
             reason = f"{full} is the same tensor as {tied[full]}, which would change with it: {_UNTIE}"
-            for n in fold.names:
+            for n in plan.names:
                 left.setdefault(n, []).append(reason)
     if not untie:
-        folds = [fold for fold in folds if tied.keys().isdisjoint(fold.parameters.values())]
-    _refuse(left, partial, folds)
+        plans = [plan for plan in plans if tied.keys().isdisjoint(plan.parameters.values())]
+    _refuse(left, partial, plans)
     try:
-        for fold in [*folds]:
+        for plan in [*plans]:
             try:
-                fold.write(tied)
+                plan.write(tied)
             except MergeError as error:
-                folds.remove(fold)
-                for n in fold.names:
+                plans.remove(plan)
+                for n in plan.names:
                     left.setdefault(n, []).append(str(error))
-        _refuse(left, partial, folds)
+        _refuse(left, partial, plans)
     except BaseException:
         unmerge(model)
         raise
-    return _named(left)
+    return _reasons(left)
 
 
-def _refuse(left: Mapping[str, list[str]], partial: bool, folds: Collection[_Fold]) -> None:
-    if left and not (partial and folds):
-        also = " (lp.merge(model, partial=True) folds all else)" if folds else ""
-        raise MergeError(f"{'; '.join(_named(left))}{also}")
+def _refuse(left: Mapping[str, list[str]], partial: bool, plans: Collection[_MergePlan]) -> None:
+    if left and not (partial and plans):
+        also = " (lp.merge(model, partial=True) folds all else)" if plans else ""
+        raise MergeError(f"{'; '.join(_reasons(left))}{also}")
 
 
 _UNTIE = "lp.merge(model, untie=True) gives it a tensor of its own"
 
 
-class _Fold:
+class _MergePlan:
     """What is to be written at one host: the change of the adapters called ``names``, in order.
 
     Attributes:
@@ -127,8 +127,8 @@ class _Fold:
     def __init__(self, host_name: str, host: nn.Module, names: tuple[str, ...], shared: Mapping[str, Any]) -> None:
         self.host_name, self.host, self.names = host_name, host, names
         self.stack = cast(AdapterStack, host.adapters)
-        parts = [part for name in names for part in cast(Adapter, self.stack[name]).parts()]
-        touched = sorted({p for part in parts for p in _touched(part) or ()})
+        parts = [part for name in names for part in cast(Adapter, self.stack[name]).components()]
+        touched = sorted({p for part in parts for p in _changed_tensors(part) or ()})
         self.parameters = {p: join(host_name, p) for p in touched}
         # What others share is computed ahead: it must change alike everywhere, and from one and the same value.
         self._weights = None if shared.keys().isdisjoint(self.parameters.values()) else self._compute()
@@ -160,9 +160,9 @@ class _Fold:
         self.stack.refresh()
 
 
-def _tied(shared: Mapping[str, list[str]], folds: Iterable[_Fold]) -> dict[str, list[str]]:
+def _tied(shared: Mapping[str, list[str]], plans: Iterable[_MergePlan]) -> dict[str, list[str]]:
     """What cannot be written in place: the other names of a tensor that does not change alike under all of them."""
-    new = {full: fold.weights().get(p) for fold in folds for p, full in fold.parameters.items() if full in shared}
+    new = {full: plan.weights().get(p) for plan in plans for p, full in plan.parameters.items() if full in shared}
     found: dict[str, list[str]] = {}
     for name in new:
         values = [new.get(other) for other in shared[name]]
@@ -172,7 +172,7 @@ def _tied(shared: Mapping[str, list[str]], folds: Iterable[_Fold]) -> dict[str, 
     return found
 
 
-def _split(host_name: str, host: nn.Module, name: str | None) -> tuple[tuple[str, ...], dict[str, str]]:
+def _mergeable(host_name: str, host: nn.Module, name: str | None) -> tuple[tuple[str, ...], dict[str, str]]:
     """The names at one host that can be folded, in order, and why each of the others cannot."""
     stack = cast(AdapterStack, host.adapters)
     names: tuple[str, ...] = ()
@@ -180,20 +180,20 @@ def _split(host_name: str, host: nn.Module, name: str | None) -> tuple[tuple[str
     for n in stack.active if name is None else [n for n in stack if n == name]:
         adapter = cast(Adapter, stack[n])
         where = f"{n!r} at {host_name!r} ({type(adapter).__name__})"
-        if adapter.transparent:
+        if adapter.is_passthrough:
             continue
-        if any(_touched(part) is None for part in adapter.parts()):
+        if any(_changed_tensors(part) is None for part in adapter.components()):
             reasons[n] = f"{where} is no weight change"
         elif reasons:
             reasons[n] = f"{where} runs after {next(iter(reasons))!r}, and folded in it would run before it"
-        elif name is not None and (reason := _moved(host_name, host, name)):
+        elif name is not None and (reason := _order_problem(host_name, host, name)):
             reasons[n] = reason
         else:
             names += (n,)
     return names, reasons
 
 
-def _named(left: Mapping[str, list[str]]) -> list[str]:
+def _reasons(left: Mapping[str, list[str]]) -> list[str]:
     """One sentence for each adapter, whatever the number of its places."""
 
     def more(n: int) -> str:
@@ -202,15 +202,15 @@ def _named(left: Mapping[str, list[str]]) -> list[str]:
     return [reasons[0] + more(len(reasons) - 1) for reasons in left.values()]
 
 
-def _moved(host_name: str, host: nn.Module, name: str) -> str | None:
+def _order_problem(host_name: str, host: nn.Module, name: str) -> str | None:
     """Merged alone, an adapter comes ahead of those that ran before it: why it may not, unless that is the same."""
     stack = cast(AdapterStack, host.adapters)
     order = list(stack)
-    mine = cast(Adapter, stack[name]).parts()
+    mine = cast(Adapter, stack[name]).components()
     earlier = [n for n in stack.active if order.index(n) < order.index(name)]
-    before = {n: a.parts() for n in earlier if not (a := cast(Adapter, stack[n])).transparent}
-    touched = {n: [_touched(part) for part in parts] for n, parts in before.items()}
-    own = set().union(*(_touched(part) or () for part in mine))
+    before = {n: a.components() for n in earlier if not (a := cast(Adapter, stack[n])).is_passthrough}
+    touched = {n: [_changed_tensors(part) for part in parts] for n, parts in before.items()}
+    own = set().union(*(_changed_tensors(part) or () for part in mine))
     meets = [n for n, sets in touched.items() if any(t is None or t & own for t in sets)]
     if not meets:
         return None
@@ -236,14 +236,14 @@ def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
     return bool((a - b).abs().max() <= 64 * eps * a.abs().max())
 
 
-def _touched(adapter: Adapter) -> set[str] | None:
+def _changed_tensors(adapter: Adapter) -> set[str] | None:
     """The host's own tensors that an adapter is a function of and changes; None where it is no weight change."""
     return set(adapter.changes()) or None
 
 
 def _merged_weights(host_name: str, host: nn.Module, names: Iterable[str]) -> dict[str, torch.Tensor]:
     stack = cast(AdapterStack, host.adapters)
-    weights = _effective(host_name, host, [part for name in names for part in cast(Adapter, stack[name]).parts()])
+    weights = _effective(host_name, host, [part for name in names for part in cast(Adapter, stack[name]).components()])
     rounded: dict[str, torch.Tensor] = {}
     for parameter, weight in weights.items():
         current = stored_tensor(host, parameter)
@@ -259,7 +259,7 @@ def _effective(host_name: str, host: nn.Module, adapters: Sequence[Adapter]) -> 
     Raises:
         MergeError: a weight is quantised.
     """
-    stored = {p: stored_tensor(host, p) for a in adapters for p in (*a.copies(), *a.weights())}
+    stored = {p: stored_tensor(host, p) for a in adapters for p in (*a.overrides(), *a.weights())}
     for parameter in (p for adapter in adapters for p in adapter.weights()):
         dtype = cast(torch.Tensor, stored[parameter]).dtype
         if not (dtype.is_floating_point or dtype.is_complex):
@@ -276,9 +276,9 @@ def _effective(host_name: str, host: nn.Module, adapters: Sequence[Adapter]) -> 
 def _plain_sums(host: nn.Module, adapters: Iterable[Adapter], dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """The new weights, rounded, where all that ``adapters`` do is to add low-rank products; empty where it is not."""
     pairs: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
-    layouts: dict[str, Layout] = {}
+    layouts: dict[str, WeightLayout] = {}
     for adapter in adapters:
-        if adapter.copies():
+        if adapter.overrides():
             return {}
         for parameter, part in adapter.weights().items():
             pair = part.low_rank() if isinstance(part, LowRankAdapter) and not part.changes_bias else None
@@ -287,9 +287,7 @@ def _plain_sums(host: nn.Module, adapters: Iterable[Adapter], dtype: torch.dtype
             pairs.setdefault(parameter, []).append(pair)
             layouts[parameter] = part.layout
     stored = {p: cast(torch.Tensor, stored_tensor(host, p)).detach() for p in pairs}
-    return {
-        p: layouts[p].stored(with_products(layouts[p].matrix(stored[p]), pairs[p], dtype), stored[p]) for p in pairs
-    }
+    return {p: layouts[p].stored(add_products(layouts[p].matrix(stored[p]), pairs[p], dtype), stored[p]) for p in pairs}
 
 
 def _dtype(host: nn.Module) -> torch.dtype:
@@ -343,7 +341,7 @@ def unload(model: nn.Module, merge: bool = False) -> nn.Module:
                 f"{error}; to unload without it, first lp.set_active(model, ...) what is to stay"
             ) from None
     elif merge:
-        beside = {n for stack in found for n, a in stack.items() if a in stack.running() and not a.transparent}
+        beside = {n for stack in found for n, a in stack.items() if a in stack.running() and not a.is_passthrough}
         if beside:
             raise MergeError(
                 f"{sorted(beside)} are not merged but run beside the weights, and would be lost: lp.unmerge(model), "
@@ -351,7 +349,7 @@ def unload(model: nn.Module, merge: bool = False) -> nn.Module:
             )
     if not merge:
         unmerge(model)
-    record, injected = injection_of(model), injected_module(model)
+    record, injected = injection_state(model), injected_module(model)
     for name, _ in list(hosts(model)):
         detach(model, name)
     for module in model.modules():

@@ -1,8 +1,8 @@
 """Full copies of a base's own parameters, in place of the base's while an adapter is active.
 
 A method that trains parameters of the base itself (heads in ``trainable``, biases, norms) changes what every adapter
-sees. As a :class:`Replacement` such a state stands beside the base instead: each task keeps its own head, of its own
-width where the layer allows it, and its own biases and statistics, and is switched, merged and taken out like any
+sees. As a :class:`ParameterOverride` such a state stands beside the base instead: each task keeps its own head, of its
+own width where the layer allows it, and its own biases and statistics, and is switched, merged and taken out like any
 adapter. Adapters run in order, so a copy hides what earlier adapters have made of that parameter, and later ones start
 from the copy.
 """
@@ -26,21 +26,21 @@ from lightning_peft.core.state.state_dict import StateError
 from lightning_peft.core.targeting.base_modules import base_modules
 from lightning_peft.ops.finite import is_finite
 
-__all__ = ["Replacement", "replace_trained", "replacements", "saved_copies"]
+__all__ = ["ParameterOverride", "override_trained", "parameter_overrides", "saved_overrides"]
 
 
-class Replacement(Adapter):
+class ParameterOverride(Adapter):
     """Copies of some of a host's own parameters and persistent buffers, in place of the host's.
 
     Args:
-        copies: the values by name in the host; ``out_proj.weight`` for a projection of ``nn.MultiheadAttention``. A
+        overrides: the values by name in the host; ``out_proj.weight`` for a projection of ``nn.MultiheadAttention``. A
             value that is a ``nn.Parameter`` is kept as that object, others become buffers.
     """
 
-    def __init__(self, copies: Mapping[str, Tensor]) -> None:
+    def __init__(self, overrides: Mapping[str, Tensor]) -> None:
         super().__init__()
         self.stored_as: dict[str, str] = {}
-        for name, value in copies.items():
+        for name, value in overrides.items():
             child, _, last = name.rpartition(".")
             if child and child not in self._modules:
                 self.add_module(child, nn.Module())
@@ -53,19 +53,21 @@ class Replacement(Adapter):
             self.stored_as[name] = join(child, key)
 
     @property
-    def rewrites(self) -> bool:
+    def modifies_weight(self) -> bool:
         return True
 
-    def copies(self) -> Mapping[str, Tensor]:
+    def overrides(self) -> Mapping[str, Tensor]:
         return {
             name: stored for name, key in self.stored_as.items() if (stored := stored_tensor(self, key)) is not None
         }
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name} {'x'.join(map(str, copy.shape))}" for name, copy in self.copies().items())
+        return ", ".join(f"{name} {'x'.join(map(str, copy.shape))}" for name, copy in self.overrides().items())
 
 
-def replacements(model: nn.Module, state: Mapping[str, Tensor], trainable: bool = False) -> dict[str, Replacement]:
+def parameter_overrides(
+    model: nn.Module, state: Mapping[str, Tensor], trainable: bool = False
+) -> dict[str, ParameterOverride]:
     """Adapters that put ``state`` in place of the base's own values.
 
     A tensor that the base holds under several names (tied weights) is replaced under those that are given: by one copy
@@ -84,11 +86,11 @@ def replacements(model: nn.Module, state: Mapping[str, Tensor], trainable: bool 
     Raises:
         StateError: names that the base does not have, values that do not fit or are not finite; all are named.
     """
-    places = dict(_places(model))
+    places = dict(_base_tensors(model))
     problems = [f"{name}: {_unknown(name, places)}" for name in state if name not in places]
     given = {name: state[name] for name in state if name in places}
     for name in (n for n in places if n in given):
-        if (problem := _problem(given[name], places[name]) or _uneven(name, given, places)) is not None:
+        if (problem := _problem(given[name], places[name]) or _width_mismatch(name, given, places)) is not None:
             problems.append(f"{name}: {problem}")
     if problems:
         raise StateError("the state cannot replace parameters of this model:\n  " + "\n  ".join(problems[:12]))
@@ -104,30 +106,30 @@ def replacements(model: nn.Module, state: Mapping[str, Tensor], trainable: bool 
                 copy = nn.Parameter(copy, requires_grad=trainable and copy.is_floating_point())
             same.append(copy)
         hosts.setdefault(place.host, {})[place.name] = copy
-    return {host: Replacement(copies) for host, copies in hosts.items()}
+    return {host: ParameterOverride(overrides) for host, overrides in hosts.items()}
 
 
-def replace_trained(
+def override_trained(
     plan: Plan, model: nn.Module, state: Mapping[str, Tensor], trainable: bool = False
-) -> dict[str, Replacement]:
+) -> dict[str, ParameterOverride]:
     """Let ``plan`` put ``state`` in place of the base's own parameters instead of training those themselves.
 
     Args:
         plan: what a method will do to ``model``; changed in place.
-        model, state, trainable: see :func:`replacements`, which this returns.
+        model, state, trainable: see :func:`parameter_overrides`, which this returns.
 
     Raises:
-        StateError: see :func:`replacements`.
+        StateError: see :func:`parameter_overrides`.
     """
-    found = replacements(model, state, trainable)
+    found = parameter_overrides(model, state, trainable)
     for host, adapter in found.items():
         plan.attach.append(Attachment(host, host, adapter, f"own {', '.join(adapter.stored_as)}"))
-    plan.train, plan.train_modules, plan.later, plan.hold_statistics = {}, [], {}, []
+    plan.train, plan.train_modules, plan.deferred, plan.hold_statistics = {}, [], {}, []
     return found
 
 
-def saved_copies(plan: Plan, model: nn.Module, name: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What :func:`replace_trained` was given for the adapter called ``name``, from the state of the model it is in.
+def saved_overrides(plan: Plan, model: nn.Module, name: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What :func:`override_trained` was given for the adapter called ``name``, from the state of the model it is in.
 
     Args:
         plan: what the adapter's method would do to ``model``.
@@ -137,7 +139,7 @@ def saved_copies(plan: Plan, model: nn.Module, name: str, state: Mapping[str, Te
     """
     others = {adapter_key(a.host, name, key) for a in plan.attach for key in a.adapter.state_dict()}
     found: dict[str, Tensor] = {}
-    for full, place in _places(model):
+    for full, place in _base_tensors(model):
         for beside in ("replacement.", ""):
             for end in ("", "_"):
                 key = f"{adapter_key(place.host, name)}.{beside}{place.name}{end}"
@@ -147,7 +149,7 @@ def saved_copies(plan: Plan, model: nn.Module, name: str, state: Mapping[str, Te
 
 
 @dataclass(frozen=True)
-class _Place:
+class _BaseTensor:
     """A parameter or buffer of the base: the module that would carry its copy, its owner, its name in the first."""
 
     host: str
@@ -156,7 +158,7 @@ class _Place:
     tensor: Tensor
 
 
-def _places(model: nn.Module) -> Iterator[tuple[str, _Place]]:
+def _base_tensors(model: nn.Module) -> Iterator[tuple[str, _BaseTensor]]:
     """All that can be replaced, by each full name it has."""
     hosts: dict[int, tuple[str, str]] = {}  # a module's id: the host's name, and the prefix of names in the host
     for name, module in base_modules(model):
@@ -170,7 +172,7 @@ def _places(model: nn.Module) -> Iterator[tuple[str, _Place]]:
         buffers = {k: b for k, b in module._buffers.items() if k not in module._non_persistent_buffers_set}
         for key, tensor in {**module._parameters, **buffers}.items():
             if tensor is not None:
-                yield join(name, key), _Place(host, module, f"{prefix}{key}", tensor)
+                yield join(name, key), _BaseTensor(host, module, f"{prefix}{key}", tensor)
 
 
 def _unknown(name: str, places: Iterable[str]) -> str:
@@ -178,7 +180,7 @@ def _unknown(name: str, places: Iterable[str]) -> str:
     return "the base has no such parameter or buffer" + (f"; nearest: {near[0]}" if near else "")
 
 
-def _problem(value: Tensor, place: _Place) -> str | None:
+def _problem(value: Tensor, place: _BaseTensor) -> str | None:
     """Why ``value`` cannot stand in place of what is at ``place``."""
     owner, base = place.owner, place.tensor
     kind: Any = original_class(owner)
@@ -205,7 +207,7 @@ def _problem(value: Tensor, place: _Place) -> str | None:
 _OTHER_WIDTHS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
 
 
-def _uneven(name: str, given: Mapping[str, Tensor], places: Mapping[str, _Place]) -> str | None:
+def _width_mismatch(name: str, given: Mapping[str, Tensor], places: Mapping[str, _BaseTensor]) -> str | None:
     """Why ``given`` makes no whole: a weight and a bias of two widths."""
     place, value = places[name], given[name]
     if value.shape == place.tensor.shape:

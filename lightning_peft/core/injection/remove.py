@@ -11,9 +11,9 @@ from lightning_peft.core.adapters.lookup import check_known, stacks
 from lightning_peft.core.injection.attach import detach
 from lightning_peft.core.injection.merge import unload
 from lightning_peft.core.names import canonical
-from lightning_peft.core.record import Trains, injected_module, injection_of
+from lightning_peft.core.record import TrainedBase, injected_module, injection_state
 
-__all__ = ["check_deletable", "delete_adapter", "take_out"]
+__all__ = ["check_deletable", "delete_adapter", "uninstall"]
 
 
 def delete_adapter(model: nn.Module, name: str) -> None:
@@ -32,8 +32,8 @@ def delete_adapter(model: nn.Module, name: str) -> None:
             go on with parameters that no longer take part.
     """
     check_deletable(model, name)
-    take_out(model, name)
-    record = injection_of(model)
+    uninstall(model, name)
+    record = injection_state(model)
     if record is not None and not record.methods:
         unload(model)
 
@@ -49,17 +49,19 @@ def check_deletable(model: nn.Module, name: str) -> None:
         raise ValueError(f"{name!r} is in training, and the optimizer holds its parameters: delete it after the fit")
 
 
-def take_out(model: nn.Module, name: str) -> None:
+def uninstall(model: nn.Module, name: str) -> None:
     """Take the adapter called ``name`` out of the modules and the record, and leave all else."""
     for host_name in [host_name for host_name, stack in stacks(model).items() if name in stack]:
         detach(model, host_name, name)
-    record = injection_of(model)
+    record = injection_state(model)
     if record is not None:
         record.methods.pop(name, None)
-        own = record.trains.pop(name, Trains())
+        own = record.trained_base.pop(name, TrainedBase())
         names = [canonical(n) for n, _ in injected_module(model).named_parameters(remove_duplicate=False)]
-        record.kept |= replace(record, trains={name: own}).decided(names)  # what it trained of the base goes on
-        record.parts.pop(name, None)
+        record.also_trained |= replace(record, trained_base={name: own}).trained_among(
+            names
+        )  # what it trained of the base goes on
+        record.adapter_records.pop(name, None)
         record.hosts.pop(name, None)
         record.origins.pop(name, None)
         record.report.entries = [entry for entry in record.report.entries if entry.adapter != name]

@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_peft.core.adapters.base import Adapter
 from lightning_peft.core.adapters.lookup import adapter_names, check_known, stacks
-from lightning_peft.core.record import injection_of
+from lightning_peft.core.record import injection_state
 
 __all__ = ["fold"]
 
@@ -33,14 +33,14 @@ def fold(model: nn.Module, name: str | None = None) -> list[str]:
         (host_name, adapter_name, cast(Adapter, adapter))
         for host_name, stack in stacks(model).items()
         for adapter_name, adapter in stack.items()
-        if name in (None, adapter_name) and cast(Adapter, adapter).foldable
+        if name in (None, adapter_name) and cast(Adapter, adapter).has_reparameterization
     ]
     if not found:
         raise ValueError(f"nothing to fold: {list(adapter_names(model))} train what they apply")
     for _, _, adapter in found:
-        adapter.fold()
-    record = injection_of(model)
+        adapter.remove_reparameterization()
+    record = injection_state(model)
     for adapter_name in {n for _, n, _ in found} if record is not None else ():
         assert record is not None
-        record.methods[adapter_name] = record.methods[adapter_name].folded()  # type: ignore[attr-defined]
+        record.methods[adapter_name] = record.methods[adapter_name].without_reparameterization()  # type: ignore[attr-defined]
     return [host_name for host_name, _, _ in found]

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from lightning_peft.core.adapters.lookup import check_unmerged, stack_prefixes
 from lightning_peft.core.names import canonical
-from lightning_peft.core.record import injected_module, injection_of
+from lightning_peft.core.record import injected_module, injection_state
 from lightning_peft.core.sharded_tensors import sharded_like
-from lightning_peft.core.state.freezing import set_thawed
+from lightning_peft.core.state.freezing import set_unfrozen
 from lightning_peft.core.state.state_dict import StateError
 
 __all__ = ["moved_adapters", "reset"]
@@ -39,12 +39,12 @@ def reset(model: nn.Module) -> None:
             lp.reset(module)
             L.Trainer(callbacks=[lp.LoRA(r=8)]).fit(module, fold)
     """
-    record, root = injection_of(model), injected_module(model)
+    record, root = injection_state(model), injected_module(model)
     if record is None:
         raise ValueError("lp.reset: no methods were applied to this model, so there is nothing to put back")
     check_unmerged(root)
     current = {canonical(k): v for k, v in nn.Module.state_dict(root, keep_vars=True).items()}
-    lost = record.start.moved_marks(root, {**record.later, **record.start.trained})
+    lost = record.start.moved_marks(root, {**record.deferred, **record.start.trained})
     lost += [k for k, v in record.start.trained.items() if k in current and current[k].shape != v.shape]
     if lost:
         raise StateError(
@@ -52,7 +52,7 @@ def reset(model: nn.Module) -> None:
             "without gradients, is sharded, or the methods train more than half of the base. Load the base's weights "
             "first (model.load_state_dict(initial, strict=False)), or build the model anew"
         )
-    set_thawed(root, ())
+    set_unfrozen(root, ())
     for key, value in {**record.start.buffers, **record.start.trained}.items():
         if key in current:
             _put(current[key], value)
@@ -68,7 +68,7 @@ def _put(tensor: Any, value: Tensor) -> None:
 
 def moved_adapters(model: nn.Module) -> list[str]:
     """The keys of adapter tensors that differ from their start."""
-    record, root = injection_of(model), injected_module(model)
+    record, root = injection_state(model), injected_module(model)
     if record is None:
         return []
     inside = stack_prefixes(root)

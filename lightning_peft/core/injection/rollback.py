@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from lightning_peft.core.record import Injection, injection_of
+from lightning_peft.core.record import InjectionState, injection_state
 
 __all__ = ["all_or_nothing"]
 
@@ -26,7 +26,7 @@ def all_or_nothing(model: nn.Module) -> Iterator[None]:
     # Every reference is taken now: putting back must need nothing that could fail.
     undo = [_restore_module(module) for module in model.modules()]
     undo += [_restore_parameter(parameter) for parameter in model.parameters()]
-    if (record := injection_of(model)) is not None:
+    if (record := injection_state(model)) is not None:
         undo.append(_restore_record(record))
     try:
         yield
@@ -62,11 +62,13 @@ def _restore_parameter(parameter: nn.Parameter) -> Callable[[], None]:
     return restore
 
 
-def _restore_record(record: Injection) -> Callable[[], None]:
+def _restore_record(record: InjectionState) -> Callable[[], None]:
     own = vars(record)
     before = {name: copy.copy(value) for name, value in own.items()}
     before["report"] = record.report.copy()
-    before["parts"] = {name: [copy.copy(part) for part in parts] for name, parts in record.parts.items()}
+    before["adapter_records"] = {
+        name: [copy.copy(part) for part in parts] for name, parts in record.adapter_records.items()
+    }
 
     def restore() -> None:
         own.clear()

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from lightning_peft.core.record import injection_of
+from lightning_peft.core.record import injection_state
 
 __all__ = ["saving_problem", "saving_trials"]
 
@@ -17,7 +17,7 @@ saving_trials: list[Callable[[nn.Module, str], str | None]] = []
 
 def saving_problem(model: nn.Module, name: str) -> tuple[str | None, list[str]]:
     """Why the adapter called ``name`` could not be saved, None if it can be; and notes for the user."""
-    record, notes = injection_of(model), []
+    record, notes = injection_state(model), []
     kind = type(record.methods[name]).__name__ if record is not None else ""
     for trial in saving_trials:
         try:

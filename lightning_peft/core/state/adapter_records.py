@@ -17,16 +17,24 @@ from lightning_peft.core.sharded_tensors import gather_full
 from lightning_peft.core.targeting.layouts import (
     ConvLayout,
     EmbeddingLayout,
-    Layout,
     NormLayout,
     TransposedLayout,
+    WeightLayout,
     weight_name,
 )
 
-__all__ = ["Part", "adapted_names", "kind_of", "layer_facts", "parts_of", "uncopied", "whole"]
+__all__ = [
+    "AdapterRecord",
+    "adapted_names",
+    "adapter_records",
+    "gather_to_cpu",
+    "layer_facts",
+    "layer_kind",
+    "uncopied",
+]
 
 
-def whole(tensor: Tensor) -> Tensor:
+def gather_to_cpu(tensor: Tensor) -> Tensor:
     """``tensor`` on the CPU and of its own; of a sharded one all of it."""
     return gather_full(tensor).detach().to("cpu", copy=True).contiguous()
 
@@ -37,7 +45,7 @@ def uncopied(tensor: Tensor) -> Tensor:
 
 
 @dataclass
-class Part:
+class AdapterRecord:
     """One adapter of one module, or of one of its weights.
 
     Attributes:
@@ -64,12 +72,14 @@ class Part:
         return weight_name(self.host, self.parameter, bare=self.kind == "Parameter")
 
 
-def adapted_names(parts: Iterable[Part]) -> list[str]:
+def adapted_names(parts: Iterable[AdapterRecord]) -> list[str]:
     """The names of the weights that carry adapters, and of the modules that carry adapters of no weight."""
     return [".".join(filter(None, (part.host, part.parameter))) for part in parts]
 
 
-def parts_of(model: nn.Module, name: str, take: Callable[[Tensor], Tensor] | None = whole) -> Iterator[Part]:
+def adapter_records(
+    model: nn.Module, name: str, take: Callable[[Tensor], Tensor] | None = gather_to_cpu
+) -> Iterator[AdapterRecord]:
     """The adapters called ``name`` in ``model``; copies of the base's own values are none.
 
     Args:
@@ -86,11 +96,13 @@ def parts_of(model: nn.Module, name: str, take: Callable[[Tensor], Tensor] | Non
                 stored = host.get_parameter(parameter)
                 facts = {n: getattr(part, n) for n in ("r", "scale", "tokens") if hasattr(part, n)}
                 facts |= layer_facts(host, part.layout)
-                kind = kind_of(host, part.layout)
-                yield Part(canonical(host_name), parameter, kind, tuple(stored.shape), facts, _tensors(part, take))
-            if not weights and not adapter.copies():
+                kind = layer_kind(host, part.layout)
+                yield AdapterRecord(
+                    canonical(host_name), parameter, kind, tuple(stored.shape), facts, _tensors(part, take)
+                )
+            if not weights and not adapter.overrides():
                 kind = original_class(host).__name__
-                yield Part(canonical(host_name), "", kind, (), {}, _tensors(adapter, take))
+                yield AdapterRecord(canonical(host_name), "", kind, (), {}, _tensors(adapter, take))
 
 
 def _tensors(adapter: Adapter, take: Callable[[Tensor], Tensor] | None) -> dict[str, Tensor]:
@@ -99,21 +111,21 @@ def _tensors(adapter: Adapter, take: Callable[[Tensor], Tensor] | None) -> dict[
     return {key: take(value) for key, value in adapter.state_dict().items() if not key.startswith("replacement.")}
 
 
-def kind_of(host: nn.Module, layout: Any) -> str:
-    """What kind of weight a layout of ``host`` reads: see :class:`Part`."""
+def layer_kind(host: nn.Module, layout: Any) -> str:
+    """What kind of weight a layout of ``host`` reads: see :class:`AdapterRecord`."""
     if isinstance(host, nn.MultiheadAttention):
         return "Attention"
     kinds = {TransposedLayout: "Conv1D", EmbeddingLayout: "Embedding", ConvLayout: "Conv", NormLayout: "Norm"}
     return kinds.get(type(layout), "Linear" if isinstance(host, nn.Linear) else "Parameter")
 
 
-def layer_facts(host: Any, layout: Layout) -> dict[str, Any]:
-    """What a file has to say of a layer, see :class:`Part`."""
+def layer_facts(host: Any, layout: WeightLayout) -> dict[str, Any]:
+    """What a file has to say of a layer, see :class:`AdapterRecord`."""
     facts: dict[str, Any] = {}
     if isinstance(layout, ConvLayout):
         facts = {"groups": host.groups, "dilation": list(host.dilation), "padding_mode": host.padding_mode}
     if getattr(host, "is_transposed", False):
         facts["is_transposed"] = True
-    if type(layout) is not Layout and not layout.has_activation and not hasattr(host, "embed_scale"):
+    if type(layout) is not WeightLayout and not layout.has_activation and not hasattr(host, "embed_scale"):
         facts["own_forward"] = True
     return facts

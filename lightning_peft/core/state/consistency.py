@@ -16,9 +16,9 @@ from lightning_peft.core.adapters.lookup import stacks
 from lightning_peft.core.adapters.stack import Adapted
 from lightning_peft.core.class_swap import has_mixin
 from lightning_peft.core.names import canonical
-from lightning_peft.core.record import Injection, injected_module, injection_of
+from lightning_peft.core.record import InjectionState, injected_module, injection_state
 from lightning_peft.core.state.fingerprint import fingerprint
-from lightning_peft.core.state.moved import Start
+from lightning_peft.core.state.moved_values import InitialValues
 from lightning_peft.core.state.state_dict import StateError
 
 __all__ = ["check_record", "update_base"]
@@ -30,7 +30,7 @@ def check_record(model: nn.Module) -> None:
     Raises:
         StateError: a module was replaced or resized; all such modules are named.
     """
-    record = injection_of(model)
+    record = injection_state(model)
     if record is None:
         return
     modules = {canonical(name): module for name, module in injected_module(model).named_modules()}
@@ -42,7 +42,7 @@ def check_record(model: nn.Module) -> None:
                 lost.setdefault(name, []).append(f"{host!r} was replaced and carries it no more")
             elif problem := _resized(record, name, host, module):
                 lost.setdefault(name, []).append(problem)
-    for name, trains in record.trains.items():
+    for name, trains in record.trained_base.items():
         gone = [m for m in trains.modules if m not in modules]
         lost |= {name: [*lost.get(name, ()), *(f"{m!r}, which it trains, is gone" for m in gone)]} if gone else {}
     if lost:
@@ -53,10 +53,10 @@ def check_record(model: nn.Module) -> None:
         )
 
 
-def _resized(record: Injection, name: str, host: str, module: nn.Module) -> str | None:
+def _resized(record: InjectionState, name: str, host: str, module: nn.Module) -> str | None:
     if module.adapters.merged is not None:  # type: ignore[union-attr]
         return None
-    for part in record.parts.get(name, ()):
+    for part in record.adapter_records.get(name, ()):
         stored = stored_tensor(module, part.parameter) if part.host == host and part.parameter else None
         if stored is None or stored.ndim != len(part.shape) or not stored.numel():
             continue  # flattened or taken apart by a strategy that shards
@@ -68,11 +68,11 @@ def _resized(record: Injection, name: str, host: str, module: nn.Module) -> str 
 
 def update_base(model: nn.Module) -> None:
     """Let the record know a base by its values, if it was on the meta device when the methods were applied."""
-    record, root = injection_of(model), injected_module(model)
+    record, root = injection_state(model), injected_module(model)
     if record is None or any(stack.merged is not None for stack in stacks(root).values()):
         return
     if any(buffer.is_meta for buffer in record.start.buffers.values()):
-        record.start = replace(Start.of(root), parameters=record.start.parameters)
+        record.start = replace(InitialValues.of(root), parameters=record.start.parameters)
     elif record.fingerprint.get("values"):
         return
-    record.fingerprint = fingerprint(root, leave_out=record.later)
+    record.fingerprint = fingerprint(root, leave_out=record.deferred)

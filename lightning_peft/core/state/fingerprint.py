@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_peft.core.adapters.lookup import stacks
 from lightning_peft.core.names import canonical, nearest
 from lightning_peft.core.sharded_tensors import gather_full, is_sharded
-from lightning_peft.core.state.moved import extra_state
+from lightning_peft.core.state.moved_values import extra_state
 from lightning_peft.core.state.state_dict import StateError, trainable_keys
 
 __all__ = ["check_fingerprint", "fingerprint", "fingerprint_now"]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.class_swap import add_mixin, has_mixin, remove_mixin
-from lightning_peft.core.record import Injection, injected_module, injection_of
+from lightning_peft.core.record import InjectionState, injected_module, injection_state
 from lightning_peft.core.targeting.base_modules import base_modules
 
 __all__ = [
@@ -23,9 +23,9 @@ __all__ = [
     "freeze_norm_statistics",
     "hold_statistics",
     "keep_full_precision",
-    "set_thawed",
-    "thaw",
-    "thawed",
+    "set_unfrozen",
+    "unfreeze",
+    "unfrozen_names",
 ]
 
 
@@ -123,50 +123,51 @@ def keep_full_precision(modules: Iterable[nn.Module], shared: set[int]) -> None:
             module.to(torch.float32)
 
 
-def thawed(model: nn.Module) -> list[str]:
+def unfrozen_names(model: nn.Module) -> list[str]:
     """The names of the parameters that started frozen and train by now."""
-    record = injection_of(model)
-    return [name for name, before in record.later.items() if before is not None] if record is not None else []
+    record = injection_state(model)
+    return [name for name, before in record.deferred.items() if before is not None] if record is not None else []
 
 
-def thaw(model: nn.Module, names: Iterable[str]) -> list[str]:
+def unfreeze(model: nn.Module, names: Iterable[str]) -> list[str]:
     """Let the parameters called ``names`` train from now on; returns those that did not already.
 
-    Their values are copied to the CPU, for :func:`set_thawed` to go back to.
+    Their values are copied to the CPU, for :func:`set_unfrozen` to go back to.
     """
-    root, record = injected_module(model), injection_of(model)
+    root, record = injected_module(model), injection_state(model)
     assert record is not None
-    new = [name for name in names if record.later[name] is None]
+    new = [name for name in names if record.deferred[name] is None]
     for name in new:
         parameter = root.get_parameter(name)
-        record.later[name] = parameter.detach().to("cpu", copy=True)
+        record.deferred[name] = parameter.detach().to("cpu", copy=True)
         parameter.requires_grad_(True)
-    _after(root, record)
+    _after_unfreezing(root, record)
     return new
 
 
 @torch.no_grad()
-def set_thawed(model: nn.Module, names: Iterable[str]) -> None:
-    """Let exactly ``names`` of the later parameters train; others that did are frozen at the values they started from.
+def set_unfrozen(model: nn.Module, names: Iterable[str]) -> None:
+    """Let exactly ``names`` of the deferred parameters train; others that did are frozen at the values they started
+    from.
 
     Raises:
-        KeyError: a name that is none of the model's later parameters.
+        KeyError: a name that is none of the model's deferred parameters.
     """
-    record, wanted = injection_of(model), list(names)
+    record, wanted = injection_state(model), list(names)
     if record is None:
         return
     root = injected_module(model)
-    for name, before in record.later.items():
+    for name, before in record.deferred.items():
         if before is not None and name not in wanted:
             parameter = root.get_parameter(name)
             parameter.copy_(before.to(parameter.device))
             parameter.requires_grad_(False)
             parameter.grad = None
-            record.later[name] = None
-    thaw(model, wanted)
+            record.deferred[name] = None
+    unfreeze(model, wanted)
 
 
-def _after(root: nn.Module, record: Injection) -> None:
+def _after_unfreezing(root: nn.Module, record: InjectionState) -> None:
     """What follows from a change of what trains: norm statistics, and the count."""
     for module in root.modules():
         if has_mixin(module, FrozenNorm) and _trains_in_full(module) and not module._hold_statistics:

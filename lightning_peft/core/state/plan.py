@@ -37,7 +37,7 @@ class Plan:
         attach: the adapters, each with the module that it goes on.
         train: names of base parameters to train, with the description for the table.
         train_modules: names of base modules that train in full, heads for example; ``""`` is the whole model.
-        later: names of base parameters that are frozen at first and train later, with their name and description
+        deferred: names of base parameters that are frozen at first and train later, with their name and description
             in the table.
         hold_statistics: names of norm layers whose running statistics stay although their parameters train.
         notes: what is left alone and why.
@@ -47,7 +47,7 @@ class Plan:
     attach: list[Attachment] = field(default_factory=list)
     train: dict[str, str] = field(default_factory=dict)
     train_modules: list[str] = field(default_factory=list)
-    later: dict[str, tuple[str, str]] = field(default_factory=dict)
+    deferred: dict[str, tuple[str, str]] = field(default_factory=dict)
     hold_statistics: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     origin: dict[str, Any] = field(default_factory=dict)
@@ -58,10 +58,10 @@ class Method(Protocol):
 
     name: str
     train_norm_stats: bool
-    may_change: ClassVar[frozenset[str]]
+    resume_may_differ: ClassVar[frozenset[str]]
 
     def plan(self, model: nn.Module) -> Plan: ...
 
     def config(self) -> dict[str, Any]: ...
 
-    def regroup(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None: ...
+    def configure_param_groups(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None: ...

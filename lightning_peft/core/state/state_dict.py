@@ -16,18 +16,18 @@ from torch import Tensor, nn
 
 from lightning_peft.core.adapters.lookup import check_known, stack_prefixes
 from lightning_peft.core.names import canonical, join, nearest
-from lightning_peft.core.record import injected_module, injected_name, injection_of
-from lightning_peft.core.state.moved import extra_state
+from lightning_peft.core.record import injected_module, injected_name, injection_state
+from lightning_peft.core.state.moved_values import extra_state
 from lightning_peft.ops.finite import is_finite
 
 __all__ = [
     "StateError",
     "adapter_state",
     "check_state",
+    "fix_trained",
     "load_state",
     "moved_keys",
     "owned_keys",
-    "settle",
     "state_keys",
     "trainable_keys",
 ]
@@ -57,25 +57,25 @@ def state_keys(model: nn.Module) -> set[str]:
 
 def _trained(model: nn.Module) -> set[int]:
     """The identities of the parameters that train; of a model without methods, of those that require gradients."""
-    record = injection_of(model)
+    record = injection_state(model)
     if record is None:
         return {id(p) for p in model.parameters() if p.requires_grad}
     parameters = {canonical(n): p for n, p in injected_module(model).named_parameters(remove_duplicate=False)}
-    return {id(parameters[name]) for name in record.decided(parameters)}
+    return {id(parameters[name]) for name in record.trained_among(parameters)}
 
 
 def moved_keys(model: nn.Module) -> set[str]:
     """The keys of other values that changed since the methods were applied, and of a trained module's extra state."""
-    record, root = injection_of(model), injected_module(model)
+    record, root = injection_state(model), injected_module(model)
     if record is None:
         return set()
-    trained = record.decided(_parameter_names(root))
-    record.moved |= record.start.moved(root, trained) | record.decided(extra_state(root))
+    trained = record.trained_among(_parameter_names(root))
+    record.moved |= record.start.moved(root, trained) | record.trained_among(extra_state(root))
     return _moved_before(model)
 
 
 def _moved_before(model: nn.Module) -> set[str]:
-    record, prefix = injection_of(model), canonical(injected_name(model))
+    record, prefix = injection_state(model), canonical(injected_name(model))
     if record is None:
         return set()
     stored = {canonical(key) for key in nn.Module.state_dict(model)}
@@ -83,22 +83,22 @@ def _moved_before(model: nn.Module) -> set[str]:
     return moved & stored
 
 
-def settle(model: nn.Module) -> None:
+def fix_trained(model: nn.Module) -> None:
     """Decide that all that requires gradients now trains, and remember the values of the rest.
 
     For the start of a fit: what the user unfroze or froze by hand before counts as well. Values that are remembered
     already stay so, except where they were cast or sharded since.
     """
-    record, root = injection_of(model), injected_module(model)
+    record, root = injection_state(model), injected_module(model)
     if record is None:
         return
     inside = stack_prefixes(root)
     on = [name for name, p in root.named_parameters() if p.requires_grad]
     base = [canonical(name) for name in on if not name.startswith(inside)]
-    record.kept |= set(base) - record.decided(base)
-    for name, trains in record.trains.items():
+    record.also_trained |= set(base) - record.trained_among(base)
+    for name, trains in record.trained_base.items():
         if any(key.startswith(stack_prefixes(root, name)) for key in on):
-            record.trains[name] = replace(trains, adapters=True)
+            record.trained_base[name] = replace(trains, adapters=True)
     record.start.keep(root, owned_keys(root))
     record.start.mark(root)
 

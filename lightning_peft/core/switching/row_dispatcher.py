@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from lightning_peft.core.adapters.base import Adapter
 from lightning_peft.core.adapters.stack import AdapterStack
-from lightning_peft.core.batching.layout import Place, RowError, check_experts, row_dim, take
+from lightning_peft.core.batching.layout import BatchLayout, RowError, check_experts, row_dim, take
 from lightning_peft.core.batching.split import split
-from lightning_peft.core.checkpoint_frame import frame, in_backward, note, noted
+from lightning_peft.core.checkpoint_frame import checkpoint_frame, in_backward, recall, remember
 
-__all__ = ["Router", "Spanned"]
+__all__ = ["RowDispatcher", "SplitAtRoot"]
 
 Rows = tuple[tuple[str, ...], ...]
 
@@ -29,15 +29,15 @@ class _Plan:
     Attributes:
         all: the adapters that every row has, where they are the same for all.
         groups: rows that need a run of the host of their own, each group with the same adapters.
-        links: what serves all rows in one run.
+        batched: what serves all rows in one run.
     """
 
     all: tuple[str, ...] | None = None
     groups: list[tuple[int, ...]] = field(default_factory=list)
-    links: list[Any] = field(default_factory=list)
+    batched: list[Any] = field(default_factory=list)
 
 
-class Router:
+class RowDispatcher:
     """The adapters of each row, and how the hosts serve them.
 
     Args:
@@ -46,46 +46,46 @@ class Router:
         root: the module around all their hosts, whose forward runs once for each group of rows with the same ones.
     """
 
-    def __init__(self, rows: Rows, spanning: frozenset[str] = frozenset(), root: Place | None = None) -> None:
+    def __init__(self, rows: Rows, spanning: frozenset[str] = frozenset(), root: BatchLayout | None = None) -> None:
         self.rows = rows
         self.spanning = spanning
         self.root = root
         self.open = True
-        self.around: nn.Module | None = None  # the module at root
-        self.unnoted = False  # whether a forward without gradients ran in training, as reentrant checkpointing does
-        self._plans: dict[tuple[Place, Rows, tuple[str, ...]], _Plan] = {}
+        self.root_module: nn.Module | None = None  # the module at root
+        self.saw_no_grad_forward = False  # in training, as reentrant checkpointing does
+        self._plans: dict[tuple[BatchLayout, Rows, tuple[str, ...]], _Plan] = {}
 
     def run(self, host: Any, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         """The output of an adapted module, each row with its adapters."""
         stack = cast(AdapterStack, host.adapters)
         if (found := self._in_force(host, stack)) is None:
             return stack.run_active(host, forward, args, kwargs)
-        router, rows = found
-        if router is self and rows is self.rows:
+        dispatcher, rows = found
+        if dispatcher is self and rows is self.rows:
             return self._route(host, forward, args, kwargs)
-        with router.inside(rows):
-            return router._route(host, forward, args, kwargs)
+        with dispatcher.inside(rows):
+            return dispatcher._route(host, forward, args, kwargs)
 
-    def _in_force(self, host: nn.Module, stack: AdapterStack) -> tuple[Router, Rows] | None:
-        """The router and the rows that a run of ``host`` has now; None if all rows have the active adapters."""
+    def _in_force(self, host: nn.Module, stack: AdapterStack) -> tuple[RowDispatcher, Rows] | None:
+        """The dispatcher and the rows that a run of ``host`` has now; None if all rows have the active adapters."""
         now = (self, self.rows) if self.open else None
         if torch.compiler.is_compiling():
             return now
         if in_backward():
-            if (checkpoint := frame()) is not None:
-                return cast("tuple[Router, Rows] | None", noted(checkpoint, "rows"))
-            if not self.open and self.unnoted:
+            if (checkpoint := checkpoint_frame()) is not None:
+                return cast("tuple[RowDispatcher, Rows] | None", recall(checkpoint, "rows"))
+            if not self.open and self.saw_no_grad_forward:
                 raise RowError(
-                    f"{stack.place} is run again in backward, after lp.rows was left, and which row has which adapter "
-                    "cannot be known: call backward inside the context, or checkpoint with use_reentrant=False"
+                    f"{stack.batch_layout} is run again in backward, after lp.rows was left, and which row has which "
+                    "adapter cannot be known: call backward inside the context, or checkpoint with use_reentrant=False"
                 )
         elif not self.open:
-            self.unnoted = False
+            self.saw_no_grad_forward = False
         elif torch.is_grad_enabled():
-            if (checkpoint := frame()) is not None:
-                note(checkpoint, "rows", now)
+            if (checkpoint := checkpoint_frame()) is not None:
+                remember(checkpoint, "rows", now)
         else:
-            self.unnoted = self.unnoted or host.training
+            self.saw_no_grad_forward = self.saw_no_grad_forward or host.training
         return now
 
     def names_to_read(self, host: Any) -> tuple[str, ...] | None:
@@ -93,9 +93,9 @@ class Router:
         stack = cast(AdapterStack, host.adapters)
         if (found := self._in_force(host, stack)) is None:
             return stack.active
-        router, rows = found
-        with router.inside(rows):
-            return router._planned(host, stack).all
+        dispatcher, rows = found
+        with dispatcher.inside(rows):
+            return dispatcher._planned(host, stack).all
 
     def close(self) -> None:
         """Leave the context: from now on only recomputations of what ran inside are routed."""
@@ -115,21 +115,21 @@ class Router:
         stack = cast(AdapterStack, host.adapters)
         plan = self._planned(host, stack)
         if plan.all is not None:
-            self._check_length(stack.place, args, kwargs)
+            self._check_length(stack.batch_layout, args, kwargs)
             return stack.run_as(plan.all, host, forward, args, kwargs)
-        check_experts(stack.place, (*args, *kwargs.values()), len(self.rows))
+        check_experts(stack.batch_layout, (*args, *kwargs.values()), len(self.rows))
         if plan.groups:
             return self.split(
-                stack.place, host, plan.groups, functools.partial(self._route, host, forward), args, kwargs
+                stack.batch_layout, host, plan.groups, functools.partial(self._route, host, forward), args, kwargs
             )
         call = forward
-        for link in plan.links:
-            call = functools.partial(link.run, host, call)
+        for batched in plan.batched:
+            call = functools.partial(batched.run, host, call)
         return call(*args, **kwargs)
 
     def split(
         self,
-        place: Place,
+        batch_layout: BatchLayout,
         module: nn.Module,
         groups: list[tuple[int, ...]],
         call: Callable[[tuple, dict[str, Any]], Any],
@@ -139,19 +139,24 @@ class Router:
         """The output of a module that runs once for each group of rows."""
 
         stack = cast(dict[str, Adapter], getattr(module, "adapters", {}))
-        taps = [(tap, tap.lent) for adapter in stack.values() for tap in adapter.taps if tap.lent is not None]
+        captures = [
+            (capture, capture.captured)
+            for adapter in stack.values()
+            for capture in adapter.captures
+            if capture.captured is not None
+        ]
 
         def of_group(i: int, args: tuple, kwargs: dict[str, Any]) -> Any:
-            for tap, x in taps:  # it lent the input of all rows
-                tap.lent = take(x, row_dim(place, x, len(self.rows)), groups[i], len(self.rows))
+            for capture, x in captures:  # it holds the input of all rows
+                capture.captured = take(x, row_dim(batch_layout, x, len(self.rows)), groups[i], len(self.rows))
             with self.inside(tuple(self.rows[row] for row in groups[i])):
                 return call(args, kwargs)
 
         try:
-            return split(place, module, groups, of_group, args, kwargs)
+            return split(batch_layout, module, groups, of_group, args, kwargs)
         finally:
-            for tap, _ in taps:
-                tap.lent = None
+            for capture, _ in captures:
+                capture.captured = None
 
     def span(self, module: nn.Module, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         """The output of the module around all hosts of adapters that span several."""
@@ -165,7 +170,7 @@ class Router:
         return self.split(self.root, module, rows, lambda args, kwargs: forward(*args, **kwargs), args, kwargs)
 
     def _planned(self, host: nn.Module, stack: AdapterStack) -> _Plan:
-        key = stack.place, self.rows, stack.skipped
+        key = stack.batch_layout, self.rows, stack.skipped
         if key not in self._plans:
             self._plans[key] = self._plan(host, stack)
         return self._plans[key]
@@ -176,7 +181,7 @@ class Router:
         if len(set(here)) == 1:
             return _Plan(all=here[0])
         names = sorted({name for row in here for name in row}, key=order.__getitem__)
-        links = {name: _link(cast(Adapter, stack[name]), host) for name in names}
+        classes = {name: _batched_class(cast(Adapter, stack[name]), host) for name in names}
         spanning = {self.spanning.intersection(row) for row in here}
         if self.root is not None and len(spanning) > 1:
             raise RowError(
@@ -186,13 +191,16 @@ class Router:
             )
         apart: dict[tuple[str, ...], list[int]] = {}
         for i, row in enumerate(here):
-            apart.setdefault(row if any(links[name] is None for name in row) else (), []).append(i)
-        if any(links[name] is None for name in names):
+            apart.setdefault(row if any(classes[name] is None for name in row) else (), []).append(i)
+        if any(classes[name] is None for name in names):
             return _Plan(groups=[tuple(rows) for rows in apart.values()])
-        return _Plan(links=self._links(host, stack, here, links))
+        return _Plan(batched=self._batched(host, stack, here, classes))
 
-    def _links(self, host: nn.Module, stack: AdapterStack, here: list[tuple[str, ...]], kinds: dict[str, Any]) -> list:
-        """The links in order: each adapter joins the earliest of its kind that comes after all others of its rows."""
+    def _batched(
+        self, host: nn.Module, stack: AdapterStack, here: list[tuple[str, ...]], kinds: dict[str, Any]
+    ) -> list:
+        """The batched adapters in order: each joins the earliest of its kind that comes after all others of its
+        rows."""
         members: list[tuple[Any, list[Any]]] = []
         last = [-1] * len(here)
         for name, kind in kinds.items():
@@ -204,30 +212,30 @@ class Router:
             for i in rows:
                 members[at][1][i] = stack[name]
                 last[i] = at
-        # One adapter that serves all rows needs no link.
+        # One adapter that serves all rows needs no batching.
         same = [len(set(map(id, adapters))) == 1 for _, adapters in members]
-        return [a[0] if one else kind(stack.place, a) for (kind, a), one in zip(members, same)]
+        return [a[0] if one else kind(stack.batch_layout, a) for (kind, a), one in zip(members, same)]
 
-    def _check_length(self, place: Place, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _check_length(self, batch_layout: BatchLayout, args: tuple, kwargs: dict[str, Any]) -> None:
         """A batch that is no multiple of the rows, at a host where all rows have the same adapters."""
         x = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.ndim), None)
         n = len(self.rows)
         if x is None or x.shape[0] == 1 or (x.ndim == 1 and not x.is_floating_point()):
             return  # nothing to tell by, or a table that all rows share
         if all(size % n for size in x.shape[:2]):
-            row_dim(place, x, n)  # says what is wrong
+            row_dim(batch_layout, x, n)  # says what is wrong
 
 
-def _link(adapter: Adapter, host: nn.Module) -> Any:
+def _batched_class(adapter: Adapter, host: nn.Module) -> Any:
     # Copies of the host's own parameters are for a run of the host.
-    return adapter.row_link(host) if adapter.replacement is None else None
+    return adapter.batched_class(host) if adapter.replacement is None else None
 
 
-class Spanned(nn.Module):
+class SplitAtRoot(nn.Module):
     """Mixin of the module around all hosts of adapters that span several."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        router = self.__dict__["_peft_spanned"][0].router
-        if router is None or not router.open or router.around is not self:  # another thread's, or an outer context's
+        dispatcher = self.__dict__["_peft_split_at_root"][0].dispatcher
+        if dispatcher is None or not dispatcher.open or dispatcher.root_module is not self:  # not of this context
             return super().forward(*args, **kwargs)
-        return router.span(self, super().forward, args, kwargs)
+        return dispatcher.span(self, super().forward, args, kwargs)

@@ -19,12 +19,12 @@ from lightning_peft.core.adapters.base import Adapter
 from lightning_peft.core.adapters.lookup import stacks
 from lightning_peft.core.adapters.stack import AdapterStack
 from lightning_peft.core.adapters.switches import current, switched
-from lightning_peft.core.batching.layout import Place, RowError, batch_dims, places
+from lightning_peft.core.batching.layout import BatchLayout, RowError, batch_dims, batch_layouts
 from lightning_peft.core.class_swap import add_mixin, remove_mixin
 from lightning_peft.core.module_io import tensors_in
 from lightning_peft.core.names import around_all, nearest
-from lightning_peft.core.record import injection_of
-from lightning_peft.core.switching.row_dispatcher import Router, Rows, Spanned
+from lightning_peft.core.record import injection_state
+from lightning_peft.core.switching.row_dispatcher import RowDispatcher, Rows, SplitAtRoot
 
 __all__ = ["rows"]
 
@@ -66,17 +66,19 @@ def rows(model: nn.Module, names: Sequence[str | Sequence[str] | None] | None, r
     wanted = _checked(model, names, found)
     spanning, root = _spanning(model, found, wanted)
     around = around_all(found)
-    where = places(model, [*found, *around, *([] if root is None else [root])])
-    router = Router(wanted, spanning, None if root is None else where[root])
+    where = batch_layouts(model, [*found, *around, *([] if root is None else [root])])
+    dispatcher = RowDispatcher(wanted, spanning, None if root is None else where[root])
     for stack in found.values():
-        stack.named = {*(stack.named or ()), *(name for row in wanted for name in row)}
+        stack.ever_routed = {*(stack.ever_routed or ()), *(name for row in wanted for name in row)}
     with ExitStack() as leave:
-        leave.callback(_keep, found, router, where)
-        leave.enter_context(switched({s: {"router": router, "place": where[n]} for n, s in found.items()}))
-        leave.callback(router.close)
+        leave.callback(_keep, found, dispatcher, where)
+        leave.enter_context(
+            switched({s: {"dispatcher": dispatcher, "batch_layout": where[n]} for n, s in found.items()})
+        )
+        leave.callback(dispatcher.close)
         if root is not None:
-            router.around = model.get_submodule(root)
-            leave.enter_context(_span(router.around, next(iter(found.values()))))
+            dispatcher.root_module = model.get_submodule(root)
+            leave.enter_context(_split_at_root(dispatcher.root_module, next(iter(found.values()))))
         check = _LengthCheck(len(wanted), repeats)
         for name in around:
             module, enter = model.get_submodule(name), functools.partial(check.enter, where[name])
@@ -85,33 +87,33 @@ def rows(model: nn.Module, names: Sequence[str | Sequence[str] | None] | None, r
         yield
 
 
-def _keep(found: dict[str, AdapterStack], router: Router, where: dict[str, Place]) -> None:
-    # A router that is left stays: backward may run checkpointed forwards again.
+def _keep(found: dict[str, AdapterStack], dispatcher: RowDispatcher, where: dict[str, BatchLayout]) -> None:
+    # A dispatcher that is left stays: backward may run checkpointed forwards again.
     for name, stack in found.items():
         for switches in (stack.shared, current(stack)):
-            if switches.router is None or not switches.router.open:
-                switches.router, switches.place = router, where[name]
+            if switches.dispatcher is None or not switches.dispatcher.open:
+                switches.dispatcher, switches.batch_layout = dispatcher, where[name]
 
 
 _LOCK = threading.Lock()
 
 
 @contextmanager
-def _span(module: nn.Module, stack: AdapterStack) -> Iterator[None]:
-    """Within the context ``module`` is :class:`Spanned`; contexts of several threads may overlap."""
+def _split_at_root(module: nn.Module, stack: AdapterStack) -> Iterator[None]:
+    """Within the context ``module`` is :class:`SplitAtRoot`; contexts of several threads may overlap."""
     with _LOCK:
-        _, users = vars(module).get("_peft_spanned", (stack, 0))
-        vars(module)["_peft_spanned"] = stack, users + 1
-        add_mixin(module, Spanned)
+        _, users = vars(module).get("_peft_split_at_root", (stack, 0))
+        vars(module)["_peft_split_at_root"] = stack, users + 1
+        add_mixin(module, SplitAtRoot)
     try:
         yield
     finally:
         with _LOCK:
-            _, users = vars(module)["_peft_spanned"]
-            vars(module)["_peft_spanned"] = stack, users - 1
+            _, users = vars(module)["_peft_split_at_root"]
+            vars(module)["_peft_split_at_root"] = stack, users - 1
             if users == 1:
-                remove_mixin(module, Spanned)
-                del vars(module)["_peft_spanned"]
+                remove_mixin(module, SplitAtRoot)
+                del vars(module)["_peft_split_at_root"]
 
 
 class _LengthCheck:
@@ -119,29 +121,29 @@ class _LengthCheck:
 
     def __init__(self, n: int, repeats: int) -> None:
         self.n, self.repeats = n, repeats
-        self.mine = threading.local()  # the hooks see the calls of all threads
-        self.mine.entered = True
+        self.this_thread = threading.local()  # the hooks see the calls of all threads
+        self.this_thread.entered = True
         self.outermost: nn.Module | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {"n": self.n, "repeats": self.repeats}
 
     def __setstate__(self, state: dict[str, Any]) -> None:  # a copy of the model is not inside the context
-        vars(self).update(state, mine=threading.local(), outermost=None)
+        vars(self).update(state, this_thread=threading.local(), outermost=None)
 
-    def enter(self, place: Place, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if self.outermost is not None or not getattr(self.mine, "entered", False):
+    def enter(self, batch_layout: BatchLayout, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if self.outermost is not None or not getattr(self.this_thread, "entered", False):
             return
         self.outermost = module
         given = [t for t in tensors_in((*args, *kwargs.values())) if t.ndim]
         x = next((t for t in given if t.ndim > 1), given[0] if given else None)
         if x is None:
             return
-        sizes = [x.shape[dim] for dim in batch_dims(place, x)]
+        sizes = [x.shape[dim] for dim in batch_dims(batch_layout, x)]
         # generate runs an encoder before it repeats the rows
         if not {self.n, self.n * self.repeats}.intersection(sizes):
             raise RowError(
-                f"{place} was called with a batch of {sizes[0]} (a tensor of shape {tuple(x.shape)}) "
+                f"{batch_layout} was called with a batch of {sizes[0]} (a tensor of shape {tuple(x.shape)}) "
                 f"for {self.n} names{self._advice(sizes)}"
             )
 
@@ -153,7 +155,7 @@ class _LengthCheck:
         return only if each is None else f"{only}, or repeats={each} if each name stands for {each} in a row (beams)"
 
     def leave(self, module: nn.Module, *_: Any) -> None:
-        if self.outermost is module and getattr(self.mine, "entered", False):
+        if self.outermost is module and getattr(self.this_thread, "entered", False):
             self.outermost = None
 
 
@@ -161,7 +163,7 @@ def _checked(model: nn.Module, names: Any, stacks: dict[str, AdapterStack]) -> R
     if isinstance(names, str) or not isinstance(names, Sequence) or not len(names):
         raise RowError(f"names must be a list with one entry for each row of the batch, got {names!r}")
     known = list(dict.fromkeys(name for stack in stacks.values() for name in stack))
-    record = injection_of(model)
+    record = injection_state(model)
     rows = []
     for i, entry in enumerate(names):
         row = () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lightning_peft.core.names import is_within, join, parents
-from lightning_peft.core.record import injected_name, injection_of
+from lightning_peft.core.record import injected_name, injection_state
 from lightning_peft.core.targeting.base_modules import base_modules
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def why_frozen(model: nn.Module) -> str:
 
 def name_frozen_parts(model: nn.Module, plan: Plan) -> None:
     """Add to the notes of ``plan`` which frozen parts it does not touch."""
-    touched = [*(a.host for a in plan.attach), *plan.train, *plan.train_modules, *plan.later]
+    touched = [*(a.host for a in plan.attach), *plan.train, *plan.train_modules, *plan.deferred]
     for part in frozen_parts(model):
         inside = any(is_within(name, part) for name in touched)
         around = is_within(part, *plan.train_modules)
@@ -64,7 +64,7 @@ def name_frozen_parts(model: nn.Module, plan: Plan) -> None:
 
 def _trains_by_module(model: nn.Module) -> dict[str, bool]:
     """Whether each module's own parameters train, or did before methods were applied; modules without any left out."""
-    record, root = injection_of(model), injected_name(model)
+    record, root = injection_state(model), injected_name(model)
     before = {join(root, name) for name in record.trained_before} if record is not None else set()
     every = dict(model.named_parameters(remove_duplicate=False))
     trained = {id(p) for name, p in every.items() if name in before}  # by identity: a tied weight has several names

@@ -17,16 +17,16 @@ from lightning_peft.core.names import join
 __all__ = [
     "ConvLayout",
     "EmbeddingLayout",
-    "Layout",
     "LinearLayout",
     "NormLayout",
     "TransposedLayout",
+    "WeightLayout",
     "layout_of",
     "weight_name",
 ]
 
 
-class Layout:
+class WeightLayout:
     """A weight that is stored as the matrix it is and read directly by its module (no activation path)."""
 
     has_activation = False
@@ -62,7 +62,7 @@ class Layout:
         return torch.Size()
 
 
-class LinearLayout(Layout):
+class LinearLayout(WeightLayout):
     """``nn.Linear``: the weight is W itself."""
 
     has_activation = True
@@ -103,7 +103,7 @@ def weight_name(host: str, parameter: str, bare: bool) -> str:
     return full if bare and parameter == "weight" else full.removesuffix(".weight")
 
 
-class NormLayout(Layout):
+class NormLayout(WeightLayout):
     """The weight of a norm layer, one value for each feature, as a matrix of one column."""
 
     def matrix(self, weight: Tensor) -> Tensor:
@@ -128,7 +128,7 @@ class EmbeddingLayout(LinearLayout):
         return F.embedding(x, a.t(), padding_idx=host.padding_idx)
 
 
-class ConvLayout(Layout):
+class ConvLayout(WeightLayout):
     """``nn.Conv1d/2d/3d``: W is (out x in/groups * kernel); any stride, dilation, groups and padding mode."""
 
     has_activation = True
@@ -183,7 +183,7 @@ def _cast(t: Tensor, like: Tensor) -> Tensor:
 _FORWARDS = {nn.Linear: LinearLayout, nn.Conv1d: ConvLayout, nn.Conv2d: ConvLayout, nn.Conv3d: ConvLayout}
 
 
-def layout_of(module: nn.Module) -> tuple[Layout, bool] | None:
+def layout_of(module: nn.Module) -> tuple[WeightLayout, bool] | None:
     """How the module's ``weight`` reads as a matrix, and whether ``all-linear`` means it; None for other modules."""
     cls = original_class(module)
     if isinstance(module, nn.modules.conv._ConvTransposeNd):
@@ -200,7 +200,7 @@ def layout_of(module: nn.Module) -> tuple[Layout, bool] | None:
     return None
 
 
-def _guarded(layout: Layout, module: nn.Module, kind: Any) -> Layout:
+def _guarded(layout: WeightLayout, module: nn.Module, kind: Any) -> WeightLayout:
     """Without the activation path where the module computes something else than the layer it derives from.
 
     Such a layer (a scaled embedding, say) runs with the adapted weight in place instead, which is right for
@@ -246,7 +246,7 @@ def _is_product(module: nn.Module, cls: Any) -> bool:
 
 
 @torch.no_grad()
-def _computes_as(module: nn.Module, kind: Any, layout: Layout) -> bool:
+def _computes_as(module: nn.Module, kind: Any, layout: WeightLayout) -> bool:
     """Whether a forward set on the instance gives what the class's gives, as a hook around that one does."""
     own = own_forward(module)
     if own is None:

@@ -1,6 +1,6 @@
 """Where a weight method attaches: one weight of one module, seen as a matrix W (out x in).
 
-How a stored weight reads as a matrix is its :class:`~lightning_peft.core.targeting.layouts.Layout`.
+How a stored weight reads as a matrix is its :class:`~lightning_peft.core.targeting.layouts.WeightLayout`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lightning_peft.core.class_swap import original_class
 from lightning_peft.core.names import is_within, join, leaf, owner_of
 from lightning_peft.core.targeting.base_modules import base_modules
 from lightning_peft.core.targeting.frozen_parts import in_frozen_part, why_frozen
-from lightning_peft.core.targeting.layouts import Layout, NormLayout, layout_of
+from lightning_peft.core.targeting.layouts import NormLayout, WeightLayout, layout_of
 from lightning_peft.core.targeting.output_head import find_output_head
 from lightning_peft.core.targeting.patterns import TargetError, match, no_match
 from lightning_peft.core.targeting.selection import select
@@ -45,7 +45,7 @@ class Site:
     host: str
     module: nn.Module = field(repr=False)
     parameter: str
-    layout: Layout = field(repr=False)
+    layout: WeightLayout = field(repr=False)
     linear_like: bool = False
 
     @property
@@ -67,7 +67,7 @@ class Site:
     @property
     def is_bare(self) -> bool:
         """Whether it is a parameter of a module that is not a layer of a known kind."""
-        return type(self.layout) is Layout and not isinstance(self.module, nn.MultiheadAttention)
+        return type(self.layout) is WeightLayout and not isinstance(self.module, nn.MultiheadAttention)
 
     @property
     def bias(self) -> str | None:
@@ -134,8 +134,8 @@ def _sites_of(name: str, module: nn.Module) -> list[Site]:
     if isinstance(module, nn.MultiheadAttention):
         packed = ("in_proj_weight",) if module.in_proj_weight is not None else ()
         names = packed or ("q_proj_weight", "k_proj_weight", "v_proj_weight")
-        sites = [Site(join(name, p), name, module, p, Layout(), linear_like=True) for p in names]
-        return [*sites, Site(join(name, "out_proj"), name, module, "out_proj.weight", Layout(), linear_like=True)]
+        sites = [Site(join(name, p), name, module, p, WeightLayout(), linear_like=True) for p in names]
+        return [*sites, Site(join(name, "out_proj"), name, module, "out_proj.weight", WeightLayout(), linear_like=True)]
     if (found := layout_of(module)) is not None:
         layout, linear_like = found
         return [Site(name, name, module, "weight", layout, linear_like)] if name else []
@@ -144,7 +144,7 @@ def _sites_of(name: str, module: nn.Module) -> list[Site]:
     if getattr(module, "max_norm", None) is not None:
         return []  # an embedding that rescales its own rows as it runs: frozen rows would not stay frozen
     bare = {p: t for p, t in module._parameters.items() if t is not None and t.ndim in (2, 3)}
-    return [Site(join(name, p), name, module, p, Layout()) for p, t in bare.items() if t.is_floating_point()]
+    return [Site(join(name, p), name, module, p, WeightLayout()) for p, t in bare.items() if t.is_floating_point()]
 
 
 def find_sites(

@@ -14,7 +14,15 @@ from lightning_peft.core.targeting.base_modules import base_modules
 from lightning_peft.core.targeting.patterns import TargetError
 from lightning_peft.core.targeting.trial_forward import TRIAL_LENGTH, sources, try_forward
 
-__all__ = ["around", "batch_first", "is_causal", "pooling_model", "position_limit", "token_models", "token_width"]
+__all__ = [
+    "batch_first",
+    "enclosing_modules",
+    "is_causal",
+    "pooling_model",
+    "position_limit",
+    "token_models",
+    "token_width",
+]
 
 
 def token_models(model: nn.Module) -> dict[str, nn.Module]:
@@ -27,7 +35,7 @@ def token_models(model: nn.Module) -> dict[str, nn.Module]:
     return {n: m for n, m in found.items() if not any(o != n and is_within(o, n) for o in found)}
 
 
-def around(model: nn.Module, inner: str, argument: str | None = None) -> list[str]:
+def enclosing_modules(model: nn.Module, inner: str, argument: str | None = None) -> list[str]:
     """The modules around ``inner``, whose forward takes ``argument`` if one is given, the outermost first."""
     parents = [name for name, _ in base_modules(model) if name != inner and is_within(inner, name)]
     return [name for name in parents if argument is None or argument in parameters_of(model.get_submodule(name))]
@@ -40,7 +48,9 @@ def pooling_model(model: nn.Module, inner: str) -> str | None:
     where no trial forward can tell.
     """
     encoder = model.get_submodule(inner)
-    outer = [n for n in around(model, inner, "labels") if "inputs_embeds" in parameters_of(model.get_submodule(n))]
+    outer = [
+        n for n in enclosing_modules(model, inner, "labels") if "inputs_embeds" in parameters_of(model.get_submodule(n))
+    ]
     if not outer or is_causal(encoder):
         return None
     name = outer[-1]

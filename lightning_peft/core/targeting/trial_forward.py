@@ -1,9 +1,9 @@
 """A trial forward of a model without values: what its output is made from, found by running it.
 
 The model is copied without its tensors (every parameter and buffer is on the meta device), so a trial costs no memory
-and hardly any time, and the model itself, its random streams and its buffers stay as they are. A trial is possible if
-an input is known (``example_input_array``, ``dummy_inputs``, or one that the first layer fits) and if the forward does
-not look at values.
+and hardly any time, and the model itself, its random number generators and its buffers stay as they are. A trial is
+possible if an input is known (``example_input_array``, ``dummy_inputs``, or one that the first layer fits) and if the
+forward does not look at values.
 """
 
 from __future__ import annotations

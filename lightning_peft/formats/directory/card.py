@@ -33,7 +33,7 @@ def model_card(snapshot: Snapshot, config: Mapping[str, Any], tensors: Mapping[s
         "base": f"`{base or snapshot.base.facts()['class']}`",
         "task": config.get("task_type"),
         "values": f"{sum(t.numel() for t in tensors.values()):,} in {len(tensors)} tensors",
-        "adapted": f"{len(snapshot.parts)} weights or modules" if snapshot.parts else None,
+        "adapted": f"{len(snapshot.adapter_records)} weights or modules" if snapshot.adapter_records else None,
         "trained in full": ", ".join(f"`{name}`" for name in snapshot.heads),
         **{f"`{name}`": f"{value:.6g}" for name, value in snapshot.metrics.items()},
     }

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from lightning_peft.core.adapters.base import Adapter
 from lightning_peft.core.adapters.lookup import hosts, stack_prefixes, stacks
 from lightning_peft.core.names import canonical, is_within, join
-from lightning_peft.core.record import Injection, injected_module, injection_of
-from lightning_peft.core.state.adapter_records import Part, adapted_names, parts_of, whole
+from lightning_peft.core.record import InjectionState, injected_module, injection_state
+from lightning_peft.core.state.adapter_records import AdapterRecord, adapted_names, adapter_records, gather_to_cpu
 from lightning_peft.core.state.consistency import check_record, update_base
 from lightning_peft.core.state.fingerprint import fingerprint_now
 from lightning_peft.core.state.state_dict import StateError, trainable_keys
@@ -28,7 +28,7 @@ class Snapshot:
 
     Attributes:
         method: the method, with its configuration.
-        parts: its adapters.
+        adapter_records: its adapters.
         heads: modules that it trains in full, by their names in the base.
         trained: what it trains of the base itself (heads, biases, buffers that moved), by name in the base.
         base: the base they were put into.
@@ -39,17 +39,17 @@ class Snapshot:
     """
 
     method: PEFTMethod
-    parts: list[Part]
+    adapter_records: list[AdapterRecord]
     heads: list[str]
     trained: dict[str, Tensor]
     base: Base
     fingerprint: dict[str, Any]
     metrics: dict[str, float] = field(default_factory=dict)
-    take: Callable[[Tensor], Tensor] = whole
+    take: Callable[[Tensor], Tensor] = gather_to_cpu
     origin: dict[str, Any] = field(default_factory=dict)
 
 
-def take_snapshot(model: nn.Module, name: str, take: Callable[[Tensor], Tensor] = whole) -> Snapshot:
+def take_snapshot(model: nn.Module, name: str, take: Callable[[Tensor], Tensor] = gather_to_cpu) -> Snapshot:
     """What the method called ``name`` has put into ``model``.
 
     Args:
@@ -61,7 +61,7 @@ def take_snapshot(model: nn.Module, name: str, take: Callable[[Tensor], Tensor] 
         ValueError: the model has no method of that name.
         StateError: adapters are merged into the weights; a module that carried some was replaced or resized.
     """
-    record = injection_of(model)
+    record = injection_state(model)
     if record is None:
         raise ValueError("no method was applied to this model: lp.apply(model, ...) or train it first")
     if name not in record.methods:
@@ -74,9 +74,9 @@ def take_snapshot(model: nn.Module, name: str, take: Callable[[Tensor], Tensor] 
     base = base_of(root, _used(root, record))
     return Snapshot(
         method=cast(PEFTMethod, record.methods[name]),
-        parts=list(parts_of(base.module, name, take)),
+        adapter_records=list(adapter_records(base.module, name, take)),
         heads=_heads(base, record, name),
-        trained={key: take(value) for key, value in (_trained(base, record, name) | _copies(base, name)).items()},
+        trained={key: take(value) for key, value in (_trained(base, record, name) | _overrides(base, name)).items()},
         base=base,
         fingerprint=_fingerprint(base, record),
         take=take,
@@ -84,28 +84,28 @@ def take_snapshot(model: nn.Module, name: str, take: Callable[[Tensor], Tensor] 
     )
 
 
-def _used(root: nn.Module, record: Injection) -> list[str]:
-    trained = [name for trains in record.trains.values() for name in (*trains.modules, *trains.parameters)]
+def _used(root: nn.Module, record: InjectionState) -> list[str]:
+    trained = [name for trains in record.trained_base.values() for name in (*trains.modules, *trains.parameters)]
     return [*(canonical(name) for name, _ in hosts(root)), *trained]
 
 
-def _copies(base: Base, name: str) -> dict[str, Tensor]:
+def _overrides(base: Base, name: str) -> dict[str, Tensor]:
     """What stands in place of the base's own values, by name in the base."""
     found = {}
     for host_name, stack in stacks(base.module).items():
-        for part in cast(Adapter, stack[name]).parts() if name in stack else ():
-            for key, value in part.copies().items():
+        for part in cast(Adapter, stack[name]).components() if name in stack else ():
+            for key, value in part.overrides().items():
                 found[join(canonical(host_name), key)] = value
     return found
 
 
-def _heads(base: Base, record: Injection, name: str) -> list[str]:
-    in_full = record.trains[name].modules or cast(PEFTMethod, record.methods[name]).heads(base.root)
+def _heads(base: Base, record: InjectionState, name: str) -> list[str]:
+    in_full = record.trained_base[name].modules or cast(PEFTMethod, record.methods[name]).trainable_modules(base.root)
     return [cast(str, base.inner(head)) for head in in_full]
 
 
-def _trained(base: Base, record: Injection, name: str) -> dict[str, Tensor]:
-    trains, statistics = record.trains[name], record.methods[name].train_norm_stats
+def _trained(base: Base, record: InjectionState, name: str) -> dict[str, Tensor]:
+    trains, statistics = record.trained_base[name], record.methods[name].train_norm_stats
     if not (trains.modules or trains.parameters or statistics):
         return {}
     state = {canonical(key): value for key, value in base.root.state_dict().items()}
@@ -116,9 +116,9 @@ def _trained(base: Base, record: Injection, name: str) -> dict[str, Tensor]:
     return {cast(str, base.inner(key)): state[key] for key in sorted(wanted)}
 
 
-def _fingerprint(base: Base, record: Injection) -> dict[str, Any]:
+def _fingerprint(base: Base, record: InjectionState) -> dict[str, Any]:
     state = {canonical(key): value for key, value in nn.Module.state_dict(base.root).items()}
-    parts = [part for parts in record.parts.values() for part in parts]
+    parts = [part for parts in record.adapter_records.values() for part in parts]
     now = fingerprint_now(record.fingerprint, state, adapted_names(parts))
     values = {base.inner(name): value for name, value in now["values"].items()}
     return {"values": {name: value for name, value in values.items() if name}}

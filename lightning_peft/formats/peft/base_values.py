@@ -21,10 +21,10 @@ from lightning_peft.formats.directory.snapshot import Snapshot
 from lightning_peft.formats.peft.converter import PREFIX, NotInPeftError, Options, Tensors
 from lightning_peft.formats.peft.targets import heads_of
 
-__all__ = ["bias_option", "modules_to_save", "take_own", "write_own"]
+__all__ = ["bias_option", "modules_to_save", "take_base_values", "write_base_values"]
 
 #: heads that PEFT names by itself for a task, whether or not the model has them
-_USUAL = ("classifier", "score", "qa_outputs")
+_PEFT_HEADS = ("classifier", "score", "qa_outputs")
 
 
 def modules_to_save(snapshot: Snapshot) -> list[str] | None:
@@ -54,7 +54,7 @@ def bias_option(snapshot: Snapshot, targets: Iterable[str]) -> str:
     return "none" if not owners else "lora_only" if owners <= of_targets else "all"
 
 
-def write_own(snapshot: Snapshot, targets: Iterable[str], prefix: str = PREFIX) -> dict[str, Tensor]:
+def write_base_values(snapshot: Snapshot, targets: Iterable[str], prefix: str = PREFIX) -> dict[str, Tensor]:
     """What a method trains of the base itself, by PEFT's keys.
 
     Args:
@@ -79,7 +79,7 @@ def _is_attention(module: nn.Module, name: str) -> bool:
     return isinstance(module.get_submodule(name), nn.MultiheadAttention)
 
 
-def take_own(
+def take_base_values(
     options: Options, tensors: Tensors, base: Base, prefix: str = PREFIX, tie: bool = False
 ) -> tuple[list[str], dict[str, Tensor]]:
     """The heads of a file, and all that it holds of the base's own values and that differs from them.
@@ -98,7 +98,7 @@ def take_own(
     """
     modules = base.modules()
     state = {key: value for key, value in base.module.state_dict().items() if owner_of(key) in modules}
-    heads = [h for h in options.get("modules_to_save") or [] if h not in _USUAL or h in _ends(base)]
+    heads = [h for h in options.get("modules_to_save") or [] if h not in _PEFT_HEADS or h in _ends(base)]
     names = heads_of(heads, base)
     wanted = [key for key in state if is_within(key, *names)]
     values = {key: tensors.take(key, prefix=prefix) for key in wanted}

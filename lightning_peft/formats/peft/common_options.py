@@ -13,7 +13,7 @@ from lightning_peft.formats.directory.snapshot import Snapshot
 from lightning_peft.formats.peft.converter import NotInPeftError
 from lightning_peft.pretrained import public_name
 
-__all__ = ["METADATA", "common_options", "own_facts", "shared_places", "task_of"]
+__all__ = ["METADATA", "base_facts", "common_options", "shared_modules_of", "task_of"]
 
 #: the key of our own facts in the metadata of the tensors' file, which PEFT ignores
 METADATA = "lightning_peft"
@@ -44,7 +44,7 @@ def common_options(snapshot: Snapshot, peft_type: str) -> dict[str, Any]:
     }
 
 
-def shared_places(base: Base, modules: Iterable[str]) -> dict[str, list[str]]:
+def shared_modules_of(base: Base, modules: Iterable[str]) -> dict[str, list[str]]:
     """Those of ``modules`` that the base has under other names too, which PEFT would leave as they are."""
     shared = base.facts().get("shared", {})
     return {name: shared[name] for name in modules if name in shared}
@@ -87,7 +87,7 @@ def _task_type(snapshot: Snapshot) -> str | None:
     return task if told else None
 
 
-def own_facts(metadata: Mapping[str, str], where: str | Path) -> dict[str, Any]:
+def base_facts(metadata: Mapping[str, str], where: str | Path) -> dict[str, Any]:
     """What this package wrote beside what PEFT reads; empty for PEFT's own files.
 
     Args:

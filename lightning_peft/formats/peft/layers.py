@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from lightning_peft.core.state.adapter_records import Part, kind_of
+from lightning_peft.core.state.adapter_records import AdapterRecord, layer_kind
 from lightning_peft.core.targeting.base_model import Base
 from lightning_peft.core.targeting.patterns import no_match
 from lightning_peft.core.targeting.sites import Site, weight_sites
@@ -28,7 +28,7 @@ class Layer:
 
     Attributes:
         name: its name in the base.
-        kind: as :class:`Part` names it.
+        kind: as :class:`AdapterRecord` names it.
         parameter: the adapted weight's name in it.
         stored: that weight's shape.
         host: the layer itself.
@@ -43,7 +43,7 @@ class Layer:
     own_forward: bool
 
     @classmethod
-    def of(cls, part: Part, base: Base) -> Layer:
+    def of(cls, part: AdapterRecord, base: Base) -> Layer:
         """The layer of a part of a snapshot."""
         host = base.module.get_submodule(part.host)
         return cls(part.name, part.kind, part.parameter, part.shape, host, bool(part.facts.get("own_forward")))
@@ -51,7 +51,7 @@ class Layer:
     @classmethod
     def at(cls, site: Site, name: str) -> Layer:
         """The layer of a site, by its name in the base."""
-        kind, weight = kind_of(site.module, site.layout), site.module.get_parameter(site.parameter)
+        kind, weight = layer_kind(site.module, site.layout), site.module.get_parameter(site.parameter)
         own_forward = kind in _LAYERS and not site.layout.has_activation
         return cls(name, kind, site.parameter, tuple(weight.shape), site.module, own_forward)
 
@@ -66,7 +66,7 @@ class LayerConverter(Converter):
     A subclass gives the options both ways, and :meth:`place`.
     """
 
-    #: kinds of layers that PEFT adapts, as :class:`Part` names them
+    #: kinds of layers that PEFT adapts, as :class:`AdapterRecord` names them
     kinds: ClassVar[frozenset[str]]
     #: dimensions of the convolutions that PEFT adapts
     dimensions: ClassVar[frozenset[int]] = frozenset()
@@ -77,7 +77,7 @@ class LayerConverter(Converter):
     #: our tensors that PEFT stores once for the model, with their full keys there
     shared: ClassVar[dict[str, str]] = {}
     #: our tensors that PEFT does not store
-    ours_alone: ClassVar[frozenset[str]] = frozenset()
+    not_in_peft: ClassVar[frozenset[str]] = frozenset()
 
     @abstractmethod
     def config(self, snapshot: Snapshot) -> dict[str, Any]:
@@ -122,17 +122,17 @@ class LayerConverter(Converter):
 
     def write(self, snapshot: Snapshot, **options: Any) -> Writing:
         tensors: dict[str, Tensor] = {}
-        for part in snapshot.parts:
+        for part in snapshot.adapter_records:
             layer = Layer.of(part, snapshot.base)
             self.check(layer)
             for key, tensor in part.tensors.items():
                 if key in self.shared:
                     tensors[self.shared[key]] = tensor
-                elif key not in self.ours_alone:
+                elif key not in self.not_in_peft:
                     theirs, shape = self.place(key, tuple(tensor.shape), layer)
                     tensors[f"{PREFIX}{part.host}.{theirs}"] = tensor.reshape(shape)
-        targets = target_modules((part.name for part in snapshot.parts), snapshot.base)
-        wrapped = [part.host for part in snapshot.parts]
+        targets = target_modules((part.name for part in snapshot.adapter_records), snapshot.base)
+        wrapped = [part.host for part in snapshot.adapter_records]
         return Writing({"target_modules": targets, **self.config(snapshot)}, tensors, wrapped)
 
     def read(self, options: Options, tensors: Tensors, base: Base, name: str, **common: Any) -> Reading:
@@ -158,7 +158,7 @@ class LayerConverter(Converter):
                 shape = tuple(value.shape)
                 if key in self.shared:
                     mine[key] = tensors.take(self.shared[key], shape, prefix="")
-                elif key not in self.ours_alone:
+                elif key not in self.not_in_peft:
                     theirs, there = self.place(key, shape, layer)
                     mine[key] = tensors.take(f"{module}.{theirs}", there).reshape(shape)
         return Reading(method, found)

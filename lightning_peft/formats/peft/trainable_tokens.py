@@ -32,7 +32,7 @@ class TokenEntry:
 
 def write_tokens(snapshot: Snapshot) -> TokenEntry | None:
     """The trained rows of ``snapshot``; None where there are none."""
-    parts = [part for part in snapshot.parts if "tokens" in part.facts]
+    parts = [part for part in snapshot.adapter_records if "tokens" in part.facts]
     if not parts:
         return None
     facts = snapshot.base.facts()

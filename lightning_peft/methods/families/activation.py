@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from attrs import field
 from torch import nn
 
-from lightning_peft.core.adapters.activation import ActivationAdapter, InputTap
+from lightning_peft.core.adapters.activation import ActivationAdapter, InputCapture
 from lightning_peft.core.class_swap import original_class
 from lightning_peft.core.state.plan import Attachment, Plan
 from lightning_peft.core.targeting.activation_sites import ActivationSite, find_activation_sites
@@ -66,13 +66,13 @@ class ActivationMethod(PEFTMethod):
             model, self.targets, self.exclude, plan.train_modules, self.width, self.channels_first
         )
         for site in sites:
-            with self.initialising(site.host):
+            with self.seeded_init(site.host):
                 adapter = self.build(site)
             if adapter.reads_input and site.start != site.host:
-                tap = InputTap(site.host)
-                adapter.taps = (tap,)
+                capture = InputCapture(site.host)
+                adapter.captures = (capture,)
                 what = f"its input goes to the adapter at {site.host}"
-                plan.attach.append(Attachment(site.start, site.start, tap, what))
+                plan.attach.append(Attachment(site.start, site.start, capture, what))
             kind = original_class(site.module).__name__
             what = f"{self.describe(adapter)} on {kind} {site.width}"
             plan.attach.append(Attachment(site.host, site.host, adapter, what))

@@ -29,7 +29,7 @@ from lightning_peft.core.targeting.patterns import (
     no_match,
 )
 from lightning_peft.methods.families.declared import Declared, target_patterns
-from lightning_peft.trainer.install import install
+from lightning_peft.trainer.prepare_run import prepare_run
 
 __all__ = ["PEFTMethod"]
 
@@ -70,7 +70,7 @@ class PEFTMethod(Declared, Callback, ABC):
     """
 
     #: arguments that may differ between the run that saved a state and the run that loads it
-    may_change: ClassVar[frozenset[str]] = frozenset(
+    resume_may_differ: ClassVar[frozenset[str]] = frozenset(
         {"targets", "exclude", "trainable", "seed", "adapter_dtype", "train_norm_stats", "audit"}
     )
 
@@ -96,7 +96,7 @@ class PEFTMethod(Declared, Callback, ABC):
         """
         raise NotImplementedError
 
-    def regroup(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    def configure_param_groups(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
         """Change the optimizer's parameter groups, for methods with learning rates of their own.
 
         Called once, after frozen parameters were left out. A group that is split keeps its options.
@@ -107,9 +107,9 @@ class PEFTMethod(Declared, Callback, ABC):
         return f"{type(self).__name__}:{self.name}"
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        install(trainer, pl_module)
+        prepare_run(trainer, pl_module)
 
-    def heads(self, model: nn.Module) -> list[str]:
+    def trainable_modules(self, model: nn.Module) -> list[str]:
         """The names of the modules that ``trainable`` trains in full.
 
         Raises:
@@ -140,7 +140,7 @@ class PEFTMethod(Declared, Callback, ABC):
         Raises:
             TargetError: a pattern of ``trainable`` matches nothing.
         """
-        heads = self.heads(model)
+        heads = self.trainable_modules(model)
         empty = [name for name in heads if not any(True for _ in model.get_submodule(name).parameters())]
         if empty and len(empty) == len(heads):
             raise TargetError(f"trainable={self.trainable!r} matches only modules without parameters: {listed(empty)}")
@@ -152,7 +152,7 @@ class PEFTMethod(Declared, Callback, ABC):
         return int.from_bytes(hashlib.sha256(f"{seed}:{self.name}:{what}".encode()).digest()[:7], "big")
 
     @contextmanager
-    def initialising(self, where: str) -> Iterator[None]:
+    def seeded_init(self, where: str) -> Iterator[None]:
         """Seed torch for the initialisation of the adapter at ``where``, leaving the user's stream untouched.
 
         Tensors are made on the CPU and in ``adapter_dtype``, whatever device and type a strategy has set.

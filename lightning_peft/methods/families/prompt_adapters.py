@@ -22,9 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_peft.core.adapters.base import Adapter
-from lightning_peft.core.adapters.virtual_tokens import Layout, Placement, RowPlacement, strip
-from lightning_peft.core.batching.batched import RowLink
-from lightning_peft.core.batching.layout import Place, row_dim
+from lightning_peft.core.adapters.virtual_tokens import PerRowTemplate, TokenLayout, TokenTemplate, strip
+from lightning_peft.core.batching.batched import BatchedAdapters
+from lightning_peft.core.batching.layout import BatchLayout, row_dim
 from lightning_peft.core.class_swap import original_class
 from lightning_peft.core.kv_cache import cache_length, filled_cache, is_cache
 from lightning_peft.core.module_io import by_name, parameters_of
@@ -52,19 +52,19 @@ class PromptAdapter(Adapter):
 
     Args:
         prompt: their start, (T, width), or a module that returns them.
-        placement: where they stand.
+        token_template: where they stand.
         limit: how many positions the host's table has; None without a table.
         shorten: take them out of the output again; an encoder leaves them in for its decoder.
         causal: the output at a token predicts the next one.
         batch_first: sequences are (batch, length, width), not (length, batch, width).
     """
 
-    misfits = (TokenError,)
+    misfit_errors = (TokenError,)
 
     def __init__(
         self,
         prompt: Tensor | nn.Module,
-        placement: Placement,
+        token_template: TokenTemplate,
         limit: int | None = None,
         shorten: bool = True,
         causal: bool = False,
@@ -76,7 +76,7 @@ class PromptAdapter(Adapter):
         else:
             self.encoder = None
             self.prompt = nn.Parameter(prompt)
-        self.placement = placement
+        self.token_template = token_template
         self.limit = limit
         self.shorten = shorten
         self.causal = causal
@@ -88,10 +88,10 @@ class PromptAdapter(Adapter):
         return self.prompt if self.encoder is None else self.encoder()
 
     @property
-    def foldable(self) -> bool:
+    def has_reparameterization(self) -> bool:
         return self.encoder is not None
 
-    def fold(self) -> None:
+    def remove_reparameterization(self) -> None:
         prompt = self.virtual().clone()
         self.encoder = None
         self.prompt = nn.Parameter(prompt)
@@ -109,7 +109,7 @@ class PromptAdapter(Adapter):
                 f"{_kind(host)} got an attention mask that is not (batch, length), which takes no virtual tokens. "
                 "Pass the padding mask itself (and generate without a static cache)"
             )
-        tokens = self.placement.tokens
+        tokens = self.token_template.tokens
         if filled_cache(given.values()) is not None:  # the virtual tokens are in the cache already
             return call(**self._continued(host, given))
         if embeds is None:
@@ -121,7 +121,7 @@ class PromptAdapter(Adapter):
                 f"truncate inputs to {self.limit - tokens}"
             )
         mask = self._mask(host, mask, embeds)
-        layout, real = self.placement.layout(batch, length, mask, embeds.device), embeds
+        layout, real = self.token_template.layout(batch, length, mask, embeds.device), embeds
         given["input_ids"], given["inputs_embeds"] = None, layout.insert(embeds, self.virtual())
         if mask is not None:
             given["attention_mask"] = layout.mask(mask)
@@ -132,7 +132,7 @@ class PromptAdapter(Adapter):
         if given.get("cache_position") is not None:
             given["cache_position"] = torch.arange(length + tokens, device=embeds.device)
         out = call(**{n: v for n, v in given.items() if n != "input_ids" or "input_ids" in parameters_of(host)})
-        if self.causal and self.placement.follows_end:
+        if self.causal and self.token_template.follows_end:
             check_texts_do_not_grow(host, embeds if ids is None else ids, out)
         self._note(layout, given, out)
         self._check_cache(host, call, given, real, out)
@@ -140,9 +140,9 @@ class PromptAdapter(Adapter):
 
     def _continued(self, host: Any, given: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a call whose cache holds the virtual tokens already."""
-        mask, tokens = given.get("attention_mask"), self.placement.tokens
+        mask, tokens = given.get("attention_mask"), self.token_template.tokens
         if mask is not None:
-            start = Placement((("start", 0, tokens),)).layout(len(mask), mask.shape[1], mask, mask.device)
+            start = TokenTemplate((("start", 0, tokens),)).layout(len(mask), mask.shape[1], mask, mask.device)
             given["attention_mask"] = start.mask(mask)
         for name in ("position_ids", "cache_position"):
             if given.get(name) is not None:
@@ -153,16 +153,16 @@ class PromptAdapter(Adapter):
         """The mask (batch, length) of the real tokens."""
         return mask
 
-    def _note(self, layout: Layout, given: dict[str, Any], out: Any) -> None:
+    def _note(self, layout: TokenLayout, given: dict[str, Any], out: Any) -> None:
         """Remember what a later call with the same cache needs to know."""
 
     def _check_cache(self, host: Any, call: Callable[..., Any], given: dict[str, Any], real: Tensor, out: Any) -> None:
         """Check once that a step from the cache in ``out`` is right (:class:`CacheError`)."""
-        if self.limit is not None and self.limit < self.placement.tokens + 3:
+        if self.limit is not None and self.limit < self.token_template.tokens + 3:
             return
 
         def whole(start: Tensor, step: Tensor, **rest: Any) -> Any:
-            layout = self.placement.layout(len(start), 2, None, start.device)
+            layout = self.token_template.layout(len(start), 2, None, start.device)
             return call(inputs_embeds=torch.cat([layout.insert(start, self.virtual()), step], 1), **rest)
 
         def run(**given: Any) -> Any:
@@ -179,7 +179,7 @@ class PromptAdapter(Adapter):
             )
         x = x if self.batch_first else x.transpose(0, 1)
         batch, length = x.shape[:2]
-        layout = self.placement.layout(batch, length, None, x.device)
+        layout = self.token_template.layout(batch, length, None, x.device)
         for name, value in list(given.items())[1:]:
             if not isinstance(value, Tensor):
                 continue
@@ -204,21 +204,21 @@ class PromptAdapter(Adapter):
             return strip(out.transpose(0, 1), layout, self.causal).transpose(0, 1)
         return strip(out, layout, self.causal)
 
-    def row_link(self, host: nn.Module) -> Callable[..., RowLink] | None:
+    def batched_class(self, host: nn.Module) -> Callable[..., BatchedAdapters] | None:
         # Elsewhere there is no mask to hide the padding of shorter prompts.
-        return PromptRows if "inputs_embeds" in parameters_of(host) else None
+        return BatchedPrompts if "inputs_embeds" in parameters_of(host) else None
 
     def extra_repr(self) -> str:
-        return f"tokens={self.placement.tokens}, slots={self.placement.slots}"
+        return f"tokens={self.token_template.tokens}, slots={self.token_template.slots}"
 
 
-class PromptRows(RowLink, PromptAdapter):
+class BatchedPrompts(BatchedAdapters, PromptAdapter):
     """The prompts of each row, padded to the longest; what is padding is masked."""
 
-    def __init__(self, place: Place, adapters: Sequence[PromptAdapter | None]) -> None:
+    def __init__(self, batch_layout: BatchLayout, adapters: Sequence[PromptAdapter | None]) -> None:
         nn.Module.__init__(self)
-        RowLink.__init__(self, place, adapters)
-        self.placement: Any = row_placement(self.adapters)
+        BatchedAdapters.__init__(self, batch_layout, adapters)
+        self.token_template: Any = batched_template(self.adapters)
         prompts = [adapter for adapter, _ in self.groups]
         self.limit = min((p.limit for p in prompts if p.limit is not None), default=None)
         self.causal = any(p.causal for p in prompts)
@@ -231,15 +231,15 @@ class PromptRows(RowLink, PromptAdapter):
 
     def virtual(self) -> Tensor:
         """The virtual tokens' embeddings, (rows, T, width)."""
-        tokens = self.placement.tokens
+        tokens = self.token_template.tokens
         made = {a: F.pad(v, (0, 0, 0, tokens - len(v))) for a, _ in self.groups for v in [a.virtual()]}
         none = torch.zeros_like(next(iter(made.values())))
         return torch.stack([none if a is None else made[a] for a in self.adapters])
 
     def _mask(self, host: Any, mask: Tensor | None, embeds: Tensor) -> Tensor | None:
         if len(embeds) % self.n:
-            row_dim(self.place, embeds, self.n)  # says what is wrong
-        if mask is not None or not self.placement.padded:
+            row_dim(self.batch_layout, embeds, self.n)  # says what is wrong
+        if mask is not None or not self.token_template.padded:
             return mask
         if "attention_mask" not in parameters_of(host):
             raise TokenError(
@@ -248,7 +248,7 @@ class PromptRows(RowLink, PromptAdapter):
             )
         return torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
 
-    def _note(self, layout: Layout, given: dict[str, Any], out: Any) -> None:
+    def _note(self, layout: TokenLayout, given: dict[str, Any], out: Any) -> None:
         values = out.values() if isinstance(out, dict) else out if isinstance(out, tuple) else ()
         for cache in (v for v in (*given.values(), *values) if is_cache(v) and hasattr(v, "__dict__")):
             vars(cache).setdefault("_peft_layouts", {})[self._key()] = layout
@@ -270,14 +270,14 @@ class PromptRows(RowLink, PromptAdapter):
             )
         missing = (~layout.there).sum(1, keepdim=True)
         past, new = cache_length(cache), embeds.shape[1]
-        if mask is None and self.placement.padded:
+        if mask is None and self.token_template.padded:
             mask = torch.ones(len(embeds), past + new - layout.tokens, dtype=torch.long, device=embeds.device)
         if mask is not None:
             start, later = mask[:, : layout.length], mask[:, layout.length :]
             given["attention_mask"] = torch.cat([layout.mask(start), later], 1)
         if given.get("position_ids") is not None:
             given["position_ids"] = given["position_ids"] + layout.tokens - missing
-        elif self.placement.padded:
+        elif self.token_template.padded:
             if "position_ids" not in parameters_of(host):
                 raise TokenError(
                     f"{_kind(host)} takes no position_ids, so that rows with different numbers of virtual tokens "
@@ -296,17 +296,17 @@ class PromptLabels(Adapter):
     The model inside is told to leave these positions in, so that the first real token is predicted, and counts, too.
     """
 
-    def __init__(self, *prompts: PromptAdapter, placement: Any = None) -> None:
+    def __init__(self, *prompts: PromptAdapter, token_template: Any = None) -> None:
         super().__init__()
         self._prompts = prompts  # a tuple is not registered
-        self.placement = prompts[0].placement if placement is None else placement
+        self.token_template = prompts[0].token_template if token_template is None else token_template
 
     def run(self, host: Any, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         given = by_name(host, args, kwargs)
         labels = given.get("labels")
         if labels is None or filled_cache(given.values()) is not None:
             return call(*args, **kwargs)
-        layout = self.placement.layout(len(labels), labels.shape[1], given.get("attention_mask"), labels.device)
+        layout = self.token_template.layout(len(labels), labels.shape[1], given.get("attention_mask"), labels.device)
         given["labels"] = layout.fill(labels, -100)
         before = getattr(_CALLS, "kept", ())
         _CALLS.kept = (*before, *self._prompts)
@@ -320,29 +320,29 @@ class PromptLabels(Adapter):
         loss, *rest = out
         return (loss, *strip(tuple(rest), layout, True))
 
-    def row_link(self, host: nn.Module) -> Any:
-        return label_rows
+    def batched_class(self, host: nn.Module) -> Any:
+        return batched_labels
 
 
 class PromptMask(Adapter):
     """Around a decoder: its mask of the encoder's states grows by the encoder's virtual tokens."""
 
-    def __init__(self, placement: Placement | RowPlacement) -> None:
+    def __init__(self, token_template: TokenTemplate | PerRowTemplate) -> None:
         super().__init__()
-        self.placement = placement
+        self.token_template = token_template
 
     def run(self, host: Any, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         given = by_name(host, args, kwargs)
         mask, states = given.get("encoder_attention_mask"), given.get("encoder_hidden_states")
-        if mask is None and states is not None and getattr(self.placement, "padded", False):
-            mask = torch.ones(len(states), states.shape[1] - self.placement.tokens, device=states.device)
-        if mask is not None and states is not None and states.shape[1] == mask.shape[1] + self.placement.tokens:
-            layout = self.placement.layout(len(mask), mask.shape[1], mask, mask.device)
+        if mask is None and states is not None and getattr(self.token_template, "padded", False):
+            mask = torch.ones(len(states), states.shape[1] - self.token_template.tokens, device=states.device)
+        if mask is not None and states is not None and states.shape[1] == mask.shape[1] + self.token_template.tokens:
+            layout = self.token_template.layout(len(mask), mask.shape[1], mask, mask.device)
             given["encoder_attention_mask"] = layout.mask(mask)
         return call(**given)
 
-    def row_link(self, host: nn.Module) -> Any:
-        return mask_rows
+    def batched_class(self, host: nn.Module) -> Any:
+        return batched_masks
 
 
 class PromptStrip(Adapter):
@@ -350,9 +350,9 @@ class PromptStrip(Adapter):
 
     names = ("encoder_last_hidden_state", "encoder_hidden_states", "encoder_attentions", "cross_attentions")
 
-    def __init__(self, placement: Placement | RowPlacement) -> None:
+    def __init__(self, token_template: TokenTemplate | PerRowTemplate) -> None:
         super().__init__()
-        self.placement = placement
+        self.token_template = token_template
 
     def run(self, host: Any, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         given = by_name(host, args, kwargs)
@@ -360,33 +360,33 @@ class PromptStrip(Adapter):
         states = out.get("encoder_last_hidden_state") if isinstance(out, dict) else None
         if states is None:
             return out
-        length = states.shape[1] - self.placement.tokens
-        layout = self.placement.layout(states.shape[0], length, given.get("attention_mask"), states.device)
+        length = states.shape[1] - self.token_template.tokens
+        layout = self.token_template.layout(states.shape[0], length, given.get("attention_mask"), states.device)
         return strip(out, layout, names=self.names)
 
-    def row_link(self, host: nn.Module) -> Any:
-        return strip_rows
+    def batched_class(self, host: nn.Module) -> Any:
+        return batched_strip
 
 
-def row_placement(adapters: Sequence[Any]) -> RowPlacement:
+def batched_template(adapters: Sequence[Any]) -> PerRowTemplate:
     """Where the virtual tokens of each row stand."""
-    return RowPlacement(tuple(None if adapter is None else adapter.placement for adapter in adapters))
+    return PerRowTemplate(tuple(None if adapter is None else adapter.token_template for adapter in adapters))
 
 
-def label_rows(place: Place, adapters: Sequence[PromptLabels | None]) -> PromptLabels:
+def batched_labels(batch_layout: BatchLayout, adapters: Sequence[PromptLabels | None]) -> PromptLabels:
     """One that serves rows of different prompts."""
     prompts = {prompt: None for a in adapters if a is not None for prompt in a._prompts}
-    return PromptLabels(*prompts, placement=row_placement(adapters))
+    return PromptLabels(*prompts, token_template=batched_template(adapters))
 
 
-def mask_rows(place: Place, adapters: Sequence[PromptMask | None]) -> PromptMask:
+def batched_masks(batch_layout: BatchLayout, adapters: Sequence[PromptMask | None]) -> PromptMask:
     """One that serves rows of different prompts."""
-    return PromptMask(row_placement(adapters))
+    return PromptMask(batched_template(adapters))
 
 
-def strip_rows(place: Place, adapters: Sequence[PromptStrip | None]) -> PromptStrip:
+def batched_strip(batch_layout: BatchLayout, adapters: Sequence[PromptStrip | None]) -> PromptStrip:
     """One that serves rows of different prompts."""
-    return PromptStrip(row_placement(adapters))
+    return PromptStrip(batched_template(adapters))
 
 
 def _kind(module: nn.Module) -> str:

@@ -16,7 +16,7 @@ from lightning_peft.core.targeting.sites import Site
 from lightning_peft.methods.families.arguments import as_dict, each, nonzero, positive_int, probability
 from lightning_peft.methods.families.weight import WeightMethod
 
-__all__ = ["RankedMethod", "RowDropAdapter", "RowDropMethod"]
+__all__ = ["RankDropAdapter", "RankedMethod", "RowDropMethod"]
 
 
 class RankedMethod(WeightMethod):
@@ -76,7 +76,7 @@ class RowDropMethod(RankedMethod):
         rank_dropout_scale: divide the rows that stay by their share, as Hugging Face PEFT always does.
     """
 
-    may_change = RankedMethod.may_change | {"rank_dropout", "module_dropout", "rank_dropout_scale"}
+    resume_may_differ = RankedMethod.resume_may_differ | {"rank_dropout", "module_dropout", "rank_dropout_scale"}
 
     rank_dropout: float = field(default=0.0, validator=probability)
     module_dropout: float = field(default=0.0, validator=probability)
@@ -84,11 +84,11 @@ class RowDropMethod(RankedMethod):
 
     @property
     def drops(self) -> tuple[float, float, bool]:
-        """The arguments of :class:`RowDropAdapter` after the site."""
+        """The arguments of :class:`RankDropAdapter` after the site."""
         return self.rank_dropout, self.module_dropout, self.rank_dropout_scale
 
 
-class RowDropAdapter(WeightAdapter):
+class RankDropAdapter(WeightAdapter):
     """An adapter whose update loses rows, or all of itself, while training.
 
     Args:

@@ -56,7 +56,7 @@ class SelectionMethod(PEFTMethod):
         lp.apply(model, Gains())
     """
 
-    may_change = PEFTMethod.may_change | {"layer_decay"}
+    resume_may_differ = PEFTMethod.resume_may_differ | {"layer_decay"}
 
     targets: str | Sequence[str] = field(default="all", kw_only=False)
     layer_decay: float = field(
@@ -74,7 +74,7 @@ class SelectionMethod(PEFTMethod):
         whole = plan.train_modules
         plan.train_modules = [n for n in whole if not is_within(n, *(other for other in whole if other != n))]
         plan.train = {k: what for k, what in plan.train.items() if not is_within(k, *plan.train_modules)}
-        parameters = [(n, model.get_parameter(n)) for n in (*plan.train, *plan.later)]
+        parameters = [(n, model.get_parameter(n)) for n in (*plan.train, *plan.deferred)]
         for name in plan.train_modules:
             parameters += [(join(name, n), p) for n, p in model.get_submodule(name).named_parameters()]
         for name, parameter in parameters:
@@ -179,10 +179,10 @@ class SelectionMethod(PEFTMethod):
         )
         return {key: name for key, name in every.items() if key in found}
 
-    def regroup(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    def configure_param_groups(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
         if self.layer_decay == 1:
             return
-        found = depths(model, self.heads(model))
+        found = depths(model, self.trainable_modules(model))
         scale: dict[int, float] = {}
         for name, depth in found.items():
             key = id(model.get_parameter(name))  # a tied weight counts where it is deepest
@@ -210,7 +210,7 @@ def depths(model: nn.Module, heads: Iterable[str] = ()) -> dict[str, int]:
     """The depth of each parameter of the base: 0 after the last block, 1 in the last block, and so on down.
 
     What is defined before the first block is one deeper than that block; what stands between two blocks is as deep as
-    the one before it. The output head and ``heads`` have depth 0 wherever they are defined.
+    the one before it. The output head and ``trainable_modules`` have depth 0 wherever they are defined.
     """
     blocks, head = body_blocks(model), head_module(model)
     top = [*heads, *([head] if head is not None else [])]

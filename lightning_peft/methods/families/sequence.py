@@ -8,7 +8,7 @@ from typing import Any, Literal
 from attrs import field
 from torch import Tensor, nn
 
-from lightning_peft.core.adapters.virtual_tokens import Placement
+from lightning_peft.core.adapters.virtual_tokens import TokenTemplate
 from lightning_peft.core.class_swap import original_class
 from lightning_peft.core.module_io import parameters_of
 from lightning_peft.core.names import is_within, leaf
@@ -19,8 +19,8 @@ from lightning_peft.core.targeting.frozen_parts import in_frozen_part, why_froze
 from lightning_peft.core.targeting.patterns import TargetError, as_patterns
 from lightning_peft.core.targeting.selection import select
 from lightning_peft.core.targeting.token_modules import (
-    around,
     batch_first,
+    enclosing_modules,
     is_causal,
     pooling_model,
     position_limit,
@@ -48,7 +48,7 @@ class PromptMethod(PEFTMethod):
     def check(self) -> None:
         if self.template is None:
             return
-        tokens = Placement.parse(self.template).tokens
+        tokens = TokenTemplate.parse(self.template).tokens
         if self.num_virtual_tokens not in (None, tokens):
             raise ValueError(
                 f"num_virtual_tokens={self.num_virtual_tokens}, but template={self.template!r} has {tokens}: leave "
@@ -66,13 +66,13 @@ class PromptMethod(PEFTMethod):
         """
         raise NotImplementedError
 
-    def placement(self) -> Placement:
+    def token_template(self) -> TokenTemplate:
         """Where the virtual tokens stand."""
-        return Placement.parse(self.template or _POSITIONS[self.position].format(self.num_virtual_tokens or 20))
+        return TokenTemplate.parse(self.template or _POSITIONS[self.position].format(self.num_virtual_tokens or 20))
 
     def plan(self, model: nn.Module) -> Plan:
         plan = self.start_plan(model)
-        placement = self.placement()
+        token_template = self.token_template()
         name, other = self.find(model)
         host: Any = model.get_submodule(name)
         tokens = "inputs_embeds" in parameters_of(host) and input_embedding(host) is not None
@@ -85,31 +85,33 @@ class PromptMethod(PEFTMethod):
             embedding = max(found, key=lambda m: m.num_embeddings, default=None)
         limit = position_limit(host) if tokens else None
         allowed = limit or config_value(getattr(host, "config", None), "max_position_embeddings")
-        if tokens and isinstance(allowed, int) and placement.tokens >= allowed:
+        if tokens and isinstance(allowed, int) and token_template.tokens >= allowed:
             raise TargetError(
-                f"{placement.tokens} virtual tokens leave no room for a text: {name!r} "
+                f"{token_template.tokens} virtual tokens leave no room for a text: {name!r} "
                 f"({original_class(host).__name__}) has {allowed} positions; lower num_virtual_tokens"
             )
         encodes = other is not None and self.side == "encoder"
-        labelled = around(model, name, "labels") if tokens and other is None else []
+        labelled = enclosing_modules(model, name, "labels") if tokens and other is None else []
         generating = [n for n in labelled if _generates(model.get_submodule(n))]
-        with self.initialising(name):
+        with self.seeded_init(name):
             adapter = PromptAdapter(
-                self.build(name, width, placement.tokens, embedding),
-                placement,
+                self.build(name, width, token_template.tokens, embedding),
+                token_template,
                 limit=limit,
                 shorten=not encodes,
                 causal=tokens and (is_causal(host) or bool(generating)),
                 batch_first=batch_first(host),
             )
-        what = f"prompt of {placement.tokens} x {width} on {original_class(host).__name__}"
+        what = f"prompt of {token_template.tokens} x {width} on {original_class(host).__name__}"
         plan.attach.append(Attachment(name, name, adapter, what))
         if encodes:
             assert other is not None
             what = "sees the encoder's virtual tokens"
-            plan.attach.append(Attachment(other, other, PromptMask(placement), what))
-            parents = [n for n in around(model, name) if is_within(other, n)]
-            plan.attach.append(Attachment(parents[-1], parents[-1], PromptStrip(placement), "output keeps its length"))
+            plan.attach.append(Attachment(other, other, PromptMask(token_template), what))
+            parents = [n for n in enclosing_modules(model, name) if is_within(other, n)]
+            plan.attach.append(
+                Attachment(parents[-1], parents[-1], PromptStrip(token_template), "output keeps its length")
+            )
         what = "labels of virtual tokens are -100"
         plan.attach += [Attachment(n, n, PromptLabels(adapter), what) for n in generating[-1:]]
         return plan

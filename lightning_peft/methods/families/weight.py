@@ -12,7 +12,7 @@ from lightning_peft.core.adapters.base import Adapter, WeightAdapter, WeightGrou
 from lightning_peft.core.adapters.lookup import stacks
 from lightning_peft.core.class_swap import original_class
 from lightning_peft.core.names import is_within, join, listed
-from lightning_peft.core.state.adapter_records import kind_of
+from lightning_peft.core.state.adapter_records import layer_kind
 from lightning_peft.core.state.plan import Attachment, Plan
 from lightning_peft.core.targeting.base_modules import base_modules
 from lightning_peft.core.targeting.frozen_parts import in_frozen_part
@@ -77,7 +77,7 @@ class WeightMethod(PEFTMethod):
         """A new adapter for each site, by name; override it where adapters share something."""
         built = {}
         for name, site in sites.items():
-            with self.initialising(name):
+            with self.seeded_init(name):
                 built[name] = self.build(site)
         return built
 
@@ -116,11 +116,11 @@ class WeightMethod(PEFTMethod):
         """One adapter in a few words, for the table."""
         return type(self).__name__
 
-    def parts(self, model: nn.Module) -> dict[str, WeightAdapter]:
+    def adapters_by_weight(self, model: nn.Module) -> dict[str, WeightAdapter]:
         """This method's adapters in ``model``, by the name of the weight they adapt."""
         found = {host: cast(Adapter, stack[self.name]) for host, stack in stacks(model).items() if self.name in stack}
         return {
-            weight_name(host, parameter, bare=kind_of(model.get_submodule(host), part.layout) == "Parameter"): part
+            weight_name(host, parameter, bare=layer_kind(model.get_submodule(host), part.layout) == "Parameter"): part
             for host, adapter in found.items()
             for parameter, part in adapter.weights().items()
         }

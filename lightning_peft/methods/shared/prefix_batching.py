@@ -10,14 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_peft.core.adapters.attention_prefix import call_with_prefix, mask_columns
-from lightning_peft.core.batching.batched import RowLink
+from lightning_peft.core.batching.batched import BatchedAdapters
 from lightning_peft.core.batching.layout import RowError, assemble, take
 from lightning_peft.methods.shared.prefix_window import prefix_in_window
 
-__all__ = ["PrefixRows"]
+__all__ = ["BatchedPrefixes"]
 
 
-class PrefixRows(RowLink):
+class BatchedPrefixes(BatchedAdapters):
     """The prefixes of each row, padded to the longest; what is padding is masked."""
 
     def run(self, host: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -81,6 +81,6 @@ class PrefixRows(RowLink):
     def _check(self, t: Tensor) -> None:
         if len(t) % self.n:
             raise RowError(
-                f"{self.place} attends in a batch of {len(t)} for {self.n} rows: give as many names as the batch has "
-                "rows"
+                f"{self.batch_layout} attends in a batch of {len(t)} for {self.n} rows: give as many names as the "
+                "batch has rows"
             )

@@ -26,10 +26,10 @@ from lightning_peft.core.targeting.patterns import TargetError, match, no_match
 from lightning_peft.core.targeting.sites import Site, weight_sites
 from lightning_peft.methods.shared.lora_init import values_of
 
-__all__ = ["TokenRows", "as_tokens", "plan_token_rows", "token_embeddings"]
+__all__ = ["TrainableTokens", "as_tokens", "plan_trainable_tokens", "token_embeddings"]
 
 
-class TokenRows(WeightAdapter):
+class TrainableTokens(WeightAdapter):
     """``rows`` (tokens, dim): the rows of some tokens, in rising order of their ids.
 
     Args:
@@ -87,14 +87,14 @@ def as_tokens(tokens: Any) -> list[int] | dict[str, list[int]]:
     return list(tokens)
 
 
-def plan_token_rows(plan: Plan, model: nn.Module, tokens: Any, default: Any) -> None:
+def plan_trainable_tokens(plan: Plan, model: nn.Module, tokens: Any, default: Any) -> None:
     """Add the rows of ``tokens`` to ``plan``.
 
     Args:
         plan: of a method; changed in place.
         model: the model.
         tokens: ids in the input embedding, or lists of ids by pattern.
-        default: a context in which tensors are made (:meth:`PEFTMethod.initialising`), given a name.
+        default: a context in which tensors are made (:meth:`PEFTMethod.seeded_init`), given a name.
 
     Raises:
         TargetError: no embedding to tell, or a pattern that matches none.
@@ -117,7 +117,7 @@ def plan_token_rows(plan: Plan, model: nn.Module, tokens: Any, default: Any) -> 
                     "it: drop one of them"
                 )
             with default(site.name):
-                adapter = TokenRows(site, sorted(ids), rows)
+                adapter = TrainableTokens(site, sorted(ids), rows)
             rows = adapter.rows
             what = f"{len(ids)} trainable rows" + ("" if site.name == name else f", those of {name}")
             plan.attach.append(Attachment(site.host, site.name, adapter, what))

@@ -22,7 +22,7 @@ from lightning.fabric.utilities.data import AttributeDict
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 
 from lightning_peft.core.state.state_dict import StateError
-from lightning_peft.trainer.checkpoints.apart import names_apart
+from lightning_peft.trainer.checkpoints.unsafe_hparams import unread_hparams
 
 __all__ = ["names_code", "parameters_of", "saved_arguments", "takes_any"]
 
@@ -59,7 +59,7 @@ def saved_arguments(
         raise StateError(f"{where}: its hyper_parameters are not arguments by name")
     accepted = parameters_of(module_class)
     saved = _as_one_argument(saved, checkpoint.get("hparams_name"), accepted)
-    _check_apart(names_apart(checkpoint), checkpoint.get("hparams_name"), accepted, given, where)
+    _check_apart(unread_hparams(checkpoint), checkpoint.get("hparams_name"), accepted, given, where)
     open_ended = takes_any(module_class)
     found, refused = {}, {}
     for name, value in saved.items():

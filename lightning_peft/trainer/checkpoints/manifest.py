@@ -13,18 +13,18 @@ from torch import nn
 from lightning_peft.core.adapters.base import Adapter
 from lightning_peft.core.adapters.lookup import active_names, stacks
 from lightning_peft.core.names import is_adapter_key
-from lightning_peft.core.record import Injection, Trains, injected_module, injection_of
+from lightning_peft.core.record import InjectionState, TrainedBase, injected_module, injection_state
 from lightning_peft.core.sharded_tensors import is_sharded
-from lightning_peft.core.state.adapter_records import Part
+from lightning_peft.core.state.adapter_records import AdapterRecord
 from lightning_peft.core.state.consistency import check_record, update_base
 from lightning_peft.core.state.digest import difference, tensor_digests, value_digest
-from lightning_peft.core.state.freezing import thawed
+from lightning_peft.core.state.freezing import unfrozen_names
 from lightning_peft.core.state.state_dict import StateError, adapter_state, owned_keys, state_keys
 from lightning_peft.core.state.torch_file import read_torch_file
 from lightning_peft.core.targeting.base_model import base_of
-from lightning_peft.trainer.checkpoints.apart import put_back
+from lightning_peft.trainer.checkpoints.unsafe_hparams import restore_unsafe_hparams
 
-__all__ = ["KEY", "check_manifest", "check_seal", "manifest", "read_checkpoint", "scores", "sealed", "trains"]
+__all__ = ["KEY", "check_manifest", "check_seal", "is_trained", "manifest", "read_checkpoint", "scores", "sealed"]
 
 KEY = "lightning_peft"
 VERSION = 1
@@ -33,7 +33,7 @@ VERSION = 1
 def manifest(model: nn.Module) -> dict[str, Any]:
     """Methods with their configuration, the base's fingerprint and the counts, of an adapted model."""
     check_record(model)
-    record = injection_of(model)
+    record = injection_state(model)
     assert record is not None
     update_base(model)
     return {
@@ -42,10 +42,10 @@ def manifest(model: nn.Module) -> dict[str, Any]:
             {
                 "method": type(method).__name__,
                 "config": method.config(),
-                "trains": trains(model, name),
-                "copies": has_copies(model, name),
-                "parts": [_plain(part) for part in record.parts.get(name, ())],
-                "own": asdict(_own(model, record, name)),
+                "trains": is_trained(model, name),
+                "copies": has_overrides(model, name),
+                "parts": [_plain(part) for part in record.adapter_records.get(name, ())],
+                "own": asdict(_trained_base(model, record, name)),
                 "origin": record.origins.get(name, {}),
             }
             for name, method in record.methods.items()
@@ -53,7 +53,7 @@ def manifest(model: nn.Module) -> dict[str, Any]:
         "base": _base_facts(model, record),
         "active": sorted(active_names(model)),
         "fingerprint": record.fingerprint,
-        "thawed": thawed(model),
+        "thawed": unfrozen_names(model),
         "state": sorted(state_keys(model)),
         "trainable": record.report.trainable,
         "total": record.report.total,
@@ -78,7 +78,7 @@ def read_checkpoint(
         checkpoint = read_torch_file(path, map_location, mmap=mmap)
     else:
         checkpoint = torch.load(path, map_location=map_location, weights_only=False, mmap=mmap or None)
-        put_back(checkpoint)
+        restore_unsafe_hparams(checkpoint)
     if not mmap:
         check_seal(checkpoint, path)
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(KEY), dict):
@@ -126,37 +126,37 @@ def scores(checkpoint: Mapping[str, Any]) -> dict[str, float]:
     return found
 
 
-def _own(model: nn.Module, record: Injection, name: str) -> Trains:
+def _trained_base(model: nn.Module, record: InjectionState, name: str) -> TrainedBase:
     """What a method trains of the base itself; where copies of its own do, the heads among them."""
-    if not has_copies(model, name):
-        return record.trains.get(name, Trains())
+    if not has_overrides(model, name):
+        return record.trained_base.get(name, TrainedBase())
     method, root = cast(Any, record.methods[name]), injected_module(model)
-    return Trains(tuple(method.heads(root)), tuple(method.trained_parameters(root)))
+    return TrainedBase(tuple(method.trainable_modules(root)), tuple(method.trained_parameters(root)))
 
 
-def _plain(part: Part) -> dict[str, Any]:
+def _plain(part: AdapterRecord) -> dict[str, Any]:
     return {"host": part.host, "parameter": part.parameter, "kind": part.kind, "shape": part.shape, "facts": part.facts}
 
 
-def _base_facts(model: nn.Module, record: Injection) -> dict[str, Any]:
+def _base_facts(model: nn.Module, record: InjectionState) -> dict[str, Any]:
     """What an adapter directory says of the base, so that one can be made from a checkpoint alone."""
-    own = [name for trains in record.trains.values() for name in (*trains.modules, *trains.parameters)]
-    hosts = [part.host for parts in record.parts.values() for part in parts]
+    own = [name for trains in record.trained_base.values() for name in (*trains.modules, *trains.parameters)]
+    hosts = [part.host for parts in record.adapter_records.values() for part in parts]
     base = base_of(injected_module(model), [*hosts, *own])
     return {"name": base.name, **base.facts(), "modules": [name for name in base.modules() if name]}
 
 
-def trains(model: nn.Module, name: str) -> bool:
+def is_trained(model: nn.Module, name: str) -> bool:
     """Whether what was put in under ``name`` trains; a loaded adapter is frozen, and a part of the base so to speak."""
-    record = injection_of(model)
+    record = injection_state(model)
     assert record is not None
-    return bool(record.trains.get(name))
+    return bool(record.trained_base.get(name))
 
 
-def has_copies(model: nn.Module, name: str) -> bool:
+def has_overrides(model: nn.Module, name: str) -> bool:
     """Whether what was put in under ``name`` has values of its own in place of the base's, as a loaded adapter does."""
     adapters = [cast(Adapter, stack[name]) for stack in stacks(model).values() if name in stack]
-    return any(part.copies() for adapter in adapters for part in adapter.parts())
+    return any(part.overrides() for adapter in adapters for part in adapter.components())
 
 
 def check_manifest(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
@@ -167,7 +167,7 @@ def check_manifest(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
     Raises:
         StateError: no manifest; another version; a method missing, added or of another configuration.
     """
-    record, saved, state = injection_of(model), checkpoint.get(KEY), checkpoint.get("state_dict", {})
+    record, saved, state = injection_state(model), checkpoint.get(KEY), checkpoint.get("state_dict", {})
     assert record is not None
     if saved is None:
         raise StateError(
@@ -198,20 +198,20 @@ def check_manifest(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
     for name, method in record.methods.items():
         kind = type(method).__name__
         if name not in there:
-            if not trains(model, name):
+            if not is_trained(model, name):
                 state.update(adapter_state(model, name))
                 continue
             raise StateError(f"the checkpoint holds no {kind} named {name!r}; it holds {list(there)}")
         if there[name]["method"] != kind:
             raise StateError(f"{name!r} is a {there[name]['method']} in the checkpoint and a {kind} in this run")
-        if there[name].get("copies", False) != has_copies(model, name) and trains(model, name):
+        if there[name].get("copies", False) != has_overrides(model, name) and is_trained(model, name):
             ways = ["as a method", "by lp.load_adapter(..., trainable=True), with its own copy of heads and biases"]
             here, then = ways if there[name].get("copies") else ways[::-1]
             raise StateError(
                 f"{name!r} was put in {then} in the run that saved this checkpoint, and {here} in this one: do as "
                 "that run did, or make a checkpoint for a method of its directory (lightning-peft export, import)"
             )
-        config, fixed = there[name]["config"], method.config().keys() - type(method).may_change
+        config, fixed = there[name]["config"], method.config().keys() - type(method).resume_may_differ
         for option in sorted(fixed & config.keys()):
             if config[option] != method.config()[option]:
                 raise StateError(

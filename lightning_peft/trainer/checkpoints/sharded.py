@@ -13,12 +13,12 @@ import torch
 from torch import nn
 
 from lightning_peft.core.names import canonical
-from lightning_peft.core.record import injection_of
+from lightning_peft.core.record import injection_state
 from lightning_peft.core.sharded_tensors import gather_full, sharded_like
 from lightning_peft.core.state.state_dict import StateError, check_state, owned_keys, state_keys, trainable_keys
 from lightning_peft.core.state.torch_file import read_torch_file
 from lightning_peft.trainer.checkpoints.manifest import check_seal
-from lightning_peft.trainer.checkpoints.written import trimmed
+from lightning_peft.trainer.checkpoints.trimming import trim_state
 
 __all__ = ["adapt", "agreed_keys"]
 
@@ -29,7 +29,7 @@ def adapt(strategy: Any) -> None:
     def lightning_module_state_dict() -> dict[str, Any]:
         module = strategy.lightning_module
         assert module is not None
-        state = trimmed(module, nn.Module.state_dict(module), agreed_keys(module))
+        state = trim_state(module, nn.Module.state_dict(module), agreed_keys(module))
         if strategy._save_distributed_checkpoint:
             return state
         full = {k: _gathered(v) for k, v in state.items()}  # every rank takes part in the gathering
@@ -49,7 +49,7 @@ def agreed_keys(module: nn.Module) -> set[str]:
 
     Of a sharded parameter, each rank sees its own part. All ranks must call this together.
     """
-    keys, record = trainable_keys(module), injection_of(module)
+    keys, record = trainable_keys(module), injection_state(module)
     if record is None or not torch.distributed.is_initialized():
         return keys
     everywhere: list[Any] = [None] * torch.distributed.get_world_size()

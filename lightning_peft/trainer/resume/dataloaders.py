@@ -2,15 +2,15 @@
 
 During a fit, a :class:`ResumableLoader` stands in the Trainer's list for each of the user's DataLoaders, which are only
 read. Every pass iterates a copy of the loader, and draws what a pass over the loader itself draws, in the same order.
-A pass records the random streams from before each draw that it makes in the main process, so that a resumed pass can
+A pass records the random RNG states from before each draw that it makes in the main process, so that a resumed pass can
 repeat them: the same order is drawn again, and the batches already seen are skipped by index, without loading them.
-Worker processes report their streams with each batch.
+Worker processes report their RNG states with each batch.
 
 An ``IterableDataset`` has no indices: its batches are drawn again and dropped. If it draws from the global random
-streams in the main process, and training does too, the record grows by up to 10 kB a batch.
+RNG states in the main process, and training does too, the record grows by up to 10 kB a batch.
 
 torchdata's ``StatefulDataLoader`` resumes by itself and is left alone. It is not what this module builds on, because at
-one seed its order is not that of ``DataLoader``, and because it does not restore the random streams of workers, of
+one seed its order is not that of ``DataLoader``, and because it does not restore the random RNG states of workers, of
 iterable datasets, and of samplers other than ``RandomSampler``.
 
 Not covered: a checkpoint after the last batch of a pass whose length is not known, and before its validation, which
@@ -28,8 +28,8 @@ import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
-from lightning_peft.trainer.resume.rng_state import SavedStreams, gather, mine
-from lightning_peft.trainer.resume.streams import Recorded, StartFrom, Streams, WithStreams
+from lightning_peft.trainer.resume.rng_recording import CollateWithRNGState, RecordedDraws, RNGStates, StartWorker
+from lightning_peft.trainer.resume.rng_state import SavedRNGState, gather_ranks, this_rank
 
 __all__ = ["ResumableLoader", "TrainingLoaders"]
 
@@ -38,11 +38,11 @@ class TrainingLoaders:
     """The training loaders of one Trainer: made resumable for a fit, and given back after it.
 
     Attributes:
-        saved: the random streams of the checkpoint that the run resumes from.
+        saved: the random RNG states of the checkpoint that the run resumes from.
     """
 
     def __init__(self) -> None:
-        self.saved = SavedStreams()
+        self.saved = SavedRNGState()
         self._released: list[Any] = []
 
     def wrap(self, loader: Any, trainer: Any) -> Any:
@@ -98,7 +98,7 @@ class TrainingLoaders:
 class ResumableLoader:
     """Stands for a training DataLoader during a fit: has all its attributes, and can resume inside an epoch."""
 
-    def __init__(self, loader: DataLoader, trainer: Any, saved: SavedStreams) -> None:
+    def __init__(self, loader: DataLoader, trainer: Any, saved: SavedRNGState) -> None:
         vars(self).update(_peft=_Source(loader, trainer, saved), _iterator=None)
 
     @property  # type: ignore[misc]
@@ -121,7 +121,7 @@ class ResumableLoader:
         return _Pass(self)
 
     def __reduce__(self) -> Any:
-        return _itself, (self._peft.loader,)
+        return _same_loader, (self._peft.loader,)
 
     def state_dict(self) -> dict[str, Any]:
         return self._peft.state_dict()
@@ -133,15 +133,15 @@ class ResumableLoader:
 class _Source:
     """The user's loader behind a :class:`ResumableLoader`, and the record of the Trainer's pass over it."""
 
-    def __init__(self, loader: DataLoader, trainer: Any, saved: SavedStreams) -> None:
+    def __init__(self, loader: DataLoader, trainer: Any, saved: SavedRNGState) -> None:
         self.loader = loader
         self.trainer = trainer
         self.saved = saved
-        self.streams = Streams(loader, loader.sampler, loader.batch_sampler, loader.dataset)
+        self.rng_states = RNGStates(loader, loader.sampler, loader.batch_sampler, loader.dataset)
         self.indexed = not isinstance(loader.dataset, IterableDataset)
         self.record: dict[str, Any] | None = None  # of the Trainer's pass under way, or of the last one
         self.resumed: dict[str, Any] | None = None  # of the checkpoint, until a pass continues from it
-        self.lasting: dict[int, Any] = {}  # the streams of persistent workers after their latest batches
+        self.persistent_workers: dict[int, Any] = {}  # the RNG states of persistent workers after their latest batches
         self.order: _Order | None = None  # of the latest pass: persistent workers keep it
         self._ahead: int | None = None
 
@@ -166,7 +166,7 @@ class _Source:
 
     def draws_at(self, index: int) -> bool:
         """Whether the sampler may draw when it is asked for the batch at ``index``; torch's draw for the first."""
-        return index == 0 or self.streams.has_own or not type(self.loader.sampler).__module__.startswith("torch.")
+        return index == 0 or self.rng_states.has_own or not type(self.loader.sampler).__module__.startswith("torch.")
 
     def starts_once_more(self) -> bool:
         """Whether Lightning leaves out the second start of a pass over reloaded data, because it resumes."""
@@ -189,17 +189,17 @@ class _Source:
         if self.record is not None:
             given = max(0, self.record["given"] - self.ahead)
             copies = {k: dict(v) if isinstance(v, dict) else v for k, v in self.record.items()}
-            own = self.streams.state()["generators"]
+            own = self.rng_states.state()["generators"]
             record = {**copies, "given": given, "drawn": self.record["given"], "generators": own}
-        return {"pass": gather(record), "seed": getattr(self.loader.sampler, "seed", None)}
+        return {"pass": gather_ranks(record), "seed": getattr(self.loader.sampler, "seed", None)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.resumed = mine(state["pass"])
+        self.resumed = this_rank(state["pass"])
         if isinstance(self.loader.sampler, DistributedSampler):
             self.loader.sampler.seed = state["seed"]  # Lightning takes it from seed_everything
 
-    def worker_streams(self, record: dict[str, Any], given: int) -> dict[int, Any]:
-        """The streams of the workers, by number, after the first ``given`` batches of a pass."""
+    def worker_rng_states(self, record: dict[str, Any], given: int) -> dict[int, Any]:
+        """The RNG states of the workers, by number, after the first ``given`` batches of a pass."""
         reported, workers = record["reported"], self.loader.num_workers
         return {**record["lasting"], **{i % workers: reported[i] for i in sorted(reported) if i < given}}
 
@@ -210,7 +210,7 @@ class _Source:
             iterator: that of persistent workers, if they run.
             order: its batches, as indices.
             first: draw a seed for the workers.
-            workers: random streams that workers start from.
+            workers: random RNG states that workers start from.
         """
         twin: Any = object.__new__(type(self.loader))
         mine: dict[str, Any] = vars(twin)
@@ -218,9 +218,9 @@ class _Source:
         if not first:
             mine["generator"] = torch.Generator()
         if self.loader.num_workers:
-            mine["worker_init_fn"] = StartFrom(self.loader.worker_init_fn, workers)
+            mine["worker_init_fn"] = StartWorker(self.loader.worker_init_fn, workers)
             if self.indexed:
-                mine["collate_fn"] = WithStreams(self.loader.collate_fn)
+                mine["collate_fn"] = CollateWithRNGState(self.loader.collate_fn)
         if order is not None:
             mine["sampler" if self.loader.batch_sampler is None else "batch_sampler"] = order
         return twin
@@ -237,7 +237,7 @@ class _Pass:
         self.batches: Iterator[Any] | None = None
         self.order: _Order | None = None
         # After a checkpoint was loaded, a pass starts when it is asked for a batch: by then the Trainer has restored
-        # its progress, and the streams are those of the checkpoint.
+        # its progress, and the RNG states are those of the checkpoint.
         self.late = self.source.saved.waiting or self.source.resumed is not None
         self.dropped = self.late and self.source.starts_twice()
         if not self.late:
@@ -272,8 +272,8 @@ class _Pass:
         record, given, workers = self.record, self.record["given"], self.source.loader.num_workers
         batch = next(self.batches)
         if self.source.indexed and workers:
-            batch, streams = batch
-            record["reported"][given] = self.source.lasting[given % workers] = streams
+            batch, rng_states = batch
+            record["reported"][given] = self.source.persistent_workers[given % workers] = rng_states
             record["reported"].pop(given - 2 * workers - 1, None)
         record["given"] += 1
         if self.order is not None:
@@ -282,17 +282,19 @@ class _Pass:
 
     def start(self, resumed: dict[str, Any] | None) -> None:
         """Begin the pass, or continue the one of a checkpoint."""
-        source, loader, streams = self.source, self.source.loader, self.source.streams
+        source, loader, rng_states = self.source, self.source.loader, self.source.rng_states
         self.late = False
         if resumed is not None:
             source.resumed = None
-            streams.set({"generators": resumed["generators"]})
+            rng_states.set({"generators": resumed["generators"]})
             if not source.in_the_middle():
                 if loader.persistent_workers:
                     before = resumed.get("workers")  # written by earlier versions
-                    source.lasting = source.worker_streams(resumed, resumed["given"]) if before is None else before
+                    source.persistent_workers = (
+                        source.worker_rng_states(resumed, resumed["given"]) if before is None else before
+                    )
                 resumed = None
-        now = streams.state()
+        now = rng_states.state()
         self.record = {**(resumed or self._new_record(now))}
         for log in ("asks", "draws", "reported", "lasting"):
             self.record[log] = dict(self.record.get(log, ()))
@@ -304,22 +306,25 @@ class _Pass:
             self._draw()
 
     def _new_record(self, now: dict[str, Any]) -> dict[str, Any]:
-        # Persistent workers draw one seed in their life, and their streams continue from pass to pass.
-        loader, lasting = self.source.loader, self.source.lasting if self.source.loader.persistent_workers else {}
+        # Persistent workers draw one seed in their life, and their RNG states continue from pass to pass.
+        loader, lasting = (
+            self.source.loader,
+            self.source.persistent_workers if self.source.loader.persistent_workers else {},
+        )
         first = not lasting and self.proxy._iterator is None and loader._iterator is None
         return {"start": now, "given": 0, "first": first, "lasting": lasting}
 
     def _skip(self, done: int) -> tuple[int, dict[int, Any]]:
-        """How many of ``done`` batches need not be drawn again, and the streams that workers then start from."""
+        """How many of ``done`` batches need not be drawn again, and the RNG states that workers then start from."""
         source, count = self.source, self.source.loader.num_workers
         if not source.indexed:
             return 0, {}
         skip = done - done % count if count else done  # worker k has the turns k, k + count, ...
-        workers = source.worker_streams(self.record, skip)
+        workers = source.worker_rng_states(self.record, skip)
         return (skip, workers) if len(workers) == count else (0, dict(self.record["lasting"]))
 
     def _open(self, skip: int, workers: dict[int, Any], drawn: int, now: dict[str, Any] | None) -> None:
-        source, streams, record = self.source, self.source.streams, self.record
+        source, rng_states, record = self.source, self.source.rng_states, self.record
         running = self.proxy._iterator
         if source.indexed:
             order = source.order if running is not None else None
@@ -328,16 +333,18 @@ class _Pass:
             self.order.set(record["asks"], record.get("asked", skip) if source.loader.num_workers else skip, skip)
         twin = source.open(running, self.order, record["first"], workers)
         if now is not None:
-            streams.set(record["start"])
+            rng_states.set(record["start"])
         batches = iter(twin)
         self.proxy._iterator = twin._iterator
         if now is not None:
             if self.order is not None and self.order.asks.left is None:
-                self.order.asks.left = streams.state()
-            streams.set(now)
+                self.order.asks.left = rng_states.state()
+            rng_states.set(now)
         if not source.loader.num_workers:
             ahead = source.looks_ahead if source.indexed else None
-            batches = Recorded(batches, streams, record["draws"], drawn, count=skip, when=ahead, window=source.indexed)
+            batches = RecordedDraws(
+                batches, rng_states, record["draws"], drawn, count=skip, when=ahead, window=source.indexed
+            )
         self.batches = batches
 
 
@@ -348,14 +355,14 @@ def _passes(trainer: Any) -> list[_Pass]:
     return [each for each in getattr(iterator, "iterators", ()) if isinstance(each, _Pass)]
 
 
-def _itself(loader: Any) -> Any:
+def _same_loader(loader: Any) -> Any:
     return loader
 
 
 class _Order:
     """The index sampler of a loader, whose draws are recorded; a resumed pass begins after the first batches."""
 
-    asks: Recorded
+    asks: RecordedDraws
 
     def __init__(self, source: _Source) -> None:
         self.source = source
@@ -365,8 +372,8 @@ class _Order:
         self.log, self.until, self.skip = log, until, skip
 
     def __iter__(self) -> Iterator[Any]:
-        items, streams = iter(self.source.index_sampler), self.source.streams
-        self.asks = Recorded(items, streams, self.log, self.until, when=self.source.draws_at)
+        items, rng_states = iter(self.source.index_sampler), self.source.rng_states
+        self.asks = RecordedDraws(items, rng_states, self.log, self.until, when=self.source.draws_at)
         return itertools.islice(self.asks, self.skip, None)
 
     def __len__(self) -> int:

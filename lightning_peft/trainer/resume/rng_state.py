@@ -1,4 +1,4 @@
-"""Random streams in checkpoints: read and set the generators of this process, and of the ranks.
+"""Random RNG states in checkpoints: read and set the generators of this process, and of the ranks.
 
 Lightning restores weights, optimizer, schedulers and progress, but not the state of the random number generators
 (dropout, augmentation). The position of a dataloader inside an epoch is the subject of
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["SavedStreams", "gather", "mine", "rng_state", "set_rng_state"]
+__all__ = ["SavedRNGState", "gather_ranks", "rng_state", "set_rng_state", "this_rank"]
 
 
 def rng_state(cuda: bool = True) -> dict[str, Any]:
@@ -52,7 +52,7 @@ def set_rng_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"].cpu())
 
 
-def gather(state: Any) -> list[Any]:
+def gather_ranks(state: Any) -> list[Any]:
     """The states of all ranks, for a checkpoint that only rank 0 writes."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return [state]
@@ -61,36 +61,37 @@ def gather(state: Any) -> list[Any]:
     return states
 
 
-def mine(states: list[Any]) -> Any:
-    """This rank's part of what :func:`gather` collected; None where the number of ranks has changed."""
+def this_rank(states: list[Any]) -> Any:
+    """This rank's part of what :func:`gather_ranks` collected; None where the number of ranks has changed."""
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     rank, world = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if distributed else (0, 1)
     if len(states) != world:
         warnings.warn(
-            f"the checkpoint was saved by {len(states)} processes and is resumed by {world}: random streams start anew",
+            f"the checkpoint was saved by {len(states)} processes and is resumed by {world}: the random number "
+            "generators start anew",
             stacklevel=2,
         )
         return None
     return states[rank]
 
 
-class SavedStreams:
-    """The random streams of the checkpoint that a run resumes from, until they are restored."""
+class SavedRNGState:
+    """The random RNG states of the checkpoint that a run resumes from, until they are restored."""
 
     def __init__(self) -> None:
         self._state: dict[str, Any] | None = None
 
     @property
     def waiting(self) -> bool:
-        """Whether a checkpoint was loaded whose streams have not been restored yet."""
+        """Whether a checkpoint was loaded whose RNG states have not been restored yet."""
         return self._state is not None
 
     def load(self, states: list[Any]) -> None:
-        """Remember this rank's state of those that :func:`gather` collected."""
-        self._state = mine(states)
+        """Remember this rank's state of those that :func:`gather_ranks` collected."""
+        self._state = this_rank(states)
 
     def restore(self, trainer: Any) -> None:
-        """Set the random streams to their state in the checkpoint; only the first call after loading one does."""
+        """Set the random RNG states to their state in the checkpoint; only the first call after loading one does."""
         state, self._state = self._state, None
         if state is None:
             return

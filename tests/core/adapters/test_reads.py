@@ -17,7 +17,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import lightning_peft as lp
-from lightning_peft.core.adapters.reads import refused
+from lightning_peft.core.adapters.reads import unreadable_tensor
 from tests.helpers import assert_compiled_gradients, close, differ, perturb
 from tests.kinds import KINDS
 
@@ -247,7 +247,7 @@ def test_compiled_a_value_that_cannot_be_given_is_an_error_only_if_used():
 
 def test_a_refused_value_has_its_shape_and_nothing_else():
     like = torch.zeros(2, 3, dtype=torch.float64)
-    value = refused(like, "not here")
+    value = unreadable_tensor(like, "not here")
     assert (value.shape, value.dtype, value.device, value.ndim) == (like.shape, like.dtype, like.device, 2)
     for use in (lambda t: t + 1, lambda t: F.linear(torch.ones(1, 3), t), lambda t: t.t(), lambda t: t.sum().item()):
         with pytest.raises(ValueError, match="not here"):

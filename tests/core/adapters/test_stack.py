@@ -80,7 +80,7 @@ def test_adapters_run_in_order_around_the_original():
     assert list(model.state_dict()) == []
 
 
-def test_a_rewritten_weight_keeps_its_place_in_the_order():
+def test_an_adapter_that_modifies_the_weight_keeps_its_order():
     model = nn.ModuleDict({"a": nn.Linear(3, 3, bias=False), "b": nn.Linear(3, 3)})
     weight = model["a"].weight.detach().clone()
     lp.apply(model, lp.LoRA(r=2, alpha=2, targets="a", name="first"))

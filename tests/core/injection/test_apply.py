@@ -8,7 +8,7 @@ from torch import nn
 
 import lightning_peft as lp
 from lightning_peft.core.adapters.lookup import adapter_names, hosts
-from lightning_peft.core.record import injection_of
+from lightning_peft.core.record import injection_state
 from tests.helpers import adapter_parameters, assert_same_bits, bits
 from tests.kinds import KINDS, MLP
 
@@ -51,7 +51,7 @@ def test_what_cannot_be_applied_is_refused_and_changes_nothing(case: str):
     assert_same_bits(bits(model), before)
     assert [type(m) for m in model.modules()] == classes
     assert all(p.requires_grad for p in model.parameters())
-    assert injection_of(model) is None
+    assert injection_state(model) is None
 
 
 def test_another_configuration_under_the_same_name_is_refused_by_its_difference():
@@ -90,7 +90,7 @@ def test_several_at_once_are_several_in_a_row():
     for method in methods:
         lp.apply(two, method)
     assert_same_bits(bits(one), bits(two))
-    assert str(injection_of(one).report) == str(injection_of(two).report)
+    assert str(injection_state(one).report) == str(injection_state(two).report)
 
 
 def test_inspect_changes_nothing_and_counts_what_is_shared_once():

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import lightning_peft as lp
-from lightning_peft.core.adapters.low_rank import with_products
+from lightning_peft.core.adapters.low_rank import add_products
 from lightning_peft.core.injection.attach import attach
 from lightning_peft.core.injection.merge import MergeError
 from lightning_peft.core.targeting.sites import weight_sites
@@ -221,12 +221,12 @@ def test_products_are_added_in_blocks_and_rounded_once(shape, dtype):
         for r in (2, 3)
     ]
     exact = matrix.double() + sum(b.double() @ a.double() for a, b in pairs)
-    found = with_products(matrix.mT.contiguous().mT, pairs, torch.float32)
+    found = add_products(matrix.mT.contiguous().mT, pairs, torch.float32)
     assert found.dtype == dtype
     torch.testing.assert_close(found.double(), exact, rtol=2**-8 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
 
 
-def test_what_a_user_is_told_who_merges_nothing_or_too_much():
+def test_errors_of_merging_nothing_or_too_much():
     model = KINDS["linear"].build()
     lp.apply(model, lp.LoRA(r=2, name="a"), lp.BottleneckAdapter(targets=["up", "down"], bottleneck_size=2, name="b"))
     with pytest.raises(

@@ -9,7 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import lightning_peft as lp
 from lightning_peft.core.injection.attach import attach
-from lightning_peft.core.injection.overrides import Replacement, replace_trained, replacements
+from lightning_peft.core.injection.overrides import ParameterOverride, override_trained, parameter_overrides
 from lightning_peft.core.state.plan import Plan
 from lightning_peft.core.state.state_dict import StateError
 from lightning_peft.core.targeting.ties import under_all_names
@@ -44,7 +44,7 @@ class Copies(lp.PEFTMethod):
 
     def plan(self, model: nn.Module) -> Plan:
         plan = Plan()
-        replace_trained(plan, model, self.state, self.trainable_copies)
+        override_trained(plan, model, self.state, self.trainable_copies)
         return plan
 
 
@@ -159,7 +159,7 @@ def test_the_order_with_a_weight_adapter(first: str):
         lp.merge(model, "copies" if first == "lora" else "lora")
 
 
-def test_a_bias_changes_places_with_a_weight():
+def test_merging_a_bias_ahead_of_a_weight_adapter():
     kind = KINDS["linear"]
     model = kind.build()
     lp.apply(model, lp.LoRA(r=2, name="lora"), Copies(state={"up.bias": torch.ones(12)}, name="bias"))
@@ -173,7 +173,7 @@ def test_copies_go_with_an_adapter_of_the_same_name():
     class Both(lp.LoRA):
         def plan(self, model):
             plan = super().plan(model)
-            replace_trained(plan, model, {"up.bias": torch.ones(12), "down.bias": torch.ones(8)})
+            override_trained(plan, model, {"up.bias": torch.ones(12), "down.bias": torch.ones(8)})
             return plan
 
     kind = KINDS["linear"]
@@ -196,12 +196,12 @@ def test_copies_go_with_an_adapter_of_the_same_name():
     assert torch.equal(evaluate(model, kind), base)
 
 
-def test_what_is_tied_stays_one():
+def test_tied_tensors_stay_tied():
     kind = KINDS["tied"]
     model = kind.build()
     new = torch.randn_like(model.embed.weight)
     both = under_all_names(model, {"lm_head.weight": new})
-    adapters = replacements(model, both, trainable=True)
+    adapters = parameter_overrides(model, both, trainable=True)
     assert adapters["embed"].weight is adapters["lm_head"].weight
     lp.apply(model, Copies(state=both))
     expected = evaluate(model, kind)
@@ -209,9 +209,9 @@ def test_what_is_tied_stays_one():
     assert model.lm_head.weight is model.embed.weight
     assert torch.equal(model.embed.weight, new)
     assert torch.equal(evaluate(model, kind), expected)
-    apart = replacements(model, {"lm_head.weight": new, "embed.weight": new + 1}, trainable=True)
+    apart = parameter_overrides(model, {"lm_head.weight": new, "embed.weight": new + 1}, trainable=True)
     assert torch.equal(apart["embed"].weight, apart["lm_head"].weight + 1)
-    assert list(replacements(model, {"lm_head.weight": new})) == ["lm_head"]
+    assert list(parameter_overrides(model, {"lm_head.weight": new})) == ["lm_head"]
 
 
 def test_a_lower_model_takes_copies_of_full_precision():
@@ -269,18 +269,18 @@ def _model() -> nn.Module:
 )
 def test_what_cannot_be_replaced_is_refused_with_its_name(state: dict[str, torch.Tensor], message: str):
     with pytest.raises(StateError, match=message):
-        replacements(_model(), state)
+        parameter_overrides(_model(), state)
 
 
 def test_an_adapter_of_the_base_is_no_part_of_it():
     model = MLP()
     lp.apply(model, lp.LoRA(r=2))
     with pytest.raises(StateError, match=r"up.adapters.default.lora_A: the base has no such parameter"):
-        replacements(model, lp.adapter_state(model))
+        parameter_overrides(model, lp.adapter_state(model))
 
 
 def test_two_replacements_of_one_name_are_refused():
     model = MLP()
     lp.apply(model, Copies(state={"up.bias": torch.zeros(12)}, name="a"))
     with pytest.raises(ValueError, match="'up' already carries an adapter named 'a'"):
-        attach(model, "up", "a", Replacement({"weight": torch.zeros(12, 6)}))
+        attach(model, "up", "a", ParameterOverride({"weight": torch.zeros(12, 6)}))

@@ -10,7 +10,7 @@ from torch import nn
 
 import lightning_peft as lp
 from lightning_peft.core.injection import apply as inject
-from lightning_peft.core.record import injection_of
+from lightning_peft.core.record import injection_state
 from tests.core.test_class_swap import Final, first_bases
 from tests.helpers import assert_same_bits, bits
 
@@ -72,7 +72,7 @@ def test_applying_is_undone(failing: str, case: str, error: type, monkeypatch: p
         lp.apply(model, *METHODS[case])
     assert everything(model) == before
     assert_same_bits(bits(model), state)
-    assert injection_of(model) is None
+    assert injection_state(model) is None
     monkeypatch.undo()
     lp.apply(model, *METHODS[case])  # nothing is in the way
 
@@ -86,11 +86,11 @@ def test_a_second_method_is_undone_and_the_first_stays(monkeypatch: pytest.Monke
         lp.apply(model, lp.LoRA(r=2, name="second", trainable=["head"]))
     assert everything(model) == before
     assert_same_bits(bits(model), state)
-    record = injection_of(model)
+    record = injection_state(model)
     assert "_peft_injection" in vars(model.encoder)
     assert list(record.methods) == ["first"]
     assert str(record.report) == table
-    assert all(not part.host.startswith("encoder.") for part in record.parts["first"])
+    assert all(not part.host.startswith("encoder.") for part in record.adapter_records["first"])
 
 
 @pytest.mark.parametrize("cls", first_bases(), ids=lambda cls: cls.__name__)

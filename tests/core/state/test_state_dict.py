@@ -8,7 +8,7 @@ from torch import nn
 
 import lightning_peft as lp
 from lightning_peft.core.names import canonical
-from lightning_peft.core.record import injection_of
+from lightning_peft.core.record import injection_state
 from lightning_peft.core.state.fingerprint import check_fingerprint, fingerprint
 from lightning_peft.core.state.state_dict import StateError, check_state, load_state
 from tests.helpers import adapted, assert_same_bits, bits
@@ -121,7 +121,7 @@ def test_canonical(key: str, plain: str):
 
 
 def test_the_same_base_in_another_precision_is_the_same(model: nn.Module):
-    saved = injection_of(model).fingerprint
+    saved = injection_state(model).fingerprint
     check_fingerprint(model, saved)
     check_fingerprint(model.to(torch.bfloat16), saved)
     check_fingerprint(adapted(METHODS["lora"], LINEAR, seed=5), saved)
@@ -132,13 +132,13 @@ def test_the_fingerprint_is_plain_values(model: nn.Module):
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
-        assert fingerprint(model) == injection_of(model).fingerprint
+        assert fingerprint(model) == injection_state(model).fingerprint
     finally:
         torch.set_default_dtype(default)
 
 
 def test_another_base_is_refused_by_the_tensor_that_tells(model: nn.Module):
-    saved = injection_of(model).fingerprint
+    saved = injection_state(model).fingerprint
     other = LINEAR.build(seed=1)
     lp.apply(other, lp.LoRA(r=2))
     with pytest.raises(StateError, match=r"another base model: the values of 'up\.weight' differ"):

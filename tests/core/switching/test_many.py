@@ -8,7 +8,7 @@ from torch import nn
 
 import lightning_peft as lp
 from lightning_peft.core.adapters.lookup import hosts
-from lightning_peft.core.record import injection_of
+from lightning_peft.core.record import injection_state
 from lightning_peft.core.state.fingerprint import check_fingerprint
 from lightning_peft.core.state.state_dict import StateError, load_state
 from tests.helpers import adapted, assert_same_bits, bits, perturb
@@ -64,7 +64,7 @@ def test_each_of_two_computes_what_it_does_alone(pair: tuple[str, str]):
 
     lp.delete_adapter(model, "a")
     torch.testing.assert_close(logits(model), alone(pair[1], "b", lp.adapter_state(model, "b")))
-    report = injection_of(model).report
+    report = injection_state(model).report
     assert {entry.adapter for entry in report.entries} == {"b"}
     assert report.total == sum(p.numel() for p in model.parameters())
     lp.delete_adapter(model, "b")
@@ -72,7 +72,7 @@ def test_each_of_two_computes_what_it_does_alone(pair: tuple[str, str]):
     assert {name: type(module) for name, module in model.named_modules()} == classes
     assert all(p.requires_grad for p in model.parameters())
     assert_same_bits(bits(model), plain)
-    assert injection_of(model) is None
+    assert injection_state(model) is None
 
 
 def test_deleting_leaves_hosts_of_others_alone():
@@ -122,10 +122,10 @@ def test_a_module_around_an_adapted_one_is_frozen_too():
     report = lp.apply(model, lp.LoRA(r=2, name="b", targets=["out"]))
     new = {id(p) for p in model.out.adapters["b"].parameters()}
     assert {id(p) for p in lp.trainable_parameters(model)} == trained | new
-    record = injection_of(model)
+    record = injection_state(model)
     assert "_peft_injection" not in vars(model.inner)
-    assert record.trains["a"].modules == ("inner.head",)
-    assert "inner.up.bias" in record.trains["a"].parameters
+    assert record.trained_base["a"].modules == ("inner.head",)
+    assert "inner.up.bias" in record.trained_base["a"].parameters
     assert set(report.modules) >= {"inner.up", "inner.head", "out"}
     assert report.trainable == sum(p.numel() for p in lp.trainable_parameters(model))
     assert not model.norm.training
@@ -148,7 +148,7 @@ def test_a_part_of_an_adapted_model_takes_no_methods_of_its_own():
 
 def test_a_merged_model_is_not_taken_for_another_base():
     model = adapted(METHODS["lora"], KINDS["linear"])
-    saved = injection_of(model).fingerprint
+    saved = injection_state(model).fingerprint
     check_fingerprint(model, saved)
     lp.merge(model)
     with pytest.raises(StateError, match=r"adapters are merged into the base.*lp.unmerge\(model\) first"):

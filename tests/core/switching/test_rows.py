@@ -499,7 +499,7 @@ def test_errors(case):
     with pytest.raises(lp.RowError, match=message), lp.rows(model, names):
         run(model)
     for module in model.modules():
-        assert getattr(module, "router", None) is None or not module.router.open
+        assert getattr(module, "dispatcher", None) is None or not module.dispatcher.open
 
 
 def test_inside_disabled():

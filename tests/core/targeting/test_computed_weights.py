@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import lightning_peft as lp
-from lightning_peft.core.record import injection_of
+from lightning_peft.core.record import injection_state
 from lightning_peft.trainer.audit import audit_head
 from tests.helpers import assert_same_bits, bits
 
@@ -40,7 +40,7 @@ def build(change: Callable[[nn.Linear], nn.Module]) -> nn.Module:
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("kind", COMPUTED)
 @pytest.mark.parametrize("method", OTHERS, ids=lambda m: type(m).__name__)
-def test_one_elsewhere_is_in_nobodys_way(kind: str, method: lp.PEFTMethod):
+def test_a_computed_weight_elsewhere_does_not_matter(kind: str, method: lp.PEFTMethod):
     model = build(COMPUTED[kind])
     lp.apply(model, method)
     audit_head(model)
@@ -73,7 +73,7 @@ def test_lazy_layers_are_refused_until_they_have_run(method: lp.PEFTMethod):
     for call in (lp.inspect, lp.apply):
         with pytest.raises(lp.InjectionError, match=r"special.weight, .*have no shape yet.*Run one batch"):
             call(model, method)
-    assert injection_of(model) is None
+    assert injection_state(model) is None
     model(torch.randn(3, 4))
     lp.apply(model, method)
     model(torch.randn(3, 4)).sum().backward()

@@ -51,7 +51,7 @@ def test_the_head_that_all_linear_leaves_is_noted():
     assert "head" in lp.inspect(MLP(), lp.LoRA(r=2, targets=["all-linear", "head"])).modules
 
 
-def test_what_trains_in_full_is_not_adapted_as_well():
+def test_modules_trained_in_full_are_not_adapted():
     model = MLP()
     lp.apply(model, lp.LoRA(r=2, targets="type:Linear", trainable="head"))
     assert not [k for k in model.state_dict() if k.startswith("head.adapters")]
@@ -89,7 +89,7 @@ def test_a_bare_parameter_is_named_by_its_whole_name():
     assert list(find_sites(model, "re:encoder.e")[0]) == ["encoder.e"]
 
 
-@pytest.mark.parametrize("name", ["weights", "run", "rewrites", "parameters_", "weight"])
+@pytest.mark.parametrize("name", ["weights", "run", "modifies_weight", "parameters_", "weight"])
 def test_a_bare_parameter_may_have_any_name(name: str):
     class Table(nn.Module):
         def __init__(self):

@@ -137,7 +137,7 @@ def test_folders_of_several_adapters(good):
     ],
     ids=lambda v: v[:24],
 )
-def test_configurations_that_are_none(good, text, reason):
+def test_invalid_configurations(good, text, reason):
     (good / files.CONFIG).write_text(text)
     with pytest.raises(FormatError, match=reason):
         read_files(good)
@@ -262,7 +262,7 @@ def test_names_that_name_no_tensor(good, tmp_path, key):
         (None, "holds no tensors"),
     ],
 )
-def test_values_that_no_adapter_has(good, tensor, reason):
+def test_tensors_that_are_not_finite_or_empty(good, tensor, reason):
     given = {} if tensor is None else {"a": tensor}
     save_file(given, good / files.WEIGHTS)
     with pytest.raises(FormatError, match=reason):
@@ -301,7 +301,7 @@ def test_links_between_adapters_are_refused(good, tmp_path):
 
 
 @pytest.mark.parametrize("name", [files.CONFIG, files.WEIGHTS])
-def test_what_is_no_regular_file(good, name):
+def test_paths_that_are_not_regular_files(good, name):
     (good / name).unlink()
     os.mkfifo(good / name)  # reading it would wait for ever
     with pytest.raises(FormatError, match="is no regular file"):
@@ -312,7 +312,7 @@ def test_what_is_no_regular_file(good, name):
         read_files(good)
 
 
-def test_what_is_missing(good, tmp_path):
+def test_missing_files(good, tmp_path):
     with pytest.raises(FormatError, match="there is no directory"):
         read_files(tmp_path / "nowhere")
     with pytest.raises(FormatError, match="is a file; an adapter is a directory"):
@@ -340,7 +340,7 @@ def test_replacing_keeps_other_files_and_the_card(good):
 
 
 @pytest.mark.parametrize("at", range(8))
-def test_an_error_leaves_the_old_adapter_whole(good, monkeypatch, at):
+def test_an_error_leaves_the_old_adapter_intact(good, monkeypatch, at):
     before = {p.name: p.read_bytes() for p in good.iterdir()}
     steps = iter(range(100))
     move = os.replace

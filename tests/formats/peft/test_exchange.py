@@ -69,7 +69,7 @@ def test_ours_in_peft_and_back(seed, tmp_path):
 
 
 @pytest.mark.parametrize("seed", range(36))
-def test_theirs_here_and_back(seed, tmp_path):
+def test_peft_file_loads_here_and_goes_back(seed, tmp_path):
     model, ours = draw(seed)
     rng = random.Random(seed)
     bare = [t for t in ours["targets"] if t.rpartition(".")[2] in BARE]

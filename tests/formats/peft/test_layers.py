@@ -132,7 +132,7 @@ def test_ours_in_peft_and_back(method, seed, tmp_path):
 
 
 @pytest.mark.parametrize(("method", "seed"), CASES)
-def test_theirs_here_and_back(method, seed, tmp_path):
+def test_peft_file_loads_here_and_goes_back(method, seed, tmp_path):
     model, _, options = draw(method, seed)
     base, x = build(model), tokens()
     theirs = made_by_peft(base, CONFIGS[method](**options), tmp_path / "theirs")
@@ -289,7 +289,7 @@ def test_with_a_head_and_an_embedding(method, tmp_path):
         close(logits(again, x), logits(ours, x))
 
 
-def test_two_beside_one_another(tmp_path):
+def test_two_methods_on_one_model(tmp_path):
     base, x = build("llama"), tokens()
     expected = {}
     for name, method in {

@@ -121,7 +121,7 @@ def test_rows_merge():
         ({"embed": [1]}, "nearest: .*embed_tokens"),
     ],
 )
-def test_what_cannot_be_is_named(tokens_, said):
+def test_invalid_tokens_are_refused(tokens_, said):
     with pytest.raises(ValueError, match=said):
         lp.apply(llama(), lp.LoRA(targets=["q_proj"], trainable_tokens=tokens_))
 

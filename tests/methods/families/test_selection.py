@@ -223,12 +223,12 @@ class TestWhatTrains:
             model = mlp()
             lp.apply(model, *[lp.BitFit(name="b"), lp.GradualUnfreezing(name="g")][::order])
             assert trained(model) == {"0.bias", "2.bias", "4.weight", "4.bias"}
-            assert list(model.__dict__["_peft_injection"].later) == ["2.weight", "0.weight"]
+            assert list(model.__dict__["_peft_injection"].deferred) == ["2.weight", "0.weight"]
 
 
 class TestNormStatistics:
     @pytest.mark.parametrize("move", [False, True])
-    def test_they_move_only_when_asked(self, move):
+    def test_norm_statistics_move_only_if_train_norm_stats(self, move):
         model = ConvNet()
         lp.apply(model, lp.NormTuning(targets=["blocks"], train_norm_stats=move))
         before = {n: b.clone() for n, b in model.named_buffers()}
@@ -393,7 +393,7 @@ class TestPrecision:
         model(input_ids=tokens, labels=tokens).loss.backward()
         assert all(p.grad.isfinite().all() for p in lp.trainable_parameters(model))
 
-    def test_lower_ones_are_told(self):
+    def test_training_in_bfloat16_warns_of_lost_updates(self):
         with pytest.warns(UserWarning, match="small updates are rounded away"):
             trainer(lp.FullFineTuning(), precision="bf16-true", max_steps=1).fit(Module())
 

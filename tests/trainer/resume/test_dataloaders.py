@@ -352,7 +352,7 @@ def test_a_checkpoint_of_an_earlier_version_continues(tmp_path: Path) -> None:
         assert same(fit(root, train, {}, ckpt=path), expected)
 
 
-def test_batches_in_the_order_of_the_workers_are_told_of() -> None:
+def test_batches_in_the_order_of_the_workers_are_warned_of() -> None:
     if "in_order" not in inspect.signature(DataLoader).parameters:
         pytest.skip("torch before 2.6")
     loader: Any = DataLoader(data(), num_workers=2, in_order=False)

@@ -41,14 +41,14 @@ class AdaLoRAConverter(Converter):
             raise NotInPeftError(f"alpha={method.alpha} is not above 0, which PEFT's AdaLoRA takes for another value")
         tensors: dict[str, Tensor] = {}
         kept: dict[str, list[bool]] = {}
-        for part in snapshot.parts:
+        for part in snapshot.adapter_records:
             _check(Layer.of(part, snapshot.base))
             mask, key = part.tensors["mask"].view(-1), f"{PREFIX}{part.host}"
             tensors[f"{key}.lora_A"] = part.tensors["lora_A"][mask]
             tensors[f"{key}.lora_E"] = part.tensors["lora_E"][mask]
             tensors[f"{key}.lora_B"] = part.tensors["lora_B"][:, mask]
             kept[f"{part.host}.lora_E"] = mask.tolist()
-        modules = [part.host for part in snapshot.parts]
+        modules = [part.host for part in snapshot.adapter_records]
         config = {
             **{option: getattr(method, option) for option in _SCHEDULE},
             "target_r": method.target_r,
@@ -57,7 +57,7 @@ class AdaLoRAConverter(Converter):
             "lora_dropout": method.dropout,
             "total_step": method.total_step or max(method.step, method.tinit + method.tfinal + 1),
             "rank_pattern": kept if not all(all(mask) for mask in kept.values()) else None,
-            "fan_in_fan_out": any(part.kind == "Conv1D" for part in snapshot.parts),
+            "fan_in_fan_out": any(part.kind == "Conv1D" for part in snapshot.adapter_records),
             "bias": bias_option(snapshot, modules),
             "target_modules": target_modules(modules, snapshot.base),
         }

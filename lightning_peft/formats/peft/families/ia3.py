@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from lightning_peft.core.state.adapter_records import Part
+from lightning_peft.core.state.adapter_records import AdapterRecord
 from lightning_peft.core.targeting.base_model import Base
 from lightning_peft.formats.directory.snapshot import Snapshot
 from lightning_peft.formats.peft.converter import Options
@@ -37,8 +37,8 @@ class IA3Converter(LayerConverter):
         return key, (1, max(shape), *(1 for _ in layer.stored[2:]))
 
     def config(self, snapshot: Snapshot) -> dict[str, Any]:
-        at_input = [part.name for part in snapshot.parts if _scales_input(part, snapshot)]
-        others = [part.name for part in snapshot.parts if part.name not in at_input]
+        at_input = [part.name for part in snapshot.adapter_records if _scales_input(part, snapshot)]
+        others = [part.name for part in snapshot.adapter_records if part.name not in at_input]
         # PEFT takes the end of a name in a list for a feed-forward, whether or not a word ends there.
         clash = any(other.endswith(name) for other in others for name in at_input)
         targets = target_modules([*at_input, *others], snapshot.base)
@@ -46,7 +46,7 @@ class IA3Converter(LayerConverter):
         return {
             "target_modules": targets,
             "feedforward_modules": "|".join(map(re.escape, sorted(at_input))) if clash else sorted(at_input),
-            "fan_in_fan_out": any(part.kind == "Conv1D" for part in snapshot.parts),
+            "fan_in_fan_out": any(part.kind == "Conv1D" for part in snapshot.adapter_records),
             "init_ia3_weights": True,
         }
 
@@ -58,7 +58,7 @@ class IA3Converter(LayerConverter):
         return IA3(feedforward_targets=base.patterns(at_input), **arguments)
 
 
-def _scales_input(part: Part, snapshot: Snapshot) -> bool:
+def _scales_input(part: AdapterRecord, snapshot: Snapshot) -> bool:
     host: Any = snapshot.base.module.get_submodule(part.host)
     return isinstance(host.adapters[snapshot.method.name].weights()[part.parameter], InputScale)
 

@@ -43,7 +43,7 @@ class LoRAConverter(Converter):
     def write(self, snapshot: Snapshot, fold_scale: bool = False, **options: Any) -> Writing:
         method = snapshot.method
         assert isinstance(method, LoRA)
-        found = list(entries([part for part in snapshot.parts if "tokens" not in part.facts], fold_scale))
+        found = list(entries([part for part in snapshot.adapter_records if "tokens" not in part.facts], fold_scale))
         rslora = method.use_rslora and not fold_scale
         ranks = {entry.name: entry.r for entry in found}
         alphas = {entry.name: clean(entry.scale * _divisor(entry.r, rslora)) for entry in found}
@@ -58,7 +58,7 @@ class LoRAConverter(Converter):
             "lora_dropout": method.dropout,
             "use_rslora": rslora,
             "use_dora": isinstance(method, DoRA),
-            "fan_in_fan_out": any(part.kind == "Conv1D" for part in snapshot.parts),
+            "fan_in_fan_out": any(part.kind == "Conv1D" for part in snapshot.adapter_records),
             "init_lora_weights": True,
             "target_modules": target_modules(modules, snapshot.base),
             "bias": bias_option(snapshot, modules),

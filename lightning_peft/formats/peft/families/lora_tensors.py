@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_peft.core.state.adapter_records import Part, kind_of, layer_facts
+from lightning_peft.core.state.adapter_records import AdapterRecord, layer_facts, layer_kind
 from lightning_peft.core.targeting.layouts import EmbeddingLayout, TransposedLayout
 from lightning_peft.core.targeting.sites import Site
 from lightning_peft.core.untrusted import FormatError
@@ -57,13 +57,13 @@ class Entry:
 class _Pair:
     """A (..., r, in) and B (..., out, r) of one weight, and what scales their product."""
 
-    part: Part
+    part: AdapterRecord
     a: Tensor
     b: Tensor
     scale: float
 
     @classmethod
-    def of(cls, part: Part) -> _Pair:
+    def of(cls, part: AdapterRecord) -> _Pair:
         own = part.tensors
         a, b = plain_factors(own["lora_A"], own["lora_B"], own.get("lora_A0"), own.get("lora_B0"))
         return cls(part, a, b, part.facts["scale"])
@@ -78,17 +78,17 @@ class _Pair:
         return _Pair(self.part, a, b * (self.scale / scale), scale)
 
 
-def entries(parts: Iterable[Part], fold_scale: bool = False) -> Iterator[Entry]:
+def entries(records: Iterable[AdapterRecord], fold_scale: bool = False) -> Iterator[Entry]:
     """PEFT's tensors for LoRA's adapters.
 
     Args:
-        parts: the adapters, those of one module together.
+        records: the adapters, those of one module together.
         fold_scale: multiply B by the scale, and let it be 1.
 
     Raises:
         NotInPeftError: a layer that PEFT cannot run.
     """
-    for host, group in groupby(map(_Pair.of, parts), key=lambda pair: pair.part.host):
+    for host, group in groupby(map(_Pair.of, records), key=lambda pair: pair.part.host):
         pairs = list(group)
         if fold_scale:
             pairs = [_Pair(pair.part, pair.a, pair.b * pair.scale, 1.0) for pair in pairs]
@@ -184,7 +184,7 @@ def take_layer(tensors: Tensors, site: Site, r: int, dora: bool, bias: bool) -> 
         FormatError: one is missing or misshapen, or the layer is one on which PEFT computes something else.
     """
     rows, columns = site.shape
-    name, kind = site.name, kind_of(site.module, site.layout)
+    name, kind = site.name, layer_kind(site.module, site.layout)
     if layer_facts(site.module, site.layout).get("own_forward"):
         raise FormatError(f"{name!r} has a forward of its own, beside which PEFT adds its change unscaled")
     if kind == "Embedding":

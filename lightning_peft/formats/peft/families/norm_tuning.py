@@ -27,7 +27,7 @@ class NormTuningConverter(Converter):
     methods = (NormTuning,)
 
     def write(self, snapshot: Snapshot, **options: Any) -> Writing:
-        inner = map(snapshot.base.inner, snapshot.method.heads(snapshot.base.root))
+        inner = map(snapshot.base.inner, snapshot.method.trainable_modules(snapshot.base.root))
         heads = [head for head in inner if head is not None]
         owners = dict.fromkeys(owner_of(name) for name in snapshot.trained)
         norms = [

@@ -56,7 +56,7 @@ class _PromptConverter(Converter):
         if layers is None:
             raise NotInPeftError("PEFT's prompts need a model whose configuration counts its layers")
         _add_heads(snapshot, heads)
-        prompt = _folded(adapter, snapshot)
+        prompt = _without_reparameterization(adapter, snapshot)
         config = {
             "task_type": task,
             "num_virtual_tokens": len(prompt),
@@ -81,7 +81,7 @@ class _PromptConverter(Converter):
         outer, _ = method.find(base.root)
         host: Any = base.root.get_submodule(outer)
         width = host.get_input_embeddings().embedding_dim
-        tokens, sides = method.placement().tokens, options.get("num_transformer_submodules") or 1
+        tokens, sides = method.token_template().tokens, options.get("num_transformer_submodules") or 1
         prompt = tensors.take("prompt_embeddings", (None, width), prefix="")
         # Of an encoder-decoder PEFT stores a decoder's prompt too, and never uses it.
         if len(prompt) != tokens * sides:
@@ -141,7 +141,7 @@ class PrefixTuningConverter(Converter):
         if adapters.keys() != everywhere.keys() or task == "SEQ_2_SEQ_LM":
             raise NotInPeftError("PEFT's prefixes are those of every attention of a decoder")
         _add_heads(snapshot, heads)
-        parts = [part for adapter in adapters.values() for part in _folded(adapter, snapshot)]
+        parts = [part for adapter in adapters.values() for part in _without_reparameterization(adapter, snapshot)]
         if len({part.shape for part in parts}) > 1:
             raise NotInPeftError("PEFT's prefixes have one width in all layers, for keys and for values")
         config = {
@@ -180,7 +180,7 @@ class PrefixTuningConverter(Converter):
 def _adapters(snapshot: Snapshot, kind: type[nn.Module]) -> dict[str, Any]:
     """The method's adapters of a kind, by their hosts in the base."""
     found = {}
-    for part in snapshot.parts:
+    for part in snapshot.adapter_records:
         host: Any = snapshot.base.module.get_submodule(part.host)
         adapter = host.adapters[snapshot.method.name]
         if isinstance(adapter, kind):
@@ -189,7 +189,7 @@ def _adapters(snapshot: Snapshot, kind: type[nn.Module]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _folded(adapter: Any, snapshot: Snapshot) -> Any:
+def _without_reparameterization(adapter: Any, snapshot: Snapshot) -> Any:
     """What an adapter's network makes, as it does after training: a prompt, or keys and values."""
     mode = adapter.training
     adapter.eval()

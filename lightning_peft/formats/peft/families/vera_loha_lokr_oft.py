@@ -1,4 +1,4 @@
-"""LoRA's kin as PEFT writes them: ``peft_type`` VERA, LOHA, LOKR and OFT.
+"""The other weight methods as PEFT writes them: ``peft_type`` VERA, LOHA, LOKR and OFT.
 
 | method | keys after the module | where the shape differs from ours |
 |---|---|---|
@@ -37,7 +37,7 @@ class VeRAConverter(LayerConverter):
     has_rank = True
     kinds = frozenset({"Linear", "Conv1D"})
     shared = {"projection.vera_A": "base_model.vera_A", "projection.vera_B": "base_model.vera_B"}
-    ours_alone = frozenset({"projection.sample"})
+    not_in_peft = frozenset({"projection.sample"})
     table = (
         Option("r", 256),
         Option("vera_dropout", 0.0, "dropout"),
@@ -49,7 +49,7 @@ class VeRAConverter(LayerConverter):
     def config(self, snapshot: Snapshot) -> dict[str, Any]:
         return {
             **written_options(self.table, snapshot.method),
-            "fan_in_fan_out": any(part.kind == "Conv1D" for part in snapshot.parts),
+            "fan_in_fan_out": any(part.kind == "Conv1D" for part in snapshot.adapter_records),
             "bias": "none",
             "init_weights": True,
         }
@@ -70,8 +70,8 @@ class _FactorConverter(LayerConverter):
     )
 
     def config(self, snapshot: Snapshot) -> dict[str, Any]:
-        ranks = {part.name: part.facts["r"] for part in snapshot.parts}
-        alphas = {part.name: clean(part.facts["scale"] * part.facts["r"]) for part in snapshot.parts}
+        ranks = {part.name: part.facts["r"] for part in snapshot.adapter_records}
+        alphas = {part.name: clean(part.facts["scale"] * part.facts["r"]) for part in snapshot.adapter_records}
         r, alpha = (most_common(values.values()) for values in (ranks, alphas))
         return {
             "r": r,

@@ -56,7 +56,7 @@ def test_ours_in_peft_and_back(model, parts, tmp_path):
 
 
 @pytest.mark.parametrize("model", list(TARGETS))
-def test_theirs_here(model, tmp_path):
+def test_peft_file_loads_here(model, tmp_path):
     base, x = build(model), tokens()
     theirs = made_by_peft(base, peft.LNTuningConfig(target_modules=TARGETS[model]), tmp_path)
     here = copy.deepcopy(base)

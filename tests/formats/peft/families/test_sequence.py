@@ -181,7 +181,7 @@ def test_from_a_wrapped_model_to_a_bare_one(method, tmp_path):
         (lp.PrefixTuning(3, bottleneck_size=4), "counts positions"),
     ],
 )
-def test_what_peft_cannot_say_is_written_natively_with_the_reason(method, reason, tmp_path):
+def test_what_peft_cannot_represent_is_written_natively_with_the_reason(method, reason, tmp_path):
     base, x = build("llama"), tokens()
     ours = adapted(base, method)
     save_adapter(ours, tmp_path)

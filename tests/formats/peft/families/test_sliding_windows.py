@@ -62,7 +62,7 @@ def test_prefixes_fall_out_of_the_window(name, attention, tmp_path):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_steps_from_a_cache_see_what_the_whole_sees(name):
+def test_cached_steps_equal_the_uncached_forward(name):
     model, ids = (
         adapted(build(name), lp.PrefixTuning(3, shift_positions=True, init_std=0.5)),
         torch.randint(3, 64, (2, 12)),

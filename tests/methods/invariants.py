@@ -1,4 +1,5 @@
-"""What the tests of LoRA's kin share: small models, a reference by the matrix, and the invariants each method keeps."""
+"""What the tests of the other weight methods share: small models, a reference by the matrix, and the invariants each
+method keeps."""
 
 from __future__ import annotations
 

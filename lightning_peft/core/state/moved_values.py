@@ -20,11 +20,11 @@ from lightning_peft.core.adapters.stack import AdapterStack
 from lightning_peft.core.names import canonical
 from lightning_peft.core.sharded_tensors import is_sharded, local_part
 
-__all__ = ["Start", "extra_state"]
+__all__ = ["InitialValues", "extra_state"]
 
 
 @dataclass
-class Start:
+class InitialValues:
     """The values that a base had when methods were applied to it, by canonical name.
 
     Attributes:
@@ -35,12 +35,12 @@ class Start:
     """
 
     buffers: dict[str, Tensor] = field(default_factory=dict)
-    parameters: dict[str, _Mark] | None = None
+    parameters: dict[str, _ParameterDigest] | None = None
     extra: dict[str, Any] = field(default_factory=dict)
     trained: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, model: nn.Module) -> Start:
+    def of(cls, model: nn.Module) -> InitialValues:
         """The start of ``model`` as it is now; parameters are marked by :meth:`mark`."""
         stored = model.state_dict().keys()
         buffers = {canonical(name): b.detach().clone() for name, b in model.named_buffers() if name in stored}
@@ -66,7 +66,7 @@ class Start:
         """
         old = self.parameters or {}
         self.parameters = {
-            name: old[name] if name in old and old[name].comparable(parameter) else _Mark.of(parameter)
+            name: old[name] if name in old and old[name].comparable(parameter) else _ParameterDigest.of(parameter)
             for name, parameter in _base_parameters(model)
             if name not in self.trained
         }
@@ -94,16 +94,16 @@ class Start:
             name
             for name, parameter in _base_parameters(model)
             if name in marks and name not in without and id(parameter) not in merged
-            if marks[name].comparable(parameter) and marks[name] != _Mark.of(parameter)
+            if marks[name].comparable(parameter) and marks[name] != _ParameterDigest.of(parameter)
         ]
 
-    def around(self, model: nn.Module, inner: str) -> Start:
+    def around(self, model: nn.Module, inner: str) -> InitialValues:
         """The start of ``model``, which calls the module of this one ``inner``; the rest of it is as it is now."""
 
         def outer(values: Mapping[str, Any]) -> dict[str, Any]:
             return {f"{inner}.{name}": value for name, value in values.items()}
 
-        found = Start.of(model)
+        found = InitialValues.of(model)
         found.buffers |= outer(self.buffers)
         found.extra |= outer(self.extra)
         found.trained = outer(self.trained)
@@ -125,7 +125,7 @@ def extra_state(model: nn.Module) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class _Mark:
+class _ParameterDigest:
     """What tells whether a parameter's values have changed; of a sharded one, the values on this rank."""
 
     dtype: torch.dtype
@@ -133,7 +133,7 @@ class _Mark:
     sums: tuple[int, ...] | None
 
     @classmethod
-    def of(cls, parameter: Tensor) -> _Mark:
+    def of(cls, parameter: Tensor) -> _ParameterDigest:
         local = local_part(parameter).detach()
         return cls(local.dtype, local.shape, _sums(local))
 

@@ -10,10 +10,10 @@ from lightning_peft.core.class_swap import original_class
 from lightning_peft.core.names import canonical
 from lightning_peft.core.state.state_dict import StateError, state_keys
 
-__all__ = ["check_written", "trimmed"]
+__all__ = ["check_complete", "trim_state"]
 
 
-def trimmed(model: nn.Module, state: Mapping[str, Tensor], keys: Container[str]) -> dict[str, Tensor]:
+def trim_state(model: nn.Module, state: Mapping[str, Tensor], keys: Container[str]) -> dict[str, Tensor]:
     """The trainable part of a full state dict, under canonical keys.
 
     Args:
@@ -25,7 +25,7 @@ def trimmed(model: nn.Module, state: Mapping[str, Tensor], keys: Container[str])
         StateError: a tensor is missing, or empty, as a sharded parameter that was never gathered is.
     """
     if state:  # other ranks than the first may have none
-        check_written(model, map(canonical, state), f"{original_class(model).__name__}.state_dict")
+        check_complete(model, map(canonical, state), f"{original_class(model).__name__}.state_dict")
     kept = {canonical(k): v for k, v in state.items() if canonical(k) in keys}
     for key, value in kept.items():
         if isinstance(value, Tensor) and value.numel() == 0:
@@ -33,7 +33,7 @@ def trimmed(model: nn.Module, state: Mapping[str, Tensor], keys: Container[str])
     return kept
 
 
-def check_written(model: nn.Module, keys: Iterable[str], who: str) -> None:
+def check_complete(model: nn.Module, keys: Iterable[str], who: str) -> None:
     """Refuse a checkpoint without parts of the trainable state.
 
     Args:

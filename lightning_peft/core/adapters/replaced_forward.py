@@ -30,13 +30,13 @@ def set_forward(host: nn.Module, forward: Callable[..., Any]) -> None:
         if has_mixin(host, OwnForward) and forward.__func__ is original_class(host).forward:  # type: ignore[attr-defined]
             vars(host)["_own_forward"] = forward
     else:
-        vars(host)["forward"] = _Unverified(host, forward)
+        vars(host)["forward"] = _UnverifiedForward(host, forward)
 
 
 _LOCK = threading.RLock()  # one thread at a time looks
 
 
-class _Unverified:
+class _UnverifiedForward:
     """Calls ``forward``, and sees at the first call with active adapters that it runs them."""
 
     def __init__(self, host: Any, forward: Callable[..., Any]) -> None:
@@ -45,7 +45,7 @@ class _Unverified:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         stack = self.host.adapters
-        if torch.compiler.is_compiling() or not (stack.running() or stack.router is not None):
+        if torch.compiler.is_compiling() or not (stack.running() or stack.dispatcher is not None):
             return self.forward(*args, **kwargs)
         with _LOCK:
             return self._verify(stack, args, kwargs)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import lightning_peft as lp
-from lightning_peft.core.state.moved import Start
+from lightning_peft.core.state.moved_values import InitialValues
 from lightning_peft.core.state.state_dict import load_state
 from tests.helpers import assert_same_bits, bits
 
@@ -30,7 +30,7 @@ CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
 def test_a_parameter_that_changes_by_hand_is_seen(shape: tuple[int, ...], dtype: torch.dtype, change: str):
     torch.manual_seed(0)
     model = nn.ParameterList([torch.randn(shape, dtype=dtype), torch.randn(shape, dtype=dtype)])
-    start = Start.of(model)
+    start = InitialValues.of(model)
     start.mark(model)
     assert start.moved(model, ()) == set()
     model[1].data = CHANGES[change](model[1].data)
@@ -40,7 +40,7 @@ def test_a_parameter_that_changes_by_hand_is_seen(shape: tuple[int, ...], dtype:
 
 def test_an_empty_and_a_cast_parameter_have_not_moved():
     model = nn.ParameterList([torch.empty(0, 3), torch.randn(())])
-    start = Start.of(model)
+    start = InitialValues.of(model)
     start.mark(model)
     model.to(torch.bfloat16)
     assert start.moved(model, ()) == set()

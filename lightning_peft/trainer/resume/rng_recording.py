@@ -1,4 +1,5 @@
-"""The random streams that a dataloader draws from: the global ones, and generators of its samplers and dataset."""
+"""The random random number generators that a dataloader draws from: the global ones, and generators of its samplers and
+dataset."""
 
 from __future__ import annotations
 
@@ -11,11 +12,11 @@ from torch.utils.data import Dataset, Sampler, get_worker_info
 
 from lightning_peft.trainer.resume.rng_state import rng_state, set_rng_state
 
-__all__ = ["Recorded", "StartFrom", "Streams", "WithStreams"]
+__all__ = ["CollateWithRNGState", "RNGStates", "RecordedDraws", "StartWorker"]
 
 
-class Streams:
-    """The global random streams of the CPU, and the generators that some objects hold.
+class RNGStates:
+    """The global random RNG states of the CPU, and the generators that some objects hold.
 
     Args:
         holders: loaders, samplers and datasets. Generators (torch's, numpy's, Python's) are found among their
@@ -31,11 +32,11 @@ class Streams:
         return bool(self._own)
 
     def state(self) -> dict[str, Any]:
-        """The state of all streams by name, in tensors and plain values; ``"generators"`` has those held."""
+        """The state of all RNG states by name, in tensors and plain values; ``"generators"`` has those held."""
         return {**rng_state(cuda=False), "generators": [_state(g) for g in self._own]}
 
     def set(self, state: dict[str, Any]) -> None:
-        """Set the streams named in ``state``."""
+        """Set the RNG states named in ``state``."""
         set_rng_state({name: value for name, value in state.items() if name != "cuda"})
         for generator, value in zip(self._own, state.get("generators", ())):
             _set_state(generator, value)
@@ -52,15 +53,15 @@ def _same(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
-class Recorded:
-    """An iterator whose draws from the random streams are recorded, or repeated from a record.
+class RecordedDraws:
+    """An iterator whose draws from the random RNG states are recorded, or repeated from a record.
 
     Args:
         items: the iterator.
-        streams: the random streams.
-        log: by index of an item that draws, the streams from before it; one that stands where the item before left it
-            is left out. Grows here.
-        until: up to this index, items are repeated: on the streams of the log, and without moving the present ones.
+        rng_states: the random RNG states.
+        log: by index of an item that draws, the RNG states from before it; one that stands where the item before left
+            it is left out. Grows here.
+        until: up to this index, items are repeated: on the RNG states of the log, and without moving the present ones.
         count: index of the first item.
         when: whether the item at an index is recorded.
         window: keep the last two items alone, each in full.
@@ -69,16 +70,16 @@ class Recorded:
     def __init__(
         self,
         items: Iterator[Any],
-        streams: Streams,
+        rng_states: RNGStates,
         log: dict[int, dict[str, Any]],
         until: int = 0,
         count: int = 0,
         when: Callable[[int], bool] | None = None,
         window: bool = False,
     ) -> None:
-        self.items, self.streams, self.log, self.until, self.count = items, streams, log, until, count
+        self.items, self.rng_states, self.log, self.until, self.count = items, rng_states, log, until, count
         self.when, self.window = when, window
-        self.left: dict[str, Any] | None = None  # the streams after the last item that drew
+        self.left: dict[str, Any] | None = None  # the RNG states after the last item that drew
 
     def __iter__(self) -> Iterator[Any]:
         return self
@@ -94,18 +95,18 @@ class Recorded:
         return item
 
     def _repeat(self) -> Any:
-        now = self.streams.state()
-        self.streams.set({**(self.left or {}), **self.log.get(self.count, {})})
+        now = self.rng_states.state()
+        self.rng_states.set({**(self.left or {}), **self.log.get(self.count, {})})
         try:
             return next(self.items)
         finally:
-            self.left = self.streams.state()
-            self.streams.set(now)
+            self.left = self.rng_states.state()
+            self.rng_states.set(now)
 
     def _record(self) -> Any:
-        before = self.streams.state()
+        before = self.rng_states.state()
         item = next(self.items)
-        after = self.streams.state()
+        after = self.rng_states.state()
         drew = {name: state for name, state in before.items() if not _same(state, after[name])}
         left = self.left or {}
         entry = {n: s for n, s in drew.items() if self.window or n not in left or not _same(s, left[n])}
@@ -117,21 +118,21 @@ class Recorded:
         return item
 
 
-class WithStreams:
-    """Collates in a worker, and adds the worker's random streams as they stand after the batch."""
+class CollateWithRNGState:
+    """Collates in a worker, and adds the worker's random RNG states as they stand after the batch."""
 
     def __init__(self, collate: Callable[[Any], Any]) -> None:
         self.collate = collate
-        self.streams: Streams | None = None
+        self.rng_states: RNGStates | None = None
 
     def __call__(self, samples: Any) -> Any:
-        if self.streams is None:
-            self.streams = Streams(get_worker_info().dataset)  # type: ignore[union-attr]
-        return self.collate(samples), self.streams.state()
+        if self.rng_states is None:
+            self.rng_states = RNGStates(get_worker_info().dataset)  # type: ignore[union-attr]
+        return self.collate(samples), self.rng_states.state()
 
 
-class StartFrom:
-    """Initialises a worker, and then sets its random streams."""
+class StartWorker:
+    """Initialises a worker, and then sets its random RNG states."""
 
     def __init__(self, init: Callable[[int], None] | None, states: dict[int, Any]) -> None:
         self.init = init
@@ -141,7 +142,7 @@ class StartFrom:
         if self.init is not None:
             self.init(worker)
         if worker in self.states:
-            Streams(get_worker_info().dataset).set(self.states[worker])  # type: ignore[union-attr]
+            RNGStates(get_worker_info().dataset).set(self.states[worker])  # type: ignore[union-attr]
 
 
 def _generators(*holders: Any) -> list[Any]:

@@ -12,10 +12,10 @@ from lightning_peft.trainer.module import adapt_module
 from lightning_peft.trainer.packages import check_packages
 from lightning_peft.trainer.strategy import adapt_strategy
 
-__all__ = ["install"]
+__all__ = ["prepare_run"]
 
 
-def install(trainer: L.Trainer, module: L.LightningModule) -> None:
+def prepare_run(trainer: L.Trainer, module: L.LightningModule) -> None:
     """Prepare trainer and module for the methods among the trainer's callbacks; idempotent.
 
     Raises:
@@ -24,7 +24,7 @@ def install(trainer: L.Trainer, module: L.LightningModule) -> None:
     """
     check_packages(trainer, module)
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    methods = [i for i, c in enumerate(callbacks) if hasattr(c, "plan") and hasattr(c, "may_change")]
+    methods = [i for i, c in enumerate(callbacks) if hasattr(c, "plan") and hasattr(c, "resume_may_differ")]
     there = [c for c in callbacks if isinstance(c, Lifecycle)]
     if not there:
         there = [Lifecycle()]

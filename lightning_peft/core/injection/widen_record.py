@@ -5,13 +5,13 @@ from __future__ import annotations
 from torch import nn
 
 from lightning_peft.core.names import canonical, join
-from lightning_peft.core.record import Trains, injected_name, injection_of
+from lightning_peft.core.record import TrainedBase, injected_name, injection_state
 from lightning_peft.core.state.fingerprint import fingerprint
 
-__all__ = ["widen"]
+__all__ = ["widen_record"]
 
 
-def widen(model: nn.Module, freeze: bool = True) -> None:
+def widen_record(model: nn.Module, freeze: bool = True) -> None:
     """Let the record of the module inside ``model`` that methods were applied to use the names of ``model``.
 
     Does nothing if the record is that of ``model`` already.
@@ -20,7 +20,7 @@ def widen(model: nn.Module, freeze: bool = True) -> None:
         model: the module around it.
         freeze: whether to freeze the rest of ``model``; otherwise what requires gradients there goes on training.
     """
-    record, inner = injection_of(model), injected_name(model)
+    record, inner = injection_state(model), injected_name(model)
     if record is None or not inner:
         return
 
@@ -33,18 +33,18 @@ def widen(model: nn.Module, freeze: bool = True) -> None:
     for parameter in others.values() if freeze else ():
         parameter.requires_grad_(False)
     record.trained_before = frozenset(others.keys() | {outer(name) for name in record.trained_before})
-    record.later = {outer(name): value for name, value in record.later.items()}
-    record.trains = {
-        adapter: Trains(tuple(map(outer, trains.modules)), tuple(map(outer, trains.parameters)), trains.adapters)
-        for adapter, trains in record.trains.items()
+    record.deferred = {outer(name): value for name, value in record.deferred.items()}
+    record.trained_base = {
+        adapter: TrainedBase(tuple(map(outer, trains.modules)), tuple(map(outer, trains.parameters)), trains.adapters)
+        for adapter, trains in record.trained_base.items()
     }
     record.hosts = {adapter: tuple(map(outer, found)) for adapter, found in record.hosts.items()}
-    for part in (part for parts in record.parts.values() for part in parts):
+    for part in (part for parts in record.adapter_records.values() for part in parts):
         part.host = outer(part.host)
     record.report.entries = [entry._replace(module=outer(entry.module)) for entry in record.report.entries]
-    record.kept, record.moved = set(map(outer, record.kept)), set(map(outer, record.moved))
-    record.kept |= set() if freeze else others.keys()
+    record.also_trained, record.moved = set(map(outer, record.also_trained)), set(map(outer, record.moved))
+    record.also_trained |= set() if freeze else others.keys()
     record.start = record.start.around(model, inner)
     model.__dict__["_peft_injection"] = inside.__dict__.pop("_peft_injection")
     record.report.count(model)
-    record.fingerprint = fingerprint(model, leave_out=record.later)
+    record.fingerprint = fingerprint(model, leave_out=record.deferred)

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-__all__ = ["names_apart", "put_back", "set_apart", "unreadable"]
+__all__ = ["pickle_unsafe_hparams", "restore_unsafe_hparams", "unread_hparams", "unreadable"]
 
-APART = "lightning_peft_apart"
+UNSAFE_HPARAMS = "lightning_peft_apart"
 _SETS = {"hyper_parameters": "hparams_type", "datamodule_hyper_parameters": "datamodule_hparams_type"}
 
 
@@ -28,7 +28,7 @@ def unreadable(value: Any) -> str | None:
     return None
 
 
-def set_apart(checkpoint: dict[str, Any]) -> None:
+def pickle_unsafe_hparams(checkpoint: dict[str, Any]) -> None:
     """Move the hyperparameters that ``weights_only=True`` refuses out of the others, each as a pickle of its own."""
     apart: dict[str, dict[str, bytes]] = {}
     for key, kind in _SETS.items():
@@ -43,19 +43,19 @@ def set_apart(checkpoint: dict[str, Any]) -> None:
         checkpoint[key] = {name: value for name, value in values.items() if name not in refused}
         apart[key] = {name: _pickled(values[name]) for name in refused}
     if any(apart.values()):
-        checkpoint[APART] = apart
+        checkpoint[UNSAFE_HPARAMS] = apart
 
 
-def put_back(checkpoint: dict[str, Any]) -> None:
-    """Undo :func:`set_apart`, which runs the code that the pickles name."""
-    for key, values in checkpoint.pop(APART, {}).items():
+def restore_unsafe_hparams(checkpoint: dict[str, Any]) -> None:
+    """Undo :func:`pickle_unsafe_hparams`, which runs the code that the pickles name."""
+    for key, values in checkpoint.pop(UNSAFE_HPARAMS, {}).items():
         read = {name: torch.load(io.BytesIO(value), weights_only=False) for name, value in values.items()}
         checkpoint[key] = {**checkpoint.get(key, {}), **read}
 
 
-def names_apart(checkpoint: Mapping[str, Any]) -> list[str]:
+def unread_hparams(checkpoint: Mapping[str, Any]) -> list[str]:
     """The names of the module's hyperparameters that were not read."""
-    return sorted((checkpoint.get(APART) or {}).get("hyper_parameters", {}))
+    return sorted((checkpoint.get(UNSAFE_HPARAMS) or {}).get("hyper_parameters", {}))
 
 
 def _pickled(value: Any) -> bytes:
