@@ -60,7 +60,9 @@ class ZeroGradientAudit:
         # At a learning rate of zero (warmup) a head of zeros stays zero, and keeps the gradients behind it at zero.
         moving = [group for group in optimizer.param_groups if group.get("lr") != 0]
         stepped = {id(p) for group in moving for p in group["params"]}
-        running = {n for s in stacks(self.model).values() for n in (s.active if s.named is None else s.named)}
+        running = {
+            n for s in stacks(self.model).values() for n in (s.active if s.ever_routed is None else s.ever_routed)
+        }
         found = []
         for group in self.groups:
             counts = group.adapter is None or group.adapter in running
