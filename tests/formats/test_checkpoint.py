@@ -199,8 +199,8 @@ def test_a_loaded_checkpoint_trains_and_tests_without_its_method(loaded):
 
 def test_a_method_does_not_resume_what_was_loaded_nor_the_other_way_round(loaded):
     path = train(loaded())
-    with pytest.raises(lp.StateError, match=r"'default' was put in by lp.load_adapter.*and as a method in this one"):
+    with pytest.raises(lp.StateError, match=r"'default' was attached by lp.load_adapter.*but as a method in this run"):
         train(Trained(), lp.LoRA(**LOADED), ckpt_path=path)
     path = train(Trained(), lp.LoRA(**LOADED))
-    with pytest.raises(lp.StateError, match=r"'default' was put in as a method .*and by lp.load_adapter"):
+    with pytest.raises(lp.StateError, match=r"'default' was attached as a method .*but by lp.load_adapter"):
         train(loaded(), ckpt_path=path)

@@ -162,8 +162,8 @@ def test_all_hyperparameters_as_one_argument(trained):
 @pytest.mark.parametrize("hyper_parameters", [3, "text", [1], {1: 2}])
 def test_hyperparameters_that_are_none(trained, hyper_parameters):
     torch.save({**trained, "hyper_parameters": hyper_parameters}, "hostile.ckpt")
-    assert "are not arguments by name" in refused(ENTRIES["load_from_checkpoint"], "hostile.ckpt")
-    assert "are not arguments by name" in refused(ENTRIES["test"], "hostile.ckpt")
+    assert "are not a dictionary of arguments by name" in refused(ENTRIES["load_from_checkpoint"], "hostile.ckpt")
+    assert "are not a dictionary of arguments by name" in refused(ENTRIES["test"], "hostile.ckpt")
 
 
 def test_what_the_user_gives_is_used_and_a_difference_is_said(trained, recwarn):

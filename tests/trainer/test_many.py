@@ -120,7 +120,7 @@ def test_resume_is_exact_with_and_without_the_frozen_one(tmp_path: Path, moment:
 
 def test_a_missing_trained_method_is_an_error(tmp_path: Path) -> None:
     fit(tmp_path, "before", *every_step(tmp_path))
-    with pytest.raises(StateError, match="the checkpoint holds a LoRA named 'default', which this run does not attach"):
+    with pytest.raises(StateError, match="the checkpoint holds a LoRA named 'default', but this run attaches only"):
         trainer(tmp_path, method=lora(name="other")).fit(Compares(), loader(), ckpt_path=tmp_path / "step=2.ckpt")
 
 

@@ -1,7 +1,8 @@
-"""Distributed checkpoints, read as data: torch's own reader unpickles whatever their files name.
+"""Read distributed checkpoints as data, without running code from them.
 
-A folder's ``.metadata`` is a pickle of a few classes of torch's, and values that are no tensors (an optimizer's
-options) are small pickles of their own. Both are checked before torch reads them.
+torch's own reader unpickles anything that the files name. A checkpoint folder has two kinds of pickle: ``.metadata``,
+which needs only a few torch classes, and one small pickle per value that is not a tensor (an optimizer's options).
+Both are checked before torch reads them.
 """
 
 from __future__ import annotations
@@ -24,49 +25,53 @@ _PATHS = {"PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath", "Path"
 
 
 def check_metadata(folder: Path) -> Any:
-    """Make sure that reading a distributed checkpoint runs nothing and stays in its folder.
+    """Check that reading a distributed checkpoint runs no code and opens no file outside its folder.
 
     Returns:
-        torch's ``Metadata``: what tensors there are, and where.
+        torch's ``Metadata``, which lists the stored tensors and their files.
 
     Raises:
-        StateError: its metadata is missing or damaged, names other classes than torch's, or files elsewhere.
+        StateError: if the metadata is missing or damaged, names a class that is not torch's, or names a file outside
+            the folder.
     """
     path = folder / ".metadata"
     if not path.is_file():
-        raise StateError(f"{folder} is no distributed checkpoint: it has no .metadata")
+        raise StateError(f"{folder} is not a distributed checkpoint: it has no .metadata")
     try:
         metadata = _Unpickler(io.BytesIO(path.read_bytes()), str(path)).load()
         files = {str(info.relative_path) for info in (metadata.storage_data or {}).values()}
     except StateError:
         raise
-    except Exception as error:  # a damaged pickle can make anything be raised
+    except Exception as error:  # a damaged pickle can raise any exception
         raise StateError(f"{path} cannot be read: {error!r}") from error
+    # torch joins these names to the folder, so "../x" or an absolute path would read a file elsewhere.
     outside = sorted(file for file in files if Path(file).name != file)
     if outside:
-        raise StateError(f"{path} names files outside of its folder: {outside[:3]}")
+        raise StateError(f"{path} names files outside its folder: {outside[:3]}")
     return metadata
 
 
 class PlainPlanner(DefaultLoadPlanner):
-    """Loads tensors and plain values."""
+    """A load planner that reads tensors and plain values only."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        """Check a value that is no tensor, then load it.
+        """Check a value that is not a tensor, then load it.
 
         Raises:
-            StateError: it is an object of some other kind, which would be run to read it.
+            StateError: if the value is an object that only running its code could restore.
         """
         try:
             torch.load(value, weights_only=True)
-        except Exception as error:  # a damaged pickle can make anything be raised
+        except Exception as error:  # a damaged pickle can raise any exception
             key = read_item.dest_index.fqn
-            raise StateError(f"{key!r} in the checkpoint is no plain value, and was not read") from error
-        value.seek(0)
+            raise StateError(f"{key!r} in the checkpoint is not a plain value, and was not read") from error
+        value.seek(0)  # the base class reads the same bytes again, with weights_only=False
         super().load_bytes(read_item, value)
 
 
 class _Unpickler(pickle.Unpickler):
+    """An unpickler that resolves only the classes that torch writes into ``.metadata``."""
+
     def __init__(self, file: io.BytesIO, where: str) -> None:
         super().__init__(file)
         self.where = where
@@ -79,6 +84,7 @@ class _Unpickler(pickle.Unpickler):
         )
         if known or (module in _OWNERS and "." not in name):
             found = super().find_class(module, name)
+            # Only classes defined in these modules: a function, or something they merely import, could run code.
             if known or (isinstance(found, type) and found.__module__ == module):
                 return found
-        raise StateError(f"{self.where} was not read: to read it, {module}.{name} would be run")
+        raise StateError(f"{self.where} was not read: reading it would run {module}.{name}")

@@ -1,8 +1,8 @@
-"""The arguments of a module that its checkpoint may supply.
+"""Choose which arguments of a module its checkpoint may supply.
 
-One rule for every command and for ``lp.load_from_checkpoint``: a checkpoint supplies plain values. Whatever could be
-imported or called (a class path, a callable, an argument that takes an object) and whatever a class lists in
-``from_user`` comes from the user, and an argument that the user gives is never overridden by a file.
+Every command and ``lp.load_from_checkpoint`` follow one rule: a checkpoint supplies plain values only. The user must
+pass anything that could be imported or called (a class path, a callable, an argument that takes an object) and any
+argument that the class lists in ``from_user``. A file never overrides an argument that the user passes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lightning_peft.trainer.checkpoints.unsafe_hparams import unread_hparams
 
 __all__ = ["names_code", "parameters_of", "saved_arguments", "takes_any"]
 
-#: what jsonargparse and Hydra take for a class to build, also in the middle of a string, which they parse as YAML
+#: keys that make jsonargparse and Hydra build a class, even inside a string, because they parse strings as YAML
 _CLASS_KEYS = ("class_path", "_target_")
 _DOTTED = re.compile(r"[^\W\d]\w*(?:[.:][^\W\d]\w*)+")
 _CONTAINERS = (list, dict, tuple, set, frozenset, Sequence, Mapping, Iterable)
@@ -40,23 +40,26 @@ def saved_arguments(
     where: str | Path,
     trusted: bool = False,
 ) -> dict[str, Any]:
-    """The arguments of ``module_class`` that a checkpoint supplies beside those that the user gives.
+    """Return the arguments of ``module_class`` that the checkpoint supplies in addition to the user's.
 
-    An argument that is given and differs from the saved one is used, with a warning.
+    If an argument that the user passes differs from the saved one, it is used and a warning names both values.
 
     Args:
-        module_class: the class that the user named.
-        checkpoint: as it was read, with its ``hyper_parameters``.
-        given: the user's arguments.
-        where: the checkpoint's path, for messages.
-        trusted: objects that were read from the file may be used.
+        module_class: The class that the user named.
+        checkpoint: The loaded checkpoint, with its ``hyper_parameters``.
+        given: The user's arguments.
+        where: The checkpoint's path, for messages.
+        trusted: Whether objects that were read from the file may be used.
 
     Raises:
-        StateError: the hyperparameters are not a dictionary, or one that was not given names code.
+        StateError: if the hyperparameters are not a dictionary, or if one that the user did not pass names code.
     """
     saved = checkpoint.get("hyper_parameters") or {}
     if not isinstance(saved, Mapping) or not all(isinstance(name, str) for name in saved):
-        raise StateError(f"{where}: its hyper_parameters are not arguments by name")
+        raise StateError(
+            f"{where}: its hyper_parameters are not a dictionary of arguments by name. The Trainer always writes one, "
+            "so the file was edited or is damaged: use another copy"
+        )
     accepted = parameters_of(module_class)
     saved = _as_one_argument(saved, checkpoint.get("hparams_name"), accepted)
     _check_apart(unread_hparams(checkpoint), checkpoint.get("hparams_name"), accepted, given, where)
@@ -84,14 +87,14 @@ def saved_arguments(
         said = ", ".join(f"{name}={_shown(value)}" for name, value in refused.items())
         flags = " ".join(f"--model.{name}=..." for name in refused)
         raise StateError(
-            f"{where} was saved with {said}. What a file names is never imported, called or opened: give these "
+            f"{where} was saved with {said}. Names in files are never imported, called or opened: pass these "
             f"arguments yourself ({flags} on the command line, {', '.join(f'{n}=...' for n in refused)} in Python)"
         )
     return found
 
 
 def _as_one_argument(saved: Mapping[str, Any], name: Any, accepted: Mapping[str, inspect.Parameter]) -> dict[str, Any]:
-    """``saved``, or the one argument that it is the content of after ``save_hyperparameters(args)``."""
+    """Return ``saved``; after ``save_hyperparameters(args)``, return it as the single argument ``args``."""
     if name not in accepted:
         return dict(saved)
     as_namespace = accepted[name].annotation is Namespace
@@ -99,7 +102,7 @@ def _as_one_argument(saved: Mapping[str, Any], name: Any, accepted: Mapping[str,
 
 
 def _attributes(value: Any) -> Any:
-    """Dictionaries whose entries are attributes too, as those of ``hparams`` are, inside of each other as well."""
+    """Convert nested dictionaries to ``AttributeDict``, so that entries are attributes, as in ``hparams``."""
     if isinstance(value, Mapping):
         return AttributeDict({k: _attributes(v) for k, v in value.items()})
     return [_attributes(v) for v in value] if isinstance(value, list) else value
@@ -108,21 +111,24 @@ def _attributes(value: Any) -> Any:
 def _check_apart(
     names: list[str], whole: Any, accepted: Mapping[str, Any], given: Mapping[str, Any], where: str | Path
 ) -> None:
-    """Refuse to build a module without hyperparameters that were not read, whatever the class's defaults are."""
+    """Refuse to build a module if hyperparameters were not read from the file and the user did not pass them.
+
+    The class's defaults are not used in their place: the module would then differ silently from the trained one.
+    """
     needed = [whole] if names and whole in accepted else [name for name in names if name in accepted]
     if missing := [name for name in needed if name not in given]:
         raise StateError(
             f"{where}: the hyperparameters {', '.join(map(ascii, names))} are objects, which are not read from files. "
-            f"Give them yourself ({', '.join(f'{n}=...' for n in missing)}), or read the file with weights_only=False "
+            f"Pass them yourself ({', '.join(f'{n}=...' for n in missing)}), or read the file with weights_only=False "
             "if you trust it"
         )
 
 
 def names_code(value: Any) -> bool:
-    """Whether ``value`` names something that could be imported, or has it in it; imports nothing to find out."""
+    """Whether ``value`` is or contains a name that could be imported; imports nothing itself."""
     try:
         return _names_code(value)
-    except RecursionError:  # a pickle can hold a list that holds itself
+    except RecursionError:  # a pickle can hold a list that contains itself
         return True
 
 
@@ -140,24 +146,26 @@ def _importable(text: str) -> bool:
         return False
     package, inside = re.split("[.:]", text)[:2]
     try:
-        spec = importlib.util.find_spec(package)  # of a top-level name, which imports nothing
+        # For a top-level name, find_spec imports nothing. For "a.b" it would import a, so only the first part is asked.
+        spec = importlib.util.find_spec(package)
     except ValueError:  # a module without a spec, such as __main__
         return True
     if spec is None:
         return False
     folders = spec.submodule_search_locations
-    if spec.origin is None and folders is not None:  # a folder without __init__.py, such as data/: "data.csv" is a file
+    # A folder without __init__.py, such as data/, is a namespace package: "data.csv" is then a file name, not code.
+    if spec.origin is None and folders is not None:
         return PathFinder.find_spec(f"{package}.{inside}", list(folders)) is not None
     return True
 
 
 def takes_any(module_class: type) -> bool:
-    """Whether ``__init__`` has ``**kwargs``."""
+    """Whether ``__init__`` of ``module_class`` has ``**kwargs``."""
     return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(module_class).parameters.values())
 
 
 def parameters_of(module_class: type) -> dict[str, inspect.Parameter]:
-    """The parameters of ``__init__``, those of base classes that ``**kwargs`` may reach included."""
+    """The parameters of ``__init__`` by name, including those of base classes that ``**kwargs`` may reach."""
     found: dict[str, inspect.Parameter] = {}
     for cls in module_class.__mro__:
         init = vars(cls).get("__init__")
@@ -179,7 +187,7 @@ def parameters_of(module_class: type) -> dict[str, inspect.Parameter]:
 
 
 def _takes_plain(parameter: inspect.Parameter | None) -> bool:
-    """Whether an argument takes plain values only, so that jsonargparse builds nothing out of one."""
+    """Whether the argument takes plain values only, so that jsonargparse never builds an object from its value."""
     return parameter is None or parameter.annotation is parameter.empty or _is_plain(parameter.annotation)
 
 
@@ -199,7 +207,7 @@ def _equal(one: Any, other: Any) -> bool:
         return bool(type(one) is type(other) and one == other) or (
             isinstance(one, list | tuple) and isinstance(other, list | tuple) and list(one) == list(other)
         )
-    except Exception:  # tensors and arrays say more than yes or no
+    except Exception:  # comparing tensors or arrays returns an array, whose truth value raises
         return False
 
 

@@ -1,4 +1,4 @@
-"""The manifest: what a checkpoint says of the methods that made it, in plain values only."""
+"""The manifest: a checkpoint's record of the methods that made it, in plain values only."""
 
 from __future__ import annotations
 
@@ -31,7 +31,11 @@ VERSION = 1
 
 
 def manifest(model: nn.Module) -> dict[str, Any]:
-    """Methods with their configuration, the base's fingerprint and the counts, of an adapted model."""
+    """Return the manifest of an adapted model: methods and configurations, base fingerprint, parameter counts.
+
+    The keys ``copies``, ``parts``, ``own`` and ``thawed`` are part of the file format; they keep their names although
+    the code now says overrides, adapter records, trained base and unfrozen.
+    """
     check_record(model)
     record = injection_state(model)
     assert record is not None
@@ -63,23 +67,23 @@ def manifest(model: nn.Module) -> dict[str, Any]:
 def read_checkpoint(
     path: str | Path, map_location: Any = "cpu", mmap: bool = False, weights_only: bool = True
 ) -> dict[str, Any]:
-    """A checkpoint that has a manifest.
+    """Read a checkpoint and check that it has a manifest.
 
     Args:
-        path: a file that a Trainer wrote.
-        map_location: where to put the tensors.
-        mmap: leave their values in the file until they are used.
-        weights_only: read tensors and plain values only. With False, any code that the file names runs.
+        path: A file that a Trainer wrote.
+        map_location: The device to load the tensors to.
+        mmap: Leave the values in the file until they are used. The digests are then not checked.
+        weights_only: Read tensors and plain values only. With False, any code that the file names runs.
 
     Raises:
-        StateError: it has none, cannot be read, is not what was saved, or would run code.
+        StateError: if the file cannot be read, has no manifest, does not match its digests, or would run code.
     """
     if weights_only:
         checkpoint = read_torch_file(path, map_location, mmap=mmap)
     else:
         checkpoint = torch.load(path, map_location=map_location, weights_only=False, mmap=mmap or None)
         restore_unsafe_hparams(checkpoint)
-    if not mmap:
+    if not mmap:  # a digest reads every value, which mmap is there to avoid
         check_seal(checkpoint, path)
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(KEY), dict):
         raise StateError(f"{path} has no {KEY!r} manifest: it was not saved by a run with methods attached")
@@ -87,9 +91,9 @@ def read_checkpoint(
 
 
 def sealed(manifest: Mapping[str, Any], state: Mapping[str, Any]) -> dict[str, Any]:
-    """A manifest with digests of itself and of the state that it goes with.
+    """Return the manifest with digests of itself and of ``state``.
 
-    A distributed checkpoint has none of the state: no process holds a whole tensor of it.
+    A distributed checkpoint gets no digests of its state, because no process holds a whole tensor.
     """
     whole = not any(map(is_sharded, state.values()))
     tensors = {"tensors": tensor_digests(state)} if whole else {}
@@ -100,25 +104,26 @@ def check_seal(checkpoint: Any, where: str | Path) -> None:
     """Compare a checkpoint with the digests in its manifest, if there are any.
 
     Raises:
-        StateError: a tensor of the state, or the manifest itself, is not what was saved; named.
+        StateError: if the manifest or a tensor of the state has changed since it was saved; the message names it.
     """
     manifest = checkpoint.get(KEY) if isinstance(checkpoint, dict) else None
     if not isinstance(manifest, dict) or "digests" not in manifest:
         return
     digests, state = manifest["digests"], checkpoint.get("state_dict")
     digests = digests if isinstance(digests, dict) else {}
+    # "wandb" is added after the digests are computed.
     plain = {key: value for key, value in manifest.items() if key not in ("digests", "wandb")}
     wrong = "the manifest has changed" if digests.get("manifest") != value_digest(plain) else None
     if wrong is None and "tensors" in digests and isinstance(state, dict):
         wrong = difference(digests["tensors"], tensor_digests(state))
     if wrong is not None:
         raise StateError(
-            f"{where} is not what was saved: {wrong}. The file is damaged, or was edited: take another copy of it"
+            f"{where} has changed since it was saved: {wrong}. The file is damaged or was edited: use another copy"
         )
 
 
 def scores(checkpoint: Mapping[str, Any]) -> dict[str, float]:
-    """The values by which ``ModelCheckpoint`` chose, by the name of what it watched."""
+    """The scores that ``ModelCheckpoint`` recorded, by the name of the monitored metric."""
     found = {}
     for state in (checkpoint.get("callbacks") or {}).values():
         if isinstance(state, dict) and state.get("monitor") and state.get("current_score") is not None:
@@ -127,7 +132,7 @@ def scores(checkpoint: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _trained_base(model: nn.Module, record: InjectionState, name: str) -> TrainedBase:
-    """What a method trains of the base itself; where copies of its own do, the heads among them."""
+    """The modules and parameters of the base that the method trains, either in place or as overrides."""
     if not has_overrides(model, name):
         return record.trained_base.get(name, TrainedBase())
     method, root = cast(Any, record.methods[name]), injected_module(model)
@@ -139,7 +144,7 @@ def _plain(part: AdapterRecord) -> dict[str, Any]:
 
 
 def _base_facts(model: nn.Module, record: InjectionState) -> dict[str, Any]:
-    """What an adapter directory says of the base, so that one can be made from a checkpoint alone."""
+    """Facts about the base that an adapter directory needs, so that a checkpoint alone is enough to export one."""
     own = [name for trains in record.trained_base.values() for name in (*trains.modules, *trains.parameters)]
     hosts = [part.host for parts in record.adapter_records.values() for part in parts]
     base = base_of(injected_module(model), [*hosts, *own])
@@ -147,14 +152,14 @@ def _base_facts(model: nn.Module, record: InjectionState) -> dict[str, Any]:
 
 
 def is_trained(model: nn.Module, name: str) -> bool:
-    """Whether what was put in under ``name`` trains; a loaded adapter is frozen, and a part of the base so to speak."""
+    """Whether the method or adapter ``name`` trains; an adapter is loaded frozen unless asked otherwise."""
     record = injection_state(model)
     assert record is not None
     return bool(record.trained_base.get(name))
 
 
 def has_overrides(model: nn.Module, name: str) -> bool:
-    """Whether what was put in under ``name`` has values of its own in place of the base's, as a loaded adapter does."""
+    """Whether the adapter ``name`` overrides parameters of the base with its own values, as a loaded adapter does."""
     adapters = [cast(Adapter, stack[name]) for stack in stacks(model).values() if name in stack]
     return any(part.overrides() for adapter in adapters for part in adapter.components())
 
@@ -162,10 +167,12 @@ def has_overrides(model: nn.Module, name: str) -> bool:
 def check_manifest(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
     """Compare the methods that made a checkpoint with those attached now.
 
-    Frozen adapters may be there on either side only: they are left out of the checkpoint's state, or stay as they are.
+    A frozen adapter may be on one side only. One that only the checkpoint has is removed from ``checkpoint`` in place;
+    one that only the model has keeps its values.
 
     Raises:
-        StateError: no manifest; another version; a method missing, added or of another configuration.
+        StateError: if the checkpoint has no manifest, a newer manifest version, or lost tensors; or if a method is
+            missing, is of another class, or has another configuration.
     """
     record, saved, state = injection_state(model), checkpoint.get(KEY), checkpoint.get("state_dict", {})
     assert record is not None
@@ -175,14 +182,18 @@ def check_manifest(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
             "weights, load them in your module (torch.load and load_state_dict); ckpt_path= resumes an adapted run"
         )
     if saved["version"] > VERSION:
-        raise StateError(f"this checkpoint has manifest version {saved['version']}; this release reads {VERSION}")
-    # What must be there in any case is compared on loading. A distributed checkpoint has its tensors elsewhere.
+        raise StateError(
+            f"this checkpoint has manifest version {saved['version']}, but this release reads versions up to "
+            f"{VERSION}: update lightning_peft"
+        )
+    # Loading checks the keys that every model needs. This finds the others, such as moved buffers, that were saved
+    # and are gone. A distributed checkpoint stores its tensors in other files.
     said = set(saved.get("state", ())) if "state_dict" in checkpoint else set()
     lost = sorted(said - state.keys() - owned_keys(model))
     if lost:
         raise StateError(
-            f"the checkpoint lacks {', '.join(lost[:5])}, which it says it was saved with: something took it out of "
-            "the file afterwards. Use the file that the Trainer wrote"
+            f"the checkpoint lacks {', '.join(lost[:5])}, although its manifest lists it: it was removed after saving. "
+            "Use the file that the Trainer wrote"
         )
     there = {entry["config"]["name"]: entry for entry in saved["methods"]}
     for name, entry in there.items():
@@ -192,8 +203,8 @@ def check_manifest(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
                     del state[key]
                 continue
             raise StateError(
-                f"the checkpoint holds a {entry['method']} named {name!r}, which this run does not attach; "
-                f"attached are {list(record.methods)}"
+                f"the checkpoint holds a {entry['method']} named {name!r}, but this run attaches only "
+                f"{list(record.methods)}: attach it too"
             )
     for name, method in record.methods.items():
         kind = type(method).__name__
@@ -201,20 +212,27 @@ def check_manifest(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
             if not is_trained(model, name):
                 state.update(adapter_state(model, name))
                 continue
-            raise StateError(f"the checkpoint holds no {kind} named {name!r}; it holds {list(there)}")
+            raise StateError(
+                f"this run attaches a {kind} named {name!r}, but the checkpoint holds only {list(there)}: remove it, "
+                "or use the name it was saved under"
+            )
         if there[name]["method"] != kind:
-            raise StateError(f"{name!r} is a {there[name]['method']} in the checkpoint and a {kind} in this run")
+            raise StateError(
+                f"{name!r} is a {there[name]['method']} in the checkpoint, but a {kind} in this run: attach the "
+                "method that was saved"
+            )
         if there[name].get("copies", False) != has_overrides(model, name) and is_trained(model, name):
+            # The keys of the two differ: a method trains heads and biases in place, an adapter holds its own values.
             ways = ["as a method", "by lp.load_adapter(..., trainable=True), with its own copy of heads and biases"]
             here, then = ways if there[name].get("copies") else ways[::-1]
             raise StateError(
-                f"{name!r} was put in {then} in the run that saved this checkpoint, and {here} in this one: do as "
-                "that run did, or make a checkpoint for a method of its directory (lightning-peft export, import)"
+                f"{name!r} was attached {then} in the run that saved this checkpoint, but {here} in this run: attach "
+                "it as that run did, or convert its directory to a checkpoint (lightning-peft export, import)"
             )
         config, fixed = there[name]["config"], method.config().keys() - type(method).resume_may_differ
         for option in sorted(fixed & config.keys()):
             if config[option] != method.config()[option]:
                 raise StateError(
-                    f"{kind} {name!r} was saved with {option}={config[option]!r}, this run has "
-                    f"{option}={method.config()[option]!r}"
+                    f"{kind} {name!r} was saved with {option}={config[option]!r}, but this run has "
+                    f"{option}={method.config()[option]!r}: use the saved value"
                 )

@@ -1,7 +1,7 @@
-"""Checkpoints of sharded models (FSDP2 and tensor parallelism, ``ModelParallelStrategy``): the trainable part only.
+"""Save and load only the trainable part of sharded models (FSDP2, tensor parallelism: ``ModelParallelStrategy``).
 
-Lightning gathers the whole model to save it and asks a checkpoint for every key of it. Here only the trainable
-tensors are gathered, written and asked for; their optimizer state goes Lightning's own way.
+Lightning gathers the whole model to save it, and requires every key of the model when it loads. Here only the
+trainable tensors are gathered, written and required. Lightning itself saves the optimizer state.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = ["adapt", "agreed_keys"]
 
 
 def adapt(strategy: Any) -> None:
-    """Replace how this ``ModelParallelStrategy`` collects and loads the module's state."""
+    """Replace the functions of this ``ModelParallelStrategy`` that collect and load the module's state."""
 
     def lightning_module_state_dict() -> dict[str, Any]:
         module = strategy.lightning_module
@@ -32,7 +32,7 @@ def adapt(strategy: Any) -> None:
         state = trim_state(module, nn.Module.state_dict(module), agreed_keys(module))
         if strategy._save_distributed_checkpoint:
             return state
-        full = {k: _gathered(v) for k, v in state.items()}  # every rank takes part in the gathering
+        full = {k: _gathered(v) for k, v in state.items()}  # a collective: every rank must call it for every key
         return full if strategy.is_global_zero else {}
 
     def load_checkpoint(checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
@@ -45,9 +45,10 @@ def adapt(strategy: Any) -> None:
 
 
 def agreed_keys(module: nn.Module) -> set[str]:
-    """The keys of the trainable state, with the values that moved on any rank.
+    """The keys of the trainable state, including values that moved on any rank.
 
-    Of a sharded parameter, each rank sees its own part. All ranks must call this together.
+    Each rank sees only its own part of a sharded parameter, and the value may have moved only in another rank's part.
+    This is a collective: all ranks must call it together.
     """
     keys, record = trainable_keys(module), injection_state(module)
     if record is None or not torch.distributed.is_initialized():
@@ -90,7 +91,7 @@ def _read(path: Path, weights_only: bool) -> dict[str, Any]:
 
 
 def _by_name(saved: dict[str, Any], module: nn.Module) -> dict[str, Any]:
-    """Optimizer state with the parameters' names for the numbers that Lightning writes."""
+    """Return optimizer state keyed by parameter names, which torch's functions expect; Lightning writes indices."""
     names = [name for name, _ in module.named_parameters()]
 
     def name(key: int | str) -> str:
@@ -116,8 +117,12 @@ def _load_directory(strategy: Any, path: Path, weights_only: bool) -> dict[str, 
     stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     held = {canonical(key.removeprefix("state_dict.")) for key in stored if key.startswith("state_dict.")}
     if wrong := (owned_keys(module) - held) | (held - current.keys()):
-        raise StateError(f"{path} does not fit this model; it differs in {sorted(wrong)[:8]}")
-    state = {key: current[key] for key in sorted(held)}  # values that moved without gradients among them
+        raise StateError(
+            f"{path} does not fit this model: {sorted(wrong)[:8]} are in only one of the two. Attach the methods that "
+            "were attached when it was saved"
+        )
+    # The keys in the file, not only the trainable ones: values that moved without gradients were saved too.
+    state = {key: current[key] for key in sorted(held)}
     dcp.load({"state_dict": state}, checkpoint_id=path, planner=planner())
     names = {canonical(k): k for k in module.state_dict()}
     nn.Module.load_state_dict(module, {names[k]: v for k, v in state.items()}, strict=False)

@@ -1,4 +1,4 @@
-"""Compare what a module's own hooks leave in a checkpoint with the state that must be there."""
+"""Reduce a state dict to the trainable state, and check that the module's own hooks removed nothing from it."""
 
 from __future__ import annotations
 
@@ -14,42 +14,45 @@ __all__ = ["check_complete", "trim_state"]
 
 
 def trim_state(model: nn.Module, state: Mapping[str, Tensor], keys: Container[str]) -> dict[str, Tensor]:
-    """The trainable part of a full state dict, under canonical keys.
+    """Return the trainable part of a full state dict, under canonical keys.
 
     Args:
-        model: the adapted module.
-        state: by the names that the module gives.
-        keys: of the trainable state, in canonical form. To find them reads all values of the base.
+        model: The adapted module.
+        state: The state dict, with the keys that the module uses.
+        keys: The keys of the trainable state in canonical form. They are passed in because computing them reads every
+            value of the base.
 
     Raises:
-        StateError: a tensor is missing, or empty, as a sharded parameter that was never gathered is.
+        StateError: if a tensor is missing, or has no elements, as a sharded parameter that was never gathered.
     """
-    if state:  # other ranks than the first may have none
+    if state:  # with some strategies only rank 0 collects a state
         check_complete(model, map(canonical, state), f"{original_class(model).__name__}.state_dict")
     kept = {canonical(k): v for k, v in state.items() if canonical(k) in keys}
     for key, value in kept.items():
         if isinstance(value, Tensor) and value.numel() == 0:
-            raise StateError(f"refusing to save {key}: it holds no values (a sharded tensor that was not gathered?)")
+            raise StateError(
+                f"{key} is not saved: it has no elements, so the checkpoint could not be loaded. It may be a sharded "
+                "tensor that was not gathered: use a strategy that gathers the full state"
+            )
     return kept
 
 
 def check_complete(model: nn.Module, keys: Iterable[str], who: str) -> None:
-    """Refuse a checkpoint without parts of the trainable state.
+    """Refuse a checkpoint that lacks part of the trainable state.
 
     Args:
-        model: the adapted module.
-        keys: what the checkpoint has, in canonical form.
-        who: whose code left the rest out.
+        model: The adapted module.
+        keys: The checkpoint's keys, in canonical form.
+        who: The name of the function that produced the state, for the message.
 
     Raises:
-        StateError: names what is missing.
+        StateError: if a key is missing; the message lists the missing keys.
     """
     expected = state_keys(model)
     missing = sorted(expected - set(keys))
     if missing:
         few = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
         raise StateError(
-            f"{who} leaves {len(missing)} of {len(expected)} tensors of the trainable state out of the checkpoint "
-            f"({few}), so that it could not be loaded. Checkpoints hold what trains and nothing else already: remove "
-            "the code that trims them"
+            f"{who} leaves {len(missing)} of {len(expected)} trainable tensors out of the checkpoint ({few}), so it "
+            "could not be loaded. Checkpoints already hold the trainable state only: remove the code that trims them"
         )

@@ -1,7 +1,7 @@
-"""Keep a checkpoint readable whatever its hyperparameters are.
+"""Keep a checkpoint readable with ``weights_only=True``, whatever objects its hyperparameters hold.
 
-``torch.load(weights_only=True)`` refuses a whole file because of one object in it. Hyperparameters that it refuses
-are written as pickles of their own, which are bytes to it; only ``weights_only=False`` reads them.
+``torch.load(weights_only=True)`` refuses a whole file if one object in it is unsafe. Each hyperparameter that it would
+refuse is therefore stored as ``bytes`` that hold a separate pickle. Only ``weights_only=False`` reads those.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ _SETS = {"hyper_parameters": "hparams_type", "datamodule_hyper_parameters": "dat
 
 
 def unreadable(value: Any) -> str | None:
-    """Why ``torch.load(weights_only=True)`` would refuse ``value``, in torch's words; None if it reads it."""
+    """Why ``torch.load(weights_only=True)`` would refuse ``value``, as torch's message says; None if it loads."""
     try:
         torch.load(io.BytesIO(_pickled(value)), weights_only=True)
-    except Exception as error:  # an object can make pickling raise anything
+    except Exception as error:  # an object's __reduce__ can raise any exception
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         return next((line for line in lines if "GLOBAL" in line), lines[0] if lines else repr(error))
     return None
 
 
 def pickle_unsafe_hparams(checkpoint: dict[str, Any]) -> None:
-    """Move the hyperparameters that ``weights_only=True`` refuses out of the others, each as a pickle of its own."""
+    """Replace each hyperparameter that ``weights_only=True`` refuses by a separate pickle; changes ``checkpoint``."""
     apart: dict[str, dict[str, bytes]] = {}
     for key, kind in _SETS.items():
         values = checkpoint.get(key)
         if values is None or (kind not in checkpoint and unreadable(values) is None):
             continue
-        if checkpoint.pop(kind, None) is not None:  # OmegaConf's containers
+        if checkpoint.pop(kind, None) is not None:  # Lightning stores this key for OmegaConf containers only
             from omegaconf import OmegaConf
 
             values = OmegaConf.to_container(values)
@@ -47,14 +47,14 @@ def pickle_unsafe_hparams(checkpoint: dict[str, Any]) -> None:
 
 
 def restore_unsafe_hparams(checkpoint: dict[str, Any]) -> None:
-    """Undo :func:`pickle_unsafe_hparams`, which runs the code that the pickles name."""
+    """Undo :func:`pickle_unsafe_hparams`. This runs any code that the pickles name: for trusted files only."""
     for key, values in checkpoint.pop(UNSAFE_HPARAMS, {}).items():
         read = {name: torch.load(io.BytesIO(value), weights_only=False) for name, value in values.items()}
         checkpoint[key] = {**checkpoint.get(key, {}), **read}
 
 
 def unread_hparams(checkpoint: Mapping[str, Any]) -> list[str]:
-    """The names of the module's hyperparameters that were not read."""
+    """The names of the module's hyperparameters that are still pickled, because they were not read."""
     return sorted((checkpoint.get(UNSAFE_HPARAMS) or {}).get("hyper_parameters", {}))
 
 

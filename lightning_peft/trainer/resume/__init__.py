@@ -1,5 +1,5 @@
-"""Exact resume.
+"""Exact resume: a run that stops and continues sees the same batches and random numbers as one that does not stop.
 
-Read ``rng_state`` (random number generators), ``dataloaders`` (the position in the data) and ``rng_recording`` (what a
-loader draws from).
+Read ``rng_state`` (save and restore random number generators), then ``rng_recording`` (record the states that a loader
+draws from), then ``dataloaders`` (continue inside an epoch).
 """

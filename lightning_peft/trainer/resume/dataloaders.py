@@ -1,21 +1,21 @@
 """Resume inside an epoch: training DataLoaders that continue at the batch after the checkpoint.
 
-During a fit, a :class:`ResumableLoader` stands in the Trainer's list for each of the user's DataLoaders, which are only
-read. Every pass iterates a copy of the loader, and draws what a pass over the loader itself draws, in the same order.
-A pass records the random RNG states from before each draw that it makes in the main process, so that a resumed pass can
-repeat them: the same order is drawn again, and the batches already seen are skipped by index, without loading them.
-Worker processes report their RNG states with each batch.
+During a fit, the Trainer iterates a :class:`ResumableLoader` in place of each of the user's DataLoaders. The user's
+loaders are read but never changed. Each pass iterates a copy of the loader and draws the same random numbers in the
+same order as a pass over the loader itself. It records the RNG states before each draw that it makes in the main
+process. A resumed pass repeats these draws to get the same order of indices, and skips the batches already seen
+without loading them. Worker processes report their RNG states with each batch.
 
-An ``IterableDataset`` has no indices: its batches are drawn again and dropped. If it draws from the global random
-RNG states in the main process, and training does too, the record grows by up to 10 kB a batch.
+The batches of an ``IterableDataset`` have no indices, so they are drawn again and dropped. If such a dataset and the
+training step both draw from the global RNGs in the main process, the record grows by up to 10 kB per batch.
 
-torchdata's ``StatefulDataLoader`` resumes by itself and is left alone. It is not what this module builds on, because at
-one seed its order is not that of ``DataLoader``, and because it does not restore the random RNG states of workers, of
-iterable datasets, and of samplers other than ``RandomSampler``.
+torchdata's ``StatefulDataLoader`` resumes by itself and is used as it is. This module does not build on it, because
+with the same seed its order differs from that of ``DataLoader``, and because it does not restore the RNG states of
+workers, of iterable datasets, or of samplers other than ``RandomSampler``.
 
-Not covered: a checkpoint after the last batch of a pass whose length is not known, and before its validation, which
-Lightning then leaves out; loaders with an iteration of their own, unless they have ``state_dict`` and
-``load_state_dict``.
+Two cases are not covered. If the length of a pass is unknown and a checkpoint is saved after its last batch but before
+its validation, Lightning skips that validation on resume. A loader class that overrides the iteration resumes only if
+it has ``state_dict`` and ``load_state_dict``.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ __all__ = ["ResumableLoader", "TrainingLoaders"]
 
 
 class TrainingLoaders:
-    """The training loaders of one Trainer: made resumable for a fit, and given back after it.
+    """Makes the training loaders of one Trainer resumable for a fit, and puts the user's loaders back after it.
 
     Attributes:
-        saved: the random RNG states of the checkpoint that the run resumes from.
+        saved: The RNG states of the checkpoint that the run resumes from.
     """
 
     def __init__(self) -> None:
@@ -46,8 +46,11 @@ class TrainingLoaders:
         self._released: list[Any] = []
 
     def wrap(self, loader: Any, trainer: Any) -> Any:
-        """A resumable stand-in for a DataLoader; any other loader itself, with a warning if it cannot resume."""
-        if type(loader) is ResumableLoader:  # the user's CombinedLoader, processed again
+        """Return a :class:`ResumableLoader` for a DataLoader; return any other loader itself.
+
+        A warning tells the user if the loader cannot resume exactly.
+        """
+        if type(loader) is ResumableLoader:  # Lightning processes the loaders of a CombinedLoader twice
             loader = loader._peft.loader
         self._released = []
         if hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict"):
@@ -57,27 +60,27 @@ class TrainingLoaders:
             kind.__iter__ is DataLoader.__iter__ and kind._get_iterator is DataLoader._get_iterator
         ):
             rank_zero_warn(
-                f"a run that stops and resumes will not see the same batches: {kind.__name__} has an iteration of its "
-                "own, whose position and random numbers cannot be stored. Give it state_dict() and load_state_dict(), "
-                "or resume from checkpoints of an epoch's end if its order does not matter"
+                f"a run that stops and resumes will not see the same batches: {kind.__name__} overrides the iteration "
+                "of DataLoader, so its position and random numbers cannot be saved. Implement state_dict() and "
+                "load_state_dict(), or resume from checkpoints at the end of an epoch if the order does not matter"
             )
             return loader
         if loader.num_workers and not getattr(loader, "in_order", True):
             rank_zero_warn(
-                "a run that stops and resumes will not see the same batches: with in_order=False batches come as "
-                "workers finish them, and which of them came is not stored. Use DataLoader(in_order=True)"
+                "a run that stops and resumes will not see the same batches: with in_order=False, batches arrive in "
+                "the order in which workers finish them, which is not saved. Use DataLoader(in_order=True)"
             )
         for sampler in (loader.sampler, loader.batch_sampler):
             for name, value in getattr(sampler, "__dict__", {}).items():
                 if hasattr(value, "__next__"):
                     rank_zero_warn(
                         f"a run that stops and resumes will not see the same batches: {type(sampler).__name__}.{name} "
-                        "is an iterator, whose position cannot be stored. Create it in __iter__ of the sampler"
+                        "is an iterator, and its position cannot be saved. Create it in the sampler's __iter__"
                     )
         return ResumableLoader(loader, trainer, self.saved)
 
     def release(self, trainer: Any) -> None:
-        """Put the user's loaders back into the Trainer's list; their state can still be saved."""
+        """Put the user's loaders back into the Trainer; :meth:`save_released` can still save their state."""
         combined = trainer.fit_loop._combined_loader
         if combined is None or not any(type(loader) is ResumableLoader for loader in combined.flattened):
             return
@@ -89,28 +92,28 @@ class TrainingLoaders:
         combined.flattened = [x._peft.loader if type(x) is ResumableLoader else x for x in self._released]
 
     def save_released(self, checkpoint: dict[str, Any]) -> None:
-        """Add the state of the loaders to a checkpoint that is saved after the fit."""
+        """Add the loaders' state to a checkpoint that is saved after :meth:`release`, when Lightning finds none."""
         if self._released and "loops" in checkpoint:
             states = [loader.state_dict() for loader in self._released if hasattr(loader, "state_dict")]
             checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"] = states
 
 
 class ResumableLoader:
-    """Stands for a training DataLoader during a fit: has all its attributes, and can resume inside an epoch."""
+    """Replaces a training DataLoader during a fit: it has the same attributes and can resume inside an epoch."""
 
     def __init__(self, loader: DataLoader, trainer: Any, saved: SavedRNGState) -> None:
         vars(self).update(_peft=_Source(loader, trainer, saved), _iterator=None)
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:  # type: ignore[override]
-        return type(self._peft.loader)  # hooks ask isinstance(trainer.train_dataloader, DataLoader)
+        return type(self._peft.loader)  # users' hooks check isinstance(trainer.train_dataloader, DataLoader)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._peft.loader, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in vars(self):
-            vars(self)[name] = value  # Lightning resets _iterator
+            vars(self)[name] = value  # Lightning sets _iterator to None to shut workers down
         else:
             setattr(self._peft.loader, name, value)
 
@@ -131,7 +134,13 @@ class ResumableLoader:
 
 
 class _Source:
-    """The user's loader behind a :class:`ResumableLoader`, and the record of the Trainer's pass over it."""
+    """The user's loader behind a :class:`ResumableLoader`, and the record of the Trainer's current pass over it.
+
+    The record is a dictionary, because it goes into checkpoints as it is: ``start`` (RNG states before the pass),
+    ``given`` (batches returned), ``first`` (the pass draws a seed for workers), ``lasting`` (states of persistent
+    workers before the pass), ``asks`` and ``draws`` (RNG states before each index and each batch), ``asked`` (indices
+    drawn) and ``reported`` (states that workers sent with their batches).
+    """
 
     def __init__(self, loader: DataLoader, trainer: Any, saved: SavedRNGState) -> None:
         self.loader = loader
@@ -139,10 +148,10 @@ class _Source:
         self.saved = saved
         self.rng_states = RNGStates(loader, loader.sampler, loader.batch_sampler, loader.dataset)
         self.indexed = not isinstance(loader.dataset, IterableDataset)
-        self.record: dict[str, Any] | None = None  # of the Trainer's pass under way, or of the last one
-        self.resumed: dict[str, Any] | None = None  # of the checkpoint, until a pass continues from it
-        self.persistent_workers: dict[int, Any] = {}  # the RNG states of persistent workers after their latest batches
-        self.order: _Order | None = None  # of the latest pass: persistent workers keep it
+        self.record: dict[str, Any] | None = None  # the record of the Trainer's current or latest pass
+        self.resumed: dict[str, Any] | None = None  # the checkpoint's record, until a pass continues from it
+        self.persistent_workers: dict[int, Any] = {}  # RNG states of persistent workers after their latest batches
+        self.order: _Order | None = None  # kept from pass to pass, because persistent workers keep their sampler
         self._ahead: int | None = None
 
     @property
@@ -151,42 +160,49 @@ class _Source:
 
     @property
     def ahead(self) -> int:
-        """The number of batches that the Trainer has drawn but not trained on: 1 if the length is not known."""
+        """The number of batches that the Trainer has fetched but not trained on; it fetches one ahead if the loader
+        has no length."""
         batches = getattr(self.trainer.fit_loop._data_fetcher, "batches", ())
         return len(batches) if self._ahead is None else self._ahead
 
     def close(self) -> None:
-        """The fit is over: keep the record alone."""
+        """Free everything but the record at the end of a fit."""
         self._ahead = self.ahead
         self.order = None
 
     def looks_ahead(self, index: int) -> bool:
+        """Whether Lightning fetches the next batch before it trains on this one, as it does without a length."""
         fetcher = self.trainer.fit_loop._data_fetcher
         return fetcher is not None and fetcher.length is None
 
     def draws_at(self, index: int) -> bool:
-        """Whether the sampler may draw when it is asked for the batch at ``index``; torch's draw for the first."""
+        """Whether the sampler may draw random numbers for the batch at ``index``; torch's own do for the first only."""
         return index == 0 or self.rng_states.has_own or not type(self.loader.sampler).__module__.startswith("torch.")
 
     def starts_once_more(self) -> bool:
-        """Whether Lightning leaves out the second start of a pass over reloaded data, because it resumes."""
+        """Whether Lightning starts this pass only once because it resumes.
+
+        An uninterrupted run starts a pass over reloaded data twice. The resumed one must draw for both starts.
+        """
         resuming = getattr(self.trainer.fit_loop, "is_resuming", False)
         return resuming and self.trainer.current_epoch > 0 and not self.in_the_middle()
 
     def starts_twice(self) -> bool:
-        """Whether Lightning drops this pass, the first of a run that resumes; releases before 2.5.3 may."""
+        """Whether Lightning discards this first pass of a resumed run, as releases before 2.5.3 may."""
         fit = self.trainer.fit_loop
         first = fit._data_fetcher is not None and fit._data_fetcher.iterator is None
-        done = fit.epoch_progress.current.processed  # trainer.current_epoch is not restored yet
+        done = fit.epoch_progress.current.processed  # trainer.current_epoch is restored later
         return first and done > 0 and not fit.epoch_loop.restarting and not hasattr(fit, "is_resuming")
 
     def in_the_middle(self) -> bool:
+        """Whether the Trainer's progress is inside an epoch."""
         epoch = self.trainer.fit_loop.epoch_loop
         return epoch.batch_progress.current.ready > 0 and not epoch._num_ready_batches_reached()
 
     def state_dict(self) -> dict[str, Any]:
         record = self.resumed
         if self.record is not None:
+            # Batches that were fetched ahead were never trained on, so the resumed run must train on them.
             given = max(0, self.record["given"] - self.ahead)
             copies = {k: dict(v) if isinstance(v, dict) else v for k, v in self.record.items()}
             own = self.rng_states.state()["generators"]
@@ -196,26 +212,28 @@ class _Source:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.resumed = this_rank(state["pass"])
         if isinstance(self.loader.sampler, DistributedSampler):
-            self.loader.sampler.seed = state["seed"]  # Lightning takes it from seed_everything
+            # Lightning sets this seed from seed_everything, which the resumed run may call with another value.
+            self.loader.sampler.seed = state["seed"]
 
     def worker_rng_states(self, record: dict[str, Any], given: int) -> dict[int, Any]:
-        """The RNG states of the workers, by number, after the first ``given`` batches of a pass."""
+        """The workers' RNG states after the first ``given`` batches of a pass, by worker number."""
         reported, workers = record["reported"], self.loader.num_workers
         return {**record["lasting"], **{i % workers: reported[i] for i in sorted(reported) if i < given}}
 
     def open(self, iterator: Any, order: _Order | None, first: bool, workers: dict[int, Any]) -> Any:
-        """A copy of the loader as it is now, to be iterated.
+        """Return a copy of the loader in its present state, to be iterated.
 
         Args:
-            iterator: that of persistent workers, if they run.
-            order: its batches, as indices.
-            first: draw a seed for the workers.
-            workers: random RNG states that workers start from.
+            iterator: The iterator of running persistent workers, or None.
+            order: Replaces the sampler, so that draws are recorded and batches can be skipped.
+            first: Whether the pass draws a seed for the workers from the loader's generator.
+            workers: Worker number -> the RNG states it starts from.
         """
+        # DataLoader forbids setting samplers after __init__, and a subclass's __init__ may take any arguments.
         twin: Any = object.__new__(type(self.loader))
         mine: dict[str, Any] = vars(twin)
         mine.update(vars(self.loader), _iterator=iterator)
-        if not first:
+        if not first:  # torch would draw a seed once more: let it draw from a generator that nothing else uses
             mine["generator"] = torch.Generator()
         if self.loader.num_workers:
             mine["worker_init_fn"] = StartWorker(self.loader.worker_init_fn, workers)
@@ -236,8 +254,8 @@ class _Pass:
         self.source: _Source = proxy._peft
         self.batches: Iterator[Any] | None = None
         self.order: _Order | None = None
-        # After a checkpoint was loaded, a pass starts when it is asked for a batch: by then the Trainer has restored
-        # its progress, and the RNG states are those of the checkpoint.
+        # After a checkpoint is loaded, a pass starts only when the first batch is requested. By then the Trainer has
+        # restored its progress, and the RNG states of the checkpoint can be set first.
         self.late = self.source.saved.waiting or self.source.resumed is not None
         self.dropped = self.late and self.source.starts_twice()
         if not self.late:
@@ -250,17 +268,19 @@ class _Pass:
     def __next__(self) -> Any:
         ours = _passes(self.source.trainer)
         if self.dropped:
-            return None  # fetched ahead, and not looked at
+            return None  # Lightning fetches this batch and discards it
         if self.late:
             self.source.saved.restore(self.source.trainer)
             self._start_late(ours)
-        if self in ours:
+        if self in ours:  # a user's hook may iterate trainer.train_dataloader too, and must not move the record
             self.source.record = self.record
         return self._draw()
 
     def _start_late(self, ours: list[_Pass]) -> None:
+        # All passes of the Trainer start together, as they did in the run that saved the checkpoint: they draw from
+        # the same global RNGs, in the order of the loaders.
         late = [each for each in ours if each.late] if self in ours else [self]
-        if self in ours:  # and is not the pass of a hook that walks trainer.train_dataloader
+        if self in ours:
             for each in late:
                 if each.batches is not None and each.source.looks_ahead(0):
                     next(each.batches, None)
@@ -274,22 +294,22 @@ class _Pass:
         if self.source.indexed and workers:
             batch, rng_states = batch
             record["reported"][given] = self.source.persistent_workers[given % workers] = rng_states
-            record["reported"].pop(given - 2 * workers - 1, None)
+            record["reported"].pop(given - 2 * workers - 1, None)  # two rounds of workers cover what is fetched ahead
         record["given"] += 1
         if self.order is not None:
             record["asked"] = self.order.asks.count
         return batch
 
     def start(self, resumed: dict[str, Any] | None) -> None:
-        """Begin the pass, or continue the one of a checkpoint."""
+        """Begin the pass, or continue the pass that the checkpoint's record ``resumed`` describes."""
         source, loader, rng_states = self.source, self.source.loader, self.source.rng_states
         self.late = False
         if resumed is not None:
             source.resumed = None
             rng_states.set({"generators": resumed["generators"]})
-            if not source.in_the_middle():
+            if not source.in_the_middle():  # a new epoch: only persistent workers continue from the record
                 if loader.persistent_workers:
-                    before = resumed.get("workers")  # written by earlier versions
+                    before = resumed.get("workers")  # earlier versions wrote the states under this key
                     source.persistent_workers = (
                         source.worker_rng_states(resumed, resumed["given"]) if before is None else before
                     )
@@ -306,7 +326,7 @@ class _Pass:
             self._draw()
 
     def _new_record(self, now: dict[str, Any]) -> dict[str, Any]:
-        # Persistent workers draw one seed in their life, and their RNG states continue from pass to pass.
+        # Persistent workers are seeded once, and their RNG states continue from pass to pass.
         loader, lasting = (
             self.source.loader,
             self.source.persistent_workers if self.source.loader.persistent_workers else {},
@@ -315,21 +335,34 @@ class _Pass:
         return {"start": now, "given": 0, "first": first, "lasting": lasting}
 
     def _skip(self, done: int) -> tuple[int, dict[int, Any]]:
-        """How many of ``done`` batches need not be drawn again, and the RNG states that workers then start from."""
+        """How many of the ``done`` batches can be skipped without loading, and the workers' RNG states after those.
+
+        Worker k loads batches k, k + count, ..., so that only whole rounds can be skipped: the first batch after a
+        resume always comes from worker 0.
+        """
         source, count = self.source, self.source.loader.num_workers
         if not source.indexed:
             return 0, {}
-        skip = done - done % count if count else done  # worker k has the turns k, k + count, ...
+        skip = done - done % count if count else done
         workers = source.worker_rng_states(self.record, skip)
         return (skip, workers) if len(workers) == count else (0, dict(self.record["lasting"]))
 
     def _open(self, skip: int, workers: dict[int, Any], drawn: int, now: dict[str, Any] | None) -> None:
+        """Open the iterator that batches come from.
+
+        Args:
+            skip: The number of batches to skip by index.
+            workers: Worker number -> the RNG states it starts from.
+            drawn: The number of batches that the saved run had drawn, including those fetched ahead.
+            now: The present RNG states of a resumed pass, to put back afterwards; None for a new pass.
+        """
         source, rng_states, record = self.source, self.source.rng_states, self.record
         running = self.proxy._iterator
         if source.indexed:
             order = source.order if running is not None else None
             self.order = source.order = order or _Order(source)
-            # Workers are given indices early. In this process, an index is drawn with its batch, and repeated with it.
+            # Workers get their indices several batches ahead, so all that were drawn must be repeated. Without
+            # workers, an index is drawn together with its batch.
             self.order.set(record["asks"], record.get("asked", skip) if source.loader.num_workers else skip, skip)
         twin = source.open(running, self.order, record["first"], workers)
         if now is not None:
@@ -349,7 +382,7 @@ class _Pass:
 
 
 def _passes(trainer: Any) -> list[_Pass]:
-    """The passes that the Trainer's own iteration holds."""
+    """The passes that the Trainer itself iterates, as opposed to those that users' hooks start."""
     combined = trainer.fit_loop._combined_loader
     iterator = combined._iterator if combined is not None else None
     return [each for each in getattr(iterator, "iterators", ()) if isinstance(each, _Pass)]
@@ -360,7 +393,7 @@ def _same_loader(loader: Any) -> Any:
 
 
 class _Order:
-    """The index sampler of a loader, whose draws are recorded; a resumed pass begins after the first batches."""
+    """Wraps the loader's index sampler: records its draws, and leaves out the first batches of a resumed pass."""
 
     asks: RecordedDraws
 
@@ -368,7 +401,7 @@ class _Order:
         self.source = source
 
     def set(self, log: dict[int, dict[str, Any]], until: int, skip: int) -> None:
-        """Prepare a pass: see :class:`Recorded`; ``skip`` batches are left out."""
+        """Prepare the next pass: ``log`` and ``until`` as in :class:`RecordedDraws`; ``skip`` batches are left out."""
         self.log, self.until, self.skip = log, until, skip
 
     def __iter__(self) -> Iterator[Any]:

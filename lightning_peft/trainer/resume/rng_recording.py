@@ -1,5 +1,6 @@
-"""The random random number generators that a dataloader draws from: the global ones, and generators of its samplers and
-dataset."""
+"""Record and repeat the random numbers that a dataloader draws, from global RNGs and from those of its samplers and
+dataset.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +17,11 @@ __all__ = ["CollateWithRNGState", "RNGStates", "RecordedDraws", "StartWorker"]
 
 
 class RNGStates:
-    """The global random RNG states of the CPU, and the generators that some objects hold.
+    """Reads and sets the global CPU RNGs and the generators that some objects hold.
 
     Args:
-        holders: loaders, samplers and datasets. Generators (torch's, numpy's, Python's) are found among their
-            attributes, and those of the samplers and datasets that they hold.
+        holders: Loaders, samplers and datasets. Their attributes are searched for generators (torch's, numpy's,
+            Python's), and so are the attributes of the samplers and datasets that they hold.
     """
 
     def __init__(self, *holders: Any) -> None:
@@ -28,43 +29,44 @@ class RNGStates:
 
     @property
     def has_own(self) -> bool:
-        """Whether the objects hold generators."""
+        """Whether any of the objects holds a generator."""
         return bool(self._own)
 
     def state(self) -> dict[str, Any]:
-        """The state of all RNG states by name, in tensors and plain values; ``"generators"`` has those held."""
+        """All RNG states by name, as tensors and plain values; ``"generators"`` lists those of the held generators."""
         return {**rng_state(cuda=False), "generators": [_state(g) for g in self._own]}
 
     def set(self, state: dict[str, Any]) -> None:
-        """Set the RNG states named in ``state``."""
+        """Set the RNGs that ``state`` names; the others are unchanged."""
         set_rng_state({name: value for name, value in state.items() if name != "cuda"})
         for generator, value in zip(self._own, state.get("generators", ())):
             _set_state(generator, value)
 
 
 def _same(a: Any, b: Any) -> bool:
-    """Whether two states of one stream are equal."""
+    """Whether two states of the same RNG are equal."""
     if isinstance(a, torch.Tensor):
         return torch.equal(a, b)
     if isinstance(a, dict):
         return all(_same(a[k], b[k]) for k in a)
-    if isinstance(a, list) and not (a and isinstance(a[0], int)):
+    if isinstance(a, list) and not (a and isinstance(a[0], int)):  # a list of numbers is compared at once, below
         return all(map(_same, a, b))
     return bool(a == b)
 
 
 class RecordedDraws:
-    """An iterator whose draws from the random RNG states are recorded, or repeated from a record.
+    """An iterator that records the RNG states before each of its draws, or repeats draws from a record.
 
     Args:
-        items: the iterator.
-        rng_states: the random RNG states.
-        log: by index of an item that draws, the RNG states from before it; one that stands where the item before left
-            it is left out. Grows here.
-        until: up to this index, items are repeated: on the RNG states of the log, and without moving the present ones.
-        count: index of the first item.
-        when: whether the item at an index is recorded.
-        window: keep the last two items alone, each in full.
+        items: The iterator to wrap.
+        rng_states: The RNGs that ``items`` may draw from.
+        log: Item index -> RNG states before that item, for items that draw. A state that equals the one after the
+            previous draw is omitted. Extended in place.
+        until: Items below this index are repeated: they are drawn with the RNG states in ``log``, and the current
+            states are put back afterwards.
+        count: Index of the first item.
+        when: Returns whether the item at an index is recorded; by default every item is.
+        window: Keep only the last two items in ``log``, each with all of its states.
     """
 
     def __init__(
@@ -79,7 +81,7 @@ class RecordedDraws:
     ) -> None:
         self.items, self.rng_states, self.log, self.until, self.count = items, rng_states, log, until, count
         self.when, self.window = when, window
-        self.left: dict[str, Any] | None = None  # the RNG states after the last item that drew
+        self.left: dict[str, Any] | None = None  # the RNG states after the last item that drew from them
 
     def __iter__(self) -> Iterator[Any]:
         return self
@@ -95,6 +97,8 @@ class RecordedDraws:
         return item
 
     def _repeat(self) -> Any:
+        # Training has drawn from the same global RNGs since the first run drew this item, so the current states must
+        # be kept apart from those of the repeated draw.
         now = self.rng_states.state()
         self.rng_states.set({**(self.left or {}), **self.log.get(self.count, {})})
         try:
@@ -109,6 +113,7 @@ class RecordedDraws:
         after = self.rng_states.state()
         drew = {name: state for name, state in before.items() if not _same(state, after[name])}
         left = self.left or {}
+        # States are large (5 kB for torch). One that nobody moved since the last draw follows from repeating that draw.
         entry = {n: s for n, s in drew.items() if self.window or n not in left or not _same(s, left[n])}
         self.left = {**left, **{name: after[name] for name in drew}}
         if entry:
@@ -119,7 +124,7 @@ class RecordedDraws:
 
 
 class CollateWithRNGState:
-    """Collates in a worker, and adds the worker's random RNG states as they stand after the batch."""
+    """A ``collate_fn`` for workers that returns the batch and the worker's RNG states after it."""
 
     def __init__(self, collate: Callable[[Any], Any]) -> None:
         self.collate = collate
@@ -132,7 +137,7 @@ class CollateWithRNGState:
 
 
 class StartWorker:
-    """Initialises a worker, and then sets its random RNG states."""
+    """A ``worker_init_fn`` that calls the user's own and then sets the worker's RNG states."""
 
     def __init__(self, init: Callable[[int], None] | None, states: dict[int, Any]) -> None:
         self.init = init
@@ -184,7 +189,7 @@ def _set_state(generator: Any, state: Any) -> None:
 
 
 def _plain(state: Any) -> Any:
-    """numpy's state of a generator with tensors in the place of arrays."""
+    """numpy's generator state with tensors in place of arrays, so that a checkpoint loads with weights_only=True."""
     import numpy as np
 
     if isinstance(state, dict):

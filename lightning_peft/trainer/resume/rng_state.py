@@ -1,8 +1,7 @@
-"""Random RNG states in checkpoints: read and set the generators of this process, and of the ranks.
+"""Save and restore the states of random number generators (RNGs), in this process and across ranks.
 
-Lightning restores weights, optimizer, schedulers and progress, but not the state of the random number generators
-(dropout, augmentation). The position of a dataloader inside an epoch is the subject of
-:mod:`lightning_peft.trainer.resume.dataloaders`.
+Lightning restores weights, optimizer, schedulers and progress, but not the RNG states that dropout and augmentation
+use. :mod:`lightning_peft.trainer.resume.dataloaders` restores a dataloader's position inside an epoch.
 """
 
 from __future__ import annotations
@@ -17,10 +16,10 @@ __all__ = ["SavedRNGState", "gather_ranks", "rng_state", "set_rng_state", "this_
 
 
 def rng_state(cuda: bool = True) -> dict[str, Any]:
-    """The state of this process's generators (torch, numpy, python), in tensors and plain values.
+    """The RNG states of this process (torch, numpy, python), as tensors and plain values.
 
     Args:
-        cuda: take the current device's too. A worker process must not touch it.
+        cuda: Include the current CUDA device. Must be False in a worker process, which cannot use CUDA after a fork.
     """
     import numpy as np
 
@@ -37,7 +36,7 @@ def rng_state(cuda: bool = True) -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Set the generators to a state that :func:`rng_state` returned; those that it lacks are left alone."""
+    """Set the RNGs to states that :func:`rng_state` returned. RNGs that ``state`` does not name are unchanged."""
     import numpy as np
 
     if "torch" in state:
@@ -53,7 +52,7 @@ def set_rng_state(state: dict[str, Any]) -> None:
 
 
 def gather_ranks(state: Any) -> list[Any]:
-    """The states of all ranks, for a checkpoint that only rank 0 writes."""
+    """Collect ``state`` from all ranks, for a checkpoint that only rank 0 writes. All ranks must call this together."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return [state]
     states: list[Any] = [None] * torch.distributed.get_world_size()
@@ -62,13 +61,13 @@ def gather_ranks(state: Any) -> list[Any]:
 
 
 def this_rank(states: list[Any]) -> Any:
-    """This rank's part of what :func:`gather_ranks` collected; None where the number of ranks has changed."""
+    """This rank's entry of the result of :func:`gather_ranks`; None, with a warning, if the number of ranks changed."""
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     rank, world = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if distributed else (0, 1)
     if len(states) != world:
         warnings.warn(
-            f"the checkpoint was saved by {len(states)} processes and is resumed by {world}: the random number "
-            "generators start anew",
+            f"the checkpoint was saved by {len(states)} processes, but {world} resume it, so their random number "
+            f"generators are not restored. For an exact resume, use {len(states)} processes",
             stacklevel=2,
         )
         return None
@@ -76,28 +75,29 @@ def this_rank(states: list[Any]) -> Any:
 
 
 class SavedRNGState:
-    """The random RNG states of the checkpoint that a run resumes from, until they are restored."""
+    """Holds the RNG states of the checkpoint that a run resumes from until they are restored."""
 
     def __init__(self) -> None:
         self._state: dict[str, Any] | None = None
 
     @property
     def waiting(self) -> bool:
-        """Whether a checkpoint was loaded whose RNG states have not been restored yet."""
+        """Whether a checkpoint was loaded, but its RNG states are not restored yet."""
         return self._state is not None
 
     def load(self, states: list[Any]) -> None:
-        """Remember this rank's state of those that :func:`gather_ranks` collected."""
+        """Remember this rank's entry of the ``states`` that :func:`gather_ranks` collected."""
         self._state = this_rank(states)
 
     def restore(self, trainer: Any) -> None:
-        """Set the random RNG states to their state in the checkpoint; only the first call after loading one does."""
+        """Restore the RNG states of the checkpoint. Only the first call after :meth:`load` has an effect."""
         state, self._state = self._state, None
         if state is None:
             return
         set_rng_state(state)
         fit = trainer.fit_loop
         if fit._combined_loader is not None and fit._combined_loader_states_to_load:
-            # Lightning gives loaders their state in the middle of an epoch only; their generators go on at its end.
+            # Lightning restores loaders only from checkpoints inside an epoch. At the end of one, the generators of
+            # samplers and datasets must be restored too, or the next epoch would draw another order.
             fit._combined_loader._load_state_dicts(fit._combined_loader_states_to_load)
             fit._combined_loader_states_to_load = []

@@ -84,11 +84,14 @@ class Other(lp.LoRA):
 
 
 OTHERS: dict[str, tuple[Any, str]] = {
-    "rank": (lambda: lora(r=2), "r=4, this run has r=2"),
-    "alpha": (lambda: lora(alpha=3), "alpha=16, this run has alpha=3"),
+    "rank": (lambda: lora(r=2), "r=4, but this run has r=2"),
+    "alpha": (lambda: lora(alpha=3), "alpha=16, but this run has alpha=3"),
     "scaling": (lambda: lora(use_rslora=True), "use_rslora=False"),
-    "name": (lambda: lora(name="other"), "named 'default', which this run does not attach"),
-    "method": (lambda: Other(r=4, trainable=["head"]), "'default' is a LoRA in the checkpoint and a Other in this run"),
+    "name": (lambda: lora(name="other"), "named 'default', but this run attaches only"),
+    "method": (
+        lambda: Other(r=4, trainable=["head"]),
+        "'default' is a LoRA in the checkpoint, but a Other in this run",
+    ),
     "targets": (lambda: lora(targets=["body.0"]), "body.4.adapters.default.lora_A"),
     "heads": (lambda: lora(trainable=[]), "head.weight"),
 }

@@ -51,7 +51,7 @@ def test_what_torch_writes_is_read():
 def test_metadata_that_would_run_code(run):
     folder, _ = saved()
     (folder / ".metadata").write_bytes(pickle.dumps(Payload(run)))
-    with pytest.raises(lp.StateError, match=r"was not read: to read it, .* would be run"):
+    with pytest.raises(lp.StateError, match=r"was not read: reading it would run"):
         check_metadata(folder)
     assert not Path("ran").exists()
 
@@ -65,7 +65,7 @@ def test_what_the_modules_of_torch_import_is_not_reached(name):
     parts += [b"\x8c" + bytes([len(module)]) + module, b"\x8c" + bytes([len(name)]) + name.encode(), b"\x93"]
     parts += [b"\x8c\x03ran\x85R."]
     (folder / ".metadata").write_bytes(b"".join(parts))
-    with pytest.raises(lp.StateError, match=f"{name} would be run"):
+    with pytest.raises(lp.StateError, match=rf"would run .*\.{name}$"):
         check_metadata(folder)
     assert not Path("ran").exists()
 
@@ -74,7 +74,7 @@ def test_a_value_that_would_run_code():
     folder, _ = saved(extra=Payload())
     check_metadata(folder)
     assert not Path("ran").exists()
-    with pytest.raises(CheckpointException, match="'extra' in the checkpoint is no plain value"):
+    with pytest.raises(CheckpointException, match="'extra' in the checkpoint is not a plain value"):
         dcp.load({"extra": 0}, checkpoint_id=folder, planner=PlainPlanner())
     assert not Path("ran").exists()
 
@@ -86,11 +86,11 @@ def test_files_elsewhere_and_damage():
     for info in metadata.storage_data.values():
         info.relative_path = "../../secret"
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
-    with pytest.raises(lp.StateError, match=r"names files outside of its folder: .*secret"):
+    with pytest.raises(lp.StateError, match=r"names files outside its folder: .*secret"):
         check_metadata(folder)
     (folder / ".metadata").write_bytes(b"nothing")
     with pytest.raises(lp.StateError, match="cannot be read"):
         check_metadata(folder)
     (folder / ".metadata").unlink()
-    with pytest.raises(lp.StateError, match="is no distributed checkpoint"):
+    with pytest.raises(lp.StateError, match="is not a distributed checkpoint"):
         check_metadata(folder)

@@ -152,7 +152,7 @@ def test_a_module_that_trims_its_adapters_away_is_refused(tmp_path: Path, cls: t
 def test_a_module_that_trims_is_refused_at_its_first_save_where_none_is_planned(tmp_path: Path) -> None:
     run = trainer(tmp_path, max_epochs=1, enable_checkpointing=False)
     run.fit(TrimsInHook(), loader())
-    with pytest.raises(lp.StateError, match=r"leaves 4 of 6 tensors .*body\.0\.adapters"):
+    with pytest.raises(lp.StateError, match=r"leaves 4 of 6 trainable tensors .*body\.0\.adapters"):
         run.save_checkpoint(tmp_path / "x.ckpt")
 
 

@@ -154,7 +154,7 @@ def test_a_loader_with_an_iteration_of_its_own_is_left_alone(tmp_path: Path, wor
             first, second = batch
             return (self(first) - self(second).detach()).pow(2).mean() + self(first).mean()
 
-    with pytest.warns(UserWarning, match="Prefetch has an iteration of its own"):
+    with pytest.warns(UserWarning, match="Prefetch overrides the iteration of DataLoader"):
         seen = run(train(), quiet(), module=Views()).seen  # type: ignore[attr-defined]
     assert same(seen, run(train(), False, module=Views()).seen)  # type: ignore[attr-defined]
     saved = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
@@ -356,5 +356,5 @@ def test_batches_in_the_order_of_the_workers_are_warned_of() -> None:
     if "in_order" not in inspect.signature(DataLoader).parameters:
         pytest.skip("torch before 2.6")
     loader: Any = DataLoader(data(), num_workers=2, in_order=False)
-    with pytest.warns(UserWarning, match="in_order=False batches come as workers finish them"):
+    with pytest.warns(UserWarning, match="in_order=False, batches arrive in the order in which workers finish"):
         TrainingLoaders().wrap(loader, L.Trainer(accelerator="cpu", logger=False))
