@@ -82,7 +82,10 @@ HOLES: dict[tuple[str, str, str], str] = {
     **{(method, "encoder", "autocast"): _FAST_PATH for method in _OUTSIDE_THE_LAYERS},
     ("last_layers", "encoder", "modes"): "torch's fast path looks at the first layer for what trains, and so fails",
     ("gradual", ANY, "count"): "counts what trains by now; what will is held in tests/methods/test_gradual.py",
-    **{("ssf", kind, "merge_unload"): _NEW_BIAS for kind in ("linear", "linear_4d", "conv1d", "resnet", "llama")},
+    **{
+        ("ssf", kind, "merge_unload"): _NEW_BIAS
+        for kind in ("linear", "linear_4d", "conv1d", "conv_transpose", "resnet", "llama")
+    },
     **{
         (method, kind, ANY): _MORE_THAN_PATCHES
         for method in ("visual_prompt", "visual_prompt_deep")

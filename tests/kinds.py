@@ -196,6 +196,17 @@ KINDS: dict[str, Kind] = {
         ["type:Conv3d"],
         last=("4",),
     ),
+    "conv_transpose": Kind(
+        lambda: Convolutions(
+            nn.ConvTranspose2d(3, 8, (3, 2), stride=(2, 1), padding=(1, 0), output_padding=(1, 0)),
+            nn.ConvTranspose2d(8, 6, 3, groups=2, dilation=(2, 1), padding=1),
+            nn.ConvTranspose2d(6, 4, (1, 3), stride=3, output_padding=(2, 1), bias=False),
+        ),
+        _noise(2, 3, 3, 4),
+        {"0": (8, 18), "2": (6, 36), "4": (4, 18)},
+        ["type:ConvTranspose2d"],
+        last=("4",),
+    ),
     "resnet": Kind(
         ResNet,
         _noise(3, 3, 6, 6),

@@ -35,6 +35,8 @@ CONVOLUTIONS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "pointwise": (lambda: nn.Conv2d(4, 6, 1), (2, 4, 7, 8)),
     "conv1d": (lambda: nn.Conv1d(4, 6, 3, stride=2, dilation=2, groups=2, padding=2), (2, 4, 11)),
     "conv3d": (lambda: nn.Conv3d(4, 6, (1, 2, 3), stride=(1, 2, 1), groups=2, padding=1), (2, 4, 3, 4, 5)),
+    "transposed 1d": (lambda: nn.ConvTranspose1d(4, 6, 3, stride=2, dilation=3, groups=2, output_padding=2), (2, 4, 5)),
+    "transposed 3d": (lambda: nn.ConvTranspose3d(4, 6, (1, 2, 3), (1, 2, 1), groups=2, padding=1), (2, 4, 3, 4, 5)),
 }
 
 

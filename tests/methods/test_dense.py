@@ -45,6 +45,20 @@ CONVOLUTIONS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "conv3d": (lambda: nn.Conv3d(4, 6, (1, 2, 3), stride=(1, 2, 1), groups=2, padding=1), (2, 4, 3, 4, 5)),
     "conv3d replicate": (lambda: nn.Conv3d(4, 6, 2, padding=1, padding_mode="replicate"), (2, 4, 3, 4, 3)),
 }
+TRANSPOSED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "transposed": (lambda: nn.ConvTranspose2d(4, 6, 3), (2, 4, 5, 6)),
+    "transposed stride": (lambda: nn.ConvTranspose2d(4, 6, (3, 2), stride=(2, 3), padding=1), (2, 4, 5, 6)),
+    "transposed output padding": (
+        lambda: nn.ConvTranspose2d(4, 6, 3, stride=3, padding=2, output_padding=(2, 1), bias=False),
+        (2, 4, 5, 6),
+    ),
+    "transposed dilation": (lambda: nn.ConvTranspose2d(4, 6, 3, dilation=(2, 3), output_padding=(1, 2)), (2, 4, 5, 6)),
+    "transposed groups": (lambda: nn.ConvTranspose2d(4, 6, 3, groups=2, stride=2), (2, 4, 5, 6)),
+    "transposed depthwise": (lambda: nn.ConvTranspose2d(4, 8, 3, groups=4, padding=1), (2, 4, 5, 6)),
+    "transposed unbatched": (lambda: nn.ConvTranspose2d(4, 6, 3, stride=2), (4, 5, 6)),
+    "transposed 1d": (lambda: nn.ConvTranspose1d(4, 6, 5, stride=3, groups=2, output_padding=1), (2, 4, 7)),
+    "transposed 3d": (lambda: nn.ConvTranspose3d(4, 6, (1, 2, 3), stride=(1, 2, 1), groups=2), (2, 4, 3, 4, 3)),
+}
 OTHERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...] | Tensor]] = {
     "linear": (lambda: nn.Linear(6, 4), (3, 6)),
     "linear 1-D": (lambda: nn.Linear(6, 4), (6,)),
@@ -61,7 +75,29 @@ def _dense(plain: nn.Module, a: Tensor, b: Tensor, scale: float, x: Tensor) -> T
     update = scale * (b @ a)
     if isinstance(plain, nn.Embedding):
         update = update.t()
+    if isinstance(plain, nn.modules.conv._ConvTransposeNd):
+        update = _transposed(plain, update)
     return functional_call(plain, {"weight": plain.weight + update.reshape(plain.weight.shape)}, (x,))
+
+
+def _transposed(plain: nn.modules.conv._ConvTransposeNd, update: Tensor) -> Tensor:
+    """``update`` (out, in/groups * kernel) as the weight (in, out/groups, kernel) is stored, entry by entry."""
+    out, inputs = plain.out_channels // plain.groups, plain.in_channels // plain.groups
+    by_output = update.view(plain.out_channels, inputs, *plain.kernel_size)
+    rows = [[by_output[i // inputs * out + o, i % inputs] for o in range(out)] for i in range(plain.in_channels)]
+    return torch.stack([torch.stack(row) for row in rows])
+
+
+def test_a_transposed_convolution_called_with_an_output_size():
+    layer = nn.ConvTranspose2d(4, 6, 3, stride=3, padding=1).double()
+    model, x = nn.ModuleDict({"up": layer}), torch.randn(2, 4, 5, 6, dtype=torch.float64)
+    plain = copy.deepcopy(layer)
+    lp.apply(model, lp.LoRA(r=3, alpha=3, targets=["up"], adapter_dtype="float64"))
+    adapter = perturb(model, scale=1.0)["up"].adapters["default"]
+    with torch.no_grad():
+        plain.weight += _transposed(plain, adapter.lora_B @ adapter.lora_A)
+    for size in ((13, 16), (14, 18), (15, 17)):
+        close(layer(x, output_size=size), plain(x, output_size=size), 1e-11)
 
 
 @pytest.mark.parametrize("kdim", [None, 6])
@@ -84,10 +120,10 @@ def test_lora_on_attention_is_the_dense_update(kdim: int | None):
         close(mine, reference, 1e-10)
 
 
-@pytest.mark.parametrize("layer", [*CONVOLUTIONS, *OTHERS])
+@pytest.mark.parametrize("layer", [*CONVOLUTIONS, *TRANSPOSED, *OTHERS])
 @pytest.mark.parametrize("merged", [False, True], ids=["beside", "merged"])
 def test_lora_is_the_dense_update(layer: str, merged: bool):
-    make, shape = {**CONVOLUTIONS, **OTHERS}[layer]
+    make, shape = {**CONVOLUTIONS, **TRANSPOSED, **OTHERS}[layer]
     model = nn.Sequential(make()).double()
     plain = copy.deepcopy(model[0]).requires_grad_(False)
     lp.apply(model, lp.LoRA(r=3, alpha=5, targets=["0"], adapter_dtype="float64"))

@@ -16,6 +16,7 @@ from lightning_peft.core.names import canonical
 from lightning_peft.core.sharded_tensors import gather_full
 from lightning_peft.core.targeting.layouts import (
     ConvLayout,
+    ConvTransposeLayout,
     EmbeddingLayout,
     NormLayout,
     TransposedLayout,
@@ -51,8 +52,9 @@ class AdapterRecord:
     Attributes:
         host: the module that carries it, by its name in the base.
         parameter: the adapted weight's name inside the host; ``""`` where the adapter is of no weight.
-        kind: ``Linear``, ``Conv1D`` (Hugging Face's, stored transposed), ``Conv``, ``Embedding``, ``Norm``,
-            ``Attention`` (a projection of ``nn.MultiheadAttention``), ``Parameter`` (a bare one), or the host's class.
+        kind: ``Linear``, ``Conv1D`` (Hugging Face's, stored transposed), ``Conv``, ``ConvTranspose``, ``Embedding``,
+            ``Norm``, ``Attention`` (a projection of ``nn.MultiheadAttention``), ``Parameter`` (a bare one), or the
+            host's class.
         shape: the adapted weight's, as it is stored.
         facts: plain values: the adapter's ``r`` and ``scale``, its ``tokens``; a convolution's ``groups``, ``dilation``
             and ``padding_mode``; ``own_forward`` of a layer that computes something else than its class does.
@@ -115,7 +117,13 @@ def layer_kind(host: nn.Module, layout: Any) -> str:
     """What kind of weight a layout of ``host`` reads: see :class:`AdapterRecord`."""
     if isinstance(host, nn.MultiheadAttention):
         return "Attention"
-    kinds = {TransposedLayout: "Conv1D", EmbeddingLayout: "Embedding", ConvLayout: "Conv", NormLayout: "Norm"}
+    kinds = {
+        TransposedLayout: "Conv1D",
+        EmbeddingLayout: "Embedding",
+        ConvLayout: "Conv",
+        ConvTransposeLayout: "ConvTranspose",
+        NormLayout: "Norm",
+    }
     return kinds.get(type(layout), "Linear" if isinstance(host, nn.Linear) else "Parameter")
 
 

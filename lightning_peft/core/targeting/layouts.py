@@ -16,6 +16,7 @@ from lightning_peft.core.names import join
 
 __all__ = [
     "ConvLayout",
+    "ConvTransposeLayout",
     "EmbeddingLayout",
     "LinearLayout",
     "NormLayout",
@@ -170,7 +171,38 @@ class ConvLayout(WeightLayout):
         return host.in_channels, host.groups
 
 
+class ConvTransposeLayout(ConvLayout):
+    """``nn.ConvTranspose1d/2d/3d``, stored (in x out/groups x kernel): W is (out x in/groups * kernel).
+
+    Any stride, padding, output padding, dilation and groups; calls with ``output_size`` too.
+    """
+
+    def __init__(self, groups: int = 1) -> None:
+        self.groups = groups
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        return weight.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1).flatten(1)
+
+    def stored(self, matrix: Tensor, like: Tensor) -> Tensor:
+        inputs, outputs, *kernel = like.shape
+        return matrix.reshape(self.groups, outputs, inputs // self.groups, *kernel).transpose(1, 2).reshape(like.shape)
+
+    def down(self, host: Any, x: Tensor, a: Tensor) -> Tensor:
+        kernel = _cast(a, x).view(len(a), -1, *host.kernel_size).transpose(0, 1)
+        if host.groups > 1:
+            kernel = kernel.repeat(host.groups, *[1] * (kernel.ndim - 1))
+        # The output size of this call is known in ``up``: the largest is computed here, and cut to it there.
+        largest = [max(sizes) - 1 for sizes in zip(host.stride, host.dilation)]
+        conv = _CONV_TRANSPOSE[len(host.kernel_size)]
+        return conv(x, kernel, None, host.stride, host.padding, largest, host.groups, host.dilation)
+
+    def up(self, host: Any, h: Tensor, b: Tensor, y: Tensor, scale: float) -> Tensor:
+        positions = tuple(slice(size) for size in y.shape[-len(host.kernel_size) :])
+        return super().up(host, h[(..., *positions)], b, y, scale)
+
+
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_CONV_TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
 
 def _cast(t: Tensor, like: Tensor) -> Tensor:
@@ -180,17 +212,20 @@ def _cast(t: Tensor, like: Tensor) -> Tensor:
     return t.to(like.dtype)
 
 
-_FORWARDS = {nn.Linear: LinearLayout, nn.Conv1d: ConvLayout, nn.Conv2d: ConvLayout, nn.Conv3d: ConvLayout}
+_FORWARDS = {
+    nn.Linear: LinearLayout,
+    **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), ConvLayout),
+    **dict.fromkeys((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), ConvTransposeLayout),
+}
 
 
 def layout_of(module: nn.Module) -> tuple[WeightLayout, bool] | None:
     """How the module's ``weight`` reads as a matrix, and whether ``all-linear`` means it; None for other modules."""
     cls = original_class(module)
-    if isinstance(module, nn.modules.conv._ConvTransposeNd):
-        return None
-    for kind, layout in _FORWARDS.items():
+    for kind, made in _FORWARDS.items():
         if isinstance(module, kind):
-            return _guarded(layout(), module, kind), kind is nn.Linear
+            layout = ConvTransposeLayout(module.groups) if made is ConvTransposeLayout else made()
+            return _guarded(layout, module, kind), kind is nn.Linear
     if isinstance(module, nn.Embedding):
         if module.max_norm is not None:
             return None

@@ -261,7 +261,7 @@ def _nothing_to_adapt(pattern: str, modules: Mapping[str, nn.Module], sites: dic
         )
     return (
         f"{pattern!r} matches {name!r} ({kind}), which has no weight to adapt; a weight method adapts Linear, "
-        "Conv1d/2d/3d, Conv1D, Embedding, MultiheadAttention and 2-D or 3-D parameters"
+        "Conv1d/2d/3d, ConvTranspose1d/2d/3d, Conv1D, Embedding, MultiheadAttention and 2-D or 3-D parameters"
     )
 
 

@@ -118,7 +118,6 @@ def test_a_bare_parameter_may_have_any_name(name: str):
         (nn.GRU(3, 3), "flattened copy"),
         (nn.Embedding(3, 3, max_norm=1.0), "an Embedding with max_norm, which rescales its own weight as it runs"),
         (nn.LayerNorm(3), "'it' .LayerNorm., which has no weight to adapt; a weight method adapts Linear"),
-        (nn.ConvTranspose1d(3, 3, 1), "'it' .ConvTranspose1d., of which only the parameters can be named: it.weight"),
         (nn.EmbeddingBag(3, 3), "only the parameters can be named: it.weight"),
         (nn.ReLU(), "has no weight to adapt"),
         (nn.Sequential(nn.Linear(3, 3)), "holds layers but is none; nearest: 'it.\\*'"),

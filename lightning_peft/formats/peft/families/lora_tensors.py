@@ -34,6 +34,10 @@ from lightning_peft.methods.lora import plain_factors
 __all__ = ["Entry", "entries", "take_attention", "take_layer", "take_parameter", "within_rank"]
 
 
+#: kinds of layers, as AdapterRecord names them, that PEFT does not adapt
+NOT_IN_PEFT = frozenset({"ConvTranspose"})
+
+
 @dataclass
 class Entry:
     """What PEFT gives a rank and an alpha of its own.
@@ -95,6 +99,8 @@ def entries(records: Iterable[AdapterRecord], fold_scale: bool = False) -> Itera
         if not host:
             raise NotInPeftError("PEFT cannot adapt the parameters of a model itself, only those of modules in it")
         kind = pairs[0].part.kind
+        if kind in NOT_IN_PEFT:
+            raise NotInPeftError(f"PEFT's LoRA adapts no weight like {pairs[0].part.name!r} ({kind})")
         if kind == "Attention":
             yield _attention(host, pairs)
         elif kind == "Parameter":
@@ -185,6 +191,8 @@ def take_layer(tensors: Tensors, site: Site, r: int, dora: bool, bias: bool) -> 
     """
     rows, columns = site.shape
     name, kind = site.name, layer_kind(site.module, site.layout)
+    if kind in NOT_IN_PEFT:
+        raise FormatError(f"PEFT's LoRA adapts no weight like {name!r} ({kind}), so no file of its can hold one")
     if layer_facts(site.module, site.layout).get("own_forward"):
         raise FormatError(f"{name!r} has a forward of its own, beside which PEFT adds its change unscaled")
     if kind == "Embedding":
