@@ -197,8 +197,9 @@ class ConvTransposeLayout(ConvLayout):
         return conv(x, kernel, None, host.stride, host.padding, largest, host.groups, host.dilation)
 
     def up(self, host: Any, h: Tensor, b: Tensor, y: Tensor, scale: float) -> Tensor:
-        positions = tuple(slice(size) for size in y.shape[-len(host.kernel_size) :])
-        return super().up(host, h[(..., *positions)], b, y, scale)
+        for dim in range(-len(host.kernel_size), 0):
+            h = h.narrow(dim, 0, y.shape[dim])
+        return super().up(host, h, b, y, scale)
 
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -212,10 +213,14 @@ def _cast(t: Tensor, like: Tensor) -> Tensor:
     return t.to(like.dtype)
 
 
-_FORWARDS = {
+_FORWARDS: dict[type[nn.Module], type[WeightLayout]] = {
     nn.Linear: LinearLayout,
-    **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), ConvLayout),
-    **dict.fromkeys((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), ConvTransposeLayout),
+    nn.Conv1d: ConvLayout,
+    nn.Conv2d: ConvLayout,
+    nn.Conv3d: ConvLayout,
+    nn.ConvTranspose1d: ConvTransposeLayout,
+    nn.ConvTranspose2d: ConvTransposeLayout,
+    nn.ConvTranspose3d: ConvTransposeLayout,
 }
 
 
@@ -224,7 +229,7 @@ def layout_of(module: nn.Module) -> tuple[WeightLayout, bool] | None:
     cls = original_class(module)
     for kind, made in _FORWARDS.items():
         if isinstance(module, kind):
-            layout = ConvTransposeLayout(module.groups) if made is ConvTransposeLayout else made()
+            layout = ConvTransposeLayout(cast(int, module.groups)) if made is ConvTransposeLayout else made()
             return _guarded(layout, module, kind), kind is nn.Linear
     if isinstance(module, nn.Embedding):
         if module.max_norm is not None:
