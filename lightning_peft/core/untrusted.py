@@ -103,7 +103,7 @@ def check_regexes(config: Mapping[str, Any], names: Iterable[str]) -> None:
         try:
             re.compile(pattern)
         except (re.error, RecursionError, OverflowError) as error:
-            raise FormatError(f"{option}: {pattern[:200]!r} is no regular expression: {error}") from None
+            raise FormatError(f"{option}: {pattern[:200]!r} is not a valid regular expression: {error}") from None
         if not _PLAIN.fullmatch(pattern):
             patterns.append(pattern)
     if not patterns:

@@ -98,7 +98,7 @@ def test_files_of_earlier_releases_hold_one_name_and_mean_all(tmp_path):
 def test_an_adapter_of_a_tied_module_changes_that_one_alone_and_the_report_says_so(tmp_path):
     base, x = tied_llama(), tokens()
     method = lp.LoRA(r=2, targets=["embed_tokens"])
-    assert any("adapted alone: lm_head.weight is the same" in note for note in lp.inspect(base, method).notes)
+    assert any("adapted alone: lm_head.weight holds the same" in note for note in lp.inspect(base, method).notes)
     ours = adapted(base, method)
     assert ours.lm_head(torch.ones(1, 32)).equal(base.lm_head(torch.ones(1, 32)))
     lp.save_adapter(ours, tmp_path)
@@ -126,7 +126,7 @@ class Shared(nn.Module):
 )
 def test_a_module_with_two_names_is_adapted_under_both_and_kept_from_peft_where_that_is_not(options, kept, tmp_path):
     base, x = Shared().eval(), torch.ones(1, 8)
-    said = "a is one module with again: what is done to it acts under each name"
+    said = "a is the same module as again: its changes apply under each name"
     assert (said in lp.inspect(base, lp.LoRA(r=2, **options)).notes) is kept
     ours = adapted(base, lp.LoRA(r=2, **options))
     lp.save_adapter(ours, tmp_path)

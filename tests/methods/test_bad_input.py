@@ -38,7 +38,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], lp.PEFTMethod], str
     "prefix without attention": (
         KINDS["resnet"].build,
         lambda: lp.PrefixTuning(4),
-        "targets='all-attention' finds no attention: no module here owns key and value projections.*give kv_dim=",
+        "targets='all-attention' finds no attention: no module here has key and value projections.*pass kv_dim=",
     ),
     "prompt as long as the positions": (
         bert,

@@ -1,7 +1,7 @@
-"""What to adapt: the base model inside a module, target patterns, and the places where adapters attach.
+"""Decide what to adapt: find the base model, resolve target patterns, and describe the places where adapters attach.
 
-Read ``base_modules``, ``base_model``, ``patterns``, ``layouts`` (a weight as a matrix) and ``sites`` (the weights that
-patterns name), then ``blocks``, ``activation_sites``, ``attention_sites`` and ``token_modules`` for the other families.
-``ties`` has the weights and modules with several names. Left alone are ``frozen_parts``, the ``output_head`` (found by
-a ``trial_forward``) and what ``storage`` refuses.
+Read ``base_modules``, ``base_model``, ``patterns``, ``layouts`` (how a weight becomes a matrix) and ``sites`` (weights
+matched by patterns) first. ``blocks``, ``activation_sites``, ``attention_sites`` and ``token_modules`` serve the other
+families, and ``ties`` handles shared weights. ``frozen_parts``, ``output_head`` (which runs a ``trial_forward``) and
+``storage`` decide what is left out.
 """

@@ -1,4 +1,4 @@
-"""Where an activation method attaches: the input and output of a module, a block or a sub-layer."""
+"""Find where an activation method attaches: the input and output of a module, a block or a sub-layer."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ __all__ = ["ActivationSite", "find_activation_sites"]
 
 @dataclass(frozen=True)
 class ActivationSite:
-    """A place for an activation adapter.
+    """A place where an activation adapter can attach.
 
     Attributes:
-        name: what a pattern matches and errors show.
-        host: the name of the module that carries the adapter: the one whose output changes.
-        module: that module.
-        start: the name of the module whose input is the sub-layer's; ``host`` where it is its own.
-        width: features of the output.
-        axis: the dimension of the features: -1, or 1 for feature maps (N, C, ...).
-        input_width: features of the sub-layer's input; None where no layer tells.
+        name: the name that patterns match and errors show.
+        host: the name of the module that carries the adapter and whose output it changes.
+        module: the host module.
+        start: the name of the module whose input is the sub-layer's input; often the same as ``host``.
+        width: number of features of the output.
+        axis: dimension of the features: -1, or 1 for feature maps (N, C, ...).
+        input_width: number of features of the sub-layer's input; None if it is unknown.
     """
 
     name: str
@@ -46,7 +46,7 @@ class ActivationSite:
 
 @dataclass(frozen=True)
 class _Span:
-    """From the input of one module to the output of another, or of the same."""
+    """The path from the input of module ``start`` to the output of module ``end``, which may be the same module."""
 
     start: str
     end: str
@@ -64,23 +64,23 @@ def find_activation_sites(
     width: int | None = None,
     feature_maps: bool | None = None,
 ) -> list[ActivationSite]:
-    """The places that a method's arguments name, one for each host, in model order.
+    """Return the places that a method's arguments select, one per host, in model order.
 
     Args:
         model: any module.
         targets: ``"all-attention"`` and ``"all-feedforward"`` (the output of each such sub-layer, before residual sum
             and norm), ``"all-blocks"`` (the output of each block), ``"all-linear"``, or patterns of modules.
-        exclude: patterns to take away again: of the places, or of modules around them.
-        trainable: names of modules that train in full; the words above leave them out.
-        width: features of the outputs, where the modules do not tell.
-        feature_maps: whether the outputs are (N, C, ...), where the modules do not tell.
+        exclude: patterns that match places to leave out, or modules around them.
+        trainable: names of modules that train in full; the reserved words skip them.
+        width: number of output features, for modules whose layers do not show it.
+        feature_maps: whether the outputs are (N, C, ...), for modules whose layers do not show it.
 
     Raises:
-        TargetError: nothing is found; a module that is never called; a width that cannot be known.
+        TargetError: if nothing is found, a selected module is never called, or its width cannot be determined.
     """
     modules = {name: module for name, module in base_modules(model) if name}
     called = {site.host for site in weight_sites(model).values()}
-    spans: dict[str, _Span] = {}  # of the sub-layers that a reserved word names
+    spans: dict[str, _Span] = {}  # the sub-layers found for reserved words, by the name of their last module
 
     def free(names: Iterable[str]) -> list[str]:
         return [name for name in dict.fromkeys(names) if not is_within(name, *heads)]
@@ -106,8 +106,8 @@ def find_activation_sites(
         features = width or place.width or output_width(modules[end])
         if features is None:
             raise TargetError(
-                f"the number of features that {name!r} ({original_class(modules[end]).__name__}) gives cannot be told "
-                "from its layers: set width= to it (and channels_first=True for feature maps)"
+                f"the output width of {name!r} ({original_class(modules[end]).__name__}) cannot be determined from "
+                "its layers: pass width= (and channels_first=True for feature maps)"
             )
         maps = channels_first(modules[end]) if feature_maps is None else feature_maps
         enters = input_width(modules[place.start])
@@ -120,24 +120,27 @@ def _no_sublayer(word: str, model: nn.Module) -> NoReturn:
     kinds = sorted({original_class(m).__name__ for _, m in find_blocks(model)})
     raise TargetError(
         f"targets={word!r}: nothing in this model looks like {_PLACES[word].replace('forward', '-forward')} (its "
-        f"blocks are {kinds}): use targets='all-blocks', or patterns of the modules to adapt{why_frozen(model)}"
+        f"blocks are {kinds}): use targets='all-blocks', or patterns for the modules to adapt{why_frozen(model)}"
     )
 
 
 def _no_blocks(model: nn.Module) -> NoReturn:
     raise TargetError(
-        "targets='all-blocks': this model has no blocks; use patterns of the modules to adapt" + why_frozen(model)
+        "targets='all-blocks': this model has no blocks; use patterns for the modules to adapt" + why_frozen(model)
     )
 
 
 def _span(name: str, modules: dict[str, nn.Module], called: set[str]) -> _Span:
-    """From the input to the output of the module ``name``, whose last child carries the adapter where it is a
-    ``Sequential``: that one would run a child ``adapters`` as one more of its layers."""
+    """Return the span of the module ``name``.
+
+    For a ``Sequential``, the last child carries the adapter, because the container would run a child ``adapters`` as
+    another of its layers.
+    """
     start = end = name
     while isinstance(modules[end], nn.Sequential):
         children = [child for child, _ in modules[end].named_children()]
         if not children or f"{end}.{children[-1]}" not in modules:
-            raise TargetError(f"{name!r} is a Sequential without a last layer of its own: adapt the module around it")
+            raise TargetError(f"{name!r} is a Sequential without a last layer to adapt: adapt the module around it")
         start = f"{start}.{children[0]}" if start == end else start
         end = f"{end}.{children[-1]}"
     while isinstance(modules.get(start), nn.Sequential) and len(modules[start]):  # type: ignore[arg-type]
@@ -145,7 +148,7 @@ def _span(name: str, modules: dict[str, nn.Module], called: set[str]) -> _Span:
     module, parent = modules[end], modules.get(owner_of(end))
     if isinstance(module, nn.ModuleList | nn.ModuleDict | nn.ParameterList | nn.ParameterDict):
         kind = original_class(module).__name__
-        raise TargetError(f"{name!r} is a {kind}, which is never called: name what is in it, as in '{name}.*'")
+        raise TargetError(f"{name!r} is a {kind}, which is never called: name the modules inside it, as in '{name}.*'")
     if isinstance(parent, nn.MultiheadAttention) and end not in called:
-        raise TargetError(f"{name!r} is never called, its attention reads the weight: name {owner_of(end)!r}")
+        raise TargetError(f"{name!r} is never called: the attention reads its weight. Name {owner_of(end)!r} instead")
     return _Span(start, end)

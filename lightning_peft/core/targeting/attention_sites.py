@@ -1,4 +1,4 @@
-"""Attention as a place to attach: which modules attend, and how wide their keys and values are."""
+"""Find attention modules, and determine the widths of their keys and values."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ __all__ = ["EAGER", "AttentionSite", "attention_sites", "find_attention"]
 
 @dataclass(frozen=True)
 class AttentionSite:
-    """A module that attends.
+    """An attention module.
 
     Attributes:
         name: its qualified name.
-        module: the module itself.
-        key_width: the width of all its keys together, key heads x head width.
-        value_width: that of its values.
-        query_width: that of its queries; more than ``key_width`` where groups of query heads share keys.
+        module: the attention module.
+        key_width: total width of its keys, key heads x head width.
+        value_width: total width of its values.
+        query_width: total width of its queries; larger than ``key_width`` if groups of query heads share keys.
     """
 
     name: str
@@ -42,9 +42,9 @@ _QKV = re.compile(r"(to_|w|linear_|attn_|c_)?(qkv|query_key_value|in_proj|attn)(
 
 
 def attention_sites(model: nn.Module) -> dict[str, AttentionSite]:
-    """The attention modules of ``model`` by name: those that own key and value projections.
+    """Return the attention modules of ``model`` by name: the modules with key and value projections.
 
-    The widths are read from the projections themselves, so grouped-query attention needs nothing more.
+    The widths are read from the projections, which covers grouped-query attention without special handling.
     """
     sites = {}
     for name, module in base_modules(model):
@@ -69,7 +69,7 @@ def _widths(module: nn.Module) -> tuple[int, int, int] | None:
     for name, (_, width) in projections.items():
         others = {n: pair for n, pair in projections.items() if n != name}
         if _QKV.fullmatch(name) and others:
-            # The output projection reads what all query heads wrote, so its input is as wide as the queries.
+            # The output projection reads the outputs of all query heads, so its input is as wide as the queries.
             queries = 0 if any(n.startswith("q") for n in others) else list(others.values())[-1][0]
             if width > queries and (width - queries) % 2 == 0:
                 return (width - queries) // 2, (width - queries) // 2, queries or width // 2
@@ -89,16 +89,17 @@ def _in_out(module: nn.Module) -> tuple[int, int] | None:
 def find_attention(
     model: nn.Module, targets: str | Sequence[str], exclude: str | Sequence[str] = (), kv_dim: int | None = None
 ) -> dict[str, AttentionSite]:
-    """The attention modules that ``targets`` names.
+    """Return the attention modules that ``targets`` selects.
 
     Args:
         model: any module.
         targets: ``"all-attention"`` or patterns.
-        exclude: patterns to take away again.
-        kv_dim: the width of keys and of values, for modules whose projections cannot be told by their names.
+        exclude: patterns for modules to leave out.
+        kv_dim: the width of keys and values, for modules whose projections are not recognised by their names.
 
     Raises:
-        TargetError: the model has no attention, a pattern matches none, or a kind that cannot be given a prefix.
+        TargetError: if the model has no attention, if a pattern matches none, or if a module uses an attention
+            implementation that cannot take a prefix.
     """
     sites = attention_sites(model)
     modules = {name: module for name, module in base_modules(model) if name}
@@ -109,8 +110,8 @@ def find_attention(
         if not free:
             kinds = sorted({original_class(m).__name__ for m in modules.values()})
             raise TargetError(
-                "targets='all-attention' finds no attention: no module here owns key and value projections. The "
-                f"model has {kinds[:12]}; name the modules that attend in targets and give kv_dim=" + why_frozen(model)
+                "targets='all-attention' finds no attention: no module here has key and value projections. The "
+                f"model has {kinds[:12]}; name the attention modules in targets and pass kv_dim=" + why_frozen(model)
             )
         return free
 
@@ -130,7 +131,7 @@ def find_attention(
         kind = getattr(getattr(site.module, "config", None), "_attn_implementation", None)
         if kind not in (None, "sdpa", "eager", EAGER):
             raise TargetError(
-                f"{site.name!r} runs {kind!r} attention, which takes no prefix; load the model with "
+                f"{site.name!r} runs {kind!r} attention, which does not accept a prefix; load the model with "
                 "attn_implementation='sdpa' (or call model.set_attn_implementation('sdpa'))"
             )
     order = {name: i for i, name in enumerate(modules)}
@@ -144,10 +145,11 @@ def _no_attention(pattern: str, sites: Mapping[str, AttentionSite], modules: Map
     name, module = next(iter(hits.items()))
     inside = [n for n in sites if is_within(n, name)]
     if inside:
-        return f"{pattern!r} matches {name!r}, which holds attention but is none; nearest: {inside[0]!r}"
+        return f"{pattern!r} matches {name!r}, which contains attention but is not one itself; nearest: {inside[0]!r}"
     return (
-        f"{pattern!r} matches {name!r} ({original_class(module).__name__}), which owns no key and value projections; "
-        f"if it attends, give kv_dim= (key heads x head width)" + (f"; attention is {list(sites)[:4]}" if sites else "")
+        f"{pattern!r} matches {name!r} ({original_class(module).__name__}), which has no key and value projections; "
+        f"if it is attention, pass kv_dim= (key heads x head width)"
+        + (f"; attention is {list(sites)[:4]}" if sites else "")
     )
 
 

@@ -1,7 +1,7 @@
-"""The base inside a model: the module whose own names are those that everyone who has the base uses.
+"""Find the base model inside the user's module, and map names between the two.
 
-A LightningModule that holds a model as ``self.net`` calls its parts ``net.<module>``; adapters that are to fit any
-other holder of the same model go by the names inside. :class:`Base` maps between the two.
+A LightningModule that holds a model as ``self.net`` sees its modules as ``net.<module>``. Adapter files leave out that
+prefix, so that they also load into another module that holds the same model. :class:`Base` converts the names.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ __all__ = ["Base", "base_for_keys", "base_of", "depth_of"]
 
 @dataclass(frozen=True)
 class Base:
-    """The module inside a model whose names an adapter directory uses.
+    """The base model inside a module. Adapter directories use names relative to it.
 
     Attributes:
         root: the module that methods are applied to.
-        name: the name of the base inside ``root``; ``""`` where they are one.
+        name: the name of the base inside ``root``; ``""`` if ``root`` is the base.
     """
 
     root: nn.Module
@@ -37,27 +37,27 @@ class Base:
 
     @property
     def module(self) -> nn.Module:
-        """The base itself."""
+        """The base model."""
         return self.root.get_submodule(self.name)
 
     def outer(self, name: str) -> str:
-        """A name of the base as ``root`` has it."""
+        """Convert a name inside the base to the name inside ``root``."""
         return join(self.name, name)
 
     def inner(self, name: str) -> str | None:
-        """A name of ``root`` as the base has it; None outside of the base."""
+        """Convert a name inside ``root`` to the name inside the base; None if it lies outside the base."""
         return relative(name, self.name) if is_within(name, self.name) else None
 
     def patterns(self, names: Iterable[str]) -> list[str]:
-        """Patterns for a method on ``root`` that mean exactly these names of the base."""
+        """Return patterns for a method on ``root`` that match exactly these names of the base."""
         return [exactly(self.outer(name)) for name in names]
 
     def modules(self) -> dict[str, nn.Module]:
-        """The base's own modules by name, as they are without adapters."""
+        """The base's own modules by name, without adapters."""
         return dict(base_modules(self.module))
 
     def facts(self) -> dict[str, Any]:
-        """What names the base: its class, and what a Hugging Face model's ``config`` says; plain values."""
+        """Facts that identify the base, as plain values: its class and entries of a Hugging Face ``config``."""
         cls, config = original_class(self.module), getattr(self.module, "config", None)
         embedding = input_embedding(self.module)
         return {
@@ -73,11 +73,11 @@ class Base:
 
 
 def base_of(root: nn.Module, used: Iterable[str] = ()) -> Base:
-    """The base of a model: the outermost Hugging Face model, or the one module that a LightningModule wraps.
+    """Return the base of a model: the outermost Hugging Face model, or the only module inside a LightningModule.
 
     Args:
         root: the module that methods are applied to.
-        used: names inside ``root`` that have to lie in the base.
+        used: names inside ``root`` that must lie in the base.
     """
     used = list(used)
     for name, module in base_modules(root):
@@ -98,17 +98,17 @@ def base_of(root: nn.Module, used: Iterable[str] = ()) -> Base:
 
 
 def base_for_keys(root: nn.Module, keys: Iterable[str]) -> Base:
-    """The base that ``keys`` (without prefix) were written for: the module in which most of their parts are found."""
+    """Return the base that ``keys`` (without prefix) were written for: the module that matches most of their parts."""
     paths = [key.split(".") for key in itertools.islice(keys, 64)]
     first = base_of(root)
     candidates = [(first.name, first.module), *base_modules(root)]
-    # max takes the first of equals: the base as it would be written, then the outermost.
+    # max() returns the first of equal candidates, so base_of() wins a tie, and then the outermost module.
     name, _ = max(candidates, key=lambda candidate: sum(depth_of(candidate[1], path) for path in paths))
     return Base(root, name)
 
 
 def depth_of(module: nn.Module, path: Iterable[str]) -> int:
-    """How many parts of ``path`` name modules, one inside the other, from ``module`` on."""
+    """Return how many leading parts of ``path`` name nested modules, starting from ``module``."""
     depth = 0
     for part in path:
         child = module._modules.get(part)
@@ -119,5 +119,5 @@ def depth_of(module: nn.Module, path: Iterable[str]) -> int:
 
 
 def _is(module: nn.Module, name: str, where: str) -> bool:
-    """Whether ``module`` is of a class of a library that is not imported here."""
+    """Whether ``module`` is an instance of a class in a library that this package does not import."""
     return any(c.__name__ == name and c.__module__ == where for c in original_class(module).__mro__)

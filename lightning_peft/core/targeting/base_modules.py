@@ -1,4 +1,4 @@
-"""The base's own modules, apart from the adapters that methods have put in."""
+"""List the modules of the base model, without the adapters that methods have inserted."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ __all__ = ["AdapterContainer", "base_modules"]
 
 
 class AdapterContainer(nn.ModuleDict):
-    """Marks the child module that holds adapters, so that the base's own modules can be told from it."""
+    """The child module that holds a module's adapters; its class distinguishes it from modules of the base."""
 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """``model.named_modules()`` without the adapters that methods have put in."""
+    """Like ``model.named_modules()``, but without the adapters that methods have inserted."""
     inside = None
     for name, module in model.named_modules():
         if isinstance(module, AdapterContainer):
-            inside = name  # what a module holds comes right after it
+            inside = name  # named_modules() yields the children of a module right after it
         elif inside is None or not is_within(name, inside):
             yield name, module

@@ -1,9 +1,9 @@
-"""The blocks of a model in order of depth, and the attention and feed-forward sub-layers inside them.
+"""Find the blocks of a model in order of depth, and the attention and feed-forward sub-layers inside them.
 
-A block is the unit in which layers are chosen, frozen and unfrozen. Sub-layers are found by structure and by the
-field's usual names. A sub-layer is known by two modules: the one whose input is the sub-layer's, and the one whose
-output is what the block adds to its residual stream. Often one module is both; a feed-forward that the block runs
-itself (``linear1`` and ``linear2`` of ``nn.TransformerEncoderLayer``, BERT's ``intermediate`` and ``output``) has two.
+Layers are selected, frozen and unfrozen by block. Sub-layers are found by structure and by common names. Two modules
+mark a sub-layer: ``start``, whose input is the sub-layer's input, and ``end``, whose output the block adds to its
+residual stream. They are often the same module. They differ if the block runs the feed-forward itself: ``linear1`` and
+``linear2`` of ``nn.TransformerEncoderLayer``, or BERT's ``intermediate`` and ``output``.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ _CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 
 
 def find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The repeated blocks of ``model`` by qualified name, the first to run first (as far as definition order tells).
+    """Return the repeated blocks of ``model`` with their qualified names, in definition order.
 
-    A block is a composite module in a ``ModuleList``, ``Sequential`` or ``ModuleDict`` whose class occurs there at
-    least twice, or that is the only one in it; of nested ones the outermost count (a transformer's layers, not their
-    heads). A model without any, such as a plain ``Sequential`` of layers, has its layers that own parameters as
-    blocks. Parts that the user froze as a whole have none.
+    A block is a composite module inside a ``ModuleList``, ``Sequential`` or ``ModuleDict``. Its class must occur in
+    such containers at least twice, or it must be the only module in its container. If blocks are nested, only the
+    outermost count: a transformer's layers, not their heads. In a model without blocks (a plain ``Sequential``), every
+    layer with parameters is a block. Parts that the user froze as a whole are skipped.
     """
     left_alone = in_frozen_part(model)
     inside = [
@@ -62,15 +62,15 @@ def _outermost(blocks: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module
 
 @dataclass(frozen=True)
 class Sublayer:
-    """One attention or feed-forward.
+    """An attention or feed-forward sub-layer of a block.
 
     Attributes:
-        kind: which of the two.
-        start: the name of the module whose input is the sub-layer's.
-        end: the name of the module whose output is the sub-layer's, before residual sum and norm.
+        kind: which of the two it is.
+        start: the name of the module whose input is the sub-layer's input.
+        end: the name of the module whose output is the sub-layer's output, before residual sum and norm.
         sites: the names of the linear layers and projections inside, in order.
-        outputs: those of them that project back to the width of the sub-layer's input; several for experts.
-        width: features of the output, or None where no layer inside tells.
+        outputs: the sites that project back to the width of the sub-layer's input; several for experts.
+        width: number of output features, or None if it is unknown.
     """
 
     kind: Literal["attention", "feedforward"]
@@ -87,7 +87,7 @@ _FEEDFORWARD_CLASS = re.compile(
     r".*(MLP|Mlp|MLPBlock|FeedForward|FeedForwardNetwork|FFN|FF|DenseActDense|DenseGatedActDense|SwiGLU|MoeBlock|MoE)\d*"
 )
 _FEEDFORWARD_NAME = re.compile(r"mlp|ffn?|feed_?forward|(block_sparse_)?moe")
-#: children of one block that are a feed-forward together
+#: pairs of child modules that together form a feed-forward
 _PAIRS = [("linear1", "linear2"), ("fc1", "fc2"), ("ffn", "ffn_output"), ("lin1", "lin2"), ("intermediate", "output")]
 _LAST = {
     "attention": {"o_proj", "out_proj", "out_lin", "c_proj", "proj", "wo", "o", "dense", "output", "out", "to_out"},
@@ -97,7 +97,7 @@ _LAST = {
 
 
 def find_sublayers(model: nn.Module) -> list[Sublayer]:
-    """The sub-layers in all blocks of ``model``, in order; empty where nothing looks like one."""
+    """Return the sub-layers in all blocks of ``model``, in order; empty if nothing is recognised as one."""
     sites = weight_sites(model)
     head = output_head(model, sites)
     modules = dict(base_modules(model))
@@ -111,13 +111,13 @@ def find_sublayers(model: nn.Module) -> list[Sublayer]:
 
 
 def label(site: str) -> str:
-    """The last part of a name that is no number, in lower case: ``to_out`` for ``attn.to_out.0``."""
+    """Return the last part of a name that is not a number, in lower case: ``to_out`` for ``attn.to_out.0``."""
     parts = [part for part in site.lower().split(".") if not part.isdigit()]
     return parts[-1] if parts else site
 
 
 def output_width(module: nn.Module) -> int | None:
-    """The number of features of a module's output as its own attributes, or its last layer's, say it."""
+    """Return the number of output features, read from the module's attributes or those of its last layer."""
     own = _own_width(module)
     if own is not None:
         return own
@@ -126,13 +126,13 @@ def output_width(module: nn.Module) -> int | None:
 
 
 def input_width(module: nn.Module) -> int | None:
-    """The number of features of a layer's input; None for a module of several layers, of which any may be the first."""
+    """Return the number of input features of a layer; None for a composite module, whose first layer is unknown."""
     widths = (module.__dict__.get(attribute) for attribute in ("in_features", "in_channels", "nx"))
     return next((width for width in widths if isinstance(width, int)), None)
 
 
 def channels_first(module: nn.Module) -> bool:
-    """Whether the features of a module's output are its second dimension, as a convolution's are."""
+    """Whether the second dimension of the module's output holds the features, as for a convolution."""
     layers = [m for name, m in base_modules(module) if _own_width(m) is not None]
     last = module if _own_width(module) is not None else (layers or [module])[-1]
     kinds = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm)
@@ -190,7 +190,7 @@ def _search(
                         done += [start, end]
                         break
         width = next((s.width for s in found if s.width is not None), None)
-        for s in found:  # experts in bare parameters do not tell their width; the block's residual stream has one
+        for s in found:  # bare expert parameters do not show their width, but it equals the width of the block
             yield s if s.width is not None or not root else replace(s, width=width)
 
 
@@ -215,13 +215,14 @@ def _sublayer(
     host = sites[final].host
     width = output_width(modules[host])
     enters = getattr(sites[linear[0]].module, "in_features", width)
-    if kind == "feedforward" and enters != width:  # the last layer found is not the one that projects back
+    # A feed-forward returns to its input width. If this one does not, the last layer found is not its output layer.
+    if kind == "feedforward" and enters != width:
         return Sublayer(literal, start, end if pair else start, tuple(names), outputs, enters)
     return Sublayer(literal, start, host, tuple(names), (final,), width)
 
 
 def _narrowed(name: str, inside: list[str], modules: dict[str, nn.Module], sites: dict[str, Site]) -> str:
-    """The smallest module around all of ``inside``, down from ``name``."""
+    """Return the smallest module inside ``name`` that contains all of ``inside``."""
     hosts = {sites[n].host for n in inside}
     while name not in hosts:
         deeper = [c for c in modules if c and owner_of(c) == name]

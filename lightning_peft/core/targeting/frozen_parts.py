@@ -1,4 +1,4 @@
-"""Parts of a model that the user froze as a whole: methods leave them alone unless a pattern names them."""
+"""Find the parts of a model that the user froze as a whole; methods skip them unless a pattern names them."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ __all__ = ["frozen_parts", "in_frozen_part", "name_frozen_parts", "why_frozen"]
 
 
 def frozen_parts(model: nn.Module) -> list[str]:
-    """The outermost modules whose parameters were all frozen before any method was applied, beside parts that train.
+    """Return the outermost modules that the user froze completely while other modules of the model train.
 
-    The network of a perceptual loss is one, or a teacher. Empty if nothing was frozen, or everything. Parameters that
-    cannot train (integers, packed formats) say nothing of the user's intention.
+    Examples are the network of a perceptual loss, or a teacher. The list is empty if the user froze nothing, or
+    everything. Parameters that cannot train (integers, packed formats) do not count as frozen by the user.
     """
     trains = _trains_by_module(model)
     if all(trains.values()) or not any(trains.values()):
@@ -35,24 +35,24 @@ def frozen_parts(model: nn.Module) -> list[str]:
 
 
 def in_frozen_part(model: nn.Module) -> Callable[[str], bool]:
-    """A test of the name of a module or parameter: does it lie in a part that the user froze as a whole?"""
+    """Return a predicate: whether a module or parameter name lies in a part that the user froze as a whole."""
     parts = frozen_parts(model)
     return lambda name: is_within(name, *parts)
 
 
 def why_frozen(model: nn.Module) -> str:
-    """What an error adds if a method finds nothing to adapt, perhaps because the user froze it; empty otherwise."""
+    """Return a hint for the error that nothing was found to adapt, if the user froze parts; empty otherwise."""
     parts = frozen_parts(model)
     if not parts:
         return ""
     return (
-        f". Left alone because you froze them while other parts train: {', '.join(parts)}. Name them in targets to "
-        "adapt them all the same, or do not freeze them yourself"
+        f". Skipped because you froze them while other parts train: {', '.join(parts)}. Name them in targets to "
+        "adapt them anyway, or do not freeze them yourself"
     )
 
 
 def name_frozen_parts(model: nn.Module, plan: Plan) -> None:
-    """Add to the notes of ``plan`` which frozen parts it does not touch."""
+    """Add a note to ``plan`` for each frozen part that it does not touch."""
     touched = [*(a.host for a in plan.attach), *plan.train, *plan.train_modules, *plan.deferred]
     for part in frozen_parts(model):
         inside = any(is_within(name, part) for name in touched)
@@ -63,7 +63,7 @@ def name_frozen_parts(model: nn.Module, plan: Plan) -> None:
 
 
 def _trains_by_module(model: nn.Module) -> dict[str, bool]:
-    """Whether each module's own parameters train, or did before methods were applied; modules without any left out."""
+    """Whether any of a module's own parameters trains, or did before methods were applied, by module name."""
     record, root = injection_state(model), injected_name(model)
     before = {join(root, name) for name in record.trained_before} if record is not None else set()
     every = dict(model.named_parameters(remove_duplicate=False))
@@ -80,6 +80,6 @@ def _trains_by_module(model: nn.Module) -> dict[str, bool]:
 
 
 def _with_parents(names: Iterable[str]) -> list[str]:
-    """The names and those of all modules around them, the outermost first."""
+    """Return the names and those of all their parents, outermost first."""
     around = {outer: None for name in names if name for outer in (*parents(name)[1:], name)}
     return sorted(around, key=lambda name: name.count("."))

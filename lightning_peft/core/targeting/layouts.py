@@ -1,6 +1,6 @@
-"""How a stored weight reads as a matrix W (out x in), and how its layer multiplies by a low-rank pair.
+"""Present a stored weight as a matrix W (out x in), and apply a low-rank pair the way its layer applies W.
 
-Methods see only matrices, so convolutions, embeddings and transposed storage are handled here and nowhere else.
+Methods only see matrices: convolutions, embeddings and transposed storage are handled here and nowhere else.
 """
 
 from __future__ import annotations
@@ -28,38 +28,39 @@ __all__ = [
 
 
 class WeightLayout:
-    """A weight that is stored as the matrix it is and read directly by its module (no activation path)."""
+    """A weight that is stored as a matrix and that its module reads directly, so there is no activation path."""
 
+    #: whether :meth:`down` and :meth:`up` can compute the low-rank update from the layer's input
     has_activation = False
-    #: whether the layer is called with vectors (..., in) and gives vectors (..., out)
+    #: whether the layer takes vectors (..., in) and returns vectors (..., out)
     vectors = False
 
     def matrix(self, weight: Tensor) -> Tensor:
-        """The stored weight as a matrix (..., out, in); a view where it can be."""
+        """The stored weight as a matrix (..., out, in); a view if possible."""
         return weight
 
     def stored(self, matrix: Tensor, like: Tensor) -> Tensor:
-        """The inverse of :meth:`matrix`: ``matrix`` in the shape that ``like`` is stored in."""
+        """The inverse of :meth:`matrix`: ``matrix`` in the stored shape of ``like``."""
         return matrix
 
     def down(self, host: Any, x: Tensor, a: Tensor) -> Tensor:
-        """The layer's operation on ``x`` with the matrix ``a`` (r x in) for weight."""
+        """Run the layer's operation on ``x`` with the matrix ``a`` (r x in) as its weight."""
         raise NotImplementedError
 
     def up(self, host: Any, h: Tensor, b: Tensor, y: Tensor, scale: float) -> Tensor:
-        """``y`` plus ``scale`` times the matrix ``b`` (out x r) applied to ``h``."""
+        """Return ``y`` plus ``scale`` times the matrix ``b`` (out x r) applied to ``h``."""
         raise NotImplementedError
 
     def features(self, host: Any, v: Tensor) -> Tensor:
-        """``v``, one value for each input or output feature, shaped to broadcast over the layer's activations."""
+        """Reshape ``v``, one value per input or output feature, so that it broadcasts over the layer's activations."""
         raise NotImplementedError
 
     def inputs(self, host: Any, matrix: torch.Size) -> tuple[int, int]:
-        """The number of input features, and of the groups they fall into; columns are (features / groups * kernel)."""
+        """Return (input features, groups); the matrix has ``features / groups * kernel`` columns."""
         return matrix[-1], 1
 
     def kernel(self, weight: Tensor) -> torch.Size:
-        """The kernel's size where the matrix has columns (in * kernel); empty for what has none."""
+        """The kernel size if the matrix has ``in * kernel`` columns; empty for layers without a kernel."""
         return torch.Size()
 
 
@@ -73,7 +74,7 @@ class LinearLayout(WeightLayout):
         return F.linear(x, _cast(a, x))
 
     def up(self, host: Any, h: Tensor, b: Tensor, y: Tensor, scale: float) -> Tensor:
-        # One fused operation: no scaled copy and no separate sum.
+        # One fused operation avoids a scaled copy of the activations and a separate sum.
         b = _cast(b, y)
         out = torch.addmm(y.reshape(-1, y.shape[-1]), _cast(h, y).reshape(-1, h.shape[-1]), b.t(), alpha=scale)
         return out.view(y.shape)
@@ -93,19 +94,19 @@ class TransposedLayout(LinearLayout):
 
 
 def weight_name(host: str, parameter: str, bare: bool) -> str:
-    """What patterns and files call a weight: its module, or the parameter itself where the module is not a layer.
+    """Return the name of a weight in patterns and files: its layer's name, or the parameter's if there is no layer.
 
     Args:
         host: the name of the module that carries the adapter.
-        parameter: the weight's name in it.
-        bare: whether the weight is a parameter of a module that is not a layer of a known kind.
+        parameter: the weight's name in that module.
+        bare: whether the weight is a parameter of a module that is not a known kind of layer.
     """
     full = join(host, parameter)
     return full if bare and parameter == "weight" else full.removesuffix(".weight")
 
 
 class NormLayout(WeightLayout):
-    """The weight of a norm layer, one value for each feature, as a matrix of one column."""
+    """A norm layer's weight, one value per feature, as a matrix with one column."""
 
     def matrix(self, weight: Tensor) -> Tensor:
         return weight.reshape(-1, 1)
@@ -115,7 +116,7 @@ class NormLayout(WeightLayout):
 
 
 class EmbeddingLayout(LinearLayout):
-    """``nn.Embedding``: a linear layer (dim x vocabulary) on one-hot rows, stored transposed."""
+    """``nn.Embedding``: a linear layer (dim x vocabulary) on one-hot vectors, with its weight stored transposed."""
 
     vectors = False
 
@@ -130,7 +131,7 @@ class EmbeddingLayout(LinearLayout):
 
 
 class ConvLayout(WeightLayout):
-    """``nn.Conv1d/2d/3d``: W is (out x in/groups * kernel); any stride, dilation, groups and padding mode."""
+    """``nn.Conv1d/2d/3d`` with any stride, dilation, groups and padding mode: W is (out x in/groups * kernel)."""
 
     has_activation = True
 
@@ -141,7 +142,7 @@ class ConvLayout(WeightLayout):
         return matrix.reshape(like.shape)
 
     def down(self, host: Any, x: Tensor, a: Tensor) -> Tensor:
-        # Every group sees the same A, as W = BA says: A is repeated, and h has r channels for each group.
+        # W = BA uses the same A for every group, so A is repeated, and h has r channels per group.
         kernel = _cast(a, x).view(-1, host.in_channels // host.groups, *host.kernel_size)
         if host.groups > 1:
             kernel = kernel.repeat(host.groups, *[1] * (kernel.ndim - 1))
@@ -207,7 +208,7 @@ _CONV_TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_trans
 
 
 def _cast(t: Tensor, like: Tensor) -> Tensor:
-    """Adapters are kept in float32; without autocast they compute in the activation's type."""
+    """Cast an adapter's float32 tensor to the activation's dtype, unless autocast does it."""
     if t.dtype == like.dtype or torch.is_autocast_enabled(like.device.type):
         return t
     return t.to(like.dtype)
@@ -225,7 +226,7 @@ _FORWARDS: dict[type[nn.Module], type[WeightLayout]] = {
 
 
 def layout_of(module: nn.Module) -> tuple[WeightLayout, bool] | None:
-    """How the module's ``weight`` reads as a matrix, and whether ``all-linear`` means it; None for other modules."""
+    """Return the layout of the module's ``weight`` and whether ``all-linear`` includes it; None for other modules."""
     cls = original_class(module)
     for kind, made in _FORWARDS.items():
         if isinstance(module, kind):
@@ -241,9 +242,9 @@ def layout_of(module: nn.Module) -> tuple[WeightLayout, bool] | None:
 
 
 def _guarded(layout: WeightLayout, module: nn.Module, kind: Any) -> WeightLayout:
-    """Without the activation path where the module computes something else than the layer it derives from.
+    """Turn off the activation path if the module computes something different from the layer it derives from.
 
-    Such a layer (a scaled embedding, say) runs with the adapted weight in place instead, which is right for
+    Such a layer (a scaled embedding, for example) runs with the adapted weight in place instead, which is correct for
     any forward that reads ``self.weight``.
     """
     cls: Any = original_class(module)
@@ -256,10 +257,10 @@ def _guarded(layout: WeightLayout, module: nn.Module, kind: Any) -> WeightLayout
 
 @torch.no_grad()
 def _is_product(module: nn.Module, cls: Any) -> bool:
-    """Whether the forward of a subclass of Linear computes the product that a Linear computes, as Falcon's does.
+    """Whether a subclass of Linear with its own forward still computes a plain linear product, as Falcon's does.
 
-    A small copy is tried, in training and in evaluation, with inputs of several magnitudes: what clips, scales, masks
-    or adds noise gives another result. Layers with more state than a weight and a bias are not tried.
+    The check runs a small copy of the layer in train and eval mode on inputs of several magnitudes, so a forward that
+    clips, scales, masks or adds noise is detected. A layer with state other than a weight and a bias returns False.
     """
     state = {key: value for key, value in vars(module).items() if key not in ("forward", "_own_forward")}
     children = [name for name in module._modules if name != "adapters"]
@@ -278,7 +279,7 @@ def _is_product(module: nn.Module, cls: Any) -> bool:
         for vars(probe)["training"] in (True, False):
             try:
                 got = cls.forward(probe, x)
-            except Exception:  # the forward is the user's, and may need anything
+            except Exception:  # the user's forward may raise anything on this input
                 return False
             if not isinstance(got, Tensor) or got.shape != expected.shape or not torch.allclose(got, expected):
                 return False
@@ -287,7 +288,7 @@ def _is_product(module: nn.Module, cls: Any) -> bool:
 
 @torch.no_grad()
 def _computes_as(module: nn.Module, kind: Any, layout: WeightLayout) -> bool:
-    """Whether a forward set on the instance gives what the class's gives, as a hook around that one does."""
+    """Whether a ``forward`` set on the instance returns the same as the class's, as a wrapper around it does."""
     own = own_forward(module)
     if own is None:
         return True
@@ -297,5 +298,5 @@ def _computes_as(module: nn.Module, kind: Any, layout: WeightLayout) -> bool:
         weight = cast(Tensor, module.weight)
         x = torch.linspace(-1, 1, 2 * layout.matrix(weight).shape[-1]).view(2, -1).to(weight)
         return torch.equal(own(x), kind.forward(module, x))
-    except (RuntimeError, TypeError, ValueError):  # without values yet, or of another signature
+    except (RuntimeError, TypeError, ValueError):  # on the meta device, or with a different signature
         return False

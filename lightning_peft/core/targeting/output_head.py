@@ -1,4 +1,4 @@
-"""Which layer makes a model's output: by a trial forward where one can be had, else by names and order."""
+"""Find the layer that produces a model's output: by a trial forward if possible, otherwise by name and order."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _SURELY_HEAD = re.compile(r"(.*_)?(head|classifier|logits?)")
 
 
 def find_output_head(model: nn.Module, sites: Mapping[str, Site]) -> str | None:
-    """The name of the layer that makes the output; see :func:`lightning_peft.core.targeting.sites.output_head`."""
+    """Return the name of the output layer, by the rules of :func:`lightning_peft.core.targeting.sites.output_head`."""
     return _find(model, sites)[0]
 
 
 def how_head_was_found(model: nn.Module, sites: Mapping[str, Site]) -> str:
-    """What a report adds to an output head that no forward confirmed; empty otherwise."""
+    """Return how the head was guessed, for the report; empty if the model or a trial forward confirmed it."""
     return _find(model, sites)[1]
 
 
@@ -43,7 +43,7 @@ def _find(model: nn.Module, sites: Mapping[str, Site]) -> tuple[str | None, str]
     linear = [name for name in every if not left_alone(name)]
     if len(every) < 2 or not linear or isinstance(sites[linear[-1]].module, nn.MultiheadAttention):
         return None, ""
-    # The weight of such a module is called by itself; a bare parameter would stand for all that its module does.
+    # Only modules whose whole output comes from the weight count. A bare parameter's module computes more than that.
     called = [s.host for n, s in sites.items() if n == s.host or isinstance(s.module, nn.MultiheadAttention)]
     by_trial = last_layers(model, [host for host in dict.fromkeys(called) if host and not left_alone(host)])
     if by_trial:
@@ -60,13 +60,13 @@ def _find(model: nn.Module, sites: Mapping[str, Site]) -> tuple[str | None, str]
 
 
 def _repeated(model: nn.Module, name: str) -> bool:
-    """Whether the layer is one of a repeated kind: in a numbered module, or the last of a ``ModuleList``."""
+    """Whether the layer is one of many alike: inside a numbered module, or an entry of a ``ModuleList``."""
     *around, own = name.split(".")
     in_list = own.isdigit() and isinstance(model.get_submodule(".".join(around)), nn.ModuleList)
     return in_list or any(part.isdigit() for part in around)
 
 
 def _outside(name: str, other: str) -> bool:
-    """Whether ``other`` lies in another part of the model than ``name``: an auxiliary network, not the next layer."""
+    """Whether ``other`` lies in another part of the model than ``name`` (an auxiliary network, not the next layer)."""
     around = owner_of(name)
     return not is_within(other, around) or "." in relative(other, around)

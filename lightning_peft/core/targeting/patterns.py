@@ -1,4 +1,4 @@
-r"""Patterns that name parts of a model, and the errors that say what was meant.
+r"""Resolve target patterns; error messages suggest close matches.
 
 A pattern is one of
 
@@ -7,7 +7,7 @@ A pattern is one of
 * ``re:`` and a regular expression for the whole name: ``re:.*layers\.[0-3]\..*``;
 * ``type:`` and a class name, base classes included: ``type:Conv2d``.
 
-A pattern that matches nothing is always an error: a target silently missed trains nothing.
+A pattern that matches nothing is always an error, because a missed target would silently train nothing.
 """
 
 from __future__ import annotations
@@ -38,15 +38,14 @@ Patterns = str | Sequence[str]
 
 
 class TargetError(ValueError):
-    """A pattern names nothing in the model, or something the method cannot adapt."""
+    """A pattern matches nothing in the model, or matches something that the method cannot adapt."""
 
 
 def as_patterns(patterns: Patterns, argument: str) -> tuple[str, ...]:
-    """Check and normalise what a user gave.
+    """Return the patterns of a user's ``argument`` as a tuple, after checking each of them.
 
     Raises:
-        TargetError: an empty pattern, a regular expression that does not compile, or several patterns in one
-            string.
+        TargetError: if a pattern is empty, is an invalid regular expression, or holds several patterns in one string.
     """
     listed = (patterns,) if isinstance(patterns, str) else tuple(patterns)
     for pattern in listed:
@@ -56,20 +55,20 @@ def as_patterns(patterns: Patterns, argument: str) -> tuple[str, ...]:
             try:
                 re.compile(pattern[3:])
             except re.error as error:
-                raise TargetError(f"{argument}: {pattern!r} is no regular expression: {error}") from None
+                raise TargetError(f"{argument}: {pattern!r} is not a valid regular expression: {error}") from None
         elif "," in pattern or " " in pattern.strip():
             separate = [part.strip() for part in re.split(r"[,\s]+", pattern) if part.strip()]
-            raise TargetError(f"{argument}: {pattern!r} is one string; write a list: {separate}")
+            raise TargetError(f"{argument}: {pattern!r} holds several names in one string; write a list: {separate}")
     return listed
 
 
 def exactly(name: str) -> str:
-    """The pattern that means what is called ``name`` and nothing else."""
+    """Return a pattern that matches ``name`` and nothing else."""
     return f"re:{re.escape(name)}"
 
 
 def match(pattern: str, name: str, module: nn.Module | None = None) -> bool:
-    """Whether ``pattern`` names the thing called ``name``; ``module`` is what ``type:`` looks at."""
+    """Whether ``pattern`` matches ``name``; a ``type:`` pattern is compared with the class of ``module``."""
     if pattern.startswith("type:"):
         return module is not None and any(c.__name__ == pattern[5:] for c in original_class(module).__mro__)
     if pattern.startswith("re:"):
@@ -80,10 +79,10 @@ def match(pattern: str, name: str, module: nn.Module | None = None) -> bool:
 
 
 def match_modules(model: nn.Module, patterns: Iterable[str], argument: str) -> dict[str, nn.Module]:
-    """The base modules that ``patterns`` name, in model order.
+    """Return the base modules that ``patterns`` match, in model order.
 
     Raises:
-        TargetError: a pattern matches no module.
+        TargetError: if a pattern matches no module.
     """
     modules = {name: module for name, module in base_modules(model) if name}
     found: dict[str, nn.Module] = {}
@@ -96,20 +95,20 @@ def match_modules(model: nn.Module, patterns: Iterable[str], argument: str) -> d
 
 
 def match_parameters(model: nn.Module, pattern: str) -> list[str]:
-    """The base's parameters that ``pattern`` names, in model order; ``type:`` names none."""
+    """Return the names of the base parameters that ``pattern`` matches, in model order; ``type:`` matches none."""
     owners = base_modules(model)
     names = (join(n, k) for n, m in owners for k, p in m._parameters.items() if p is not None)
     return [name for name in names if match(pattern, name)]
 
 
 def bare_parameters(model: nn.Module) -> dict[str, nn.Module]:
-    """The names of parameters whose module also holds other modules (a logit scale, query tokens), with that module."""
+    """Return the parameters held by a module that has submodules (a logit scale, query tokens): name to module."""
     around = ((name, module) for name, module in base_modules(model) if any(True for _ in module.children()))
     return {join(n, k): m for n, m in around for k, p in m._parameters.items() if p is not None}
 
 
 def no_match(pattern: str, candidates: Mapping[str, nn.Module]) -> str:
-    """The sentence for a pattern that matched none of ``candidates``, with the nearest right answers."""
+    """Return the error text for a pattern that matched none of ``candidates``, with the closest valid names."""
     kind, text = ("type:", pattern[5:]) if pattern.startswith("type:") else ("", pattern)
     if kind:
         words = {original_class(module).__name__ for module in candidates.values()}
@@ -122,12 +121,13 @@ def no_match(pattern: str, candidates: Mapping[str, nn.Module]) -> str:
 
 
 def nothing_left(targets: Patterns, exclude: Patterns) -> str:
-    """The sentence for ``targets`` of which ``exclude`` leaves nothing, or which is empty itself."""
+    """Return the error text for a selection with no result: ``targets`` is empty, or ``exclude`` removes all of it."""
     if not as_patterns(targets, "targets"):
-        return f"targets={targets!r} is empty, so nothing would be adapted: give 'all-linear' or patterns"
-    return f"exclude={exclude!r} excludes everything that targets={targets!r} matches: name less in exclude"
+        return f"targets={targets!r} is empty, so nothing would be adapted: pass 'all-linear' or patterns"
+    return f"exclude={exclude!r} excludes everything that targets={targets!r} matches, so nothing is left: exclude less"
 
 
 def _suffixes(name: str) -> list[str]:
+    # A suffix that starts with a layer index ("0.q_proj") would suggest a single layer, which is rarely what was meant.
     parts = name.split(".")
     return [".".join(parts[i:]) for i in range(len(parts)) if not parts[i].isdigit()]

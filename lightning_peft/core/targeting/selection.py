@@ -1,4 +1,4 @@
-"""The function that every method selects with: reserved words and patterns, less what ``exclude`` names."""
+"""The one function with which every method resolves ``targets`` and ``exclude``."""
 
 from __future__ import annotations
 
@@ -25,20 +25,24 @@ def select(
     places: Callable[[str], Names] = lambda name: (name,),
     missing: Callable[[str], str] | None = None,
 ) -> dict[str, str]:
-    """The candidates that ``targets`` names and ``exclude`` leaves, each with the pattern that named it first.
+    """Return the candidates that ``targets`` selects and ``exclude`` does not remove.
 
     Args:
-        modules: the base's modules by name, without the root.
+        modules: the base modules by name, without the root.
         targets: reserved words and patterns.
-        exclude: patterns of candidates, or of modules that candidates lie in.
-        words: for each reserved word, a function that returns the candidates it means, or raises.
-        candidates: the candidates that one pattern names; by default the modules that it matches.
-        places: the modules that carry a candidate, which ``exclude`` looks at; by default the candidate is one.
-        missing: the sentence for a pattern of ``targets`` that names no candidate; by default one with the nearest
-            names of modules.
+        exclude: patterns that match candidates, or modules that contain candidates.
+        words: maps each reserved word to a function that returns its candidates, or raises.
+        candidates: returns the candidates that a pattern matches. By default, the modules that it matches.
+        places: returns the modules that carry a candidate, which ``exclude`` is compared with. By default, the
+            candidate itself.
+        missing: returns the error text for a pattern in ``targets`` that matches no candidate. By default, a text with
+            the closest module names.
+
+    Returns:
+        The selected names, each with the first pattern that matched it.
 
     Raises:
-        TargetError: patterns that name nothing (all of them are listed), or nothing is left.
+        TargetError: if patterns match nothing (the message lists all of them), or if nothing is left.
     """
 
     def matched(pattern: str) -> list[str]:

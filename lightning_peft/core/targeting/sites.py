@@ -1,6 +1,6 @@
-"""Where a weight method attaches: one weight of one module, seen as a matrix W (out x in).
+"""Find where a weight method attaches: one weight of one module, presented as a matrix W (out x in).
 
-How a stored weight reads as a matrix is its :class:`~lightning_peft.core.targeting.layouts.WeightLayout`.
+The :class:`~lightning_peft.core.targeting.layouts.WeightLayout` of a site converts its stored weight to that matrix.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ class Site:
     """One weight that a weight method can adapt.
 
     Attributes:
-        name: what a pattern matches and a table shows: the module, or the parameter where it is bare.
+        name: the name that patterns match and tables show: the module's, or the parameter's if it is bare.
         host: the qualified name of the module that carries the adapter.
-        module: that module.
+        module: the host module.
         parameter: the weight's name inside the host; ``out_proj.weight`` for an attention's output projection.
-        layout: how the weight reads as a matrix.
-        linear_like: whether ``all-linear`` means it.
+        layout: how the stored weight becomes a matrix.
+        linear_like: whether ``targets="all-linear"`` includes this weight.
     """
 
     name: str
@@ -50,28 +50,28 @@ class Site:
 
     @property
     def weight(self) -> Tensor:
-        """The stored weight itself.
+        """The stored weight.
 
         Raises:
-            TargetError: it is computed from other parameters.
+            TargetError: if the weight is computed from other parameters.
         """
         check_stored([self])
         return self.module.get_parameter(self.parameter)
 
     @property
     def is_computed(self) -> bool:
-        """Whether the module computes the weight from other parameters before it runs: weight norm, pruning, ..."""
+        """Whether the module computes the weight from other parameters before each call (weight norm, pruning, ...)."""
         module = self.module.get_submodule(owner_of(self.parameter))
         return parametrize.is_parametrized(module) or module._parameters.get(leaf(self.parameter)) is None
 
     @property
     def is_bare(self) -> bool:
-        """Whether it is a parameter of a module that is not a layer of a known kind."""
+        """Whether the weight is a parameter of a module that is not a known kind of layer."""
         return type(self.layout) is WeightLayout and not isinstance(self.module, nn.MultiheadAttention)
 
     @property
     def bias(self) -> str | None:
-        """The name of the bias that the layer adds, or could add, to its product with the weight; None without one."""
+        """The name of the bias that the layer adds, or could add, to the product with the weight; None if it cannot."""
         name = {"weight": "bias", "in_proj_weight": "in_proj_bias"}.get(leaf(self.parameter))
         biases = self.module.get_submodule(owner_of(self.parameter))._parameters
         if name not in biases or not self.is_bare:
@@ -86,18 +86,18 @@ class Site:
 
 
 def check_stored(sites: Iterable[Site]) -> None:
-    """Refuse weights that are computed from other parameters, and those that are quantised or packed.
+    """Refuse weights that are computed from other parameters, quantised or packed.
 
     Raises:
-        TargetError: names them all.
+        TargetError: if there are any; the message lists all of them.
     """
     sites = list(sites)
     computed = [site.name for site in sites if site.is_computed]
     if computed:
         raise TargetError(
-            f"{', '.join(map(repr, computed))}: the weight is not a parameter, since weight norm, spectral norm, "
-            "pruning or another parametrization computes it from others before each call, and would undo "
-            f"any change of it. Exclude it (exclude={computed}), or remove the parametrization first: "
+            f"{', '.join(map(repr, computed))}: the weight is not a parameter. Weight norm, spectral norm, "
+            "pruning or another parametrization computes it from other parameters before each call and would undo "
+            f"any change. Exclude it (exclude={computed}), or remove the parametrization first: "
             "torch.nn.utils.parametrize.remove_parametrizations, remove_weight_norm, prune.remove"
         )
     weights = {site.name: site.module.get_parameter(site.parameter) for site in sites}
@@ -105,26 +105,26 @@ def check_stored(sites: Iterable[Site]) -> None:
     if problems:
         name, why = next(iter(problems.items()))
         raise TargetError(
-            f"the weight of {name!r} {why}: adapters of such weights are not supported yet, since they could be "
-            f"neither computed exactly nor merged. Exclude it, or load the model unquantised "
-            f"(exclude={list(problems)})"
+            f"the weight of {name!r} {why}. Adapters on such weights are not supported yet, because they could "
+            f"neither be computed exactly nor merged. Exclude it (exclude={list(problems)}), or load the model "
+            "unquantised"
         )
 
 
 def weight_sites(model: nn.Module) -> dict[str, Site]:
-    """Every weight of ``model`` that a weight method can adapt, by name, in model order."""
+    """Return every weight of ``model`` that a weight method can adapt, by name, in model order."""
     sites: dict[str, Site] = {}
     skip: set[int] = set()
     for name, module in base_modules(model):
         if id(module) not in skip:
             sites |= {site.name: site for site in _sites_of(name, module)}
         if isinstance(module, nn.MultiheadAttention):
-            skip.add(id(module.out_proj))  # its weight is read by the attention; its forward never runs
+            skip.add(id(module.out_proj))  # the attention reads its weight directly and never calls its forward
     return sites
 
 
 def norm_sites(model: nn.Module) -> dict[str, Site]:
-    """The weights of the norm layers of ``model``, by name; layers without a weight have none."""
+    """Return the weights of the norm layers of ``model`` by name; norm layers without a weight are left out."""
     norms = {n: m for n, m in base_modules(model) if n and "Norm" in original_class(m).__name__}
     owned = {n: m for n, m in norms.items() if m._parameters.get("weight") is not None}
     return {n: Site(n, n, m, "weight", NormLayout()) for n, m in owned.items()}
@@ -140,9 +140,9 @@ def _sites_of(name: str, module: nn.Module) -> list[Site]:
         layout, linear_like = found
         return [Site(name, name, module, "weight", layout, linear_like)] if name else []
     if isinstance(module, nn.RNNBase | nn.Sequential | nn.ModuleList | nn.ModuleDict):
-        return []  # an RNN reads a flattened copy of its weights; a container would run the adapter as a layer
+        return []  # an RNN reads a flattened copy of its weights; a container would run the adapter as another layer
     if getattr(module, "max_norm", None) is not None:
-        return []  # an embedding that rescales its own rows as it runs: frozen rows would not stay frozen
+        return []  # the embedding rescales its entries when it runs, so frozen entries would not stay frozen
     bare = {p: t for p, t in module._parameters.items() if t is not None and t.ndim in (2, 3)}
     return [Site(join(name, p), name, module, p, WeightLayout()) for p, t in bare.items() if t.is_floating_point()]
 
@@ -155,19 +155,19 @@ def find_sites(
     sites: dict[str, Site] | None = None,
     words: Mapping[str, Callable[[], Iterable[str]]] = MappingProxyType({}),
 ) -> tuple[dict[str, Site], list[str]]:
-    """The sites that a method's arguments name, and the layers that ``all-linear`` leaves out.
+    """Return the sites that a method's arguments select, and the output heads that ``all-linear`` left out.
 
     Args:
         model: any module.
         targets: ``"all-linear"`` or patterns (see :mod:`lightning_peft.core.targeting.patterns`). ``all-linear`` means
-            every linear-like layer but the output head and what ``trainable`` trains in full.
-        exclude: patterns to take away again.
-        trainable: names of modules that train in full; never adapted as well.
-        sites: what there is to choose from; by default all of :func:`weight_sites`.
-        words: the method's own reserved words, each with a function that returns the names of the sites it means.
+            every linear-like layer except the output head and modules that ``trainable`` trains in full.
+        exclude: patterns for sites to leave out.
+        trainable: names of modules that train in full; they are never adapted as well.
+        sites: the sites to choose from; by default all of :func:`weight_sites`.
+        words: the method's own reserved words, each with a function that returns the names of its sites.
 
     Raises:
-        TargetError: a pattern matches nothing, or only layers that cannot be adapted; or nothing is left.
+        TargetError: if a pattern matches nothing or only layers that cannot be adapted, or if nothing is left.
     """
     sites = weight_sites(model) if sites is None else sites
     modules = {name: module for name, module in base_modules(model) if name}
@@ -188,7 +188,7 @@ def find_sites(
     def missing(pattern: str) -> str:
         hits = [n for n, site in sites.items() if matches_site(pattern, site)]
         if hits:
-            return f"{pattern!r} matches only what trains in full, {hits}: take it out of targets or of trainable"
+            return f"{pattern!r} matches only modules that train in full, {hits}: remove it from targets or trainable"
         return _nothing_to_adapt(pattern, modules, sites)
 
     chosen = select(
@@ -227,10 +227,10 @@ def _no_linear(model: nn.Module, sites: dict[str, Site], heads: list[str]) -> st
 
 
 def matches_site(pattern: str, site: Site) -> bool:
-    """Whether ``pattern`` names the site; a bare parameter only if it contains the parameter's name."""
+    """Whether ``pattern`` matches the site; for a bare parameter, the pattern must contain the parameter's name."""
     bare = site.name != site.host and not isinstance(site.module, nn.MultiheadAttention)
     if bare and not re.search(rf"(?<!\w){re.escape(site.parameter)}(?!\w)", pattern):
-        return False  # a bare parameter (a position table, experts) is adapted only when named
+        return False  # a glob for modules must not adapt bare parameters (a position table, experts) by accident
     if match(pattern, site.name, site.module):
         return True
     return isinstance(site.module, nn.MultiheadAttention) and match(pattern, site.host, site.module)
@@ -249,11 +249,11 @@ def _nothing_to_adapt(pattern: str, modules: Mapping[str, nn.Module], sites: dic
     kind = original_class(module).__name__
     inside = [n for n in sites if n != name and is_within(n, name)]
     if bare := [n for n in inside if sites[n].host == name]:
-        return f"{pattern!r} matches {name!r} ({kind}), of which only the parameters can be named: {', '.join(bare)}"
+        return f"{pattern!r} matches {name!r} ({kind}); only its parameters can be adapted: {', '.join(bare)}"
     if inside:
-        return f"{pattern!r} matches {name!r} ({kind}), which holds layers but is none; nearest: '{pattern}.*'"
+        return f"{pattern!r} matches {name!r} ({kind}), which contains layers but is not one; nearest: '{pattern}.*'"
     if isinstance(module, nn.Embedding):
-        return f"{pattern!r} matches {name!r}, an Embedding with max_norm, which rescales its own weight as it runs"
+        return f"{pattern!r} matches {name!r}, an Embedding with max_norm, which rescales its own weight when it runs"
     if isinstance(module, nn.RNNBase):
         return (
             f"{pattern!r} matches {name!r} ({kind}), which reads a flattened copy of its weights; "
@@ -266,11 +266,16 @@ def _nothing_to_adapt(pattern: str, modules: Mapping[str, nn.Module], sites: dic
 
 
 def output_head(model: nn.Module, sites: dict[str, Site] | None = None) -> str | None:
-    """The name of the layer that makes the model's output, or None if there is none or it is unknown.
+    """Return the name of the layer that produces the model's output, or None if there is none or it is unknown.
 
-    It is what a Hugging Face model's ``get_output_embeddings`` says; else the linear-like layer that the output of a
-    trial forward comes from; else, where the model cannot be tried, the last one in model order, unless an earlier one
-    is named like a head and the last lies in another part. Parts that the user froze hold none, nor is a layer of a
-    repeated kind one (``layers.11.mlp.down_proj``, the last of a ``ModuleList``).
+    Three ways to find it are tried in turn:
+
+    1. ``get_output_embeddings()`` of a Hugging Face model;
+    2. the linear-like layer that the output of a trial forward comes from;
+    3. if a trial is not possible, the last linear-like layer in model order, unless an earlier one is named like a
+       head and the last one lies in another part of the model.
+
+    A layer in a part that the user froze is never the head, and neither is one of many repeated layers
+    (``layers.11.mlp.down_proj``, the last of a ``ModuleList``).
     """
     return find_output_head(model, weight_sites(model) if sites is None else sites)

@@ -1,4 +1,4 @@
-"""How a weight is stored: as plain numbers that a method can change, or quantised, packed or otherwise encoded."""
+"""Detect weights that are quantised, packed or otherwise encoded, which methods cannot change."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ __all__ = ["is_encoded_layer", "storage_problem"]
 
 
 def storage_problem(tensor: Tensor) -> str | None:
-    """What keeps ``tensor`` from being read as a matrix of numbers; None if nothing does."""
+    """Return why ``tensor`` cannot be read as a matrix of numbers, as the end of a sentence; None if it can."""
     if not (tensor.is_floating_point() or tensor.is_complex()):
         return f"is stored as {tensor.dtype}, which is quantised or packed"
     if tensor.dtype.itemsize == 1:
         return f"is stored as {tensor.dtype}, which is quantised"
     kind = type(tensor)
-    # torch's own subclasses are parameters, buffers and sharded tensors.
+    # torch's own subclasses (parameters, buffers, sharded tensors) hold plain numbers.
     if not isinstance(tensor, Tensor) or kind.__module__.partition(".")[0] == "torch":
         return None
     return f"is a {kind.__module__}.{kind.__name__}, a tensor subclass that may hold quantised values"
 
 
 def is_encoded_layer(module: nn.Module) -> bool:
-    """Whether ``module`` is a linear layer of another library that holds its weight quantised or packed."""
+    """Whether ``module`` is another library's linear layer with a quantised or packed weight."""
     sizes = [getattr(module, name, None) for name in ("in_features", "out_features")]
     if not all(isinstance(size, int) for size in sizes):
         return False

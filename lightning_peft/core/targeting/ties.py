@@ -1,7 +1,7 @@
-"""Tied weights and shared modules: one tensor, or one module, under several names.
+"""Handle tied weights and shared modules: one tensor, or one module, under several names.
 
-The rule: an adapter acts on the module that carries it, whatever that module is called, and on no other with the same
-weight. A base parameter that trains is one tensor and changes under all of its names. The report says both.
+The rule: an adapter acts on the module that carries it, under every name of that module, and not on other modules with
+the same weight. A trained base parameter is one tensor and changes under all of its names. The report says both.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["seen_once", "shared_modules", "tie_notes", "tied_names", "under_all_
 
 
 def tied_names(model: nn.Module) -> dict[str, list[str]]:
-    """The names of each parameter that several modules have, one for each of them, by each of these names."""
+    """Map each name of a parameter held by several modules to all of its names, one per module."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
@@ -34,7 +34,7 @@ def tied_names(model: nn.Module) -> dict[str, list[str]]:
 
 
 def shared_modules(model: nn.Module) -> dict[str, list[str]]:
-    """The other names of each base module that has several, by its first."""
+    """Map the first name of each base module that has several names to its other names."""
     first = {id(module): name for name, module in base_modules(model)}
     found: dict[str, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -44,9 +44,10 @@ def shared_modules(model: nn.Module) -> dict[str, list[str]]:
 
 
 def seen_once(model: nn.Module) -> dict[str, list[str]]:
-    """Those of :func:`shared_modules` of which replacing one name leaves others as they are, and these others.
+    """Return the part of :func:`shared_modules` where replacing the module under one name leaves other names unchanged.
 
-    Of a module that is shared only because one around it is, replacing one name replaces them all.
+    A module that is shared only because its parent is shared is left out: replacing it under one name replaces it
+    under all of them.
     """
 
     def place(name: str) -> tuple[int, str]:
@@ -60,9 +61,9 @@ def seen_once(model: nn.Module) -> dict[str, list[str]]:
 def with_tied(
     model: nn.Module, modules: Iterable[str], parameters: Iterable[str]
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """``modules`` that train in full and single ``parameters``, and what else of the base trains as it is tied to them.
+    """Extend the ``modules`` and ``parameters`` that train by what is tied to them and therefore trains too.
 
-    A module of which all is tied to something inside ``modules`` trains in full itself.
+    A module whose parameters are all tied to parameters inside ``modules`` is added as a module.
     """
     modules, parameters = list(modules), list(parameters)
     tied = tied_names(model)
@@ -83,24 +84,24 @@ def with_tied(
 
 
 def under_all_names(model: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """``values`` by names of parameters, each under the names of what it is tied to as well."""
+    """Return ``values``, keyed by parameter name, with an additional entry for every tied name."""
     tied = tied_names(model)
     return {other: value for name, value in values.items() for other in tied.get(name, ())} | dict(values)
 
 
 def tie_notes(model: nn.Module, plan: Plan) -> list[str]:
-    """What a report says of the ties and shared modules that ``plan`` meets."""
+    """Return the report's notes on ties and shared modules that ``plan`` affects."""
     tied, notes = tied_names(model), []
     modules, parameters = with_tied(model, plan.train_modules, plan.train)
     for name in [n for n in (*modules, *parameters) if n not in (*plan.train_modules, *plan.train)]:
-        notes.append(f"{name} trains as well: it holds the same tensor as what was named, and stays tied to it")
+        notes.append(f"{name} trains as well: it holds the same tensor as a trained parameter and stays tied to it")
     hosts = dict.fromkeys(a.host for a in plan.attach)
     for host, adapter in ((a.host, a.adapter) for a in plan.attach):
         for weight in (join(host, p) for p in adapter.weights()):
             apart = [o for o in tied.get(weight, ()) if o != weight and owner_of(o) not in hosts]
             if apart:
-                notes.append(f"{host} is adapted alone: {', '.join(apart)} is the same tensor and stays as it is")
+                notes.append(f"{host} is adapted alone: {', '.join(apart)} holds the same tensor and is unchanged")
     shared = seen_once(model)
     for name in dict.fromkeys(n for n in (*hosts, *plan.train_modules) if n in shared):
-        notes.append(f"{name} is one module with {', '.join(shared[name])}: what is done to it acts under each name")
+        notes.append(f"{name} is the same module as {', '.join(shared[name])}: its changes apply under each name")
     return notes

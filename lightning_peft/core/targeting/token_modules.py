@@ -1,4 +1,4 @@
-"""Where virtual tokens can go: the modules that take a token sequence, and what they say of it."""
+"""Find the modules that take a token sequence, where virtual tokens can be inserted, and their properties."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = [
 
 
 def token_models(model: nn.Module) -> dict[str, nn.Module]:
-    """The innermost modules that take ``inputs_embeds`` and know their embedding, by name."""
+    """Return the innermost modules that accept ``inputs_embeds`` and have an input embedding, by name."""
     found = {
         name: module
         for name, module in base_modules(model)
@@ -36,16 +36,19 @@ def token_models(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def enclosing_modules(model: nn.Module, inner: str, argument: str | None = None) -> list[str]:
-    """The modules around ``inner``, whose forward takes ``argument`` if one is given, the outermost first."""
+    """Return the names of the modules around ``inner``, outermost first.
+
+    If ``argument`` is given, only modules whose forward accepts it are returned.
+    """
     parents = [name for name, _ in base_modules(model) if name != inner and is_within(inner, name)]
     return [name for name in parents if argument is None or argument in parameters_of(model.get_submodule(name))]
 
 
 def pooling_model(model: nn.Module, inner: str) -> str | None:
-    """The classifier around an encoder that pools the encoder's sequence itself, as RoBERTa's reads its first position.
+    """Return the classifier around an encoder that pools the encoder's sequence itself, or None.
 
-    None where the encoder pools inside (BERT), where the output is a sequence too, where the encoder is causal, and
-    where no trial forward can tell.
+    RoBERTa's classifier does so: it reads the first position. None if the encoder pools inside (BERT), if the output
+    is also a sequence, if the encoder is causal, or if no trial forward is possible.
     """
     encoder = model.get_submodule(inner)
     outer = [
@@ -72,7 +75,7 @@ def pooling_model(model: nn.Module, inner: str) -> str | None:
 
 
 def position_limit(module: nn.Module) -> int | None:
-    """How many positions the module's own table of position embeddings has; None where it has no such table."""
+    """Return the number of positions in the module's own position embedding; None if it does not have one."""
     for name, child in module.named_modules():
         last = leaf(name)
         if isinstance(child, nn.Embedding) and (last == "wpe" or ("position" in last and "relative" not in last)):
@@ -82,17 +85,17 @@ def position_limit(module: nn.Module) -> int | None:
 
 
 def is_causal(module: nn.Module) -> bool:
-    """Whether the attention in ``module`` looks back only, as far as the module says."""
+    """Whether an attribute of ``module`` or its submodules says that its attention is causal."""
     return any(
         getattr(m, "is_causal", False) is True or getattr(m, "is_decoder", False) is True for m in module.modules()
     )
 
 
 def token_width(name: str, module: nn.Module) -> int:
-    """The width of the sequence that ``module`` takes, read from its first attention, norm or linear layer.
+    """Return the width of the tokens that ``module`` takes, read from its first attention, norm or linear layer.
 
     Raises:
-        TargetError: it has none of them.
+        TargetError: if it has none of these layers.
     """
     for child in module.modules():
         if isinstance(child, nn.MultiheadAttention):
@@ -103,11 +106,11 @@ def token_width(name: str, module: nn.Module) -> int:
         if isinstance(child, nn.Linear):
             return child.in_features
     raise TargetError(
-        f"{name!r} ({original_class(module).__name__}) has no attention, norm or linear layer to read the token "
-        "width from"
+        f"the token width of {name!r} ({original_class(module).__name__}) cannot be determined, because it has no "
+        "attention, norm or linear layer. Target a module that has one"
     )
 
 
 def batch_first(module: nn.Module) -> bool:
-    """Whether ``module`` takes (batch, length, width); torch's transformer layers may take the length first."""
+    """Whether ``module`` takes (batch, length, width); torch's transformer layers may take (length, batch, width)."""
     return all(m.batch_first for m in module.modules() if isinstance(m, nn.MultiheadAttention))

@@ -1,9 +1,11 @@
-"""A trial forward of a model without values: what its output is made from, found by running it.
+"""Run a model on the meta device, to find out which layers its output comes from.
 
-The model is copied without its tensors (every parameter and buffer is on the meta device), so a trial costs no memory
-and hardly any time, and the model itself, its random number generators and its buffers stay as they are. A trial is
-possible if an input is known (``example_input_array``, ``dummy_inputs``, or one that the first layer fits) and if the
-forward does not look at values.
+Names do not show how a forward uses its layers, so this module runs the forward and follows the autograd graph back
+from the output. It runs a copy with all parameters and buffers on the meta device: a trial needs no memory and little
+time, and leaves the model, its buffers and the random number generators unchanged.
+
+A trial is possible if an input is known (``example_input_array``, a Hugging Face config, or a shape that the first
+layers accept) and the forward does not depend on values. Otherwise callers fall back on names and order.
 """
 
 from __future__ import annotations
@@ -24,18 +26,18 @@ from lightning_peft.core.targeting.base_modules import base_modules
 
 __all__ = ["TRIAL_LENGTH", "last_layers", "sources", "try_forward"]
 
-#: how many tokens a trial of a language model has; hardly a number of classes, so that outputs can be told apart
+#: sequence length of a trial input; an unlikely number of classes, so that sequence and class outputs differ in shape
 TRIAL_LENGTH = 11
 
-#: what a trial said of a model, with the modules it was made of then
+#: cached result per model, with the ids of the modules that were tried: a replaced module invalidates the entry
 _KNOWN: weakref.WeakKeyDictionary[nn.Module, tuple[frozenset[int], list[str] | None]] = weakref.WeakKeyDictionary()
 
 
 def last_layers(model: nn.Module, names: Iterable[str]) -> list[str] | None:
-    """Those of the modules called ``names`` that the output comes from with none of them in between.
+    """Return those of the modules ``names`` that the output comes from without another of them in between.
 
-    Several if the model has several heads. Empty if layers further down reach the output past the last ones, as in a
-    residual stream. None if the model cannot be tried.
+    The list has several entries for a model with several heads. It is empty if earlier layers also reach the output
+    around the last ones, as in a residual stream. None if no trial is possible.
     """
     wanted = list(names)
     parts = frozenset(id(model.get_submodule(name)) for name in wanted)
@@ -66,22 +68,24 @@ def _remember(name: str, made: dict[Any, str]) -> Callable[..., None]:
 
 
 def sources(outputs: Iterable[Tensor], made: Mapping[Any, str]) -> list[str]:
-    """The names that the autograd graph of ``outputs`` meets first, if none of them is upstream of another.
+    """Return the names first reached when following the autograd graph back from ``outputs``.
+
+    The list is empty if one of these modules also feeds another: then there is no single last layer.
 
     Args:
-        outputs: tensors with a graph.
-        made: the name of what made a node of the graph.
+        outputs: tensors with an autograd graph.
+        made: maps graph nodes to the name of the module that created them.
     """
     nodes = [tensor.grad_fn for tensor in outputs if tensor.grad_fn is not None]
     first = _upstream(nodes, made)
     found = {made[node] for node in first}
     below = {made[node] for node in _upstream([n for node in first for n, _ in node.next_functions if n], made, True)}
-    order = list(dict.fromkeys(made.values()))  # as they ran
+    order = list(dict.fromkeys(made.values()))  # the order in which the modules ran
     return [] if found & below else sorted(found, key=order.index)
 
 
 def _upstream(nodes: Iterable[Any], marked: Mapping[Any, str], past: bool = False) -> list[Any]:
-    """The marked nodes upstream of ``nodes``: the nearest only, or all of them with ``past``."""
+    """Return the marked nodes upstream of ``nodes``: only the nearest ones, or all of them if ``past``."""
     waiting, seen, found = list(nodes), set(), []
     while waiting:
         node = waiting.pop()
@@ -97,16 +101,16 @@ def _upstream(nodes: Iterable[Any], marked: Mapping[Any, str], past: bool = Fals
 
 
 def try_forward(model: nn.Module, prepare: Callable[[nn.Module], None] | None = None) -> list[Tensor] | None:
-    """The output tensors of ``model`` on an input of meta tensors; None if no input is known that it takes.
+    """Return the output tensors of ``model`` on a meta input; None if no input is known that it accepts.
 
     Args:
-        model: any module; unchanged.
-        prepare: called with each copy that is tried, to put hooks on it.
+        model: any module; it is not changed.
+        prepare: called with each copy before it runs, to register hooks on it.
     """
     for args, kwargs in _inputs(model):
         try:
             found = _run(model, args, kwargs, prepare)
-        except Exception:  # whatever a foreign forward raises: this input does not fit, or it looks at values
+        except Exception:  # a user's forward may raise anything if the input does not fit or it needs values
             continue
         if found:
             return found
@@ -114,16 +118,17 @@ def try_forward(model: nn.Module, prepare: Callable[[nn.Module], None] | None = 
 
 
 def failure(model: nn.Module, prepare: Callable[[nn.Module], None]) -> tuple[bool, Exception | None]:
-    """Whether ``model`` can be tried, and what its forward raises once ``prepare`` has changed the copy.
+    """Return whether a trial is possible, and the exception that the copy raises after ``prepare`` changed it.
 
-    Nothing is raised if one of several inputs that the model takes works: the others may not be those it is made for.
+    The exception is None if any input works with the changed copy: the other guesses may not be inputs that the model
+    was written for.
     """
     error: Exception | None = None
     for args, kwargs in _inputs(model):
         try:
             if not _run(model, args, kwargs):
                 continue
-        except Exception:  # as above
+        except Exception:  # as in try_forward
             continue
         try:
             _run(model, args, kwargs, prepare)
@@ -146,20 +151,20 @@ def _run(
 
 
 def _inputs(model: nn.Module) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
-    """Inputs that ``model`` may take, the surest first."""
+    """Yield inputs that ``model`` may accept, the most certain first."""
     if getattr(model, "example_input_array", None) is not None:
         given = _to_meta(model.example_input_array)
         yield ((), given) if isinstance(given, dict) else (given if isinstance(given, tuple) else (given,), {})
         return
     config, name = getattr(model, "config", None), getattr(model, "main_input_name", "")
-    if config is not None and isinstance(name, str):  # of Hugging Face
+    if config is not None and isinstance(name, str):  # a Hugging Face model
         size, channels = getattr(config, "image_size", None), getattr(config, "num_channels", 3)
         if name == "pixel_values" and size is not None:
             height, width = (size, size) if isinstance(size, int) else tuple(size)
             yield (), {name: torch.zeros(1, channels, height, width, device="meta")}
         elif name == "input_ids":
             ids = torch.ones(2, TRIAL_LENGTH, dtype=torch.long, device="meta")
-            if "attention_mask" in parameters_of(model):  # without one, models look for padding among the values
+            if "attention_mask" in parameters_of(model):  # without a mask, models look for padding ids in the values
                 yield (), {name: ids, "attention_mask": ids}
             yield (), {name: ids}
         return
@@ -174,7 +179,7 @@ def _inputs(model: nn.Module) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def _fitting(model: nn.Module) -> Iterator[Tensor]:
-    """Inputs that the layers defined first would take."""
+    """Yield inputs that the first defined layers accept."""
     layers = (m for _, m in base_modules(model) if not any(True for _ in m.children()))
     for layer, _ in zip((m for m in layers if any(True for _ in m.parameters())), range(3)):
         if isinstance(layer, nn.Embedding):
@@ -188,7 +193,7 @@ def _fitting(model: nn.Module) -> Iterator[Tensor]:
 
 
 def _sizes_of_positions(model: nn.Module, patches: nn.modules.conv._ConvNd) -> Iterator[int]:
-    """Sides of images whose patches are as many as a learned position embedding has, with up to two tokens before."""
+    """Yield image sizes whose patch count matches a learned position embedding, minus up to two special tokens."""
     dimensions, stride = len(patches.kernel_size), patches.stride[0]
     for shape in dict.fromkeys(parameter.shape for parameter in model.parameters()):
         if len(shape) == 3 and shape[0] == 1 and shape[2] == patches.out_channels:
@@ -197,7 +202,10 @@ def _sizes_of_positions(model: nn.Module, patches: nn.modules.conv._ConvNd) -> I
 
 
 def _without_values(module: nn.Module, done: dict[int, Any]) -> Any:
-    """A copy of ``module`` whose tensors are on the meta device; shared ones stay shared, hooks are left out."""
+    """Copy ``module`` with its tensors on the meta device and without hooks; shared tensors stay shared.
+
+    ``copy.deepcopy`` would copy the values as well, and everything else that a module refers to.
+    """
     if id(module) in done:
         return done[id(module)]
     twin = done[id(module)] = object.__new__(type(module))
@@ -207,7 +215,7 @@ def _without_values(module: nn.Module, done: dict[int, Any]) -> Any:
             attributes[key] = OrderedDict()
         elif isinstance(value, Tensor):
             attributes[key] = value.detach().to("meta")
-        else:  # a forward may write into containers that the copy would share
+        else:  # a forward may write into containers, so the copy must not share them
             attributes[key] = copy.copy(value) if type(value) in (list, dict, set) else value
     attributes |= {k: None for k in ("_trainer", "_fabric", "_compiled_call_impl") if k in attributes}
     if "_device" in attributes:

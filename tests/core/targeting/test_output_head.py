@@ -151,7 +151,7 @@ def test_a_model_frozen_as_a_whole_or_but_for_its_head():
     assert lp.inspect(Perceptual().requires_grad_(False), lp.LoRA(r=2)).modules.keys() >= {"net.0", "vgg.0"}
     model = Perceptual()
     model.net.requires_grad_(False)
-    with pytest.raises(lp.TargetError, match=r"Left alone because you froze them .*: net, vgg. Name them in targets"):
+    with pytest.raises(lp.TargetError, match=r"Skipped because you froze them .*: net, vgg. Name them in targets"):
         lp.apply(model, lp.LoRA(r=2))
 
 

@@ -48,9 +48,9 @@ def test_match(pattern: str, name: str, expected: bool):
 @pytest.mark.parametrize(
     ("patterns", "message"),
     [
-        ("q_proj,v_proj", r"one string; write a list: \['q_proj', 'v_proj'\]"),
+        ("q_proj,v_proj", r"several names in one string; write a list: \['q_proj', 'v_proj'\]"),
         (["up", "q_proj v_proj"], r"write a list: \['q_proj', 'v_proj'\]"),
-        ("re:(", "'re:\\(' is no regular expression"),
+        ("re:(", "'re:\\(' is not a valid regular expression"),
         ("", "non-empty strings, got ''"),
         ([None], "non-empty strings, got None"),
     ],
@@ -77,7 +77,7 @@ def test_a_regular_expression_may_hold_commas():
         ({"exclude": "dwon"}, "exclude: 'dwon' matches nothing; nearest: down"),
         ({"trainable": ["haed"]}, "trainable: 'haed' matches nothing; nearest: head"),
         ({"targets": "up", "exclude": "up"}, "exclude='up' excludes everything that targets='up' matches"),
-        ({"targets": "up", "trainable": "up"}, r"'up' matches only what trains in full, \['up'\]"),
+        ({"targets": "up", "trainable": "up"}, r"'up' matches only modules that train in full, \['up'\]"),
         ({"rank_pattern": {"dwon": 2}}, "rank_pattern: 'dwon' matches nothing; nearest: down"),
         ({"alpha_pattern": {"head": 2}}, "alpha_pattern: 'head' matches nothing"),
     ],

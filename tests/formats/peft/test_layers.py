@@ -238,8 +238,16 @@ def test_padding_that_peft_leaves_out(tmp_path):
         (peft.VeraConfig(target_modules=["0"], r=4), {"r": 10**12}, "no tensor in the file has a side of that length"),
         (peft.LoHaConfig(target_modules=["0"]), {"rank_pattern": {"0": 10**12}}, "no tensor in the file has a side"),
         (peft.LoHaConfig(target_modules=["0"]), {"rank_pattern": [4]}, "rank_pattern must give numbers by pattern"),
-        (peft.LoHaConfig(target_modules=["0"]), {"alpha_pattern": {"(": 4}}, "alpha_pattern: '[(]' is no regular"),
-        (peft.LoHaConfig(target_modules=["0"]), {"target_modules": "("}, "target_modules: '[(]' is no regular"),
+        (
+            peft.LoHaConfig(target_modules=["0"]),
+            {"alpha_pattern": {"(": 4}},
+            "alpha_pattern: '[(]' is not a valid regular",
+        ),
+        (
+            peft.LoHaConfig(target_modules=["0"]),
+            {"target_modules": "("},
+            "target_modules: '[(]' is not a valid regular",
+        ),
         (peft.LoHaConfig(target_modules=["0"]), {"target_modules": 1}, "target_modules must be a list of names, got 1"),
         (peft.LoHaConfig(target_modules=["0"]), {"modules_to_save": "0"}, "modules_to_save must be a list of names"),
         (peft.LoHaConfig(target_modules=["0"]), {"layers_to_transform": "0"}, "must be numbers of layers, got '0'"),
