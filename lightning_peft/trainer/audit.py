@@ -26,6 +26,7 @@ from lightning_peft.core.state.state_dict import owned_keys
 from lightning_peft.core.targeting.sites import output_head, weight_sites
 from lightning_peft.ops.finite import is_finite
 from lightning_peft.trainer.checkpoints.unsafe_hparams import unreadable
+from lightning_peft.trainer.optimizers import has_gradients
 
 __all__ = [
     "AuditError",
@@ -39,6 +40,7 @@ __all__ = [
     "audit_methods",
     "audit_optimizers",
     "audit_ranks",
+    "audit_scaler",
     "report",
 ]
 
@@ -138,15 +140,35 @@ def audit_optimizers(model: nn.Module, optimizers: Iterable[torch.optim.Optimize
         report(model, f"{listed(twice)} are in more than one optimizer group and would be updated twice a step")
 
 
-def audit_loss(loss: Tensor) -> None:
+def audit_loss(model: nn.Module, loss: Tensor, optimizers: Iterable[torch.optim.Optimizer]) -> None:
     """A loss that needs no gradient depends on nothing that trains."""
     if not loss.requires_grad:
+        deferred = {id(p) for p in deferred_parameters(model)}
+        held = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]} - deferred
+        off = [name for name, p in model.named_parameters() if id(p) in held and not p.requires_grad]
+        if off:
+            raise AuditError(
+                "the loss of this step depends on no parameter that requires a gradient, so nothing can be learned "
+                f"from it: {listed(off)} require none at this moment (toggle_optimizer of another optimizer, or frozen "
+                "by hand). Compute the loss from what the toggled optimizer trains, and skip the step of an optimizer "
+                "that has nothing to train"
+            )
         raise AuditError(
             "the loss depends on no trainable parameter, so nothing can be learned from it: the model ran under "
             "no_grad, the loss was detached, or gradient checkpointing with use_reentrant=True cut off its regions, "
             "whose inputs need no gradient in a frozen base. Set use_reentrant=False (in transformers: "
             "gradient_checkpointing_kwargs={'use_reentrant': False}), or let the inputs require gradients "
             "(model.enable_input_require_grads())"
+        )
+
+
+def audit_scaler(scaler: object, optimizer: torch.optim.Optimizer) -> None:
+    """torch's GradScaler fails in the step of an optimizer without gradients, and does not say why."""
+    if isinstance(scaler, torch.amp.GradScaler) and not has_gradients(optimizer):
+        raise AuditError(
+            f"{type(optimizer).__name__} has no gradient in this step, and the gradient scaler of precision='16-mixed' "
+            "cannot step without one: the loss depends on none of its parameters. Let it depend on the adapters or "
+            "trained modules in every batch (return None from training_step to skip one), or use precision='bf16-mixed'"
         )
 
 

@@ -61,6 +61,7 @@ class Lifecycle(Callback):
         self._modes: TrainingMode | None = None
         self._watched: set[str] = set()  # which stages had their first batch watched
         self._ranks_checked = False
+        self._went_backward = False  # since the last optimizer step
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         adapt_averaging(trainer.callbacks)  # type: ignore[attr-defined]
@@ -106,18 +107,23 @@ class Lifecycle(Callback):
             audit.audit_ranks(pl_module)
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: torch.Tensor) -> None:
-        audit.audit_loss(loss)
+        audit.audit_loss(pl_module, loss, trainer.optimizers)
+        self._went_backward = True
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         if self._calls is not None:
             self._stop_watching("training")
         if self._unfrozen is not None:
             self._unfrozen.look(trainer.optimizers)
+        if pl_module.automatic_optimization and not self._went_backward:
+            return  # training_step returned None, so nothing has a gradient, for a good reason
+        self._went_backward = False
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
         if self._gradient_audit is not None:
-            scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
-            self._gradient_audit.step(self._called, scaled)
+            self._gradient_audit.step(self._called, scaler is not None)
             if not self._gradient_audit.waiting:
                 self._gradient_audit = None
+        audit.audit_scaler(scaler, optimizer)
         if self._zero_gradients is not None:
             self._zero_gradients.step(optimizer)
 

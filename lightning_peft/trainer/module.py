@@ -9,17 +9,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
-from torch.optim import Optimizer
 
 from lightning_peft.core.adapters.lookup import stack_prefixes
 from lightning_peft.core.class_swap import add_mixin, original_class
 from lightning_peft.core.injection.apply import apply
 from lightning_peft.core.injection.reset import moved_adapters
-from lightning_peft.core.names import canonical, listed
-from lightning_peft.core.record import deferred_parameters, injection_state, trainable_parameters
+from lightning_peft.core.names import canonical
+from lightning_peft.core.record import injection_state, trainable_parameters
 from lightning_peft.core.state.consistency import check_record, update_base
 from lightning_peft.core.state.fingerprint import check_fingerprint
 from lightning_peft.core.state.freezing import set_unfrozen
@@ -32,7 +30,7 @@ from lightning_peft.trainer.checkpoints.trimming import check_complete
 from lightning_peft.trainer.checkpoints.unsafe_hparams import pickle_unsafe_hparams
 from lightning_peft.trainer.lifecycle import Lifecycle
 from lightning_peft.trainer.logs import continue_runs, run_ids
-from lightning_peft.trainer.optimizers import add_adapters, configured
+from lightning_peft.trainer.optimizers import add_adapters, configured, drop_frozen
 from lightning_peft.trainer.param_groups import optimizers_in, remember_schedulers
 
 __all__ = ["AdaptedModule", "adapt_module"]
@@ -80,8 +78,8 @@ class AdaptedModule(_LightningModule):
         remember_schedulers(result)
         add_adapters(optimizers, self)
         record = injection_state(self)
+        drop_frozen(optimizers, self)
         for optimizer in optimizers:
-            _drop_frozen(optimizer, self)
             for method in record.methods.values() if record is not None else ():
                 method.configure_param_groups(optimizer, self)
         return result
@@ -169,32 +167,4 @@ def _check_strict(model: nn.Module, own: set[str], given: set[str]) -> None:
             f"the state is that of a base without adapters, and those of this module have changed ({moved[0]}, "
             f"{len(moved)} tensors in all), so they would stay as they are. To start again, call lp.reset(module), "
             "which puts adapters, trained parameters and moved buffers back; strict=False loads the base alone"
-        )
-
-
-def _drop_frozen(optimizer: Optimizer, model: nn.Module) -> None:
-    # Groups stay, even when they end up empty: learning-rate schedulers count them.
-    later = {id(p) for p in deferred_parameters(model)}
-    dropped: list[int] = []
-    emptied: list[int] = []
-    for group in optimizer.param_groups:
-        kept = [i for i, p in enumerate(group["params"]) if p.requires_grad or id(p) in later]
-        gone = [id(p) for i, p in enumerate(group["params"]) if i not in set(kept)]
-        dropped += gone
-        emptied += gone if not kept else []
-        for key in {"params", "param_names"} & group.keys():
-            group[key] = [group[key][i] for i in kept]
-    kind, names = type(optimizer).__name__, {id(p): name for name, p in model.named_parameters()}
-    if dropped:
-        which = listed(names.get(i, "unnamed") for i in dropped)
-        rank_zero_info(f"{kind}: {len(dropped)} frozen parameters were left out: {which}")
-    if not any(group["params"] for group in optimizer.param_groups):
-        raise MisconfigurationException(
-            f"configure_optimizers returned {kind} over frozen parameters only, so nothing "
-            "would train; build it over lp.trainable_parameters(self), or over self.parameters()"
-        )
-    if emptied:
-        rank_zero_warn(
-            f"{kind} has a parameter group that is empty now, since all in it is frozen: "
-            f"{listed(names.get(i, 'unnamed') for i in emptied)}. To train them, name them in trainable"
         )

@@ -6,11 +6,12 @@ Such code is given the module as it was before the methods; each adapter then jo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
-from lightning.fabric.utilities.rank_zero import rank_zero_info
+from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.optim import Optimizer
 
@@ -18,10 +19,10 @@ from lightning_peft.core.adapters.base import Adapter
 from lightning_peft.core.adapters.effective_weights import stored_tensor
 from lightning_peft.core.adapters.lookup import hosts
 from lightning_peft.core.adapters.stack import AdapterStack
-from lightning_peft.core.names import canonical, is_adapter_key, parents
+from lightning_peft.core.names import canonical, is_adapter_key, listed, parents
 from lightning_peft.core.record import deferred_parameters, injected_module, injection_state
 
-__all__ = ["add_adapters", "configured"]
+__all__ = ["add_adapters", "configured", "drop_frozen", "has_gradients"]
 
 
 def configured(module: nn.Module, configure: Callable[[], Any]) -> Any:
@@ -102,3 +103,52 @@ def _adapted(module: nn.Module, host_name: str, host: nn.Module, adapter: Adapte
         inside = module.get_submodule(around).named_parameters()
         weights = [p for name, p in inside if not is_adapter_key(name)]
     return weights
+
+
+def drop_frozen(optimizers: Sequence[Optimizer], module: nn.Module) -> None:
+    """Take the frozen parameters out of all groups. The groups stay: learning-rate schedulers count them.
+
+    Raises:
+        MisconfigurationException: no optimizer has anything left to train.
+    """
+    names = {id(p): name for name, p in module.named_parameters()}
+    deferred = {id(p) for p in deferred_parameters(module)}
+    empty: list[str] = []  # one clause for each optimizer
+    for index, optimizer in enumerate(optimizers):
+        kind, dropped, emptied = type(optimizer).__name__, [], []
+        for group in optimizer.param_groups:
+            gone = _drop_from_group(group, deferred)
+            dropped += gone
+            emptied += gone if not group["params"] else []
+        if dropped:
+            which = listed(names.get(id(p), "unnamed") for p in dropped)
+            rank_zero_info(f"{kind}: {len(dropped)} frozen parameters were left out: {which}")
+        which = listed(names.get(id(p), "unnamed") for p in emptied)
+        if not any(group["params"] for group in optimizer.param_groups):
+            empty.append(f"optimizer {index} ({kind}) has nothing left to train, since all in it is frozen: {which}")
+        elif emptied:
+            rank_zero_warn(
+                f"{kind} has a parameter group that is empty now, since all in it is frozen: {which}. To train them, "
+                "name them in trainable"
+            )
+    if len(empty) == len(optimizers):
+        raise MisconfigurationException(
+            "configure_optimizers returned optimizers over frozen parameters only, so nothing would train: "
+            f"{'; '.join(empty)}. Build one over lp.trainable_parameters(self), or over self.parameters()"
+        )
+    for one in empty:
+        rank_zero_warn(f"{one}. Its steps change nothing. To train these parameters, name them in trainable")
+
+
+def _drop_from_group(group: dict[str, Any], deferred: set[int]) -> list[nn.Parameter]:
+    """Take what never trains out of one parameter group; returns it."""
+    before = group["params"]
+    kept = [i for i, p in enumerate(before) if p.requires_grad or id(p) in deferred]
+    for key in {"params", "param_names"} & group.keys():
+        group[key] = [group[key][i] for i in kept]
+    return [p for i, p in enumerate(before) if i not in set(kept)]
+
+
+def has_gradients(optimizer: Optimizer) -> bool:
+    """Whether any parameter of ``optimizer`` has a gradient now."""
+    return any(p.grad is not None for group in optimizer.param_groups for p in group["params"])

@@ -1,4 +1,4 @@
-"""What the Trainer's strategy does differently while methods are attached: checkpoints and data.
+"""What the Trainer's strategy does differently while methods are attached: checkpoints, data and idle optimizers.
 
 Trimming happens at the source, ``strategy.lightning_module_state_dict``: ``Callback.on_save_checkpoint`` is skipped
 by weights-only saves, and DeepSpeed ignores what a hook leaves in the checkpoint.
@@ -6,13 +6,14 @@ by weights-only saves, and DeepSpeed ignores what a hook leaves in the checkpoin
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.optim import Optimizer
 
 from lightning_peft.core.names import canonical
 from lightning_peft.core.state.state_dict import StateError, owned_keys, trainable_keys
@@ -20,6 +21,7 @@ from lightning_peft.core.state.torch_file import read_torch_file
 from lightning_peft.trainer.checkpoints import sharded
 from lightning_peft.trainer.checkpoints.manifest import check_seal
 from lightning_peft.trainer.checkpoints.trimming import trim_state
+from lightning_peft.trainer.optimizers import has_gradients
 from lightning_peft.trainer.packages import lightning_classes
 from lightning_peft.trainer.resume.dataloaders import TrainingLoaders
 
@@ -53,7 +55,8 @@ def adapt_strategy(trainer: L.Trainer, loaders: TrainingLoaders) -> None:
             "result with lp.load_from_checkpoint, or train with strategy='ddp'"
         )
     full_state, process = strategy.lightning_module_state_dict, strategy.process_dataloader
-    end, load, load_optimizers = strategy.teardown, strategy.load_checkpoint, strategy.load_optimizer_state_dict
+    step, end = strategy.optimizer_step, strategy.teardown
+    load, load_optimizers = strategy.load_checkpoint, strategy.load_optimizer_state_dict
 
     def lightning_module_state_dict() -> dict[str, Any]:
         module = strategy.lightning_module
@@ -82,6 +85,17 @@ def adapt_strategy(trainer: L.Trainer, loaders: TrainingLoaders) -> None:
             why = f"it trained {', '.join(frozen[:4])}, which this run freezes" if frozen else str(error)
             raise StateError(f"the checkpoint's optimizer state does not fit this run: {why}") from error
 
+    def optimizer_step(optimizer: Optimizer, closure: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
+        scaler = getattr(strategy.precision_plugin, "scaler", None)
+        if scaler is None or strategy.lightning_module.automatic_optimization:
+            return step(optimizer, closure, *args, **kwargs)
+        # By hand an optimizer may be stepped that has no gradient: freezing left it empty, or its turn comes later.
+        # As in float32 its step changes nothing; torch's GradScaler would fail.
+        result = closure()
+        if has_gradients(optimizer):
+            return step(optimizer, lambda: result, *args, **kwargs)
+        return optimizer.step(**kwargs)
+
     def process_dataloader(loader: object) -> object:
         loader = process(loader)
         return loaders.wrap(loader, trainer) if trainer.training else loader
@@ -93,6 +107,7 @@ def adapt_strategy(trainer: L.Trainer, loaders: TrainingLoaders) -> None:
     strategy.lightning_module_state_dict = lightning_module_state_dict
     strategy.load_checkpoint = load_checkpoint
     strategy.load_optimizer_state_dict = load_optimizer_state_dict
+    strategy.optimizer_step = optimizer_step
     strategy.process_dataloader = process_dataloader
     strategy.teardown = teardown
     if isinstance(strategy, lightning_classes("strategies.ModelParallelStrategy")):

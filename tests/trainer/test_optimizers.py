@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -161,3 +164,93 @@ def test_an_optimizer_that_trains_another_part_gets_no_adapters(tmp_path: Path):
 
     with pytest.raises(RuntimeError, match="would never be updated"):
         fit(HeadOnly(), tmp_path, lp.LoRA(r=2, targets=["up"], trainable=["head"]))
+
+
+class TwoByHand(Net):
+    """Two optimizers by hand, with or without toggling; either may be left empty by freezing."""
+
+    def __init__(self, toggle: bool = False) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.toggle = toggle
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        for optimizer, scheduler in zip(self.optimizers(), self.lr_schedulers()):
+            if self.toggle:
+                self.toggle_optimizer(optimizer)
+            optimizer.zero_grad()
+            self.manual_backward(super().training_step(batch, batch_idx))
+            optimizer.step()
+            scheduler.step()
+            if self.toggle:
+                self.untoggle_optimizer(optimizer)
+
+    def configure_optimizers(self) -> Any:
+        body = [*self.tokens.parameters(), *self.norm.parameters(), *self.up.parameters(), *self.down.parameters()]
+        optimizers = [torch.optim.Adam(body, lr=1e-2), torch.optim.SGD(self.head.parameters(), lr=1e-2)]
+        return optimizers, [torch.optim.lr_scheduler.StepLR(o, 1) for o in optimizers]
+
+
+def half() -> MixedPrecision:
+    return MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=4.0))
+
+
+def probe() -> lp.LinearProbe:
+    return lp.LinearProbe(targets=["head"])
+
+
+@pytest.mark.parametrize("plugins", [[], [half]], ids=["float32", "float16"])
+def test_one_of_two_optimizers_may_be_left_empty(plugins: list[Any], tmp_path: Path):
+    module = TwoByHand()
+    before = module.head.weight.detach().clone()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(module, tmp_path, probe(), plugins=[plugin() for plugin in plugins])
+    assert not torch.equal(module.head.weight, before)
+    said = [str(w.message) for w in caught if "optimizer" in str(w.message)]
+    assert [text.partition(" (")[0] for text in said] == ["optimizer 0"]  # and none about the order of schedulers
+    assert "(Adam) has nothing left to train, since all in it is frozen: tokens.weight, norm.weight" in said[0]
+
+
+def test_optimizers_that_are_all_left_empty(tmp_path: Path):
+    class NormLess(TwoByHand):
+        def configure_optimizers(self) -> Any:
+            return [torch.optim.Adam(self.up.parameters()), torch.optim.SGD(self.head.parameters(), lr=1e-2)]
+
+    said = r"nothing would train: optimizer 0 \(Adam\).*: up\.weight, up\.bias; optimizer 1 \(SGD\).*: head"
+    with pytest.raises(MisconfigurationException, match=said):
+        fit(NormLess(), tmp_path, lp.NormTuning())
+
+
+def test_an_empty_optimizer_that_is_toggled(tmp_path: Path):
+    with pytest.raises(lp.AuditError, match=r"head\.weight, head\.bias require none at this moment.*skip the step of"):
+        fit(TwoByHand(toggle=True), tmp_path, probe())
+
+
+@pytest.mark.parametrize("plugins", [[], [half]], ids=["float32", "float16"])
+def test_toggling_two_optimizers_that_both_train(plugins: list[Any], tmp_path: Path):
+    fit(TwoByHand(toggle=True), tmp_path, *METHODS["lora"], plugins=[plugin() for plugin in plugins])
+
+
+class Sometimes(Net):
+    """Skips its first batch, and computes its last from the frozen part alone."""
+
+    cut = True
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor | None:
+        if batch_idx == 0:
+            self(batch[0])
+            return None
+        inputs = self.tokens(batch[0]).requires_grad_()
+        return inputs.sum() if self.cut else super().training_step(batch, batch_idx)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=1e-2)
+
+
+def test_a_scaler_without_gradients_in_automatic_optimization(tmp_path: Path):
+    with pytest.raises(lp.AuditError, match=r"SGD has no gradient in this step, and the gradient scaler"):
+        fit(Sometimes(), tmp_path, lp.LinearProbe(targets=["head"]), plugins=[half()])
+    module = Sometimes()
+    module.cut = False
+    fit(module, tmp_path, *METHODS["lora"], plugins=[half()])
