@@ -174,7 +174,7 @@ def refused(feature: str, row: Row, folder: Path, error: str) -> None:
         if not hasattr(peft, kind):
             name = kind.removesuffix("Config").upper()
             write_files(folder, {"peft_type": name, "target_modules": ["q_proj"]}, {"a": torch.ones(1)}, {}, None)
-            with pytest.raises(lp.FormatError, match=f"peft_type '{name}' is none that can be read"):
+            with pytest.raises(lp.FormatError, match=f"peft_type '{name}' is not supported; supported are"):
                 lp.load_adapter(base(row), folder)
     else:
         kinds: Any = {"merge": lp.MergeError, "unmerge": lp.MergeError, "rows": lp.RowError, "combine": ValueError}

@@ -1,5 +1,6 @@
-"""Adapter directories: save, load, describe, and checkpoints turned into them.
+"""Adapter directories: save, load and describe them, and convert between them and checkpoints.
 
-``directory`` reads and writes the files and guards against hostile ones, ``peft`` converts to and from Hugging Face
-PEFT, ``registry`` says which converter serves which method.
+Read ``save`` and ``load`` (the public functions), ``directory`` (the files, and guards against hostile ones),
+``registry`` (which converter serves which method), ``peft`` (conversion to and from Hugging Face PEFT), ``native``
+(methods that PEFT cannot represent), then ``describe`` and ``checkpoint``.
 """

@@ -1,7 +1,7 @@
-"""Adapter directories from a Lightning checkpoint alone, without the model; and a checkpoint from a directory.
+"""Export adapter directories from a Lightning checkpoint without the model, and import a directory as a checkpoint.
 
-A checkpoint holds the trained tensors, and in its manifest where each adapter is, on what kind of layer, and what the
-base is called. That is what most directories are made of.
+A checkpoint holds the trained tensors. Its manifest says where each adapter is, what kind of layer it adapts, and what
+the base is called. This is enough to write the directory of most methods.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ def export_checkpoint(path: str | Path, directory: str | Path, name: str | None 
     """Write the adapters of a checkpoint as adapter directories.
 
     Args:
-        path: a checkpoint of a run with methods attached.
-        directory: where to; several adapters go into folders of their names inside it.
-        name: one adapter; by default all of them.
-        **options: of the format, see :func:`lightning_peft.save_adapter`.
+        path: A checkpoint of a run with methods attached.
+        directory: The output directory. Several adapters are written to subdirectories with their names.
+        name: The adapter to export; by default all of them.
+        **options: Options of the format, see :func:`lightning_peft.save_adapter`.
 
     Returns:
-        The names of the adapters.
+        The names of the exported adapters.
 
     Raises:
-        StateError: it is no checkpoint of such a run, or has no adapter of that name.
-        FormatError: the base itself has to be looked at.
+        StateError: if the file is not a checkpoint of such a run, or has no adapter called ``name``.
+        FormatError: if the directory cannot be written without the base model itself.
     """
     with naming(path):
         return _export(read_checkpoint(path), path, directory, name, **options)
@@ -57,12 +57,15 @@ def export_checkpoint(path: str | Path, directory: str | Path, name: str | None 
 def _export(checkpoint: Mapping[str, Any], path: Any, directory: Any, name: str | None, **options: Any) -> list[str]:
     manifest = checkpoint[KEY]
     if "base" not in manifest:
-        raise FormatError(f"{path} was saved by an earlier release, and does not say enough: give --model")
+        raise FormatError(
+            f"{path} was saved by an earlier release, whose manifest does not describe the base: give --model"
+        )
     entries = {entry["config"]["name"]: entry for entry in manifest["methods"]}
     if name is not None and name not in entries:
         raise StateError(f"no adapter named {name!r} in {path}; it has {list(entries)}")
     state = {key: value for key, value in checkpoint["state_dict"].items() if isinstance(value, Tensor)}
-    for entry in entries.values():  # heads' names become patterns of PEFT's, which are looked for in the base
+    # These names become patterns that are matched against every module name, so a file must not choose a slow regex.
+    for entry in entries.values():
         check_regexes(
             {"modules_to_save": entry["own"]["modules"], "config": entry["config"]}, manifest["base"]["modules"]
         )
@@ -71,8 +74,12 @@ def _export(checkpoint: Mapping[str, Any], path: Any, directory: Any, name: str 
         snapshot.metrics = scores(checkpoint)
     try:
         write_snapshots(snapshots, directory, **options)
-    except (AttributeError, KeyError, StopIteration) as error:  # a converter that looks at the base's own code
-        raise FormatError(f"this method's directory needs the base itself: give --model ({error!r})") from error
+    # The outline has names and layer kinds only. A converter that reads more of the base fails with one of these.
+    except (AttributeError, KeyError, StopIteration) as error:
+        raise FormatError(
+            f"the directory of this method cannot be written from the checkpoint alone, because it depends on the base "
+            f"model: give --model ({error!r})"
+        ) from error
     return list(snapshots)
 
 
@@ -84,20 +91,21 @@ def import_checkpoint(
     check_base: bool = True,
     ignore_options: Collection[str] = (),
 ) -> dict[str, Any]:
-    """The checkpoint that a run would have saved which trained the adapter of ``directory`` in ``module``.
+    """Return a checkpoint like that of a run that trained the adapter in ``directory`` on ``module``.
 
-    Heads and biases are the module's own in it, as in training. The epoch and the step are 0, and no optimizer has a
-    state.
+    As in training, heads and biases are stored as the module's own parameters, not as overrides. Epoch and step are 0,
+    and there is no optimizer state.
 
     Args:
-        module: built, without adapters; it gets this one.
-        directory: an adapter directory.
-        name: what to call the adapter; by default what it was called.
-        check_base: refuse an adapter that was trained on another base.
-        ignore_options: unknown options to leave out.
+        module: The built module, without adapters; the adapter is attached to it.
+        directory: An adapter directory.
+        name: The adapter's name; by default the name it was saved under.
+        check_base: Refuse an adapter that was trained on another base.
+        ignore_options: Names of unknown options to ignore.
 
     Raises:
-        FormatError, StateError: see :func:`lightning_peft.load_adapter`; a head of another size than the module's.
+        FormatError: as :func:`lightning_peft.load_adapter`, or if a head has another size than in the module.
+        StateError: as :func:`lightning_peft.load_adapter`.
     """
     files = read_files(directory)
     name = name or saved_name(files)
@@ -107,13 +115,17 @@ def import_checkpoint(
     for key, value in own.items():
         if value.shape != state[key].shape:
             raise FormatError(
-                f"{key!r} is {tuple(value.shape)} in the file and {tuple(state[key].shape)} in the module"
+                f"{key!r} has shape {tuple(value.shape)} in the file but {tuple(state[key].shape)} in the module: "
+                "build the module with the same number of outputs"
             )
     install(module, {name: (method, plan)})
     nn.Module.load_state_dict(module, own, strict=False)
     trained = adapter_state(module)
     if lost := sorted(own.keys() - trained.keys()):
-        raise FormatError(f"the file changes {lost[:3]} of the base, which no {type(method).__name__} trains")
+        raise FormatError(
+            f"the file changes {lost[:3]} of the base, which {type(method).__name__} does not train, so a checkpoint "
+            "would not hold it: load the directory with lp.load_adapter"
+        )
     adapt_module(module)
     return {
         "state_dict": trained,
@@ -157,7 +169,10 @@ def _inner(base: Base, name: str) -> str:
 def _tensors_of(
     part: AdapterRecord, records: list[AdapterRecord], name: str, state: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The part's tensors; those of several weights of one module stand under the weights' names."""
+    """The tensors of one adapter record, by name inside the adapter.
+
+    If a module has several adapted weights, the checkpoint's keys contain the weight's name too.
+    """
     prefix = adapter_key(part.host, name) + "."
     if sum(other.host == part.host for other in records) > 1 or part.parameter not in ("", "weight"):
         key = part.parameter.removesuffix(".weight")
@@ -167,7 +182,7 @@ def _tensors_of(
 
 
 def _trained(name: str, entry: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What the method trained of the base: in the base itself, or as copies of its own."""
+    """Parameters of the base that the method trained, in place or as overrides (keys with ``replacement.``)."""
     own, base, copies = entry["own"], {}, {}
     adapted = {part["host"] for part in entry["parts"]}
     for key, value in state.items():
@@ -182,7 +197,7 @@ def _trained(name: str, entry: Mapping[str, Any], state: Mapping[str, Tensor]) -
 
 
 class _Outline(Base):
-    """A base of which only names and the kinds of adapted layers are known."""
+    """A stand-in for the base, built from the names and layer kinds in a manifest."""
 
     _facts: dict[str, Any]
 
@@ -212,7 +227,7 @@ def _put(root: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def _layer(part: AdapterRecord, records: list[AdapterRecord]) -> nn.Module:
-    """A layer of that kind and size on the meta device, which takes no memory."""
+    """A layer of the record's kind and size on the meta device, which allocates no memory."""
     shape = part.shape
     if part.kind == "Linear":
         return nn.Linear(shape[1], shape[0], bias=False, device="meta")

@@ -1,4 +1,4 @@
-"""What an adapter directory or a checkpoint holds, told without a model and without reading a tensor's values."""
+"""Describe an adapter directory or a checkpoint without a model and without reading tensor values."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lightning_peft.trainer.checkpoints.manifest import KEY, read_checkpoint, sc
 
 __all__ = ["AdapterSummary", "Description", "describe"]
 
-#: options of a method or of PEFT that say what an adapter is, where they are there
+#: options of our methods and of PEFT that are shown if the configuration has them
 _SHOWN = (
     *("r", "init_r", "target_r", "alpha", "lora_alpha", "bottleneck_size", "num_virtual_tokens", "oft_block_size"),
     *("block_size", "targets", "target_modules", "trainable", "modules_to_save"),
@@ -32,17 +32,17 @@ _SHOWN = (
 
 @dataclass
 class AdapterSummary:
-    """One adapter, as its files tell.
+    """The description of one adapter, as read from its files.
 
     Attributes:
-        name: the adapter's; empty in a file of PEFT's, which does not say.
-        method: the class of this package, or PEFT's type.
+        name: The adapter's name; empty for files written by PEFT, which do not store one.
+        method: The method's class name, or PEFT's ``peft_type``.
         made_by: ``"lightning_peft"`` or ``"peft"``.
-        config: all options.
-        base: the base model's name, where it is told.
-        tensors: types and shapes, by name in the file.
-        metrics: of the run that trained it, where they are told.
-        note: why it cannot be loaded; empty where it can.
+        config: All options.
+        base: The base model's name, if the files have it.
+        tensors: Dtype and shape of each tensor, by name in the file.
+        metrics: Metrics of the run that trained it, if the files have them.
+        note: The reason why the adapter cannot be loaded; empty if it can.
     """
 
     name: str
@@ -62,14 +62,14 @@ class AdapterSummary:
 
 @dataclass
 class Description:
-    """What is at a path.
+    """The description of an adapter directory or a checkpoint; prints as a table.
 
     Attributes:
-        path: the directory or the file.
-        kind: ``"adapter"`` or ``"checkpoint"``.
-        size: bytes on the disk.
-        adapters: one or more.
-        facts: what is true of the whole: epoch, step, counts, metrics.
+        path: The directory or the file.
+        kind: ``"adapter"``, ``"2 adapters"`` or ``"checkpoint"``.
+        size: Size on disk, in bytes.
+        adapters: The adapters in it, at least one.
+        facts: Facts about a whole checkpoint: epoch and step, parameter counts, metrics.
     """
 
     path: Path
@@ -79,7 +79,7 @@ class Description:
     facts: dict[str, Any] = field(default_factory=dict)
 
     def __rich__(self) -> Table:
-        # Text, for which nothing that a file says is markup or moves the cursor.
+        # rich would interpret markup in plain strings. Text shows a file's strings as they are.
         title = _text(f"{self.path}: {self.kind}, {_bytes(self.size)}")
         table = Table(title=title, title_justify="left", show_header=False)
         table.add_column("what", no_wrap=True)
@@ -99,16 +99,16 @@ class Description:
 
 
 def describe(path: str | Path) -> Description:
-    """Say what an adapter directory (with one adapter or several) or a checkpoint holds.
+    """Describe an adapter directory (with one or several adapters) or a checkpoint.
 
-    Nothing in it is run, and no model is needed.
+    No code from the files runs, and no model is needed.
 
     Args:
-        path: a directory with ``adapter_config.json``, or with folders that have one; or a ``.ckpt`` file.
+        path: A ``.ckpt`` file, or a directory that has ``adapter_config.json`` or subdirectories with one.
 
     Raises:
-        FormatError: the directory holds no adapter, or its files cannot be trusted.
-        StateError: the file is no checkpoint of a run with methods attached, or would run code.
+        FormatError: if the directory has no adapter, or its files are malformed.
+        StateError: if the file is not a checkpoint of a run with methods attached, or would run code.
     """
     path = Path(path)
     if not path.exists():
@@ -121,7 +121,10 @@ def describe(path: str | Path) -> Description:
     try:
         return _checkpoint(path)
     except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RecursionError) as error:
-        raise StateError(f"{path}: what it says of its run cannot be read: {error!r}") from error
+        raise StateError(
+            f"cannot read the run information in {path}: {error!r}. The manifest is damaged or was edited: use another "
+            "copy of the file"
+        ) from error
 
 
 def _adapter(folder: Path) -> AdapterSummary:
@@ -171,7 +174,7 @@ def _checkpoint(path: Path) -> Description:
 
 
 def _sharded_state(path: Path) -> dict[str, tuple[Any, Any]]:
-    """Types and shapes of the tensors in a folder that several processes wrote."""
+    """Dtypes and shapes of the tensors in a distributed checkpoint."""
     from lightning_peft.trainer.checkpoints.distributed_files import check_metadata
 
     stored = check_metadata(path).state_dict_metadata.items()
@@ -182,10 +185,10 @@ def _sharded_state(path: Path) -> dict[str, tuple[Any, Any]]:
 def _rows(adapter: AdapterSummary) -> dict[str, Any]:
     kinds = Counter(info.dtype for info in adapter.tensors.values())
     rows: dict[str, Any] = {
-        "name": adapter.name or "(not told; PEFT's files have none)",
+        "name": adapter.name or "(none: PEFT does not store one)",
         "method": adapter.method,
         "made by": {"peft": "Hugging Face PEFT"}.get(adapter.made_by, adapter.made_by),
-        "base": adapter.base or "(not told)",
+        "base": adapter.base or "(unknown)",
         "parameters": f"{adapter.parameters:,} in {len(adapter.tensors)} tensors"
         + "".join(f", {count} {dtype}" for dtype, count in kinds.items()),
     }
@@ -197,6 +200,7 @@ def _rows(adapter: AdapterSummary) -> dict[str, Any]:
 def _text(value: Any) -> Text:
     text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
     text = text if len(text) <= 400 else f"{text[:400]} ..."
+    # A control character in a file could move the terminal's cursor and overwrite what was printed.
     return Text("".join(c if c.isprintable() else ascii(c)[1:-1] for c in text))
 
 

@@ -1,4 +1,4 @@
-"""``lp.load_adapter``: an adapter directory, ours or Hugging Face PEFT's, onto a model."""
+"""``lp.load_adapter``: load an adapter directory, written by this package or Hugging Face PEFT, onto a model."""
 
 from __future__ import annotations
 
@@ -46,33 +46,33 @@ def load_adapter(
     check_base: bool = True,
     ignore_options: Collection[str] = (),
 ) -> list[str]:
-    """Put the adapter of a directory, ours or Hugging Face PEFT's, into ``model``.
+    """Load an adapter directory, written by this package or by Hugging Face PEFT, onto ``model``.
 
-    All is read and checked before anything is changed: an error leaves the model as it was. The adapter is frozen and
-    takes part at once where the model carries no other; beside others it waits for :func:`lightning_peft.set_active`.
-    Heads, biases and statistics that were trained with it come as copies of its own, in place of the base's while it
-    is active.
+    Everything is read and checked before the model is changed: if loading fails, the model is unchanged. The adapter
+    is loaded frozen. It is active at once if the model has no other adapter; otherwise activate it with
+    :func:`lightning_peft.set_active`. Heads, biases and statistics that were trained with it are loaded as overrides,
+    which replace the base's values while the adapter is active.
 
     Args:
-        model: any module that holds the base: a LightningModule, or the bare model.
-        directory: one that holds ``adapter_config.json``; or one of folders that do: then all of them are loaded, each
-            under its folder's name.
-        name: what to call the adapter; by default what it was called when it was saved.
-        trainable: let its parameters train.
-        check_base: refuse an adapter that was trained on another base. Files of PEFT's own do not say on which.
-        ignore_options: names of options in ``adapter_config.json`` that this release does not know and that change
-            nothing, as a newer PEFT or another tool may write them. By default an unknown option with a value is an
-            error, since it may change what the adapter computes.
+        model: Any module that holds the base: a LightningModule, or the bare model.
+        directory: A directory with ``adapter_config.json``, or one whose subdirectories have it: then all of them are
+            loaded, each under its folder's name.
+        name: The adapter's name; by default the name it was saved under.
+        trainable: Make the adapter's parameters trainable.
+        check_base: Refuse an adapter that was trained on another base. Files written by PEFT do not identify the base,
+            so they are not checked.
+        ignore_options: Names of options in ``adapter_config.json`` to ignore. By default, an option that this release
+            does not know and that has a value is an error, because it may change the adapter's output.
 
     Returns:
-        The adapters' names.
+        The names of the loaded adapters.
 
     Raises:
-        FormatError: a file that cannot be read or trusted, an option that would compute something else, a tensor that
-            is missing, misshapen or left over; named with what was expected.
-        StateError: the adapter was trained on another base; a module of the model that carried adapters was replaced.
-        ValueError: the model has an adapter of that name already.
-        InjectionError: the model is compiled or sharded.
+        FormatError: if a file is malformed, if an option is not supported, or if a tensor is missing, misshapen or
+            not expected.
+        StateError: if the adapter was trained on another base, or if an adapted module of the model was replaced.
+        ValueError: if the model already has an adapter of that name.
+        InjectionError: if the model is compiled or sharded.
 
     Example::
 
@@ -86,8 +86,8 @@ def load_adapter(
     folders = [Path(directory)] if (Path(directory) / CONFIG).exists() else adapter_folders(directory)
     if name is not None and len(folders) > 1:
         raise ValueError(
-            f"{directory} holds the adapters {', '.join(f.name for f in folders)}, which cannot all be called "
-            f"{name!r}: give the folder of one, such as {folders[0]}, or no name"
+            f"{directory} holds several adapters ({', '.join(f.name for f in folders)}), which cannot all be called "
+            f"{name!r}: give the folder of one, such as {folders[0]}, or leave out name"
         )
     taken = [*adapter_names(root), *(record.methods if (record := injection_state(root)) is not None else ())]
     plans: dict[str, tuple[Method, Plan]] = {}
@@ -102,13 +102,14 @@ def load_adapter(
         except StateError as error:
             hint = "; check_base=False skips this comparison" if "another base" in str(error) else ""
             raise StateError(f"{_describe_load(files, root)}: {error}{hint}") from error
-        except Exception as error:  # what a file says can lead to any error
-            what = str(error) if isinstance(error, ValueError) else f"an option has a value it cannot have: {error!r}"
+        except Exception as error:  # an unexpected value in a file can raise any exception, far from here
+            what = str(error) if isinstance(error, ValueError) else f"an option has an invalid value: {error!r}"
             raise FormatError(f"{_describe_load(files, root)}: {what}") from error
     install(root, plans)
     if trainable and isinstance(model, L.LightningModule):
-        adapt_module(model)  # so that its checkpoints say what they hold
-        if (trainer := model._trainer) is not None:  # in setup or configure_model, after callbacks were collected
+        adapt_module(model)  # gives its checkpoints a manifest, without which they could not be resumed
+        # Called in setup or configure_model, the Trainer has already collected the callbacks, so ours is added here.
+        if (trainer := model._trainer) is not None:
             prepare_run(trainer, model)
     elif trainable and not is_registered():
         warnings.warn(
@@ -124,7 +125,7 @@ def load_adapter(
 
 
 def _describe_load(files: AdapterFiles, root: nn.Module) -> str:
-    """What does not go where, for an error."""
+    """Name the directory, the base it was made for and the model's class, to begin an error message."""
     facts = base_facts(files.metadata, files.directory)
     made_for = " of ".join(str(n) for n in (facts.get("base"), files.config.get("base_model_name_or_path")) if n)
     kind = original_class(base_of(root).module).__name__
@@ -132,14 +133,14 @@ def _describe_load(files: AdapterFiles, root: nn.Module) -> str:
 
 
 def saved_name(files: AdapterFiles) -> str:
-    """What the adapter was called when it was saved."""
+    """The name that the adapter had when it was saved."""
     return str(base_facts(files.metadata, files.directory).get("config", {}).get("name", "default"))
 
 
 def _planned(
     root: nn.Module, files: AdapterFiles, name: str, trainable: bool, check_base: bool, ignored: Collection[str]
 ) -> tuple[Method, Plan]:
-    """The method and the plan by which ``root`` gets the adapter beside others; changes nothing."""
+    """Return the method and the plan that add the adapter to ``root``, frozen unless ``trainable``; changes nothing."""
     method, plan, own = read_plan(root, files, name, check_base, ignored)
     if not trainable:
         for adapter in (a.adapter for a in plan.attach):
@@ -151,23 +152,29 @@ def _planned(
 def read_plan(
     root: nn.Module, files: AdapterFiles, name: str, check_base: bool, ignored: Collection[str] = ()
 ) -> tuple[PEFTMethod, Plan, dict[str, Tensor]]:
-    """The method that made an adapter, its plan with the values of the file, and what it trained of the base itself.
+    """Read the files of an adapter into a plan, without changing the model.
 
     Args:
-        root: what to put the adapter into; left as it is.
-        files: the adapter's.
-        name: what to call it.
-        check_base: whether to compare the base.
-        ignored: unknown options to leave out.
+        root: The model that the plan is made for; it is not changed.
+        files: The adapter's files.
+        name: The adapter's name.
+        check_base: Whether to compare the base with the one the adapter was trained on.
+        ignored: Names of unknown options to ignore.
+
+    Returns:
+        The method that made the adapter, its plan with the values of the files, and the values of the base's own
+        parameters that it trained, by name in ``root``.
 
     Raises:
-        FormatError, StateError: see :func:`load_adapter`.
+        FormatError: as :func:`load_adapter`.
+        StateError: as :func:`load_adapter`.
     """
     config, named = in_current_layout(files.config, files.tensors, base_of(root))
     base = base_for_keys(root, [key.removeprefix(PREFIX) for key in named])
     if check_base and "fingerprint" in (facts := base_facts(files.metadata, files.directory)):
         check_fingerprint(base.module, facts["fingerprint"], plain=injection_state(root) is None)
     options, tensors = Options(config, ignored), Tensors(named)
+    # Before any pattern is matched: a file's regular expression could take exponential time on these names.
     check_regexes(files.config, [name for name, _ in (*root.named_modules(), *root.named_parameters())])
     converter = converter_for_type(options.get("peft_type"))
     ours = base_facts(files.metadata, files.directory)
@@ -177,6 +184,7 @@ def read_plan(
     reading = converter.read(options, tensors, base, name, trainable=base.patterns(heads))
     options.done()
     tensors.done()
+    # Options such as r decide how much the plan allocates. The limit follows from the size of the file's tensors.
     with AllocationLimit(root, files.tensors):
         plan = reading.method.plan(root)
     if not ours:
@@ -189,25 +197,25 @@ def read_plan(
 
 
 def _check_shared(plan: Plan, base: Base) -> None:
-    """Refuse a file of PEFT's for a module that has several names, of which PEFT adapts the first alone."""
+    """Refuse a PEFT file for a module that has several names, because PEFT adapts it under the first name only."""
     touched = [base.inner(name) or "" for name in (*(a.host for a in plan.attach), *plan.train_modules)]
     for name, others in shared_modules_of(base, touched).items():
         raise FormatError(
-            f"{name!r} is one module with {others}: PEFT adapts it under the first name only, and an adapter here acts "
-            "under each, which computes something else. Give the other names modules of their own first"
+            f"{name!r} and {others} are the same module: PEFT adapts it under the first name only, but an adapter here "
+            "has an effect under every name, so the outputs would differ. Make the others separate modules first"
         )
 
 
 @torch.no_grad()
 def _fill(plan: Plan, reading: Reading, base: Base) -> None:
-    """Give the adapters of a plan the values that were read."""
+    """Copy the values that were read into the adapters of a plan."""
     left = {base.outer(name): tensors for name, tensors in reading.tensors.items()}
     for host, adapter in ((a.host, a.adapter) for a in plan.attach):
         weights: dict[str, nn.Module] = {part.site_name: part for part in adapter.weights().values()}
         for name, part in (weights or {host: adapter}).items():
             _fill_one(part, name, left.pop(name, {}))
     if left:
-        raise FormatError(f"nothing takes the tensors of {sorted(left)}")
+        raise FormatError(f"the file has tensors for {sorted(left)}, which its options do not adapt: it was edited")
 
 
 def _fill_one(adapter: nn.Module, name: str, tensors: dict[str, Tensor]) -> None:

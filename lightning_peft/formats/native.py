@@ -1,9 +1,9 @@
-"""This package's own adapters, where PEFT cannot say them: ``peft_type`` LIGHTNING_PEFT.
+"""The format for adapters that PEFT cannot represent: ``peft_type`` LIGHTNING_PEFT, in the same two files.
 
-The same two files. ``adapter_config.json`` has the method's class and all of its arguments, with patterns as the base's
-names are without a LightningModule around it. The tensors are those of the adapters,
-``base_model.model.<weight or module>.adapters.<name in the adapter>``, and what trains of the base itself under its
-plain name. What is loaded is exactly what was saved.
+``adapter_config.json`` has the class name and all arguments of the method. Patterns are written relative to the base,
+without the name it has inside a LightningModule. The adapters' tensors are called
+``base_model.model.<weight or module>.adapters.<name in the adapter>``; trained parameters of the base keep their names.
+Saving and loading is exact.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ __all__ = ["NATIVE", "NativeConverter"]
 
 NATIVE = "LIGHTNING_PEFT"
 
-#: arguments that hold patterns; in the last two they are keys
+#: arguments that hold patterns; the last two are dictionaries with patterns as keys
 _PATTERNS = ("targets", "exclude", "trainable", "feedforward_targets", "rank_pattern", "alpha_pattern")
 
 
 class NativeConverter(Converter):
-    """Any method of this package, and of users."""
+    """Converter for any method, including methods that users define."""
 
     peft_type = NATIVE
     methods = ()
@@ -51,6 +51,7 @@ class NativeConverter(Converter):
         def inner(pattern: str) -> str:
             if pattern.startswith("re:"):
                 return f"re:{pattern[3:].removeprefix(re.escape(name) + re.escape('.'))}"
+            # Without the prefix, a suffix pattern could match more names. It is kept only if it matches the same ones.
             short = pattern.removeprefix(f"{name}.")
             meant = {base.inner(n) for n in _named(base.root, pattern)}
             return short if meant == _named(base.module, short) else _exactly(meant) or short
@@ -70,9 +71,9 @@ class NativeConverter(Converter):
 
 
 def _make(kind: Any, config: Any, base: Base, name: str) -> PEFTMethod:
-    """The method of that class, looked up among those that are defined."""
+    """Build the method of class ``kind``, which is looked up among the defined methods and never imported."""
     if not isinstance(kind, str) or not isinstance(config, dict):
-        raise FormatError(f"method must name a class and config hold its arguments, got {kind!r} and {config!r}")
+        raise FormatError(f"method must be a class name and config a dictionary of arguments, got {kind!r}, {config!r}")
 
     def outer(pattern: str) -> str:
         if pattern.startswith("re:"):
@@ -84,11 +85,11 @@ def _make(kind: Any, config: Any, base: Base, name: str) -> PEFTMethod:
         config = _with_patterns(config, outer) if base.name else config
         return method_of_file(kind, {**config, "name": name})
     except (TypeError, ValueError) as error:
-        raise FormatError(f"{kind} cannot be made as the file says: {error}") from error
+        raise FormatError(f"{kind} does not accept the arguments in the file: {error}") from error
 
 
 def _named(module: nn.Module, pattern: str) -> set[str]:
-    """The modules and parameters that a pattern means by their names."""
+    """The names of the modules and parameters that a pattern matches by name."""
     if pattern.startswith("type:"):
         return set()
     parameters = {name: None for name, _ in module.named_parameters() if not is_adapter_key(name)}
@@ -96,14 +97,14 @@ def _named(module: nn.Module, pattern: str) -> set[str]:
 
 
 def _exactly(names: Collection[str | None]) -> str | None:
-    """A pattern for these names and no others; None where one has no name."""
+    """A pattern that matches exactly these names; None if there are none, or if one of them is None."""
     if not names or None in names:
         return None
     return f"re:{'|'.join(sorted(re.escape(str(name)) for name in names))}"
 
 
 def _with_patterns(config: dict[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
-    """``config`` with every pattern in it changed."""
+    """Return a copy of ``config`` with ``change`` applied to every pattern in it."""
 
     def changed(value: Any) -> Any:
         if isinstance(value, str):

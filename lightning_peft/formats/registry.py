@@ -1,4 +1,4 @@
-"""The converters, one for each of PEFT's kinds that this package has."""
+"""The list of converters, one for each ``peft_type`` that this package supports."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ CONVERTERS: tuple[Converter, ...] = (
 )
 
 
-#: what PEFT has alone and this package only beside something else
+#: types that PEFT has as a method and this package only as a part of another method
 _INSTEAD = {
-    "TRAINABLE_TOKENS": "here rows of embeddings train with LoRA, and no method trains them alone; in PEFT that is "
-    "LoraConfig(trainable_token_indices=...) with targets, which is read"
+    "TRAINABLE_TOKENS": "this package trains single embedding vectors only together with LoRA. Train it with "
+    "LoraConfig(trainable_token_indices=..., target_modules=...), which can be loaded"
 }
 
 
@@ -48,18 +48,18 @@ def converter_for_type(peft_type: str) -> Converter:
     """The converter that reads ``peft_type``.
 
     Raises:
-        FormatError: there is none.
+        FormatError: if the type is not supported.
     """
     known = {converter.peft_type: converter for converter in CONVERTERS}
     if peft_type not in known:
         if peft_type in _INSTEAD:
-            raise FormatError(f"peft_type {peft_type!r} cannot be read: {_INSTEAD[peft_type]}")
+            raise FormatError(f"peft_type {peft_type!r} is not supported: {_INSTEAD[peft_type]}")
         near = nearest(str(peft_type).upper(), known, n=1)
         hint = f"; nearest: {near[0]!r}" if near else ""
-        raise FormatError(f"peft_type {peft_type!r} is none that can be read; known are {sorted(known)}{hint}")
+        raise FormatError(f"peft_type {peft_type!r} is not supported; supported are {sorted(known)}{hint}")
     return known[peft_type]
 
 
 def converter_for_method(method: PEFTMethod) -> Converter | None:
-    """The converter that writes ``method``; None where PEFT has nothing like it."""
+    """The converter that writes ``method``; None if PEFT has no such method."""
     return next((converter for converter in CONVERTERS if type(method) in converter.methods), None)

@@ -1,4 +1,4 @@
-"""``lp.save_adapter``: an adapter as a directory of its own, in Hugging Face PEFT's format."""
+"""``lp.save_adapter``: save an adapter as a directory in Hugging Face PEFT's format."""
 
 from __future__ import annotations
 
@@ -27,26 +27,27 @@ __all__ = ["save_adapter", "try_writing", "write_snapshots"]
 def save_adapter(model: nn.Module, directory: str | Path, name: str | None = None, **options: Any) -> list[str]:
     """Write an adapter to a directory: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
-    They are Hugging Face PEFT's, where it has the same method; otherwise ``peft_type`` is ``LIGHTNING_PEFT`` and
-    ``reason`` says what PEFT lacks.
+    The files are Hugging Face PEFT's if it can represent the adapter. Otherwise ``peft_type`` is ``LIGHTNING_PEFT``,
+    and ``reason`` says what PEFT lacks.
 
-    In a distributed run the first process writes. Of a sharded model (FSDP2) every process has to call this, so that
-    the shards come together; otherwise the others may, and do nothing. None waits for the files to be there.
+    In a distributed run only rank 0 writes. For a sharded model (FSDP2) every process must call this, because it
+    gathers the shards; otherwise calls on other ranks have no effect. No process waits until the files exist.
 
     Args:
-        model: an adapted module, trained or not.
-        directory: where to; made if it is not there.
-        name: the adapter; by default all of them: one goes into ``directory`` itself, several into folders of their
-            names inside it.
-        **options: of the format: ``fold_scale=True`` multiplies LoRA's B by the scale, for readers that know neither
-            rsLoRA nor alpha.
+        model: An adapted module, trained or not.
+        directory: The output directory; created if it does not exist.
+        name: The adapter to save; by default all of them. A single adapter is written to ``directory`` itself, several
+            to subdirectories with their names.
+        **options: Options of the format. ``fold_scale=True`` multiplies LoRA's B by the scale, for tools that ignore
+            alpha and rsLoRA.
 
     Returns:
-        The adapters' names.
+        The names of the saved adapters.
 
     Raises:
-        ValueError: the model has no adapter of that name.
-        StateError: adapters are merged into the weights.
+        ValueError: if the model has no adapter of that name.
+        StateError: if adapters are merged into the weights.
+        FormatError: if the adapter could not be read again, for example because a tensor is not finite.
     """
     record = injection_state(model)
     names = [name] if name is not None else list(record.methods) if record is not None else [""]
@@ -55,9 +56,9 @@ def save_adapter(model: nn.Module, directory: str | Path, name: str | None = Non
 
 
 def write_snapshots(snapshots: Mapping[str, Snapshot], directory: str | Path, **options: Any) -> None:
-    """Write one adapter into ``directory`` itself, several into folders of their names inside it.
+    """Write one adapter to ``directory`` itself, or several to subdirectories with their names.
 
-    In a distributed run the first process writes, and no other waits for it: it may be the only one that is here.
+    In a distributed run only rank 0 writes. There is no barrier, because rank 0 may be the only rank that calls this.
     """
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     if not distributed or torch.distributed.get_rank() == 0:
@@ -66,33 +67,33 @@ def write_snapshots(snapshots: Mapping[str, Snapshot], directory: str | Path, **
 
 
 def write_snapshot(snapshot: Snapshot, directory: Path, **options: Any) -> None:
-    """Write what one method has put into a model."""
+    """Write the snapshot of one adapter to ``directory``."""
     config, tensors, metadata, card = _content(snapshot, **options)
     write_files(directory, config, tensors, metadata, card)
 
 
 def try_writing(model: nn.Module, name: str) -> str | None:
-    """Do all that saving an adapter does, except copying tensors, looking at their values and writing files.
+    """Do everything that saving an adapter does, except copying tensors, checking their values and writing files.
 
     Returns:
-        A note for the user if PEFT has the method and cannot read this adapter.
+        A note for the user if PEFT has the method but could not read this adapter; None otherwise.
 
     Raises:
-        Exception: whatever saving would raise.
+        Exception: any exception that saving would raise.
     """
     snapshot = take_snapshot(model, name, uncopied)
     config, tensors, _, _ = _content(snapshot)
     check_content(config, tensors, values=False)
     if config["peft_type"] != NATIVE or converter_for_method(snapshot.method) is None:
         return None
-    return f"lp.save_adapter will write this package's own form, which PEFT cannot read: {config['reason']}"
+    return f"lp.save_adapter will write this package's own format, which PEFT cannot read: {config['reason']}"
 
 
 saving_trials.append(try_writing)
 
 
 def _content(snapshot: Snapshot, **options: Any) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, str], str]:
-    """The configuration, the tensors, the metadata of their file, and the model card of an adapter directory."""
+    """Return the content of an adapter directory: configuration, tensors, metadata of their file, and model card."""
     converter = converter_for_method(snapshot.method)
     own: dict[str, Any]
     prefix = PREFIX if converter is None else converter.prefix
@@ -102,7 +103,7 @@ def _content(snapshot: Snapshot, **options: Any) -> tuple[dict[str, Any], dict[s
         for name, others in shared_modules_of(
             snapshot.base, [p.host for p in snapshot.adapter_records] + snapshot.heads
         ).items():
-            raise NotInPeftError(f"{name!r} is one module with {others}, and PEFT would adapt it under one name only")
+            raise NotInPeftError(f"{name!r} and {others} are the same module, and PEFT would adapt only one name of it")
         writing = converter.write(snapshot, **options)
         peft_type, own = converter.peft_type, {"modules_to_save": modules_to_save(snapshot)}
     except NotInPeftError as reason:
@@ -118,7 +119,7 @@ def _facts(snapshot: Snapshot) -> dict[str, Any]:
     method = snapshot.method
     return {
         "version": 1,
-        "all_names": True,  # a tied value is written under each of its names; older files have one of them
+        "all_names": True,  # a tied value is written under each of its names; older releases wrote only one
         "method": type(method).__name__,
         "config": method.config(),
         "base": snapshot.base.facts()["class"],

@@ -43,7 +43,7 @@ def test_adapters_of_peft_in_several_folders(tmp_path):
     assert (found.kind, first.method, first.made_by, first.note) == ("2 adapters", "LORA", "peft", "")
     assert first.parameters == 2 * 2 * (32 + 16)
     assert second.method == "BOFT"
-    assert "known are" in second.note
+    assert "supported are" in second.note
     assert "Hugging Face PEFT" in str(found)
     assert "cannot be loaded" in str(found)
 
@@ -51,7 +51,7 @@ def test_adapters_of_peft_in_several_folders(tmp_path):
 def test_an_unknown_type_is_looked_up_and_the_nearest_named(tmp_path, monkeypatch):
     (tmp_path / "hostile_method.py").write_text("open('ran', 'w')\n")
     monkeypatch.syspath_prepend(tmp_path)
-    for peft_type, hint in (("LORRA", "nearest: 'LORA'"), ("hostile_method.Evil", "none that can be read")):
+    for peft_type, hint in (("LORRA", "nearest: 'LORA'"), ("hostile_method.Evil", "is not supported")):
         write_files(tmp_path / "a", {"peft_type": peft_type}, {"a": torch.ones(1)}, {}, None)
         assert hint in describe(tmp_path / "a").adapters[0].note
         with pytest.raises(FormatError, match=hint):
@@ -113,7 +113,7 @@ def test_a_checkpoint_that_would_run_code_or_is_none():
             describe("plain.ckpt")
     for manifest in ({}, {"methods": 3}, {"methods": [{}]}, {"methods": [], "trainable": "x", "total": []}):
         torch.save({"lightning_peft": manifest}, "odd.ckpt")
-        with pytest.raises(lp.StateError, match="what it says of its run cannot be read"):
+        with pytest.raises(lp.StateError, match="cannot read the run information in"):
             describe("odd.ckpt")
     with pytest.raises(FormatError, match="no file or directory nowhere"):
         describe("nowhere")

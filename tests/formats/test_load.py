@@ -64,7 +64,7 @@ def test_wrong_tensors_are_named_and_nothing_is_changed(saved, change, said):
         ({"target_modules": None}, "target_modules is missing"),
         ({"modules_to_save": ["lm_hed"]}, "modules_to_save: 'lm_hed' matches nothing; nearest: lm_head"),
         ({"peft_type": "LORAA"}, "peft_type 'LORAA'.*nearest: 'LORA'"),
-        ({"peft_type": "TRAINABLE_TOKENS"}, "rows of embeddings train with LoRA"),
+        ({"peft_type": "TRAINABLE_TOKENS"}, "trains single embedding vectors only together with LoRA"),
         ({"r": "two"}, "r must be a number"),
         ({"rank_pattern": {"q_proj": 0}}, "rank of .*q_proj"),
         ({"bias": "some"}, "bias must be"),
@@ -72,7 +72,7 @@ def test_wrong_tensors_are_named_and_nothing_is_changed(saved, change, said):
         ({"target_modules": "(" * 9999 + ")" * 9999}, "is not a valid regular expression"),
         ({"modules_to_save": ["lm_head("]}, r"modules_to_save: 'lm_head\(' is not a valid regular expression"),
         ({"target_modules": 5}, "must be a list of names, got 5"),
-        ({"rank_pattern": [1]}, "rank_pattern must give numbers by pattern"),
+        ({"rank_pattern": [1]}, "rank_pattern must map patterns to numbers"),
         ({"lora_dropout": 2.0}, "dropout must be a probability"),
     ],
 )

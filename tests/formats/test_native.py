@@ -144,11 +144,11 @@ def test_a_method_of_ones_own(tmp_path):
     [
         ({"method": "RowSchift"}, "no method named 'RowSchift'; defined are .*; nearest: 'RowShift'"),
         ({"method": "hostile_method.Evil"}, "no method named 'hostile_method.Evil'"),
-        ({"method": ["RowShift"]}, "method must name a class"),
-        ({"config": "targets"}, "config hold its arguments"),
-        ({"config": {"target": ["query"]}}, "RowShift cannot be made as the file says.*target"),
+        ({"method": ["RowShift"]}, "method must be a class name"),
+        ({"config": "targets"}, "config a dictionary of arguments"),
+        ({"config": {"target": ["query"]}}, "RowShift does not accept the arguments in the file.*target"),
         ({"config": {"targets": ["querry"]}}, "'querry' matches nothing; nearest: .*query"),
-        ({"config": {"targets": ["query"]}}, "nothing takes the tensors of .*value"),
+        ({"config": {"targets": ["query"]}}, "the file has tensors for .*value.*which its options do not adapt"),
         ({"config": {"targets": ["query", "value", "key"]}}, "missing .*rows"),
     ],
 )

@@ -132,7 +132,7 @@ def test_a_module_with_two_names_is_adapted_under_both_and_kept_from_peft_where_
     lp.save_adapter(ours, tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (config["peft_type"] == "LIGHTNING_PEFT") is kept
-    assert kept is ("'a' is one module with ['again']" in config.get("reason", ""))
+    assert kept is ("'a' and ['again'] are the same module" in config.get("reason", ""))
     lp.load_adapter(again := copy.deepcopy(base), tmp_path)
     assert_same(logits(again, x), logits(ours, x))
     if not kept:
@@ -143,5 +143,7 @@ def test_peft_files_of_a_module_with_two_names_are_refused(tmp_path):
     base = Shared()
     for options in ({"target_modules": ["a"]}, {"target_modules": ["out"], "modules_to_save": ["a"]}):
         made_by_peft(base, peft.LoraConfig(r=2, **options), tmp_path)
-        with pytest.raises(lp.FormatError, match=r"'a' is one module with \['again'\]: PEFT adapts it under the first"):
+        with pytest.raises(
+            lp.FormatError, match=r"'a' and \['again'\] are the same module: PEFT adapts it under the first"
+        ):
             lp.load_adapter(copy.deepcopy(base), tmp_path)

@@ -15,15 +15,16 @@ __all__ = ["model_card"]
 
 
 def model_card(snapshot: Snapshot, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    """What an adapter is, what it was trained on, and how to load it.
+    """Return the text of the model card: what the adapter is, what it was trained on, how to load it.
 
     Args:
-        snapshot: of the method.
-        config: ``adapter_config.json``.
-        tensors: as they are written.
+        snapshot: The snapshot of the method.
+        config: The content of ``adapter_config.json``.
+        tensors: The tensors of ``adapter_model.safetensors``.
     """
     method, native, path = snapshot.method, config["peft_type"] == "LIGHTNING_PEFT", config["base_model_name_or_path"]
-    # A folder of this machine is nothing to a reader but its name, and the Hub wants a model of its own.
+    # The path of a local folder means nothing to other readers, so only its last part is shown. The Hub accepts only
+    # its own model ids as base_model.
     base = Path(path).name if path and is_folder(path) else path
     on_hub = bool(base) and base == path != "demo"
     head = {"library_name": "lightning_peft" if native else "peft", **({"base_model": base} if on_hub else {})}
@@ -58,8 +59,8 @@ import lightning_peft as lp
 lp.load_adapter(model, "path/to/this/directory")
 ```
 {_NATIVE.format(reason=config.get("reason", "")) if native else _PEFT}
-Only the adapter is in this directory. It was trained on the base named above, and fits no other: `lightning_peft` \
-compares the weights as it loads.
+This directory holds only the adapter. Load it onto the base model named above: `lightning_peft` compares the base's \
+weights with those it was trained on.
 """
 
 
@@ -73,7 +74,7 @@ model = PeftModel.from_pretrained(base, "path/to/this/directory")
 ```
 """
 _NATIVE = """
-Hugging Face PEFT does not read it: {reason}
+Hugging Face PEFT cannot read this adapter: {reason}
 """
 
 

@@ -1,8 +1,8 @@
-"""The files of an adapter directory, read and written safely.
+"""Read and write the files of an adapter directory safely.
 
-A directory holds ``adapter_config.json`` (what the adapter is), ``adapter_model.safetensors`` (its tensors, with
-metadata in the header) and often a ``README.md``. All of it is data: nothing that a file names is imported, nothing
-in it is run, and all that it declares is held against its real size before memory is asked for.
+A directory holds ``adapter_config.json`` (the configuration), ``adapter_model.safetensors`` (the tensors, with metadata
+in the header) and often a ``README.md``. All of it is treated as data: names in a file are never imported, nothing in
+it runs, and sizes that it declares are checked against its real size before memory is allocated.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ __all__ = [
 ]
 
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
-MAX_JSON = 16 * 2**20  #: bytes of a configuration, or of the header of a tensor file
-MAX_KEY = 1024  #: characters of a tensor's name
+MAX_JSON = 16 * 2**20  #: maximum size of a configuration, or of the header of a tensor file, in bytes
+MAX_KEY = 1024  #: maximum length of a tensor's name, in characters
 _BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "C64": 8,
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
@@ -52,13 +52,13 @@ _BYTES = {
 
 @dataclass
 class AdapterFiles:
-    """An adapter as its files hold it.
+    """The content of an adapter directory.
 
     Attributes:
-        directory: where they are.
-        config: ``adapter_config.json``.
-        tensors: by the names in the file, on the CPU.
-        metadata: of the tensor file's header.
+        directory: The directory.
+        config: The content of ``adapter_config.json``.
+        tensors: Name in the file -> tensor, on the CPU.
+        metadata: The metadata in the header of the tensor file.
     """
 
     directory: Path
@@ -69,7 +69,7 @@ class AdapterFiles:
 
 @dataclass
 class TensorInfo:
-    """What the header of a tensor file says of one tensor: its safetensors type, such as ``F32``, and its shape."""
+    """The header entry of one tensor: its safetensors dtype, such as ``F32``, and its shape."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -80,10 +80,10 @@ class TensorInfo:
 
 
 def adapter_folders(directory: str | Path) -> list[Path]:
-    """The adapters in ``directory``: itself, where it holds one, and the folders in it that do.
+    """Return the adapter directories at ``directory``: itself and its subdirectories, if they hold an adapter.
 
     Raises:
-        FormatError: there is none.
+        FormatError: if there is none, or if a subdirectory links out of ``directory``.
     """
     directory = _folder(directory)
     inside = sorted(p for p in directory.iterdir() if (p / CONFIG).is_file() and not p.name.startswith("."))
@@ -91,7 +91,7 @@ def adapter_folders(directory: str | Path) -> list[Path]:
         _stays_inside(folder, directory)
     found = [directory] * (directory / CONFIG).is_file() + inside
     if not found:
-        raise FormatError(f"{directory} has no {CONFIG}, nor has a folder in it: {_contents(directory)}")
+        raise FormatError(f"{directory} has no {CONFIG}, and no folder in it has one: {_contents(directory)}")
     return found
 
 
@@ -99,11 +99,12 @@ def read_files(directory: str | Path) -> AdapterFiles:
     """Read the adapter in ``directory``.
 
     Args:
-        directory: of this package or of Hugging Face PEFT, in its cache as well (whose files are symbolic links).
+        directory: An adapter directory of this package or of Hugging Face PEFT. It may be in the Hugging Face cache,
+            whose files are symbolic links.
 
     Raises:
-        FormatError: a file is missing, is no plain data of that kind, declares what it does not hold, or holds names
-            or values that no adapter has.
+        FormatError: if a file is missing, damaged, not JSON or safetensors, or too large; if a name, a value or a
+            declared size is invalid; or if a tensor has changed since it was saved.
     """
     directory = _folder(directory)
     config = read_config(directory)
@@ -113,8 +114,8 @@ def read_files(directory: str | Path) -> AdapterFiles:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise FormatError(f"{path} cannot be read: {error}") from error
-    if tensors.keys() != header.keys():
-        raise FormatError(f"{path} changed while it was read")
+    if tensors.keys() != header.keys():  # the checked header must be the one that the tensors were read with
+        raise FormatError(f"{path} changed while it was read: wait until it is written, then load it again")
     _check_tensors(tensors, str(path), config)
     check_tensors(tensors, metadata, str(directory))
     return AdapterFiles(directory, config, tensors, metadata)
@@ -124,35 +125,40 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     """Read ``adapter_config.json`` alone.
 
     Raises:
-        FormatError: it is missing, no JSON object, too large, too deep, or names no ``peft_type``.
+        FormatError: if the file is missing, not a JSON object, too large or nested too deeply, or has no
+            ``peft_type``.
     """
     path = _file(_folder(directory), CONFIG)
     if path.stat().st_size > MAX_JSON:
-        raise FormatError(f"{path} has {path.stat().st_size:,} bytes; a configuration has at most {MAX_JSON:,}")
+        raise FormatError(f"{path} has {path.stat().st_size:,} bytes, but at most {MAX_JSON:,} are read")
     config = parse_json(path.read_bytes(), str(path))
     if not isinstance(config.get("peft_type"), str):
-        raise FormatError(f"{path} names no method: peft_type is {config.get('peft_type')!r}, not a string")
+        raise FormatError(f"{path}: peft_type must be a string that names the method, got {config.get('peft_type')!r}")
     return config
 
 
 def read_header(directory: str | Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-    """Read what ``adapter_model.safetensors`` holds, without its values: tensors by name, and the metadata.
+    """Read the header of ``adapter_model.safetensors``: dtype and shape of each tensor, and the metadata.
 
     Raises:
-        FormatError: it is missing or no safetensors file; a name or size in it is impossible.
+        FormatError: if the file is missing or not a safetensors file, or if a name or size in it is invalid.
     """
     path = _file(_folder(directory), WEIGHTS)
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > size - 8:
-            raise FormatError(f"{path} is no safetensors file, or is cut off: it has {size:,} bytes")
+            raise FormatError(
+                f"{path} is not a safetensors file, or is cut off: it has {size:,} bytes. Use another copy of it"
+            )
         if length > MAX_JSON:
-            raise FormatError(f"{path} has a header of {length:,} bytes; at most {MAX_JSON:,} are read")
+            raise FormatError(f"{path} has a header of {length:,} bytes, but at most {MAX_JSON:,} are read")
         header = parse_json(file.read(length), f"the header of {path}")
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise FormatError(f"{path}: __metadata__ must hold strings")
+    # The ranges must cover the data without gaps or overlaps. Otherwise a small file could declare large tensors, or
+    # hide data that no tensor shows.
     tensors, at = {}, 0
     ranges = []
     for key, entry in header.items():
@@ -160,10 +166,10 @@ def read_header(directory: str | Path) -> tuple[dict[str, TensorInfo], dict[str,
         ranges.append((begin, end, key))
     for begin, end, key in sorted(ranges):
         if begin != at:
-            raise FormatError(f"{path}: {key!r} begins at byte {begin:,}, where {at:,} was expected")
+            raise FormatError(f"{path}: {key!r} begins at byte {begin:,}, but the previous tensor ends at {at:,}")
         at = end
     if at != size - 8 - length:
-        raise FormatError(f"{path} declares {at:,} bytes of tensors and holds {size - 8 - length:,}")
+        raise FormatError(f"{path} declares {at:,} bytes of tensors but holds {size - 8 - length:,}: it is damaged")
     return tensors, metadata
 
 
@@ -174,28 +180,29 @@ def write_files(
     metadata: Mapping[str, str],
     card: str | None,
 ) -> None:
-    """Write an adapter into ``directory``: all files or, on any error, none.
+    """Write an adapter into ``directory``: either all files or, on any error, none.
 
-    They are first written beside it, then moved. Whoever reads a directory that is being replaced, or that the end
-    of the process left half replaced, finds no configuration in it rather than files of two adapters; other files
-    in it stay.
+    The files are first written to a temporary directory and then moved. A reader during replacement, or after a crash
+    in the middle of it, finds no configuration rather than a mix of two adapters. Other files in ``directory`` are
+    kept.
 
     Args:
-        directory: created with its parents.
-        config: of plain values; names the ``peft_type``.
-        tensors: by the names they get in the file.
-        metadata: of the tensor file's header.
-        card: the text of ``README.md``; None leaves one that is there.
+        directory: Created with its parents if it does not exist.
+        config: The configuration in plain values, with ``peft_type``.
+        tensors: Name in the file -> tensor.
+        metadata: The metadata for the header of the tensor file.
+        card: The text of ``README.md``; with None an existing one is kept.
 
     Raises:
-        FormatError: ``directory`` is a file, or the adapter is one that could not be read again (no tensors, a tensor
-            that is empty or not finite, a name that is none, a configuration that is no JSON).
+        FormatError: if ``directory`` is a file, or if the adapter could not be read again: it has no tensors, an empty
+            or non-finite tensor, an invalid name, or a configuration that JSON cannot represent.
     """
     directory = Path(directory).resolve()
     if directory.exists() and not directory.is_dir():
-        raise FormatError(f"{directory} is a file; an adapter is saved as a directory")
+        raise FormatError(f"{directory} is a file, but an adapter is saved as a directory: choose another path")
     text = check_content(config, tensors)
-    # Inside of a directory that exists: it may be a mount, out of which nothing can be moved in one step.
+    # If the directory exists, the temporary one is made inside it: it may be a mount point, and a move between two
+    # file systems is not atomic.
     beside = (directory if directory.exists() else directory.parent) / f".{directory.name}.{uuid.uuid4().hex[:8]}"
     beside.mkdir(parents=True)
     try:
@@ -204,7 +211,7 @@ def write_files(
         (beside / CONFIG).write_text(text + "\n", encoding="utf-8")
         if card is not None:
             (beside / CARD).write_text(card, encoding="utf-8")
-        read_config(beside), read_header(beside)
+        read_config(beside), read_header(beside)  # what is written must pass the checks of reading
         for file in beside.iterdir():
             _to_disk(file)
         if beside.parent == directory:
@@ -216,14 +223,15 @@ def write_files(
 
 
 def check_content(config: Mapping[str, Any], tensors: Mapping[str, Tensor], values: bool = True) -> str:
-    """The text of ``adapter_config.json``, of an adapter that can be written and read again.
+    """Check that an adapter can be written and read again, and return the text of ``adapter_config.json``.
 
     Args:
-        config, tensors: see :func:`write_files`.
-        values: whether to look at the tensors' values.
+        config: As in :func:`write_files`.
+        tensors: As in :func:`write_files`.
+        values: Whether to check the tensors' values too.
 
     Raises:
-        FormatError: see :func:`write_files`.
+        FormatError: as :func:`write_files`.
     """
     text = json_text(config, indent=2, sort_keys=True)
     _check_tensors(tensors, "the adapter", config, values)
@@ -231,24 +239,28 @@ def check_content(config: Mapping[str, Any], tensors: Mapping[str, Tensor], valu
 
 
 def json_text(value: Any, **options: Any) -> str:
-    """``value`` as JSON.
+    """Return ``value`` as JSON.
 
     Raises:
-        FormatError: it cannot be written as JSON.
+        FormatError: if JSON cannot represent it.
     """
     try:
         return json.dumps(value, allow_nan=False, **options)
     except (TypeError, ValueError, RecursionError) as error:
-        raise FormatError(f"the configuration of this adapter is no JSON: {error}") from error
+        raise FormatError(
+            f"JSON cannot represent the configuration of this adapter: {error}. Use plain values as arguments"
+        ) from error
 
 
 def _replace(directory: Path, beside: Path) -> None:
-    """Move the files in ``beside`` over those in ``directory``; those go back if that fails."""
+    """Move the files in ``beside`` over those in ``directory``; if a move fails, put the old files back."""
     new = [name for name in (CARD, WEIGHTS, CONFIG) if (beside / name).exists()]
     old = beside / "old"
     old.mkdir()
     try:
-        for name in reversed(new):  # the configuration leaves first and comes last
+        # The old configuration is moved away first and the new one comes last, so at no time does a configuration lie
+        # next to the tensors of another adapter.
+        for name in reversed(new):
             if os.path.lexists(directory / name):
                 os.replace(directory / name, old / name)
         for name in new:
@@ -268,7 +280,7 @@ def _to_disk(path: Path) -> None:
 
 
 def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors on the CPU, each with memory of its own."""
+    """Copy the tensors to the CPU so that no two share memory, which safetensors refuses to write."""
     out: dict[str, Tensor] = {}
     seen: set[int] = set()
     for key, tensor in tensors.items():
@@ -284,35 +296,38 @@ def _folder(directory: str | Path) -> Path:
     if not path.exists():
         beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         near = nearest(path.name, beside, n=3)
-        hub = f"of the Hub, download it first: huggingface_hub.snapshot_download({str(directory)!r})"
+        hub = f"to load it from the Hub, download it first: huggingface_hub.snapshot_download({str(directory)!r})"
         hint = f"; near it: {', '.join(near)}" if near else f"; {hub}" if str(directory).count("/") == 1 else ""
         raise FormatError(f"there is no directory {path}{hint}")
     if not path.is_dir():
-        hint = f"; `lightning-peft export {path} out/` makes one of a checkpoint" if path.suffix == ".ckpt" else ""
-        raise FormatError(f"{path} is a file; an adapter is a directory with {CONFIG} and {WEIGHTS}{hint}")
+        hint = f"; convert a checkpoint with `lightning-peft export {path} out/`" if path.suffix == ".ckpt" else ""
+        raise FormatError(f"{path} is a file, but an adapter is a directory with {CONFIG} and {WEIGHTS}{hint}")
     return path.resolve()
 
 
 def _file(directory: Path, name: str) -> Path:
-    """The path of a file in an adapter's directory, once it is known to be one, and to be in it."""
+    """The path of ``name``, checked to be a regular file inside ``directory``."""
     path = directory / name
     if path.is_symlink() or path.exists():
         _stays_inside(path, directory)
         if not path.is_file():
-            raise FormatError(f"{path} is no regular file")
+            raise FormatError(f"{path} is not a regular file")
         return path
     if name == WEIGHTS:
         if (directory / f"{WEIGHTS}.index.json").exists():
-            raise FormatError(f"{directory} holds tensors in shards, as whole models are stored; adapters are one file")
+            raise FormatError(
+                f"{directory} holds tensors in several files, as whole models are stored, but an adapter has one file: "
+                "load a whole model with from_pretrained"
+            )
         pickles = [p.name for p in sorted(directory.iterdir()) if p.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt")]
         if pickles:
             raise FormatError(
-                f"{directory} holds {pickles[0]} and no {WEIGHTS}. That is a pickle, which can run any program when "
-                "it is read, so it is not. If you trust it, load it where it was made and save it anew: "
+                f"{directory} holds {pickles[0]} but no {WEIGHTS}. The file is a pickle and is not read, because "
+                "reading a pickle can run any program. If you trust it, load and save it with PEFT: "
                 "PeftModel.from_pretrained(base, directory).save_pretrained(directory, safe_serialization=True)"
             )
     inside = sorted(p.parent.name for p in directory.glob(f"*/{name}"))
-    hint = f"; the folders {', '.join(inside[:5])} in it have one each" if inside else f": {_contents(directory)}"
+    hint = f", but its folders {', '.join(inside[:5])} do" if inside else f": {_contents(directory)}"
     raise FormatError(f"{directory} has no {name}{hint}")
 
 
@@ -324,35 +339,36 @@ def _contents(directory: Path) -> str:
 
 
 def _stays_inside(path: Path, directory: Path) -> None:
-    """Refuse a symbolic link out of the directory, but for the one that Hugging Face's cache is made of.
+    """Refuse a symbolic link that leads out of the directory, except those of the Hugging Face cache.
 
-    There ``<model>/snapshots/<revision>/<file>`` links to ``<model>/blobs/<digest>``.
+    In the cache, ``<model>/snapshots/<revision>/<file>`` links to ``<model>/blobs/<digest>``. Any other link could make
+    a downloaded directory read a private file of the user.
     """
     target = path.resolve()
     snapshots = next((p for p in (directory, *directory.parents) if p.parent.name == "snapshots"), None)
     blobs = None if snapshots is None else snapshots.parent.parent / "blobs"
     if not target.is_relative_to(directory) and target.parent != blobs:
-        raise FormatError(f"{path} is a symbolic link to {target}, outside of the adapter's directory")
+        raise FormatError(f"{path} is a symbolic link to {target}, which is outside the adapter's directory")
 
 
 def _entry(key: str, entry: Any, path: Path) -> tuple[TensorInfo, int, int]:
-    """One tensor of a header, and where it begins and ends."""
+    """Check one entry of a header; return it with the first and last byte offset of its data."""
     _check_key(key, str(path))
 
-    def sizes(value: Any) -> bool:
+    def sizes(value: Any) -> bool:  # type(), not isinstance: JSON's true is an int in Python
         return isinstance(value, list) and len(value) <= 16 and all(type(v) is int and 0 <= v < 2**63 for v in value)
 
     known = isinstance(entry, dict) and sizes(entry.get("shape")) and sizes(entry.get("data_offsets"))
     if not known or len(entry["data_offsets"]) != 2:
-        raise FormatError(f"{path}: {key!r} is not described by a shape and two data_offsets: {str(entry)[:120]}")
+        raise FormatError(f"{path}: {key!r} must have a shape and two data_offsets, got {str(entry)[:120]}")
     if entry.get("dtype") not in _BYTES:
-        raise FormatError(f"{path}: {key!r} has the type {entry.get('dtype')!r}; known are {', '.join(_BYTES)}")
+        raise FormatError(f"{path}: {key!r} has dtype {entry.get('dtype')!r}; supported are {', '.join(_BYTES)}")
     info = TensorInfo(entry["dtype"], tuple(entry["shape"]))
     begin, end = entry["data_offsets"]
     if end - begin != info.numel * _BYTES[info.dtype]:
         raise FormatError(
             f"{path}: {key!r} is declared as {info.dtype} of shape {info.shape}, which takes "
-            f"{info.numel * _BYTES[info.dtype]:,} bytes, and has {end - begin:,}"
+            f"{info.numel * _BYTES[info.dtype]:,} bytes, but has {end - begin:,}: the file is damaged"
         )
     return info, begin, end
 
@@ -360,22 +376,23 @@ def _entry(key: str, entry: Any, path: Path) -> tuple[TensorInfo, int, int]:
 def _check_key(key: str, where: str) -> None:
     if not key.isprintable() or "\\" in key or len(key) > MAX_KEY or not all(key.split(".")):
         shown = ascii(key[:80])
-        raise FormatError(f"{where}: {shown} cannot name a tensor: expected words with '.' between, as in a state dict")
+        raise FormatError(f"{where}: {shown} is not a valid tensor name: use names joined by '.', as in state dicts")
 
 
 def _check_tensors(tensors: Mapping[str, Tensor], where: str, config: Mapping[str, Any], values: bool = True) -> None:
-    """Refuse names that are none, and values that no trained adapter has."""
+    """Refuse invalid names, and tensors that are empty or not finite."""
     if not tensors:
         raise FormatError(f"{where} holds no tensors")
-    # PEFT's AdaLoRA stores a matrix that lost all of its ranks as an empty one.
+    # PEFT's AdaLoRA stores an empty tensor for a matrix whose ranks were all pruned.
     may_be_empty = config.get("peft_type") == "ADALORA" and bool(config.get("rank_pattern"))
     for key, tensor in tensors.items():
         _check_key(key, where)
         if tensor.is_meta and values:
-            raise FormatError(f"{where}: {key!r} has no values: it is on the meta device")
+            raise FormatError(f"{where}: {key!r} is on the meta device and has no values: materialize the model first")
         if not tensor.numel() and not may_be_empty:
             raise FormatError(
-                f"{where}: {key!r} is empty, of shape {tuple(tensor.shape)}: was it saved from a sharded model?"
+                f"{where}: {key!r} is empty, with shape {tuple(tensor.shape)}. It may come from a sharded model that "
+                "was not gathered: save it from every process"
             )
         if values and (tensor.is_floating_point() or tensor.is_complex()) and not is_finite(tensor):
-            raise FormatError(f"{where}: {key!r} holds NaN or infinity")
+            raise FormatError(f"{where}: {key!r} holds NaN or infinity: save the adapter from an earlier checkpoint")

@@ -1,4 +1,4 @@
-"""The types of PEFT's options that name modules, checked before any of them is used."""
+"""Check the types of PEFT's options that name modules, layers, ranks or tokens, before any of them is used."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _LISTS = ("modules_to_save", "target_parameters")
 
 
 def check_types(config: Mapping[str, Any]) -> None:
-    """Refuse options whose values are of no type that PEFT writes.
+    """Refuse options whose values have a type that PEFT never writes.
 
     Raises:
-        FormatError: names the option and what was expected.
+        FormatError: if an option has another type; the message names the option and the expected type.
     """
     for option in (*_NAMES, *_LISTS):
         value = config.get(option)
@@ -27,21 +27,23 @@ def check_types(config: Mapping[str, Any]) -> None:
         raise FormatError(f"task_type must be a string or null, got {config['task_type']!r}")
     layers = config.get("layers_to_transform")
     if layers is not None and not _is_list(layers if isinstance(layers, list) else [layers], int):
-        raise FormatError(f"layers_to_transform must be numbers of layers, got {layers!r}")
+        raise FormatError(f"layers_to_transform must be a layer index or a list of them, got {layers!r}")
     masks = config.get("rank_pattern") if config.get("peft_type") == "ADALORA" else None
     if masks is not None and not (isinstance(masks, dict) and all(_is_mask(mask) for mask in masks.values())):
-        raise FormatError("rank_pattern of AdaLoRA must say by name which ranks are left, as lists of true and false")
+        raise FormatError("rank_pattern of AdaLoRA must map names to lists of true and false, one for each rank")
     for option, kinds in (("rank_pattern", int), ("alpha_pattern", (int, float))):
         patterns = config.get(option)
         if patterns is None or patterns is masks:
             continue
         if not isinstance(patterns, dict) or not _is_list(list(patterns.values()), kinds):
-            raise FormatError(f"{option} must give numbers by pattern, got {patterns!r}")
+            raise FormatError(f"{option} must map patterns to numbers, got {patterns!r}")
     tokens = config.get("trainable_token_indices")
     if tokens is not None:
         rows = list(tokens.values()) if isinstance(tokens, dict) else [tokens]
         if not all(_is_list(row, int) for row in rows):
-            raise FormatError(f"trainable_token_indices must be numbers of tokens, got {tokens!r}")
+            raise FormatError(
+                f"trainable_token_indices must be token ids, as a list or as lists by name, got {tokens!r}"
+            )
 
 
 def _is_list(value: Any, kinds: Any) -> bool:

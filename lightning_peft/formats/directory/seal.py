@@ -1,7 +1,7 @@
-"""Digests that travel in an adapter directory, and are compared when it is read.
+"""Digests that are saved in an adapter directory and compared when it is read.
 
-They stand in the metadata of the tensors' file, which PEFT ignores. Files without them, PEFT's own and those of earlier
-releases, load as they are.
+They are in the metadata of the tensor file, which PEFT ignores. Files without digests (PEFT's own and those of earlier
+releases) load without this check.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from lightning_peft.core.untrusted import FormatError, parse_json
 __all__ = ["check_options", "check_tensors", "seal"]
 
 KEY = "lightning_peft_digests"
-#: options that say where an adapter comes from and do not change what it computes: they may be edited
+#: options about an adapter's origin, which do not change its output and may therefore be edited
 _FREE = {"base_model_name_or_path", "revision", "inference_mode", "task_type", "auto_mapping", "reason"}
 
 
 def seal(config: Mapping[str, Any], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
-    """The metadata with digests of the tensors, the options and itself, instead of any that it has already."""
+    """Return the metadata with digests of the tensors, the options and itself; replaces existing digests."""
     metadata = {key: value for key, value in metadata.items() if key != KEY}
     digests = {"tensors": tensor_digests(tensors), "options": _options(config), "metadata": value_digest(metadata)}
     return {**metadata, KEY: json.dumps(digests)}
 
 
 def check_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], where: str) -> None:
-    """Compare an adapter's tensors and its metadata with their digests, if there are any.
+    """Compare an adapter's tensors and metadata with their digests, if there are any.
 
     Raises:
-        FormatError: names the first tensor that is not what was saved.
+        FormatError: if one has changed since it was saved; the message names the first such tensor.
     """
     if (saved := _saved(metadata, where)) is not None:
         rest = {key: value for key, value in metadata.items() if key != KEY}
@@ -42,14 +42,16 @@ def check_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], wh
 
 
 def check_options(config: Mapping[str, Any], metadata: Mapping[str, str], where: str) -> None:
-    """Compare an adapter's options with their digests: the last check, for a change that nothing else objects to.
+    """Compare an adapter's options with their digests.
+
+    This runs after all other checks, whose messages are more specific, and finds changes that no other check sees.
 
     Raises:
-        FormatError: names the first option that is not what was saved.
+        FormatError: if an option has changed since it was saved; the message names the first one.
     """
     if (saved := _saved(metadata, where)) is not None:
         options, known = saved.get("options"), _options(config)
-        if isinstance(options, dict):  # an option that was added decides something as well, unless it is empty
+        if isinstance(options, dict):  # an added option may change the output too, unless its value is empty
             known = {k: v for k, v in known.items() if k in options or config[k] not in (None, [], {}, "")}
         _compare("the option", difference(options, known), where)
 
@@ -61,8 +63,8 @@ def _saved(metadata: Mapping[str, str], where: str) -> dict[str, Any] | None:
 def _compare(what: str, wrong: str | None, where: str) -> None:
     if wrong is not None:
         raise FormatError(
-            f"{where} is not what was saved: {what} {wrong}. The files are damaged, or were edited or mixed with "
-            "another adapter's: take another copy of the directory, or save the adapter anew"
+            f"{where} has changed since it was saved: {what} {wrong}. The files are damaged, or were edited or mixed "
+            "with another adapter's: use another copy of the directory, or save the adapter again"
         )
 
 

@@ -1,4 +1,4 @@
-"""What a method has put into a model, taken apart: the facts and the tensors that an adapter directory is made of."""
+"""Collect the facts and tensors of one adapter of a model, from which an adapter directory is written."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ __all__ = ["Snapshot", "take_snapshot"]
 
 @dataclass
 class Snapshot:
-    """One method's share of a model.
+    """Everything that one method added to a model or trained in it. Names are relative to the base.
 
     Attributes:
-        method: the method, with its configuration.
-        adapter_records: its adapters.
-        heads: modules that it trains in full, by their names in the base.
-        trained: what it trains of the base itself (heads, biases, buffers that moved), by name in the base.
-        base: the base they were put into.
-        fingerprint: what identifies the frozen base, by names of the base.
-        metrics: of the run that trained it, where they are known.
-        take: gives the tensor to write for one of the model.
-        origin: options of the file that the adapter was read from, which are written again.
+        method: The method, with its configuration.
+        adapter_records: One record per adapted weight or module.
+        heads: Names of the modules that the method trains in full.
+        trained: Name -> value of the base's own parameters and buffers that it trained (heads, biases, statistics).
+        base: The base model.
+        fingerprint: The fingerprint of the frozen base.
+        metrics: Metrics of the run that trained it, if they are known.
+        take: Returns the tensor to write for a tensor of the model.
+        origin: Options of the file that the adapter was read from, to be written again.
     """
 
     method: PEFTMethod
@@ -50,25 +50,25 @@ class Snapshot:
 
 
 def take_snapshot(model: nn.Module, name: str, take: Callable[[Tensor], Tensor] = gather_to_cpu) -> Snapshot:
-    """What the method called ``name`` has put into ``model``.
+    """Collect the snapshot of the adapter ``name``.
 
     Args:
-        model: an adapted module.
-        name: of the adapter.
-        take: gives the tensor to write for one of the model, by default a copy on the CPU.
+        model: An adapted module.
+        name: The adapter's name.
+        take: Returns the tensor to write for a tensor of the model, by default a full copy on the CPU.
 
     Raises:
-        ValueError: the model has no method of that name.
-        StateError: adapters are merged into the weights; a module that carried some was replaced or resized.
+        ValueError: if the model has no adapter of that name.
+        StateError: if adapters are merged into the weights, or an adapted module was replaced or resized.
     """
     record = injection_state(model)
     if record is None:
-        raise ValueError("no method was applied to this model: lp.apply(model, ...) or train it first")
+        raise ValueError("this model has no adapters: call lp.apply(model, ...), or train it with a method, first")
     if name not in record.methods:
         raise ValueError(f"no adapter named {name!r}; the model has {list(record.methods)}")
     root = injected_module(model)
     if any(stack.merged is not None for stack in stacks(root).values()):
-        raise StateError("adapters are merged into the base, whose weights are not its own: lp.unmerge(model) first")
+        raise StateError("adapters are merged into the base, so its weights have changed: call lp.unmerge(model) first")
     check_record(root)
     update_base(root)
     base = base_of(root, _used(root, record))
@@ -90,7 +90,7 @@ def _used(root: nn.Module, record: InjectionState) -> list[str]:
 
 
 def _overrides(base: Base, name: str) -> dict[str, Tensor]:
-    """What stands in place of the base's own values, by name in the base."""
+    """The adapter's overrides of base parameters, by name in the base."""
     found = {}
     for host_name, stack in stacks(base.module).items():
         for part in cast(Adapter, stack[name]).components() if name in stack else ():

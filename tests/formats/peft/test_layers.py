@@ -237,7 +237,7 @@ def test_padding_that_peft_leaves_out(tmp_path):
         (peft.LoHaConfig(target_modules=["0"]), {"r": 10**12}, "r=1000000000000: no tensor in the file has a side"),
         (peft.VeraConfig(target_modules=["0"], r=4), {"r": 10**12}, "no tensor in the file has a side of that length"),
         (peft.LoHaConfig(target_modules=["0"]), {"rank_pattern": {"0": 10**12}}, "no tensor in the file has a side"),
-        (peft.LoHaConfig(target_modules=["0"]), {"rank_pattern": [4]}, "rank_pattern must give numbers by pattern"),
+        (peft.LoHaConfig(target_modules=["0"]), {"rank_pattern": [4]}, "rank_pattern must map patterns to numbers"),
         (
             peft.LoHaConfig(target_modules=["0"]),
             {"alpha_pattern": {"(": 4}},
@@ -250,7 +250,11 @@ def test_padding_that_peft_leaves_out(tmp_path):
         ),
         (peft.LoHaConfig(target_modules=["0"]), {"target_modules": 1}, "target_modules must be a list of names, got 1"),
         (peft.LoHaConfig(target_modules=["0"]), {"modules_to_save": "0"}, "modules_to_save must be a list of names"),
-        (peft.LoHaConfig(target_modules=["0"]), {"layers_to_transform": "0"}, "must be numbers of layers, got '0'"),
+        (
+            peft.LoHaConfig(target_modules=["0"]),
+            {"layers_to_transform": "0"},
+            "must be a layer index or a list of them, got '0'",
+        ),
         (peft.LoHaConfig(target_modules=["0"]), {"target_modules": ["1"]}, "target_modules: '1' matches nothing"),
         (peft.VeraConfig(target_modules=["0"], r=4), {"save_projection": False}, "no place for: .*vera_A"),
         (peft.OFTConfig(target_modules=["0"], oft_block_size=4), {"num_cayley_neumann_terms": 1}, "at least 2"),
