@@ -1,14 +1,14 @@
 """DoRA: weight-decomposed low-rank adaptation.
 
-    W' = m * (W + s B A) / ||W + s B A||        norms and m per row of the matrix
+    W' = m * (W + s B A) / ||W + s B A||        one norm and one m per output of the matrix
 
-The direction is adapted by LoRA, the magnitude m in R^out by itself: r (in + out) + out parameters. m starts as the
-norms of W and B at zero, so the adapted model starts as its base. As in section 4.3 of the paper the norm is a
-constant for the gradient. With g = m / ||W + s B A|| it is, on activations,
+LoRA adapts the direction of each weight vector, and m in R^out its magnitude: r (in + out) + out parameters. m starts
+as the norms of W, and B at zero, so the adapted model initially computes what the base computes. As in section 4.3 of
+the paper, the norm is treated as a constant in the backward pass. With g = m / ||W + s B A|| the layer computes
 
     y' = g (y + s B A x) + (1 - g) bias        for y = W x + bias
 
-so the base's product is used as it is. The norm needs no product of full size either:
+so the base layer's output y is reused. The norm does not need the full-size product B A either:
 
     ||W + s B A||^2 = ||W||^2 + 2 s <W A^T, B> + s^2 <B (A A^T), B>        inner products per row
 
@@ -33,12 +33,12 @@ __all__ = ["DoRA"]
 
 
 class DoRAAdapter(LoRAAdapter):
-    """LoRA's pair, and ``magnitude`` (..., out)."""
+    """The factors of LoRA, and ``magnitude`` (..., out)."""
 
     def __init__(self, site: Site, *args: Any) -> None:
         super().__init__(site, *args)
         weight = values_of(site, "DoRA")
-        if has_mixin(site.module, Adapted):  # the norms are those of what earlier adapters have made of it
+        if has_mixin(site.module, Adapted):  # earlier adapters change the weight whose norms m starts from
             now = effective_weights(site.module, site.module.adapters.running())  # type: ignore[union-attr, operator]
             weight = site.layout.matrix(now.get(self.parameter, site.weight)).to(weight.dtype)
         self._kept: tuple[tuple[Any, ...], Tensor] | None = None
@@ -46,7 +46,7 @@ class DoRAAdapter(LoRAAdapter):
         self.magnitude = nn.Parameter(norm.to("cpu", self.lora_A.dtype).clone())
 
     def gain(self, weight: Tensor) -> Tensor:
-        """m / ||W + s B A|| (..., out), the norm a constant."""
+        """m / ||W + s B A|| (..., out); no gradient flows through the norm."""
         return self.magnitude / self._norm(weight)
 
     def transform(self, weight: Tensor) -> Tensor:
@@ -66,17 +66,18 @@ class DoRAAdapter(LoRAAdapter):
         return torch.addcmul(self.layout.features(host, (1 - gain) * bias), z, by).to(z.dtype)
 
     def batched_class(self, host: nn.Module) -> None:
-        return None  # its norms are those of what the other adapters of a row have made of the weight
+        return None  # the norms depend on the weight after the other adapters of each row
 
     def _remembered(self, weight: Tensor, first: bool) -> Tensor:
-        """The norms for the stored weight; those of a frozen adapter are computed once in evaluation."""
-        # What trains may be written through ``.data`` (averaged weights), which leaves no trace to recognise it by.
+        """The norms for ``weight``; a frozen adapter in evaluation computes them once and keeps them."""
+        # Trainable parameters are never cached: weight averaging writes them through ``.data``, which does not
+        # change ``_version``, so the cache could not see the change.
         fixed = not any(p.requires_grad for p in self.parameters()) and not self.training
         if not fixed or not first or torch.compiler.is_compiling() or weight.is_inference():
             return self._norm(self.layout.matrix(weight))
         key = tuple((id(t), t.data_ptr(), t._version) for t in (weight, self.lora_A, self.lora_B))
         if self._kept is None or self._kept[0] != key:
-            with torch.inference_mode(False):  # so that training may go on with them
+            with torch.inference_mode(False):  # inference tensors could not be used in a later training step
                 self._kept = key, self._norm(self.layout.matrix(weight))
         return self._kept[1]
 
@@ -89,7 +90,7 @@ class DoRAAdapter(LoRAAdapter):
             square = torch.linalg.vector_norm(w, dim=-1) ** 2
             square = square + 2 * self.scale * ((w @ a.mT) * b).sum(-1)
             square = square + self.scale**2 * ((b @ (a @ a.mT)) * b).sum(-1)
-            # A row of zeros has no direction; its gain is 0 / tiny = 0.
+            # A weight vector of zeros has no direction; its gain is 0 / tiny = 0.
             return square.clamp_min(0).sqrt().clamp_min(torch.finfo(w.dtype).tiny)
 
     def train(self, mode: bool = True) -> DoRAAdapter:
@@ -101,18 +102,19 @@ class DoRAAdapter(LoRAAdapter):
 
 
 class DoRA(LoRA):
-    """LoRA with a magnitude of its own for each output: direction and size learn apart (arXiv:2402.09353).
+    """LoRA that trains the magnitude of each output separately from its direction (arXiv:2402.09353).
 
     Choose it when LoRA at a low rank falls short: it comes closer to full fine-tuning for one more parameter per
-    output. It costs one more thin product and a norm over each adapted weight in every forward; frozen (as loaded) it
-    computes the norms once after ``eval()``, and merged it costs nothing.
+    output. It costs one more thin product, and a norm over each adapted weight in every forward pass. A frozen adapter
+    (as loaded) computes the norms once after ``eval()``, and a merged one costs nothing.
 
     Args:
-        r, alpha, dropout, targets, exclude, trainable, name: see :class:`lightning_peft.LoRA`, of which it has every
-            option. Dropout acts on the low-rank path alone; the base's output is never dropped.
+        r, alpha, dropout, targets, exclude, trainable, name: see :class:`lightning_peft.LoRA`; all its options are
+            available. Dropout acts on the low-rank path only, never on the base's output.
 
     Raises:
-        ValueError: as LoRA; or a weight that has no values to take norms of (on the meta device, or quantised).
+        ValueError: if LoRA would raise it, or if the norms of a weight cannot be computed because it is quantised or on
+            the meta device.
 
     Example::
 
@@ -124,7 +126,7 @@ class DoRA(LoRA):
     def build(self, site: Site) -> LoRAAdapter:
         if self.lora_bias:
             raise ValueError(
-                "lora_bias=True has no place in DoRA, which scales the weight and leaves the bias alone; "
-                "bias='lora_only' trains the biases of the base"
+                "DoRA does not support lora_bias=True: it scales the weight and leaves the bias unchanged. Set "
+                "bias='lora_only' to train the biases of the base"
             )
         return super().build(site)

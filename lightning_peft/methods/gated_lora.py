@@ -1,10 +1,10 @@
-"""Gated LoRA: low-rank adaptation whose update is let through by a learned gate, as UniPELT combines methods.
+"""Gated LoRA: low-rank adaptation with a learned gate on the update, as used by UniPELT to combine methods.
 
     y' = W x + sigmoid(u x + c) s B A x,    A in R^{r x in}, B in R^{out x r}, u in R^in, c in R,    s = alpha / r
 
-r (in + out) + in + 1 parameters for a matrix of in x out. The gate opens for each position by what the layer reads
-there, so the update is no function of the weight alone and does not merge. B starts at zero, so the adapted model
-starts as its base. The paper has the gate in the place of s, which is s = 1: ``alpha=r``.
+It trains r (in + out) + in + 1 parameters for an in x out matrix. The gate depends on the layer's input at each
+position, so the update is not a function of the weight alone and cannot be merged. B starts at zero, so the adapted
+model initially computes what the base computes. The paper has no factor s: set ``alpha=r`` for its formula.
 
 Mao et al. 2022, "UniPELT: A Unified Framework for Parameter-Efficient Language Model Tuning", arXiv:2110.07577.
 """
@@ -26,19 +26,19 @@ __all__ = ["GatedLoRA"]
 
 
 class GatedLoRAAdapter(LoRAAdapter):
-    """LoRA's pair, and ``gate`` (1, in)."""
+    """The factors of LoRA, and ``gate`` (1, in)."""
 
     def __init__(self, site: Site, *args: Any) -> None:
         super().__init__(site, *args)
         self.gate = nn.Linear(site.shape[-1], 1)
 
     def weights(self) -> Mapping[str, WeightAdapter]:
-        return {}  # the gate depends on the input, so there is no weight to fold it into
+        return {}  # the gate depends on the input, so the update cannot be merged into the weight
 
     def unreadable(self) -> str:
         return (
-            f"a gate is not supported on {self.site_name!r}: another module reads this weight and computes without "
-            "calling its layer, so there is no input to open the gate by. Exclude it, or add an lp.LoRA for it"
+            f"GatedLoRA is not supported on {self.site_name!r}: another module reads this weight without calling its "
+            "layer, so the gate gets no input. Exclude it, or add an lp.LoRA for it"
         )
 
     def output(self, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -47,19 +47,19 @@ class GatedLoRAAdapter(LoRAAdapter):
 
 
 class GatedLoRA(LoRA):
-    """LoRA whose update a learned gate lets through, position by position (UniPELT, arXiv:2110.07577).
+    """LoRA with a learned gate that scales the update at each position (UniPELT, arXiv:2110.07577).
 
-    Choose it beside other gated methods (``BottleneckAdapter(gate=True)``, ``PrefixTuning(gate=True)``), where the
-    gates are to find which of them helps the task; alone, take LoRA, which merges. It costs LoRA's two thin
-    products and one number more for each position, at inference too: it cannot be merged.
+    Choose it when you combine it with other gated methods (``BottleneckAdapter(gate=True)``,
+    ``PrefixTuning(gate=True)``): the gates learn which of them helps the task. On its own, LoRA is the better choice.
+    It costs LoRA's two thin products and the gate at inference too, because it cannot be merged.
 
     Args:
-        r, alpha, dropout, targets, exclude, trainable, name: see :class:`lightning_peft.LoRA`, of which it has every
-            option.
+        r, alpha, dropout, targets, exclude, trainable, name: see :class:`lightning_peft.LoRA`; all its options are
+            available.
 
     Raises:
-        ValueError: as LoRA; or a layer that is not called with vectors, as a convolution, an embedding or an attention
-            that reads its weights itself.
+        ValueError: if LoRA would raise it, or if a targeted layer is not called with vectors: a convolution, an
+            embedding, or an attention module that reads its weights directly.
 
     Example::
 
@@ -75,7 +75,7 @@ class GatedLoRA(LoRA):
     def build(self, site: Site) -> LoRAAdapter:
         if not site.layout.vectors:
             raise ValueError(
-                f"{site.name!r} is not called with vectors that a gate could read: GatedLoRA adapts linear layers; "
-                "exclude it, or add an lp.LoRA for it"
+                f"{site.name!r} is not called with vectors, which the gate needs: GatedLoRA adapts linear layers only. "
+                "Exclude it, or add an lp.LoRA for it"
             )
         return super().build(site)

@@ -2,12 +2,12 @@
 
     W' = W + s (B1 A1) * (B2 A2),    A1, A2 in R^{r x in}, B1, B2 in R^{out x r},    s = alpha / r
 
-2 r (in + out) parameters reach a rank of r^2. A2 starts at zero, so the adapted model starts as its base. On a
-convolution with ``use_effective_conv2d`` each factor is a Tucker-2 product instead,
+The update has rank up to r^2 with 2 r (in + out) parameters. A2 starts at zero, so the adapted model initially computes
+what the base computes. On convolutions, ``use_effective_conv2d`` makes each factor a Tucker-2 product,
 
     sum_{ij} T[i, j, kernel] B[i, out] A[j, in],    T in R^{r x r x kernel}
 
-which is 2 r (in + out + r kernel) parameters.
+with 2 r (in + out + r kernel) parameters.
 
 Hyeon-Woo, Ye-Bin and Oh 2021, "FedPara: Low-Rank Hadamard Product for Communication-Efficient Federated Learning",
 arXiv:2108.06098; for adapters: LyCORIS, arXiv:2309.14859.
@@ -33,7 +33,7 @@ __all__ = ["LoHa"]
 class LoHaAdapter(RankDropAdapter):
     """``hada_w1_a``, ``hada_w2_a`` (..., out, r) and ``hada_w1_b``, ``hada_w2_b`` (..., r, in).
 
-    With ``hada_t1``, ``hada_t2`` (r, r, *kernel): a (r, out) and b (r, in).
+    With ``use_effective_conv2d`` also ``hada_t1`` and ``hada_t2`` (r, r, *kernel); a is then (r, out), and b (r, in).
     """
 
     def __init__(self, site: Site, r: int, scale: float, effective: bool, *drops: Any) -> None:
@@ -69,26 +69,26 @@ class LoHaAdapter(RankDropAdapter):
     def low_rank(self) -> tuple[Tensor, Tensor] | None:
         if self.hada_t1 is not None:
             return None
-        # A product of sums of r terms is the sum of the r^2 products.
+        # (sum_i b_i a_i) * (sum_j b_j a_j) is a sum of r^2 rank-1 terms (b_i * b_j) (a_i * a_j).
         a = (self.hada_w1_b[..., :, None, :] * self.hada_w2_b[..., None, :, :]).flatten(-3, -2)
         b = (self.hada_w1_a[..., :, None] * self.hada_w2_a[..., None, :]).flatten(-2)
         return a, b * self.scale
 
 
 class LoHa(RowDropMethod):
-    """The elementwise product of two low-rank updates, of rank r squared (arXiv:2108.06098).
+    """The elementwise product of two low-rank matrices as the update, with rank up to r^2 (arXiv:2108.06098).
 
-    Choose it for image models, or where LoRA's rank limits: it reaches rank r^2 for the parameters of LoRA at 2 r.
-    It forms the update at full size in every training step, which LoRA does not; merged it costs nothing.
+    Choose it for image models, or when LoRA's rank is the limit: it reaches rank r^2 with the parameter count of LoRA
+    at rank 2 r. It costs a full-size update matrix in every training step, which LoRA avoids. Merged, it costs nothing.
 
     Args:
-        r: the rank of each factor; 2 r (in + out) parameters train for each matrix.
+        r: rank of each factor; 2 r (in + out) parameters train per matrix.
         alpha: the update is scaled by alpha / r.
-        use_effective_conv2d: on convolutions of any dimension, share factors over the kernel: 2 r (in + out + r
+        use_effective_conv2d: for convolutions (1d, 2d and 3d), share the factors over the kernel: 2 r (in + out + r
             kernel) parameters instead of 2 r (in kernel + out).
 
     Raises:
-        ValueError: a rank below 1, an alpha of 0, a probability outside [0, 1).
+        ValueError: if r is below 1, alpha is 0, or a dropout probability is outside [0, 1).
 
     Example::
 

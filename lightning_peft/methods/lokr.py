@@ -2,16 +2,17 @@
 
     W' = W + s (C (x) D),    C in R^{l x m}, D in R^{k x n},    out = l k, in = m n,    s = alpha / r
 
-l and m are the factors of out and in nearest to their square roots, or to ``decompose_factor``. D is B A of rank r
-where r is below half its larger side, and full otherwise; with ``decompose_both`` so is C. One factor starts at zero,
-so the adapted model starts as its base. For square W of side n^2 with both full these are 2 n^2 parameters.
+l and m are the divisors of out and in closest to their square roots, or to ``decompose_factor``. If r is below half the
+larger side of D, D is a product B A of rank r; otherwise it is a full matrix. ``decompose_both`` does the same for C.
+One factor starts at zero, so the adapted model initially computes what the base computes. For a square W of side n^2
+and full factors, 2 n^2 parameters train.
 
-On vectors the update is applied as C X D^T, X the m x n matrix that x is read as: far cheaper than one product of full
-size. On a convolution in is the number of channels, and D has the kernel beside its columns; with
+On vectors the update is computed as C X D^T, where X is x reshaped to m x n; this is far cheaper than a full-size
+product. For a convolution, in is the number of input channels, and D has n * kernel columns; with
 ``use_effective_conv2d`` D is a Tucker-2 product (see :mod:`lightning_peft.methods.loha`).
 
 Yeh et al. 2023, "Navigating Text-To-Image Customization: From LyCORIS Fine-Tuning to Model Evaluation",
-arXiv:2309.14859. The scale is alpha / r also where both factors are full, as in Hugging Face PEFT.
+arXiv:2309.14859. As in Hugging Face PEFT, the scale is alpha / r even if both factors are full.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ __all__ = ["LoKr"]
 
 
 def factorize(n: int, factor: int) -> tuple[int, int]:
-    """``n`` as a product: ``factor`` first where it divides, else the largest divisor up to it and up to sqrt(n)."""
+    """Two factors of ``n``. The first is ``factor`` if it divides n, else the largest divisor <= factor and sqrt(n)."""
     if factor > 0 and n % factor == 0:
         return factor, n // factor
     largest = min(math.isqrt(n), factor if factor > 0 else n)
@@ -94,7 +95,7 @@ class LoKrAdapter(RankDropAdapter):
     def output(self, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         def product(x: Tensor, first: Tensor, second: Tensor) -> Tensor:
             h = self.layout.down(host, x.unflatten(-1, self.sides), second)
-            # Expanded: matmul would otherwise copy h to make one product of it.
+            # Without ``expand``, matmul copies h to fold its batch dimensions into one product.
             return (first.to(h.dtype).expand(*h.shape[:-2], *first.shape) @ h).flatten(-2)
 
         first, second = self.factors()
@@ -106,21 +107,22 @@ class LoKrAdapter(RankDropAdapter):
 class LoKr(RowDropMethod):
     """A Kronecker product of two small matrices as the update (arXiv:2309.14859).
 
-    Choose it for the smallest files at full rank: around 2 sqrt(in out) parameters for each matrix, and on linear
-    layers also the least computing. It is more rigid than LoRA, and wants a higher learning rate;
-    merged it costs nothing.
+    Choose it when files must be as small as possible but the update should have full rank: it trains about
+    2 sqrt(in out) parameters per matrix, and needs the least compute on linear layers. It costs flexibility compared
+    with LoRA, and needs a higher learning rate. Merged, it costs nothing.
 
     Args:
-        r: the rank of a factor that is decomposed; a factor of sides up to 2 r stays full.
+        r: rank of a decomposed factor; a factor whose sides are at most 2 r stays full.
         alpha: the update is scaled by alpha / r.
-        decompose_factor: what the first factor's sides should be, where they divide the matrix's; -1 for as near the
-            square root as can be.
+        decompose_factor: desired side of the first factor, used if it divides the matrix's side; -1 takes the divisor
+            closest to the square root.
         decompose_both: decompose the first factor too.
-        use_effective_conv2d: on convolutions of any dimension, share the second factor's halves over the kernel.
+        use_effective_conv2d: for convolutions (1d, 2d and 3d), share the low-rank parts of the second factor over the
+            kernel.
 
     Raises:
-        ValueError: a rank below 1, an alpha of 0, a probability outside [0, 1), a factor that is neither -1 nor
-            positive.
+        ValueError: if r is below 1, alpha is 0, a dropout probability is outside [0, 1), or decompose_factor is neither
+            -1 nor positive.
 
     Example::
 

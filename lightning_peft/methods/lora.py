@@ -2,16 +2,16 @@
 
     W' = W + s B A,    A in R^{r x in}, B in R^{out x r},    s = alpha / r
 
-Only A and B train: r (in + out) parameters for a matrix of in x out. B (for an embedding: A) starts at zero, so
-the adapted model starts as its base. With ``use_rslora`` s = alpha / sqrt(r), which keeps the size of the update
-independent of the rank. On activations it is y + s B (A x): two thin products beside the layer's own. With
-``lora_bias`` there is a bias in the second: y + s (B (A x) + c).
+Only A and B train: r (in + out) parameters for an in x out matrix. B starts at zero (for an embedding, A does), so the
+adapted model initially computes what the base computes. With ``use_rslora`` s = alpha / sqrt(r), which keeps the size
+of the update independent of the rank. On activations the layer computes y + s B (A x): two thin matrix products in
+addition to its own. ``lora_bias`` adds a bias to the second product: y + s (B (A x) + c).
 
-Where A and B start as a part of W (PiSSA, OLoRA), their first values A0 and B0 are kept, and
+PiSSA and OLoRA initialise A and B from W. The adapter then stores the initial values A0 and B0 and computes
 
     W' = W + s (B A - B0 A0) = W + s [B - B0, B0] [A; A - A0]
 
-which is the same function of A and B, exactly W at the start, and leaves the base as it is.
+This trains like the paper's W - s B0 A0 + s B A, but equals W exactly at the start and leaves the base unchanged.
 
 Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685.
 rsLoRA: Kalajdzievski 2023, arXiv:2312.03732. LoRA+: Hayou et al. 2024, "LoRA+: Efficient Low Rank Adaptation of Large
@@ -49,10 +49,10 @@ __all__ = ["LoRA", "LoRAAdapter", "plain_factors"]
 
 
 class LoRAAdapter(LowRankAdapter):
-    """A and B of one matrix: ``lora_A`` (..., r, in) and ``lora_B`` (..., out, r).
+    """The factors of one matrix: ``lora_A`` (..., r, in) and ``lora_B`` (..., out, r).
 
-    ``lora_A0`` and ``lora_B0`` are their first values where those are a part of the weight; None otherwise.
-    ``lora_bias`` (out) is B's bias, or None.
+    ``lora_A0`` and ``lora_B0`` are their initial values if the initialisation is derived from the weight, else None.
+    ``lora_bias`` (out) is the bias added after B, or None.
     """
 
     lora_A0: Tensor | None
@@ -83,10 +83,10 @@ class LoRAAdapter(LowRankAdapter):
         self.register_parameter("lora_bias", nn.Parameter(torch.zeros(b.shape[-2])) if bias else None)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """A (..., k, in) and B (..., out, k) of the plain low-rank update s B A that this adapter makes.
+        """A (..., k, in) and B (..., out, k) such that the update is s B A.
 
-        k is r, or 2 r where the first values are taken off; differences are formed first, so that a small change of
-        large values survives half precision.
+        k is r, or 2 r if initial values are subtracted. The differences A - A0 and B - B0 are computed before the
+        product, so that a small change of large values survives half precision.
         """
         return plain_factors(self.lora_A, self.lora_B, self.lora_A0, self.lora_B0)
 
@@ -97,7 +97,7 @@ class LoRAAdapter(LowRankAdapter):
         return (out + self.scale * self.layout.features(host, self.lora_bias)).to(out.dtype)
 
     def batched_class(self, host: nn.Module) -> type[BatchedAdapters] | None:
-        # The products of all rows together have no place for a bias, or for what a subclass makes of its output.
+        # The batched products compute B (A x) alone: they would skip the bias and a subclass's own ``output``.
         plain = self.lora_bias is None and type(self).output is LoRAAdapter.output
         return super().batched_class(host) if plain else WeightAdapter.batched_class(self, host)
 
@@ -116,38 +116,41 @@ class LoRAAdapter(LowRankAdapter):
 
 
 class LoRA(RankedMethod):
-    """Low-rank adaptation: a trained product B A beside each frozen weight (arXiv:2106.09685).
+    """Low-rank adaptation: adds a trained low-rank product B A to each frozen weight (arXiv:2106.09685).
 
-    Choose it first: it reaches full fine-tuning on most tasks with well under one percent of the parameters, adds two
-    thin products to each adapted layer while training, and costs nothing once merged.
+    Choose it when you have no reason to prefer another method: it matches full fine-tuning on most tasks with well
+    under 1 % of the parameters. It costs two thin matrix products per adapted layer during training, and nothing once
+    merged.
 
     Args:
-        r: the rank; r (in + out) parameters train for each matrix.
+        r: rank of the update; r (in + out) parameters train per matrix.
         alpha: the update is scaled by alpha / r.
-        dropout: probability of dropping an element of the adapter's input while training. It needs a layer that is
-            called with activations (Linear, Conv1D, Conv1d/2d/3d); an embedding has no such input and takes none.
-        use_rslora: scale by alpha / sqrt(r) instead (arXiv:2312.03732).
-        bias: base biases to train: ``"none"``, ``"lora_only"`` (of the adapted layers) or ``"all"``.
-        lora_bias: give B a bias of its own, for layers that have one or could (Linear, Conv1D, Conv1d/2d/3d, the
-            projections of ``nn.MultiheadAttention``).
-        init: ``"kaiming"`` (A uniform as in ``nn.Linear``, B zero), ``"gaussian"`` (A normal with standard deviation
-            1/r, B zero); an embedding has A zero and B normal instead. ``"orthogonal"`` (both not zero, their product
-            is; r must be even). ``"pissa"`` starts from the r largest singular values of the weight
-            (arXiv:2404.02948), ``"pissa_niter_4"`` from their fast approximation by 4 iterations, ``"olora"`` from
-            its QR decomposition (arXiv:2406.01775); these learn faster, keep a second pair of factors, and cost a
-            decomposition of every weight at the start. The base is never changed.
-        trainable_tokens: ids of tokens whose rows of the input embedding train in full (new or special ones), or
-            lists of ids by pattern of the embedding: ``{"embed_tokens": [128255]}``. A tied output head follows.
-        lora_plus_ratio: train B at so many times the optimizer's learning rate (LoRA+, arXiv:2402.12354, which found
-            16 good); None trains both alike. The groups of your optimizer are split and keep their options, and its
-            schedulers follow. Embeddings, whose A starts at zero, keep one rate.
-        freeze_A: train B alone (LoRA-FA, arXiv:2308.03303): half the parameters, and no layer input is stored for
-            A's gradient. For an embedding the factor that stays is B.
+        dropout: probability of zeroing an element of the adapter's input during training. It needs a layer that is
+            called with activations (Linear, Conv1D, Conv1d/2d/3d); embeddings ignore it.
+        use_rslora: scale the update by alpha / sqrt(r) instead (arXiv:2312.03732).
+        bias: which base biases train: ``"none"``, ``"lora_only"`` (those of the adapted layers) or ``"all"``.
+        lora_bias: add a trainable bias to the output of B. The layer must support a bias (Linear, Conv1D,
+            Conv1d/2d/3d, the projections of ``nn.MultiheadAttention``).
+        init: ``"kaiming"`` (A uniform as in ``nn.Linear``, B zero) or ``"gaussian"`` (A normal with standard deviation
+            1/r, B zero); for embeddings, A is zero and B normal instead. ``"orthogonal"``: A and B are nonzero, but
+            B A is zero; r must be even. ``"pissa"``: from the r largest singular values of the weight
+            (arXiv:2404.02948); ``"pissa_niter_4"`` approximates them in 4 iterations. ``"olora"``: from the QR
+            decomposition of the weight (arXiv:2406.01775). The last three learn faster, but decompose every weight at
+            the start and store a second pair of factors. The base is never changed.
+        trainable_tokens: ids of tokens (new or special ones) whose entries in the input embedding train in full, or
+            lists of ids by pattern of the embedding: ``{"embed_tokens": [128255]}``. A tied output head uses the same
+            trained entries.
+        lora_plus_ratio: LoRA+ (arXiv:2402.12354): the learning rate of B is this many times the optimizer's; the paper
+            recommends 16. None trains A and B at the same rate. Your optimizer's parameter groups are split and keep
+            their options, and learning-rate schedulers apply to both. Embeddings keep one rate, since their A starts at
+            zero.
+        freeze_A: LoRA-FA (arXiv:2308.03303): train B only. This halves the trained parameters, and layer inputs need
+            not be stored for A's gradient. For embeddings, A trains and B is frozen.
 
     Raises:
-        ValueError: a rank below 1 or above both sides of the matrix, a dropout outside [0, 1), a dropout on a weight
-            that is not called with activations, an unknown init or one that does not fit the weight, a ratio that is
-            not positive, or a ratio with a frozen A, which leaves one rate only.
+        ValueError: if r is below 1 or above both sides of a matrix; if dropout is outside [0, 1), or set for a weight
+            that is not called with activations; if init is unknown or does not fit the weight; if lora_plus_ratio is
+            not positive, or is combined with freeze_A.
 
     Example::
 
@@ -187,14 +190,14 @@ class LoRA(RankedMethod):
         r = self.rank_at(site)
         if (problem := self.too_small(site)) is not None:
             own = {site.name: min(site.shape[-2:])}
-            raise ValueError(f"{problem}: lower r, exclude the layer, or give it its own: rank_pattern={own}")
+            raise ValueError(f"{problem}. Lower r, exclude the layer, or set its own rank: rank_pattern={own}")
         check_dropout(type(self).__name__, self.dropout, site)
         if self.lora_bias:
             check_bias(site)
             if site.bias is None:
                 raise ValueError(
-                    f"lora_bias=True cannot be had on {site.name!r}, which adds no bias: exclude it, and add a second "
-                    "LoRA without for it"
+                    f"lora_bias=True is not supported on {site.name!r}: this layer cannot have a bias. Exclude it, and "
+                    "add a second LoRA with lora_bias=False for it"
                 )
         return self.adapter_class(site, r, self.scale_at(site), self.dropout, self.init, self.freeze_A, self.lora_bias)
 
@@ -204,8 +207,8 @@ class LoRA(RankedMethod):
         for _, part in parts:
             largest = min(part.lora_A.shape[-1], part.lora_B.shape[-2])
             if part.r > largest:
-                plan.notes.append(f"{part.site_name}: r={part.r} where the weight's rank is at most {largest}")
-        # The modules that hold the weights: an attention's out_proj is one of its own.
+                plan.notes.append(f"{part.site_name}: r={part.r}, but the weight's rank is at most {largest}")
+        # The modules that own the weights: out_proj of an nn.MultiheadAttention is a module with its own bias.
         adapted = {owner_of(join(host, part.parameter)) for host, part in parts}
         for name, module in base_modules(model):
             wanted = self.bias == "all" or (self.bias == "lora_only" and name in adapted)
@@ -230,12 +233,12 @@ class LoRA(RankedMethod):
 
 
 def plain_factors(a: Tensor, b: Tensor, a0: Tensor | None, b0: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The pair whose product is B A - B0 A0; the pair (A, B) itself where nothing is taken off."""
+    """Two factors whose product is B A - B0 A0; A and B themselves if there are no initial values to subtract."""
     if a0 is None or b0 is None:
         return a, b
     return torch.cat([a, a - a0], dim=-2), torch.cat([b - b0, b0], dim=-1)
 
 
 def lora_parts(adapter: nn.Module) -> Iterator[LoRAAdapter]:
-    """The pairs (A, B) in what one host carries."""
+    """All LoRA adapters inside the adapter of one host module."""
     return (part for part in adapter.modules() if isinstance(part, LoRAAdapter))

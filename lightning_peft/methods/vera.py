@@ -2,9 +2,9 @@
 
     W' = W + diag(b) B diag(d) A,    A in R^{r x in}, B in R^{out x r} random, frozen and shared by all layers
 
-Only d in R^r and b in R^out train: r + out parameters for each matrix. b starts at zero, so the adapted model starts
-as its base. One A and one B, as large as the largest of the adapted matrices, serve every layer; a layer uses their
-first columns and first rows. On activations it is y + (diag(b) B diag(d)) (A x), two thin products.
+Only d in R^r and b in R^out train: r + out parameters per matrix. b starts at zero, so the adapted model initially
+computes what the base computes. A and B are as large as the largest adapted matrix requires; each layer uses their
+first columns and rows. On activations a layer computes y + (diag(b) B diag(d)) (A x), two thin products.
 
 Kopiczko, Blankevoort and Asano 2023, "VeRA: Vector-based Random Matrix Adaptation", arXiv:2310.11454.
 """
@@ -20,25 +20,26 @@ from attrs import field
 from torch import Tensor, nn
 
 from lightning_peft.core.adapters.base import WeightAdapter
+from lightning_peft.core.adapters.low_rank import LowRankAdapter
+from lightning_peft.core.batching.batched import BatchedAdapters
 from lightning_peft.core.targeting.layouts import EmbeddingLayout
 from lightning_peft.core.targeting.sites import Site
 from lightning_peft.methods.families.arguments import integer, nonzero, positive_int, probability
 from lightning_peft.methods.families.weight import WeightMethod, check_dropout
-from lightning_peft.ops.dropout import dropped
 
 __all__ = ["VeRA"]
 
 
 class SharedProjection(nn.Module):
-    """``vera_A`` (r, widest in) and ``vera_B`` (widest out, r), drawn from ``seed`` alone.
+    """``vera_A`` (r, largest in) and ``vera_B`` (largest out, r), which depend on ``seed`` and their shapes only.
 
-    Drawn as Hugging Face PEFT draws them, so that its files, which may leave them out, mean the same here.
+    They are drawn exactly as Hugging Face PEFT draws them, because its files may omit them.
 
     Args:
-        shape: (r, widest in, widest out).
-        seed: of torch's CPU generator.
-        save: keep both in checkpoints; otherwise a few of their values, by which loading can tell that the seed
-            still gives the same.
+        shape: (r, largest in, largest out).
+        seed: seed of a torch CPU generator.
+        save: store both in checkpoints. If False, a few of their values are stored instead, so that loading can check
+            that the seed still produces the same matrices.
     """
 
     vera_A: Tensor
@@ -64,8 +65,8 @@ class SharedProjection(nn.Module):
         if saved is not None and here is not None and not torch.equal(saved.to(here), here):
             error_messages: list[str] = args[-1]
             error_messages.append(
-                f"{prefix}sample: the projections that this state was trained with are not those that the seed gives "
-                "here (another torch?): train with save_projection=True to keep them in the file"
+                f"{prefix}sample: projection_seed does not reproduce the random matrices that this state was trained "
+                "with; the torch version may differ. Train with save_projection=True to store them in the file"
             )
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -74,8 +75,8 @@ def _sample(a: Tensor, b: Tensor) -> Tensor:
     return torch.cat([t.flatten()[:: max(1, t.numel() // 7)][:8] for t in (a, b)])
 
 
-class VeRAAdapter(WeightAdapter):
-    """``vera_lambda_d`` (..., r) and ``vera_lambda_b`` (..., out); the first of a model also holds ``projection``."""
+class VeRAAdapter(LowRankAdapter):
+    """``vera_lambda_d`` (..., r) and ``vera_lambda_b`` (..., out); the model's first one also owns ``projection``."""
 
     def __init__(self, site: Site, shared: SharedProjection, owner: bool, d_initial: float, dropout: float) -> None:
         super().__init__(site)
@@ -85,62 +86,43 @@ class VeRAAdapter(WeightAdapter):
         self.vera_lambda_b = nn.Parameter(torch.zeros(*batch, rows))
         if owner:
             self.projection = shared
-        self._shared = (shared,)  # not a child of this module: one copy, under one key
+        self._shared = (shared,)  # a tuple is not registered as a child: checkpoints hold one copy, under one key
         self._shape = site.shape[-2:]
 
-    def matrices(self) -> tuple[Tensor, Tensor]:
-        """The parts (r, in) of A and (out, r) of B that this weight uses, where its adapter is."""
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A (r, in) and diag(b) B diag(d) (..., out, r)."""
         (shared,), (rows, columns) = self._shared, self._shape
-        a, b = shared.vera_A[:, :columns], shared.vera_B[:rows]
-        return a.to(self.vera_lambda_d.device), b.to(self.vera_lambda_d.device)
+        device = self.vera_lambda_d.device
+        a, b = shared.vera_A[:, :columns].to(device), shared.vera_B[:rows].to(device)
+        # Both vectors scale the small B, so that backward needs no second product over the activations.
+        return a, b * (self.vera_lambda_b[..., None] * self.vera_lambda_d[..., None, :])
 
-    def scaled(self, b: Tensor) -> Tensor:
-        """diag(b) B diag(d): both vectors get their gradients from that of one small matrix."""
-        return b * (self.vera_lambda_b[..., None] * self.vera_lambda_d[..., None, :])
-
-    def delta(self, weight: Tensor) -> Tensor:
-        a, b = self.matrices()
-        return self.scaled(b) @ a
-
-    def low_rank(self) -> tuple[Tensor, Tensor]:
-        a, b = self.matrices()
-        return self.vera_lambda_d[..., None] * a, self.vera_lambda_b[..., None] * b
-
-    @property
-    def needs_input(self) -> str | None:
-        return f"dropout={self.dropout}" if self.dropout else None
-
-    def output(self, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        def down(x: Tensor, a: Tensor) -> Tensor:
-            return self.layout.down(host, x, a)
-
-        a, b = self.matrices()
-        h = dropped(down, x, a, self.dropout) if self.dropout and self.training else down(x, a)
-        return self.layout.up(host, h, self.scaled(b), y, 1.0)
+    def batched_class(self, host: nn.Module) -> type[BatchedAdapters] | None:
+        # Not LowRankAdapter's: it would copy the shared matrices, of a high rank, for every row of the batch.
+        return WeightAdapter.batched_class(self, host)
 
     def extra_repr(self) -> str:
         return f"r={self.vera_lambda_d.shape[-1]}, dropout={self.dropout}"
 
 
 class VeRA(WeightMethod):
-    """Two small vectors per layer around random matrices that all layers share (arXiv:2310.11454).
+    """LoRA with random matrices that all layers share; each layer trains two small vectors (arXiv:2310.11454).
 
-    Choose it when many adapters must be stored or served: it trains r + out parameters per layer, ten times fewer
-    than LoRA, at nearly its quality, and wants a learning rate ten times LoRA's. It computes as LoRA of its rank,
-    which is high: at r=256 two products of 256 beside each layer. Merged it
-    costs nothing.
+    Choose it when many adapters must be stored or served: it trains r + out parameters per layer, about a tenth of
+    LoRA's, at nearly the same quality. It needs a learning rate about ten times LoRA's. It costs as much compute as
+    LoRA at the same rank, and its rank is high (256 by default). Merged, it costs nothing.
 
     Args:
-        r: the rank of the shared matrices.
-        dropout: probability of dropping an element of the adapter's input while training. An embedding takes none.
-        d_initial: what d starts at.
-        projection_seed: of the shared matrices; the only thing beside their sizes that they depend on.
-        save_projection: keep the shared matrices in checkpoints (once, with the first adapted layer), so that these
-            need no random numbers. Otherwise they are drawn again, and loading checks that they are the same.
+        r: rank of the shared matrices.
+        dropout: probability of zeroing an element of the adapter's input during training; embeddings ignore it.
+        d_initial: initial value of d.
+        projection_seed: seed of the shared matrices, which depend on this seed and their sizes only.
+        save_projection: store the shared matrices in checkpoints (once, with the first adapted layer). If False, they
+            are drawn again from the seed, and loading checks that they are the same.
 
     Raises:
-        ValueError: a rank below 1, a dropout outside [0, 1), a d_initial of 0 (nothing would ever train), a dropout
-            on a weight that is not called with activations.
+        ValueError: if r is below 1; if dropout is outside [0, 1), or set for a weight that is not called with
+            activations; if d_initial is 0, since nothing would train.
 
     Example::
 
