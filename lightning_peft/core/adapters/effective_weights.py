@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -90,23 +90,17 @@ def stored_tensor(host: nn.Module, name: str) -> Tensor | None:
     return module._parameters[last] if last in module._parameters else module._buffers.get(last)
 
 
-_RNNS = threading.RLock()
-
-
 def run_in_place(
     host: Any, weights: Mapping[str, Tensor], forward: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> Any:
     """The output of ``forward``, in which ``host`` reads ``weights`` in place of its own."""
     values = as_attributes(host, weights)
-    if not isinstance(host, nn.RNNBase):
-        return run_with_values(host, values, forward, args, kwargs)
-    with _RNNS:  # they read a list of weights instead, one for all threads
-        flat = host._flat_weights
-        host._flat_weights = [values.get(n, w) for n, w in zip(host._flat_weights_names, flat)]
-        try:
-            return run_with_values(host, values, forward, args, kwargs)
-        finally:
-            host._flat_weights = flat
+    if isinstance(host, nn.RNNBase):
+        # It reads a list of its weights, and makes a new one if a weight is not the object that its list refers to.
+        named = [*zip(host._flat_weights_names, host._flat_weights, host._flat_weight_refs)]
+        values["_flat_weights"] = [values.get(name, weight) for name, weight, _ in named]
+        values["_flat_weight_refs"] = [weakref.ref(values[n]) if n in values else ref for n, _, ref in named]
+    return run_with_values(host, values, forward, args, kwargs)
 
 
 def as_attributes(host: Any, weights: Mapping[str, Tensor]) -> dict[str, Any]:

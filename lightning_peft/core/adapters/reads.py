@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_peft.core.checkpoint_frame import in_backward
 
-__all__ = ["computing", "forward_values", "run_with_values", "unreadable_tensor"]
+__all__ = ["AttributeOfCall", "computing", "forward_values", "run_with_values", "unreadable_tensor"]
 
 # By id of the module. A copy for each call, so that one model can serve several threads.
 _IN_FORWARD: ContextVar[Mapping[int, Mapping[str, Any]]] = ContextVar("in_forward", default=MappingProxyType({}))
@@ -59,6 +59,31 @@ def forward_values(host: nn.Module) -> Mapping[str, Any] | None:
     if torch.compiler.is_compiling():
         return host.__dict__.get("_forward_values")
     return _IN_FORWARD.get().get(id(host))
+
+
+class AttributeOfCall:
+    """An instance attribute, which a call of :func:`run_with_values` can give another value for its own thread."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, host: Any, owner: type | None = None) -> Any:
+        if host is None:
+            return self
+        place = self._place(host)
+        if self.name not in place:
+            raise AttributeError(f"{owner.__name__ if owner else None!r} object has no attribute {self.name!r}")
+        return place[self.name]
+
+    def __set__(self, host: Any, value: Any) -> None:
+        self._place(host)[self.name] = value
+
+    def __delete__(self, host: Any) -> None:
+        del self._place(host)[self.name]
+
+    def _place(self, host: Any) -> Any:
+        values = forward_values(host)
+        return host.__dict__ if values is None or self.name not in values else values
 
 
 def computing() -> bool:

@@ -33,7 +33,13 @@ from lightning_peft.core.adapters.effective_weights import (
     run_in_place,
     stored_tensor,
 )
-from lightning_peft.core.adapters.reads import computing, forward_values, run_with_values, unreadable_tensor
+from lightning_peft.core.adapters.reads import (
+    AttributeOfCall,
+    computing,
+    forward_values,
+    run_with_values,
+    unreadable_tensor,
+)
 from lightning_peft.core.adapters.replaced_forward import set_forward
 from lightning_peft.core.adapters.switches import Switches, current, remember_switches, switched
 from lightning_peft.core.class_swap import original_class
@@ -217,6 +223,9 @@ class Adapted(nn.Module):
     """Mixin of a module that carries adapters."""
 
     adapters: AdapterStack
+    # of nn.RNNBase, whose forward reads these in place of its parameters
+    _flat_weights = AttributeOfCall()
+    _flat_weight_refs = AttributeOfCall()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         # Not by attribute: __getattr__ below would first look for an adapted value.

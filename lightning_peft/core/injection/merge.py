@@ -356,6 +356,7 @@ def unload(model: nn.Module, merge: bool = False) -> nn.Module:
         restore_class(module)
         module.__dict__.pop("_peft_injection", None)
         module.__dict__.pop("_hold_statistics", None)
+        module.__dict__.pop("_peft_rows_stack", None)
         if (dtype := module.__dict__.pop("_compute_dtype", None)) is not None:
             module.to(dtype)
         if (mode := module.__dict__.pop("_mode_asked", None)) is not None:

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from lightning_peft.core.adapters.base import Adapter
 from lightning_peft.core.adapters.stack import AdapterStack
-from lightning_peft.core.batching.layout import BatchLayout, RowError, check_experts, row_dim, take
+from lightning_peft.core.batching.layout import BatchLayout, RowError, batch_dims, check_experts, row_dim, take
 from lightning_peft.core.batching.split import split
 from lightning_peft.core.checkpoint_frame import checkpoint_frame, in_backward, recall, remember
+from lightning_peft.core.module_io import tensors_in
 
-__all__ = ["RowDispatcher", "SplitAtRoot"]
+__all__ = ["AroundHosts", "RowDispatcher"]
 
 Rows = tuple[tuple[str, ...], ...]
 
@@ -42,16 +43,21 @@ class RowDispatcher:
 
     Args:
         rows: the names of each row's adapters.
+        repeats: how many entries of the batch each row has.
         spanning: the names of adapters that span hosts and not all rows have.
         root: the module around all their hosts, whose forward runs once for each group of rows with the same ones.
     """
 
-    def __init__(self, rows: Rows, spanning: frozenset[str] = frozenset(), root: BatchLayout | None = None) -> None:
+    def __init__(
+        self, rows: Rows, repeats: int = 1, spanning: frozenset[str] = frozenset(), root: BatchLayout | None = None
+    ) -> None:
         self.rows = rows
+        self.n, self.repeats = len(rows), repeats
         self.spanning = spanning
         self.root = root
         self.open = True
-        self.root_module: nn.Module | None = None  # the module at root
+        self.around: dict[nn.Module, BatchLayout] = {}  # the modules around all hosts
+        self._is_inside = False  # whether one of these is running
         self.saw_no_grad_forward = False  # in training, as reentrant checkpointing does
         self._plans: dict[tuple[BatchLayout, Rows, tuple[str, ...]], _Plan] = {}
 
@@ -158,6 +164,42 @@ class RowDispatcher:
             for capture, _ in captures:
                 capture.captured = None
 
+    def run_around(self, module: nn.Module, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+        """The output of a module around all hosts; the outermost one that is called checks the batch."""
+        batch_layout = self.around.get(module)
+        if batch_layout is None:  # it was around all hosts when others were there
+            return forward(*args, **kwargs)
+        outer, self._is_inside = self._is_inside, True
+        try:
+            if not outer and not in_backward():  # which repeats parts of a forward that was checked
+                self._check_batch(batch_layout, args, kwargs)
+            if self.root is not None and batch_layout.name == self.root.name:
+                return self.span(module, forward, args, kwargs)
+            return forward(*args, **kwargs)
+        finally:
+            self._is_inside = outer
+
+    def _check_batch(self, batch_layout: BatchLayout, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Refuse a batch whose size does not fit the rows."""
+        given = [t for t in tensors_in((*args, *kwargs.values())) if t.ndim]
+        x = next((t for t in given if t.ndim > 1), given[0] if given else None)
+        if x is None:
+            return
+        sizes = [x.shape[dim] for dim in batch_dims(batch_layout, x)]
+        # generate runs an encoder before it repeats the rows
+        if not {self.n, self.n * self.repeats}.intersection(sizes):
+            raise RowError(
+                f"{batch_layout} was called with a batch of {sizes[0]} (a tensor of shape {tuple(x.shape)}) "
+                f"for {self.n} names{self._advice(sizes)}"
+            )
+
+    def _advice(self, sizes: list[int]) -> str:
+        if self.repeats > 1:
+            return f" with repeats={self.repeats}: it must be {self.n} or {self.n * self.repeats}"
+        each = next((size // self.n for size in sizes if size and size % self.n == 0), None)
+        only = ": give as many names as the batch has rows"
+        return only if each is None else f"{only}, or repeats={each} if each name stands for {each} in a row (beams)"
+
     def span(self, module: nn.Module, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         """The output of the module around all hosts of adapters that span several."""
         groups: dict[frozenset[str], list[int]] = {}
@@ -231,11 +273,15 @@ def _batched_class(adapter: Adapter, host: nn.Module) -> Any:
     return adapter.batched_class(host) if adapter.replacement is None else None
 
 
-class SplitAtRoot(nn.Module):
-    """Mixin of the module around all hosts of adapters that span several."""
+class AroundHosts(nn.Module):
+    """Mixin of the modules around all adapted ones: checks the batch, and splits it for adapters that span hosts.
+
+    It stays when the context is left, since other threads may be running the module, and torch's hooks cannot be
+    added or removed meanwhile either. Outside of a context it calls the module's own forward.
+    """
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        dispatcher = self.__dict__["_peft_split_at_root"][0].dispatcher
-        if dispatcher is None or not dispatcher.open or dispatcher.root_module is not self:  # not of this context
+        dispatcher = self.__dict__["_peft_rows_stack"].dispatcher
+        if dispatcher is None or not dispatcher.open:
             return super().forward(*args, **kwargs)
-        return dispatcher.span(self, super().forward, args, kwargs)
+        return dispatcher.run_around(self, super().forward, args, kwargs)

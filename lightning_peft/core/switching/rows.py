@@ -7,7 +7,6 @@ module they sit on, or the one around all of them, runs once for each group of r
 
 from __future__ import annotations
 
-import functools
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -19,12 +18,11 @@ from lightning_peft.core.adapters.base import Adapter
 from lightning_peft.core.adapters.lookup import stacks
 from lightning_peft.core.adapters.stack import AdapterStack
 from lightning_peft.core.adapters.switches import current, switched
-from lightning_peft.core.batching.layout import BatchLayout, RowError, batch_dims, batch_layouts
-from lightning_peft.core.class_swap import add_mixin, remove_mixin
-from lightning_peft.core.module_io import tensors_in
+from lightning_peft.core.batching.layout import BatchLayout, RowError, batch_layouts
+from lightning_peft.core.class_swap import add_mixin
 from lightning_peft.core.names import around_all, nearest
 from lightning_peft.core.record import injection_state
-from lightning_peft.core.switching.row_dispatcher import RowDispatcher, Rows, SplitAtRoot
+from lightning_peft.core.switching.row_dispatcher import AroundHosts, RowDispatcher, Rows
 
 __all__ = ["rows"]
 
@@ -66,8 +64,13 @@ def rows(model: nn.Module, names: Sequence[str | Sequence[str] | None] | None, r
     wanted = _checked(model, names, found)
     spanning, root = _spanning(model, found, wanted)
     around = around_all(found)
-    where = batch_layouts(model, [*found, *around, *([] if root is None else [root])])
-    dispatcher = RowDispatcher(wanted, spanning, None if root is None else where[root])
+    if root is not None and root not in around:
+        around.append(root)
+    where = batch_layouts(model, [*found, *around])
+    dispatcher = RowDispatcher(wanted, repeats, spanning, None if root is None else where[root])
+    for name in around:
+        _add_around_hosts(module := model.get_submodule(name), next(iter(found.values())))
+        dispatcher.around[module] = where[name]
     for stack in found.values():
         stack.ever_routed = {*(stack.ever_routed or ()), *(name for row in wanted for name in row)}
     with ExitStack() as leave:
@@ -76,14 +79,6 @@ def rows(model: nn.Module, names: Sequence[str | Sequence[str] | None] | None, r
             switched({s: {"dispatcher": dispatcher, "batch_layout": where[n]} for n, s in found.items()})
         )
         leave.callback(dispatcher.close)
-        if root is not None:
-            dispatcher.root_module = model.get_submodule(root)
-            leave.enter_context(_split_at_root(dispatcher.root_module, next(iter(found.values()))))
-        check = _LengthCheck(len(wanted), repeats)
-        for name in around:
-            module, enter = model.get_submodule(name), functools.partial(check.enter, where[name])
-            leave.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
-            leave.callback(module.register_forward_hook(check.leave, always_call=True).remove)
         yield
 
 
@@ -98,65 +93,11 @@ def _keep(found: dict[str, AdapterStack], dispatcher: RowDispatcher, where: dict
 _LOCK = threading.Lock()
 
 
-@contextmanager
-def _split_at_root(module: nn.Module, stack: AdapterStack) -> Iterator[None]:
-    """Within the context ``module`` is :class:`SplitAtRoot`; contexts of several threads may overlap."""
+def _add_around_hosts(module: nn.Module, stack: AdapterStack) -> None:
+    """Let ``module`` run as :class:`AroundHosts`, until :func:`lightning_peft.unload` restores its class."""
     with _LOCK:
-        _, users = vars(module).get("_peft_split_at_root", (stack, 0))
-        vars(module)["_peft_split_at_root"] = stack, users + 1
-        add_mixin(module, SplitAtRoot)
-    try:
-        yield
-    finally:
-        with _LOCK:
-            _, users = vars(module)["_peft_split_at_root"]
-            vars(module)["_peft_split_at_root"] = stack, users - 1
-            if users == 1:
-                remove_mixin(module, SplitAtRoot)
-                del vars(module)["_peft_split_at_root"]
-
-
-class _LengthCheck:
-    """Refuses a batch of another size than the names tell, at the outermost of some modules, before it computes."""
-
-    def __init__(self, n: int, repeats: int) -> None:
-        self.n, self.repeats = n, repeats
-        self.this_thread = threading.local()  # the hooks see the calls of all threads
-        self.this_thread.entered = True
-        self.outermost: nn.Module | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"n": self.n, "repeats": self.repeats}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:  # a copy of the model is not inside the context
-        vars(self).update(state, this_thread=threading.local(), outermost=None)
-
-    def enter(self, batch_layout: BatchLayout, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if self.outermost is not None or not getattr(self.this_thread, "entered", False):
-            return
-        self.outermost = module
-        given = [t for t in tensors_in((*args, *kwargs.values())) if t.ndim]
-        x = next((t for t in given if t.ndim > 1), given[0] if given else None)
-        if x is None:
-            return
-        sizes = [x.shape[dim] for dim in batch_dims(batch_layout, x)]
-        # generate runs an encoder before it repeats the rows
-        if not {self.n, self.n * self.repeats}.intersection(sizes):
-            raise RowError(
-                f"{batch_layout} was called with a batch of {sizes[0]} (a tensor of shape {tuple(x.shape)}) "
-                f"for {self.n} names{self._advice(sizes)}"
-            )
-
-    def _advice(self, sizes: list[int]) -> str:
-        if self.repeats > 1:
-            return f" with repeats={self.repeats}: it must be {self.n} or {self.n * self.repeats}"
-        each = next((size // self.n for size in sizes if size and size % self.n == 0), None)
-        only = ": give as many names as the batch has rows"
-        return only if each is None else f"{only}, or repeats={each} if each name stands for {each} in a row (beams)"
-
-    def leave(self, module: nn.Module, *_: Any) -> None:
-        if self.outermost is module and getattr(self.this_thread, "entered", False):
-            self.outermost = None
+        vars(module)["_peft_rows_stack"] = stack
+        add_mixin(module, AroundHosts)
 
 
 def _checked(model: nn.Module, names: Any, stacks: dict[str, AdapterStack]) -> Rows:

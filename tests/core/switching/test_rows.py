@@ -364,7 +364,7 @@ def test_visual_prompts(deep, tokens_first):
     want = one_by_one(model, names, lambda i: model(x.narrow(dim, i, 1)))
     with lp.rows(model, names):
         close(model(x), torch.cat(want, dim))
-    assert type(model[1]) is nn.TransformerEncoder
+    assert type(lp.unload(model)[1]) is nn.TransformerEncoder
 
 
 @torch.no_grad()

@@ -135,9 +135,24 @@ def test_contexts_hold_for_their_thread(method: str) -> None:
     ]
     if method != "PromptTuning":  # which is at no block
         contexts.append(lambda: lp.adapter_drop(model, 1))
-    classes = [type(m) for m in model.modules()]
     assert differing(*map(call, contexts), runs=5) == []
-    assert [type(m) for m in model.modules()] == classes
+    assert [type(m) for m in lp.unload(model).modules()] == [type(m) for m in llama().modules()]
+
+
+def test_rows_change_nothing_that_other_threads_call() -> None:
+    """torch's hooks cannot be added or removed during a call, nor can a class whose forward is running."""
+    model, x = two()
+
+    def called() -> list[Any]:
+        return [(type(m), *m._forward_pre_hooks, *m._forward_hooks) for m in model.modules()]
+
+    with lp.rows(model, ["a", "b"]):
+        inside = called()
+        with pytest.raises(lp.RowError, match="batch of 1"):
+            model(x[:1])
+        model(x)
+    assert called() == inside
+    assert not any(hooks for _, *hooks in inside)
 
 
 class Net(nn.Module):
@@ -162,16 +177,40 @@ def two(*methods: Any) -> tuple[Net, Tensor]:
     return model, torch.randn(2, 3, 6)
 
 
-def test_recurrent_layers_that_were_loaded(tmp_path: Path) -> None:
+def loaded(directory: Path) -> tuple[Net, Tensor]:
+    """A net whose recurrent layer has another state with the adapter."""
     trained, x = two(lp.LoRA(r=2, targets=["a"], trainable=["rnn"]))
     with torch.no_grad():
         for parameter in trained.rnn.parameters():
             parameter += 0.3
-    lp.save_adapter(trained, tmp_path)
+    lp.save_adapter(trained, directory)
     torch.manual_seed(0)
-    lp.load_adapter(model := Net(), tmp_path)
+    lp.load_adapter(model := Net(), directory)
     assert not torch.allclose(model(x), disabled_net(model, x))
+    return model, x
+
+
+def test_recurrent_layers_that_were_loaded(tmp_path: Path) -> None:
+    model, x = loaded(tmp_path)
     assert differing(lambda: model(x), lambda: disabled_net(model, x), lambda: model(x[:1])) == []
+
+
+def test_a_recurrent_layer_in_the_middle_of_another_call(tmp_path: Path) -> None:
+    model, x = loaded(tmp_path)
+    with torch.no_grad():
+        expected, plain = model(x), disabled_net(model, x)
+    check, seen = model.rnn.check_forward_args, []
+
+    def interrupted(*args: Any) -> None:
+        model.rnn.check_forward_args = check
+        thread = threading.Thread(target=lambda: seen.append(disabled_net(model, x)))
+        thread.start()
+        thread.join()
+        check(*args)
+
+    model.rnn.check_forward_args = interrupted
+    assert torch.allclose(model(x), expected)
+    assert torch.allclose(seen[0], plain)
 
 
 def disabled_net(model: Net, x: Tensor) -> Tensor:
