@@ -305,9 +305,10 @@ class AdaLoRA(WeightMethod):
         return {**self.__dict__, "_hooks": []}  # copies of the model do not step the optimizer
 
     def state_dict(self) -> dict[str, Any]:
-        return {"step": self.step, "scores": self._scores}
+        return {**super().state_dict(), "step": self.step, "scores": self._scores}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
         self.step, self._scores = state_dict["step"], dict(state_dict["scores"])
 
 

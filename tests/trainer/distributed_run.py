@@ -15,6 +15,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import lightning_peft as lp
 from tests.trainer.toys import loader, lora, same, trainer, val_loader
 
 WIDTH = 1024
@@ -28,8 +29,6 @@ class Big(L.LightningModule):
         self.save_hyperparameters()
 
     def configure_model(self) -> None:
-        import lightning_peft as lp
-
         if hasattr(self, "blocks"):
             return
         with torch.random.fork_rng(devices=[]):
@@ -125,7 +124,14 @@ def main(kind: str, root: Path) -> None:
         ]
         out["agree"] |= {f"resumed {step}, {k}": v for k, v in again.seen.items()}
 
-    import lightning_peft as lp
+    # A method that draws during training, under the seed that the run began with.
+    def dylora():
+        return lp.DyLoRA(r=4, trainable=["head"])
+
+    steps = ModelCheckpoint(root / "drawn", filename="{step}", every_n_train_steps=2, save_top_k=-1)
+    drawn = full_state(fit("drawn", steps, method=dylora())[0])
+    again = fit("e", ckpt=root / "drawn" / "step=2.ckpt", method=dylora(), enable_checkpointing=False)[0]
+    out["resumed draws"] = same(full_state(again), drawn)
 
     lp.save_adapter(module, root / "adapter")  # by every rank, as a sharded model needs
     if not shard and dist.get_rank() == 0:

@@ -74,6 +74,7 @@ def test_ranks_agree(run: tuple[str, Path, dict[str, Any]]) -> None:
 def test_resume_is_exact(run: tuple[str, Path, dict[str, Any]]) -> None:
     # Weights and optimizer, dropout of every rank and the sampler's order, though resumed under another seed.
     assert run[2]["resumed"] == {step: [True, True] for step in ("2", "3", "4")}
+    assert run[2]["resumed draws"]
 
 
 def test_weights_only_checkpoints_load(run: tuple[str, Path, dict[str, Any]]) -> None:

@@ -7,7 +7,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import lightning as L
 import torch
@@ -83,6 +83,8 @@ class PEFTMethod(Declared, Callback, ABC):
     train_norm_stats: bool = False
     audit: Literal["error", "warn", "off"] = "error"
 
+    _run_seed = cast("int | None", None)  # the seed that the present fit began with; not an argument
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         register_method(cls)
@@ -107,7 +109,16 @@ class PEFTMethod(Declared, Callback, ABC):
         return f"{type(self).__name__}:{self.name}"
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self._run_seed = None
+            self._run_seed = self._seed()  # a resumed run gets that of the run that it continues, after this
         prepare_run(trainer, pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seed": self._seed()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._run_seed = state_dict.get("seed", self._run_seed)  # checkpoints of earlier releases have none
 
     def trainable_modules(self, model: nn.Module) -> list[str]:
         """The names of the modules that ``trainable`` trains in full.
@@ -147,9 +158,17 @@ class PEFTMethod(Declared, Callback, ABC):
         return Plan(train_modules=heads, train=dict.fromkeys(self.trained_parameters(model), "trains"))
 
     def seed_for(self, what: object) -> int:
-        """A seed for one thing that this method draws: of ``seed``, the adapter's name and ``what`` alone."""
-        seed = self.seed if self.seed is not None else int(os.environ.get("PL_GLOBAL_SEED", 0))
-        return int.from_bytes(hashlib.sha256(f"{seed}:{self.name}:{what}".encode()).digest()[:7], "big")
+        """A seed for one thing that this method draws: of ``seed``, the adapter's name and ``what`` alone.
+
+        A method that draws during training calls it with the number of the step. A resumed run then draws as the run
+        that it continues would have: its seed is part of the method's state, whatever the environment says now.
+        """
+        return int.from_bytes(hashlib.sha256(f"{self._seed()}:{self.name}:{what}".encode()).digest()[:7], "big")
+
+    def _seed(self) -> int:
+        if self._run_seed is not None:
+            return self._run_seed
+        return self.seed if self.seed is not None else int(os.environ.get("PL_GLOBAL_SEED", 0))
 
     @contextmanager
     def seeded_init(self, where: str) -> Iterator[None]:
