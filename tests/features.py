@@ -1,7 +1,7 @@
-"""The table of docs/support.md: what can be done with an adapter of each method, and every hole with its reason.
+"""The table of docs/support.md: the operations that an adapter of each method supports, and a reason for every hole.
 
-``python -m tests.features > docs/support.md`` writes the page. ``tests/test_features.py`` holds every cell: what is
-said to work works, and what is a hole is refused with an error that says why.
+``python -m tests.features > docs/support.md`` writes the page. ``tests/test_features.py`` tests every cell: a feature
+works if the table says so, and a hole is refused with an error that says why.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import Any
 import lightning_peft as lp
 
 FEATURES = {
-    "save, load": "`lp.save_adapter`, and `lp.load_adapter` on a fresh base gives the same outputs",
-    "to PEFT": "`peft.PeftModel.from_pretrained` reads what was saved, and gives the same outputs",
-    "from PEFT": "`lp.load_adapter` reads what PEFT saved, and gives the same outputs",
-    "merge": "`lp.merge` folds it into the base, and the outputs stay",
+    "save, load": "after `lp.save_adapter`, `lp.load_adapter` on a new base gives the same outputs",
+    "to PEFT": "`peft.PeftModel.from_pretrained` reads the saved adapter and gives the same outputs",
+    "from PEFT": "`lp.load_adapter` reads an adapter that PEFT saved and gives the same outputs",
+    "merge": "`lp.merge` folds the adapter into the base, and the outputs do not change",
     "unmerge": "`lp.unmerge` restores the base bit for bit",
-    "rows": "`lp.rows` serves two of its adapters, a LoRA and none in one batch, as one by one",
-    "combine": "`lp.combine` makes one adapter of two of them, with weights of either sign",
+    "rows": "`lp.rows` runs two adapters of the method, a LoRA and the base in one batch; each row gets its own result",
+    "combine": "`lp.combine` makes one adapter from two, with positive and negative weights",
 }
 
 _PLACES = {"target_modules": ["q_proj", "down_proj"]}
@@ -27,13 +27,13 @@ _PLACES = {"target_modules": ["q_proj", "down_proj"]}
 
 @dataclass(frozen=True)
 class Row:
-    """One method, or one way to set it.
+    """One method, or one configuration of a method.
 
     Attributes:
         method: its class.
         options: its arguments.
-        theirs: PEFT's configuration of the same: the class's name and its arguments. In a hole, what PEFT would have.
-        base: the tiny model it is shown on: ``"llama"``, with biases and a head of its own, or ``"vit"``.
+        theirs: the equivalent PEFT configuration, as class name and arguments; in a hole, the name it would have.
+        base: the tiny model for the tests: ``"llama"``, with biases and an untied head, or ``"vit"``.
     """
 
     method: Callable[..., lp.PEFTMethod]
@@ -117,21 +117,21 @@ ROWS: dict[str, Row] = {
 
 @dataclass(frozen=True)
 class Hole:
-    """Why a cell is empty, in words, and what its error says."""
+    """The reason why a cell is empty, and a part of its error message."""
 
     reason: str
     error: str
 
 
 def _holes(feature: str, reason: str, errors: dict[str, str]) -> dict[tuple[str, str], Hole]:
-    """A reason for some rows, each with what its error says."""
+    """The holes of some rows that share a reason; ``errors`` has a part of each row's error message."""
     return {(row, part): Hole(reason, error) for row, error in errors.items() for part in feature.split(" and ")}
 
 
-_IN_BASE = "a part of the base itself trains, of which PEFT makes no adapter; it is kept in our own form"
-_NONE = "PEFT has no such method; it is kept in our own form"
-_UNKNOWN = "PEFT has no such method, and so no file to read"
-_NO_WEIGHT = "it works on what flows between layers and is no change of a weight: nothing can be folded in or added up"
+_IN_BASE = "the method trains a part of the base itself, which is not an adapter in PEFT; it is saved in our own format"
+_NONE = "PEFT does not have this method; it is saved in our own format"
+_UNKNOWN = "PEFT does not have this method, so there are no PEFT files to read"
+_NO_WEIGHT = "the method changes activations, not weights, so there is nothing to merge or to combine"
 _ADDED = {"DyLoRA": "DyLoRA", "SSF": "SSF", "GatedLoRA": "GatedLoRA", "BottleneckAdapter": "BottleneckAdapter"}
 _VISUAL = dict.fromkeys(["VisualPromptTuning", "VisualPromptTuning(deep=True)"], "VisualPromptTuning")
 _SELECTED = {name: name for name in ("FullFineTuning", "LinearProbe", "LastLayers", "GradualUnfreezing", "BitFit")}
@@ -143,24 +143,26 @@ HOLES: dict[tuple[str, str], Hole] = {
     **_holes("to PEFT", _IN_BASE, _SELECTED),
     **_holes(
         "to PEFT",
-        "PEFT counts positions from the end of the prefix: `shift_positions=True` computes that, and goes to PEFT",
+        "PEFT counts positions from the end of the prefix; use `shift_positions=True`, which does the same",
         {"PrefixTuning": "shift_positions=True"},
     ),
-    **_holes("to PEFT", "PEFT's prefixes have no gate", {"PrefixTuning(gate=True)": "have no gate"}),
-    **_holes("from PEFT", "PEFT's prefixes have no gate", {"PrefixTuning(gate=True)": "'gate'"}),
-    **_holes("to PEFT", "PEFT puts prompts first", {'PromptTuning(position="suffix")': "PEFT puts a prompt first"}),
-    **_holes("from PEFT", "PEFT puts prompts first", {'PromptTuning(position="suffix")': "'position'"}),
+    **_holes("to PEFT", "PEFT's prefix tuning does not have a gate", {"PrefixTuning(gate=True)": "have no gate"}),
+    **_holes("from PEFT", "PEFT's prefix tuning does not have a gate", {"PrefixTuning(gate=True)": "'gate'"}),
+    **_holes(
+        "to PEFT", "PEFT always puts the prompt first", {'PromptTuning(position="suffix")': "PEFT puts a prompt first"}
+    ),
+    **_holes("from PEFT", "PEFT always puts the prompt first", {'PromptTuning(position="suffix")': "'position'"}),
     **_holes("merge and unmerge and combine", _NO_WEIGHT, dict.fromkeys(_FLOW, "is no weight change")),
     **_holes(
         "combine",
-        "it changes biases with the weights, as no LoRA can; IA3 does so on layers that have one, as these have",
+        "the method also changes biases, which a LoRA cannot do; IA3 does so on layers with a bias, as in this model",
         dict.fromkeys(["LoRA(lora_bias=True)", "IA3", "SSF"], "changes more than a matrix"),
     ),
 }
 
 
 def footnotes() -> dict[str, int]:
-    """The number of each reason, in the order of the table."""
+    """The footnote number of each reason, in the order of the table."""
     holes = (HOLES.get((row, feature)) for row in ROWS for feature in FEATURES)
     return {reason: i for i, reason in enumerate(dict.fromkeys(h.reason for h in holes if h is not None), 1)}
 
@@ -176,8 +178,8 @@ def page() -> str:
     lines = [
         "# What works with what",
         "",
-        "Every cell is a test: a `yes` is exercised on a tiny Hugging Face model, a `no` is tested to be refused with",
-        "an error that says why. `python -m tests.features > docs/support.md` writes this page.",
+        "A test covers every cell: it runs each `yes` on a tiny Hugging Face model, and checks that each `no` is",
+        "refused with an error that says why. `python -m tests.features > docs/support.md` writes this page.",
         "",
         f"| | {' | '.join(FEATURES)} |",
         f"|---|{'---|' * len(FEATURES)}",
@@ -185,10 +187,11 @@ def page() -> str:
         "",
         *(f"- **{feature}**: {meaning}." for feature, meaning in FEATURES.items()),
         "",
-        "All of it is shown on loaded adapters. What a method trains of the base itself (heads, biases, norms) is then",
-        "a copy that stands in place of the base's, so that it is switched, merged and named by rows like any adapter.",
+        "The tests use loaded adapters. A loaded adapter has its own copies of the base parameters that its method",
+        "trained (heads, biases, norms). They replace the base's values, so they can be switched, merged and used in",
+        "rows like any adapter.",
         "",
-        "## Why not",
+        "## Reasons",
         "",
         *(f"{number}. {reason}" for reason, number in numbers.items()),
     ]

@@ -1,4 +1,4 @@
-"""The page docs/packages.md: what works in models of other packages, from the table that the tests run.
+"""Generate docs/packages.md, what works in models of other packages, from the table that the tests run.
 
 ``python -m tests.integration.packages.page > docs/packages.md`` writes the page.
 """
@@ -21,7 +21,7 @@ def versions() -> dict[str, str]:
 
 
 def arguments(case: Case) -> str:
-    """The arguments that the methods need, those that agree together."""
+    """The arguments that the methods need; methods with the same arguments are grouped."""
     texts: dict[str, list[str]] = {}
     for method, options in case.options.items():
         texts.setdefault(", ".join(f"{k}={v!r}" for k, v in options.items()), []).append(method)
@@ -46,21 +46,21 @@ def page() -> str:
             [
                 "# Models of other packages",
                 "",
-                "Every cell is a test with a tiny, randomly initialised model of the package, in the release shown. It",
-                "runs a method of each family: `LoRA(r=2)` on `all-linear`, `SSF()` and `BitFit()`, with the arguments",
-                "in the last column if the model needs some. `pip install lightning_peft[integrations]` installs the",
-                "packages, `pytest tests/integration/packages` runs the tests, and",
+                "A test covers every cell with a tiny, randomly initialised model of the package, in the release shown.",
+                "It runs one method of each of three families: `LoRA(r=2)` on `all-linear`, `SSF()` and `BitFit()`.",
+                "The last column has the arguments that a model needs. `pip install lightning_peft[integrations]`",
+                "installs the packages, `pytest tests/integration/packages` runs the tests, and",
                 "`python -m tests.integration.packages.page > docs/packages.md` writes this page.",
                 "",
                 "| package | model | inject | train | checkpoint | merge | arguments |",
                 "|---|---|---|---|---|---|---|",
                 *rows,
                 "",
-                "- **inject**: the method finds its layers, and unloading restores every class, key and frozen bit.",
-                "- **train**: three steps in a Trainer change the output and leave the frozen parameters bit for bit.",
+                "- **inject**: the method finds its layers, and unloading restores every class, key and frozen value.",
+                "- **train**: three steps in a Trainer change the output; frozen parameters stay the same bit for bit.",
                 "- **checkpoint**: the Trainer's checkpoint holds no frozen parameter, and loads into a new module.",
-                "- **merge**: the merged model gives the outputs of the adapted one. Nothing is merged for BitFit,",
-                "  which trains the model's own biases.",
+                "- **merge**: the merged model gives the same outputs as the adapted one. BitFit has nothing to merge,",
+                "  because it trains the model's own biases.",
             ]
         )
         + "\n"
