@@ -46,7 +46,7 @@ def page() -> str:
             [
                 "# Models of other packages",
                 "",
-                "A test covers every cell with a tiny, randomly initialised model of the package, in the release shown.",
+                "A test covers every cell with a tiny, randomly initialised model of the package in the release shown.",
                 "It runs one method of each of three families: `LoRA(r=2)` on `all-linear`, `SSF()` and `BitFit()`.",
                 "The last column has the arguments that a model needs. `pip install lightning_peft[integrations]`",
                 "installs the packages, `pytest tests/integration/packages` runs the tests, and",
