@@ -149,7 +149,9 @@ HOLES: dict[tuple[str, str], Hole] = {
     **_holes("to PEFT", "PEFT's prefix tuning does not have a gate", {"PrefixTuning(gate=True)": "have no gate"}),
     **_holes("from PEFT", "PEFT's prefix tuning does not have a gate", {"PrefixTuning(gate=True)": "'gate'"}),
     **_holes(
-        "to PEFT", "PEFT always puts the prompt first", {'PromptTuning(position="suffix")': "PEFT puts a prompt first"}
+        "to PEFT",
+        "PEFT always puts the prompt first",
+        {'PromptTuning(position="suffix")': "always puts the prompt first"},
     ),
     **_holes("from PEFT", "PEFT always puts the prompt first", {'PromptTuning(position="suffix")': "'position'"}),
     **_holes("merge and unmerge and combine", _NO_WEIGHT, dict.fromkeys(_FLOW, "is no weight change")),

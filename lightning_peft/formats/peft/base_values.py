@@ -1,7 +1,7 @@
-"""Values of the base's own parameters and buffers that travel with an adapter: heads, biases, statistics.
+"""Read and write values of the base's own parameters and buffers that an adapter trained: heads, biases, statistics.
 
-PEFT writes them under their plain names, those of an adapted module one level down: ``<module>.base_layer.bias``.
-It loads whatever of the base it finds in a file, so all that a method trains of the base can be said.
+PEFT writes them under their own names, and those of an adapted module one level down: ``<module>.base_layer.bias``.
+When it loads a file, it loads every key of the base that it finds, so all trained values of the base can be written.
 """
 
 from __future__ import annotations
@@ -23,22 +23,23 @@ from lightning_peft.formats.peft.targets import heads_of
 
 __all__ = ["bias_option", "modules_to_save", "take_base_values", "write_base_values"]
 
-#: heads that PEFT names by itself for a task, whether or not the model has them
+#: heads that PEFT adds to modules_to_save for a task, whether or not the model has them
 _PEFT_HEADS = ("classifier", "score", "qa_outputs")
 
 
 def modules_to_save(snapshot: Snapshot) -> list[str] | None:
-    """``modules_to_save`` by which PEFT finds exactly the heads of ``snapshot``.
+    """``modules_to_save`` entries that PEFT matches to exactly the heads of ``snapshot``; None if it has no heads.
 
     Raises:
-        NotInPeftError: the whole model trains.
+        NotInPeftError: if the whole model trains.
     """
     if "" in snapshot.heads:
-        raise NotInPeftError("the whole model trains, of which PEFT makes no adapter")
+        raise NotInPeftError("the whole model trains, and PEFT cannot save a whole model as an adapter")
     found = []
     others = snapshot.base.modules().keys() - set(snapshot.heads)
     for head in snapshot.heads:
-        # PEFT compares the ends of names, letters and all, and takes targets for heads in which it finds their names.
+        # PEFT matches with str.endswith ("score" matches "underscore"), and excludes targets whose names contain a
+        # head's. The full name with PEFT's prefix avoids both.
         outside = [other for other in others if not is_within(other, head)]
         clash = any(other.endswith(head) or re.match(rf"(^|.*\.){head}($|\..*)", other) for other in outside)
         found.append(PREFIX + head if clash else head)
@@ -46,7 +47,7 @@ def modules_to_save(snapshot: Snapshot) -> list[str] | None:
 
 
 def bias_option(snapshot: Snapshot, targets: Iterable[str]) -> str:
-    """``bias`` as PEFT says it: ``"none"``, ``"lora_only"`` of the adapted modules, or ``"all"``."""
+    """PEFT's ``bias`` option: ``"none"``, ``"lora_only"`` if only adapted modules' biases train, else ``"all"``."""
     biases = [name for name in snapshot.trained if name.endswith("bias")]
     owners = {owner_of(name) for name in biases if not is_within(name, *snapshot.heads)}
     targets = set(targets)
@@ -55,12 +56,12 @@ def bias_option(snapshot: Snapshot, targets: Iterable[str]) -> str:
 
 
 def write_base_values(snapshot: Snapshot, targets: Iterable[str], prefix: str = PREFIX) -> dict[str, Tensor]:
-    """What a method trains of the base itself, by PEFT's keys.
+    """Return the values of the base that a method trained, under PEFT's keys.
 
     Args:
-        snapshot: of the method.
-        targets: the modules that PEFT wraps for its adapters.
-        prefix: what every key starts with.
+        snapshot: The snapshot of the method.
+        targets: The modules that PEFT wraps for its adapters.
+        prefix: The prefix of every key.
     """
     modules = snapshot.base.module
     wrapped = set(targets)
@@ -82,19 +83,20 @@ def _is_attention(module: nn.Module, name: str) -> bool:
 def take_base_values(
     options: Options, tensors: Tensors, base: Base, prefix: str = PREFIX, tie: bool = False
 ) -> tuple[list[str], dict[str, Tensor]]:
-    """The heads of a file, and all that it holds of the base's own values and that differs from them.
+    """Take from a file the heads, and all values of the base's own parameters that differ from the base's.
 
     Args:
-        options, tensors: the file's.
-        base: where to put them.
-        prefix: what every key starts with.
-        tie: whether a tied value has one of its names in the file, and is meant for all of them.
+        options: The file's options.
+        tensors: The file's tensors.
+        base: The base that they belong to.
+        prefix: The prefix of every key.
+        tie: Whether the file has a tied value under one of its names only, as older releases wrote it.
 
     Returns:
         The names of the heads, and values by name in the base.
 
     Raises:
-        FormatError: a head is incomplete.
+        FormatError: if a head is incomplete, or an embedding has another vocabulary size than the base's.
     """
     modules = base.modules()
     state = {key: value for key, value in base.module.state_dict().items() if owner_of(key) in modules}
@@ -119,15 +121,15 @@ def _ends(base: Base) -> set[str]:
 
 
 def _check_vocabulary(values: dict[str, Tensor], base: Base) -> None:
-    """Refuse an embedding of another vocabulary than the base's.
+    """Refuse an embedding whose vocabulary size differs from the base's.
 
     Raises:
-        FormatError: names the size to give it.
+        FormatError: if the sizes differ; the message names the size to resize to.
     """
     for name, value in values.items():
         owner: Any = base.module.get_submodule(owner_of(name))
         if isinstance(owner, nn.Embedding) and len(value) != len(owner.weight):
             raise FormatError(
-                f"{name!r} has {len(value)} rows and the base {len(owner.weight)}: the vocabulary was resized before "
-                f"training; call model.resize_token_embeddings({len(value)}) first"
+                f"{name!r} has {len(value)} entries in the file but {len(owner.weight)} in the base: the vocabulary "
+                f"was resized before training. Call model.resize_token_embeddings({len(value)}) first"
             )

@@ -1,4 +1,4 @@
-"""What every adapter directory says: PEFT's common options, and our own facts beside them."""
+"""The part that every adapter directory has: PEFT's common options, and this package's facts in the metadata."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from lightning_peft.pretrained import public_name
 
 __all__ = ["METADATA", "base_facts", "common_options", "shared_modules_of", "task_of"]
 
-#: the key of our own facts in the metadata of the tensors' file, which PEFT ignores
+#: the key of this package's facts in the metadata of the tensor file, which PEFT ignores
 METADATA = "lightning_peft"
-#: the end of a Hugging Face class's name -> PEFT's task, and the heads that it then looks for by itself
+#: suffix of a Hugging Face class name -> PEFT's task, and the heads that PEFT then adds to modules_to_save
 _TASKS: dict[str, tuple[str, tuple[str, ...]]] = {
     "ForCausalLM": ("CAUSAL_LM", ()),
     "LMHeadModel": ("CAUSAL_LM", ()),
@@ -30,7 +30,7 @@ _TASKS: dict[str, tuple[str, tuple[str, ...]]] = {
 
 
 def common_options(snapshot: Snapshot, peft_type: str) -> dict[str, Any]:
-    """PEFT's options that say what ``snapshot`` is and where it belongs."""
+    """PEFT's options that identify the method, the task and the base model of ``snapshot``."""
     facts = snapshot.base.facts()
     task = snapshot.origin["task_type"] if "task_type" in snapshot.origin else _task_type(snapshot)
     auto = {"base_model_class": facts["class"], "parent_library": facts["library"]}
@@ -45,39 +45,39 @@ def common_options(snapshot: Snapshot, peft_type: str) -> dict[str, Any]:
 
 
 def shared_modules_of(base: Base, modules: Iterable[str]) -> dict[str, list[str]]:
-    """Those of ``modules`` that the base has under other names too, which PEFT would leave as they are."""
+    """Those of ``modules`` that the base also has under other names -> these names, under which PEFT adapts nothing."""
     shared = base.facts().get("shared", {})
     return {name: shared[name] for name in modules if name in shared}
 
 
 def task_of(base: Base) -> tuple[str, tuple[str, ...]]:
-    """PEFT's task for a model of transformers, and the ends of the names of the heads that it then looks for.
+    """PEFT's task for a transformers model, and the name suffixes of the heads that PEFT then expects.
 
     Raises:
-        NotInPeftError: PEFT has no task for it.
+        NotInPeftError: if PEFT has no task for the model.
     """
     facts = base.facts()
     if not facts["pretrained"]:
-        raise NotInPeftError(f"PEFT has tasks for models of transformers; {facts['class']} is none")
+        raise NotInPeftError(f"PEFT has tasks for transformers models only, and {facts['class']} is not one")
     main = getattr(base.module, "main_input_name", "input_ids")
     if main != "input_ids":
-        raise NotInPeftError(f"PEFT's tasks pass input_ids first; {facts['class']} takes {main}")
+        raise NotInPeftError(f"PEFT's tasks pass input_ids first, but {facts['class']} takes {main}")
     for end, found in _TASKS.items():
         if facts["class"].endswith(end) and (found[0] != "SEQ_2_SEQ_LM" or _encodes(base)):
             return found
-    raise NotInPeftError(f"PEFT has no task for {facts['class']}; it knows classes that end in {', '.join(_TASKS)}")
+    raise NotInPeftError(f"PEFT has no task for {facts['class']}, only for classes that end in {', '.join(_TASKS)}")
 
 
 def _encodes(base: Base) -> bool:
-    """Whether the base is an encoder-decoder; ``ForConditionalGeneration`` names models of images with text, too."""
+    """Whether the base is an encoder-decoder; some image-text decoders are called ``ForConditionalGeneration`` too."""
     return bool(config_value(getattr(base.module, "config", None), "is_encoder_decoder", False))
 
 
 def _task_type(snapshot: Snapshot) -> str | None:
-    """PEFT's task, or None, with which it adapts any model.
+    """PEFT's task, or None, with which PEFT loads the adapter onto any model.
 
-    With a task PEFT looks for the heads that are usual for it, and fails where the file has none; and it gives token
-    ids to all that makes features, images as well.
+    With a task, PEFT expects the usual heads of that task and fails if the file does not have them. With
+    FEATURE_EXTRACTION it passes token ids even to models that take images.
     """
     try:
         task, heads = task_of(snapshot.base)
@@ -88,14 +88,14 @@ def _task_type(snapshot: Snapshot) -> str | None:
 
 
 def base_facts(metadata: Mapping[str, str], where: str | Path) -> dict[str, Any]:
-    """What this package wrote beside what PEFT reads; empty for PEFT's own files.
+    """The facts that this package wrote into the metadata; empty for files written by PEFT.
 
     Args:
-        metadata: of the tensors' file.
-        where: what to call that file in errors.
+        metadata: The metadata of the tensor file.
+        where: The name of that file, for errors.
 
     Raises:
-        FormatError: it is not what :func:`lightning_peft.save_adapter` writes.
+        FormatError: if the facts do not have the form that :func:`lightning_peft.save_adapter` writes.
     """
     what = f"the metadata {METADATA!r} of {where}"
     facts = parse_json(metadata.get(METADATA, "{}").encode(), what)
@@ -104,5 +104,5 @@ def base_facts(metadata: Mapping[str, str], where: str | Path) -> dict[str, Any]
         isinstance(sample, list) and all(isinstance(v, int | float) for v in sample) for sample in values.values()
     )
     if not numbers or not all(isinstance(facts.get(key, {}), dict) for key in ("config", "metrics")):
-        raise FormatError(f"{what} is not what this package writes")
+        raise FormatError(f"{what} is not in the form that this package writes: it was edited. Use another copy")
     return facts

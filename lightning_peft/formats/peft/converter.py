@@ -1,8 +1,8 @@
-"""What a converter is: how one kind of PEFT's adapters maps to one of ours, both ways.
+"""The base class of converters, which map one PEFT adapter type to our methods and back.
 
-A converter is one small class in the file of its family. It knows PEFT's names of options and tensors; names of
-modules, targets, heads, files and checks are handled here and in the modules beside it. To add one, write the class
-and put it into :data:`lightning_peft.formats.registry.CONVERTERS`.
+A converter is one small class in ``families``. It knows PEFT's names of options and tensors. Module names, targets,
+heads, files and checks are handled here and in the other modules of this folder. To add a converter, write the class
+and add it to :data:`lightning_peft.formats.registry.CONVERTERS`.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from lightning_peft.methods.families.method import PEFTMethod
 
 __all__ = ["PREFIX", "Converter", "NotInPeftError", "Options", "Reading", "Tensors", "Writing"]
 
-#: what every key of PEFT's that belongs to a module starts with
+#: the prefix of PEFT's keys that belong to a module
 PREFIX = "base_model.model."
 
 
 class NotInPeftError(FormatError):
-    """An adapter that PEFT's format cannot say; it is written in this package's own."""
+    """Raised for an adapter that PEFT cannot represent. The adapter is then saved in this package's own format."""
 
 
 @dataclass
 class Writing:
-    """What a converter writes.
+    """The result of :meth:`Converter.write`.
 
     Attributes:
         config: PEFT's options, without those that every method has.
-        tensors: by PEFT's full keys.
-        wrapped: the modules that PEFT wraps, whose own parameters it then calls ``<module>.base_layer.<parameter>``.
+        tensors: PEFT's full key -> tensor.
+        wrapped: The modules that PEFT wraps; it calls their own parameters ``<module>.base_layer.<parameter>``.
     """
 
     config: dict[str, Any]
@@ -48,13 +48,13 @@ class Writing:
 
 @dataclass
 class Reading:
-    """What a converter reads.
+    """The result of :meth:`Converter.read`.
 
     Attributes:
-        method: ours, whose targets mean exactly the modules that the file adapts.
-        tensors: the adapters' tensors: the weight's name in the base (the host's, where an adapter is of no weight)
-            -> name inside the adapter -> tensor.
-        own: values of the base's own parameters that stand under other names in the file, by name in the base.
+        method: Our method; its targets match exactly the modules that the file adapts.
+        tensors: Name of the adapted weight in the base -> name inside the adapter -> tensor. An adapter that does not
+            adapt a weight is listed under its host's name.
+        own: Name in the base -> value of base parameters that the file stores under other names.
     """
 
     method: PEFTMethod
@@ -63,51 +63,51 @@ class Reading:
 
 
 class Converter(ABC):
-    """One ``peft_type`` and the method classes that are written as it."""
+    """Converts one ``peft_type`` to method classes of this package and back."""
 
     peft_type: ClassVar[str]
     methods: ClassVar[tuple[type[PEFTMethod], ...]]
-    #: what the keys of the base's own values start with
+    #: the prefix of the keys of the base's own values
     prefix: ClassVar[str] = PREFIX
 
     @abstractmethod
     def write(self, snapshot: Snapshot, **options: Any) -> Writing:
-        """PEFT's options and tensors for ``snapshot``; heads are written for it.
+        """Return PEFT's options and tensors for ``snapshot``, without its heads, which the caller writes.
 
         Raises:
-            NotInPeftError: PEFT cannot say this, with the reason.
+            NotInPeftError: if PEFT cannot represent the adapter; the message is the reason.
         """
         raise NotImplementedError
 
     @abstractmethod
     def read(self, options: Options, tensors: Tensors, base: Base, name: str, **common: Any) -> Reading:
-        """Our method called ``name`` and its tensors; heads are read for it.
+        """Return our method and its tensors, without heads, which the caller has already taken.
 
         Args:
-            options: PEFT's options.
-            tensors: the file's tensors without the heads'; take every one.
-            base: where to put them.
-            name: what to call the adapter.
-            **common: arguments that every method takes (``trainable``, ``audit``).
+            options: PEFT's options. Read, ignore or refuse every one, or :meth:`Options.done` raises.
+            tensors: The file's tensors without those of the heads. Take every one, or :meth:`Tensors.done` raises.
+            base: The base that they belong to.
+            name: The adapter's name.
+            **common: Arguments that every method takes (``trainable``, ``audit``).
 
         Raises:
-            FormatError: an option that is unknown or not supported; a tensor missing, misshapen or left over.
+            FormatError: if an option is unknown or not supported, or a tensor is missing or misshapen.
         """
         raise NotImplementedError
 
 
 class Options:
-    """PEFT's configuration of one adapter, of which every option has to be looked at.
+    """PEFT's configuration of one adapter. It records which options were read, so that none is ignored silently.
 
     Args:
-        config: the file's content.
-        ignored: options that the user has said change nothing.
+        config: The content of ``adapter_config.json``.
+        ignored: Options that the user wants to be ignored.
 
     Raises:
-        FormatError: an option that names modules has a value of another type.
+        FormatError: if an option that names modules has a value of another type.
     """
 
-    #: of every adapter; they name and describe and change no function
+    #: options of every adapter that do not change its output
     COMMON = (
         *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
         "inference_mode",
@@ -119,15 +119,15 @@ class Options:
         self._seen = {*self.COMMON, *ignored}
 
     def get(self, option: str, default: Any = None) -> Any:
-        """The value of ``option``."""
+        """Return the value of ``option``, and count it as read."""
         self._seen.add(option)
         return self._config.get(option, default)
 
     def number(self, option: str, default: float) -> Any:
-        """A number.
+        """Return the value of ``option``, which must be a number.
 
         Raises:
-            FormatError: it is none.
+            FormatError: if it is not a number.
         """
         value = self.get(option, default)
         if isinstance(value, bool) or not isinstance(value, int | float):
@@ -135,25 +135,30 @@ class Options:
         return value
 
     def ignore(self, *options: str) -> None:
-        """Options that only training or PEFT's own bookkeeping reads."""
+        """Count options as read that do not change the output: only training or PEFT's bookkeeping uses them."""
         self._seen.update(options)
 
     def refuse(self, **options: Any) -> None:
-        """Options that change the function in a way we have not, with the value by which they do not.
+        """Refuse options that change the output in a way that is not supported here.
+
+        Args:
+            **options: Option -> the value with which it has no effect.
 
         Raises:
-            FormatError: one has another value.
+            FormatError: if an option has another value.
         """
         for option, harmless in options.items():
             value = self.get(option, harmless)
             if value != harmless and value not in (None, [], {}, ""):
-                raise FormatError(f"{option}={value!r} is not supported: the adapter would compute something else")
+                raise FormatError(
+                    f"{option}={value!r} is not supported: without it, the adapter's output would differ from PEFT's"
+                )
 
     def done(self) -> None:
-        """Every option was looked at.
+        """Check that every option was read.
 
         Raises:
-            FormatError: one was not, and has a value.
+            FormatError: if an option was not read and has a value.
         """
         left = {o: v for o, v in self._config.items() if o not in self._seen and v not in (None, False, [], {}, "")}
         if left:
@@ -162,38 +167,38 @@ class Options:
             hint = f"; nearest known: {near[0]!r}" if near else ""
             raise FormatError(
                 f"unknown option {option}={value!r} for peft_type {self._config['peft_type']!r}{hint}; it may change "
-                f"what the adapter computes. If it does not, load with ignore_options=[{option!r}]"
+                f"the adapter's output. If it does not, load with ignore_options=[{option!r}]"
             )
 
 
 class Tensors:
-    """The tensors of a file, of which every one has to be taken."""
+    """The tensors of a file. Converters take them one by one, so that none is ignored silently."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._left = dict(tensors)
 
     def keys(self) -> list[str]:
-        """The keys that are left."""
+        """The keys that were not taken yet."""
         return list(self._left)
 
     def shape(self, full: str) -> tuple[int, ...]:
-        """The shape of the tensor that the file calls ``full``."""
+        """The shape of the tensor with the full key ``full``."""
         return tuple(self._left[full].shape)
 
     def has(self, key: str) -> bool:
-        """Whether there is a tensor called ``key``, without the prefix."""
+        """Whether there is a tensor ``key``, given without the prefix."""
         return PREFIX + key in self._left
 
     def take(self, key: str, shape: tuple[int | None, ...] | None = None, prefix: str = PREFIX) -> Tensor:
-        """The tensor called ``key``.
+        """Return the tensor ``key`` and remove it from those that are left.
 
         Args:
-            key: without the prefix.
-            shape: what it has to be; None for a dimension stands for any size.
-            prefix: what every key starts with.
+            key: The key without the prefix.
+            shape: The shape it must have; None as a dimension allows any size.
+            prefix: The prefix of the key.
 
         Raises:
-            FormatError: it is missing or misshapen.
+            FormatError: if the tensor is missing or has another shape.
         """
         full = prefix + key
         tensor = self._left.pop(full, None)
@@ -205,16 +210,16 @@ class Tensors:
         )
         if not fits:
             wanted = "x".join("*" if n is None else str(n) for n in shape or ())
-            raise FormatError(f"{full!r} is {'x'.join(map(str, tensor.shape))}; this base needs {wanted}")
+            raise FormatError(f"{full!r} has shape {'x'.join(map(str, tensor.shape))}, but this base needs {wanted}")
         return tensor
 
     def done(self) -> None:
-        """Every tensor was taken.
+        """Check that every tensor was taken.
 
         Raises:
-            FormatError: some were not.
+            FormatError: if tensors are left.
         """
         if self._left:
             left = sorted(self._left)
             more = f" and {len(left) - 5} more" if len(left) > 5 else ""
-            raise FormatError(f"the file holds tensors that its configuration has no place for: {left[:5]}{more}")
+            raise FormatError(f"the file holds tensors that its configuration does not mention: {left[:5]}{more}")

@@ -1,4 +1,4 @@
-"""Adapters that PEFT has one of for each layer, tensor by tensor as ours: the base of their converters."""
+"""The base class of converters for weight methods that have one adapter per layer, in PEFT as here."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ __all__ = ["Layer", "LayerConverter"]
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer that is adapted.
+    """An adapted layer.
 
     Attributes:
-        name: its name in the base.
-        kind: as :class:`AdapterRecord` names it.
-        parameter: the adapted weight's name in it.
-        stored: that weight's shape.
-        host: the layer itself.
-        own_forward: whether its class computes something else than the class it derives from.
+        name: The layer's name in the base.
+        kind: The layer kind, as in :class:`AdapterRecord`.
+        parameter: The name of the adapted weight in the layer.
+        stored: The shape of the stored weight.
+        host: The layer.
+        own_forward: Whether its class overrides ``forward`` of the torch class that it derives from.
     """
 
     name: str
@@ -44,81 +44,83 @@ class Layer:
 
     @classmethod
     def of(cls, part: AdapterRecord, base: Base) -> Layer:
-        """The layer of a part of a snapshot."""
+        """The layer that an adapter record of a snapshot describes."""
         host = base.module.get_submodule(part.host)
         return cls(part.name, part.kind, part.parameter, part.shape, host, bool(part.facts.get("own_forward")))
 
     @classmethod
     def at(cls, site: Site, name: str) -> Layer:
-        """The layer of a site, by its name in the base."""
+        """The layer of ``site``, called ``name`` in the base."""
         kind, weight = layer_kind(site.module, site.layout), site.module.get_parameter(site.parameter)
         own_forward = kind in _LAYERS and not site.layout.has_activation
         return cls(name, kind, site.parameter, tuple(weight.shape), site.module, own_forward)
 
 
-#: kinds that are called with activations
+#: layer kinds that are called with activations
 _LAYERS = frozenset({"Linear", "Conv1D", "Conv", "Embedding"})
 
 
 class LayerConverter(Converter):
-    """Base class of the converters of weight methods whose tensors PEFT stores under other names and shapes only.
+    """Base class of converters for weight methods whose tensors differ from PEFT's in names and shapes only.
 
-    A subclass gives the options both ways, and :meth:`place`.
+    A subclass implements :meth:`config`, :meth:`method` and :meth:`place`.
     """
 
-    #: kinds of layers that PEFT adapts, as :class:`AdapterRecord` names them
+    #: layer kinds that PEFT adapts, as in :class:`AdapterRecord`
     kinds: ClassVar[frozenset[str]]
-    #: dimensions of the convolutions that PEFT adapts
+    #: numbers of kernel dimensions of the convolutions that PEFT adapts
     dimensions: ClassVar[frozenset[int]] = frozenset()
-    #: whether some tensor has a side as long as the rank
+    #: whether one of the tensors has a dimension of size r, which bounds a declared r
     has_rank: ClassVar[bool] = False
-    #: PEFT's options that are arguments of ours, for both directions
+    #: PEFT's options that correspond to arguments of the method, for both directions
     table: ClassVar[tuple[Option, ...]] = ()
-    #: our tensors that PEFT stores once for the model, with their full keys there
+    #: our name -> PEFT's full key, for tensors that PEFT stores once per model
     shared: ClassVar[dict[str, str]] = {}
     #: our tensors that PEFT does not store
     not_in_peft: ClassVar[frozenset[str]] = frozenset()
 
     @abstractmethod
     def config(self, snapshot: Snapshot) -> dict[str, Any]:
-        """PEFT's options beside the targets.
+        """Return PEFT's options other than the targets.
 
         Raises:
-            NotInPeftError: PEFT cannot say this.
+            NotInPeftError: if PEFT cannot represent the method's arguments.
         """
 
     @abstractmethod
     def method(self, options: Options, names: list[str], base: Base, **arguments: Any) -> WeightMethod:
-        """Our method for PEFT's options.
+        """Return our method for PEFT's options.
 
         Args:
-            options: PEFT's.
-            names: of the adapted modules, in the base.
-            base: where they are.
-            **arguments: ``targets``, ``name`` and what every method takes.
+            options: PEFT's options.
+            names: The names of the adapted modules in the base.
+            base: The base.
+            **arguments: ``targets``, ``name`` and the arguments that every method takes.
         """
 
     def place(self, key: str, shape: tuple[int, ...], layer: Layer) -> tuple[str, tuple[int, ...]]:
-        """Where PEFT has our tensor ``key`` of ``shape``: its name after the module, and the same values' shape."""
+        """Return PEFT's name (after the module's) and PEFT's shape for our tensor ``key`` of shape ``shape``."""
         return key, shape
 
     def check(self, layer: Layer) -> None:
-        """Refuse a layer that PEFT does not adapt, or adapts in another way.
+        """Refuse a layer that PEFT does not adapt, or adapts with another result.
 
         Raises:
-            NotInPeftError: with the reason.
+            NotInPeftError: if so; the message is the reason.
         """
         peft, dimensions = f"PEFT's {self.peft_type}", len(layer.stored) - 2
         known = layer.kind in self.kinds and layer.parameter == "weight"
         if not known or (layer.kind == "Conv" and dimensions not in self.dimensions):
             kind = f"Conv{dimensions}d" if layer.kind == "Conv" else layer.kind
-            raise NotInPeftError(f"{peft} adapts no weight like {layer.name!r} ({kind})")
-        if layer.own_forward or hasattr(layer.host, "embed_scale"):  # LoRA alone knows that scale
+            raise NotInPeftError(f"{peft} does not adapt weights like {layer.name!r} ({kind})")
+        if layer.own_forward or hasattr(layer.host, "embed_scale"):  # PEFT applies embed_scale in its LoRA only
             raise NotInPeftError(
-                f"{layer.name!r} computes something of its own, around which {peft} is another function"
+                f"{layer.name!r} overrides the forward of its class, and {peft} would give another result there"
             )
         if layer.kind == "Conv" and layer.host.padding_mode != "zeros":
-            raise NotInPeftError(f"{peft} pads with zeros; {layer.name!r} has padding_mode={layer.host.padding_mode!r}")
+            raise NotInPeftError(
+                f"{peft} pads with zeros, but {layer.name!r} has padding_mode={layer.host.padding_mode!r}"
+            )
 
     def write(self, snapshot: Snapshot, **options: Any) -> Writing:
         tensors: dict[str, Tensor] = {}
@@ -145,11 +147,11 @@ class LayerConverter(Converter):
                 raise FormatError(f"target_modules: {no_match(module, modules)}")
             self.check(Layer.at(sites[base.outer(module)], module))
         method = self.method(options, names, base, targets=base.patterns(names), name=name, **common)
-        # Before anything of that size is made.
+        # Checked before the adapters are built: an edited r could otherwise allocate all memory.
         longest = max((max(tensors.shape(key), default=1) for key in tensors.keys()), default=0)  # noqa: SIM118
         for rank in (getattr(method, "r", None), *getattr(method, "rank_pattern", {}).values()):
             if rank is not None and self.has_rank and rank > longest:
-                raise FormatError(f"r={rank}: no tensor in the file has a side of that length")
+                raise FormatError(f"r={rank}, but no tensor in the file has a dimension of that size: it was edited")
         found: dict[str, dict[str, Tensor]] = {}
         for outer, adapter in method.build_all(method.find(base.root, [])[0]).items():
             module = str(base.inner(outer))

@@ -1,4 +1,4 @@
-"""Names that transformers has changed: files that were made before, and targets that PEFT takes for such."""
+"""Module names that transformers renamed: read files with old names, and refuse targets that PEFT would rename."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from lightning_peft.formats.peft.converter import PREFIX, NotInPeftError
 
 __all__ = ["check_not_renamed", "in_current_layout"]
 
-#: the kinds of experts whose targets PEFT renames as it loads LoRA, as they were called one by one and now are stacked
+#: model type -> target names that PEFT renames when it loads LoRA, because older releases had one module per expert
+#: and newer ones stack the experts' weights
 _STACKED = {
     "mixtral": ("gate", "w1", "w2", "w3"),
     "qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj"),
@@ -26,10 +27,10 @@ _STACKED = {
 def in_current_layout(
     config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: Base
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """A file's options and tensors by the names that the base's modules have in this release of transformers.
+    """Return a file's options and tensors with the module names of the installed transformers release.
 
-    LLaVA's ``language_model.model.layers`` became ``model.language_model.layers``, for example. The library's own
-    table says so. A name is changed only if more of the new one is found in the base.
+    For example, LLaVA's ``language_model.model.layers`` became ``model.language_model.layers``. The changes come from
+    transformers' own table. A name is changed only if a longer part of the new name exists in the base.
     """
     rename = _renaming(base)
     if rename is None:
@@ -47,7 +48,7 @@ def in_current_layout(
 
 
 def _renaming(base: Base) -> Callable[[str], str] | None:
-    """A function that changes an older name of the base's; None where no name has changed."""
+    """Return a function that maps an old module name to the present one; None if no names of this base changed."""
     table: Any = getattr(sys.modules.get("transformers.conversion_mapping"), "get_model_conversion_mapping", None)
     if table is None or not base.facts()["pretrained"]:
         return None
@@ -63,13 +64,13 @@ def _renaming(base: Base) -> Callable[[str], str] | None:
 
 
 def check_not_renamed(targets: list[str] | str, base: Base) -> None:
-    """Refuse targets that PEFT takes for experts of an older release.
+    """Refuse targets that PEFT would rename, because it treats them as experts of an older transformers release.
 
-    Of a model with stacked experts (Mixtral, Qwen-MoE, DeepSeek-V3, ...) it takes every ``gate_proj``, ``up_proj`` and
-    ``down_proj`` for an expert's, also those of dense layers and of shared experts.
+    In a model with stacked experts (Mixtral, Qwen-MoE, DeepSeek-V3, ...), PEFT treats every ``gate_proj``, ``up_proj``
+    and ``down_proj`` as an expert, including those of dense layers and shared experts.
 
     Raises:
-        NotInPeftError: names the target.
+        NotInPeftError: if a target would be renamed; the message names it.
     """
     kinds: Any = getattr(sys.modules.get("transformers.conversion_mapping"), "_MODEL_TO_CONVERSION_PATTERN", {})
     model_type = config_value(getattr(base.module, "config", None), "model_type")
@@ -78,6 +79,6 @@ def check_not_renamed(targets: list[str] | str, base: Base) -> None:
     for name in names:
         if leaves and (isinstance(targets, str) or leaf(name) in leaves):
             raise NotInPeftError(
-                f"PEFT takes {name!r} of a {model_type} for an expert of an older release of transformers, and would "
-                "adapt the stacked experts in its place"
+                f"PEFT treats {name!r} of a {model_type} as an expert of an older transformers release, and would "
+                "adapt the stacked experts instead"
             )

@@ -1,4 +1,4 @@
-"""Options of PEFT's that are arguments of ours: each converter has one table of them, for writing and for reading."""
+"""Tables of PEFT options that correspond to arguments of our methods, used for both writing and reading."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ __all__ = ["Option", "flag", "read_options", "written_options"]
 
 
 class Option(NamedTuple):
-    """One option of PEFT's whose values are those of an argument of ours.
+    """A PEFT option that has the same values as an argument of our method.
 
     Attributes:
-        peft: its name in PEFT.
-        default: its value in a file without it; true or false and numbers with a point are checked when read.
-        ours: the argument's name; empty if it is the same.
+        peft: The option's name in PEFT.
+        default: The value if a file does not have the option. For a bool or a float, the type is checked on reading.
+        ours: The argument's name; empty if it is the same.
     """
 
     peft: str
@@ -26,15 +26,15 @@ class Option(NamedTuple):
 
 
 def written_options(table: Iterable[Option], method: object) -> dict[str, Any]:
-    """PEFT's options for the arguments of ``method``."""
+    """Return PEFT's options for the arguments of ``method``."""
     return {option.peft: getattr(method, option.ours or option.peft) for option in table}
 
 
 def read_options(table: Iterable[Option], options: Options) -> dict[str, Any]:
-    """Our arguments for PEFT's ``options``.
+    """Return our arguments for PEFT's ``options``.
 
     Raises:
-        FormatError: a value of another type than the option's.
+        FormatError: if a value has another type than the option's default.
     """
     return {option.ours or option.peft: _read(option, options) for option in table}
 
@@ -44,14 +44,14 @@ def _read(option: Option, options: Options) -> Any:
         return flag(options, option.peft, option.default)
     if isinstance(option.default, float):
         return options.number(option.peft, option.default)
-    return options.get(option.peft, option.default)  # the method's constructor checks whole numbers
+    return options.get(option.peft, option.default)  # the method's constructor checks integers
 
 
 def flag(options: Options, option: str, default: bool = False) -> bool:
-    """An option that is true or false.
+    """Return an option that must be true or false.
 
     Raises:
-        FormatError: it is neither.
+        FormatError: if it is neither.
     """
     value = options.get(option, default)
     if not isinstance(value, bool):

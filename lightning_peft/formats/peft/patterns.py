@@ -1,4 +1,4 @@
-"""Numbers that differ between layers: ``rank_pattern`` and ``alpha_pattern``, PEFT's and ours."""
+"""Convert ``rank_pattern`` and ``alpha_pattern``, which set numbers for single layers, between PEFT and our methods."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["clean", "most_common", "our_pattern", "pattern_keys", "pattern_value
 
 
 def pattern_value(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
-    """The value of the first of PEFT's patterns that means ``name``: a regular expression for its end."""
+    """The value of the first PEFT pattern that matches ``name``, as a regular expression for its end."""
     for pattern, value in patterns.items():
         if re.match(rf"(.*\.)?({pattern})$", name):
             return value
@@ -21,26 +21,26 @@ def pattern_value(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
 
 
 def pattern_keys(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
-    """``rank_pattern`` or ``alpha_pattern`` by which PEFT finds just these values at these names."""
+    """Return a ``rank_pattern`` or ``alpha_pattern`` with which PEFT finds exactly these values at these names."""
     others = {name: value for name, value in values.items() if value != default}
     clash = any(a != b and a.endswith(f".{b}") for a in values for b in others)
     special = any(re.escape(name).replace("\\.", ".") != name for name in others)
-    # Plain names, which other readers understand, unless one would be taken for another.
+    # Plain names are used unless one would match another's end, because other tools can read plain names only.
     return {f"^{re.escape(name)}": value for name, value in others.items()} if clash or special else others
 
 
 def our_pattern(values: Mapping[str, Any], default: Any, base: Base) -> dict[str, Any]:
-    """The same for a method of ours: the values that are not ``default``, by patterns that mean just these names."""
+    """Return the values that are not ``default`` for our methods, by patterns that match exactly these names."""
     others = [name for name, value in values.items() if value != default]
     return dict(zip(base.patterns(others), (values[name] for name in others)))
 
 
 def most_common(values: Iterable[Any]) -> Any:
-    """The value to write once for all layers."""
+    """The most common value, which is written once for all layers."""
     return Counter(values).most_common(1)[0][0]
 
 
 def clean(value: float) -> float | int:
-    """An alpha without the noise of a division and its inverse."""
+    """Round off the error of dividing an alpha by r and multiplying by it again; integers become ``int``."""
     near = round(value, 9)
     return int(near) if near == int(near) else near

@@ -1,4 +1,4 @@
-"""Which modules of a base PEFT's options mean: resolved as PEFT does, and written so that PEFT finds just these."""
+"""Resolve PEFT's targets to modules of a base as PEFT does, and write targets that PEFT resolves to exactly these."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ __all__ = ["heads_of", "parameters_of", "resolve", "target_modules", "target_par
 
 
 def target_modules(names: Iterable[str], base: Base) -> list[str] | str:
-    """``target_modules`` by which PEFT finds exactly the modules called ``names``.
+    """Return ``target_modules`` that PEFT resolves to exactly the modules in ``names``.
 
-    A list of full names; where one of them is the end of another module's name too, a regular expression.
+    This is a list of full names, or a regular expression if one of them is also the end of another module's name.
     """
     names = sorted(set(names))
     others = base.modules().keys() - set(names)
@@ -32,10 +32,12 @@ def target_modules(names: Iterable[str], base: Base) -> list[str] | str:
 
 
 def resolve(options: Options, base: Base) -> list[str]:
-    """The modules that ``target_modules`` and what narrows it mean in ``base``, by name.
+    """Return the names of the modules of ``base`` that ``target_modules`` selects, as PEFT resolves it.
+
+    ``exclude_modules``, ``modules_to_save``, ``layers_to_transform`` and ``layers_pattern`` narrow the selection.
 
     Raises:
-        FormatError: the options name nothing.
+        FormatError: if the options select nothing.
     """
     targets = options.get("target_modules")
     exclude, heads = options.get("exclude_modules"), options.get("modules_to_save") or []
@@ -44,7 +46,7 @@ def resolve(options: Options, base: Base) -> list[str]:
     if targets is None or targets == []:
         if options.get("target_parameters"):
             return []
-        raise FormatError("target_modules is missing: the configuration does not say what it adapts")
+        raise FormatError("target_modules is missing: the configuration does not say which modules are adapted")
     if isinstance(targets, str) and targets.lower() == "all-linear":
         targets = _all_linear(base, modules, options.get("task_type"))
     found = []
@@ -53,7 +55,7 @@ def resolve(options: Options, base: Base) -> list[str]:
             continue
         if any(re.match(rf"(^|.*\.){head}($|\..*)", name) for head in heads):
             continue
-        # A regular expression, or a full name in a list, counts whatever its layer.
+        # PEFT ignores layers_to_transform for a regular expression and for a full name in a list.
         narrowed = not isinstance(targets, str) and name not in targets
         if _named(targets, name) and (not narrowed or _in_layers(name, indices, layers)):
             found.append(name)
@@ -64,7 +66,7 @@ def resolve(options: Options, base: Base) -> list[str]:
 
 
 def _named(patterns: str | Sequence[str], name: str) -> bool:
-    """A string is a regular expression for the whole name; a list holds names or their ends."""
+    """Whether ``patterns`` match ``name``: a string is a regular expression for all of it, a list holds suffixes."""
     if isinstance(patterns, str):
         return re.fullmatch(patterns, name) is not None
     return name in patterns or any(name.endswith(f".{pattern}") for pattern in patterns)
@@ -75,7 +77,7 @@ def _in_layers(name: str, indices: int | list[int] | None, patterns: str | list[
         return True
     wanted = [indices] if isinstance(indices, int) else indices
     named = [patterns] if isinstance(patterns, str) else patterns or []
-    # The first number is the layer's, not that of an expert inside it.
+    # The lazy .*? finds the first number, which is the layer's; a later one may be that of an expert inside it.
     starts = [rf"(?:^|.*?\.){pattern}" for pattern in named] or [r".*?\.[^.]*"]
     found = next((m for start in starts if (m := re.match(rf"{start}\.(?P<index>\d+)\.", name))), None)
     return found is not None and int(found["index"]) in wanted
@@ -91,10 +93,10 @@ def _all_linear(base: Base, modules: Mapping[str, nn.Module], task: Any) -> list
 
 
 def heads_of(patterns: Sequence[str], base: Base, option: str = "modules_to_save") -> list[str]:
-    """The modules that ``modules_to_save`` (or another such option) means: those whose name ends so, letters and all.
+    """The modules that ``modules_to_save`` (or a similar option) selects, matched with ``str.endswith`` as PEFT does.
 
     Raises:
-        FormatError: a pattern is the end of no name.
+        FormatError: if a pattern matches no module.
     """
     modules = {f"base_model.model.{name}": name for name in base.modules() if name}
     found = []
@@ -107,23 +109,23 @@ def heads_of(patterns: Sequence[str], base: Base, option: str = "modules_to_save
 
 
 def target_parameters(names: Sequence[str], base: Base) -> list[str]:
-    """``target_parameters`` by which PEFT finds exactly the parameters called ``names``.
+    """Return ``target_parameters`` that PEFT resolves to exactly the parameters in ``names``.
 
     Raises:
-        NotInPeftError: one of them is the end of another parameter's name.
+        NotInPeftError: if one of them is the end of another parameter's name.
     """
     for other, _ in base.module.named_parameters():
         for name in names:
             if other.endswith(f".{name}") and other not in names:
-                raise NotInPeftError(f"PEFT would take {other!r} for the parameter {name!r}")
+                raise NotInPeftError(f"PEFT would also adapt {other!r}, because its name ends in {name!r}")
     return sorted(names)
 
 
 def parameters_of(patterns: Sequence[str], base: Base) -> dict[str, list[str]]:
-    """The parameters that ``target_parameters`` means: module -> names in it, in their order there.
+    """The parameters that ``target_parameters`` selects: module -> names in it, in the order of the module.
 
     Raises:
-        FormatError: a pattern means none.
+        FormatError: if a pattern matches no parameter.
     """
     found: dict[str, list[str]] = {}
     hit: set[str] = set()
@@ -136,5 +138,5 @@ def parameters_of(patterns: Sequence[str], base: Base) -> dict[str, list[str]]:
                 hit.update(means)
     for pattern in patterns:
         if pattern not in hit:
-            raise FormatError(f"target_parameters: {pattern!r} names no parameter of this base")
+            raise FormatError(f"target_parameters: {pattern!r} matches no parameter of this base")
     return found

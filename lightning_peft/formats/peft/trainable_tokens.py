@@ -1,7 +1,8 @@
-"""Trained rows of embeddings as PEFT writes them: ``trainable_token_indices``.
+"""Convert trained embedding entries to and from PEFT's ``trainable_token_indices``.
 
-``<embedding>.token_adapter.trainable_tokens_delta`` (tokens, dim) holds the new rows, not differences. Of layers that
-the model's configuration ties PEFT stores the input embedding's alone; an untied output head has rows of its own.
+Despite its name, ``<embedding>.token_adapter.trainable_tokens_delta`` (tokens, dim) holds the new vectors, not
+differences. If the model's configuration ties the output head to the input embedding, PEFT stores only the latter's.
+An untied output head has its own vectors.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ __all__ = ["TokenEntry", "take_tokens", "write_tokens"]
 
 @dataclass
 class TokenEntry:
-    """The option and the tensors."""
+    """The value of ``trainable_token_indices``, and the tensors by PEFT's full keys."""
 
     config: list[int] | dict[str, list[int]]
     tensors: dict[str, Tensor]
 
 
 def write_tokens(snapshot: Snapshot) -> TokenEntry | None:
-    """The trained rows of ``snapshot``; None where there are none."""
+    """The trained embedding entries of ``snapshot``; None if it has none."""
     parts = [part for part in snapshot.adapter_records if "tokens" in part.facts]
     if not parts:
         return None
@@ -43,7 +44,7 @@ def write_tokens(snapshot: Snapshot) -> TokenEntry | None:
     for part in parts:
         own = part.tensors["rows"]
         if part not in embeddings and ties and any(torch.equal(own, e.tensors["rows"]) for e in embeddings):
-            continue  # PEFT gives the rows to what the model's configuration ties
+            continue  # PEFT itself copies the vectors to a layer that the model's configuration ties
         ids[part.host] = part.facts["tokens"]
         tensors[f"{PREFIX}{part.host}.token_adapter.trainable_tokens_delta"] = own
     return TokenEntry(ids[entrance] if entrance is not None and list(ids) == [entrance] else ids, tensors)
@@ -52,10 +53,10 @@ def write_tokens(snapshot: Snapshot) -> TokenEntry | None:
 def take_tokens(
     options: Options, tensors: Tensors, base: Base
 ) -> tuple[list[int] | dict[str, list[int]], dict[str, dict[str, Tensor]]]:
-    """``trainable_tokens`` for our method, and the rows by the layer's name.
+    """Return ``trainable_tokens`` for our method, and the trained vectors by the layer's name.
 
     Raises:
-        FormatError: an embedding that the base does not have; rows missing or misshapen.
+        FormatError: if the base does not have the embedding, or vectors are missing or misshapen.
     """
     wanted = options.get("trainable_token_indices")
     if not wanted:
@@ -65,7 +66,10 @@ def take_tokens(
     if not isinstance(wanted, Mapping):
         entrance = base.facts()["embedding"]
         if entrance is None:
-            raise FormatError("trainable_token_indices names no embedding, and the base does not say which is its own")
+            raise FormatError(
+                "trainable_token_indices names no embedding, and the base has no get_input_embeddings(): write it as "
+                "{embedding: [ids]}"
+            )
         where = {entrance: wanted}
     ids: dict[str, list[int]] = {}
     rows: dict[str, dict[str, Tensor]] = {}
@@ -75,11 +79,14 @@ def take_tokens(
                 raise FormatError(f"trainable_token_indices: {name!r} is not an embedding or an output head")
             key, order = f"{name}.token_adapter.trainable_tokens_delta", torch.tensor(tokens).argsort()
             if name in rows and not tensors.has(key):
-                continue  # tied to one that came before
+                continue  # tied to an embedding that was already read
             own = tensors.take(key, (len(tokens), sites[name].weight.shape[1]))[order]
             if name in rows:
                 if not torch.equal(own, rows[name]["rows"]):
-                    raise FormatError(f"{key!r} differs from what the file holds for an embedding tied to it")
+                    raise FormatError(
+                        f"{key!r} has other values than the file has for an embedding that is tied to it, but tied "
+                        "layers can have only one: untie them in the model first"
+                    )
                 continue
             ids[base.patterns([name])[0]] = sorted(tokens)
             rows |= {tied: {"rows": own} for tied in _tied(sites, name)}

@@ -1,8 +1,8 @@
-"""AdaLoRA as PEFT writes it: ``peft_type`` ADALORA.
+"""Convert AdaLoRA to and from PEFT's ``peft_type`` ADALORA.
 
-``lora_A`` (r, in), ``lora_E`` (r, 1) and ``lora_B`` (out, r), without ``.weight``. Of a matrix that lost triplets only
-those are stored that are left, and ``rank_pattern`` says which: ``{"<module>.lora_E": [true, false, ...]}``. The scale
-stays lora_alpha / (init_r + 1e-5), however many are left.
+The keys are ``lora_A`` (r, in), ``lora_E`` (r, 1) and ``lora_B`` (out, r), without ``.weight``. If triplets of a matrix
+were pruned, only the remaining ones are stored, and ``rank_pattern`` says which they are:
+``{"<module>.lora_E": [true, false, ...]}``. The scale is always lora_alpha / (init_r + 1e-5).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class AdaLoRAConverter(Converter):
         method = snapshot.method
         assert isinstance(method, AdaLoRA)
         if method.alpha <= 0:
-            raise NotInPeftError(f"alpha={method.alpha} is not above 0, which PEFT's AdaLoRA takes for another value")
+            raise NotInPeftError(f"alpha={method.alpha} is not above 0, and PEFT's AdaLoRA replaces such a value")
         tensors: dict[str, Tensor] = {}
         kept: dict[str, list[bool]] = {}
         for part in snapshot.adapter_records:
@@ -93,35 +93,36 @@ class AdaLoRAConverter(Converter):
 
 
 def _check(layer: Layer) -> None:
-    """Refuse a layer that PEFT's AdaLoRA does not adapt, or adapts in another way.
+    """Refuse a layer that PEFT's AdaLoRA does not adapt, or adapts with another result.
 
     Raises:
-        NotInPeftError: with the reason.
+        NotInPeftError: if so; the message is the reason.
     """
     if layer.kind not in ("Linear", "Conv1D", "Conv") or layer.own_forward:
-        what = "its forward is not its class's" if layer.own_forward else f"it is a {layer.kind}"
-        raise NotInPeftError(f"{layer.name!r} is a layer that PEFT's AdaLoRA does not adapt as it is here: {what}")
+        what = "it overrides the forward of its class" if layer.own_forward else f"it is a {layer.kind}"
+        raise NotInPeftError(f"PEFT's AdaLoRA does not adapt {layer.name!r} with the same result: {what}")
     host = layer.host
     if layer.kind == "Conv" and (
         len(layer.stored) != 4 or host.groups > 1 or host.padding_mode != "zeros" or set(host.dilation) != {1}
     ):
         raise NotInPeftError(
             f"{layer.name!r} is a Conv{len(layer.stored) - 2}d with groups={host.groups}, dilation={host.dilation} and "
-            f"padding_mode={host.padding_mode!r}: PEFT's AdaLoRA computes a Conv2d without groups and dilation, padded "
-            "with zeros"
+            f"padding_mode={host.padding_mode!r}: PEFT's AdaLoRA supports only a Conv2d without groups and dilation, "
+            "padded with zeros"
         )
 
 
 def _take(tensors: Tensors, site: Site, r: int, kept: list[bool] | None) -> dict[str, Tensor]:
     if kept is not None and len(kept) != r:
-        raise FormatError(f"rank_pattern of {site.name!r} has {len(kept)} entries; init_r is {r}")
+        raise FormatError(f"rank_pattern of {site.name!r} has {len(kept)} entries, but init_r is {r}: they must agree")
     (rows, columns), left = site.shape, r if kept is None else sum(kept)
     own_a, own_e, own_b = (
         tensors.take(f"{site.name}.{key}", shape)
         for key, shape in (("lora_A", (left, columns)), ("lora_E", (left, 1)), ("lora_B", (rows, left)))
     )
-    if r > max(rows, columns, left, 1024):  # what was pruned away is not in the file, and takes memory here
-        raise FormatError(f"init_r={r} is more than {site.name!r} of {rows}x{columns} can have")
+    # Pruned triplets are not in the file but are allocated here, so an edited init_r could allocate all memory.
+    if r > max(rows, columns, left, 1024):
+        raise FormatError(f"init_r={r} is more than the rank that {site.name!r} of shape {rows}x{columns} can have")
     mask = torch.ones(r, dtype=torch.bool) if kept is None else torch.tensor(kept)
     a = torch.zeros(r, columns).masked_scatter(mask[:, None], own_a)
     e = torch.zeros(r, 1).masked_scatter(mask[:, None], own_e)

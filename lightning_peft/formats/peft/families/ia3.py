@@ -1,4 +1,4 @@
-"""Methods of activations as PEFT writes them: ``peft_type`` IA3.
+"""Convert IA3 to and from PEFT's ``peft_type`` IA3.
 
 | scale of | key after the module | shape |
 |---|---|---|
@@ -39,7 +39,7 @@ class IA3Converter(LayerConverter):
     def config(self, snapshot: Snapshot) -> dict[str, Any]:
         at_input = [part.name for part in snapshot.adapter_records if _scales_input(part, snapshot)]
         others = [part.name for part in snapshot.adapter_records if part.name not in at_input]
-        # PEFT takes the end of a name in a list for a feed-forward, whether or not a word ends there.
+        # PEFT matches feedforward_modules with str.endswith, so a name could also match inside a word of another's.
         clash = any(other.endswith(name) for other in others for name in at_input)
         targets = target_modules([*at_input, *others], snapshot.base)
         clash = clash or isinstance(targets, str)

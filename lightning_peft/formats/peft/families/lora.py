@@ -1,4 +1,4 @@
-"""LoRA and DoRA as PEFT writes them: ``peft_type`` LORA. For the tensors see ``lora_tensors.py``."""
+"""Convert LoRA and DoRA to and from PEFT's ``peft_type`` LORA; ``lora_tensors.py`` converts the tensors."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ class LoRAConverter(Converter):
         return Reading(method, {site: pair for site, (pair, _) in pairs.items()} | rows)
 
 
-#: options of PEFT's that make LoRA compute something else; the value by which they do not
+#: PEFT options that change LoRA's output and are not supported here -> the value with which they have no effect
 _REFUSED: dict[str, Any] = {
     "alora_invocation_tokens": None,
     "arrow_config": None,
@@ -112,19 +112,24 @@ _REFUSED: dict[str, Any] = {
     "use_qalora": False,
     "velora_config": None,
 }
-#: options that only training, sharding or PEFT's bookkeeping reads; a kind of layer says itself how it is stored
+#: options that do not change the output: only training, sharding or PEFT's bookkeeping uses them. fan_in_fan_out is
+#: ignored because the layer's class determines its storage
 _IGNORED = (
     *("megatron_config", "megatron_core", "runtime_config", "fan_in_fan_out", "qalora_group_size"),
     *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),
 )
-#: initialisations that leave the base as it is
+#: initialisations that do not change the base
 _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
-#: initialisations that take a part of the weight out of it, the same part whenever they are repeated
+#: initialisations that subtract a part from the base weight; the part is the same each time, so it can be repeated
 _FROM_WEIGHT = ("pissa", "olora")
 
 
 def _check(options: Options) -> None:
-    """Refuse what would compute something else."""
+    """Refuse options with which the output would differ from PEFT's.
+
+    Raises:
+        FormatError: if there is one.
+    """
     options.refuse(**_REFUSED)
     options.ignore(*_IGNORED)
     if options.get("bias", "none") not in ("none", "lora_only", "all"):
@@ -132,13 +137,13 @@ def _check(options: Options) -> None:
     init = options.get("init_lora_weights", True)
     if init not in (*_PLAIN_INITS, *_FROM_WEIGHT):
         raise FormatError(
-            f"init_lora_weights={init!r} changed the base by what cannot be repeated here: save the adapter with "
-            "PEFT's path_initial_model_for_weight_conversion, which makes it plain LoRA"
+            f"init_lora_weights={init!r} changed the base weights, and the change cannot be repeated here: save the "
+            "adapter with PEFT's path_initial_model_for_weight_conversion, which converts it to plain LoRA"
         )
 
 
 def _pairs(options: Options, tensors: Tensors, base: Base) -> dict[str, tuple[dict[str, Tensor], float]]:
-    """Our tensors and the scale of their product, by the name of the weight."""
+    """Our tensors and the scale of their product, by the weight's name."""
     sites = weight_sites(base.module)
     r, alpha = options.number("r", 8), options.number("lora_alpha", 8)
     ranks, alphas = options.get("rank_pattern") or {}, options.get("alpha_pattern") or {}
@@ -153,7 +158,7 @@ def _pairs(options: Options, tensors: Tensors, base: Base) -> dict[str, tuple[di
 
     found: dict[str, tuple[dict[str, Tensor], float]] = {}
     names = resolve(options, base)
-    if options.get("ensure_weight_tying"):  # PEFT adapts what is tied to a target too, and names the target alone
+    if options.get("ensure_weight_tying"):  # PEFT then also adapts layers tied to a target, without naming them
         tied = tied_names(base.module)
         others = [owner_of(o) for name in names for o in tied.get(f"{name}.weight", ())]
         names = list(dict.fromkeys([*names, *others]))
@@ -171,13 +176,13 @@ def _pairs(options: Options, tensors: Tensors, base: Base) -> dict[str, tuple[di
             rank, scale = at(f"{host}.{parameter}")
             site = sites.get(f"{host}.{parameter}") or sites.get(host)
             if site is None or site.parameter != parameter:
-                raise FormatError(f"target_parameters: {host}.{parameter} is no weight that can be adapted")
+                raise FormatError(f"target_parameters: {host}.{parameter} is not a weight that can be adapted")
             found[site.name] = take_parameter(tensors, site, outside, rank), scale
     return {name: (within_rank(pair), scale) for name, (pair, scale) in found.items()}
 
 
 def _dropout(options: Options, pairs: Mapping[str, Any], base: Base) -> float:
-    """The dropout, where every adapted weight can have one."""
+    """PEFT's dropout if every adapted weight supports one, else 0; it has no effect on a loaded, frozen adapter."""
     sites = weight_sites(base.module)
     wanted = options.number("lora_dropout", 0.0)
     return wanted if all(sites[name].layout.has_activation for name in pairs) else 0.0

@@ -1,4 +1,4 @@
-"""The tensors of LoRA in PEFT's files, for every kind of weight, both ways.
+"""Convert LoRA's tensors to and from PEFT's, for every kind of weight.
 
 | weight | keys after the module | shapes |
 |---|---|---|
@@ -9,9 +9,9 @@
 | parameter | ``lora_A.weight``, ...; after a ``base_layer.`` for each later one | (experts r, in), (out, r experts) |
 | DoRA | ``lora_magnitude_vector`` | (out), of a convolution (1, out, 1, ...) |
 
-PEFT's A of a grouped convolution reads all channels, and ours those of one group: it is written as one A for each
-group, with zeros elsewhere. PEFT adapts both projections of an attention or none, and adds the change of ``out_proj``
-twice as it runs: what is missing is written as zeros, and half of that change.
+For a grouped convolution, PEFT's A reads all channels and ours only those of one group: it is written as one A per
+group, with zeros elsewhere. PEFT adapts either both projections of an attention or neither, so a missing one is written
+as zeros. Its forward adds the change of ``out_proj`` twice, so half of that change is written.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ NOT_IN_PEFT = frozenset({"ConvTranspose"})
 
 @dataclass
 class Entry:
-    """What PEFT gives a rank and an alpha of its own.
+    """A module or bare parameter with its own rank and alpha in PEFT.
 
     Attributes:
-        name: the module's, or the parameter's where it is a bare one.
-        r: the rank.
-        scale: of the product.
-        tensors: by PEFT's full keys.
-        is_parameter: whether the name is a parameter's.
+        name: The name of the module, or of the bare parameter.
+        r: The rank.
+        scale: The factor of the product B A.
+        tensors: PEFT's full key -> tensor.
+        is_parameter: Whether the name is a parameter's.
     """
 
     name: str
@@ -59,7 +59,7 @@ class Entry:
 
 @dataclass
 class _Pair:
-    """A (..., r, in) and B (..., out, r) of one weight, and what scales their product."""
+    """A (..., r, in) and B (..., out, r) of one weight, and the scale of their product."""
 
     part: AdapterRecord
     a: Tensor
@@ -77,30 +77,30 @@ class _Pair:
         return self.a.shape[-2]
 
     def widened(self, r: int, scale: float) -> _Pair:
-        """The same product with rank ``r`` and another scale."""
+        """The same change with rank ``r``, padded with zeros, and with another scale."""
         a, b = F.pad(self.a, (0, 0, 0, r - self.r)), F.pad(self.b, (0, r - self.r))
         return _Pair(self.part, a, b * (self.scale / scale), scale)
 
 
 def entries(records: Iterable[AdapterRecord], fold_scale: bool = False) -> Iterator[Entry]:
-    """PEFT's tensors for LoRA's adapters.
+    """Return PEFT's tensors for LoRA's adapters.
 
     Args:
-        records: the adapters, those of one module together.
-        fold_scale: multiply B by the scale, and let it be 1.
+        records: The adapter records; those of one module must be adjacent.
+        fold_scale: Multiply B by the scale, and set the scale to 1.
 
     Raises:
-        NotInPeftError: a layer that PEFT cannot run.
+        NotInPeftError: if PEFT cannot run one of the layers.
     """
     for host, group in groupby(map(_Pair.of, records), key=lambda pair: pair.part.host):
         pairs = list(group)
         if fold_scale:
             pairs = [_Pair(pair.part, pair.a, pair.b * pair.scale, 1.0) for pair in pairs]
         if not host:
-            raise NotInPeftError("PEFT cannot adapt the parameters of a model itself, only those of modules in it")
+            raise NotInPeftError("PEFT cannot adapt parameters of the model itself, only those of modules in it")
         kind = pairs[0].part.kind
         if kind in NOT_IN_PEFT:
-            raise NotInPeftError(f"PEFT's LoRA adapts no weight like {pairs[0].part.name!r} ({kind})")
+            raise NotInPeftError(f"PEFT's LoRA does not adapt weights like {pairs[0].part.name!r} ({kind})")
         if kind == "Attention":
             yield _attention(host, pairs)
         elif kind == "Parameter":
@@ -112,7 +112,9 @@ def entries(records: Iterable[AdapterRecord], fold_scale: bool = False) -> Itera
 def _layer(host: str, pair: _Pair) -> Entry:
     part, key = pair.part, f"{PREFIX}{host}"
     if part.facts.get("own_forward"):
-        raise NotInPeftError(f"{host!r} has a forward of its own, beside which PEFT adds its change unscaled")
+        raise NotInPeftError(
+            f"{host!r} overrides the forward of its class, and PEFT would add its change outside that forward"
+        )
     if part.kind == "Embedding":
         tensors = {f"{key}.lora_embedding_A": pair.a, f"{key}.lora_embedding_B": pair.b}
     else:
@@ -133,13 +135,13 @@ def _convolution(host: str, pair: _Pair) -> _Pair:
     facts, (rows, channels, *kernel) = pair.part.facts, pair.part.shape
     if facts["padding_mode"] != "zeros" or set(facts["dilation"]) != {1}:
         raise NotInPeftError(
-            f"{host!r} has dilation {facts['dilation']} and padding_mode {facts['padding_mode']!r}; PEFT's change of a "
-            "convolution knows neither"
+            f"{host!r} has dilation {facts['dilation']} and padding_mode {facts['padding_mode']!r}, and PEFT's LoRA of "
+            "a convolution ignores both"
         )
     a, groups = pair.a.view(pair.r, channels, *kernel), facts["groups"]
     if groups > 1:
         if "magnitude" in pair.part.tensors:
-            raise NotInPeftError(f"{host!r} has {groups} groups, with which PEFT's DoRA cannot run")
+            raise NotInPeftError(f"{host!r} has {groups} groups, and PEFT's DoRA fails on grouped convolutions")
         whole = a.new_zeros(groups * pair.r, groups * channels, *kernel)
         for g in range(groups):
             whole[g * pair.r : (g + 1) * pair.r, g * channels : (g + 1) * channels] = a
@@ -150,9 +152,9 @@ def _convolution(host: str, pair: _Pair) -> _Pair:
 def _attention(host: str, pairs: list[_Pair]) -> Entry:
     by = {pair.part.parameter: pair for pair in pairs}
     if not by.keys() <= {"in_proj_weight", "out_proj.weight"}:
-        raise NotInPeftError(f"{host!r} has query, key and value of different widths, which PEFT does not adapt")
+        raise NotInPeftError(f"{host!r} has queries, keys and values of different widths, which PEFT does not adapt")
     if any("magnitude" in pair.part.tensors or "lora_bias" in pair.part.tensors for pair in pairs):
-        raise NotInPeftError(f"{host!r} is a MultiheadAttention, for which PEFT has no DoRA and no bias")
+        raise NotInPeftError(f"{host!r} is a MultiheadAttention, on which PEFT does not support DoRA or lora_bias")
     r, scale, width = max(pair.r for pair in pairs), pairs[0].scale, pairs[0].a.shape[-1]
     tensors: dict[str, Tensor] = {}
     for parameter, inside, rows, share in (
@@ -172,7 +174,7 @@ def _attention(host: str, pairs: list[_Pair]) -> Entry:
 def _parameters(host: str, pairs: list[_Pair]) -> Iterator[Entry]:
     for outside, pair in zip(reversed(range(len(pairs))), pairs):
         if "magnitude" in pair.part.tensors:
-            raise NotInPeftError(f"{pair.part.name!r} is a bare parameter, for which PEFT has no DoRA")
+            raise NotInPeftError(f"{pair.part.name!r} is a bare parameter, on which PEFT does not support DoRA")
         key = f"{PREFIX}{host}" + ".base_layer" * outside
         a, b = pair.a, pair.b
         if pair.part.facts.get("is_transposed") and a.ndim == 3:
@@ -184,17 +186,20 @@ def _parameters(host: str, pairs: list[_Pair]) -> Iterator[Entry]:
 
 
 def take_layer(tensors: Tensors, site: Site, r: int, dora: bool, bias: bool) -> dict[str, Tensor]:
-    """Our tensors for a layer.
+    """Take our tensors for a layer.
 
     Raises:
-        FormatError: one is missing or misshapen, or the layer is one on which PEFT computes something else.
+        FormatError: if one is missing or misshapen, or if PEFT's LoRA gives another result on this layer.
     """
     rows, columns = site.shape
     name, kind = site.name, layer_kind(site.module, site.layout)
     if kind in NOT_IN_PEFT:
-        raise FormatError(f"PEFT's LoRA adapts no weight like {name!r} ({kind}), so no file of its can hold one")
+        raise FormatError(f"PEFT's LoRA does not adapt weights like {name!r} ({kind}), so this file was edited")
     if layer_facts(site.module, site.layout).get("own_forward"):
-        raise FormatError(f"{name!r} has a forward of its own, beside which PEFT adds its change unscaled")
+        raise FormatError(
+            f"{name!r} overrides the forward of its class, and PEFT adds its change outside that forward: the output "
+            "here would differ from PEFT's"
+        )
     if kind == "Embedding":
         a = tensors.take(f"{name}.lora_embedding_A", (r, columns))
         b = tensors.take(f"{name}.lora_embedding_B", (rows, r))
@@ -215,12 +220,12 @@ def _take_convolution(tensors: Tensors, site: Site, r: int) -> tuple[Tensor, Ten
     module, (rows, channels, *kernel) = site.module, site.weight.shape
     if module.padding_mode != "zeros" or set(module.dilation) != {1}:  # type: ignore[arg-type]
         raise FormatError(
-            f"{site.name!r} has dilation {module.dilation} and padding_mode {module.padding_mode!r}, which PEFT's "
-            "change of a convolution leaves out as it runs: it would compute something else here"
+            f"{site.name!r} has dilation {module.dilation} and padding_mode {module.padding_mode!r}, and PEFT's LoRA "
+            "of a convolution ignores both in its forward: the output here would differ from PEFT's"
         )
     groups = int(module.groups)  # type: ignore[arg-type]
     if r % groups:
-        raise FormatError(f"{site.name!r} has {groups} groups, which do not divide r={r}")
+        raise FormatError(f"{site.name!r} has {groups} groups, which do not divide r={r}: PEFT cannot have trained it")
     a = tensors.take(f"{site.name}.lora_A.weight", (r, channels * groups, *kernel))
     b = tensors.take(f"{site.name}.lora_B.weight", (rows, r // groups, *[1] * len(kernel))).flatten(1)
     if groups == 1:
@@ -228,18 +233,20 @@ def _take_convolution(tensors: Tensors, site: Site, r: int) -> tuple[Tensor, Ten
     own = [block[:, g * channels : (g + 1) * channels] for g, block in enumerate(a.chunk(groups))]
     if a.count_nonzero() != torch.cat(own).count_nonzero():
         raise FormatError(
-            f"{site.name!r} has {groups} groups, and its lora_A mixes their channels, which no change of its weight can"
+            f"{site.name!r} has {groups} groups, but its lora_A mixes channels of different groups, which no change of "
+            "the grouped weight can represent"
         )
-    if all(torch.equal(own[0], block) for block in own):  # as it is written here
+    # This package writes the same A for each group, which needs rank r only; other files need a block-diagonal B.
+    if all(torch.equal(own[0], block) for block in own):
         return own[0].flatten(1), b
     return torch.cat(own).flatten(1), torch.block_diag(*b.chunk(groups))
 
 
 def take_attention(tensors: Tensors, name: str, sites: dict[str, Site], r: int) -> dict[str, dict[str, Tensor]]:
-    """Our tensors for the projections of an ``nn.MultiheadAttention``, by the site's name.
+    """Take our tensors for the projections of an ``nn.MultiheadAttention``, by the site's name.
 
     Raises:
-        FormatError: one is missing or misshapen.
+        FormatError: if one is missing or misshapen.
     """
     found = {}
     for site, inside, times in (
@@ -254,16 +261,16 @@ def take_attention(tensors: Tensors, name: str, sites: dict[str, Site], r: int) 
 
 
 def take_parameter(tensors: Tensors, site: Site, outside: int, r: int) -> dict[str, Tensor]:
-    """Our tensors for a bare parameter.
+    """Take our tensors for a bare parameter.
 
     Args:
-        tensors: of the file.
-        site: the parameter.
-        outside: how many adapted parameters of the same module come after it.
-        r: the rank.
+        tensors: The file's tensors.
+        site: The parameter.
+        outside: The number of adapted parameters of the same module that come after it; PEFT nests one wrapper each.
+        r: The rank.
 
     Raises:
-        FormatError: one is missing or misshapen.
+        FormatError: if one is missing or misshapen.
     """
     key = site.host + ".base_layer" * outside
     stored = site.module.get_parameter(site.parameter)
@@ -274,14 +281,14 @@ def take_parameter(tensors: Tensors, site: Site, outside: int, r: int) -> dict[s
     b = tensors.take(f"{key}.lora_B.weight", (rows, r * experts))
     if stored.ndim == 3:
         a, b = a.view(experts, r, columns), b.view(rows, r, experts).permute(2, 0, 1)
-    # PEFT's product is of the weight as it is stored, ours of the matrix it is read as.
+    # PEFT's product changes the weight as it is stored, ours the matrix that the weight is presented as.
     if transposed or isinstance(site.layout, TransposedLayout | EmbeddingLayout):
         a, b = b.mT, a.mT
     return {"lora_A": a.contiguous(), "lora_B": b.contiguous()}
 
 
 def within_rank(pair: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same product with a rank that its matrix can have, where PEFT gave it more."""
+    """Return the same product with a smaller rank, if r is larger than both sides of the matrix."""
     a, b = pair["lora_A"], pair["lora_B"]
     rows, columns = b.shape[-2], a.shape[-1]
     if a.shape[-2] <= max(rows, columns):

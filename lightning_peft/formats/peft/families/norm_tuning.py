@@ -1,6 +1,6 @@
-"""Norm tuning as PEFT writes it: ``peft_type`` LN_TUNING, whose keys are ``<norm>.ln_tuning_layers.<parameter>``.
+"""Convert norm tuning to and from PEFT's ``peft_type`` LN_TUNING, with keys ``<norm>.ln_tuning_layers.<parameter>``.
 
-PEFT trains a copy of each layer, so all that the layer holds is in the file.
+PEFT trains a copy of each layer, so the file has all parameters and buffers of the layer.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ class NormTuningConverter(Converter):
             if is_norm(snapshot.base.module.get_submodule(owner)) and not is_within(owner, *heads)
         ]
         if not norms:
-            raise NotInPeftError("no norm layer trains")
+            raise NotInPeftError("PEFT's LN_TUNING needs a norm layer that trains, and this adapter has none")
         tensors: dict[str, Tensor] = {}
         for norm in norms:
             module = snapshot.base.module.get_submodule(norm)
             state = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
             for key, value in state.items():
-                # Taken out of what is written under plain names.
+                # Removed from ``trained``, whose values are also written under the base's own names.
                 trained = snapshot.trained.pop(f"{norm}.{key}", None)
                 tensors[f"{PREFIX}{norm}.ln_tuning_layers.{key}"] = snapshot.take(value) if trained is None else trained
         snapshot.heads = [head for head in snapshot.heads if head not in norms]
@@ -54,7 +54,7 @@ class NormTuningConverter(Converter):
         for norm in norms:
             module = base.module.get_submodule(norm)
             if not is_norm(module):
-                raise FormatError(f"target_modules: {norm!r} ({type(module).__name__}) is no norm layer")
+                raise FormatError(f"target_modules: {norm!r} ({type(module).__name__}) is not a norm layer")
             for key, value in module.state_dict().items():
                 if not is_adapter_key(key) and (
                     key in module._parameters or tensors.has(f"{norm}.ln_tuning_layers.{key}")

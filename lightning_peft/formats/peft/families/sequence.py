@@ -1,10 +1,11 @@
-"""Methods of the token sequence as PEFT writes them: ``peft_type`` PROMPT_TUNING, P_TUNING and PREFIX_TUNING.
+"""Convert prompts and prefixes to and from PEFT's ``peft_type`` PROMPT_TUNING, P_TUNING and PREFIX_TUNING.
 
-One tensor, ``prompt_embeddings``, without a module's name: (T, width) of prompts; (T, layers x 2 x width) of prefixes,
-each layer's keys before its values. What made them (an encoder, a projection) is folded into them.
+The file has one tensor, ``prompt_embeddings``, without a module name: (T, width) for a prompt, and
+(T, layers x 2 x width) for prefixes, with each layer's keys before its values. Encoders and projections that computed
+them are not saved, only their result.
 
-PEFT puts a prompt before all of a row, padding included; ours stands before what the attention mask keeps. The two
-agree but for rows that are padded on the left.
+PEFT puts a prompt before the whole row, including padding; this package puts it before the first token that the
+attention mask keeps. The outputs agree except for rows that are padded on the left.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ from lightning_peft.methods.prompt_tuning import PromptTuning
 
 __all__ = ["PTuningConverter", "PrefixTuningConverter", "PromptTuningConverter"]
 
-#: what PEFT derives from the base
+#: options that PEFT derives from the base
 _DERIVED = ("token_dim", "num_attention_heads", "num_layers")
-#: what made a prompt, which is in the file as it came out
+#: options of how a prompt was computed, which do not matter because the file has the result
 _MAKING = (
     *("prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"),
     *("encoder_reparameterization_type", "encoder_hidden_size", "encoder_num_layers", "encoder_dropout"),
@@ -40,7 +41,7 @@ _MAKING = (
 
 
 class _PromptConverter(Converter):
-    """What prompt tuning and P-tuning have in common."""
+    """The common part of prompt tuning and P-tuning."""
 
     prefix = "base_model."
 
@@ -49,12 +50,14 @@ class _PromptConverter(Converter):
         assert isinstance(method, PromptMethod)
         for option, value in (("position", "prefix"), ("template", None), ("side", "encoder"), ("targets", "inputs")):
             if getattr(method, option) != value:
-                raise NotInPeftError(f"PEFT puts a prompt first, not by {option}={getattr(method, option)!r}")
+                raise NotInPeftError(
+                    f"PEFT always puts the prompt first, and has no counterpart of {option}={getattr(method, option)!r}"
+                )
         task, heads = task_of(snapshot.base)
         (adapter,) = _adapters(snapshot, PromptAdapter).values()
         layers = config_value(_config(snapshot.base), "num_hidden_layers")
         if layers is None:
-            raise NotInPeftError("PEFT's prompts need a model whose configuration counts its layers")
+            raise NotInPeftError("PEFT's prompts need num_hidden_layers in the model's configuration")
         _add_heads(snapshot, heads)
         prompt = _without_reparameterization(adapter, snapshot)
         config = {
@@ -68,11 +71,11 @@ class _PromptConverter(Converter):
         return Writing({**config, **self.own()}, {"prompt_embeddings": prompt})
 
     def own(self) -> dict[str, Any]:
-        """The options of this kind alone."""
+        """Options that only this type has."""
         return {}
 
     def make(self, tokens: int, name: str, **common: Any) -> PromptMethod:
-        """Our method with a prompt of so many tokens."""
+        """Return our method with a prompt of ``tokens`` virtual tokens."""
         raise NotImplementedError
 
     def read(self, options: Options, tensors: Tensors, base: Base, name: str, **common: Any) -> Reading:
@@ -83,14 +86,15 @@ class _PromptConverter(Converter):
         width = host.get_input_embeddings().embedding_dim
         tokens, sides = method.token_template().tokens, options.get("num_transformer_submodules") or 1
         prompt = tensors.take("prompt_embeddings", (None, width), prefix="")
-        # Of an encoder-decoder PEFT stores a decoder's prompt too, and never uses it.
+        # For an encoder-decoder, PEFT also stores a prompt for the decoder, but never uses it.
         if len(prompt) != tokens * sides:
             raise FormatError(
-                f"'prompt_embeddings' has {len(prompt)} rows; {tokens} x {sides} virtual tokens are declared"
+                f"'prompt_embeddings' has {len(prompt)} entries, but the options declare {tokens} x {sides} virtual "
+                "tokens: they must agree"
             )
         inner = base.inner(outer)
         if inner is None:
-            raise FormatError(f"the module that takes the tokens, {outer!r}, is not in the base")
+            raise FormatError(f"the module that takes the tokens, {outer!r}, is outside the base: load onto the base")
         return Reading(method, {inner: {"prompt": prompt[:tokens].clone()}})
 
 
@@ -131,19 +135,19 @@ class PrefixTuningConverter(Converter):
         method = snapshot.method
         assert isinstance(method, PrefixTuning)
         if method.gate:
-            raise NotInPeftError("PEFT's prefixes have no gate. Train with gate=False for PEFT to read it")
+            raise NotInPeftError("PEFT's prefixes have no gate. For PEFT to read it, train with gate=False")
         if not method.shift_positions:
             raise NotInPeftError(
-                "PEFT counts positions from the end of the prefix. Train with shift_positions=True for PEFT to read it"
+                "PEFT counts positions from the end of the prefix. For PEFT to read it, train with shift_positions=True"
             )
         (task, heads), adapters = task_of(snapshot.base), _adapters(snapshot, PrefixAdapter)
         everywhere = find_attention(snapshot.base.module, "all-attention", (), method.kv_dim)
         if adapters.keys() != everywhere.keys() or task == "SEQ_2_SEQ_LM":
-            raise NotInPeftError("PEFT's prefixes are those of every attention of a decoder")
+            raise NotInPeftError("PEFT's prefixes apply to every attention layer of a decoder, and to no other model")
         _add_heads(snapshot, heads)
         parts = [part for adapter in adapters.values() for part in _without_reparameterization(adapter, snapshot)]
         if len({part.shape for part in parts}) > 1:
-            raise NotInPeftError("PEFT's prefixes have one width in all layers, for keys and for values")
+            raise NotInPeftError("PEFT's prefixes have the same width in all layers, for keys and for values")
         config = {
             "task_type": task,
             "num_virtual_tokens": method.num_virtual_tokens,
@@ -159,7 +163,7 @@ class PrefixTuningConverter(Converter):
         options.ignore(*_DERIVED, "encoder_hidden_size", "prefix_projection", "init_weights")
         sites = find_attention(base.module, "all-attention", (), None)
         if options.get("num_transformer_submodules") not in (None, 1):
-            raise FormatError("num_transformer_submodules=2: prefixes of an encoder-decoder are not supported")
+            raise FormatError("num_transformer_submodules must be 1: prefixes of an encoder-decoder are not supported")
         method = PrefixTuning(
             _count(options),
             targets=base.patterns(sites),
@@ -178,7 +182,7 @@ class PrefixTuningConverter(Converter):
 
 
 def _adapters(snapshot: Snapshot, kind: type[nn.Module]) -> dict[str, Any]:
-    """The method's adapters of a kind, by their hosts in the base."""
+    """The method's adapters of class ``kind``, by the name of their host in the base."""
     found = {}
     for part in snapshot.adapter_records:
         host: Any = snapshot.base.module.get_submodule(part.host)
@@ -190,7 +194,7 @@ def _adapters(snapshot: Snapshot, kind: type[nn.Module]) -> dict[str, Any]:
 
 @torch.no_grad()
 def _without_reparameterization(adapter: Any, snapshot: Snapshot) -> Any:
-    """What an adapter's network makes, as it does after training: a prompt, or keys and values."""
+    """The prompt, or the keys and values, that the adapter's network computes in eval mode."""
     mode = adapter.training
     adapter.eval()
     try:
@@ -202,7 +206,7 @@ def _without_reparameterization(adapter: Any, snapshot: Snapshot) -> Any:
 
 
 def _count(options: Options) -> int:
-    """How many virtual tokens there are."""
+    """The number of virtual tokens that the options declare."""
     tokens = options.get("num_virtual_tokens")
     if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
         raise FormatError(f"num_virtual_tokens must be an integer of at least 1, got {tokens!r}")
@@ -210,7 +214,7 @@ def _count(options: Options) -> int:
 
 
 def _add_heads(snapshot: Snapshot, heads: tuple[str, ...]) -> None:
-    """Let the head of a task be written, trained or not: PEFT makes a copy of it and wants its values."""
+    """Add the head of the task to the snapshot, trained or not: PEFT makes a copy of it and needs its values."""
     for name, module in snapshot.base.modules().items():
         if name.endswith(heads):
             for key, value in module.state_dict().items():
@@ -222,11 +226,11 @@ def _heads(base: Base, of_keys: bool = False) -> int:
     config = _config(base)
     heads = (of_keys and config_value(config, "num_key_value_heads")) or config_value(config, "num_attention_heads")
     if heads is None:
-        raise NotInPeftError("PEFT's prompts need a model whose configuration counts its attention heads")
+        raise NotInPeftError("PEFT's prompts need num_attention_heads in the model's configuration")
     return heads
 
 
 def _config(base: Base) -> Any:
-    """The base's configuration; of its text model, where it has several."""
+    """The base's configuration, or that of its text model if it has several."""
     config: Any = getattr(base.module, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config

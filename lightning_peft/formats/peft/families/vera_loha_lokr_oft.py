@@ -1,4 +1,4 @@
-"""The other weight methods as PEFT writes them: ``peft_type`` VERA, LOHA, LOKR and OFT.
+"""Convert VeRA, LoHa, LoKr and OFT to and from PEFT's ``peft_type`` VERA, LOHA, LOKR and OFT.
 
 | method | keys after the module | where the shape differs from ours |
 |---|---|---|
@@ -30,7 +30,7 @@ __all__ = ["LoHaConverter", "LoKrConverter", "OFTConverter", "VeRAConverter"]
 
 
 class VeRAConverter(LayerConverter):
-    """``peft_type`` VERA. Where the projections are not in the file, both draw them from the same numbers."""
+    """``peft_type`` VERA. If the file does not have the projections, PEFT and this package draw the same ones."""
 
     peft_type = "VERA"
     methods = (VeRA,)
@@ -59,7 +59,7 @@ class VeRAConverter(LayerConverter):
 
 
 class _FactorConverter(LayerConverter):
-    """What LoHa and LoKr have in common: ranks and scales by pattern, and shapes that follow the kernel."""
+    """The common part of LoHa and LoKr: ranks and scales by pattern, and shapes that depend on the kernel."""
 
     kinds = frozenset({"Linear", "Conv"})
     dimensions = frozenset({1, 2})
@@ -83,7 +83,7 @@ class _FactorConverter(LayerConverter):
         }
 
     def common(self, options: Options, names: list[str], base: Base) -> dict[str, Any]:
-        """The arguments that both have."""
+        """The arguments that LoHa and LoKr share."""
         values: dict[str, Any] = {}
         for option, default in (("r", 8), ("alpha", 8)):
             values[option] = options.number(option, default)
@@ -115,7 +115,7 @@ class LoHaConverter(_FactorConverter):
 class LoKrConverter(_FactorConverter):
     """``peft_type`` LOKR.
 
-    PEFT multiplies out the full second factor of a Conv1d along other dimensions, so it is not exchanged.
+    PEFT multiplies the full second factor of a Conv1d along other dimensions, so this case is not converted.
     """
 
     peft_type = "LOKR"
@@ -128,11 +128,11 @@ class LoKrConverter(_FactorConverter):
     )
 
     def place(self, key: str, shape: tuple[int, ...], layer: Layer) -> tuple[str, tuple[int, ...]]:
-        whole = shape == (layer.stored[0], math.prod(layer.stored[1:]))  # the first factor is a number
+        whole = shape == (layer.stored[0], math.prod(layer.stored[1:]))  # the first factor is then 1 x 1
         if key == "lokr_w2" and len(layer.stored) == 3 and not whole:
             raise NotInPeftError(
-                f"PEFT's LOKR of a Conv1d whose second factor is full is no Kronecker product: lower r below half of "
-                f"{max(shape[0], shape[1] // layer.stored[2])} at {layer.name!r}"
+                f"PEFT's LOKR on a Conv1d does not compute the Kronecker product if the second factor is full: set r "
+                f"below half of {max(shape[0], shape[1] // layer.stored[2])} at {layer.name!r}"
             )
         return super().place(key, shape, layer)
 
@@ -143,8 +143,8 @@ class LoKrConverter(_FactorConverter):
 class OFTConverter(LayerConverter):
     """``peft_type`` OFT.
 
-    PEFT's rotation of a convolution's input is not the one that it merges, but for a kernel of one; only that is
-    exchanged. With ``coft`` both cut the entries down to the same ball whenever they run.
+    On a convolution, PEFT's forward and merge agree only for a kernel of size 1, so only this case is converted. With
+    ``coft``, PEFT and this package project the entries onto the same ball in each forward.
     """
 
     peft_type = "OFT"
@@ -163,8 +163,8 @@ class OFTConverter(LayerConverter):
         super().check(layer)
         if layer.kind == "Conv" and (layer.stored[2:] != (1, 1) or layer.host.groups > 1):
             raise NotInPeftError(
-                f"PEFT's OFT of a convolution computes something else as it runs than merged, unless its kernel is one "
-                f"pixel and it has no groups: {layer.name!r} has a weight of {'x'.join(map(str, layer.stored))}"
+                f"PEFT's OFT on a convolution gives another output before than after merging, unless the kernel has "
+                f"size 1 and there is one group: {layer.name!r} has weight shape {'x'.join(map(str, layer.stored))}"
             )
 
     def place(self, key: str, shape: tuple[int, ...], layer: Layer) -> tuple[str, tuple[int, ...]]:
@@ -174,7 +174,7 @@ class OFTConverter(LayerConverter):
         method = snapshot.method
         assert isinstance(method, OFT)
         if method.use_cayley_neumann and method.num_cayley_neumann_terms == 3:
-            raise NotInPeftError("PEFT's OFT has no series of three terms: it takes four for them")
+            raise NotInPeftError("PEFT's OFT computes num_cayley_neumann_terms=3 with four terms: set it to 2 or 4")
         return {
             "r": method.r or 0,
             "oft_block_size": 0 if method.r else method.block_size or 32,
@@ -186,7 +186,9 @@ class OFTConverter(LayerConverter):
 
     def method(self, options: Options, names: list[str], base: Base, **arguments: Any) -> WeightMethod:
         if options.get("oft_block_size") is None:
-            raise FormatError("oft_block_size is missing: before PEFT 0.14 OFT was another function")
+            raise FormatError(
+                "oft_block_size is missing: PEFT before 0.14 computed OFT differently. Train it with a newer PEFT"
+            )
         terms = options.get("num_cayley_neumann_terms", 5)
         return OFT(
             block_size=options.get("oft_block_size", 32) or None,

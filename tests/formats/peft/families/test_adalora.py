@@ -63,14 +63,14 @@ def test_we_read_what_peft_pruned(tmp_path):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"init_r": 10**12}, "lora_A' is 3x32; this base needs 1000000000000x32"),
+        ({"init_r": 10**12}, "lora_A' has shape 3x32, but this base needs 1000000000000x32"),
         ({"init_r": 2.5}, "init_r must be an integer of at least 1, got 2.5"),
-        ({"rank_pattern": {"layers.0": 3}}, "as lists of true and false"),
+        ({"rank_pattern": {"layers.0": 3}}, "must map names to lists of true and false"),
         (
             {"init_r": 4096, "rank_pattern": {f"model.layers.{i}.self_attn.q_proj.lora_E": MANY for i in range(2)}},
-            "init_r=4096 is more than 'model.layers.0.self_attn.q_proj' of 32x32 can have",
+            "init_r=4096 is more than the rank that 'model.layers.0.self_attn.q_proj' of shape 32x32",
         ),
-        ({"rank_pattern": {"model.layers.0.self_attn.q_proj.lora_E": [True]}}, "has 1 entries; init_r is 3"),
+        ({"rank_pattern": {"model.layers.0.self_attn.q_proj.lora_E": [True]}}, "has 1 entries, but init_r is 3"),
     ],
 )
 def test_ranks_that_the_file_does_not_hold(options, said, tmp_path):

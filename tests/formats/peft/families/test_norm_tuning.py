@@ -79,5 +79,5 @@ def test_with_a_head(tmp_path):
 def test_a_module_that_is_no_norm_layer(tmp_path):
     base = build("bert")
     made_by_peft(base, peft.LNTuningConfig(target_modules=["query"]), tmp_path)
-    with pytest.raises(FormatError, match=r"query' \(Linear\) is no norm layer"):
+    with pytest.raises(FormatError, match=r"query' \(Linear\) is not a norm layer"):
         load_adapter(base, tmp_path)

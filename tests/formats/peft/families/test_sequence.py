@@ -172,12 +172,12 @@ def test_from_a_wrapped_model_to_a_bare_one(method, tmp_path):
 @pytest.mark.parametrize(
     ("method", "reason"),
     [
-        (lp.PromptTuning(3, position="suffix"), "not by position='suffix'"),
-        (lp.PromptTuning(template="v1 x1 v2 x*"), "not by template="),
-        (lp.PTuning(3, position="after_bos"), "not by position='after_bos'"),
+        (lp.PromptTuning(3, position="suffix"), "no counterpart of position='suffix'"),
+        (lp.PromptTuning(template="v1 x1 v2 x*"), "no counterpart of template="),
+        (lp.PTuning(3, position="after_bos"), "no counterpart of position='after_bos'"),
         (lp.PrefixTuning(3), "counts positions from the end of the prefix"),
         (lp.PrefixTuning(3, shift_positions=True, gate=True), "have no gate"),
-        (lp.PrefixTuning(3, shift_positions=True, layers=[0]), "every attention of a decoder"),
+        (lp.PrefixTuning(3, shift_positions=True, layers=[0]), "every attention layer of a decoder"),
         (lp.PrefixTuning(3, bottleneck_size=4), "counts positions"),
     ],
 )
@@ -196,10 +196,10 @@ def test_what_peft_cannot_represent_is_written_natively_with_the_reason(method, 
 @pytest.mark.parametrize(
     ("change", "tensor", "reason"),
     [
-        ({"num_virtual_tokens": 4}, None, "has 3 rows; 4 x 1 virtual tokens are declared"),
+        ({"num_virtual_tokens": 4}, None, "has 3 entries, but the options declare 4 x 1 virtual tokens"),
         ({"num_virtual_tokens": "3"}, None, "must be an integer"),
         ({"num_virtual_tokens": None}, None, "num_virtual_tokens"),
-        ({}, torch.zeros(3, 7), "is 3x7; this base needs"),
+        ({}, torch.zeros(3, 7), "has shape 3x7, but this base needs"),
         ({"prompt_scale": 2}, None, "unknown option prompt_scale=2"),
     ],
 )
@@ -216,7 +216,7 @@ def test_files_that_cannot_be_read(change, tensor, reason, tmp_path):
 
 def test_prefixes_of_another_base(tmp_path):
     save_adapter(adapted(build("llama"), lp.PrefixTuning(3, shift_positions=True)), tmp_path)
-    with pytest.raises(FormatError, match="is 3x64; this base needs 3x48"):
+    with pytest.raises(FormatError, match="has shape 3x64, but this base needs 3x48"):
         load_adapter(build("multi_query"), tmp_path, check_base=False)
 
 
@@ -225,5 +225,5 @@ def test_a_prompt_of_a_model_without_attention_is_saved_in_our_own_form(tmp_path
     base = MambaForCausalLM(MambaConfig(**sizes))
     lp.apply(model := copy.deepcopy(base), lp.PromptTuning(2))
     lp.save_adapter(model, tmp_path)
-    assert "attention heads" in read_files(tmp_path).config["reason"]
+    assert "num_attention_heads" in read_files(tmp_path).config["reason"]
     lp.load_adapter(base, tmp_path)
