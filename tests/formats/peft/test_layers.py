@@ -264,7 +264,7 @@ def test_padding_that_peft_leaves_out(tmp_path):
         (peft.LoHaConfig(target_modules=["0"]), {"target_modules": ["1"]}, "target_modules: '1' matches nothing"),
         (peft.VeraConfig(target_modules=["0"], r=4), {"save_projection": False}, "does not mention: .*vera_A"),
         (peft.OFTConfig(target_modules=["0"], oft_block_size=4), {"num_cayley_neumann_terms": 1}, "at least 2"),
-        (peft.OFTConfig(target_modules=["0"], oft_block_size=4), {"oft_block_size": None}, "before PEFT 0.14"),
+        (peft.OFTConfig(target_modules=["0"], oft_block_size=4), {"oft_block_size": None}, "PEFT before 0.14"),
         (
             peft.IA3Config(target_modules=["0"], feedforward_modules=[]),
             {"feedforward_modules": 3},
