@@ -18,7 +18,7 @@ from lightning_peft.core.targeting.base_modules import base_modules
 from lightning_peft.core.targeting.frozen_parts import in_frozen_part
 from lightning_peft.core.targeting.layouts import weight_name
 from lightning_peft.core.targeting.output_head import how_head_was_found
-from lightning_peft.core.targeting.patterns import as_patterns
+from lightning_peft.core.targeting.patterns import TargetError, as_patterns
 from lightning_peft.core.targeting.sites import Site, check_stored, find_sites, matches_site, weight_sites
 from lightning_peft.methods.families.method import PEFTMethod
 
@@ -61,7 +61,7 @@ class WeightMethod(PEFTMethod):
 
     def _without_small(self, sites: dict[str, Site], plan: Plan) -> dict[str, Site]:
         """``sites`` without those that only ``all-linear`` names and that are too small, unless that is all of them."""
-        small = {name: why for name, site in sites.items() if (why := self.too_small(site)) is not None}
+        small = {name: why for name, site in sites.items() if (why := _empty(site) or self.too_small(site)) is not None}
         named = [p for p in (as_patterns(self.targets, "targets") if small else ()) if p != "all-linear"]
         left = {n: why for n, why in small.items() if not any(matches_site(p, sites[n]) for p in named)}
         if not left or len(left) == len(sites):
@@ -87,6 +87,8 @@ class WeightMethod(PEFTMethod):
         sites, left_out = self.find(model, heads)
         check_stored(sites.values())
         sites = self._without_small(sites, plan)
+        if (empty := next(filter(None, map(_empty, sites.values())), None)) is not None:
+            raise TargetError(f"{empty}, so it has nothing to adapt. Exclude it")
         for head in left_out:
             if head not in heads:
                 how = how_head_was_found(model, weight_sites(model))
@@ -124,6 +126,13 @@ class WeightMethod(PEFTMethod):
             for host, adapter in found.items()
             for parameter, part in adapter.weights().items()
         }
+
+
+def _empty(site: Site) -> str | None:
+    """Why the weight at ``site`` holds no numbers; None if it does."""
+    return (
+        None if all(site.shape) else f"{site.name!r} has a weight of {'x'.join(map(str, site.shape))}, without elements"
+    )
 
 
 def _not_reached(model: nn.Module, reached: list[str]) -> list[str]:

@@ -69,3 +69,15 @@ def test_a_rank_of_its_own_adapts_it():
 def test_if_all_are_too_small_it_is_an_error():
     with pytest.raises(ValueError, match="r=64 is above both sides"):
         lp.inspect(Small(), lp.LoRA(r=64))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_layer_without_elements(method):
+    make, _ = METHODS[method]
+    model = Small()
+    model.unused = nn.Linear(4, 0)
+    notes = lp.apply(model, make()).notes
+    assert any(re.search("all-linear leaves out .*unused", note) for note in notes)
+    message = "'unused' has a weight of 0x4, without elements, so it has nothing to adapt. Exclude it"
+    with pytest.raises(lp.TargetError, match=message):
+        lp.inspect(lp.unload(model), make(targets=["unused", "mid"]))
