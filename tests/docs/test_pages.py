@@ -106,10 +106,10 @@ def of_index() -> dict[str, Any]:
 
 def of_adapters() -> dict[str, Any]:
     for name in ("summaries", "questions"):
-        save(f"runs/{name}", lp.LoRA(r=2, name=name))
+        save(f"runs/{name}", lp.LoRA(r=2))
     model = MyOwnModule()
     lp.apply(model, lp.LoRA(r=2))
-    return {"model": model}
+    return {"model": model, "other": MyOwnModule()}
 
 
 def of_many() -> dict[str, Any]:
