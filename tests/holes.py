@@ -10,7 +10,7 @@ _READS = "dropout acts on a layer's input; here the module reads the weight itse
 _NOT_CALLED = "its layers are read and not called: an error at the first forward, or by the audit"
 _NO_VECTORS = "the gate reads the vectors that a linear layer is called with"
 _SHARED = "its three projections share one bias, which cannot change with one of them"
-_NO_SHIFT = "an embedding or a bare parameter has no bias, so no place for a shift"
+_NO_SHIFT = "an embedding or a bare parameter has no bias, a recurrent layer two for one sum: no place for a shift"
 _NO_INPUT = "an embedding is called with ids, which nothing can scale"
 _NO_MODULE = "bare parameters: no module gives an output to change"
 _NO_ATTENTION = "nothing here attends, or one module attends for several layers"
@@ -23,6 +23,7 @@ _NOTHING_FIRST = "there is no head, so nothing would train before the first bloc
 
 _ATTEND = [name for name, kind in KINDS.items() if kind.keys]
 _LINEAR = ["linear", "linear_4d", "fused_qkv", "llama", "gpt2", "vit"]
+_RECURRENT = ["recurrent", "cells"]
 _LOOKED_UP = ["embedding", "tied", "scaled"]
 
 
@@ -36,10 +37,10 @@ def _but(kinds: list[str]) -> list[str]:
 
 #: (method, kind) -> why it cannot be had there, and what its error at the start says
 REFUSED: dict[tuple[str, str], tuple[str, str]] = {
-    **_on(["mha", "mha_batch_first", "mha_kdim", "encoder", "experts", "scaled"], _READS, "dropout", "lora_dropout"),
+    **_on(["mha", "mha_batch_first", "mha_kdim", "encoder", "experts", "scaled", *_RECURRENT], _READS, "dropout", "lora_dropout"),
     **_on(_but(_LINEAR), _NO_VECTORS, "not called with vectors", "gated_lora"),
     **_on(["mha_kdim"], _SHARED, "shares the bias", "ia3", "ssf"),
-    **_on([*_LOOKED_UP, "experts"], _NO_SHIFT, "no place for a shift", "ssf"),
+    **_on([*_LOOKED_UP, "experts", *_RECURRENT], _NO_SHIFT, "no place for a shift", "ssf"),
     **_on(_LOOKED_UP, _NO_INPUT, "no input to scale", "ia3_inputs"),
     **_on(["experts"], _NO_MODULE, "matches nothing", "bottleneck"),
     **_on(_but(_ATTEND), _NO_ATTENTION, "finds no attention", "prefix", "prefix_gate"),

@@ -17,6 +17,7 @@ from tests.methods.tiny import ViT
 from tests.models import (
     MLP,
     Attention,
+    Cells,
     Convolutions,
     Embeddings,
     Encoder,
@@ -24,6 +25,7 @@ from tests.models import (
     Logits,
     MixtureLM,
     Reads,
+    Recurrent,
     ResNet,
     Scaled,
     TiedLM,
@@ -266,6 +268,34 @@ KINDS: dict[str, Kind] = {
         _layers("blocks", {"table": (5, 6), "up_proj": (3, 8, 6), "down_proj": (3, 6, 8)}),
         ["table", "up_proj", "down_proj"],
         last=("blocks.2",),
+    ),
+    "recurrent": Kind(
+        Recurrent,
+        _noise(3, 4, 6),
+        {
+            **{
+                f"lstm.weight_{w}_l{layer}{way}": shape
+                for layer in range(2)
+                for way in ("", "_reverse")
+                for w, shape in {"ih": (20, 6), "hh": (20, 3), "hr": (3, 5)}.items()
+            },
+            **{"gru.weight_ih_l0": (12, 6), "gru.weight_hh_l0": (12, 4)},
+            **{"rnn.weight_ih_l0": (5, 4), "rnn.weight_hh_l0": (5, 5)},
+        },
+        fast_path=True,  # without a gradient
+        head="head",
+        last=("rnn", "head"),
+    ),
+    "cells": Kind(
+        Cells,
+        _noise(3, 4, 6),
+        {
+            **{"lstm.weight_ih": (20, 6), "lstm.weight_hh": (20, 5)},
+            **{"gru.weight_ih": (12, 5), "gru.weight_hh": (12, 4)},
+            **{"rnn.weight_ih": (5, 4), "rnn.weight_hh": (5, 5)},
+        },
+        head="head",
+        last=("rnn", "head"),
     ),
     "scaled": Kind(
         Scaled,

@@ -195,6 +195,41 @@ class Scaled(nn.Module):
         return self.head(torch.tanh(self.fc2(torch.tanh(self.fc1(self.embed(ids))))))
 
 
+class Recurrent(nn.Module):
+    """One recurrent layer of each kind, with layers, directions, projections and dropout between layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(6, 5, num_layers=2, bidirectional=True, proj_size=3, batch_first=True)
+        self.gru = nn.GRU(6, 4, batch_first=True)
+        self.rnn = nn.RNN(4, 5, bias=False, batch_first=True)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (self.lstm, self.gru, self.rnn):
+            x, _ = layer(x)
+        return self.head(x)
+
+
+class Cells(nn.Module):
+    """Cells of each kind, run step by step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTMCell(6, 5)
+        self.gru = nn.GRUCell(5, 4)
+        self.rnn = nn.RNNCell(4, 5, bias=False)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        lstm = gru = rnn = None
+        for step in x.unbind(1):
+            lstm = self.lstm(step, lstm)
+            gru = self.gru(lstm[0], gru)
+            rnn = self.rnn(gru, rnn)
+        return self.head(rnn)
+
+
 class Logits(nn.Module):
     """A Hugging Face model that gives its logits."""
 

@@ -300,7 +300,7 @@ def _set(host: nn.Module, name: str, value: torch.Tensor | None) -> None:
     owner = host.get_submodule(path)
     if value is None or isinstance(value, nn.Parameter):
         before = owner._parameters[last]
-        owner._parameters[last] = value
+        setattr(owner, last, value)  # a recurrent layer keeps a list of its parameters in step
         for width in ("out_features", "out_channels", "num_embeddings"):
             if before is not None and value is not None and getattr(owner, width, None) == len(before):
                 setattr(owner, width, len(value))

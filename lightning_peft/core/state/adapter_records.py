@@ -23,6 +23,7 @@ from lightning_peft.core.targeting.layouts import (
     WeightLayout,
     weight_name,
 )
+from lightning_peft.core.targeting.recurrent import RecurrentLayout
 
 __all__ = [
     "AdapterRecord",
@@ -53,8 +54,8 @@ class AdapterRecord:
         host: the module that carries it, by its name in the base.
         parameter: the adapted weight's name inside the host; ``""`` where the adapter is of no weight.
         kind: ``Linear``, ``Conv1D`` (Hugging Face's, stored transposed), ``Conv``, ``ConvTranspose``, ``Embedding``,
-            ``Norm``, ``Attention`` (a projection of ``nn.MultiheadAttention``), ``Parameter`` (a bare one), or the
-            host's class.
+            ``Norm``, ``Attention`` (a projection of ``nn.MultiheadAttention``), ``Recurrent``, ``Parameter`` (a bare
+            one, or a recurrent cell's), or the host's class.
         shape: the adapted weight's, as it is stored.
         facts: plain values: the adapter's ``r`` and ``scale``, its ``tokens``; a convolution's ``groups``, ``dilation``
             and ``padding_mode``; ``own_forward`` of a layer that computes something else than its class does.
@@ -117,6 +118,8 @@ def layer_kind(host: nn.Module, layout: Any) -> str:
     """What kind of weight a layout of ``host`` reads: see :class:`AdapterRecord`."""
     if isinstance(host, nn.MultiheadAttention):
         return "Attention"
+    if isinstance(layout, RecurrentLayout):
+        return "Recurrent" if isinstance(host, nn.RNNBase) else "Parameter"
     kinds = {
         TransposedLayout: "Conv1D",
         EmbeddingLayout: "Embedding",
@@ -134,6 +137,6 @@ def layer_facts(host: Any, layout: WeightLayout) -> dict[str, Any]:
         facts = {"groups": host.groups, "dilation": list(host.dilation), "padding_mode": host.padding_mode}
     if getattr(host, "is_transposed", False):
         facts["is_transposed"] = True
-    if type(layout) is not WeightLayout and not layout.has_activation and not hasattr(host, "embed_scale"):
+    if type(layout) not in (WeightLayout, RecurrentLayout) and not layout.has_activation and not hasattr(host, "embed_scale"):
         facts["own_forward"] = True
     return facts

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lightning_peft.core.adapters.base import Adapter
 from lightning_peft.core.adapters.stack import AdapterStack
 from lightning_peft.core.batching.layout import BatchLayout, RowError, batch_dims, check_experts, row_dim, take
+from lightning_peft.core.batching.recurrent import is_recurrent, split_recurrent
 from lightning_peft.core.batching.split import split
 from lightning_peft.core.checkpoint_frame import checkpoint_frame, in_backward, recall, remember
 from lightning_peft.core.module_io import tensors_in
@@ -159,7 +160,8 @@ class RowDispatcher:
                 return call(args, kwargs)
 
         try:
-            return split(batch_layout, module, groups, of_group, args, kwargs)
+            divide = split_recurrent if is_recurrent(module) else split
+            return divide(batch_layout, module, groups, of_group, args, kwargs)
         finally:
             for capture, _ in captures:
                 capture.captured = None

@@ -140,6 +140,10 @@ def channels_first(module: nn.Module) -> bool:
 
 
 def _own_width(module: nn.Module) -> int | None:
+    if isinstance(module, nn.RNNBase):
+        return (module.proj_size or module.hidden_size) * (2 if module.bidirectional else 1)
+    if isinstance(module, nn.RNNCellBase):
+        return module.hidden_size
     for attribute in (
         "out_features",
         "out_channels",

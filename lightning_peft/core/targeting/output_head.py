@@ -41,10 +41,10 @@ def _find(model: nn.Module, sites: Mapping[str, Site]) -> tuple[str | None, str]
     left_alone = in_frozen_part(model)
     every = [name for name, site in sites.items() if site.linear_like]
     linear = [name for name in every if not left_alone(name)]
-    if len(every) < 2 or not linear or isinstance(sites[linear[-1]].module, nn.MultiheadAttention):
+    if len(every) < 2 or not linear or sites[linear[-1]].is_part:
         return None, ""
     # Only modules whose whole output comes from the weight count. A bare parameter's module computes more than that.
-    called = [s.host for n, s in sites.items() if n == s.host or isinstance(s.module, nn.MultiheadAttention)]
+    called = [s.host for s in sites.values() if not s.is_bare]
     by_trial = last_layers(model, [host for host in dict.fromkeys(called) if host and not left_alone(host)])
     if by_trial:
         tried = sorted((n for n in linear if sites[n].host in by_trial), key=lambda n: by_trial.index(sites[n].host))

@@ -22,6 +22,7 @@ from lightning_peft.core.targeting.frozen_parts import in_frozen_part, why_froze
 from lightning_peft.core.targeting.layouts import NormLayout, WeightLayout, layout_of
 from lightning_peft.core.targeting.output_head import find_output_head
 from lightning_peft.core.targeting.patterns import TargetError, match, no_match
+from lightning_peft.core.targeting.recurrent import RecurrentLayout, recurrent_weights
 from lightning_peft.core.targeting.selection import select
 from lightning_peft.core.targeting.storage import is_encoded_layer, storage_problem
 
@@ -68,6 +69,11 @@ class Site:
     def is_bare(self) -> bool:
         """Whether the weight is a parameter of a module that is not a known kind of layer."""
         return type(self.layout) is WeightLayout and not isinstance(self.module, nn.MultiheadAttention)
+
+    @property
+    def is_part(self) -> bool:
+        """Whether it is one of several weights of a layer: an attention's projections, those of a recurrent layer."""
+        return self.name != self.host and not self.is_bare
 
     @property
     def bias(self) -> str | None:
@@ -139,8 +145,10 @@ def _sites_of(name: str, module: nn.Module) -> list[Site]:
     if (found := layout_of(module)) is not None:
         layout, linear_like = found
         return [Site(name, name, module, "weight", layout, linear_like)] if name else []
-    if isinstance(module, nn.RNNBase | nn.Sequential | nn.ModuleList | nn.ModuleDict):
-        return []  # an RNN reads a flattened copy of its weights; a container would run the adapter as another layer
+    if names := recurrent_weights(module):
+        return [Site(join(name, p), name, module, p, RecurrentLayout(), linear_like=True) for p in names]
+    if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
+        return []  # a container would run the adapter as another layer
     if getattr(module, "max_norm", None) is not None:
         return []  # the embedding rescales its entries when it runs, so frozen entries would not stay frozen
     bare = {p: t for p, t in module._parameters.items() if t is not None and t.ndim in (2, 3)}
@@ -228,12 +236,11 @@ def _no_linear(model: nn.Module, sites: dict[str, Site], heads: list[str]) -> st
 
 def matches_site(pattern: str, site: Site) -> bool:
     """Whether ``pattern`` matches the site; for a bare parameter, the pattern must contain the parameter's name."""
-    bare = site.name != site.host and not isinstance(site.module, nn.MultiheadAttention)
-    if bare and not re.search(rf"(?<!\w){re.escape(site.parameter)}(?!\w)", pattern):
+    if site.is_bare and not re.search(rf"(?<!\w){re.escape(site.parameter)}(?!\w)", pattern):
         return False  # a glob for modules must not adapt bare parameters (a position table, experts) by accident
     if match(pattern, site.name, site.module):
         return True
-    return isinstance(site.module, nn.MultiheadAttention) and match(pattern, site.host, site.module)
+    return site.is_part and match(pattern, site.host, site.module)
 
 
 def _nothing_to_adapt(pattern: str, modules: Mapping[str, nn.Module], sites: dict[str, Site]) -> str:
@@ -254,14 +261,10 @@ def _nothing_to_adapt(pattern: str, modules: Mapping[str, nn.Module], sites: dic
         return f"{pattern!r} matches {name!r} ({kind}), which contains layers but is not one; nearest: '{pattern}.*'"
     if isinstance(module, nn.Embedding):
         return f"{pattern!r} matches {name!r}, an Embedding with max_norm, which rescales its own weight when it runs"
-    if isinstance(module, nn.RNNBase):
-        return (
-            f"{pattern!r} matches {name!r} ({kind}), which reads a flattened copy of its weights; "
-            "adapt the layers around it"
-        )
     return (
         f"{pattern!r} matches {name!r} ({kind}), which has no weight to adapt; a weight method adapts Linear, "
-        "Conv1d/2d/3d, ConvTranspose1d/2d/3d, Conv1D, Embedding, MultiheadAttention and 2-D or 3-D parameters"
+        "Conv1d/2d/3d, ConvTranspose1d/2d/3d, Conv1D, Embedding, MultiheadAttention, LSTM, GRU, RNN and 2-D or 3-D "
+        "parameters"
     )
 
 

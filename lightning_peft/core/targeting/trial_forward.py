@@ -225,6 +225,8 @@ def _without_values(module: nn.Module, done: dict[int, Any]) -> Any:
     attributes["_modules"] = {
         k: None if child is None else _without_values(child, done) for k, child in module.__dict__["_modules"].items()
     }
+    if isinstance(module, nn.RNNBase):  # it reads them from a list
+        attributes["_flat_weights"] = [attributes["_parameters"].get(name) for name in module._flat_weights_names]
     return twin
 
 
