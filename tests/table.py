@@ -8,6 +8,7 @@ A hole is a cell that no test runs: ``HOLES`` and :func:`hole` say why the invar
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
@@ -72,7 +73,7 @@ def low_rank(r: int, first: int | None = None) -> Callable[[Kind, nn.Module], in
 
 
 def all_biases(model: nn.Module) -> int:
-    return sum(p.numel() for name, p in model.named_parameters() if name.endswith("bias"))
+    return sum(p.numel() for name, p in model.named_parameters() if re.search(r"bias(_[ih]h\w*)?$", name))
 
 
 def lora(**fixed: Any) -> Callable[..., lp.PEFTMethod]:
@@ -110,15 +111,19 @@ def per_input(kind: Kind, model: nn.Module) -> int:
 
 
 def bottlenecks(m: int) -> Callable[[Kind, nn.Module], int]:
-    """2 m d + d + m for each layer that gives d features; an attention is one layer."""
+    """2 m d + d + m for each layer that gives d features; an attention or a recurrent layer is one."""
 
     def count(kind: Kind, model: nn.Module) -> int:
         widths = {}
         for name, (*_, o, _) in kind.matrices.items():
             parent = name.rpartition(".")[0]
-            attention = _module(model, parent)
-            if isinstance(attention, nn.MultiheadAttention):
-                widths[parent] = attention.embed_dim
+            around = _module(model, parent)
+            if isinstance(around, nn.MultiheadAttention):
+                widths[parent] = around.embed_dim
+            elif isinstance(around, nn.RNNBase):
+                widths[parent] = (around.proj_size or around.hidden_size) * (1 + around.bidirectional)
+            elif isinstance(around, nn.RNNCellBase):
+                widths[parent] = around.hidden_size
             else:
                 widths[name] = o
         return sum(2 * m * d + d + m for d in widths.values())

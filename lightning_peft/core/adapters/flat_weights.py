@@ -24,9 +24,16 @@ class FlatWeights:
         if "_flat_weights" not in state:  # while it is being unpickled
             raise AttributeError("_flat_weights")
         values = forward_values(self)  # type: ignore[arg-type]
-        stored = state["_flat_weights"]
-        return [values.get(n, w) for n, w in zip(state["_flat_weights_names"], stored)] if values else stored
+        if not values:
+            return state["_flat_weights"]
+        own = {n: state["_parameters"].get(n, w) for n, w in zip(state["_flat_weights_names"], state["_flat_weights"])}
+        return [values.get(n, w) for n, w in own.items()]
 
     @_flat_weights.setter
     def _flat_weights(self, weights: list[Tensor]) -> None:
         self.__dict__["_flat_weights"] = weights
+
+    def _update_flat_weights(self) -> None:
+        # torch looks here for parameters that were replaced, and would take adapted values for such.
+        if not forward_values(self):  # type: ignore[arg-type]
+            super()._update_flat_weights()  # type: ignore[misc]
