@@ -23,6 +23,7 @@ _NOTHING_FIRST = "there is no head, so nothing would train before the first bloc
 
 _ATTEND = [name for name, kind in KINDS.items() if kind.keys]
 _LINEAR = ["linear", "linear_4d", "fused_qkv", "llama", "gpt2", "vit"]
+_READ = ["mha", "mha_batch_first", "mha_kdim", "encoder", "experts", "scaled"]
 _RECURRENT = ["recurrent", "cells"]
 _LOOKED_UP = ["embedding", "tied", "scaled"]
 
@@ -37,7 +38,7 @@ def _but(kinds: list[str]) -> list[str]:
 
 #: (method, kind) -> why it cannot be had there, and what its error at the start says
 REFUSED: dict[tuple[str, str], tuple[str, str]] = {
-    **_on(["mha", "mha_batch_first", "mha_kdim", "encoder", "experts", "scaled", *_RECURRENT], _READS, "dropout", "lora_dropout"),
+    **_on([*_READ, *_RECURRENT], _READS, "dropout", "lora_dropout"),
     **_on(_but(_LINEAR), _NO_VECTORS, "not called with vectors", "gated_lora"),
     **_on(["mha_kdim"], _SHARED, "shares the bias", "ia3", "ssf"),
     **_on([*_LOOKED_UP, "experts", *_RECURRENT], _NO_SHIFT, "no place for a shift", "ssf"),

@@ -279,8 +279,10 @@ KINDS: dict[str, Kind] = {
                 for way in ("", "_reverse")
                 for w, shape in {"ih": (20, 6), "hh": (20, 3), "hr": (3, 5)}.items()
             },
-            **{"gru.weight_ih_l0": (12, 6), "gru.weight_hh_l0": (12, 4)},
-            **{"rnn.weight_ih_l0": (5, 4), "rnn.weight_hh_l0": (5, 5)},
+            "gru.weight_ih_l0": (12, 6),
+            "gru.weight_hh_l0": (12, 4),
+            "rnn.weight_ih_l0": (5, 4),
+            "rnn.weight_hh_l0": (5, 5),
         },
         fast_path=True,  # without a gradient
         head="head",
@@ -290,9 +292,12 @@ KINDS: dict[str, Kind] = {
         Cells,
         _noise(3, 4, 6),
         {
-            **{"lstm.weight_ih": (20, 6), "lstm.weight_hh": (20, 5)},
-            **{"gru.weight_ih": (12, 5), "gru.weight_hh": (12, 4)},
-            **{"rnn.weight_ih": (5, 4), "rnn.weight_hh": (5, 5)},
+            "lstm.weight_ih": (20, 6),
+            "lstm.weight_hh": (20, 5),
+            "gru.weight_ih": (12, 5),
+            "gru.weight_hh": (12, 4),
+            "rnn.weight_ih": (5, 4),
+            "rnn.weight_hh": (5, 5),
         },
         head="head",
         last=("rnn", "head"),

@@ -8,7 +8,6 @@ A hole is a cell that no test runs: ``HOLES`` and :func:`hole` say why the invar
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
@@ -73,7 +72,11 @@ def low_rank(r: int, first: int | None = None) -> Callable[[Kind, nn.Module], in
 
 
 def all_biases(model: nn.Module) -> int:
-    return sum(p.numel() for name, p in model.named_parameters() if re.search(r"bias(_[ih]h\w*)?$", name))
+    return sum(p.numel() for name, p in model.named_parameters() if name.endswith("bias"))
+
+
+def recurrent_biases(model: nn.Module) -> int:
+    return sum(p.numel() for name, p in model.named_parameters() if ".bias_" in f".{name}")
 
 
 def lora(**fixed: Any) -> Callable[..., lp.PEFTMethod]:
@@ -270,7 +273,7 @@ METHODS: dict[str, Row] = {
     "linear_probe": Row(selection(lp.LinearProbe), in_modules(lambda kind: (str(kind.head),)), selects=True),
     "last_layers": Row(selection(lp.LastLayers, n=1), in_modules(lambda kind: kind.last), selects=True),
     "gradual": Row(selection(lp.GradualUnfreezing), in_modules(lambda kind: ("",)), selects=True),
-    "bitfit": Row(selection(lp.BitFit), lambda kind, model: all_biases(model), selects=True),
+    "bitfit": Row(selection(lp.BitFit), lambda kind, model: all_biases(model) + recurrent_biases(model), selects=True),
     "norm_tuning": Row(selection(lp.NormTuning), lambda kind, model: norms(model), selects=True),
     "rescale": Row(
         lambda kind, **options: Rescale(targets=kind.targets, **options),

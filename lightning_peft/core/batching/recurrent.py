@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -32,7 +33,7 @@ def split_recurrent(
     args: tuple,
     kwargs: dict[str, Any],
 ) -> Any:
-    """As :func:`~lightning_peft.core.batching.split.split`, for a sequence, packed or not, and states (layers, batch, h).
+    """The same as ``batching.split.split``, for a sequence, packed or not, and initial states (layers, batch, width).
 
     Raises:
         RowError: the rows cannot be found in the input.
@@ -48,10 +49,10 @@ def split_recurrent(
     where = row_dim(batch_layout, x, n)
     outputs = []
     for i, rows in enumerate(groups):
-        part = take(x, where, rows, n)
+        part: Any = take(x, where, rows, n)
         if packed is not None:
             part = pack_padded_sequence(part, take(lengths, 0, rows, n), batch_first, enforce_sorted=False)
-        outputs.append(call(i, (part, _map(lambda state, rows=rows: take(state, 1, rows, n), hx)), {}))
+        outputs.append(call(i, (part, _map(partial(take, dim=1, rows=rows, n=n), hx)), {}))
     hidden, states = ([output[i] for output in outputs] for i in (0, 1))
     if packed is not None:
         hidden = [pad_packed_sequence(h, batch_first, total_length=x.shape[1 - where])[0] for h in hidden]

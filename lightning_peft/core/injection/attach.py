@@ -7,7 +7,6 @@ from typing import Any, cast
 from torch import nn
 
 from lightning_peft.core.adapters.base import Adapter
-from lightning_peft.core.adapters.flat_weights import FlatWeights
 from lightning_peft.core.adapters.lookup import hosts
 from lightning_peft.core.adapters.stack import _TENSOR_PARALLEL, Adapted, AdapterStack
 from lightning_peft.core.class_swap import add_mixin, check_mixin, has_mixin, original_class, remove_mixin
@@ -28,8 +27,6 @@ def attach(model: nn.Module, host_name: str, name: str, adapter: Adapter) -> Non
     host = model.get_submodule(host_name)
     if not has_mixin(host, Adapted):
         add_mixin(host, Adapted)  # first: it is what can fail
-        if isinstance(host, nn.RNNBase):
-            add_mixin(host, FlatWeights)
         host.adapters = AdapterStack()
         host.adapters.train(host.training)
         _keep_slow_paths(model, host_name, host)
@@ -74,7 +71,6 @@ def detach(model: nn.Module, host_name: str, name: str | None = None) -> None:
         stack.active = tuple(n for n in stack.active if n != gone)
     stack.refresh()
     if not len(stack):
-        remove_mixin(host, FlatWeights)
         remove_mixin(host, Adapted)
         del host.adapters
         for key in [k for k, hook in host._forward_pre_hooks.items() if hook is _slow_path]:

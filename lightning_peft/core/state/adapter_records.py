@@ -137,6 +137,7 @@ def layer_facts(host: Any, layout: WeightLayout) -> dict[str, Any]:
         facts = {"groups": host.groups, "dilation": list(host.dilation), "padding_mode": host.padding_mode}
     if getattr(host, "is_transposed", False):
         facts["is_transposed"] = True
-    if type(layout) not in (WeightLayout, RecurrentLayout) and not layout.has_activation and not hasattr(host, "embed_scale"):
+    is_read = type(layout) in (WeightLayout, RecurrentLayout)
+    if not is_read and not layout.has_activation and not hasattr(host, "embed_scale"):
         facts["own_forward"] = True
     return facts

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from lightning_peft.core.adapters.base import Adapter
 from lightning_peft.core.adapters.stack import AdapterStack
@@ -183,11 +184,13 @@ class RowDispatcher:
 
     def _check_batch(self, batch_layout: BatchLayout, args: tuple, kwargs: dict[str, Any]) -> None:
         """Refuse a batch whose size does not fit the rows."""
-        given = [t for t in tensors_in((*args, *kwargs.values())) if t.ndim]
+        values = (*args, *kwargs.values())
+        given = [t for t in tensors_in(values) if t.ndim]
         x = next((t for t in given if t.ndim > 1), given[0] if given else None)
         if x is None:
             return
-        sizes = [x.shape[dim] for dim in batch_dims(batch_layout, x)]
+        packed = next((v for v in values if isinstance(v, PackedSequence)), None)
+        sizes = [int(packed.batch_sizes[0])] if packed else [x.shape[dim] for dim in batch_dims(batch_layout, x)]
         # generate runs an encoder before it repeats the rows
         if not {self.n, self.n * self.repeats}.intersection(sizes):
             raise RowError(

@@ -145,8 +145,8 @@ def _sites_of(name: str, module: nn.Module) -> list[Site]:
     if (found := layout_of(module)) is not None:
         layout, linear_like = found
         return [Site(name, name, module, "weight", layout, linear_like)] if name else []
-    if names := recurrent_weights(module):
-        return [Site(join(name, p), name, module, p, RecurrentLayout(), linear_like=True) for p in names]
+    if weights := recurrent_weights(module):
+        return [Site(join(name, p), name, module, p, RecurrentLayout(), linear_like=True) for p in weights]
     if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
         return []  # a container would run the adapter as another layer
     if getattr(module, "max_norm", None) is not None:

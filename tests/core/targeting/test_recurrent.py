@@ -131,7 +131,8 @@ def test_all_linear_and_patterns_find_them_and_the_head_is_a_layer_that_is_calle
         *("last.weight_ih_l0", "last.weight_hh_l0"),
     }
     assert output_head(model) is None
-    for pattern, count in {"rnn": 2, "type:LSTMCell": 2, "type:RNNBase": 4, "weight_hh_l0": 2, "*.weight_ih*": 3}.items():
+    counts = {"rnn": 2, "type:LSTMCell": 2, "type:RNNBase": 4, "weight_hh_l0": 2, "*.weight_ih*": 3}
+    for pattern, count in counts.items():
         assert lp.inspect(model, lp.LoRA(r=2, targets=[pattern])).trainable > 0
         assert len(lp.LoRA(targets=[pattern]).find(model, [])[0]) == count, pattern
 
