@@ -1,6 +1,6 @@
-"""What touches the Trainer: the life of a run, its checkpoints, checks, parameter groups and logs.
+"""Everything that uses the Trainer: hooks of a run, checkpoints, checks, optimizers and logs.
 
-Read ``install``, ``module`` (what the user's module gains), ``lifecycle`` (what happens when) and ``strategy``, then
-``brought_along`` (modules with adapters of their own), ``audit``, ``param_groups``, ``averaging`` and ``logs``;
-``checkpoints`` and ``resume`` are rooms of their own.
+Read ``prepare_run`` (entry point), ``module`` (mixin of the user's module), ``lifecycle`` (order of hooks) and
+``strategy`` (saving, loading, data), then ``optimizers`` and ``param_groups``, ``audit`` and ``zero_gradients``
+(checks), ``checkpoints`` and ``resume``, and last ``brought_along`` (adapters without a method) and the small files.
 """

@@ -1,6 +1,6 @@
-"""Checks at the moments where fine-tuning fails silently: a head left frozen, an adapter that never runs or learns.
+"""Checks for mistakes that would otherwise fail silently: a frozen head, or an adapter that never runs or learns.
 
-Each raises :class:`AuditError` or warns, as the methods' ``audit`` says.
+Each raises :class:`AuditError` or warns, depending on the methods' ``audit`` argument.
 """
 
 from __future__ import annotations
@@ -46,21 +46,25 @@ __all__ = [
 
 
 class AuditError(RuntimeError):
-    """Training would run, and not do what it seems to."""
+    """Raised if training would run without an error, but would not train what the user expects."""
 
 
 def report(model: nn.Module, message: str) -> None:
-    """Raise or warn, whichever is the strictest that a method on ``model`` asks for."""
+    """Raise or warn, by the strictest ``audit`` argument among the methods on ``model``.
+
+    Raises:
+        AuditError: if a method has ``audit="error"``, or if no method is attached.
+    """
     record = injection_state(model)
     levels = {getattr(method, "audit", "error") for method in record.methods.values()} if record else {"error"}
     if "error" in levels:
-        raise AuditError(f"{message} (audit='warn' or 'off' lets it pass)")
+        raise AuditError(f"{message} (to continue anyway, set audit='warn' or 'off')")
     if "warn" in levels:
         warnings.warn(message, stacklevel=2)
 
 
 def audit_head(model: nn.Module) -> None:
-    """A pretrained base whose freshly initialised head is frozen cannot learn its task."""
+    """Report a frozen output head that looks freshly initialised on a base that looks pretrained: it cannot learn."""
     sites = weight_sites(model)
     head = output_head(model, sites)
     if (
@@ -75,21 +79,21 @@ def audit_head(model: nn.Module) -> None:
     if _looks_fresh(sites[head].weight) and others and not any(_looks_fresh(w, any_bound=True) for w in others):
         report(
             model,
-            f"the output head {head!r} is frozen, and its values look freshly initialised while the rest of the "
-            f"model looks pretrained: add trainable=[{head.rpartition('.')[2]!r}]",
+            f"the output head {head!r} is frozen, but its values look freshly initialised while the rest of the model "
+            f"looks pretrained, so it would stay random: add trainable=[{head.rpartition('.')[2]!r}]",
         )
 
 
 def _looks_fresh(weight: Tensor, any_bound: bool = False) -> bool:
-    """Whether the values are those of a common initialiser: uniform as in ``nn.Linear``, or normal with 0.02.
+    """Whether the values look like a common initialisation: uniform as in ``nn.Linear``, or normal with std 0.02.
 
-    With ``any_bound`` a uniform distribution of any width counts (Xavier, Kaiming), which no training leaves behind.
+    With ``any_bound``, a uniform distribution of any width counts (Xavier, Kaiming); trained weights are never uniform.
     """
     weight = local_part(weight)
     if weight.is_meta or not weight.is_floating_point() or not weight.numel():
         return False
     if not weight.any():
-        return not any_bound  # a head of zeros has not trained; another layer of zeros tells nothing of the rest
+        return not any_bound  # a head of zeros is untrained; other layers of zeros are common in trained models too
     if weight.numel() < 64:
         return False
     w = weight.detach().flatten()[:65536].float()
@@ -101,27 +105,27 @@ def _looks_fresh(weight: Tensor, any_bound: bool = False) -> bool:
 
 
 def audit_hyperparameters(hyperparameters: Mapping[str, Any]) -> None:
-    """A module among the hyperparameters is a second copy of the base in every checkpoint, and loads unsafely only."""
+    """Warn about hyperparameters that are modules or other objects, which make checkpoints large or hard to load."""
     for name, value in hyperparameters.items():
         if isinstance(value, nn.Module):
             size = sum(t.numel() * t.element_size() for t in value.state_dict().values())
             warnings.warn(
                 f"the hyperparameter {name!r} is a {type(value).__name__} of {size / 1e6:.3g} MB: every checkpoint "
-                "holds it in full, apart from what weights_only=True reads. In __init__: "
+                "holds a full copy of it, which weights_only=True does not read. In __init__, call "
                 f"self.save_hyperparameters(ignore=[{name!r}])",
                 stacklevel=2,
             )
         elif (reason := unreadable(value)) is not None:
             warnings.warn(
                 f"the hyperparameter {name!r} is a {type(value).__name__}, which torch.load(weights_only=True) refuses "
-                f"({reason}): checkpoints keep it apart. lp.load_from_checkpoint needs {name}=... from you, or "
+                f"({reason}): checkpoints store it separately. Pass {name}=... to lp.load_from_checkpoint, or "
                 "weights_only=False",
                 stacklevel=2,
             )
 
 
 def audit_optimizers(model: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> None:
-    """Every trainable parameter belongs in exactly one optimizer group; compared by identity."""
+    """Report trainable parameters that are not in exactly one optimizer group; parameters are compared by identity."""
     seen: dict[int, int] = {}
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -133,47 +137,59 @@ def audit_optimizers(model: nn.Module, optimizers: Iterable[torch.optim.Optimize
     if absent:
         report(
             model,
-            f"{listed(absent)} would never be updated: no optimizer holds them. Build the optimizer in "
+            f"{listed(absent)} would never be updated, because no optimizer holds them. Build the optimizer in "
             "configure_optimizers over self.parameters() or lp.trainable_parameters(self)",
         )
     if twice:
-        report(model, f"{listed(twice)} are in more than one optimizer group and would be updated twice a step")
+        report(
+            model,
+            f"{listed(twice)} are in more than one optimizer group, so each step would update them twice: remove them "
+            "from all groups but one",
+        )
 
 
 def audit_loss(model: nn.Module, loss: Tensor, optimizers: Iterable[torch.optim.Optimizer]) -> None:
-    """A loss that needs no gradient depends on nothing that trains."""
+    """Refuse a loss that does not require a gradient, because nothing can be learned from it.
+
+    Raises:
+        AuditError: if the loss does not require a gradient; the message names probable causes.
+    """
     if not loss.requires_grad:
         deferred = {id(p) for p in deferred_parameters(model)}
         held = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]} - deferred
         off = [name for name, p in model.named_parameters() if id(p) in held and not p.requires_grad]
         if off:
             raise AuditError(
-                "the loss of this step depends on no parameter that requires a gradient, so nothing can be learned "
-                f"from it: {listed(off)} require none at this moment (toggle_optimizer of another optimizer, or frozen "
-                "by hand). Compute the loss from what the toggled optimizer trains, and skip the step of an optimizer "
-                "that has nothing to train"
+                "the loss of this step does not depend on any parameter that requires a gradient, so nothing can be "
+                f"learned from it: {listed(off)} do not require gradients now (another optimizer is toggled, or they "
+                "were frozen by hand). Compute the loss from parameters of the toggled optimizer, and skip the step of "
+                "an optimizer that has nothing to train"
             )
         raise AuditError(
-            "the loss depends on no trainable parameter, so nothing can be learned from it: the model ran under "
-            "no_grad, the loss was detached, or gradient checkpointing with use_reentrant=True cut off its regions, "
-            "whose inputs need no gradient in a frozen base. Set use_reentrant=False (in transformers: "
-            "gradient_checkpointing_kwargs={'use_reentrant': False}), or let the inputs require gradients "
-            "(model.enable_input_require_grads())"
+            "the loss does not depend on any trainable parameter, so nothing can be learned from it: the model ran "
+            "under no_grad, the loss was detached, or gradient checkpointing with use_reentrant=True dropped the "
+            "gradients, because inputs do not require gradients in a frozen base. Set use_reentrant=False (in "
+            "transformers: gradient_checkpointing_kwargs={'use_reentrant': False}), or make the inputs require "
+            "gradients (model.enable_input_require_grads())"
         )
 
 
 def audit_scaler(scaler: object, optimizer: torch.optim.Optimizer) -> None:
-    """torch's GradScaler fails in the step of an optimizer without gradients, and does not say why."""
+    """Refuse a step that would fail in torch's GradScaler, whose own error does not name the cause.
+
+    Raises:
+        AuditError: if ``scaler`` is a GradScaler and ``optimizer`` has no gradients.
+    """
     if isinstance(scaler, torch.amp.GradScaler) and not has_gradients(optimizer):
         raise AuditError(
             f"{type(optimizer).__name__} has no gradient in this step, and the gradient scaler of precision='16-mixed' "
-            "cannot step without one: the loss depends on none of its parameters. Let it depend on the adapters or "
-            "trained modules in every batch (return None from training_step to skip one), or use precision='bf16-mixed'"
+            "cannot step without one: the loss does not depend on its parameters. Make the loss depend on adapters or "
+            "trained modules in every batch, return None from training_step to skip it, or use precision='bf16-mixed'"
         )
 
 
 class UnfrozenAudit:
-    """Parameters that the user unfreezes during a fit are in no optimizer, unless the user puts them there."""
+    """Reports parameters that the user unfreezes during a fit without adding them to an optimizer."""
 
     def __init__(self, model: nn.Module) -> None:
         later = {id(p) for p in deferred_parameters(model)}
@@ -181,7 +197,7 @@ class UnfrozenAudit:
         self.model, self.frozen = model, frozen
 
     def look(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
-        """Report those that require gradients by now; each once."""
+        """Report parameters that were unfrozen since the fit started and that no optimizer holds, each once."""
         unfrozen = {name: p for name, p in self.frozen.items() if p.requires_grad}
         if not unfrozen:
             return
@@ -190,14 +206,14 @@ class UnfrozenAudit:
         if idle := [name for name, p in unfrozen.items() if id(p) not in held]:
             report(
                 self.model,
-                f"{listed(idle)} were unfrozen during the fit and would not be updated: no optimizer holds them. Let "
-                "lp.GradualUnfreezing unfreeze them, name them in trainable from the start, or give them to the "
-                "optimizer (optimizer.add_param_group)",
+                f"{listed(idle)} were unfrozen during the fit but would not be updated, because no optimizer holds "
+                "them. Unfreeze them with lp.GradualUnfreezing, name them in trainable from the start, or add them to "
+                "an optimizer (optimizer.add_param_group)",
             )
 
 
 def audit_active(model: nn.Module) -> None:
-    """An adapter that is to train and takes no part learns nothing, unless rows of a batch will name it."""
+    """Warn about trainable adapters that are inactive and that lp.rows has not named: they would not learn."""
     idle = {
         name
         for stack in stacks(model).values()
@@ -206,25 +222,26 @@ def audit_active(model: nn.Module) -> None:
     }
     if idle:
         warnings.warn(
-            f"{sorted(idle)} are to train and are not active: they learn only where lp.set_active or lp.rows "
-            "lets them take part",
+            f"{sorted(idle)} are trainable but inactive, so they do not learn: activate them with lp.set_active or "
+            "lp.rows",
             stacklevel=2,
         )
 
 
 class CallAudit:
-    """Notes which adapted modules are called, and which have their weights read, while one batch runs.
+    """Records which adapted modules are called, and which have their weights read, while one batch runs.
 
-    Code that reads a weight gets the adapted one. An adapter that works on activations needs the module to be called:
-    if the module was read and not called, a parent computes with its weights and the adapter is bypassed. A module
-    that was neither is not used by this batch.
+    Code that reads a weight gets the adapted one, so weight adapters work either way. An adapter on activations works
+    only if its module is called. If the module's weight is read but the module is not called, a parent computes with
+    the weight directly and bypasses the adapter. A module with neither is not used by this batch.
 
-    No hooks: their presence alone changes which path some modules take.
+    This swaps classes instead of registering hooks, because some modules (nn.TransformerEncoderLayer, for example)
+    take another code path if hooks are present.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        # An adapter without parameters only helps another one, which is watched itself.
+        # An adapter without parameters only supports another adapter, whose module is watched itself.
         found = [(name, host, cast(AdapterStack, host.adapters)) for name, host in hosts(model)]
         self.watched = {n: h for n, h, stack in found if stack.active and any(True for _ in stack.parameters())}
         for host in self.watched.values():
@@ -232,7 +249,7 @@ class CallAudit:
             add_mixin(host, _Watched)
 
     def finish(self) -> tuple[set[str], list[str]]:
-        """Stop watching; the names of the modules that were called, and of those that were bypassed."""
+        """Stop watching. Returns the names of the modules that were called, and of those that were bypassed."""
         called, bypassed = set(), []
         for name, host in self.watched.items():
             remove_mixin(host, _Watched)
@@ -245,20 +262,20 @@ class CallAudit:
         return called, bypassed
 
     def report(self, where: str) -> set[str]:
-        """Stop watching, and report what was bypassed; returns the names of the modules that were called."""
+        """Stop watching and report bypassed adapters. Returns the names of the modules that were called."""
         called, bypassed = self.finish()
         if bypassed:
             report(
                 self.model,
-                f"the adapters of {listed(bypassed)} did not run in {where}: a parent module reads their weights and "
-                "computes without calling them, so their activations cannot be adapted. Exclude them, adapt the module "
-                "that reads them, or use a method that changes weights, such as lp.LoRA",
+                f"the adapters of {listed(bypassed)} did not run in {where}: a parent module reads the weights of these "
+                "modules without calling them, so their activations cannot be adapted. Exclude them, adapt the parent "
+                "module, or use a method that changes weights, such as lp.LoRA",
             )
         return called
 
 
 class _Watched(nn.Module):
-    """Mixin of a module under a :class:`CallAudit`."""
+    """Mixin for a module that a :class:`CallAudit` watches."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self.__dict__["_peft_seen"].add("called")
@@ -271,10 +288,10 @@ class _Watched(nn.Module):
 
 
 class GradientAudit:
-    """Every trainable parameter gets a finite gradient, soon.
+    """Checks that every trainable parameter gets a finite gradient within the first ``steps`` steps.
 
-    What is wrong for certain is an error at the first step. A parameter without a gradient whose module was not
-    used in that step may be used in a later one; it is reported if it got none within ``steps`` steps.
+    Certain mistakes are reported at the first step. If a parameter has no gradient because its module was not used in
+    that step (a mixture of experts, for example), a later step may use it. It is reported after ``steps`` steps.
     """
 
     def __init__(self, model: nn.Module, steps: int = 10) -> None:
@@ -284,11 +301,11 @@ class GradientAudit:
         self.done = 0
 
     def step(self, called: set[str] | None, scaled: bool) -> None:
-        """Look at the gradients before one optimizer step.
+        """Check the gradients before one optimizer step.
 
         Args:
-            called: names of the adapted modules that ran in the first batch; None where that is not known.
-            scaled: gradients were scaled for half precision, where an overflow is part of the game.
+            called: The names of the adapted modules that ran in the first batch; None if they are not known.
+            scaled: Whether gradients are scaled for half precision; overflows are then normal in the first steps.
         """
         self.done += 1
         parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
@@ -298,27 +315,29 @@ class GradientAudit:
             if bad:
                 report(
                     self.model,
-                    f"{listed(bad)} got a gradient that is not finite in the first step: lower the learning rate, or "
-                    "alpha",
+                    f"{listed(bad)} got a gradient that is not finite in the first step, so training would produce "
+                    "NaN: lower alpha, or check the inputs and the loss",
                 )
             ran = [n for n in self.waiting if called is not None and host_of(n) in called]
             ran = [n for n in ran if _took_part(self.model, n)]
             if ran:
                 self._report(
                     sorted(ran),
-                    "their modules ran, but cut off from the loss (no_grad, detach, or gradient checkpointing with "
-                    "use_reentrant=True, which a frozen base needs use_reentrant=False for)",
+                    "their modules ran, but were cut off from the loss by no_grad, detach, or gradient checkpointing "
+                    "with use_reentrant=True (a frozen base needs use_reentrant=False)",
                     routing=False,
                 )
         if self.done == self.steps:
             self.finish()
 
     def finish(self) -> None:
-        """Report what got no gradient so far."""
+        """Report the parameters that have not had a gradient so far."""
         idle = {name for name in self.waiting if not _took_part(self.model, name)}
         if idle and self.done:
             self._report(
-                sorted(idle), "their adapters are not active (lp.set_active), or no row named them", routing=False
+                sorted(idle),
+                "their adapters are not active (lp.set_active), or lp.rows never named them",
+                routing=False,
             )
         if self.waiting and self.done:
             self._report(sorted(self.waiting), "their modules were not called")
@@ -330,13 +349,15 @@ class GradientAudit:
         steps = "the first step" if self.done == 1 else f"the first {self.done} steps"
         message = f"{listed(names)} got no gradient in {steps}: {why}"
         if routing and _examples_of_each_kind(names, trained):
-            warnings.warn(f"{message}. Others of the same kind did, so this may be routing.", stacklevel=2)
+            warnings.warn(
+                f"{message}. Parameters of the same kind did, so this may be the routing of experts.", stacklevel=2
+            )
         else:
-            report(self.model, f"{message}; exclude them, or find out why")
+            report(self.model, f"{message}. Exclude them from targets, or make the loss depend on them")
 
 
 def _took_part(model: nn.Module, parameter: str) -> bool:
-    """Whether the adapter that owns ``parameter``, if one does, runs where its host does: active, or named by rows."""
+    """Whether the adapter that owns ``parameter`` is active or was named by lp.rows; True if no adapter owns it."""
     for name, stack in stacks(model).items():
         if is_adapter_key(parameter) and host_of(parameter) == name:
             running = stack.active if stack.ever_routed is None else stack.ever_routed
@@ -349,27 +370,37 @@ def _finite(gradient: Tensor) -> bool:
 
 
 def audit_ranks(model: nn.Module) -> None:
-    """All ranks of a distributed run hold the same adapters; sharded ones are left out."""
+    """Check that all ranks of a distributed run hold the same adapters; sharded tensors are skipped.
+
+    Raises:
+        AuditError: if a rank differs; the message names the tensors.
+    """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return
     own, full = owned_keys(model), {canonical(k): v for k, v in nn.Module.state_dict(model).items()}
     state = {k: full[k] for k in own if not full[k].is_meta and not is_sharded(full[k])}
     digest = {k: (tuple(v.shape), float(v.double().sum()), float(v.double().norm())) for k, v in state.items()}
     for rank, keys in _differences(digest):
-        raise AuditError(f"rank {rank} holds other adapters than rank 0: {listed(keys)}")
+        raise AuditError(
+            f"rank {rank} holds other adapters than rank 0: {listed(keys)}. Apply the same methods with the same "
+            "seed on every rank"
+        )
 
 
 def audit_methods(methods: Iterable[Any]) -> None:
-    """All ranks of a distributed run attach the same methods and initialise them from the same seed.
+    """Check that all ranks of a distributed run attach the same methods and initialise them from the same seed.
 
-    Where a module shards itself, no rank ever sees another's adapters: every one would train its own.
+    If a module shards itself, no later step copies the adapters of one rank to another, so each would train its own.
+
+    Raises:
+        AuditError: if a rank differs; the message names the settings.
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return
     said = {f"{type(m).__name__} {m.name!r}: {k}": v for m in methods for k, v in m.config().items()}
     said["seed_everything"] = os.environ.get("PL_GLOBAL_SEED")
     for rank, keys in _differences(said):
-        raise AuditError(f"rank {rank} has other settings than rank 0: {listed(keys)}")
+        raise AuditError(f"rank {rank} has other settings than rank 0: {listed(keys)}. Use the same on every rank")
 
 
 def _differences(mine: dict[str, Any]) -> Iterator[tuple[int, list[str]]]:

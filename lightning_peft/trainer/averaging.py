@@ -1,7 +1,7 @@
-"""Weight averaging (EMA) of the trainable state: Lightning's callback, made to average nothing but what trains.
+"""Make Lightning's weight averaging (EMA) callbacks average the trainable state only.
 
-Averaging the frozen base as well would cost a second copy of it in memory and in every checkpoint, and would change
-it: a moving average of equal values is equal only up to rounding.
+Averaging the frozen base too would cost a second copy of it in memory and in every checkpoint. It would also change the
+base, because a moving average of equal values is equal to them only up to rounding.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = ["TrainableAveraging", "adapt_averaging", "start_averaging"]
 if TYPE_CHECKING:
     from lightning.pytorch.callbacks import Callback, WeightAveraging
 else:
-    WeightAveraging = object  # the callback's own class may be of either of Lightning's packages
+    WeightAveraging = object  # the user's callback may come from lightning or pytorch_lightning
 
 
 class TrainableAveraging(WeightAveraging):
@@ -34,13 +34,13 @@ class TrainableAveraging(WeightAveraging):
 
     @property
     def state_key(self) -> str:
-        return original_class(self).__qualname__  # as in a run without methods
+        return original_class(self).__qualname__  # the same key in checkpoints as without methods
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        pass  # the average begins when the adapters are in; see start
+        pass  # too early: adapters do not exist yet. See start
 
     def start(self, module: L.LightningModule) -> None:
-        """Begin the average from the module's trainable state."""
+        """Start the average with the module's trainable state."""
         device = self._device or module.device
         self._average_model = _Average(_Trainable(module), device, use_buffers=self._use_buffers, **self._kwargs)
 
@@ -64,7 +64,10 @@ class TrainableAveraging(WeightAveraging):
 
 
 class _Trainable(nn.Module):
-    """The parameters of a model that train, and the buffers that training moves, under flat names; not copies."""
+    """A flat view of a model's trainable parameters and of the buffers that training updates; it copies nothing.
+
+    Names contain ``/`` instead of ``.``, which torch does not allow in the name of a registered parameter.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -88,17 +91,17 @@ def _renamed(state: Mapping[str, torch.Tensor], old: str, new: str) -> dict[str,
 
 
 def adapt_averaging(callbacks: list[Callback]) -> None:
-    """Make the averaging callbacks fit adapted modules, wherever in the list they are.
+    """Adapt all weight averaging callbacks, at any position in the list, to modules with adapters.
 
     Raises:
-        MisconfigurationException: there is a StochasticWeightAveraging.
+        MisconfigurationException: if one is a StochasticWeightAveraging.
     """
     for callback in callbacks:
         if isinstance(callback, lightning_classes("callbacks.StochasticWeightAveraging")):
             raise MisconfigurationException(
-                "StochasticWeightAveraging copies the model before the adapters are in, and resets the statistics of "
-                "frozen norm layers; use lightning.pytorch.callbacks.WeightAveraging or EMAWeightAveraging, which "
-                "average what trains"
+                "StochasticWeightAveraging is not supported with PEFT methods: it copies the model before the adapters "
+                "are injected, and resets the statistics of frozen norm layers. Use "
+                "lightning.pytorch.callbacks.WeightAveraging or EMAWeightAveraging"
             )
         if isinstance(callback, lightning_classes("callbacks.WeightAveraging")):
             add_mixin(callback, TrainableAveraging)
@@ -106,7 +109,7 @@ def adapt_averaging(callbacks: list[Callback]) -> None:
 
 
 def start_averaging(trainer: Any, module: L.LightningModule) -> None:
-    """Begin the averages of a fit, after injection and before a checkpoint is restored."""
+    """Start the averages of a fit. Call this after injection and before a checkpoint is restored."""
     if trainer is not None and trainer.state.fn == "fit":
         for callback in trainer.callbacks:
             if has_mixin(callback, TrainableAveraging) and callback._average_model is None:

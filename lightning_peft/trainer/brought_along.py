@@ -1,10 +1,10 @@
-"""Modules that bring trainable adapters along, without a method among the Trainer's callbacks.
+"""Support modules that already have trainable adapters, without a method among the Trainer's callbacks.
 
-A module may load an adapter or apply a method to a part of itself (``lp.load_adapter(self.net, ..., trainable=True)``)
-in ``__init__``, ``setup`` or ``configure_model``, or hold a network that was adapted before. A part does not know the
-module around it, so the Trainer's side has to look. Lightning asks the entry point
-``lightning.pytorch.callbacks_factory`` for callbacks when a Trainer is made; ours changes nothing unless the module of
-a run has adapters that train.
+A module may load an adapter or apply a method to a submodule (``lp.load_adapter(self.net, ..., trainable=True)``) in
+``__init__``, ``setup`` or ``configure_model``, or hold a network that was adapted before. The submodule has no
+reference to the LightningModule around it, so a callback must look for it. Lightning gets this callback from the entry
+point ``lightning.pytorch.callbacks_factory`` whenever a Trainer is created. It has no effect unless the module of the
+run has trainable adapters.
 """
 
 from __future__ import annotations
@@ -33,35 +33,35 @@ _trainers: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def callbacks() -> list[Callback]:
-    """What every Trainer gets; see the module's text."""
+    """The callbacks that Lightning adds to every Trainer; see the docstring of this file."""
     return [FindAdapters()]
 
 
 def is_registered() -> bool:
-    """Whether Lightning finds :func:`callbacks`: not for a checkout that is on the path and not installed."""
+    """Whether Lightning finds :func:`callbacks`. It does not if the package is on the path but not installed."""
     return any(point.value == f"{__name__}:callbacks" for group in GROUPS for point in entry_points(group=group))
 
 
 class FindAdapters(Callback):
-    """Prepares a run whose module brings trainable adapters along, as an attached method would."""
+    """Prepares a run whose module already has trainable adapters, as an attached method would."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        _trainers.add(trainer)  # the module's own setup and configure_model come after this
+        _trainers.add(trainer)  # the module's own setup and configure_model run later, and may load adapters too
         _prepare(trainer)
 
 
 def adapt_around(module: L.LightningModule) -> None:
-    """Let a LightningModule write trimmed checkpoints, with what trains outside of its adapted part in them.
+    """Make a LightningModule write trimmed checkpoints that include trained parameters outside its adapted submodule.
 
     Raises:
-        MisconfigurationException: two parts of the module were adapted separately.
+        MisconfigurationException: if two submodules were adapted separately.
     """
     parts = [name for name, part in module.named_modules() if "_peft_injection" in vars(part)]
     if len(parts) > 1:
         raise MisconfigurationException(
-            f"{parts[0]!r} and {parts[1]!r} of {type(module).__name__} were adapted separately, and a checkpoint has "
-            "one list of methods: apply the methods to the LightningModule itself, or load the adapters onto it, each "
-            "under a name of its own"
+            f"{parts[0]!r} and {parts[1]!r} of {type(module).__name__} were adapted separately, but a checkpoint has "
+            "only one list of methods: apply the methods to the LightningModule itself, or load the adapters onto it, "
+            "each under its own name"
         )
     widen_record(module, freeze=False)
     adapt_module(module)

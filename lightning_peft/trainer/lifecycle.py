@@ -1,22 +1,22 @@
-"""What happens once per Trainer, however many methods are attached: checks, RNG states, logging.
+"""A callback that does, once per Trainer, what all attached methods share: checks, RNG states, logging.
 
-The first method's ``setup`` puts one :class:`Lifecycle` beside it into ``trainer.callbacks``.
+The ``setup`` of the first method adds one :class:`Lifecycle` to ``trainer.callbacks``.
 
-The order of Lightning's hooks in a fit, with the part that each has here or in the methods::
+The order of Lightning's hooks in a fit, and what this package does in each::
 
-    setup                      methods wrap configure_model; here: the strategy saves trimmed checkpoints
-    configure_model            the user's modules exist; adapters go in, before sharding and the optimizer
-    on_load_checkpoint         on resume: gradients of an unfinished accumulation
-    load_state_dict            on resume: RNG states
-    configure_optimizers       the user's optimizer; methods change its parameter groups
-    on_fit_start               record, head, optimizers and saving are checked; the start is logged
-    on_train_start             ranks are compared; loaders, streams and gradients are restored
-    on_train_batch_start       adapters and heads to training mode; the first batch is watched
-    on_before_backward         the loss is checked
-    on_before_optimizer_step   which adapters ran, which parameters got finite gradients
-    on_train_batch_end         ranks are compared once, after the first step
-    on_save_checkpoint         streams and gradients are added to the trimmed state
-    on_train_end, on_fit_end   modes as before; the sizes are logged
+    setup                      methods wrap configure_model; the strategy is made to save trimmed checkpoints
+    configure_model            the user's modules exist; adapters are injected, before sharding and the optimizer
+    on_load_checkpoint         on resume: read the gradients of an unfinished accumulation
+    load_state_dict            on resume: read the RNG states
+    configure_optimizers       the user builds the optimizer; methods change its parameter groups
+    on_fit_start               check record, head, optimizers and saving; log the start
+    on_train_start             compare ranks; restore loaders, RNG states and gradients
+    on_train_batch_start       set adapters and heads to training mode; watch the first batch
+    on_before_backward         check the loss
+    on_before_optimizer_step   check which adapters ran and which parameters got finite gradients
+    on_train_batch_end         compare ranks once, after the first step
+    on_save_checkpoint         add RNG states and gradients to the trimmed state
+    on_train_end, on_fit_end   restore the modes; log the sizes
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ GRADIENTS = "lightning_peft_gradients"
 
 
 class Lifecycle(Callback):
-    """The Trainer's side of all attached methods."""
+    """Runs the checks, the exact resume and the logging that all attached methods share."""
 
     def __init__(self) -> None:
         self._loaders = TrainingLoaders()
@@ -78,7 +78,7 @@ class Lifecycle(Callback):
         audit.audit_optimizers(pl_module, trainer.optimizers)
         try_saving(trainer, pl_module)
         self._unfrozen = audit.UnfrozenAudit(pl_module)
-        # With several optimizers, parameters take turns.
+        # With several optimizers, one step legitimately leaves the others' parameters without a gradient.
         self._gradient_audit = audit.GradientAudit(pl_module) if len(trainer.optimizers) == 1 else None
         self._zero_gradients = ZeroGradientAudit(pl_module)
         self._modes = TrainingMode(pl_module)
@@ -96,11 +96,11 @@ class Lifecycle(Callback):
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         if self._modes is not None:
-            self._modes.enter()  # in every batch, since hooks may put the module that carries an adapter in eval mode
+            self._modes.enter()  # in every batch, because the user's hooks may set an adapted module to eval mode
         self._watch("training", pl_module)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
-        if self._calls is not None:  # a step that never came to its optimizer
+        if self._calls is not None:  # the batch ended without an optimizer step
             self._stop_watching("training")
         if not self._ranks_checked and trainer.global_step > 0:
             self._ranks_checked = True
@@ -116,7 +116,7 @@ class Lifecycle(Callback):
         if self._unfrozen is not None:
             self._unfrozen.look(trainer.optimizers)
         if pl_module.automatic_optimization and not self._went_backward:
-            return  # training_step returned None, so nothing has a gradient, for a good reason
+            return  # training_step returned None to skip the batch, so it is right that nothing has a gradient
         self._went_backward = False
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         if self._gradient_audit is not None:
@@ -147,7 +147,7 @@ class Lifecycle(Callback):
         if stage in self._watched or self._calls is not None:
             return
         if _compiled(module):
-            self._watched.add(stage)  # so that no later batch asks again
+            self._watched.add(stage)  # later batches need not check again
         else:
             self._calls = audit.CallAudit(module)
 
@@ -180,7 +180,7 @@ class Lifecycle(Callback):
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         self._loaders.save_released(checkpoint)
-        # Between two steps of accumulation the gradients so far are part of the state.
+        # In the middle of gradient accumulation, the gradients so far are part of the state.
         if trainer.accumulate_grad_batches > 1 and trainer.fit_loop._should_accumulate():
             grads = {canonical(n): p.grad.cpu() for n, p in pl_module.named_parameters() if p.grad is not None}
             checkpoint[GRADIENTS] = gather_ranks(grads)
@@ -190,6 +190,6 @@ class Lifecycle(Callback):
 
 
 def _compiled(model: nn.Module) -> bool:
-    """Whether something is compiled; watching a batch would compile it anew."""
+    """Whether a module is compiled. Watching a batch swaps classes, which would trigger a recompilation."""
     optimized = torch._dynamo.eval_frame.OptimizedModule
     return any(isinstance(m, optimized) or m._compiled_call_impl is not None for m in model.modules())

@@ -1,4 +1,4 @@
-"""Load a trained module from its checkpoint alone."""
+"""``lp.load_from_checkpoint``: build a trained module from its checkpoint, without a Trainer."""
 
 from __future__ import annotations
 
@@ -32,24 +32,26 @@ M = TypeVar("M", bound=L.LightningModule)
 def load_from_checkpoint(
     module_class: type[M], path: str | Path, map_location: Any = "cpu", weights_only: bool = True, **kwargs: Any
 ) -> M:
-    """Build the module, put the checkpoint's adapters in and load the trainable state.
+    """Build the module, inject the checkpoint's adapters and load the trainable state.
 
-    The base is built by ``module_class`` itself (its ``__init__``, ``configure_model``, and ``setup("predict")`` where
-    the layers only come to be there), with the hyperparameters that the checkpoint holds. A hyperparameter that names
-    code (a class path, a value for an argument that takes objects) is never used: give it as an argument.
+    ``module_class`` builds the base with the saved hyperparameters: ``__init__``, ``configure_model``, and
+    ``setup("predict")`` if the layers do not exist before. A saved hyperparameter that names code (a class path, or a
+    value for an argument that takes objects) is never used: pass it as an argument.
 
     Args:
-        module_class: the class that was trained.
-        path: a checkpoint written by a Trainer with methods attached.
-        map_location: where to put the tensors.
-        weights_only: read tensors and plain values only. With False, hyperparameters of any kind are read, and any
-            code that the file names runs: for files that you trust.
-        **kwargs: arguments of ``module_class``; they override or complete the saved hyperparameters.
+        module_class: The class that was trained.
+        path: A checkpoint written by a Trainer with methods attached.
+        map_location: The device to load the tensors to.
+        weights_only: Read tensors and plain values only. With False, hyperparameters of any type are read, and any code
+            that the file names runs: use it only for files that you trust.
+        **kwargs: Arguments of ``module_class``; they override and complete the saved hyperparameters.
+
+    Returns:
+        The module with its adapters, on ``map_location``.
 
     Raises:
-        StateError: the checkpoint has no manifest, does not fit, was trained on another base, or would run code; or a
-            hyperparameter names code and was not given.
-            The same for a method that is not defined here.
+        StateError: if the checkpoint has no manifest, does not fit the module, was trained on another base, or would
+            run code; if a hyperparameter names code and was not passed; or if a method is not defined here.
     """
     checkpoint = read_checkpoint(path, map_location, weights_only=weights_only)
     with naming(path):
@@ -59,19 +61,19 @@ def load_from_checkpoint(
     arguments = saved_arguments(module_class, checkpoint, kwargs, path, trusted=not weights_only)
     with naming(path) if arguments else nullcontext():
         module = module_class(**arguments, **kwargs)
-    # For a configure_model that calls lp.apply(self).
+    # A configure_model that calls lp.apply(self) without methods finds them here, as it would on a Trainer.
     module.__dict__["_peft_methods"] = [method for method, trains, copies in methods if trains and not copies]
     module.configure_model()
     with naming(path):
         try:
             _install_saved(module, methods, checkpoint["state_dict"])
-        except TargetError:
+        except TargetError:  # the layers may be created in setup, which expects a Trainer and so is only tried now
             module.setup("predict")
             _install_saved(module, methods, checkpoint["state_dict"])
         del module.__dict__["_peft_methods"]
         adapt_around(module)
         if _in_double(checkpoint["state_dict"]) - _in_double(module.state_dict()):
-            module.double()  # a run with precision="64-true"
+            module.double()  # the run used precision="64-true"; loading into float32 would round the values
         module.on_load_checkpoint(checkpoint)
         module.load_state_dict(checkpoint["state_dict"])
         if not all(trains for _, trains, _ in methods):
@@ -88,14 +90,14 @@ def _in_double(state: Mapping[str, Any]) -> set[str]:
 
 
 def _has_overrides(entry: dict[str, Any]) -> bool:
-    """Whether heads and biases of a method are copies beside the base's, as those of a loaded adapter are."""
+    """Whether the method's heads and biases are overrides of the base's, as those of a loaded adapter are."""
     return entry.get("copies", not entry.get("trains", True))
 
 
 def _install_saved(
     module: L.LightningModule, methods: Iterable[tuple[Method, bool, bool]], state: dict[str, Tensor]
 ) -> None:
-    """Put the methods in, in order, each as it was: training the base itself, or loaded beside it, frozen or not."""
+    """Inject the methods in order, each as in the run: training base parameters in place, or as overrides."""
     names = [name for name, _ in (*module.named_modules(), *module.named_parameters())]
     for method, trains, copies in methods:
         check_regexes({"config": method.config()}, names)

@@ -1,4 +1,4 @@
-"""What a run tells: the match table and the sizes on the console, configuration and counts in the loggers."""
+"""Console and logger output of a run: match table, sizes, configurations, parameter counts, W&B artifacts and ids."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = ["continue_runs", "log_end", "log_start", "resume_wandb", "run_ids"]
 
 
 def log_start(trainer: L.Trainer, record: InjectionState) -> None:
-    """Print the match table; give every logger the methods' configuration and the counts."""
+    """Print the match table, and log the methods' configurations and the parameter counts to every logger."""
     Console().print(record.report)
     methods = {name: {"method": type(m).__name__, **m.config()} for name, m in record.methods.items()}
     counts = {"trainable": record.report.trainable, "total": record.report.total, "percent": record.report.percent}
@@ -35,7 +35,7 @@ def log_start(trainer: L.Trainer, record: InjectionState) -> None:
 
 
 def log_end(trainer: L.Trainer, model: nn.Module) -> None:
-    """Print the checkpoint's size beside the full model's; give W&B the adapter as an artifact of its own."""
+    """Print the sizes of the checkpoint and of the full model, and log the adapter to W&B as an artifact."""
     full, trained = (_bytes(state) for state in (nn.Module.state_dict(model), adapter_state(model)))
     lines = [f"trainable state {_size(trained)}, full model {_size(full)}"]
     for callback in trainer.checkpoint_callbacks:
@@ -48,20 +48,23 @@ def log_end(trainer: L.Trainer, model: nn.Module) -> None:
 
 
 def run_ids(trainer: Any) -> list[str | None]:
-    """The ids of the W&B runs under way, in the order of the loggers; what a checkpoint remembers."""
+    """The ids of the current W&B runs, in the order of the loggers, to be stored in a checkpoint."""
     return [logger.version for logger in _wandb_loggers(getattr(trainer, "loggers", ()))]
 
 
 def resume_wandb(loggers: Iterable[Any], ckpt_path: str | Path | None) -> None:
-    """Let W&B loggers go on under the run ids that a checkpoint remembers.
+    """Make W&B loggers continue the runs whose ids a checkpoint stores.
 
-    Call it before ``trainer.fit(ckpt_path=...)``, whose first act is to start the loggers' runs; without it the new
-    run is given up for the old one a moment later, and online an empty run is left behind. A logger with an id of
-    its own, or whose run has started, keeps it.
+    Call this before ``trainer.fit(ckpt_path=...)``, which starts the loggers' runs first. Otherwise the old run is
+    continued a moment later, and in online mode an empty run is left behind. A logger that has an id already, or whose
+    run has started, keeps it.
 
     Args:
-        loggers: any loggers, as in ``trainer.loggers``.
-        ckpt_path: a checkpoint file or folder; None, and paths that do not exist (``"last"``), are left alone.
+        loggers: Any loggers, as in ``trainer.loggers``.
+        ckpt_path: A checkpoint file or folder. None and paths that do not exist (``"last"``) have no effect.
+
+    Raises:
+        StateError: if the checkpoint stores an id that cannot be one of W&B's.
     """
     path = Path(ckpt_path or "")
     if path.is_dir():
@@ -77,9 +80,9 @@ def resume_wandb(loggers: Iterable[Any], ckpt_path: str | Path | None) -> None:
 
 
 def continue_runs(trainer: Any, ids: Iterable[str | None]) -> None:
-    """Put the loggers of a resumed fit under their runs' ids.
+    """Switch the loggers of a resumed fit to the runs whose ids the checkpoint stores.
 
-    The Trainer starts a new run before any callback is asked; as long as it is empty it is given up for the old one.
+    The Trainer starts a new run before it calls any callback. If that run is still empty, it is finished and replaced.
     """
     if trainer is None or trainer.state.fn != "fit":
         return
@@ -89,7 +92,9 @@ def continue_runs(trainer: Any, ids: Iterable[str | None]) -> None:
             continue
         if run.step:
             warnings.warn(
-                f"W&B run {run.id} has data already and stays; the checkpoint is of run {run_id}", stacklevel=2
+                f"W&B run {run.id} already has data, so it is kept, although the checkpoint belongs to run {run_id}. "
+                "To continue that run, call resume_wandb(loggers, ckpt_path) before fit",
+                stacklevel=2,
             )
             continue
         folder = Path(run.dir).parent if run.settings._offline else None
@@ -106,8 +111,11 @@ def _wandb_loggers(loggers: Iterable[Any]) -> list[Any]:
 
 
 def _set_run_id(logger: Any, run_id: str) -> None:
-    if not isinstance(run_id, str) or not re.fullmatch(r"[\w-]{1,128}", run_id):  # it becomes part of a path
-        raise StateError(f"the checkpoint has {run_id!a} for the id of a W&B run, which is not one")
+    # W&B uses the id in a path, so an id from a file must not be able to lead out of the folder of runs.
+    if not isinstance(run_id, str) or not re.fullmatch(r"[\w-]{1,128}", run_id):
+        raise StateError(
+            f"the checkpoint stores {run_id!a} as the id of a W&B run, which is not a valid id: it was edited"
+        )
     logger._wandb_init.update(id=run_id, resume="allow")
     logger._id = run_id
 

@@ -1,7 +1,7 @@
-"""What trains is in training mode during a fit, whatever the mode of the module that carries it.
+"""Keep adapters and trained modules in training mode during a fit, even if the modules around them are in eval mode.
 
-Lightning keeps the modes that the user's modules have, and ``from_pretrained`` leaves a model in eval mode. An adapter
-in eval mode would train without its dropout, its rank sampling and its stochastic depth.
+Lightning does not change the modes of the user's modules, and ``from_pretrained`` returns a model in eval mode. An
+adapter in eval mode would train without its dropout, rank sampling and stochastic depth.
 """
 
 from __future__ import annotations
@@ -19,7 +19,11 @@ __all__ = ["TrainingMode"]
 
 
 class TrainingMode:
-    """The adapters of ``model`` that train and the modules that train in full, and their modes before the fit."""
+    """Sets the trainable adapters and fully trained modules of ``model`` to training mode, and back.
+
+    Args:
+        model: The adapted module; its report lists the frozen modules that are in eval mode.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         found = [adapter for stack in stacks(model).values() for adapter in stack.values()]
@@ -33,21 +37,21 @@ class TrainingMode:
         self._before: dict[nn.Module, bool] = {}
 
     def enter(self) -> None:
-        """Put what trains in training mode; cheap where it already is."""
+        """Set everything that trains to training mode. This is cheap if it already is."""
         for module in self._modules:
             if not module.training and not has_mixin(module, FrozenNorm):
                 self._before = {**{m: m.training for m in module.modules()}, **self._before}
                 module.train()
 
     def leave(self) -> None:
-        """Put every module that :meth:`enter` changed back into its mode."""
+        """Restore the mode of every module that :meth:`enter` changed."""
         for module, mode in self._before.items():
             module.training = mode
         self._before = {}
 
 
 def _in_eval_mode(model: nn.Module, trained: list[nn.Module]) -> list[str]:
-    """The outermost modules in eval mode that hold frozen parameters, by name."""
+    """The names of the outermost modules that are in eval mode and hold frozen parameters."""
     inside = {part for module in trained for part in module.modules()}
     found: list[str] = []
     for name, module in base_modules(model):

@@ -1,7 +1,7 @@
-"""What a LightningModule gains while methods are attached: injection, optimizer filtering, checkpoint checks.
+"""A mixin that adds injection, optimizer filtering and checkpoint checks to a LightningModule with methods attached.
 
-The user's module gets this mixin by class swap in ``Callback.setup``, so that its own hooks stay what they were and
-``super()`` reaches them.
+The class of the user's module is swapped in ``Callback.setup`` for a subclass with this mixin first. The user's hooks
+are unchanged, and ``super()`` calls them.
 """
 
 from __future__ import annotations
@@ -40,30 +40,32 @@ if TYPE_CHECKING:
 
     _LightningModule = L.LightningModule
 else:
-    _LightningModule = nn.Module  # the module's own class may be of either of Lightning's packages
+    _LightningModule = nn.Module  # the user's module may come from lightning or pytorch_lightning
 
 
 class AdaptedModule(_LightningModule):
-    """Mixin of the user's LightningModule."""
+    """Mixin for the user's LightningModule; see the docstring of this file."""
 
     _peft_configure_optimizers: Any = None
 
     def configure_model(self) -> None:
-        # The one moment that every way of building a model shares: after __init__, setup and configure_model,
-        # before sharding and before the optimizer. Applying twice changes nothing.
+        # Adapters are injected here because this point is the same for all models: after __init__, setup and
+        # configure_model have created the layers, but before the strategy shards them and the optimizer collects the
+        # parameters. Earlier, layers may not exist; later, new parameters would be neither sharded nor trained.
+        # fit, validate, test and the tuner all call configure_model, so apply does nothing if it already ran.
         audit_methods(_methods_of(self._trainer))
         _check_precision(self._trainer)
         super().configure_model()
         if _methods_of(self._trainer) or injection_state(self) is None:
             apply(self)
         update_base(self)
-        audit_ranks(self)  # before a strategy copies rank 0's adapters to the others, and hides a difference
+        audit_ranks(self)  # DDP later copies rank 0's adapters to the other ranks, which would hide a difference
         start_averaging(self._trainer, self)
 
     def configure_callbacks(self) -> Any:
         own = super().configure_callbacks()
         own = list(own) if isinstance(own, Sequence) else [own]
-        # A module that brings its adapters along trains as under methods, which install this themselves.
+        # Methods install the Lifecycle themselves; a module that loaded its own adapters needs it too.
         loaded = injection_state(self) is not None and not _methods_of(self._trainer)
         return [*own, Lifecycle()] if loaded and self.trainer.state.fn == "fit" else own
 
@@ -72,8 +74,8 @@ class AdaptedModule(_LightningModule):
         optimizers = list(optimizers_in(result))
         if not optimizers:
             raise MisconfigurationException(
-                f"{type(self).__name__}.configure_optimizers returned no optimizer ({result!r}), so no adapter "
-                "would ever train; return one over lp.trainable_parameters(self)"
+                f"{type(self).__name__}.configure_optimizers returned no optimizer ({result!r}), so no adapter would "
+                "be trained: return an optimizer over lp.trainable_parameters(self)"
             )
         remember_schedulers(result)
         add_adapters(optimizers, self)
@@ -86,7 +88,7 @@ class AdaptedModule(_LightningModule):
 
     @property
     def strict_loading(self) -> bool:
-        return False  # load_state_dict below checks what must be there
+        return False  # frozen keys are missing by design; load_state_dict below checks the others
 
     @strict_loading.setter
     def strict_loading(self, strict_loading: bool) -> None:
@@ -103,7 +105,7 @@ class AdaptedModule(_LightningModule):
         if not assign and not (base and base <= given):
             load_state(self, state_dict)
             return nn.modules.module._IncompatibleKeys([], [])
-        # A whole base, with adapters or, before these have trained, without: what the user loads by hand.
+        # The user loads a whole base by hand. It may lack the adapters' keys as long as these are untrained.
         if strict:
             _check_strict(self, own, given)
         return super().load_state_dict(state_dict, strict=False, assign=assign)
@@ -125,33 +127,33 @@ class AdaptedModule(_LightningModule):
                 check_fingerprint(self, checkpoint[KEY]["fingerprint"])
             continue_runs(self._trainer, checkpoint[KEY].get("wandb", []))
             if self._trainer is not None and self._trainer.precision == "64-true":
-                self.double()  # Lightning does so after loading, when half of the digits are gone
+                self.double()  # Lightning converts after loading, when the values are already rounded to float32
             set_unfrozen(self, checkpoint[KEY].get("thawed", ()))
 
 
 def _check_precision(trainer: Any) -> None:
-    """Refuse a plugin that replaces the layers of the model after the adapters are in.
+    """Refuse a precision plugin that replaces layers after injection.
 
     Raises:
-        MisconfigurationException: names it.
+        MisconfigurationException: if the Trainer uses BitsandbytesPrecision.
     """
     plugin = getattr(trainer, "precision_plugin", None)
     if any(c.__name__ == "BitsandbytesPrecision" for c in type(plugin).__mro__):
         raise MisconfigurationException(
             "BitsandbytesPrecision is not supported with PEFT methods yet: it replaces linear layers by quantised ones "
-            "after the adapters are put in, and would drop them. Use another precision, such as bf16-true"
+            "after injection, which would remove the adapters. Use another precision, such as bf16-true"
         )
 
 
 def _methods_of(trainer: Any) -> list[Any]:
-    """The methods that are attached to a Trainer."""
+    """The methods among the callbacks of a Trainer."""
     return [c for c in trainer.callbacks if hasattr(c, "plan")] if trainer is not None else []
 
 
 def adapt_module(module: Any) -> None:
-    """Give ``module`` the mixin; idempotent."""
+    """Add the mixin to ``module``; idempotent."""
     add_mixin(module, AdaptedModule)
-    # LightningCLI puts its configure_optimizers on the instance, where it would hide the mixin's.
+    # LightningCLI sets configure_optimizers on the instance, where it would take precedence over the mixin's.
     if "configure_optimizers" in module.__dict__:
         module._peft_configure_optimizers = module.__dict__.pop("configure_optimizers")
 
@@ -160,11 +162,14 @@ def _check_strict(model: nn.Module, own: set[str], given: set[str]) -> None:
     adapters = {canonical(k) for k in nn.Module.state_dict(model) if k.startswith(stack_prefixes(model))}
     wrong = sorted((own - adapters - given) | (given - own))
     if wrong:
-        raise StateError(f"the state does not fit this model: {', '.join(wrong[:8])}")
+        raise StateError(
+            f"the state does not fit this model: {', '.join(wrong[:8])} are in only one of the two. Load the state of "
+            "the same model, or pass strict=False"
+        )
     stay = adapters - given
     if stay and (moved := moved_adapters(model)):
         raise StateError(
-            f"the state is that of a base without adapters, and those of this module have changed ({moved[0]}, "
-            f"{len(moved)} tensors in all), so they would stay as they are. To start again, call lp.reset(module), "
-            "which puts adapters, trained parameters and moved buffers back; strict=False loads the base alone"
+            f"the state has no adapters, but those of this module are already trained ({moved[0]}, {len(moved)} "
+            "tensors in all) and would be kept. To start again, call lp.reset(module), which resets adapters, trained "
+            "parameters and moved buffers. To load the base only, pass strict=False"
         )

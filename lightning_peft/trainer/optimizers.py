@@ -1,7 +1,7 @@
-"""Run a module's ``configure_optimizers`` so that the optimizers train what the methods train.
+"""Run the user's ``configure_optimizers`` so that the optimizers hold exactly the parameters that train.
 
-Code that was written for the base may sort parameters by the names and classes it knows, and stop at an adapter's.
-Such code is given the module as it was before the methods; each adapter then joins the group of the weight it adapts.
+Code written for the base may sort parameters by names or classes that it knows, and raise on an adapter's. It is then
+run again on the module without adapters, and each adapter joins the parameter group of the weight that it adapts.
 """
 
 from __future__ import annotations
@@ -26,14 +26,16 @@ __all__ = ["add_adapters", "configured", "drop_frozen", "has_gradients"]
 
 
 def configured(module: nn.Module, configure: Callable[[], Any]) -> Any:
-    """What ``configure`` returns for ``module``, or, if it cannot sort adapters, for the module without them."""
+    """Return what ``configure`` returns for ``module``; if it raises because of the adapters, run it without them."""
     try:
-        with _requires_grad(p for p in deferred_parameters(module)):  # the user's own rules choose their groups now
+        # Parameters that a method unfreezes later must be in a group from the start, which the user's code chooses now.
+        with _requires_grad(p for p in deferred_parameters(module)):
             return configure()
     except Exception as error:
         record = injection_state(module)
         if record is None:
             raise
+        # Without adapters, the code must find the parameters trainable that were so before the methods froze them.
         inner = injected_module(module)
         trained = [p for n, p in inner.named_parameters() if canonical(n) in record.trained_before]
         try:
@@ -42,8 +44,8 @@ def configured(module: nn.Module, configure: Callable[[], Any]) -> Any:
         except Exception:
             raise error from None
         rank_zero_info(
-            f"configure_optimizers raised {type(error).__name__} with adapters in the module, and ran without them: "
-            "each adapter joins the parameter group of the weight it adapts"
+            f"configure_optimizers raised {type(error).__name__} with adapters in the module, so it was run without "
+            "them: each adapter joins the parameter group of the weight it adapts"
         )
         return found
 
@@ -74,10 +76,11 @@ def _without_adapters(module: nn.Module) -> Iterator[None]:
 
 
 def add_adapters(optimizers: Iterable[Optimizer], module: nn.Module) -> None:
-    """Put every trainable parameter of an adapter that no optimizer holds into the group of the weight it adapts.
+    """Add trainable adapter parameters that no optimizer holds to the parameter group of the weight they adapt.
 
-    An adapter of no weight joins the group of its host's parameters, if the optimizers hold all of those. Where they do
-    not hold what is adapted, they do not train this part of the model, and the adapter is left out.
+    An adapter that does not adapt a weight joins the group of its host's parameters, if the optimizers hold all of
+    them. If they do not hold the adapted parameters, the user's code excludes this part of the model, and the adapter
+    is not added.
     """
     groups = {id(p): group for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     names = {id(p): name for name, p in module.named_parameters()}
@@ -94,7 +97,7 @@ def add_adapters(optimizers: Iterable[Optimizer], module: nn.Module) -> None:
 
 
 def _adapted(module: nn.Module, host_name: str, host: nn.Module, adapter: Adapter) -> list[Any]:
-    """The base's parameters that an adapter changes: weights, or those of its host or the nearest module around it."""
+    """The base parameters that an adapter belongs to: its weights, or else those of the nearest enclosing module."""
     names = [name for part in adapter.components() for name in (*part.weights(), *part.overrides())]
     weights = [p for name in names if isinstance(p := stored_tensor(host, name), nn.Parameter)]
     for around in reversed([*parents(host_name), host_name]):
@@ -106,10 +109,13 @@ def _adapted(module: nn.Module, host_name: str, host: nn.Module, adapter: Adapte
 
 
 def drop_frozen(optimizers: Sequence[Optimizer], module: nn.Module) -> None:
-    """Take the frozen parameters out of all groups. The groups stay: learning-rate schedulers count them.
+    """Remove frozen parameters from all groups.
+
+    Weight decay would change frozen parameters that stayed, and the optimizer's state would cover the whole base.
+    Groups are kept even if they become empty, because learning-rate schedulers hold one value per group.
 
     Raises:
-        MisconfigurationException: no optimizer has anything left to train.
+        MisconfigurationException: if no optimizer has a parameter left.
     """
     names = {id(p): name for name, p in module.named_parameters()}
     deferred = {id(p) for p in deferred_parameters(module)}
@@ -125,10 +131,10 @@ def drop_frozen(optimizers: Sequence[Optimizer], module: nn.Module) -> None:
             rank_zero_info(f"{kind}: {len(dropped)} frozen parameters were left out: {which}")
         which = listed(names.get(id(p), "unnamed") for p in emptied)
         if not any(group["params"] for group in optimizer.param_groups):
-            empty.append(f"optimizer {index} ({kind}) has nothing left to train, since all in it is frozen: {which}")
+            empty.append(f"optimizer {index} ({kind}) has nothing to train, since all of it is frozen: {which}")
         elif emptied:
             rank_zero_warn(
-                f"{kind} has a parameter group that is empty now, since all in it is frozen: {which}. To train them, "
+                f"{kind} has an empty parameter group, because all its parameters are frozen: {which}. To train them, "
                 "name them in trainable"
             )
     if len(empty) == len(optimizers):
@@ -137,11 +143,11 @@ def drop_frozen(optimizers: Sequence[Optimizer], module: nn.Module) -> None:
             f"{'; '.join(empty)}. Build one over lp.trainable_parameters(self), or over self.parameters()"
         )
     for one in empty:
-        rank_zero_warn(f"{one}. Its steps change nothing. To train these parameters, name them in trainable")
+        rank_zero_warn(f"{one}. Its steps have no effect. To train these parameters, name them in trainable")
 
 
 def _drop_from_group(group: dict[str, Any], deferred: set[int]) -> list[nn.Parameter]:
-    """Take what never trains out of one parameter group; returns it."""
+    """Remove and return the parameters of one group that never train. Deferred ones are kept: they unfreeze later."""
     before = group["params"]
     kept = [i for i, p in enumerate(before) if p.requires_grad or id(p) in deferred]
     for key in {"params", "param_names"} & group.keys():
@@ -150,5 +156,5 @@ def _drop_from_group(group: dict[str, Any], deferred: set[int]) -> list[nn.Param
 
 
 def has_gradients(optimizer: Optimizer) -> bool:
-    """Whether any parameter of ``optimizer`` has a gradient now."""
+    """Whether any parameter of ``optimizer`` has a gradient."""
     return any(p.grad is not None for group in optimizer.param_groups for p in group["params"])

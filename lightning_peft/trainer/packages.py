@@ -1,7 +1,7 @@
-"""Lightning's two packages: ``lightning`` and ``pytorch_lightning`` are copies of one code base.
+"""Support both of Lightning's packages: ``lightning`` and ``pytorch_lightning`` are copies of one code base.
 
 Their classes are different objects, so ``isinstance`` with a class of one is False for objects of the other. A run may
-use either package, and all of it must use the same one.
+use either package, but not both.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 __all__ = ["check_packages", "lightning_classes"]
 
-#: top-level module of a class to the package it is of
+#: module prefix of a class -> the package that it belongs to
 _PACKAGES = {
     "lightning.pytorch": "lightning",
     "lightning.fabric": "lightning",
@@ -25,9 +25,9 @@ _PACKAGES = {
 
 
 def lightning_classes(path: str) -> tuple[Any, ...]:
-    """The class at ``path`` (``"callbacks.WeightAveraging"``) of each package that is imported, for ``isinstance``.
+    """The class at ``path`` (``"callbacks.WeightAveraging"``) in each imported package, for use with ``isinstance``.
 
-    A release that does not have the class is left out.
+    Packages whose release does not have the class are skipped.
     """
     module, _, name = path.rpartition(".")
     found = []
@@ -38,10 +38,10 @@ def lightning_classes(path: str) -> tuple[Any, ...]:
 
 
 def check_packages(trainer: Any, module: Any) -> None:
-    """Refuse a run with objects of both packages.
+    """Refuse a run that mixes objects of both packages.
 
     Raises:
-        MisconfigurationException: names the objects that are of another package than the Trainer.
+        MisconfigurationException: if an object belongs to another package than the Trainer; the message names it.
     """
     package = _package(trainer)
     strange = [
@@ -57,7 +57,7 @@ def check_packages(trainer: Any, module: Any) -> None:
 
 def _parts(trainer: Any, module: Any) -> Iterator[tuple[str, Any]]:
     yield "the module", module
-    # Methods and their Lifecycle use nothing but the hooks of a callback, and run in a Trainer of either package.
+    # Methods and their Lifecycle only use callback hooks, so they run in a Trainer of either package.
     yield from (
         ("the callback", c)
         for c in trainer.callbacks

@@ -1,8 +1,8 @@
-"""Split an optimizer's parameter groups, and keep the learning-rate schedulers that count them right.
+"""Split an optimizer's parameter groups, and update its learning-rate schedulers to match.
 
-A method that trains some parameters at another rate (LoRA+, discriminative learning rates by depth) splits the groups
-the user made; each part keeps all the group's options. A scheduler that was built on the optimizer before the split
-holds one value for each group (``base_lrs``, ``lr_lambdas``, ``min_lrs``, ...), so its lists are split the same way.
+A method that trains some parameters at another rate (LoRA+, discriminative learning rates by depth) splits the user's
+groups; each part keeps all options of its group. A scheduler that was built before the split holds one value per group
+(``base_lrs``, ``lr_lambdas``, ``min_lrs``, ...), so its lists are split in the same way.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 __all__ = ["optimizers_in", "remember_schedulers", "schedulers_in", "schedulers_of", "split_groups"]
 
-#: learning rates that schedulers keep inside a parameter group (OneCycleLR keeps all of them)
+#: keys of a parameter group in which schedulers store learning rates (OneCycleLR uses all of them)
 _RATES = ("lr", "initial_lr", "max_lr", "min_lr")
 
 
@@ -24,28 +24,28 @@ def split_groups(
     assign: Callable[[nn.Parameter], Mapping[str, Any]],
     schedulers: Iterable[Any] | None = None,
 ) -> None:
-    """Split the groups of ``optimizer`` by what ``assign`` says of each parameter.
+    """Split the groups of ``optimizer`` by the options that ``assign`` returns for each parameter.
 
-    Parameters of one group with equal answers stay together and in order, and the parts of a group stand where it
-    stood. Splitting twice composes: rates multiply.
+    Parameters of one group with equal options stay together and in order, and the parts of a group take its place in
+    the list. Two splits compose: the scales multiply.
 
     Args:
-        optimizer: changed in place; its state is kept.
-        assign: the options to change for one parameter. ``lr_scale`` multiplies every learning rate of the group
-            and of its schedulers; anything else (``weight_decay``, ``betas``) replaces the group's option. An empty
+        optimizer: The optimizer; changed in place, its state is kept.
+        assign: Returns the options to change for one parameter. ``lr_scale`` multiplies every learning rate of the
+            group and of its schedulers; any other option (``weight_decay``, ``betas``) replaces the group's. An empty
             mapping changes nothing.
-        schedulers: the learning-rate schedulers on this optimizer; by default those that
-            :func:`remember_schedulers` saw, which inside a Trainer are all that ``configure_optimizers`` returned.
+        schedulers: The learning-rate schedulers of this optimizer; by default those that :func:`remember_schedulers`
+            recorded, which inside a Trainer are all that ``configure_optimizers`` returned.
 
     Raises:
-        ValueError: ``assign`` names an option that the optimizer does not have, or a scale that is not positive.
+        ValueError: if ``assign`` returns an option that the optimizer does not have, or a scale that is not positive.
 
     Example::
 
         split_groups(optimizer, lambda p: {"lr_scale": 16.0} if id(p) in of_b else {})
     """
     groups: list[dict[str, Any]] = []
-    origin: list[tuple[int, float]] = []  # of each new group: the old one's index, and its scale
+    origin: list[tuple[int, float]] = []  # for each new group: the index of the old one, and the scale
     before = len(optimizer.param_groups)
     for index, group in enumerate(optimizer.param_groups):
         parts: dict[tuple[Any, ...], tuple[dict[str, Any], list[int]]] = {}
@@ -59,7 +59,7 @@ def split_groups(
             groups.append(_part(group, options, scale, positions))
             origin.append((index, scale))
     _make_names_unique(groups)
-    optimizer.param_groups[:] = groups  # in place: wrapping optimizers and some schedulers hold this very list
+    optimizer.param_groups[:] = groups  # in place, because wrapping optimizers and some schedulers share this list
     for scheduler in schedulers_of(optimizer) if schedulers is None else schedulers:
         for one in _nested(scheduler):
             _split_lists(one, before, origin)
@@ -70,8 +70,8 @@ def _check(options: Mapping[str, Any], group: Mapping[str, Any], optimizer: Opti
     if unknown or "params" in options or "lr" in options:
         known = sorted(group.keys() - {"params", "param_names", "lr"})
         raise ValueError(
-            f"{type(optimizer).__name__} has no option {(unknown or ['params or lr'])[0]!r} to give a part of a group; "
-            f"it has {['lr_scale', *known]}"
+            f"{(unknown or ['params or lr'])[0]!r} cannot be set for a part of a group of {type(optimizer).__name__}: "
+            f"use one of {['lr_scale', *known]}"
         )
     if not options.get("lr_scale", 1.0) > 0:
         raise ValueError(f"lr_scale must be above 0, got {options['lr_scale']!r}")
@@ -88,7 +88,7 @@ def _part(group: Mapping[str, Any], options: Mapping[str, Any], scale: float, po
 
 
 def _make_names_unique(groups: Iterable[dict[str, Any]]) -> None:
-    """Give groups of one name names that differ, as LearningRateMonitor demands."""
+    """Make the names of the groups unique, as LearningRateMonitor requires."""
     taken: set[str] = set()
     for group in groups:
         if "name" in group:
@@ -100,7 +100,7 @@ def _make_names_unique(groups: Iterable[dict[str, Any]]) -> None:
 
 def _scaled(value: Any, scale: float) -> Any:
     if isinstance(value, Tensor):
-        return value.clone() if scale == 1 else value * scale  # parts must not share one tensor
+        return value.clone() if scale == 1 else value * scale  # changed in place by schedulers: never share it
     return value if scale == 1 else value * scale
 
 
@@ -114,7 +114,7 @@ def _split_lists(scheduler: Any, before: int, origin: list[tuple[int, float]]) -
 
 
 def remember_schedulers(configured: Any) -> None:
-    """Note on each optimizer the schedulers that ``configure_optimizers`` returned with it."""
+    """Record on each optimizer the schedulers that ``configure_optimizers`` returned with it."""
     for scheduler in schedulers_in(configured):
         optimizer = scheduler.optimizer
         known = optimizer.__dict__.setdefault("_peft_schedulers", [])
@@ -123,12 +123,12 @@ def remember_schedulers(configured: Any) -> None:
 
 
 def schedulers_of(optimizer: Optimizer) -> list[Any]:
-    """The schedulers on ``optimizer`` that :func:`remember_schedulers` saw."""
+    """The schedulers of ``optimizer`` that :func:`remember_schedulers` recorded."""
     return list(optimizer.__dict__.get("_peft_schedulers", ()))
 
 
 def optimizers_in(configured: Any) -> Iterator[Optimizer]:
-    """The optimizers inside whatever ``configure_optimizers`` may return."""
+    """The optimizers in any value that ``configure_optimizers`` may return."""
     if isinstance(configured, Optimizer):
         yield configured
     elif isinstance(configured, Mapping):
@@ -139,7 +139,7 @@ def optimizers_in(configured: Any) -> Iterator[Optimizer]:
 
 
 def schedulers_in(configured: Any) -> Iterator[Any]:
-    """The learning-rate schedulers inside whatever ``configure_optimizers`` may return."""
+    """The learning-rate schedulers in any value that ``configure_optimizers`` may return."""
     if isinstance(configured, Optimizer | str):
         return
     if isinstance(configured, Mapping):
@@ -157,7 +157,7 @@ def _is_scheduler(value: Any) -> bool:
 
 
 def _nested(scheduler: Any) -> Iterator[Any]:
-    """``scheduler`` and those inside it (SequentialLR, ChainedScheduler, warm-up wrappers), each once."""
+    """``scheduler`` and all schedulers inside it (SequentialLR, ChainedScheduler, warm-up wrappers), each once."""
     todo, seen = [scheduler], set()
     while todo:
         one = todo.pop()

@@ -19,8 +19,8 @@ def prepare_run(trainer: L.Trainer, module: L.LightningModule) -> None:
     """Prepare trainer and module for the methods among the trainer's callbacks; idempotent.
 
     Raises:
-        MisconfigurationException: a callback or strategy that does not work with adapters, or parts of the run
-            that are of another of Lightning's packages than the Trainer.
+        MisconfigurationException: if a callback or the strategy does not support adapters, or if the run mixes both of
+            Lightning's packages.
     """
     check_packages(trainer, module)
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]

@@ -1,6 +1,6 @@
-"""Try, when a fit starts, all that saving its result will do, so that a failure costs no training.
+"""Try out saving when a fit starts, so that an error does not appear only after training.
 
-Nothing is written, no tensor is copied and no value of the base is read.
+Nothing is written, no tensor is copied, and no value of the base is read.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ __all__ = ["try_saving"]
 
 
 def try_saving(trainer: L.Trainer, module: Any) -> None:
-    """Try the manifest, the module's own ``state_dict`` and ``on_save_checkpoint``, and every format of adapters.
+    """Try the manifest, the module's own ``state_dict`` and ``on_save_checkpoint``, and saving each adapter.
 
-    Hooks of the module that cannot run yet are checked when the first checkpoint is saved. A sharded module is not
-    tried.
+    If the module's hooks raise because they need the state of a running fit, they are checked when the first checkpoint
+    is saved. Sharded modules are not checked.
 
     Raises:
-        StateError: hooks leave a part of the trainable state out, or the manifest could not be read again.
-        AuditError: an adapter that trains could not be saved.
+        StateError: if hooks remove part of the trainable state, or the manifest could not be read again.
+        AuditError: if a trainable adapter could not be saved.
     """
     if _is_sharded(module):
         return
@@ -50,10 +50,13 @@ def _try_manifest(module: nn.Module) -> None:
             if (reason := unreadable(value)) is not None:
                 raise StateError(
                     f"{entry['method']} {entry['config'].get('name')!r}: its argument {argument} is a "
-                    f"{type(value).__name__}, so that no checkpoint of this run could be loaded: "
-                    f"torch.load(weights_only=True) refuses it ({reason}). Let config() return plain values"
+                    f"{type(value).__name__}, so no checkpoint of this run could be loaded: "
+                    f"torch.load(weights_only=True) refuses it ({reason}). Make config() return plain values"
                 )
-    raise StateError(f"no checkpoint of this run could be loaded: its manifest holds an object ({why})")
+    raise StateError(
+        f"no checkpoint of this run could be loaded, because its manifest holds an object ({why}). Make config() of "
+        "each method return plain values"
+    )
 
 
 def _try_hooks(trainer: L.Trainer, module: Any) -> None:
@@ -64,7 +67,7 @@ def _try_hooks(trainer: L.Trainer, module: Any) -> None:
         module.on_save_checkpoint({**checkpoint, "state_dict": trainer.strategy.lightning_module_state_dict()})
     except StateError:
         raise
-    except Exception:  # of the user's hook, which may need what training brings
+    except Exception:  # the user's hook may need state that exists only during training
         pass
 
 
@@ -73,7 +76,7 @@ def _try_formats(module: nn.Module) -> None:
     for name in [name for name, trains in record.trained_base.items() if trains] if record is not None else ():
         problem, notes = saving_problem(module, name)
         if problem is not None:
-            report(module, f"{problem}. Change that before training")
+            report(module, f"{problem}. Fix this before training")
         for note in notes:
             rank_zero_info(note)
 

@@ -1,7 +1,8 @@
-"""What the Trainer's strategy does differently while methods are attached: checkpoints, data and idle optimizers.
+"""Change the Trainer's strategy while methods are attached: checkpoints, data and optimizers without gradients.
 
-Trimming happens at the source, ``strategy.lightning_module_state_dict``: ``Callback.on_save_checkpoint`` is skipped
-by weights-only saves, and DeepSpeed ignores what a hook leaves in the checkpoint.
+Checkpoints are trimmed where the strategy collects the state, in ``strategy.lightning_module_state_dict``. A callback
+could not do it: weights-only saves skip ``Callback.on_save_checkpoint``, and DeepSpeed ignores what a hook changes in
+the checkpoint.
 """
 
 from __future__ import annotations
@@ -29,29 +30,30 @@ __all__ = ["adapt_strategy"]
 
 
 def adapt_strategy(trainer: L.Trainer, loaders: TrainingLoaders) -> None:
-    """Put the changes on this strategy object; idempotent.
+    """Replace functions of the Trainer's strategy object; idempotent.
 
     Args:
-        trainer: its strategy is changed.
-        loaders: make the training loaders resumable, for the time of a fit.
+        trainer: The Trainer whose strategy is changed.
+        loaders: Wraps the training loaders during a fit, to make them resumable.
 
     Raises:
-        MisconfigurationException: FSDP's sharded checkpoints.
+        MisconfigurationException: if FSDP is set to write sharded checkpoints.
     """
     strategy: Any = trainer.strategy
     if "_peft_adapted" in strategy.__dict__:
         return
     if getattr(strategy, "_state_dict_type", None) == "sharded":
         raise MisconfigurationException(
-            "FSDPStrategy(state_dict_type='sharded') asks a checkpoint for the frozen base too, which is not in it: "
-            "use state_dict_type='full', or FSDP2 with ModelParallelStrategy"
+            "FSDPStrategy(state_dict_type='sharded') is not supported with PEFT methods: it requires the frozen base "
+            "in a checkpoint, which holds trainable state only. Use state_dict_type='full', or FSDP2 with "
+            "ModelParallelStrategy"
         )
     strategy.__dict__["_peft_adapted"] = True
     spawning = lightning_classes("strategies.launchers.multiprocessing._MultiProcessingLauncher")
     if isinstance(strategy.launcher, spawning) and trainer.state.fn == "fit":
         rank_zero_warn(
-            f"{type(strategy).__name__} trains copies of the module in processes of their own, and Lightning brings "
-            "no adapters back: after fit the module in this process is its base, with the trained heads. Load the "
+            f"{type(strategy).__name__} trains copies of the module in other processes, and Lightning does not copy "
+            "adapters back: after fit, the module in this process has the trained heads but no adapters. Load the "
             "result with lp.load_from_checkpoint, or train with strategy='ddp'"
         )
     full_state, process = strategy.lightning_module_state_dict, strategy.process_dataloader
@@ -64,9 +66,9 @@ def adapt_strategy(trainer: L.Trainer, loaders: TrainingLoaders) -> None:
         return trim_state(module, full_state(), sharded.agreed_keys(module) if is_fsdp else trainable_keys(module))
 
     def load_checkpoint(checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        # torch before 2.6, and Lightning for remote files, would unpickle anything.
+        # With None, torch before 2.6, and Lightning for remote files, would unpickle any object.
         weights_only = True if weights_only is None else weights_only
-        # Strategies that load the state themselves, and a user's way of storing files, stay in charge.
+        # Strategies that load the state themselves, and a user's own CheckpointIO, are not bypassed.
         plain = type(strategy).load_checkpoint.__qualname__ == "Strategy.load_checkpoint"
         plain = plain and type(strategy.checkpoint_io).__name__ == "TorchCheckpointIO"
         if plain and weights_only and Path(checkpoint_path).is_file():
@@ -83,14 +85,17 @@ def adapt_strategy(trainer: L.Trainer, loaders: TrainingLoaders) -> None:
             now = owned_keys(strategy.lightning_module)
             frozen = sorted({canonical(k) for k in checkpoint["state_dict"]} - now)
             why = f"it trained {', '.join(frozen[:4])}, which this run freezes" if frozen else str(error)
-            raise StateError(f"the checkpoint's optimizer state does not fit this run: {why}") from error
+            raise StateError(
+                f"the checkpoint's optimizer state does not fit this run: {why}. Train the same parameters, or load "
+                "only the weights, with lp.load_from_checkpoint, and start a new run"
+            ) from error
 
     def optimizer_step(optimizer: Optimizer, closure: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
         scaler = getattr(strategy.precision_plugin, "scaler", None)
         if scaler is None or strategy.lightning_module.automatic_optimization:
             return step(optimizer, closure, *args, **kwargs)
-        # By hand an optimizer may be stepped that has no gradient: freezing left it empty, or its turn comes later.
-        # As in float32 its step changes nothing; torch's GradScaler would fail.
+        # With manual optimization, an optimizer may be stepped that has no gradients, because all its parameters are
+        # frozen or another optimizer is toggled. In float32 such a step has no effect, but GradScaler would raise.
         result = closure()
         if has_gradients(optimizer):
             return step(optimizer, lambda: result, *args, **kwargs)
@@ -100,7 +105,7 @@ def adapt_strategy(trainer: L.Trainer, loaders: TrainingLoaders) -> None:
         loader = process(loader)
         return loaders.wrap(loader, trainer) if trainer.training else loader
 
-    def teardown() -> None:  # after every run, and after an exception and the callbacks that save on one
+    def teardown() -> None:  # runs after every run; after an exception, it runs after callbacks that save on one
         loaders.release(trainer)
         end()
 
@@ -113,4 +118,4 @@ def adapt_strategy(trainer: L.Trainer, loaders: TrainingLoaders) -> None:
     if isinstance(strategy, lightning_classes("strategies.ModelParallelStrategy")):
         sharded.adapt(strategy)
     if hasattr(strategy, "exclude_frozen_parameters"):
-        strategy.exclude_frozen_parameters = True  # DeepSpeed writes its own files
+        strategy.exclude_frozen_parameters = True  # DeepSpeed writes its own files, which are trimmed by this option

@@ -1,6 +1,6 @@
 """Check that no adapter and no trained module has a gradient of exactly zero over the first optimizer steps.
 
-Such a part has no effect on the loss: the run goes on without an error, and the part stays as it is.
+Such an adapter or module has no effect on the loss: the run continues without an error, but it never learns.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from lightning_peft.trainer.resume.rng_state import gather_ranks
 
 __all__ = ["ZeroGradientAudit"]
 
-_WINDOWS = 3  # after how many times ``steps`` the check ends, also for groups that had too few steps that count
+_WINDOWS = 3  # the check ends after this many times ``steps``, even for groups with too few steps that count
 
 
 @dataclass(frozen=True)
 class _Group:
-    """Parameters that are judged together: what they are, and the name of the adapter if they belong to one."""
+    """Parameters that are checked together: a description, and the adapter's name if they belong to one."""
 
     what: str
     adapter: str | None
@@ -36,28 +36,33 @@ class _Group:
 
 
 class ZeroGradientAudit:
-    """Judges each adapter as a whole, each module that trains beside adapters, and each selection method as a whole.
+    """Checks each adapter, each module trained together with adapters, and each selection method, as a whole.
 
-    A whole adapter, because parts of one may have zeros for a good reason: LoRA's A while B is zero, what is behind a
-    gate of zero, the ranks that DyLoRA did not draw. The largest gradients stay on their device until ``steps`` steps
-    are done, and are read together.
+    An adapter is checked as a whole because parts of it may rightly have zero gradients: LoRA's A while B is zero,
+    parameters behind a gate of zero, ranks that DyLoRA did not sample. The largest gradients are kept on their device
+    and read once every ``steps`` steps, so that a GPU is not synchronised in each step.
 
     Args:
-        model: the module that trains.
-        steps: the number of optimizer steps over which a gradient of zero is reported; a shorter run is not judged.
+        model: The module that trains.
+        steps: The number of optimizer steps over which a gradient must be zero to be reported. Shorter runs are not
+            checked.
     """
 
     def __init__(self, model: nn.Module, steps: int = 4) -> None:
         self.model, self.steps = model, steps
         self.groups = list(_groups(model))
         self._moved = False
-        self._largest: list[Tensor] = []  # of each group in each step; NaN if the step does not count for the group
+        self._largest: list[Tensor] = []  # per step: the largest gradient of each group, NaN if the step does not count
 
     def step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Look at the gradients before one step of ``optimizer``, and report when enough were seen."""
+        """Record the gradients before one step of ``optimizer``, and report after enough steps.
+
+        Raises:
+            AuditError: if a group had zero gradients throughout, unless the method's ``audit`` is lower.
+        """
         if not self.groups:
             return
-        # At a learning rate of zero (warmup) a head of zeros stays zero, and keeps the gradients behind it at zero.
+        # During warmup at a learning rate of zero, a zero-initialised head stays zero, and so do gradients behind it.
         moving = [group for group in optimizer.param_groups if group.get("lr") != 0]
         stepped = {id(p) for group in moving for p in group["params"]}
         running = {
@@ -76,7 +81,7 @@ class ZeroGradientAudit:
     def _judge(self) -> None:
         columns = torch.stack(self._largest).T.tolist()
         facts = [(sum(map(math.isfinite, c)), any(math.isfinite(v) and v > 0 for v in c)) for c in columns]
-        # Of a sharded gradient each rank has seen a part; every rank reports the same.
+        # A rank sees only its part of a sharded gradient. The results are combined, so all ranks report the same.
         ranks = list(zip(*gather_ranks(facts)))
         still = [not any(moved for _, moved in group) for group in ranks]
         judged = [min(steps for steps, _ in group) >= self.steps for group in ranks]
@@ -84,7 +89,7 @@ class ZeroGradientAudit:
         zero = [group.what for group, here, known in zip(self.groups, still, judged) if here and known]
         if zero:
             self._report(zero)
-        # Those that had too few steps are judged later, within a limit.
+        # Groups with too few steps so far are checked again later, up to the limit.
         waiting = [i for i in range(len(still)) if still[i] and not judged[i]]
         waiting = waiting if len(self._largest) < _WINDOWS * self.steps else []
         self.groups = [self.groups[i] for i in waiting]
@@ -94,19 +99,19 @@ class ZeroGradientAudit:
         flat = (
             ""
             if self._moved
-            else " Nothing that trains has a gradient: the loss itself may be flat (a margin that is "
-            "met, rewards that are all equal)."
+            else " All trainable gradients are zero, so the loss itself may be flat (a margin that is met, rewards "
+            "that are all equal)."
         )
         report(
             self.model,
             f"the gradient of {listed(zero)} was exactly zero in each of the first {self.steps} optimizer steps: the "
-            f"loss does not depend on it, so it learns nothing.{flat} Place it where the loss depends on it (no token "
-            "of a causal model sees a prompt with position='suffix': use position='prefix'), or leave it out",
+            f"loss does not depend on it, so it learns nothing.{flat} Place it where it affects the loss (in a causal "
+            "model no token sees a prompt with position='suffix': use position='prefix'), or remove it",
         )
 
 
 def _largest(gradients: list[Tensor]) -> Tensor:
-    """The largest absolute value in all gradients; NaN without any, 0 if this rank's parts of them are empty."""
+    """The largest absolute gradient; NaN if there are no gradients, 0 if this rank's shards of them are empty."""
     if not gradients:
         return torch.tensor(math.nan)
     parts = [part._values() if part.is_sparse else part for part in map(local_part, gradients)]
@@ -118,7 +123,7 @@ def _groups(model: nn.Module) -> Iterator[_Group]:
     root = injected_module(model)
     for name in adapter_names(model):
         adapters = [stack[name] for stack in stacks(model).values() if name in stack]
-        # Whether single tokens get a gradient depends on the batch.
+        # Adapters of single tokens are left out: they get a gradient only if their tokens occur in the batch.
         parts = [m for a in adapters for m in a.modules() if not (isinstance(m, Adapter) and m.needs_its_tokens)]
         yield _Group(f"adapter {name!r}", name, tuple(p for m in parts for p in m.parameters(recurse=False)))
     if record is None:

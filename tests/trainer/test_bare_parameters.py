@@ -42,7 +42,9 @@ def test_trainable_takes_names_of_parameters(tmp_path):
 
 
 def test_what_an_optimizer_was_given_and_is_frozen_is_named(tmp_path):
-    with pytest.warns(UserWarning, match=r"group that is empty now, since all in it is frozen: logit_scale, query\."):
+    with pytest.warns(
+        UserWarning, match=r"empty parameter group, because all its parameters are frozen: logit_scale, query\."
+    ):
         moved(tmp_path)
 
 

@@ -185,7 +185,7 @@ def test_training_what_waits_is_said_before_the_first_step() -> None:
     module = Toy()
     lp.apply(module, lora(name="default"), lora(name="b"))
     lp.set_active(module, "default")
-    with pytest.warns(UserWarning, match=r"\['b'\] are to train and are not active"):
+    with pytest.warns(UserWarning, match=r"\['b'\] are trainable but inactive"):
         audit_active(module)
     add_frozen(module, "c")  # waits as well, and is not to train
     lp.set_active(module, "default", "b")

@@ -209,7 +209,7 @@ def test_one_of_two_optimizers_may_be_left_empty(plugins: list[Any], tmp_path: P
     assert not torch.equal(module.head.weight, before)
     said = [str(w.message) for w in caught if "optimizer" in str(w.message)]
     assert [text.partition(" (")[0] for text in said] == ["optimizer 0"]  # and none about the order of schedulers
-    assert "(Adam) has nothing left to train, since all in it is frozen: tokens.weight, norm.weight" in said[0]
+    assert "(Adam) has nothing to train, since all of it is frozen: tokens.weight, norm.weight" in said[0]
 
 
 def test_optimizers_that_are_all_left_empty(tmp_path: Path):
@@ -223,7 +223,7 @@ def test_optimizers_that_are_all_left_empty(tmp_path: Path):
 
 
 def test_an_empty_optimizer_that_is_toggled(tmp_path: Path):
-    with pytest.raises(lp.AuditError, match=r"head\.weight, head\.bias require none at this moment.*skip the step of"):
+    with pytest.raises(lp.AuditError, match=r"head\.weight, head\.bias do not require gradients now.*skip the step of"):
         fit(TwoByHand(toggle=True), tmp_path, probe())
 
 

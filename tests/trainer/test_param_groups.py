@@ -155,7 +155,7 @@ def test_what_configure_optimizers_may_return():
 
 def test_errors():
     optimizer = torch.optim.SGD(_net().parameters(), lr=0.1)
-    with pytest.raises(ValueError, match="SGD has no option 'betas'"):
+    with pytest.raises(ValueError, match="'betas' cannot be set for a part of a group of SGD"):
         split_groups(optimizer, lambda p: {"betas": (0.9, 0.9)})
     with pytest.raises(ValueError, match="lr_scale must be above 0, got 0"):
         split_groups(optimizer, lambda p: {"lr_scale": 0})

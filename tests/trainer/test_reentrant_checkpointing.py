@@ -26,7 +26,7 @@ class Reentrant(Toy):
 
 
 def test_a_loss_that_reentrant_checkpointing_cut_off(tmp_path: Path) -> None:
-    with pytest.raises(lp.AuditError, match=r"depends on no trainable parameter.*Set use_reentrant=False"):
+    with pytest.raises(lp.AuditError, match=r"does not depend on any trainable parameter.*Set use_reentrant=False"):
         trainer(tmp_path, method=lora(), max_epochs=1).fit(Reentrant(), loader())
 
 

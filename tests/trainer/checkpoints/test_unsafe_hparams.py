@@ -56,7 +56,7 @@ def fitted(module: Any, path: Path) -> Any:
 
 def test_an_object_is_kept_apart_and_asked_for(tmp_path: Path) -> None:
     path = tmp_path / "x.ckpt"
-    with pytest.warns(UserWarning, match=r"'loss' is a Loss.*Unsupported global.*checkpoints keep it apart"):
+    with pytest.warns(UserWarning, match=r"'loss' is a Loss.*Unsupported global.*checkpoints store it separately"):
         module = fitted(WithObject(Loss(3.0), width=32), path)
     stored = torch.load(path, weights_only=True)
     assert stored["hyper_parameters"]["width"] == 32
