@@ -267,9 +267,9 @@ class CallAudit:
         if bypassed:
             report(
                 self.model,
-                f"the adapters of {listed(bypassed)} did not run in {where}: a parent module reads the weights of these "
-                "modules without calling them, so their activations cannot be adapted. Exclude them, adapt the parent "
-                "module, or use a method that changes weights, such as lp.LoRA",
+                f"the adapters of {listed(bypassed)} did not run in {where}: a parent module reads the weights of "
+                "these modules without calling them, so their activations cannot be adapted. Exclude them, adapt the "
+                "parent module, or use a method that changes weights, such as lp.LoRA",
             )
         return called
 

@@ -186,7 +186,7 @@ class PartlyValidated(Toy):
 def test_no_false_alarms(tmp_path: Path) -> None:
     routed = fit(tmp_path, Experts())
     assert len(routed) == 1
-    assert "may be routing" in routed[0]
+    assert "may be the routing" in routed[0]
     for module in (OnlyInTraining(), EveryOtherStep(), PartlyValidated(), Toy(), Toy("setup")):
         assert fit(tmp_path, module) == [], type(module).__name__
     assert fit(tmp_path, Toy(), precision="bf16-mixed") == []

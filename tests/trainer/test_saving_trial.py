@@ -39,7 +39,9 @@ def failing(*args, **kwargs):
 def test_a_method_whose_arguments_are_no_json_is_refused_by_apply_and_nothing_has_changed():
     model = Toy()
     before = bits(model)
-    with pytest.raises(lp.InjectionError, match=r"could not save Scheduled 'default' after training: .*JSON cannot represent"):
+    with pytest.raises(
+        lp.InjectionError, match=r"could not save Scheduled 'default' after training: .*JSON cannot represent"
+    ):
         lp.apply(model, Scheduled(len))
     assert_same_bits(bits(model), before)
     assert all(p.requires_grad for p in model.parameters())
