@@ -47,7 +47,7 @@ def prompt(position: str, **options: Any) -> lp.PromptTuning:
 
 
 def test_a_prompt_behind_the_text_of_a_causal_model(tmp_path: Path) -> None:
-    said = r"adapter 'default' was exactly zero in each of the first 4 .* All trainable gradients are zero.* position='prefix'"
+    said = r"adapter 'default' was exactly zero in each of the first 4 .* All trainable gradients .* position='prefix'"
     with pytest.raises(lp.AuditError, match=said):
         fit(tmp_path, Language(), prompt("suffix"))
     assert len(fit(tmp_path, Language(), prompt("suffix", audit="warn"), max_steps=9)) == 1
