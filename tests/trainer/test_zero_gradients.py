@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 
 import lightning_peft as lp
-from lightning_peft.trainer.zero_gradients import ZeroGradientAudit
+from lightning_peft.trainer.zero_gradients import ZeroGradientAudit, _largest
 from tests.helpers import adapted
 from tests.kinds import Kind
 from tests.methods.tiny import llama
@@ -151,3 +152,15 @@ def test_steps_that_a_scaler_skips_do_not_count(tmp_path: Path) -> None:
     assert run(6) == []
     with pytest.raises(lp.AuditError, match=r"module 'other' was exactly zero"):
         run(8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.complex64])
+def test_the_largest_gradient_is_that_of_the_infinite_norm(dtype: torch.dtype) -> None:
+    gradients = [torch.randn(3, 4).to(dtype), torch.randn(2, 5).to(dtype), torch.empty(0, dtype=dtype)]
+    expected = torch.nn.utils.get_total_norm(gradients[:2], math.inf).float()
+    torch.testing.assert_close(_largest(gradients), expected)
+    assert _largest([g * 0 for g in gradients]) == 0
+    assert _largest(gradients[2:]) == 0
+    assert _largest([1e-30 * torch.ones(2)]) > 0  # whose square is 0 in float32
+    assert _largest([]).isnan()
+    assert not _largest([*gradients, torch.tensor([math.inf])]).isfinite()
