@@ -1,4 +1,4 @@
-"""Small models of every kind whose adapters are exchanged with PEFT."""
+"""Small models whose adapters are exchanged with PEFT."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def logits(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def adapted(base: nn.Module, *methods: lp.PEFTMethod) -> nn.Module:
-    """A copy of ``base`` with ``methods`` whose parameters have moved."""
+    """A copy of ``base`` with ``methods`` applied and random adapter values."""
     model = copy.deepcopy(base)
     lp.apply(model, *methods)
     return moved(model)
@@ -64,14 +64,14 @@ def read_by_peft(base: nn.Module, directory: Path) -> nn.Module:
 
 
 def made_by_peft(base: nn.Module, config: peft.PeftConfig, directory: Path) -> nn.Module:
-    """An adapter of PEFT's with trained-looking values, saved in ``directory``."""
+    """A PEFT model with random adapter values, saved in ``directory``."""
     model = peft.get_peft_model(copy.deepcopy(base), config)
     moved(model).save_pretrained(directory)
     return model
 
 
 class Wrapped(L.LightningModule):
-    """A LightningModule that calls the model it holds ``net``."""
+    """A LightningModule that holds its model as ``net``."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ class Wrapped(L.LightningModule):
 
 
 class Called(L.LightningModule):
-    """The same with another name, and a module that holds nothing beside it."""
+    """Holds its model under another name, and has another module without parameters."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -94,13 +94,13 @@ class Called(L.LightningModule):
 
 
 def gpt2() -> nn.Module:
-    """Weights stored transposed (``Conv1D``), embeddings tied to the head."""
+    """A model with transposed weights (``Conv1D``) and embeddings tied to the head."""
     sizes = {"vocab_size": 64, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32, "initializer_range": 0.2}
     return GPT2LMHeadModel(GPT2Config(**sizes)).eval()
 
 
 def bert(num_labels: int = 3) -> nn.Module:
-    """A classifier with biases everywhere."""
+    """A classifier with biases in all layers."""
     sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
     more = {"num_attention_heads": 2, "max_position_embeddings": 32, "num_labels": num_labels, "initializer_range": 0.3}
     config = BertConfig(**sizes, **more)
@@ -129,7 +129,7 @@ class Convolutions(nn.Module):
 
 
 class Attention(nn.Module):
-    """``nn.MultiheadAttention``, of which only the weights are read."""
+    """``nn.MultiheadAttention``, which reads the weights of its layers without calling them."""
 
     def __init__(self, bias: bool = True) -> None:
         super().__init__()
@@ -143,7 +143,7 @@ class Attention(nn.Module):
 
 
 class _Expert(nn.Module):
-    """Two stacked weights and a plain one, all bare."""
+    """Two stacked weights and a plain one, all bare parameters."""
 
     def __init__(self, transposed: bool) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Bare parameters that are called ``weight``, as in routers of mixtures and in linear layers of other libraries."""
+"""Bare parameters called ``weight``, as in mixture-of-experts routers and in other libraries' linear layers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ X = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
 
 
 class Router(nn.Module):
-    """A linear layer of its own class."""
+    """A linear layer that does not derive from ``nn.Linear``."""
 
     def __init__(self, bias: bool = False) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class Router(nn.Module):
 
 
 class Stacked(nn.Module):
-    """A matrix for each head, and a bias for each."""
+    """One matrix and one bias per head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ def test_ssf_changes_the_bias_with_it(tmp_path):
         (Stacked, lp.LoRA(r=2, targets=["0.weight"], lora_bias=True), "lora_bias=True"),
     ],
 )
-def test_what_has_no_place_for_a_bias_is_refused_at_planning(make, method, message):
+def test_methods_that_cannot_adapt_a_bias_are_refused_at_planning(make, method, message):
     model = nn.Sequential(make())
     with pytest.raises(ValueError, match=message):
         lp.apply(model, method)

@@ -1,4 +1,4 @@
-"""Directories from checkpoints alone, and checkpoints from directories; the commands too."""
+"""Export directories from checkpoints without the model, import directories as checkpoints, and both commands."""
 
 import copy
 import json
@@ -18,7 +18,7 @@ from tests.formats.models import logits, read_by_peft, tokens
 
 
 class Trained(L.LightningModule):
-    """Any of the small models, from a seed, so that its base is the same whenever it is built."""
+    """One of the small models, built from a seed, so that its base is always the same."""
 
     def __init__(self, model: str = "bert", seed: int = 3) -> None:
         super().__init__()
@@ -100,7 +100,9 @@ def test_export_and_import_commands(tmp_path, capsys):
     torch.testing.assert_close(logits(again.eval(), x), want)
     module = Trained()
     train(module, lp.LoRA(r=2, targets=["query"], trainable=["classifier"]), ckpt_path=made, steps=1)
-    assert not torch.equal(module.net.classifier.weight, again.net.classifier.weight)  # trains on from there
+    assert not torch.equal(
+        module.net.classifier.weight, again.net.classifier.weight
+    )  # it continues training from there
     torch.testing.assert_close(module.net.classifier.weight, again.net.classifier.weight, rtol=0, atol=0.06)
 
 
@@ -113,14 +115,14 @@ def test_export_and_import_commands(tmp_path, capsys):
         (["import", "{out}/none", "x.ckpt", "--model", "{here}.Trained"], "no directory"),
     ],
 )
-def test_commands_say_what_is_wrong_in_a_line(args, said, tmp_path):
+def test_commands_report_errors_in_one_line(args, said, tmp_path):
     path = train(Trained(), lp.LoRA(r=2, targets=["query"]))
     export_checkpoint(path, tmp_path / "out")
     with pytest.raises(SystemExit, match=said):
         main([a.format(out=tmp_path / "out", ckpt=path, here=__name__) for a in args])
 
 
-def test_a_loaded_adapter_stays_through_training_another(tmp_path):
+def test_training_another_adapter_does_not_change_a_loaded_one(tmp_path):
     base, x = Trained().net, tokens()
     first = models.adapted(base, lp.LoRA(r=2, targets=["query"], trainable=["classifier"]))
     lp.save_adapter(first, tmp_path)
@@ -136,20 +138,20 @@ SEQUENCES = [lp.PromptTuning(3), lp.PrefixTuning(3, shift_positions=True), lp.PT
 
 
 @pytest.mark.parametrize("method", SEQUENCES, ids=lambda m: type(m).__name__)
-def test_a_prompt_needs_the_base_and_says_so(method, tmp_path):
+def test_exporting_a_prompt_asks_for_the_model(method, tmp_path):
     path = train(Trained("llama"), method)
     with pytest.raises(lp.FormatError, match="give --model"):
         export_checkpoint(path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-#: all that this trains of the base is a copy once it is loaded
+#: once loaded, everything that this trains of the base is an override
 LOADED = {"r": 2, "targets": ["query"], "trainable": ["classifier"], "bias": "lora_only"}
 
 
 @pytest.fixture
 def loaded(tmp_path):
-    """Builds a module with the same trainable adapter of a directory, as often as it is called."""
+    """A function that builds a new module with the same trainable adapter, loaded from a directory."""
     lp.save_adapter(models.adapted(Trained().net, lp.LoRA(**LOADED)), tmp_path / "start")
 
     def build():
@@ -166,7 +168,7 @@ def test_training_a_loaded_adapter_is_saved_loaded_and_exported(loaded, tmp_path
     path = train(module)
     want = logits(module.eval(), x)
     assert not torch.allclose(want, before, atol=1e-3)
-    assert torch.equal(module.net.classifier.weight, Trained().net.classifier.weight)  # the base's stays
+    assert torch.equal(module.net.classifier.weight, Trained().net.classifier.weight)  # the base's own is unchanged
     state = torch.load(path, weights_only=True)["state_dict"]
     assert all(".adapters.default." in key for key in state)
     again = lp.load_from_checkpoint(Trained, path)
@@ -181,7 +183,7 @@ def test_training_a_loaded_adapter_is_saved_loaded_and_exported(loaded, tmp_path
 
 
 def test_training_a_loaded_adapter_resumes_exactly(loaded):
-    x, unbroken = tokens(), loaded()  # each is built from one seed, from which its data follow
+    x, unbroken = tokens(), loaded()  # the same seed determines the module and its data
     train(unbroken, steps=4)
     path = train(loaded())
     resumed = loaded()
@@ -197,7 +199,7 @@ def test_a_loaded_checkpoint_trains_and_tests_without_its_method(loaded):
     assert not torch.allclose(logits(module.eval(), x), before, atol=1e-3)
 
 
-def test_a_method_does_not_resume_what_was_loaded_nor_the_other_way_round(loaded):
+def test_methods_and_loaded_adapters_do_not_resume_each_other(loaded):
     path = train(loaded())
     with pytest.raises(lp.StateError, match=r"'default' was attached by lp.load_adapter.*but as a method in this run"):
         train(Trained(), lp.LoRA(**LOADED), ckpt_path=path)

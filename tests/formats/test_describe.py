@@ -1,4 +1,4 @@
-"""What is told of an adapter's files without a model."""
+"""Descriptions of adapter files, made without a model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.formats.models import adapted, llama, made_by_peft
 from tests.trainer.toys import Toy, loader, lora, trainer, val_loader
 
 
-def test_an_adapter_of_ours(tmp_path):
+def test_describing_a_native_adapter(tmp_path):
     model = adapted(llama(), lp.LoRA(r=3, targets=["q_proj"], name="mine"))
     save_adapter(model, tmp_path / "a")
     found = describe(tmp_path / "a")
@@ -48,7 +48,7 @@ def test_adapters_of_peft_in_several_folders(tmp_path):
     assert "cannot be loaded" in str(found)
 
 
-def test_an_unknown_type_is_looked_up_and_the_nearest_named(tmp_path, monkeypatch):
+def test_an_unknown_type_suggests_the_nearest(tmp_path, monkeypatch):
     (tmp_path / "hostile_method.py").write_text("open('ran', 'w')\n")
     monkeypatch.syspath_prepend(tmp_path)
     for peft_type, hint in (("LORRA", "nearest: 'LORA'"), ("hostile_method.Evil", "is not supported")):
@@ -102,7 +102,7 @@ class Payload:
         return os.mkdir, ("ran",)
 
 
-def test_a_checkpoint_that_would_run_code_or_is_none():
+def test_files_that_would_run_code_or_are_not_checkpoints_are_refused():
     torch.save({"lightning_peft": Payload()}, "bad.ckpt")
     with pytest.raises(lp.StateError, match="mkdir would be run"):
         describe("bad.ckpt")

@@ -1,4 +1,4 @@
-"""Patterns of this package's own form mean the same modules in any holder of the base, also where names end alike."""
+"""Patterns in this package's own format match the same modules in any holder of the base."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.formats.models import Called, Wrapped, adapted, logits
 
 
 class Tower(nn.Module):
-    """Blocks over a sequence."""
+    """A stack of blocks."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ METHODS = {
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_one_of_two_towers(method, tmp_path):
+def test_an_adapter_on_one_of_two_towers(method, tmp_path):
     base, x = TwoTowers().eval(), torch.randint(0, 64, (2, 5))
     ours = adapted(Wrapped(copy.deepcopy(base)), METHODS[method]())
     lp.save_adapter(ours, tmp_path)

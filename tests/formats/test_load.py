@@ -1,4 +1,4 @@
-"""What loading checks, and that it changes nothing when it fails."""
+"""The checks of loading, and that a failed load leaves the model unchanged."""
 
 import copy
 import json
@@ -39,8 +39,11 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
     ("change", "said"),
     [
         (lambda t: t.pop(Q), r"no tensor '.*layers.0.self_attn.q_proj.lora_A.weight'; nearest"),
-        (lambda t: t.update({Q.replace("q_proj", "qq_proj"): t[Q].clone()}), "no place for.*qq_proj"),
-        (lambda t: t.update({Q: t[Q][:, :-1].clone()}), r"q_proj.lora_A.weight' is 2x31; this base needs 2x32"),
+        (lambda t: t.update({Q.replace("q_proj", "qq_proj"): t[Q].clone()}), "does not mention: .*qq_proj"),
+        (
+            lambda t: t.update({Q: t[Q][:, :-1].clone()}),
+            r"q_proj.lora_A.weight' has shape 2x31, but this base needs 2x32",
+        ),
         (lambda t: t.update({Q: torch.zeros(0, 32)}), "q_proj.*empty"),
         (lambda t: t.update({Q: t[Q] * float("nan")}), "q_proj.*NaN"),
     ],
@@ -76,7 +79,7 @@ def test_wrong_tensors_are_named_and_nothing_is_changed(saved, change, said):
         ({"lora_dropout": 2.0}, "dropout must be a probability"),
     ],
 )
-def test_options_that_would_compute_something_else_are_refused(saved, options, said):
+def test_options_that_change_the_output_are_refused(saved, options, said):
     base, directory = saved
     edit_config(directory, **options)
     unchanged(base, directory, said)
@@ -94,7 +97,7 @@ def unchanged(base, directory, said, error=lp.FormatError, **options):
     torch.testing.assert_close(logits(model, x), logits(base, x), rtol=0, atol=0)
 
 
-def test_another_base_is_an_error_unless_said_otherwise(saved):
+def test_another_base_is_an_error_unless_allowed(saved):
     _, directory = saved
     other = llama()
     unchanged(other, directory, "another base", error=lp.StateError)
@@ -160,7 +163,7 @@ def test_each_task_keeps_its_own_head(tmp_path):
     torch.testing.assert_close(rows, torch.stack([expected["b"][0], expected["a"][1]]))
 
 
-def test_a_trainable_adapter_trains_on_and_is_saved_again(saved, tmp_path):
+def test_a_trainable_adapter_continues_training_and_is_saved_again(saved, tmp_path):
     base, directory = saved
     model, x = copy.deepcopy(base), tokens()
     lp.load_adapter(model, directory, trainable=True)
@@ -207,7 +210,7 @@ def test_targets_and_options_mean_what_they_mean_in_peft(where, tmp_path):
     base, x = llama(), tokens()
     made_by_peft(base, peft.LoraConfig(r=4, lora_alpha=3, **where), tmp_path)
     if "rank_pattern" not in where and not isinstance(where["target_modules"], list):
-        edit_config(tmp_path, target_modules=where["target_modules"])  # PEFT writes the names it found
+        edit_config(tmp_path, target_modules=where["target_modules"])  # PEFT writes the names of the modules it found
     theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
     ours = copy.deepcopy(base)
     lp.load_adapter(ours, tmp_path)
@@ -230,7 +233,7 @@ def test_a_pattern_that_would_never_end(saved, monkeypatch, option, value):
     unchanged(base, directory, "the regular expression .*! takes more than 0.5 seconds".replace("!", ".*"))
 
 
-def test_what_was_made_for_another_kind_of_model_says_so(saved):
+def test_an_adapter_for_another_model_class_names_both(saved):
     _, directory = saved
     with pytest.raises(lp.StateError, match=r"made for 'LlamaForCausalLM', onto BertFor.*check_base=False"):
         lp.load_adapter(bert(), directory)
@@ -248,7 +251,7 @@ def test_what_was_made_for_another_kind_of_model_says_so(saved):
         ("runs/empty", "has no adapter_config.json.*it is empty"),
     ],
 )
-def test_a_wrong_place_says_what_would_be_right(where, said):
+def test_a_wrong_path_suggests_the_right_one(where, said):
     for folder in ("summaries", "whole", "empty"):
         (Path("runs") / folder).mkdir(parents=True)
     Path("runs/whole/config.json").write_text("{}")

@@ -1,4 +1,4 @@
-"""What PEFT cannot say, in the same two files: what is loaded is exactly what was saved."""
+"""Adapters that PEFT cannot represent are saved in the same two files and load exactly."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.formats.models import Called, Wrapped, adapted, logits, moved, tokens
 
 
 class Vision(nn.Module):
-    """A transformer over patches, as visual prompts need one."""
+    """A patch transformer, as visual prompts need."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ def build(name: str) -> nn.Module:
 
 
 @pytest.mark.parametrize("case", list(METHODS))
-def test_what_is_loaded_is_exactly_what_was_saved(case, tmp_path, monkeypatch):
+def test_saving_and_loading_is_exact(case, tmp_path, monkeypatch):
     name, make = METHODS[case]
     base, x = build(name), tokens()
     ours = adapted(base, make())
@@ -78,7 +78,7 @@ def test_what_is_loaded_is_exactly_what_was_saved(case, tmp_path, monkeypatch):
     again = copy.deepcopy(base)
     load_adapter(again, tmp_path / "a", name="other")
     assert torch.equal(logits(again, x), logits(ours, x))
-    # An adapted nn.MultiheadAttention has no fused path, whose kernels round in their own way.
+    # An adapted nn.MultiheadAttention does not take the fused path, whose kernels round differently.
     monkeypatch.setattr(torch.backends.mha, "_is_fastpath_enabled", False)
     with lp.disabled(again):
         assert torch.equal(logits(again, x), logits(base, x))
@@ -86,7 +86,7 @@ def test_what_is_loaded_is_exactly_what_was_saved(case, tmp_path, monkeypatch):
     first, second = read_files(tmp_path / "a").tensors, read_files(tmp_path / "b").tensors
     assert all(torch.equal(value, first[key]) for key, value in second.items())
     before = base.state_dict()
-    for key in first.keys() - second.keys():  # it is the base's own value: a part that had not unfrozen
+    for key in first.keys() - second.keys():  # the base's own value: this part was not unfrozen yet
         assert torch.equal(first[key], before[key.removeprefix("base_model.model.")])
 
 
@@ -130,7 +130,7 @@ class RowShiftAdapter(lp.WeightAdapter):
         return self.rows.expand_as(weight)
 
 
-def test_a_method_of_ones_own(tmp_path):
+def test_a_user_defined_method(tmp_path):
     base, x = build("bert"), tokens()
     ours = adapted(base, RowShift(targets=["query", "value"]))
     save_adapter(ours, tmp_path)
@@ -174,7 +174,7 @@ HUGE = {
 
 
 @pytest.mark.parametrize("option", HUGE)
-def test_a_size_that_the_file_does_not_hold_takes_no_memory(option, tmp_path):
+def test_a_declared_size_that_the_file_does_not_have_allocates_no_memory(option, tmp_path):
     method, size = HUGE[option]
     base = build("bert")
     save_adapter(adapted(base, method), tmp_path)
@@ -210,7 +210,7 @@ def test_a_folded_network_stays_folded(tmp_path):
     assert any(key.endswith("prefix_keys") for key in again.state_dict())
 
 
-def test_two_methods_of_one_name_are_not_mistaken(tmp_path):
+def test_two_methods_with_the_same_class_name_are_told_apart(tmp_path):
     base = build("bert")
     save_adapter(adapted(base, RowShift(targets=["query"])), tmp_path)
     type("RowShift", (lp.LoRA,), {"__module__": "elsewhere"})

@@ -1,4 +1,4 @@
-"""Models of transformers that raise where they are asked for what they do not have."""
+"""transformers models whose optional methods raise instead of returning None."""
 
 import lightning as L
 import pytest
@@ -76,7 +76,7 @@ def test_the_trainers_checkpoint_is_saved(tmp_path):
 
 
 @pytest.mark.parametrize("error", [NotImplementedError, AttributeError, ValueError, TypeError])
-def test_a_model_method_that_raises_counts_as_none(error):
+def test_a_model_method_that_raises_counts_as_missing(error):
     class Raises(nn.Linear):
         def get_input_embeddings(self):
             raise error

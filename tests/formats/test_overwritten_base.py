@@ -1,4 +1,4 @@
-"""A directory names the base that its adapter computes with, also where other weights were loaded after applying."""
+"""A directory identifies the base of its adapter, even if weights were loaded after the method was applied."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_a_directory_fits_the_base_that_was_loaded_last(method, tmp_path):
     torch.testing.assert_close(logits(new, x), logits(model, x))
 
 
-def test_a_teacher_that_moved_does_not_make_it_another_base(tmp_path):
+def test_an_updated_teacher_does_not_count_as_another_base(tmp_path):
     base = nn.ModuleDict({"net": nn.Linear(4, 3), "teacher": nn.Linear(4, 3)})
     model = copy.deepcopy(base)
     lp.apply(model, lp.LoRA(r=2, targets="net"))
@@ -46,7 +46,7 @@ def test_a_teacher_that_moved_does_not_make_it_another_base(tmp_path):
 
 
 class Loading(Trained):
-    """Applies the attached method, and then loads other weights."""
+    """Applies the attached method, then loads other weights."""
 
     def configure_model(self):
         if not hasattr(self, "loaded"):
@@ -56,7 +56,7 @@ class Loading(Trained):
             nn.Module.load_state_dict(self.net, bert().state_dict(), strict=False)
 
 
-def test_so_does_one_that_is_made_from_a_checkpoint(tmp_path):
+def test_a_directory_made_from_a_checkpoint_identifies_the_base_too(tmp_path):
     module = Loading()
     export_checkpoint(train(module, lp.LoRA(r=2), steps=1), tmp_path)
     with pytest.raises(lp.StateError, match="another base"):

@@ -1,4 +1,4 @@
-"""Tied weights and shared modules: what trains, what the report says, and what PEFT makes of it."""
+"""Tied weights and shared modules: what trains, what the report says, and how PEFT handles them."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_a_tied_weight_trains_under_all_of_its_names_here_and_in_peft(case: str,
         {"target_modules": ["embed_tokens"]},
     ],
 )
-def test_peft_unties_what_it_copies_and_so_does_loading_its_file(options, tmp_path):
+def test_loading_a_peft_file_unties_copied_heads_as_peft_does(options, tmp_path):
     base, x = tied_llama(), tokens()
     theirs = made_by_peft(
         base, peft.LoraConfig(**{"r": 2, "target_modules": ["q_proj"], **options}), tmp_path / "theirs"
@@ -81,7 +81,7 @@ def test_peft_unties_what_it_copies_and_so_does_loading_its_file(options, tmp_pa
     assert_same(logits(again, x), logits(ours, x))
 
 
-def test_files_of_earlier_releases_hold_one_name_and_mean_all(tmp_path):
+def test_files_of_earlier_releases_have_one_name_of_a_tied_value(tmp_path):
     base, x = tied_llama(), tokens()
     ours = adapted(base, lp.LoRA(r=2, targets=["q_proj"], trainable=["embed_tokens"]))
     lp.save_adapter(ours, tmp_path)
@@ -95,7 +95,7 @@ def test_files_of_earlier_releases_hold_one_name_and_mean_all(tmp_path):
     assert_same(logits(again, x), logits(ours, x))
 
 
-def test_an_adapter_of_a_tied_module_changes_that_one_alone_and_the_report_says_so(tmp_path):
+def test_an_adapter_of_a_tied_module_changes_only_that_one(tmp_path):
     base, x = tied_llama(), tokens()
     method = lp.LoRA(r=2, targets=["embed_tokens"])
     assert any("adapted alone: lm_head.weight holds the same" in note for note in lp.inspect(base, method).notes)
@@ -124,7 +124,7 @@ class Shared(nn.Module):
     ("options", "kept"),
     [({"targets": ["a"]}, True), ({"targets": ["out"], "trainable": ["a"]}, True), ({"targets": ["block.0"]}, False)],
 )
-def test_a_module_with_two_names_is_adapted_under_both_and_kept_from_peft_where_that_is_not(options, kept, tmp_path):
+def test_a_module_with_two_names_is_adapted_under_both(options, kept, tmp_path):
     base, x = Shared().eval(), torch.ones(1, 8)
     said = "a is the same module as again: its changes apply under each name"
     assert (said in lp.inspect(base, lp.LoRA(r=2, **options)).notes) is kept

@@ -1,4 +1,4 @@
-"""Files run no code: whatever a checkpoint says, nothing that it names is imported, called or opened.
+"""Files never run code: nothing that a checkpoint names is imported, called or opened.
 
 The canary is ``hostile_library``, on the path: importing it or calling what is in it leaves a file.
 """
@@ -36,7 +36,7 @@ class Evil:
 
 
 class Open(Module):
-    """Takes everything that a class can take: plain values, code, and values of no declared type."""
+    """Takes arguments of every kind: plain values, code, and values without a declared type."""
 
     def __init__(
         self,
@@ -160,13 +160,13 @@ def test_all_hyperparameters_as_one_argument(trained):
 
 
 @pytest.mark.parametrize("hyper_parameters", [3, "text", [1], {1: 2}])
-def test_hyperparameters_that_are_none(trained, hyper_parameters):
+def test_hyperparameters_that_are_not_a_dictionary(trained, hyper_parameters):
     torch.save({**trained, "hyper_parameters": hyper_parameters}, "hostile.ckpt")
     assert "are not a dictionary of arguments by name" in refused(ENTRIES["load_from_checkpoint"], "hostile.ckpt")
     assert "are not a dictionary of arguments by name" in refused(ENTRIES["test"], "hostile.ckpt")
 
 
-def test_what_the_user_gives_is_used_and_a_difference_is_said(trained, recwarn):
+def test_arguments_of_the_user_are_used_and_a_difference_causes_a_warning(trained, recwarn):
     path = saved(trained, act="hostile_library.run", lr=0.5)
     module = lp.load_from_checkpoint(Open, path, act=torch.tanh, lr=0.25)
     assert module.act is torch.tanh
@@ -200,7 +200,7 @@ def test_merge_takes_classes_and_callables_from_the_user(trained):
 
 
 def manifest_says(trained: dict[str, Any], **config: Any) -> str:
-    """The checkpoint of a forger, whose method has these arguments and who left the digests out."""
+    """A forged checkpoint without digests, whose method has these arguments."""
     manifest = copy.deepcopy(trained["lightning_peft"])
     del manifest["digests"]
     manifest["methods"][0]["config"].update(config)
@@ -225,7 +225,7 @@ def test_arguments_of_methods(trained, monkeypatch, config, message):
     assert "hostile.ckpt" in said
 
 
-def test_a_file_makes_no_tokenizer_be_looked_up():
+def test_a_file_never_causes_a_tokenizer_lookup():
     found = method_of_file("PromptTuning", {"init": "text", "init_text": "x", "tokenizer": "hostile/repository"})
     assert (found.config()["init"], found.config()["tokenizer"]) == ("random", None)
 
@@ -258,7 +258,7 @@ def test_an_archive_that_decompresses_or_declares_too_much_is_refused(trained):
     assert "bytearray" in refused(ENTRIES["load_from_checkpoint"], "hostile.ckpt")
 
 
-#: every place where a value could become an import, a call or code, and why no file's value does
+#: every place where a value could become an import, a call or code, and why values from files cannot
 SITES = {
     ("cli/module.py", "importlib.import_module"): "--model, which the user gives; the tasks of this package",
     ("tasks/vision.py", "pkgutil.resolve_name"): "ImageClassifier.network, which is from_user",

@@ -1,4 +1,4 @@
-"""LightningModules as people of each field write them, with tiny random models in place of the pretrained ones."""
+"""LightningModules as users of different fields write them, with tiny random models instead of pretrained ones."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ TEXT = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num
 
 
 def pretrained(build: Callable[[], nn.Module]) -> Any:
-    """The same weights each time, as ``from_pretrained`` gives them, in eval mode."""
+    """Build a model in eval mode with fixed weights, as ``from_pretrained`` does."""
     return seeded(build).eval()
 
 
 def seeded(build: Callable[[], nn.Module]) -> Any:
-    """Fresh layers that are the same each time."""
+    """Build new layers, always with the same weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return build()
@@ -53,7 +53,7 @@ def llama() -> Any:
 
 
 class CausalLM(L.LightningModule):
-    """The model comes in ``setup``; weight decay for matrices only, warm-up, perplexity."""
+    """Builds the model in ``setup``; uses weight decay for matrices only, warm-up and perplexity."""
 
     def __init__(self, lr: float = 1e-2, weight_decay: float = 0.1, warmup: int = 2):
         super().__init__()
@@ -90,7 +90,7 @@ class CausalLM(L.LightningModule):
 
 
 class Projector(L.LightningModule):
-    """A frozen vision encoder, a projector and a language model; checkpoints leave the encoder out."""
+    """A frozen vision encoder, a projector and a language model; checkpoints omit the encoder."""
 
     def __init__(self, lr: float = 1e-2):
         super().__init__()
@@ -129,7 +129,7 @@ class Projector(L.LightningModule):
 
 
 class WithCallables(L.LightningModule):
-    """What LightningCLI fills: the optimizer and the schedule are callables."""
+    """Gets optimizer and scheduler as callables, as LightningCLI passes them."""
 
     def __init__(
         self,

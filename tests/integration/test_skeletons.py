@@ -1,4 +1,4 @@
-"""The modules of eight fields train, checkpoint, resume, export, merge and unload, none written for this library."""
+"""Modules of eight fields, not written for this library, train, checkpoint, resume, export, merge and unload."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def noise(*shape: int) -> Callable[[torch.Generator], Tensor]:
 
 
 class Samples(Dataset):
-    """Random samples, the same each time, one tensor for each key."""
+    """Fixed random samples with one tensor per key."""
 
     def __init__(self, keys: dict[str, Callable[[torch.Generator], Tensor]]) -> None:
         generator = torch.Generator().manual_seed(3)
@@ -49,13 +49,13 @@ class Samples(Dataset):
 
 @dataclass
 class Skeleton:
-    """A module, what its batches hold, and the method that a person of the field attaches."""
+    """A module, the content of its batches, and the method that users of the field would attach."""
 
     module: type[L.LightningModule]
     batch: dict[str, Callable[[torch.Generator], Tensor]]
     method: dict[str, Any]
-    trained: tuple[str, ...] = ()  # where parameters of the base train
-    arguments: dict[str, Any] = field(default_factory=dict)  # that a checkpoint cannot hold
+    trained: tuple[str, ...] = ()  # if parameters of the base train
+    arguments: dict[str, Any] = field(default_factory=dict)  # arguments that a checkpoint cannot hold
     build: Callable[[], L.LightningModule] | None = None
 
     def make(self) -> L.LightningModule:
@@ -129,7 +129,7 @@ SKELETONS = {
 
 
 def fit(folder: Path, skeleton: Skeleton, ckpt_path: Path | None = None) -> tuple[L.LightningModule, L.Trainer]:
-    """Two epochs with a checkpoint after every step, or the rest of them."""
+    """Train two epochs with a checkpoint after every step, or the rest of them from ``ckpt_path``."""
     module, saver = skeleton.make(), ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)
     L.seed_everything(0 if ckpt_path is None else 1)
     with warnings.catch_warnings():
@@ -162,7 +162,7 @@ def fresh(skeleton: Skeleton) -> L.LightningModule:
 
 
 def classes(module: nn.Module) -> list[str]:
-    """By name, since torch makes the class of a parametrized layer for each instance."""
+    """Class names, because torch creates a class per instance for a parametrized layer."""
     return [f"{type(part).__module__}.{type(part).__qualname__}" for part in module.modules()]
 
 
@@ -174,7 +174,7 @@ def test_skeleton(name: str, tmp_path: Path) -> None:
     trained = output(module, skeleton)
     differ(trained, output(base, skeleton))
 
-    # The base is bit for bit what it was; the checkpoint holds what trained, and no more.
+    # The base is unchanged bit for bit; the checkpoint holds only what trained.
     now, before = bits(module), bits(base)
     frozen = [k for k in before if not skeleton.trained or not k.startswith(skeleton.trained)]
     assert_same_bits({k: now[k] for k in frozen}, {k: before[k] for k in frozen})
@@ -184,7 +184,7 @@ def test_skeleton(name: str, tmp_path: Path) -> None:
 
     assert any(".adapters." in key for key in stored)
 
-    # A run that stops in the middle of an epoch goes on as if it had not.
+    # A run that stops in the middle of an epoch continues as if it had not stopped.
     steps = trainer.optimizers[0].state_dict()["state"]
     resumed, again = fit(tmp_path / "resumed", skeleton, tmp_path / "whole" / f"step={middle(skeleton)}.ckpt")
     assert_same_bits(bits(resumed), now)
@@ -194,7 +194,7 @@ def test_skeleton(name: str, tmp_path: Path) -> None:
         {str((i, k)): v for i, s in steps.items() for k, v in s.items()},
     )
 
-    # From the checkpoint alone; and exported, by either way, onto a base that was never trained.
+    # Load from the checkpoint alone, and export it in both ways onto an untrained base.
     loaded = lp.load_from_checkpoint(skeleton.module, path, **skeleton.arguments)
     assert torch.equal(output(loaded, skeleton), trained)
     lp.save_adapter(module, tmp_path / "adapter")
@@ -205,7 +205,7 @@ def test_skeleton(name: str, tmp_path: Path) -> None:
     lp.load_adapter(other, tmp_path / "exported")
     close(output(other, skeleton), trained)
 
-    # Merging changes nothing but the weights; unmerging gives them back.
+    # Merging changes only the weights; unmerging restores them.
     lp.merge(module)
     close(output(module, skeleton), trained, 1e-4)
     lp.unmerge(module)
@@ -220,5 +220,5 @@ def test_skeleton(name: str, tmp_path: Path) -> None:
 
 
 def middle(skeleton: Skeleton) -> int:
-    """The global step of the second batch, which counts the steps of every optimizer."""
+    """The global step after the second batch, which counts the steps of all optimizers."""
     return 4 if skeleton.module is field_modules.AudioHead else 2

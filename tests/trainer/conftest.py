@@ -1,4 +1,4 @@
-"""Quiet runs: Lightning's tips and the tables of a hundred small fits hide what failed."""
+"""Silence Lightning's tips and tables, which would hide failures among a hundred small fits."""
 
 from __future__ import annotations
 

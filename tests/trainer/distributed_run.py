@@ -22,7 +22,7 @@ WIDTH = 1024
 
 
 class Big(L.LightningModule):
-    """A base of several MB, whose blocks are checkpointed and, under FSDP2, sharded."""
+    """A base of several MB whose blocks use activation checkpointing and, under FSDP2, sharding."""
 
     def __init__(self, shard: bool = False, base_seed: int = 7) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class Big(L.LightningModule):
                 [nn.Linear(16, WIDTH), nn.Linear(WIDTH, WIDTH), nn.Sequential(nn.Linear(WIDTH, 64), nn.Dropout(0.2))]
             )
             self.head = nn.Linear(64, 2)
-        self.register_buffer("seen", torch.zeros(2))  # moves without gradients
+        self.register_buffer("seen", torch.zeros(2))  # changes without gradients
         if self.hparams.shard and dist.is_initialized():
             from torch.distributed.fsdp import fully_shard
 
@@ -63,7 +63,7 @@ class Big(L.LightningModule):
 
 
 class Agreement(Callback):
-    """Notes whether all ranks hold the same trainable state."""
+    """Records whether all ranks hold the same trainable state."""
 
     def __init__(self) -> None:
         self.seen: dict[str, bool] = {}
@@ -124,7 +124,7 @@ def main(kind: str, root: Path) -> None:
         ]
         out["agree"] |= {f"resumed {step}, {k}": v for k, v in again.seen.items()}
 
-    # A method that draws during training, under the seed that the run began with.
+    # A method that draws random numbers during training, under the seed of the whole run.
     def dylora():
         return lp.DyLoRA(r=4, trainable=["head"])
 
@@ -133,9 +133,9 @@ def main(kind: str, root: Path) -> None:
     again = fit("e", ckpt=root / "drawn" / "step=2.ckpt", method=dylora(), enable_checkpointing=False)[0]
     out["resumed draws"] = same(full_state(again), drawn)
 
-    lp.save_adapter(module, root / "adapter")  # by every rank, as a sharded model needs
+    lp.save_adapter(module, root / "adapter")  # called on every rank, as a sharded model requires
     if not shard and dist.get_rank() == 0:
-        lp.save_adapter(module, root / "alone")  # by the first alone, as one often sees it
+        lp.save_adapter(module, root / "alone")  # called on rank 0 only, as users often do
     dist.barrier()
     for folder in ("adapter", *(["alone"] if not shard else [])):
         plain = Big()
@@ -148,7 +148,7 @@ def main(kind: str, root: Path) -> None:
         }
         out[f"saved {folder}"] = len(found) == 8 and all(torch.equal(p, expected[n]) for n, p in found.items())
 
-    # weights only: enough to validate from
+    # weights only: enough for validation
     r = trainer(root / "v", devices=2, strategy=strategy_of(kind), enable_checkpointing=False)
     r.validate(Big(shard=shard), val_loader(), ckpt_path=str(next((root / "weights").iterdir())), verbose=False)
     out["validated"] = float(r.callback_metrics["val_loss"])
@@ -186,7 +186,7 @@ def main(kind: str, root: Path) -> None:
     if dist.get_rank() == 0:
         (root / "out.json").write_text(json.dumps(out))
     dist.barrier()
-    dist.destroy_process_group()  # gloo's threads must not outlive the interpreter
+    dist.destroy_process_group()  # gloo's threads must end before the interpreter does
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Each check is broken on purpose once; and what is only unusual raises no alarm."""
+"""Every check reports the mistake it is for, and correct but unusual runs cause no report."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .toys import Toy, data, loader, lora, trainer, val_loader
 
 
 def fit(root: Path, module: L.LightningModule, method: Any = None, **options: Any) -> list[str]:
-    """Train for a moment; the audit's warnings."""
+    """Train for a few steps; return the audit's warnings."""
     L.seed_everything(1, verbose=False)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -46,7 +46,7 @@ def test_a_fresh_head_on_a_pretrained_base(tmp_path: Path) -> None:
     with pytest.raises(lp.AuditError, match=r"output head 'head' is frozen.*trainable=\['head'\]"):
         fit(tmp_path, module, lora(trainable=[]))
     assert fit(tmp_path, pretrained(Toy(width=64)), lora()) == []
-    assert fit(tmp_path, Toy(width=64), lora(trainable=[])) == []  # all random: a toy, nothing pretrained
+    assert fit(tmp_path, Toy(width=64), lora(trainable=[])) == []  # every layer is random: nothing looks pretrained
     trained = pretrained(Toy(width=64))
     trained.head.weight.data.mul_(3 * torch.rand_like(trained.head.weight))
     assert fit(tmp_path, trained, lora(trainable=[])) == []
@@ -130,7 +130,7 @@ def test_gradients(tmp_path: Path) -> None:
         fit(tmp_path, Bypassed(), bottleneck(), max_steps=1, num_sanity_val_steps=0)
     assert (
         fit(tmp_path, Bypassed(), lora(dropout=0.0), max_steps=1, num_sanity_val_steps=0) == []
-    )  # a weight that is read is adapted
+    )  # code that reads the weight gets the adapted one
     with pytest.raises(lp.AuditError, match=r"body.0.adapters.default.lora_A.*first step.*cut off from the loss"):
         fit(tmp_path, Detached(), max_steps=1)
     with pytest.raises(lp.AuditError, match=r"body.\{0,4\}.adapters.default.lora_A.*use_reentrant=True"):
@@ -151,7 +151,7 @@ def test_evaluation(tmp_path: Path) -> None:
 
 
 class Experts(Toy):
-    """Routes each batch to one of its experts."""
+    """Routes each batch to a single expert."""
 
     def build(self) -> None:
         self.experts = nn.ModuleList(nn.Linear(16, 16) for _ in range(40))
@@ -163,7 +163,7 @@ class Experts(Toy):
 
 
 class OnlyInTraining(Toy):
-    """An auxiliary branch that validation leaves out."""
+    """Has an auxiliary branch that validation does not call."""
 
     def build(self) -> None:
         self.aux = nn.Linear(16, 2)
@@ -194,7 +194,7 @@ def test_no_false_alarms(tmp_path: Path) -> None:
 
 
 class TakingTurns(Toy):
-    """Two optimizers by hand, one of which waits for its turn."""
+    """Manual optimization with two optimizers, one of which steps later."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -216,7 +216,7 @@ def test_several_optimizers_raise_no_alarm(tmp_path: Path) -> None:
 
 
 class Encoder(Toy):
-    """torch's encoder layer has a path for evaluation that never calls its children."""
+    """In eval mode, torch's encoder layer has a fast path that never calls its children."""
 
     def build(self) -> None:
         if not hasattr(self, "body"):
@@ -257,7 +257,7 @@ def test_an_untrained_body_is_not_taken_for_a_pretrained_one(tmp_path):
     trainer(tmp_path, method=lp.LoRA(r=2, targets=["body.*"]), max_steps=1).fit(module)
 
 
-def test_whether_a_module_is_compiled_is_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compilation_is_checked_only_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     monkeypatch.setattr(lifecycle, "_compiled", lambda model: asked.append(model) or True)
     trainer(tmp_path, max_epochs=1).fit(Toy(), loader())

@@ -1,4 +1,4 @@
-"""Moving averages of the trainable state, listed before the method or after it."""
+"""Weight averaging callbacks, listed before or after the method, average the trainable state."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def run_with(root: Path, callbacks: list[Any], where: str = "init", ckpt: Any = 
 
 
 def by_hand(root: Path, decay: float) -> dict[str, torch.Tensor]:
-    """The average of the trainable parameters, worked out beside an ordinary run."""
+    """A callback that computes the average of the trainable parameters independently."""
     average: dict[str, torch.Tensor] = {}
 
     class Record(L.Callback):
         def on_train_batch_end(self, trainer: Any, module: Any, *args: Any) -> None:
             for name, p in module.named_parameters():
                 if p.requires_grad:
-                    before = average.get(name)  # torch's average starts from the first values it is given
+                    before = average.get(name)  # torch's average starts with the first values it gets
                     average[name] = p.detach().clone() if before is None else before.lerp(p.detach(), 1 - decay)
 
     run_with(root, [lora(), Record()], enable_checkpointing=False)
@@ -70,7 +70,7 @@ def test_checkpoints_are_trimmed_and_resume(tmp_path: Path, first: bool) -> None
     for name in ("step=3.ckpt", "end-epoch=0.ckpt"):
         again, r = run_with(tmp_path, callbacks(), "configure_model", ckpt=tmp_path / name, enable_checkpointing=False)
         assert same(state_of(again, r), expected), name
-    loaded = lp.load_from_checkpoint(Toy, path)  # the average is what one deploys
+    loaded = lp.load_from_checkpoint(Toy, path)  # the checkpoint's weights are the average
     assert torch.equal(loaded.head.weight, checkpoint["state_dict"]["head.weight"])
     trainer(tmp_path).test(Toy(), val_loader(), ckpt_path=path, verbose=False)
 
@@ -78,7 +78,7 @@ def test_checkpoints_are_trimmed_and_resume(tmp_path: Path, first: bool) -> None
 def test_validation_sees_the_average(tmp_path: Path) -> None:
     module, run = run_with(tmp_path, [lora(), EMAWeightAveraging(decay=0.8)])
     seen = float(run.callback_metrics["val_loss"])
-    run.validate(module, val_loader(), verbose=False)  # after the fit the average is the model
+    run.validate(module, val_loader(), verbose=False)  # after the fit, the model has the averaged weights
     assert float(run.callback_metrics["val_loss"]) == pytest.approx(seen)
 
 
@@ -97,5 +97,5 @@ def test_checkpoint_without_an_average(tmp_path: Path) -> None:
 @pytest.mark.parametrize("first", [True, False])
 def test_stochastic_weight_averaging_is_a_clear_error(tmp_path: Path, first: bool) -> None:
     both = [StochasticWeightAveraging(0.1), lora()]
-    with pytest.raises(MisconfigurationException, match=r"use lightning\.pytorch\.callbacks\.WeightAveraging"):
+    with pytest.raises(MisconfigurationException, match=r"Use lightning\.pytorch\.callbacks\.WeightAveraging"):
         run_with(tmp_path, both if first else both[::-1])

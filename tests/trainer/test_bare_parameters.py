@@ -1,4 +1,4 @@
-"""Parameters held by a module that also holds other parts: trained by name, named where they stay frozen."""
+"""Bare parameters of a module that also has submodules: trained by name, and named in a warning if they stay frozen."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_trainable_takes_names_of_parameters(tmp_path):
         lp.inspect(Temperature(), lp.LoRA(trainable=["logit_scail"]))
 
 
-def test_what_an_optimizer_was_given_and_is_frozen_is_named(tmp_path):
+def test_frozen_parameters_in_an_optimizer_are_named(tmp_path):
     with pytest.warns(
         UserWarning, match=r"empty parameter group, because all its parameters are frozen: logit_scale, query\."
     ):

@@ -1,4 +1,4 @@
-"""Modules whose adapters sit in a part of them, in a Trainer without methods."""
+"""Modules that already have adapters in a submodule, in a Trainer without methods."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def _installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Install the entry points that pyproject.toml declares, whatever the environment was built from."""
+    """Provide the entry points that pyproject.toml declares, even if the package is not installed."""
     declared = re.findall(
         r'^\[project\.entry-points\."(.+)"\]\n(\w+) = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE
     )
@@ -80,7 +80,7 @@ LORA_AND_HEAD = {f"body.{i}.adapters.default.{f}" for i in (0, 4) for f in ("lor
 @installed
 @pytest.mark.parametrize("loads", [True, False], ids=["load_adapter", "apply"])
 @pytest.mark.parametrize("hook", ["init", "setup", "configure_model"])
-def test_checkpoints_hold_what_trains_and_resume(tmp_path: Path, hook: str, loads: bool) -> None:
+def test_checkpoints_hold_the_trainable_state_and_resume(tmp_path: Path, hook: str, loads: bool) -> None:
     directory = adapter(tmp_path / "adapter") if loads else ""
     whole = AdaptsPart(directory, hook)
     L.seed_everything(1)
@@ -114,7 +114,7 @@ def test_a_fresh_trainer_tests_such_a_checkpoint(tmp_path: Path, hook: str) -> N
 
 
 class Wraps(L.LightningModule):
-    """Holds networks that were adapted before, in a list."""
+    """Holds a list of networks that were adapted before."""
 
     def __init__(self, *networks: nn.Module) -> None:
         super().__init__()
@@ -140,7 +140,7 @@ def test_a_network_that_was_adapted_before_it_was_wrapped(tmp_path: Path) -> Non
 
 
 @installed
-def test_a_trainer_of_the_other_package_finds_it_too(tmp_path: Path) -> None:
+def test_a_trainer_of_the_other_package_finds_the_adapter_too(tmp_path: Path) -> None:
     import pytorch_lightning as pl
 
     module_class = type("Other", (pl.LightningModule,), {k: v for k, v in vars(Wraps).items() if k != "__init__"})
@@ -155,7 +155,7 @@ def test_a_trainer_of_the_other_package_finds_it_too(tmp_path: Path) -> None:
 
 
 @installed
-def test_parts_that_were_adapted_separately_are_refused(tmp_path: Path) -> None:
+def test_submodules_that_were_adapted_separately_are_refused(tmp_path: Path) -> None:
     networks = [Toy().body, Toy().body]
     for network in networks:
         lp.apply(network, lora())
@@ -174,7 +174,7 @@ def test_a_module_without_adapters_stays_as_it_is(tmp_path: Path) -> None:
 
 
 @installed
-def test_frozen_adapters_do_not_make_a_run_one_of_methods(tmp_path: Path) -> None:
+def test_frozen_adapters_do_not_change_a_run_without_methods(tmp_path: Path) -> None:
     network = Toy().body
     lp.load_adapter(network, adapter(tmp_path / "adapter"))
     module = Wraps(network, nn.Linear(16, 2))
@@ -182,7 +182,7 @@ def test_frozen_adapters_do_not_make_a_run_one_of_methods(tmp_path: Path) -> Non
     assert type(module) is Wraps
 
 
-def test_a_copy_that_is_not_installed_warns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_package_that_is_not_installed_warns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lightning_peft.trainer.brought_along.entry_points", lambda group: [])
     directory = adapter(tmp_path / "adapter")
     with pytest.warns(UserWarning, match="is not installed, so a Trainer cannot find this adapter"):

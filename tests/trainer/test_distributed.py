@@ -1,4 +1,4 @@
-"""Two processes on the CPU: one run per strategy, looked at from several sides."""
+"""Distributed runs with two CPU processes: one run per strategy, checked by several tests."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ KINDS = ("ddp", "fsdp2", "fsdp2-shards")
 
 @pytest.fixture(scope="module", params=KINDS)
 def run(request: Any, tmp_path_factory: Any) -> tuple[str, Path, dict[str, Any]]:
-    # Each run is made once, by whichever of xdist's workers comes first.
+    # Each run is made once, by the first xdist worker that needs it.
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / f"distributed-{request.param}"
     try:
@@ -66,13 +66,13 @@ def test_an_adapter_is_saved_whole_by_the_first_rank(run: tuple[str, Path, dict[
 
 def test_ranks_agree(run: tuple[str, Path, dict[str, Any]]) -> None:
     kind, _, out = run
-    if kind == "ddp":  # sharded parameters have nothing to compare
+    if kind == "ddp":  # sharded parameters cannot be compared between ranks
         assert {"start", "step 1", "step 6", "resumed 2, start", "resumed 2, step 3"} <= out["agree"].keys()
     assert all(out["agree"].values())
 
 
 def test_resume_is_exact(run: tuple[str, Path, dict[str, Any]]) -> None:
-    # Weights and optimizer, dropout of every rank and the sampler's order, though resumed under another seed.
+    # Weights, optimizer, every rank's dropout and the sampler's order agree, although the seed differs on resume.
     assert run[2]["resumed"] == {step: [True, True] for step in ("2", "3", "4")}
     assert run[2]["resumed draws"]
 
@@ -81,7 +81,7 @@ def test_weights_only_checkpoints_load(run: tuple[str, Path, dict[str, Any]]) ->
     assert run[2]["validated"] == pytest.approx(run[2]["expected"], abs=1e-7)
 
 
-def test_what_does_not_fit_is_an_error(run: tuple[str, Path, dict[str, Any]]) -> None:
+def test_state_that_does_not_fit_is_an_error(run: tuple[str, Path, dict[str, Any]]) -> None:
     kind, _, out = run
     assert "r=4" in out["rank"]
     assert "r=2" in out["rank"]

@@ -1,4 +1,4 @@
-"""Adapters go in once, wherever the module builds its layers and however often the Trainer runs."""
+"""Adapters are injected exactly once, wherever the module builds its layers and however often the Trainer runs."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_a_pattern_that_names_nothing_stops_the_run(tmp_path: Path, where: str) 
 
 
 def test_methods_and_adapted_modules_pickle(tmp_path: Path) -> None:
-    method = pickle.loads(pickle.dumps(lora()))  # as spawning strategies do
+    method = pickle.loads(pickle.dumps(lora()))  # as spawn strategies do
     assert method.config() == lora().config()
     module, _ = fitted(tmp_path, "init")
     module.trainer = None
@@ -115,7 +115,7 @@ def test_methods_and_adapted_modules_pickle(tmp_path: Path) -> None:
     assert same(dict(again.state_dict()), dict(module.state_dict()))
 
 
-def test_ranks_of_ddp_spawn_train_and_say_where_the_result_is(tmp_path: Path) -> None:
+def test_ddp_spawn_trains_and_warns_where_the_result_is(tmp_path: Path) -> None:
     module, run = Toy(), trainer(tmp_path, strategy="ddp_fork", devices=2, max_epochs=1)
     run.fit(module, loader(), val_loader())
     again = lp.load_from_checkpoint(Toy, run.checkpoint_callback.best_model_path)

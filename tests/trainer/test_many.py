@@ -1,4 +1,4 @@
-"""Further adapters beside the one that trains: they change nothing of the training, its checkpoints and its end."""
+"""Frozen adapters next to the one that trains do not change the training, its checkpoints or its result."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .toys import Toy, every_step, loader, lora, same, state_of, trainer, val_lo
 
 
 def add_frozen(module: L.LightningModule, name: str = "b") -> None:
-    """What loading an adapter does: one that is frozen, waits, and has a head of its own."""
+    """Add a frozen, inactive adapter with its own head, as loading one does."""
     method = lp.LoRA(r=2, name=name, trainable=["head"])
     plan = method.plan(module)
     override_trained(plan, module, {"head.weight": torch.ones(2, 16), "head.bias": torch.zeros(2)})
@@ -38,7 +38,7 @@ def add_frozen(module: L.LightningModule, name: str = "b") -> None:
 
 
 class Adds(Callback):
-    """Puts a frozen adapter in at one moment of a fit."""
+    """Adds a frozen adapter at one hook of a fit."""
 
     def __init__(self, moment: str) -> None:
         self.moment = moment
@@ -58,7 +58,7 @@ class Adds(Callback):
 
 
 class Compares(Toy):
-    """Looks at another adapter while validating."""
+    """Evaluates another adapter during validation."""
 
     def validation_step(self, batch: Any, index: int) -> None:
         names = set(injection_state(self).methods)
@@ -91,7 +91,7 @@ def trained(result: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("moment", ["before", "fit", "batch 0", "batch 3", "validation"])
-def test_a_frozen_adapter_beside_it_changes_nothing_of_a_training(tmp_path: Path, moment: str) -> None:
+def test_a_frozen_adapter_does_not_change_a_training(tmp_path: Path, moment: str) -> None:
     module, run = fit(tmp_path, moment)
     assert same(trained((module, run)), trained(fit(tmp_path, None)))
     assert not any(".adapters.b." in n for n, p in module.named_parameters() if p.requires_grad)
@@ -102,7 +102,7 @@ def test_a_frozen_adapter_beside_it_changes_nothing_of_a_training(tmp_path: Path
         assert torch.equal(module.head(x), torch.nn.functional.linear(x, own.weight, own.bias))
 
 
-def test_an_average_of_what_trains_goes_on(tmp_path: Path) -> None:
+def test_an_average_continues_after_resume(tmp_path: Path) -> None:
     results = [trained(fit(tmp_path, moment, EMAWeightAveraging(decay=0.5))) for moment in (None, "batch 3")]
     assert same(*results)
 
@@ -170,7 +170,7 @@ class Deletes(Callback):
             lp.delete_adapter(module, self.name)
 
 
-def test_the_frozen_one_can_be_deleted_in_a_training_and_the_other_cannot(tmp_path: Path) -> None:
+def test_only_the_frozen_adapter_can_be_deleted_during_training(tmp_path: Path) -> None:
     module, run = fit(tmp_path, "fit", Deletes("b"))
     assert same(trained((module, run)), trained(fit(tmp_path, None)))
     assert list(injection_state(module).methods) == ["default"]
@@ -181,13 +181,13 @@ def test_the_frozen_one_can_be_deleted_in_a_training_and_the_other_cannot(tmp_pa
     assert not any("adapters" in name for name in module.state_dict())
 
 
-def test_training_what_waits_is_said_before_the_first_step() -> None:
+def test_inactive_trainable_adapters_cause_a_warning_before_the_first_step() -> None:
     module = Toy()
     lp.apply(module, lora(name="default"), lora(name="b"))
     lp.set_active(module, "default")
     with pytest.warns(UserWarning, match=r"\['b'\] are trainable but inactive"):
         audit_active(module)
-    add_frozen(module, "c")  # waits as well, and is not to train
+    add_frozen(module, "c")  # inactive too, but not trainable
     lp.set_active(module, "default", "b")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -199,6 +199,6 @@ class Idle(Toy):
         lp.set_active(self)
 
 
-def test_training_what_is_not_active_is_named(tmp_path: Path) -> None:
+def test_inactive_trainable_adapters_are_named(tmp_path: Path) -> None:
     with pytest.raises(AuditError, match=r"got no gradient.*: their adapters are not active \(lp.set_active\)"):
         fit(tmp_path, None, kind=Idle)

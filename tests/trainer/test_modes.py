@@ -1,4 +1,4 @@
-"""What trains is in training mode during a fit; everything else keeps the mode that the user gave it."""
+"""During a fit, everything that trains is in training mode, and every other module keeps its mode."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .toys import Toy, loader, trainer, val_loader
 
 
 class Pretrained(Toy):
-    """Its body and head are in eval mode, as ``from_pretrained`` leaves a model; it notes modes in each step."""
+    """Its body and head are in eval mode, as after ``from_pretrained``; it records the modes in each step."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ def test_adapters_and_heads_train_while_their_host_stays_in_eval_mode(kind: type
         assert modes["head"]
         assert modes["head.0"]
         assert not any(modes[name] for name in ("body", "body.0", "body.1", "body.3"))
-    assert not any(m.training for m in [*module.body.modules(), *module.head.modules()])  # as the user left them
+    assert not any(m.training for m in [*module.body.modules(), *module.head.modules()])  # as the user set them
     x = torch.randn(4, 16)
     assert torch.equal(module(x), module(x))
 

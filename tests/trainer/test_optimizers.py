@@ -39,7 +39,7 @@ class Net(L.LightningModule):
 
 
 class Sorted(Net):
-    """By class and name, as minGPT sorts: everything must be in one of two sets."""
+    """Sorts parameters by class and name as minGPT does: each must be in one of two sets."""
 
     trainable_only = False
 
@@ -65,13 +65,13 @@ class Sorted(Net):
 
 
 class SortedTrainable(Sorted):
-    """By class and name, of what trains, as uni2ts sorts."""
+    """Sorts trainable parameters by class and name, as uni2ts does."""
 
     trainable_only = True
 
 
 class ByList(Net):
-    """Lists what it knows, in two optimizers' groups with names, and asserts nothing."""
+    """Lists the parameters it knows in named groups of two optimizers, without any assertion."""
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         linear = [(n, p) for n, p in self.named_parameters() if n.split(".")[-2] in ("up", "down", "head")]
@@ -105,7 +105,7 @@ METHODS = {
 
 @pytest.mark.parametrize("case", METHODS)
 @pytest.mark.parametrize("cls", [Sorted, SortedTrainable, ByList])
-def test_adapters_join_the_group_of_what_they_adapt(cls: type[Net], case: str, tmp_path: Path):
+def test_adapters_join_the_group_of_the_weight_they_adapt(cls: type[Net], case: str, tmp_path: Path):
     module = cls()
     optimizer = fit(module, tmp_path, *METHODS[case])
     decay = groups_by_name(module, optimizer)
@@ -119,7 +119,7 @@ def test_adapters_join_the_group_of_what_they_adapt(cls: type[Net], case: str, t
         assert len(group.get("param_names", group["params"])) == len(group["params"])
 
 
-def test_training_is_that_of_code_that_knows_adapters(tmp_path: Path):
+def test_training_equals_that_of_code_that_knows_adapters(tmp_path: Path):
     class Knows(Net):
         def configure_optimizers(self) -> torch.optim.Optimizer:
             by_decay: dict[float, list[nn.Parameter]] = {0.1: [], 0.0: []}
@@ -137,7 +137,7 @@ def test_training_is_that_of_code_that_knows_adapters(tmp_path: Path):
         torch.testing.assert_close(state, states[0])
 
 
-def test_the_module_is_whole_again_and_its_base_frozen(tmp_path: Path):
+def test_the_module_is_restored_and_its_base_is_frozen(tmp_path: Path):
     module = SortedTrainable()
     fit(module, tmp_path, lp.LoRA(r=2, targets=["up"]))
     assert [name for name, _ in hosts(module)] == ["up"]
@@ -145,13 +145,13 @@ def test_the_module_is_whole_again_and_its_base_frozen(tmp_path: Path):
     lp.unload(module)
 
 
-def test_an_error_of_another_cause_is_the_users_own(tmp_path: Path):
+def test_an_unrelated_error_is_raised_unchanged(tmp_path: Path):
     class Wrong(Net):
         def configure_optimizers(self) -> torch.optim.Optimizer:
             raise KeyError(f"{len(list(self.parameters()))} parameters")
 
     module = Wrong()
-    with pytest.raises(KeyError, match="11 parameters"):  # those of the first call, with the adapters
+    with pytest.raises(KeyError, match="11 parameters"):  # the parameters of the first call, with adapters
         fit(module, tmp_path, lp.LoRA(r=2, targets=["up"]))
     assert [name for name, _ in hosts(module)] == ["up"]
     assert not module.down.weight.requires_grad
@@ -167,7 +167,7 @@ def test_an_optimizer_that_trains_another_part_gets_no_adapters(tmp_path: Path):
 
 
 class TwoByHand(Net):
-    """Two optimizers by hand, with or without toggling; either may be left empty by freezing."""
+    """Manual optimization with two optimizers, with or without toggling; freezing may leave either empty."""
 
     def __init__(self, toggle: bool = False) -> None:
         super().__init__()
@@ -208,7 +208,7 @@ def test_one_of_two_optimizers_may_be_left_empty(plugins: list[Any], tmp_path: P
         fit(module, tmp_path, probe(), plugins=[plugin() for plugin in plugins])
     assert not torch.equal(module.head.weight, before)
     said = [str(w.message) for w in caught if "optimizer" in str(w.message)]
-    assert [text.partition(" (")[0] for text in said] == ["optimizer 0"]  # and none about the order of schedulers
+    assert [text.partition(" (")[0] for text in said] == ["optimizer 0"]  # and no warning about the order of schedulers
     assert "(Adam) has nothing to train, since all of it is frozen: tokens.weight, norm.weight" in said[0]
 
 
@@ -233,7 +233,7 @@ def test_toggling_two_optimizers_that_both_train(plugins: list[Any], tmp_path: P
 
 
 class Sometimes(Net):
-    """Skips its first batch, and computes its last from the frozen part alone."""
+    """Skips its first batch, and computes the loss of its last batch from frozen layers only."""
 
     cut = True
 

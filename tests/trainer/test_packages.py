@@ -1,4 +1,4 @@
-"""Runs with Lightning's two packages, ``lightning`` and ``pytorch_lightning``."""
+"""Runs with both of Lightning's packages, ``lightning`` and ``pytorch_lightning``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PACKAGES = ["lightning.pytorch", "pytorch_lightning"]
 
 
 def package(name: str) -> ModuleType:
-    """The package, where it is installed, with the submodules that a run uses."""
+    """Import the package with the submodules that a run uses; skip the test if it is not installed."""
     module = pytest.importorskip(name)
     for part in ("callbacks", "loggers", "strategies"):
         importlib.import_module(f"{name}.{part}")
@@ -82,7 +82,7 @@ def factors(module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def by_hand() -> dict[str, torch.Tensor]:
-    """What two epochs of plain torch make of the same adapters."""
+    """The adapters after two epochs of a plain torch loop."""
     module = module_of(package("lightning.pytorch"))()
     lp.apply(module, lp.LoRA(r=2, seed=3))
     optimizer = torch.optim.SGD(lp.trainable_parameters(module), lr=0.1)
@@ -134,7 +134,7 @@ def test_averaging_keeps_the_trainable_state_only(pl: ModuleType, tmp_path: Path
         )
 
 
-def test_what_depends_on_classes_of_lightning_knows_both(pl: ModuleType):
+def test_class_checks_recognise_both_packages(pl: ModuleType):
     for path in (
         "LightningModule",
         "callbacks.WeightAveraging",
@@ -148,13 +148,13 @@ def test_what_depends_on_classes_of_lightning_knows_both(pl: ModuleType):
         assert getattr(importlib.import_module(".".join([pl.__name__, *parents])), name) in lightning_classes(path)
 
 
-def test_a_release_without_a_class_is_no_error():
+def test_a_release_without_a_class_is_not_an_error():
     assert lightning_classes("callbacks.NoSuchCallback") == ()
 
 
 @pytest.mark.parametrize("what", ["callback", "logger", "strategy"])
 @pytest.mark.parametrize("name", PACKAGES)
-def test_a_run_with_parts_of_both_is_refused_before_anything_changes(name: str, what: str, tmp_path: Path):
+def test_a_run_that_mixes_both_packages_is_refused_before_anything_changes(name: str, what: str, tmp_path: Path):
     pl, other = package(name), package(next(n for n in PACKAGES if n != name))
     module = module_of(pl)()
     trainer = trainer_of(pl, tmp_path, lp.LoRA(r=2))

@@ -1,4 +1,4 @@
-"""Splitting groups after the scheduler was built equals having built both over split groups."""
+"""Splitting groups after the scheduler was built gives the same as building both with split groups."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from torch.optim import lr_scheduler as S
 
 from lightning_peft.trainer.param_groups import optimizers_in, remember_schedulers, schedulers_in, split_groups
 
-# One entry for each group: [weights, biases] before; after the split biases follow at a tenth of the rate.
+# One entry per group: [weights, biases] before; after the split, biases have a tenth of the rate.
 # Each builds the scheduler for rates (a list, one for each group) and the factor that each group has.
 SCHEDULERS = {
     "lambda": lambda o, f: S.LambdaLR(o, lambda step: 1 / (1 + step)),
@@ -105,7 +105,7 @@ def test_a_split_scheduler_resumes(kind):
     other_optimizer.load_state_dict(optimizer.state_dict())
     other_scheduler.load_state_dict(scheduler.state_dict())
     rest = _train(other_net, other_optimizer, other_scheduler, 4)
-    if kind != "plateau":  # which counts the metric of the loop above
+    if kind != "plateau":  # it counts the metric of the loop above
         assert rest == want[4:]
     for a, b in zip(other_net.parameters(), whole[0].parameters()):
         assert kind == "plateau" or torch.equal(a, b)

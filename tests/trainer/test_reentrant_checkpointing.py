@@ -1,4 +1,4 @@
-"""Losses that depend on nothing that trains, and gradients that are sparse."""
+"""Losses that do not depend on trainable parameters, and sparse gradients."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .toys import Toy, loader, lora, trainer
 
 
 class Reentrant(Toy):
-    """Runs everything in one region of reentrant gradient checkpointing, whose input requires no gradient."""
+    """Runs all layers in one region of reentrant gradient checkpointing whose input does not require a gradient."""
 
     def forward(self, x: Tensor) -> Tensor:
         return checkpoint(lambda x: self.head(self.body(x)), x, use_reentrant=True)

@@ -1,4 +1,4 @@
-"""What saving needs is tried when methods are applied and when a fit starts, not found out after the training."""
+"""Saving is tried out when methods are applied and when a fit starts, so that errors do not appear after training."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.trainer.toys import Toy, loader, lora, trainer
 
 
 class Scheduled(lp.LoRA):
-    """A user's method with an argument that is no plain value."""
+    """A user's method with an argument that is not a plain value."""
 
     def __init__(self, schedule=None, **options):
         super().__init__(**options)
@@ -36,7 +36,7 @@ def failing(*args, **kwargs):
     raise NotImplementedError("no answer")
 
 
-def test_a_method_whose_arguments_are_no_json_is_refused_by_apply_and_nothing_has_changed():
+def test_apply_refuses_a_method_with_arguments_that_json_cannot_represent():
     model = Toy()
     before = bits(model)
     with pytest.raises(
@@ -58,7 +58,7 @@ def test_the_checkpoint_of_such_a_method_is_refused_when_the_fit_starts(tmp_path
 
 
 @pytest.mark.parametrize("level", ["error", "warn", "off"])
-def test_what_fails_in_save_adapter_fails_when_the_fit_starts(tmp_path, monkeypatch, level):
+def test_errors_of_save_adapter_appear_when_the_fit_starts(tmp_path, monkeypatch, level):
     module = Module()
     lp.apply(module, method := lora(audit=level))
     monkeypatch.setattr("lightning_peft.formats.directory.snapshot.base_of", failing)
@@ -79,7 +79,7 @@ def test_what_fails_in_save_adapter_fails_when_the_fit_starts(tmp_path, monkeypa
 def test_the_trial_writes_and_copies_nothing(tmp_path, monkeypatch):
     model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 3))
     lp.apply(model, lp.LoRA(r=2, trainable=["1"], targets="0"))
-    with torch.no_grad():  # values are looked at when they are saved
+    with torch.no_grad():  # values are checked only when they are saved
         model[0].adapters["default"].lora_A.fill_(float("nan"))
     monkeypatch.setattr(files, "save_file", failing)
     assert try_writing(model, "default") is None

@@ -1,4 +1,4 @@
-"""Every family of methods under FSDP2 trains as on one device; tensor parallelism of adapted layers is refused."""
+"""Every method family trains under FSDP2 as on one device; tensor parallelism of adapted layers is refused."""
 
 from __future__ import annotations
 

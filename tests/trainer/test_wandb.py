@@ -1,4 +1,4 @@
-"""W&B, offline: what a run carries, and that a resumed fit goes on under its own run."""
+"""W&B in offline mode: the content of a run, and resumed fits that continue their run."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def _offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 
 
 def records(root: Path) -> list[tuple[str, Any]]:
-    """Everything written offline below ``root``: (run id, record)."""
+    """All records written offline below ``root``, as (run id, record)."""
     from wandb.proto import wandb_internal_pb2 as pb
 
-    # wandb's service may write on for a moment after finish(), where it has had a run of that id before.
+    # If it had a run of that id before, wandb's service may still write for a moment after finish().
     end = time.monotonic() + 20
     while not all(_complete(file) for file in root.rglob("run-*.wandb")) and time.monotonic() < end:
         time.sleep(0.1)
@@ -54,7 +54,7 @@ def _complete(path: Path) -> bool:
 
 
 def _scan(path: Path) -> list[bytes]:
-    """The records of wandb's log: blocks of 32 kB with chunks of (checksum, length, type), after a header."""
+    """Parse the records of wandb's log: a header, then 32 kB blocks of chunks (checksum, length, type)."""
     raw, at, out, part = path.read_bytes(), 7, [], b""
     while at + 7 <= len(raw):
         if 32768 - at % 32768 < 7:
@@ -94,7 +94,7 @@ def logger(root: Path) -> WandbLogger:
 
 
 @pytest.mark.parametrize("how", ["by itself", "with resume_wandb"])
-def test_killed_run_goes_on_under_its_id(tmp_path: Path, how: str) -> None:
+def test_a_killed_run_continues_under_its_id(tmp_path: Path, how: str) -> None:
     (tmp_path / "first").mkdir()
     (tmp_path / "second").mkdir()
     log = logger(tmp_path / "first")
@@ -127,7 +127,7 @@ def test_killed_run_goes_on_under_its_id(tmp_path: Path, how: str) -> None:
     assert {e.path for e in artifacts[0].manifest.contents} == {"adapter_config.json", "adapter_model.safetensors"}
 
 
-def test_an_id_of_the_users_own_stays(tmp_path: Path) -> None:
+def test_an_id_that_the_user_set_is_kept(tmp_path: Path) -> None:
     trainer(tmp_path, *every_step(tmp_path), logger=logger(tmp_path), max_epochs=1).fit(Toy(), loader())
     wandb.finish()
     mine = WandbLogger(save_dir=str(tmp_path), project="test", id="mine")
@@ -136,7 +136,7 @@ def test_an_id_of_the_users_own_stays(tmp_path: Path) -> None:
     assert mine.version == "mine"
 
 
-def test_paths_without_a_run_are_left_alone(tmp_path: Path) -> None:
+def test_paths_without_a_run_have_no_effect(tmp_path: Path) -> None:
     log = logger(tmp_path)
     for path in (None, "last", tmp_path / "no.ckpt"):
         resume_wandb([log], path)

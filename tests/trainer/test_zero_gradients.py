@@ -1,4 +1,4 @@
-"""A gradient of exactly zero over the first steps is reported; zeros that have a good reason are not."""
+"""Gradients of exactly zero over the first steps are reported, except zeros with a legitimate reason."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ IDS = torch.arange(4, 20).view(2, 8)
 
 
 class Language(Toy):
-    """A causal model whose loss is that of the next token."""
+    """A causal model with a next-token loss."""
 
     def build(self) -> None:
         self.net = llama()
@@ -35,7 +35,7 @@ class Language(Toy):
 
 
 def fit(root: Path, module: Toy, method: Any, **options: Any) -> list[str]:
-    """Train for a moment; the warnings about gradients."""
+    """Train for a few steps; return the warnings about gradients."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         run = trainer(root, method=method, enable_checkpointing=False, **{"max_steps": 5, "max_epochs": -1, **options})
@@ -47,23 +47,23 @@ def prompt(position: str, **options: Any) -> lp.PromptTuning:
     return lp.PromptTuning(4, position=position, init="random", **options)
 
 
-def test_a_prompt_behind_the_text_of_a_causal_model(tmp_path: Path) -> None:
+def test_a_suffix_prompt_of_a_causal_model(tmp_path: Path) -> None:
     said = r"adapter 'default' was exactly zero in each of the first 4 .* All trainable gradients .* position='prefix'"
     with pytest.raises(lp.AuditError, match=said):
         fit(tmp_path, Language(), prompt("suffix"))
     assert len(fit(tmp_path, Language(), prompt("suffix", audit="warn"), max_steps=9)) == 1
     assert fit(tmp_path, Language(), prompt("suffix", audit="off")) == []
     assert fit(tmp_path, Language(), prompt("prefix")) == []
-    assert fit(tmp_path, Language(), prompt("suffix"), max_steps=3) == []  # too short to be judged
+    assert fit(tmp_path, Language(), prompt("suffix"), max_steps=3) == []  # too short to be checked
 
 
-def test_beside_a_head_that_learns(tmp_path: Path) -> None:
+def test_a_zero_gradient_next_to_a_head_that_learns(tmp_path: Path) -> None:
     with pytest.raises(lp.AuditError, match=r"adapter 'default' was exactly zero.*learns nothing\. Place"):
         fit(tmp_path, Language(), prompt("suffix", trainable=["lm_head"]))
 
 
 class Ignored(Toy):
-    """One of two heads has no weight in the loss."""
+    """The loss ignores one of two heads."""
 
     def build(self) -> None:
         self.other = nn.Linear(16, 2)
@@ -82,7 +82,7 @@ def test_trained_modules(tmp_path: Path) -> None:
 
 
 def steps(model: nn.Module, loss: Any, count: int = 4, lr: float = 0.1) -> ZeroGradientAudit:
-    """The audit of some steps of plain SGD."""
+    """Run the audit over some steps of plain SGD."""
     audit = ZeroGradientAudit(model)
     optimizer = torch.optim.SGD(lp.trainable_parameters(model), lr=lr)
     for step in range(count):
@@ -94,7 +94,7 @@ def steps(model: nn.Module, loss: Any, count: int = 4, lr: float = 0.1) -> ZeroG
 
 
 @over_table("training", kinds=["llama", "vit"])
-def test_every_method_of_the_table_moves(row: Row, kind: Kind) -> None:
+def test_every_method_of_the_table_changes_the_output(row: Row, kind: Kind) -> None:
     model = adapted(row, kind, moved=False)
     assert steps(model, lambda step: model(*kind.batch(step)).square().mean()).groups == []
 
@@ -105,16 +105,18 @@ def test_a_head_of_zeros_during_a_warmup() -> None:
     lp.apply(model, lora())
     x = torch.randn(8, 16)
     audit = steps(model, lambda step: model(x)[:, 0].sum(), lr=0.0)
-    assert len(audit.groups) == 2  # not judged
+    assert len(audit.groups) == 2  # not checked
     assert steps(model, lambda step: model(x)[:, 0].sum()).groups == []
 
 
-def test_what_does_not_take_part_is_not_judged() -> None:
+def test_inactive_adapters_are_not_checked() -> None:
     model = llama()
     lp.apply(model, lp.LoRA(r=2, name="a"), lp.LoRA(r=2, name="b", targets=["q_proj"]))
     lp.set_active(model, "a")
     for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None  # as set_to_none=False leaves
+        parameter.grad = (
+            torch.zeros_like(parameter) if parameter.requires_grad else None
+        )  # as zero_grad(set_to_none=False) leaves it
     audit = ZeroGradientAudit(model)
     optimizer = torch.optim.SGD(lp.trainable_parameters(model), lr=0.1)
     for _ in range(4):
@@ -125,7 +127,7 @@ def test_what_does_not_take_part_is_not_judged() -> None:
     assert [group.adapter for group in audit.groups] == ["b"]
 
 
-def test_tokens_that_no_batch_holds() -> None:
+def test_tokens_that_occur_in_no_batch() -> None:
     model = llama()
     lp.apply(model, lp.LoRA(r=2, targets=["q_proj"], trainable_tokens=[90, 91]))
     (group,) = ZeroGradientAudit(model).groups
@@ -134,7 +136,7 @@ def test_tokens_that_no_batch_holds() -> None:
 
 
 class Overflows(Ignored):
-    """Its loss is too large for half precision in the first three steps."""
+    """Its loss overflows half precision in the first three steps."""
 
     steps = 0
 

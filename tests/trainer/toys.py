@@ -1,4 +1,4 @@
-"""Small modules, data and trainers for the tests of the Trainer's side."""
+"""Small modules, data and trainers for the tests of ``trainer/``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ torch.set_num_threads(1)
 
 
 class Toy(L.LightningModule):
-    """A small classifier with a norm layer and dropout, built where ``where`` says."""
+    """A small classifier with a norm layer and dropout; ``where`` names the hook that builds it."""
 
     def __init__(self, where: str = "init", width: int = 16, base_seed: int = 7, lr: float = 1e-2, batch_size: int = 8):
         super().__init__()
@@ -84,7 +84,7 @@ class Toy(L.LightningModule):
 
 
 class Plain(nn.Module):
-    """Layers of a user's own, for modules that need another shape of network."""
+    """User-defined layers, for modules that need another architecture."""
 
 
 def data(n: int = 40) -> tuple[Tensor, Tensor]:
@@ -93,7 +93,7 @@ def data(n: int = 40) -> tuple[Tensor, Tensor]:
 
 
 class Noisy(Dataset):
-    """Random augmentation in ``__getitem__``, from torch's and numpy's streams."""
+    """Random augmentation in ``__getitem__``, with torch's and numpy's RNGs."""
 
     def __init__(self, n: int = 40) -> None:
         self.x, self.y = data(n)
@@ -106,7 +106,7 @@ class Noisy(Dataset):
 
 
 class Stream(IterableDataset):
-    """No length; shuffles through a small random buffer, and adds noise."""
+    """A dataset without length that shuffles through a small random buffer and adds noise."""
 
     def __iter__(self) -> Any:
         x, y = data()
@@ -146,7 +146,7 @@ def trainer(root: Path | str, *callbacks: Any, method: Any = None, **options: An
 
 
 def every_step(root: Path) -> list[ModelCheckpoint]:
-    """Checkpoints after every optimizer step and at every epoch's end."""
+    """Save a checkpoint after every optimizer step and at the end of every epoch."""
     steps = ModelCheckpoint(root, filename="{step}", every_n_train_steps=1, save_top_k=-1)
     epochs = ModelCheckpoint(root, filename="end-{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
     return [steps, epochs]
@@ -164,7 +164,7 @@ def same(a: Any, b: Any) -> bool:
 
 
 def state_of(module: L.LightningModule, run: L.Trainer) -> dict[str, Any]:
-    """All that a resumed run must have in common with one that never stopped."""
+    """Everything that a resumed run must have in common with one that never stopped."""
     return {
         "weights": {k: v.clone() for k, v in module.state_dict().items()},
         "trains": [n for n, p in module.named_parameters() if p.requires_grad],

@@ -182,7 +182,8 @@ class _Source:
     def starts_once_more(self) -> bool:
         """Whether Lightning starts this pass only once because it resumes.
 
-        An uninterrupted run starts a pass over reloaded data twice. The resumed one must draw for both starts.
+        An uninterrupted run starts a pass over reloaded data twice, and draws random numbers each time. The resumed run
+        must draw as often.
         """
         resuming = getattr(self.trainer.fit_loop, "is_resuming", False)
         return resuming and self.trainer.current_epoch > 0 and not self.in_the_middle()

@@ -113,7 +113,7 @@ class RecordedDraws:
         after = self.rng_states.state()
         drew = {name: state for name, state in before.items() if not _same(state, after[name])}
         left = self.left or {}
-        # States are large (5 kB for torch). One that nobody moved since the last draw follows from repeating that draw.
+        # States are large (5 kB for torch). A state that has not changed since the last draw need not be stored again.
         entry = {n: s for n, s in drew.items() if self.window or n not in left or not _same(s, left[n])}
         self.left = {**left, **{name: after[name] for name in drew}}
         if entry:

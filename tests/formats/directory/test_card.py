@@ -1,4 +1,4 @@
-"""What a directory says of its base: a public name, and no folder of the machine that made it."""
+"""The name of the base in a directory is public and never a local path."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ from tests.formats.models import adapted, llama
 
 
 def named(name, directory):
-    """The card and the configuration of an adapter on a base of that name."""
+    """The card and the configuration of an adapter on a base with the given name."""
     base = llama()
     base.config._name_or_path = name
     lp.save_adapter(adapted(base, lp.LoRA(r=2, targets=["q_proj"])), directory)
@@ -27,7 +27,7 @@ def test_a_model_of_the_hub(tmp_path):
 
 
 @pytest.mark.parametrize("path", ["/home/someone/models/llama", "~/llama", "./llama", "here/llama"])
-def test_of_a_folder_the_card_has_the_last_part(path, tmp_path):
+def test_the_card_shows_only_the_last_part_of_a_local_path(path, tmp_path):
     Path("here/llama").mkdir(parents=True)
     card, config = named(path, tmp_path / "out")
     assert "| base | `llama` |" in card

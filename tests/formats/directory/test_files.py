@@ -1,4 +1,4 @@
-"""Reading and writing an adapter's files: what is good comes back bit for bit, what is hostile is refused."""
+"""Reading and writing an adapter's files: valid ones come back bit for bit, hostile ones are refused."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def good(tmp_path: Path) -> Path:
 
 
 def header_only(directory: Path, header: object, data: bytes = b"") -> None:
-    """A safetensors file of this header, whatever it says."""
+    """Write a safetensors file with this header, valid or not."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     (directory / files.WEIGHTS).write_bytes(struct.pack("<Q", len(text)) + text + data)
 
@@ -48,7 +48,7 @@ class Payload:
         return os.mkdir, ("ran",)
 
 
-# ---- what is good
+# ---- valid files
 
 
 def test_files_come_back_bit_for_bit(good):
@@ -64,7 +64,7 @@ def test_files_come_back_bit_for_bit(good):
     assert sorted(p.name for p in good.iterdir()) == sorted([files.CONFIG, files.WEIGHTS, files.CARD])
 
 
-def test_what_peft_writes_is_read(tmp_path):
+def test_files_written_by_peft_are_read(tmp_path):
     import peft
 
     model = peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(3, 3)), peft.LoraConfig(target_modules=["0"]))
@@ -113,7 +113,7 @@ def test_folders_of_several_adapters(good):
         read_files(good)
 
 
-# ---- what is hostile or broken
+# ---- hostile or broken files
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_invalid_configurations(good, text, reason):
         read_files(good)
 
 
-def test_a_configuration_that_is_no_text(good):
+def test_a_configuration_that_is_not_text(good):
     (good / files.CONFIG).write_bytes(b"\xff\xfe\x00{}")
     with pytest.raises(FormatError, match="is no JSON"):
         read_config(good)
@@ -220,13 +220,13 @@ def test_shards_are_named(good):
     ],
     ids=lambda v: str(v)[:32],
 )  # fmt: skip
-def test_headers_that_lie(good, header, reason):
+def test_invalid_headers(good, header, reason):
     header_only(good, header, b"\0" * 24)
     with pytest.raises(FormatError, match=reason):
         read_files(good)
 
 
-def test_a_header_longer_than_the_file_or_than_allowed(good):
+def test_a_header_that_is_too_long(good):
     path = good / files.WEIGHTS
     data = path.read_bytes()
     for length in (2**63, len(data) - 7, len(data)):
@@ -238,7 +238,7 @@ def test_a_header_longer_than_the_file_or_than_allowed(good):
         read_files(good)
     with path.open("wb") as file:
         file.write(struct.pack("<Q", files.MAX_JSON + 1))
-        file.truncate(2**33)  # takes no room on the disk
+        file.truncate(2**33)  # a sparse file, which takes no space on disk
     with pytest.raises(FormatError, match="header of 16,777,217 bytes"):
         read_files(good)
 
@@ -246,7 +246,7 @@ def test_a_header_longer_than_the_file_or_than_allowed(good):
 @pytest.mark.parametrize(
     "key", ["../../x", "..", "", "a..b", ".a", "a.", "a\nb", "a\x1b[31mb", "a\0b", "a\\b", "a\u202eb", "x" * 1025]
 )
-def test_names_that_name_no_tensor(good, tmp_path, key):
+def test_invalid_tensor_names(good, tmp_path, key):
     header_only(good, {key: entry()}, b"\0" * 24)
     with pytest.raises(FormatError, match="is not a valid tensor name"):
         read_files(good)
@@ -306,7 +306,7 @@ def test_links_between_adapters_are_refused(good, tmp_path):
 @pytest.mark.parametrize("name", [files.CONFIG, files.WEIGHTS])
 def test_paths_that_are_not_regular_files(good, name):
     (good / name).unlink()
-    os.mkfifo(good / name)  # reading it would wait for ever
+    os.mkfifo(good / name)  # reading it would block forever
     with pytest.raises(FormatError, match="is not a regular file"):
         read_files(good)
     (good / name).unlink()
@@ -358,14 +358,14 @@ def test_an_error_leaves_the_old_adapter_intact(good, monkeypatch, at):
         with pytest.raises(OSError, match="no space left"):
             write_files(good, {**CONFIG, "r": 5}, {"a": torch.ones(1)}, {}, "# New")
         assert {p.name: p.read_bytes() for p in good.iterdir()} == before
-    else:  # it takes six moves
+    else:  # replacing takes six moves
         write_files(good, {**CONFIG, "r": 5}, {"a": torch.ones(1)}, {}, "# New")
         assert read_config(good)["r"] == 5
 
 
 @pytest.mark.parametrize("at", range(1, 6))
-def test_a_process_that_ends_midway_leaves_no_mixture(good, monkeypatch, at):
-    """Once moves have begun, the directory reads as no adapter until the last one."""
+def test_a_crash_while_replacing_leaves_no_mix_of_two_adapters(good, monkeypatch, at):
+    """From the first move to the last, the directory must not read as an adapter."""
     steps = iter(range(100))
     move = os.replace
 
@@ -380,7 +380,7 @@ def test_a_process_that_ends_midway_leaves_no_mixture(good, monkeypatch, at):
     assert next(steps) == 6
 
 
-def test_an_error_takes_a_new_card_back(good, monkeypatch):
+def test_an_error_removes_a_new_card(good, monkeypatch):
     (good / files.CARD).unlink()
     move = os.replace
 
@@ -405,7 +405,7 @@ def test_an_error_leaves_no_new_directory(tmp_path, monkeypatch):
     assert not list((tmp_path / "a").iterdir())
 
 
-def test_what_cannot_be_written(tmp_path):
+def test_invalid_adapters_are_not_written(tmp_path):
     with pytest.raises(FormatError, match="JSON cannot represent"):
         write_files(tmp_path / "x", {**CONFIG, "r": {1, 2}}, tensors(), {}, None)
     with pytest.raises(FormatError, match="JSON cannot represent"):

@@ -1,4 +1,4 @@
-"""Heads, biases and statistics that travel with an adapter, against PEFT and beside other adapters."""
+"""Heads, biases and statistics saved with an adapter, compared with PEFT and together with other adapters."""
 
 import copy
 
@@ -22,7 +22,7 @@ def test_a_head_is_read_by_peft_and_back(tmp_path):
         again = copy.deepcopy(base)
         lp.load_adapter(again, tmp_path / folder)
         torch.testing.assert_close(logits(again, x), logits(ours, x))
-        assert torch.equal(again.classifier.weight, base.classifier.weight)  # the base's own is as it was
+        assert torch.equal(again.classifier.weight, base.classifier.weight)  # the base's own is unchanged
 
 
 def test_a_head_of_peft_with_its_task(tmp_path):
@@ -63,7 +63,7 @@ def test_every_task_keeps_its_own_head_even_of_another_width(tmp_path):
     torch.testing.assert_close(logits(model, x), before, rtol=0, atol=0)
 
 
-def test_statistics_that_moved_travel_too(tmp_path):
+def test_statistics_that_moved_are_saved_too(tmp_path):
     base = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
     x = torch.randn(16, 6)
     ours = copy.deepcopy(base)
@@ -89,7 +89,7 @@ def test_a_resized_vocabulary_is_named(tmp_path):
         lp.load_adapter(other, tmp_path, check_base=False)
 
 
-def test_a_second_copy_of_a_head_beside_the_first(tmp_path):
+def test_a_second_copy_of_a_head(tmp_path):
     base, x = bert(), tokens()
     alone = {}
     for name in ("a", "b"):

@@ -1,4 +1,4 @@
-"""Prompts of classifiers, whatever pools the sequence: exchanged with PEFT both ways, the logits agree."""
+"""Prompts of classifiers with any pooling are exchanged with PEFT both ways, and the logits agree."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import lightning_peft as lp
 from lightning_peft.formats.directory.files import read_files
 from tests.formats.models import adapted, made_by_peft, moved, read_by_peft
 
-#: model -> what its configuration needs beside the sizes of all
+#: model -> arguments of its configuration in addition to the common ones
 MODELS: dict[str, dict] = {
     "Bert": {},
     "Roberta": {},
@@ -37,7 +37,7 @@ def build(name: str) -> nn.Module:
 
 
 def batch() -> dict[str, Tensor]:
-    """Padded on the right."""
+    """A batch that is padded on the right."""
     mask = torch.ones(3, 7, dtype=torch.long)
     mask[1, -2:] = 0
     return {"input_ids": torch.randint(3, 64, (3, 7)), "attention_mask": mask}
@@ -92,7 +92,7 @@ def test_a_sequence_of_outputs_keeps_its_length():
 
 
 def test_the_named_encoder_alone_has_virtual_tokens(tmp_path):
-    """Its head reads the first real token, which PEFT's does not: written in the form of this package."""
+    """Its head reads the first real token, unlike PEFT's, so it is saved in this package's own format."""
     base, x = build("Roberta"), batch()
     ours = adapted(base, lp.PromptTuning(3, targets="roberta"))
     with torch.no_grad():

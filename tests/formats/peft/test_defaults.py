@@ -1,4 +1,4 @@
-"""Files that leave out every option that has its default: what is missing means what it means to PEFT."""
+"""In files that omit options with default values, a missing option means the same as in PEFT."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CONFIGS = {
     "P_TUNING": peft.PromptEncoderConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
     "PREFIX_TUNING": peft.PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
 }
-#: without it OFT was another function
+#: without this option, PEFT computed OFT differently
 NEEDED = {"oft_block_size"}
 
 

@@ -1,4 +1,4 @@
-"""Random configurations of LoRA, exchanged with PEFT both ways: the logits agree."""
+"""Random configurations of LoRA are exchanged with PEFT both ways, and the logits agree."""
 
 import copy
 import random
@@ -11,7 +11,7 @@ import lightning_peft as lp
 from tests.formats import models
 from tests.formats.models import adapted, logits, made_by_peft, read_by_peft, tokens
 
-#: model -> what LoRA may adapt in it, and how PEFT would name it
+#: model -> the weights that LoRA may adapt in it, and PEFT's names for them
 LAYERS = {
     "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "embed_tokens", "lm_head"],
     "gpt2": ["c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj", "wpe"],
@@ -54,7 +54,7 @@ def test_ours_in_peft_and_back(seed, tmp_path):
             patterns = ("rank_pattern", "alpha_pattern")
             options |= {p: {t: v for t, v in options[p].items() if t in options["targets"]} for p in patterns}
     if model in ("bert", "llama"):
-        head = {"bert": "classifier", "llama": "norm"}[model]  # of llama the end of other names too
+        head = {"bert": "classifier", "llama": "norm"}[model]  # in llama, this is also the end of other names
         options["trainable"] = rng.choice([(), (f"re:(model.)?{head}",)])
     base, x = getattr(models, model)().eval(), tokens()
     ours = adapted(base, method(**options))

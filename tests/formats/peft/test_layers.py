@@ -1,4 +1,4 @@
-"""Random configurations of the methods that PEFT has layer by layer, exchanged both ways: the logits agree."""
+"""Random configurations of layer-wise methods are exchanged with PEFT both ways, and the logits agree."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.formats.models import adapted, logits, made_by_peft, moved, read_by_p
 
 
 class Pixels(nn.Module):
-    """Convolutions that PEFT adapts rightly, of one, two and three dimensions; a plain embedding and linear layers."""
+    """Convolutions in one, two and three dimensions that PEFT adapts correctly, an embedding and linear layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,12 +61,12 @@ CASES = [(method, seed) for method in LAYERS for seed in range(12)]
 
 
 def build(name: str) -> nn.Module:
-    """With weights so large that every layer counts."""
+    """Build a model with weights so large that every layer affects the logits."""
     return moved(Pixels() if name == "Pixels" else getattr(models, name)())
 
 
 def draw(method: str, seed: int) -> tuple[str, dict[str, Any], dict[str, Any]]:
-    """A model's name, our arguments and PEFT's for the same."""
+    """A model's name, our arguments, and PEFT's equivalent arguments."""
     rng = random.Random(f"{method}{seed}")
     model = list(LAYERS[method])[seed % len(LAYERS[method])]
     layers = LAYERS[method][model]
@@ -144,8 +144,8 @@ def test_peft_file_loads_here_and_goes_back(method, seed, tmp_path):
     close(logits(read_by_peft(base, tmp_path / "again"), x), logits(theirs, x))
 
 
-def test_projections_that_no_seed_gives(tmp_path):
-    """Only the file has them."""
+def test_projections_that_are_only_in_the_file(tmp_path):
+    """The projections are only in the file."""
     base, x = build("llama"), tokens()
     theirs = made_by_peft(base, peft.VeraConfig(r=4, target_modules=["v_proj", "down_proj"]), tmp_path)
     files = read_files(tmp_path)
@@ -158,7 +158,7 @@ def test_projections_that_no_seed_gives(tmp_path):
 
 
 @pytest.mark.parametrize("share", [False, True])
-def test_constrained_rotations_are_cut_down(share, tmp_path):
+def test_constrained_rotations_are_projected(share, tmp_path):
     base, x = build("llama"), tokens()
     config = peft.OFTConfig(
         target_modules=["q_proj", "up_proj"], oft_block_size=4, coft=True, eps=0.5, block_share=share
@@ -197,7 +197,7 @@ def save_in_peft(model: nn.Module, directory: Any) -> None:
     converter.write(snapshot)
 
 
-def test_full_factors_of_one_dimension_are_not_those_of_peft(tmp_path):
+def test_full_lokr_factors_of_conv1d_differ_from_peft(tmp_path):
     base = build("Pixels")
     made_by_peft(base, peft.LoKrConfig(r=4, target_modules=["line"]), tmp_path)
     with pytest.raises(
@@ -218,12 +218,12 @@ def test_full_factors_of_one_dimension_are_not_those_of_peft(tmp_path):
         (lp.OFT(2, targets=["image"]), "gives another output before than after merging"),
     ],
 )
-def test_layers_that_peft_does_not_adapt_so(method, reason, tmp_path):
+def test_layers_that_peft_does_not_adapt_with_this_method(method, reason, tmp_path):
     with pytest.raises(NotInPeftError, match=reason):
         save_in_peft(adapted(build("Pixels"), method), tmp_path)
 
 
-def test_padding_that_peft_leaves_out(tmp_path):
+def test_padding_that_peft_ignores(tmp_path):
     base = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1, padding_mode="circular"))
     with pytest.raises(NotInPeftError, match="pads with zeros, but '0' has padding_mode='circular'"):
         save_in_peft(adapted(base, lp.LoHa(2, targets=["0"])), tmp_path)

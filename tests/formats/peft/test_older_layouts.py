@@ -1,4 +1,4 @@
-"""Files that were made before transformers renamed modules, and what PEFT would take for such."""
+"""Files with module names that transformers has renamed since, and targets that PEFT would rename."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_the_language_model_of_llava_before_4_52(named_in_full, tmp_path):
         tower = [n for n, _ in base.named_modules() if n.endswith("q_proj") and new not in n]
         config["target_modules"] = [f"{old}layers.0.self_attn.q_proj", *tower]
     write_files(tmp_path, config, tensors | rest, {}, None)
-    if not named_in_full:  # PEFT renames keys and no targets
+    if not named_in_full:  # PEFT renames keys but not targets
         torch.testing.assert_close(logits(read_by_peft(base, tmp_path), x), expected)
     lp.load_adapter(here := copy.deepcopy(base), tmp_path)
     torch.testing.assert_close(logits(here, x), expected, rtol=1e-4, atol=1e-4)
@@ -46,7 +46,7 @@ def test_the_language_model_of_llava_before_4_52(named_in_full, tmp_path):
 
 
 def deepseek() -> nn.Module:
-    """One dense layer and one of experts."""
+    """A model with one dense layer and one layer of experts."""
     sizes = {**SMALL, "num_hidden_layers": 2, "vocab_size": 64, "moe_intermediate_size": 16, "n_routed_experts": 4}
     heads = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
     more = {"first_k_dense_replace": 1, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
@@ -54,7 +54,7 @@ def deepseek() -> nn.Module:
     return moved(transformers.DeepseekV3ForCausalLM(config))
 
 
-def test_dense_layers_that_peft_takes_for_experts(tmp_path):
+def test_dense_layers_that_peft_treats_as_experts(tmp_path):
     base, x = deepseek(), torch.randint(3, 64, (2, 6))
     ours = adapted(base, lp.LoRA(2, targets=["layers.0.mlp.up_proj"]))
     lp.save_adapter(ours, tmp_path / "dense")
@@ -69,7 +69,7 @@ def test_dense_layers_that_peft_takes_for_experts(tmp_path):
     torch.testing.assert_close(logits(theirs, x), logits(ours, x), rtol=1e-4, atol=1e-4)
 
 
-def test_an_unknown_option_is_left_out_on_demand(tmp_path):
+def test_an_unknown_option_is_ignored_on_demand(tmp_path):
     base, x = llama(), torch.randint(3, 64, (2, 6))
     theirs = made_by_peft(base, peft.LoraConfig(r=2, target_modules=["q_proj"]), tmp_path)
     files = read_files(tmp_path)

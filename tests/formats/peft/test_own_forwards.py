@@ -1,4 +1,4 @@
-"""Layers whose class has a forward of its own: exchanged where it computes the same, refused where it does not."""
+"""Layers whose class overrides forward: exchanged if it computes the same as the base class, refused otherwise."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.formats.models import adapted, logits, made_by_peft, moved, read_by_p
 
 
 def falcon() -> nn.Module:
-    """Linear layers of a class of their own, whose forward writes the product out."""
+    """A model with its own linear class, whose forward writes out the product."""
     sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     return moved(FalconForCausalLM(FalconConfig(**sizes, initializer_range=0.2)))
 
@@ -56,21 +56,21 @@ def test_falcon_is_exchanged_as_any_linear(method, tmp_path):
 
 
 class Scaled(nn.Linear):
-    """Computes twice the product."""
+    """Returns twice the product."""
 
     def forward(self, x: Tensor) -> Tensor:
         return 2 * F.linear(x, self.weight, self.bias)
 
 
 class Clipped(nn.Linear):
-    """Differs from a Linear for large inputs alone."""
+    """Differs from a Linear only for large inputs."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x.clamp(-10, 10), self.weight, self.bias)
 
 
 class Noisy(nn.Linear):
-    """Differs from a Linear in training alone."""
+    """Differs from a Linear only in training mode."""
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.linear(x, self.weight, self.bias)
@@ -78,7 +78,7 @@ class Noisy(nn.Linear):
 
 
 class Masked(nn.Linear):
-    """Has a mask that is one at first."""
+    """Has a mask that is initially all ones."""
 
     def __init__(self, *sizes: int) -> None:
         super().__init__(*sizes)
@@ -89,7 +89,7 @@ class Masked(nn.Linear):
 
 
 class Written(nn.Linear):
-    """The product, written out; it changes itself, which a trial must not leave behind."""
+    """Writes out the product, and counts its calls: a trial forward must not leave a trace."""
 
     calls = 0
 
@@ -99,7 +99,7 @@ class Written(nn.Linear):
 
 
 @pytest.mark.parametrize("cls", [Scaled, Clipped, Noisy, Masked, Written])
-def test_what_a_forward_computes_is_tried(cls):
+def test_a_trial_compares_an_overridden_forward_with_linear(cls):
     layer, state = cls(6, 5), torch.random.get_rng_state()
     found = layout_of(layer)
     assert found is not None
@@ -109,7 +109,7 @@ def test_what_a_forward_computes_is_tried(cls):
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-def test_an_adapted_layer_is_still_known(tmp_path):
+def test_an_adapted_layer_is_still_recognised(tmp_path):
     model = nn.Sequential(Written(6, 6))
     lp.apply(model, lp.LoRA(2, targets=["0"], name="a"))
     found = layout_of(model[0])
@@ -125,8 +125,8 @@ def test_an_adapted_layer_is_still_known(tmp_path):
         peft.AdaLoraConfig(init_r=3, target_r=2, total_step=9, target_modules=["0"]),
     ],
 )
-def test_peft_beside_a_forward_of_its_own_is_refused(config, tmp_path):
-    """PEFT adds its change unscaled as it runs, and scaled once it is merged."""
+def test_peft_files_for_an_overridden_forward_are_refused(config, tmp_path):
+    """PEFT's forward adds its change unscaled, but its merge adds it scaled."""
     base = nn.Sequential(Scaled(6, 5))
     made_by_peft(base, config, tmp_path)
     with pytest.raises(lp.FormatError, match="overrides the forward of its class"):
@@ -134,7 +134,7 @@ def test_peft_beside_a_forward_of_its_own_is_refused(config, tmp_path):
 
 
 class Pixel(nn.Module):
-    """One convolution of images."""
+    """A single image convolution."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
@@ -145,7 +145,7 @@ class Pixel(nn.Module):
 
 
 @pytest.mark.parametrize("options", [{"padding_mode": "circular"}, {"groups": 2}, {"dilation": 2}])
-def test_adalora_of_convolutions_that_peft_computes_otherwise(options, tmp_path):
+def test_adalora_of_convolutions_that_peft_computes_differently(options, tmp_path):
     base = Pixel(**options)
     lp.save_adapter(adapted(base, lp.AdaLoRA(init_r=3, target_r=2, targets=["conv"])), tmp_path / "ours")
     assert "AdaLoRA supports only a Conv2d" in read_files(tmp_path / "ours").config["reason"]

@@ -1,4 +1,4 @@
-"""The task type of a file that was read is written again: a null one stays null."""
+"""The task type of a loaded file is written again, even if it is null."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_it_is_kept_through_a_checkpoint(tmp_path):
     assert _task(tmp_path / "ours") is None
 
 
-def test_a_new_adapter_has_that_of_its_model(tmp_path):
+def test_a_new_adapter_has_the_task_type_of_its_model(tmp_path):
     lp.apply(base := llama(), lp.LoRA(r=2))
     lp.save_adapter(base, tmp_path)
     assert _task(tmp_path) == "CAUSAL_LM"

@@ -1,4 +1,4 @@
-"""Rows of embeddings that train with LoRA, and their exchange with PEFT."""
+"""Embedding entries that train with LoRA, and their exchange with PEFT."""
 
 import copy
 
@@ -60,7 +60,7 @@ def test_an_encoder_decoder_whose_three_embeddings_are_one_tensor(tmp_path):
 
 @pytest.mark.parametrize("ids", [[9, 3, 60], {"embed_tokens": [9, 3, 60]}])
 @pytest.mark.parametrize("make", [llama, tied_llama])
-def test_rows_of_peft_come_in_its_order(make, ids, tmp_path):
+def test_embedding_entries_of_peft_keep_their_order(make, ids, tmp_path):
     base, x = make(), tokens()
     x[0, :3] = torch.tensor([9, 3, 60])
     config = peft.LoraConfig(r=2, target_modules=["v_proj"], trainable_token_indices=ids)

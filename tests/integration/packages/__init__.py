@@ -1,10 +1,10 @@
-"""The library in models and LightningModules of other packages, each with random weights and a tiny configuration."""
+"""Tests with models and LightningModules of other packages, with random weights and tiny configurations."""
 
 import torch
 
 
 def _let_torchvision_import() -> None:
-    """Declare the operators of torchvision's compiled part where it does not load, as beside a CPU build of torch.
+    """Declare torchvision's compiled operators if they do not load, as with a CPU build of torch.
 
     Its models are plain Python; only the import needs the declarations.
     """
@@ -19,5 +19,5 @@ def _let_torchvision_import() -> None:
             _OPERATORS.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
-_OPERATORS = torch.library.Library("torchvision", "FRAGMENT")  # what it declares goes with it
+_OPERATORS = torch.library.Library("torchvision", "FRAGMENT")  # its declarations are removed with it
 _let_torchvision_import()

@@ -1,4 +1,4 @@
-"""A model of another package, as a test trains it."""
+"""The description of one test case: a model of another package and how to train it."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from torch.utils.data import DataLoader
 import lightning_peft as lp
 from tests.integration.skeletons import seeded
 
-#: a method of each family, as the page calls it
+#: one method of each family, by its name on the page
 METHODS: Mapping[str, Callable[..., lp.PEFTMethod]] = {
     "LoRA": lambda **options: lp.LoRA(**{"r": 2, "seed": 0, **options}),
     "SSF": lp.SSF,
     "BitFit": lp.BitFit,
 }
-MERGED = ("LoRA", "SSF")  # those that can be folded into the weights
+MERGED = ("LoRA", "SSF")  # methods that can be merged into the weights
 
 
 @dataclass(frozen=True)
@@ -50,14 +50,14 @@ class Case:
     pl: ModuleType = pl
 
     def module(self) -> Any:
-        """The LightningModule, with the same weights each time."""
+        """Build the LightningModule, always with the same weights."""
         return Wrapped(seeded(self.build), self.result)
 
     def method(self, name: str) -> lp.PEFTMethod:
         return METHODS[name](**self.options.get(name, {}))
 
     def loader(self) -> DataLoader:
-        """Three times the same batch."""
+        """A loader that returns the same batch three times."""
         return DataLoader([self.batch()] * 3, batch_size=None)
 
     @torch.no_grad()
@@ -66,7 +66,7 @@ class Case:
         return module.eval()(*self.batch())
 
     def load(self, path: Path) -> Any:
-        """A new module from the checkpoint."""
+        """Build a new module from the checkpoint."""
         module = self.module()
         return lp.load_from_checkpoint(Wrapped, path, model=module.model, result=self.result)
 

@@ -1,4 +1,4 @@
-"""Models of text and of graphs: x-transformers and PyTorch Geometric."""
+"""Text and graph models: x-transformers and PyTorch Geometric."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ CASES = {
         geometric("GAT"),
         graph,
         {"LoRA": {"targets": ["lin.weight"]}},
-        {"SSF": "'all-layers' finds nothing in this model"},  # no norm, and no layer with a bias
+        {"SSF": "'all-layers' finds nothing in this model"},  # it has neither a norm layer nor a layer with a bias
     ),
     "x-transformers TransformerWrapper": Case("x-transformers", x_transformers, lambda: (torch.arange(12).view(2, 6),)),
 }

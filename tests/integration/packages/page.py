@@ -1,4 +1,4 @@
-"""Generate docs/packages.md, what works in models of other packages, from the table that the tests run.
+"""Generate docs/packages.md, which lists what works with other packages, from the table that the tests run.
 
 ``python -m tests.integration.packages.page > docs/packages.md`` writes the page.
 """
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[3]
 
 
 def versions() -> dict[str, str]:
-    """The release of each package that the tests run with in CI."""
+    """The release of each package that CI tests."""
     lines = (ROOT / ".ci/packages.txt").read_text().splitlines()
     return dict(line.split("==") for line in lines if line and not line.startswith("#"))
 

@@ -19,7 +19,7 @@ from tests.integration.skeletons import seeded
 
 @cache
 def dataset() -> Any:
-    """Two sine waves; eight values give the next four."""
+    """Two sine waves; the model predicts four values from eight."""
     time = np.tile(np.arange(20), 2)
     values = np.sin(np.arange(40) / 3).astype("float32")
     frame = import_module("pandas").DataFrame({"time": time, "wave": np.repeat(["a", "b"], 20), "value": values})
@@ -44,7 +44,7 @@ class Forecast(Case):
         return module.eval()(inputs).prediction
 
     def load(self, path: Path) -> Any:
-        """A new module; the arguments that are objects are given again, since nothing that a file names is built."""
+        """A new module from the checkpoint. Objects are passed again, because files never build objects."""
         module = self.module()
         return seeded(lambda: lp.load_from_checkpoint(type(module), path, weights_only=False, **module.hparams))
 
@@ -55,7 +55,7 @@ def forecast(name: str, **options: Any) -> Any:
     )
 
 
-UNUSED = {"exclude": ["static_context_variable_selection"]}  # it selects among no static variables
+UNUSED = {"exclude": ["static_context_variable_selection"]}  # it has no static variables to select from
 
 CASES = {
     "pytorch-forecasting NBeats": Forecast(

@@ -1,4 +1,4 @@
-"""Places in other packages where adapters once failed, or did nothing, without a word."""
+"""Modules of other packages in which adapters once failed or had no effect, silently."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_would_fail_in_the_first_forward_is_refused_at_injection(case: str) -> None:
+def test_errors_of_the_first_forward_appear_at_injection(case: str) -> None:
     name, method, why = REFUSED[case]
     module = module_of(name)
     with pytest.raises(ValueError, match=f"in a trial forward: {why}"):
@@ -54,7 +54,7 @@ def test_a_weight_that_the_attention_reads_is_adapted(name: str, weight: str) ->
 
 
 @pytest.mark.parametrize("name", ["timm EfficientNet", "timm ResNet", "timm ConvNeXt", "torchvision ResNet"])
-def test_a_default_lora_notes_what_it_does_not_reach(name: str) -> None:
+def test_the_report_notes_parameters_that_default_lora_does_not_reach(name: str) -> None:
     report = lp.inspect(module_of(name), lp.LoRA(r=2))
     assert "does not reach" in report.__rich__().caption
     assert "Conv2d" in report.__rich__().caption
@@ -80,7 +80,7 @@ def test_the_name_that_an_error_suggests_for_a_linear_layer_of_graphs_works() ->
 
 
 class Mixed(nn.Module):
-    """Blocks whose outputs are mixed by weights in a ``ParameterList``, as in COMET's encoders."""
+    """Mixes the outputs of its blocks with weights in a ``ParameterList``, as COMET's encoders do."""
 
     def __init__(self, mix: nn.Module | None = None) -> None:
         super().__init__()
@@ -119,7 +119,7 @@ def test_the_last_layers_of_a_model_with_a_parameter_list_are_saved_and_read(rea
     close(again(x), model(x))
 
 
-def test_hyperparameters_that_are_objects_are_given_again(tmp_path: Path) -> None:
+def test_hyperparameters_that_are_objects_are_passed_again(tmp_path: Path) -> None:
     case = CASES["pytorch-forecasting NBeats"]
     installed(case.package)
     module = case.module()

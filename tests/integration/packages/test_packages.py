@@ -19,7 +19,7 @@ from tests.integration.packages.table import CASES
 
 
 def fit(case: Case, module: Any, method: lp.PEFTMethod, folder: Path) -> Path:
-    """The checkpoint of three steps."""
+    """Train three steps; return the checkpoint's path."""
     trainer = case.pl.Trainer(
         accelerator="cpu",
         max_epochs=1,
@@ -40,7 +40,7 @@ def classes(module: nn.Module) -> list[type]:
 
 
 def installed(package: str) -> str:
-    """The release of ``package``; without one the test is skipped."""
+    """The installed release of ``package``; the test is skipped if there is none."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -62,7 +62,7 @@ def test_model(name: str, method: str, tmp_path: Path) -> None:
     trained = case.output(module)
     differ(trained, untrained)
 
-    # The checkpoint holds what trains and nothing of the frozen base, which has not changed.
+    # The checkpoint holds only the trainable state, and the frozen base is unchanged.
     stored = torch.load(path, weights_only=case.plain_hyperparameters)["state_dict"]
     trains = trained_parameters(module).keys()
     frozen = {k for k, _ in base.named_parameters(remove_duplicate=False)} - trains

@@ -1,4 +1,4 @@
-"""Models of images: torchvision, timm, segmentation-models-pytorch, MONAI, diffusers, open_clip."""
+"""Vision models: torchvision, timm, segmentation-models-pytorch, MONAI, diffusers, open_clip."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def images(*shape: int) -> Callable[[], tuple[Tensor]]:
 
 
 def of(module: str, name: str, **options: Any) -> Callable[[], nn.Module]:
-    """Builds the class or calls the function ``name`` of a package's ``module``."""
+    """Return a function that calls ``name`` of a package's ``module``, which builds a model."""
     return lambda: getattr(import_module(module), name)(**options)
 
 
@@ -114,7 +114,7 @@ CASES = {
             **VIT,
         ),
         images(1, 16, 16),
-        {m: {"exclude": ["norm_cross_attn"]} for m in ("SSF", "BitFit")},  # a norm that a ViT never runs
+        {m: {"exclude": ["norm_cross_attn"]} for m in ("SSF", "BitFit")},  # ViT has a norm layer that it never calls
         result=lambda out: out[0],
     ),
     "MONAI UNet": Case(

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, what may be loaded, and what is refused."""
+"""The content of checkpoints, which of them load, and which are refused."""
 
 from __future__ import annotations
 
@@ -38,7 +38,9 @@ def test_holds_the_trainable_state_only(tmp_path: Path, weights_only: bool) -> N
 def edited(path: Path, change: Any) -> Path:
     state = torch.load(path, weights_only=True)
     change(state)
-    state.get("lightning_peft", {}).pop("digests", None)  # as earlier releases wrote them, so that later checks speak
+    state.get("lightning_peft", {}).pop(
+        "digests", None
+    )  # as earlier releases wrote them; otherwise the digests fail before the check under test
     torch.save(state, path.with_name("edited.ckpt"))
     return path.with_name("edited.ckpt")
 
@@ -80,7 +82,7 @@ def test_broken_checkpoints_name_the_key(tmp_path: Path, change: Any) -> None:
 
 
 class Other(lp.LoRA):
-    """A method of another name."""
+    """A method class with another name."""
 
 
 OTHERS: dict[str, tuple[Any, str]] = {
@@ -136,7 +138,7 @@ def test_a_pickle_payload_is_refused(tmp_path: Path) -> None:
     with pytest.raises(lp.StateError, match=r"was not read: to read it, .* would be run"):
         lp.load_from_checkpoint(Toy, path)
     for stage in ("fit", "test"):
-        for options in ({}, {"weights_only": True}):  # safe where nothing is said, too
+        for options in ({}, {"weights_only": True}):  # the default must be safe too
             with pytest.raises(lp.StateError, match=r"edited.ckpt was not read"):
                 getattr(trainer(tmp_path), stage)(Toy(), loader(), ckpt_path=path, **options)
     assert "payload_ran" not in sys.modules
@@ -170,7 +172,7 @@ def test_plain_checkpoint_of_the_base_loads_by_hand(tmp_path: Path) -> None:
     assert torch.equal(module.body[0].weight, base.body[0].weight)
 
 
-# What is frozen, and what may move
+# Frozen state, and state that may change
 
 
 class Watched(Toy):

@@ -1,4 +1,4 @@
-"""Folders of distributed checkpoints: torch's own are read, hostile ones are refused without running."""
+"""Distributed checkpoints written by torch are read; hostile ones are refused without running their code."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Payload:
 
 
 def saved(**more: object) -> tuple[Path, dict[str, object]]:
-    """A folder, and an empty state of its form."""
+    """Save a distributed checkpoint; return its folder and the saved state."""
     model = nn.Linear(3, 2).bfloat16()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.25)
     model(torch.ones(1, 3, dtype=torch.bfloat16)).sum().backward()
@@ -37,7 +37,7 @@ def saved(**more: object) -> tuple[Path, dict[str, object]]:
     return Path("folder"), state
 
 
-def test_what_torch_writes_is_read():
+def test_checkpoints_written_by_torch_are_read():
     folder, state = saved()
     check_metadata(folder)
     zeros = {k: torch.zeros_like(v) for k, v in state["model"].items()}
@@ -57,8 +57,8 @@ def test_metadata_that_would_run_code(run):
 
 
 @pytest.mark.parametrize("name", ["os.mkdir", "os", "dataclass"])
-def test_what_the_modules_of_torch_import_is_not_reached(name):
-    """Protocol 4 names attributes of attributes."""
+def test_names_that_torch_modules_import_are_not_reachable(name):
+    """Pickle protocol 4 can name attributes of attributes ("os.mkdir")."""
     folder, _ = saved()
     parts = [b"\x80\x04"]
     module = b"torch.distributed.checkpoint.filesystem"
@@ -79,7 +79,7 @@ def test_a_value_that_would_run_code():
     assert not Path("ran").exists()
 
 
-def test_files_elsewhere_and_damage():
+def test_files_outside_the_folder_and_damaged_files():
     folder, _ = saved()
     with (folder / ".metadata").open("rb") as file:
         metadata = pickle.load(file)

@@ -1,4 +1,4 @@
-"""What trains is decided at injection: checkpoints hold it whatever hooks and flags do in between."""
+"""Injection decides what trains, and checkpoints hold it even if hooks or requires_grad flags change later."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class FrozenForValidation(Toy):
 
 
 class Toggled(Toy):
-    """Freezes what does not step, and leaves it so."""
+    """Freezes parameters that the current optimizer does not step, and never unfreezes them."""
 
     def on_train_batch_start(self, *_: Any) -> None:
         for name, parameter in self.named_parameters():
@@ -39,7 +39,7 @@ class Toggled(Toy):
 
 
 class Teacher(Toy):
-    """Moves an exponential average of its head, and centres, without gradients."""
+    """Updates a moving average of its head, and centres, without gradients."""
 
     def build(self) -> None:
         super().build()
@@ -87,7 +87,7 @@ MODULES = [FrozenForValidation, Toggled, Teacher, WithExtraState]
 
 
 @pytest.mark.parametrize("cls", MODULES)
-def test_a_checkpoint_holds_all_that_changed(tmp_path: Path, cls: type[Toy]) -> None:
+def test_a_checkpoint_holds_everything_that_changed(tmp_path: Path, cls: type[Toy]) -> None:
     run, module = trainer(tmp_path, method=lora(targets=["body.0", "body.4"]), max_epochs=1), cls()
     run.fit(module, loader(), val_loader())
     run.save_checkpoint(tmp_path / "x.ckpt")
@@ -111,7 +111,7 @@ def test_a_resumed_run_ends_as_one_that_never_stopped(tmp_path: Path, cls: type[
     assert same(state(fit(2, ckpt_path=tmp_path / "half.ckpt")[1]), state(whole))
 
 
-def test_what_the_user_unfreezes_before_the_fit_is_saved(tmp_path: Path) -> None:
+def test_parameters_unfrozen_before_the_fit_are_saved(tmp_path: Path) -> None:
     module = Toy()
     lp.apply(module, lora(trainable=[]))
     module.head.requires_grad_(True)
@@ -149,7 +149,7 @@ def test_a_module_that_trims_its_adapters_away_is_refused(tmp_path: Path, cls: t
     assert run.global_step == (5 if cls is TrimsLater else 0)
 
 
-def test_a_module_that_trims_is_refused_at_its_first_save_where_none_is_planned(tmp_path: Path) -> None:
+def test_a_module_that_trims_is_refused_at_an_unplanned_save(tmp_path: Path) -> None:
     run = trainer(tmp_path, max_epochs=1, enable_checkpointing=False)
     run.fit(TrimsInHook(), loader())
     with pytest.raises(lp.StateError, match=r"leaves 4 of 6 trainable tensors .*body\.0\.adapters"):
@@ -161,7 +161,7 @@ def test_a_file_that_was_trimmed_afterwards_is_refused(tmp_path: Path) -> None:
     run.fit(Teacher(), loader())
     run.save_checkpoint(tmp_path / "x.ckpt")
     stored = torch.load(tmp_path / "x.ckpt", weights_only=True)
-    del stored["state_dict"]["teacher.weight"]  # nothing but the file says that it moved
+    del stored["state_dict"]["teacher.weight"]  # only the file says that the value moved
     torch.save(stored, tmp_path / "x.ckpt")
     with pytest.raises(lp.StateError, match=r"teacher\.weight"):
         lp.load_from_checkpoint(Teacher, tmp_path / "x.ckpt")
@@ -199,7 +199,7 @@ def test_a_second_fold_starts_as_the_first_did(tmp_path: Path) -> None:
         module.load_state_dict(initial)
     assert same(state(module), first)
     lp.reset(module)
-    module.load_state_dict(initial)  # strict, and nothing is left of the first fold
+    module.load_state_dict(initial)  # strict, and nothing is left of the first cross-validation fold
     assert same(fold(module), first)
 
 
@@ -223,12 +223,12 @@ class Unfreezes(Toy):
         return torch.optim.AdamW(self.parameters(), lr=1e-2)
 
 
-def test_what_is_unfrozen_during_the_fit_without_an_optimizer_is_named(tmp_path: Path) -> None:
+def test_parameters_unfrozen_without_an_optimizer_are_named(tmp_path: Path) -> None:
     with pytest.raises(lp.AuditError, match=r"body\.\{0-1,4\}\.weight.* were unfrozen during the fit"):
         trainer(tmp_path, method=lp.LinearProbe()).fit(Unfreezes(), loader())
 
 
-def test_what_is_unfrozen_and_given_to_the_optimizer_trains_and_is_saved(tmp_path: Path) -> None:
+def test_parameters_unfrozen_and_added_to_the_optimizer_are_saved(tmp_path: Path) -> None:
     run, module = trainer(tmp_path, method=lp.LinearProbe()), Unfreezes()
     module.by_hand = True
     run.fit(module, loader())
@@ -238,7 +238,7 @@ def test_what_is_unfrozen_and_given_to_the_optimizer_trains_and_is_saved(tmp_pat
 
 
 class LoadsAdapter(Toy):
-    """Continues from an adapter that it loads itself."""
+    """Continues training an adapter that it loads itself."""
 
     def __init__(self, directory: str = "", hook: str = "init") -> None:
         super().__init__()
@@ -247,7 +247,7 @@ class LoadsAdapter(Toy):
 
     def load(self, hook: str) -> None:
         if hook == self.hparams.hook:
-            with suppress(ValueError):  # the hook runs for every stage
+            with suppress(ValueError):  # the hook runs in every stage
                 lp.load_adapter(self, self.hparams.directory, trainable=True)
 
     def setup(self, stage: str) -> None:

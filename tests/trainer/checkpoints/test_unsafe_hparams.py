@@ -1,4 +1,4 @@
-"""Hyperparameters of every kind: the state loads, and the module is rebuilt from them or they are asked for."""
+"""Hyperparameters of any type: the state loads, and the module is rebuilt or an error asks for the missing ones."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.trainer.toys import Toy, loader, same, trainer
 
 
 class Loss:
-    """An object of the user's own, such as a metric or an encoder of categories."""
+    """A user-defined object, such as a metric or a category encoder."""
 
     def __init__(self, weight: float) -> None:
         self.weight = weight
@@ -30,7 +30,7 @@ class WithObject(Toy):
 class OneArgument(Toy):
     def __init__(self, args: Any = None) -> None:
         super().__init__()
-        self.hparams.pop("args")  # which Toy's own call has saved too
+        self.hparams.pop("args")  # Toy.__init__ has saved it too
         args = args if args is not None else {"scale": 1.0}
         self.save_hyperparameters(args)
         self.scale = args["scale"] if isinstance(args, dict) else args.scale
@@ -54,7 +54,7 @@ def fitted(module: Any, path: Path) -> Any:
     return module
 
 
-def test_an_object_is_kept_apart_and_asked_for(tmp_path: Path) -> None:
+def test_an_object_is_stored_separately_and_must_be_passed(tmp_path: Path) -> None:
     path = tmp_path / "x.ckpt"
     with pytest.warns(UserWarning, match=r"'loss' is a Loss.*Unsupported global.*checkpoints store it separately"):
         module = fitted(WithObject(Loss(3.0), width=32), path)
@@ -71,7 +71,7 @@ def test_an_object_is_kept_apart_and_asked_for(tmp_path: Path) -> None:
     assert again.global_step == 2
 
 
-def test_a_file_with_an_object_among_the_others_gives_torchs_reason(tmp_path: Path) -> None:
+def test_a_file_with_an_unsafe_object_reports_the_reason_of_torch(tmp_path: Path) -> None:
     path = tmp_path / "x.ckpt"
     fitted(WithObject(), path)
     stored = torch.load(path, weights_only=True)

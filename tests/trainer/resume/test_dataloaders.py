@@ -1,4 +1,4 @@
-"""The user's loaders stay the user's: during a fit, after it, and with iterations of their own."""
+"""The user's dataloaders are unchanged during and after a fit, and those that cannot resume cause a warning."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.trainer.toys import Noisy, Stream, Toy, data, every_step, loader, lor
 
 
 class Watching(Toy):
-    """Keeps the batches it is given; fails at step ``fails_at``."""
+    """Records the batches it gets, and raises at step ``fails_at``."""
 
     fails_at = -1
 
@@ -111,9 +111,9 @@ def test_hooks_see_the_loader_during_a_fit() -> None:
     assert mine.note == 4
 
 
-# Adapters draw no random numbers here, so that a run with them sees the batches of a run without.
+# The adapters draw no random numbers here, so a run with them must see the same batches as one without.
 @pytest.mark.parametrize("case", [c for c in CASES if c not in {"accumulation", "clipping", "counted in steps"}])
-def test_batches_are_those_of_a_run_without_methods(case: str) -> None:
+def test_batches_equal_those_of_a_run_without_methods(case: str) -> None:
     train, options = CASES[case]
     seen = [run(train(), method, **options).seen for method in (quiet(), False)]  # type: ignore[attr-defined]
     assert len(seen[0]) > 4
@@ -129,7 +129,7 @@ class Drawing(Toy):
         torch.rand(2)
 
 
-def test_draws_of_hooks_keep_their_place() -> None:
+def test_random_draws_of_hooks_keep_their_order() -> None:
     class Both(Drawing, Watching):
         pass
 
@@ -144,7 +144,7 @@ class Prefetch(DataLoader):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_loader_with_an_iteration_of_its_own_is_left_alone(tmp_path: Path, workers: int) -> None:
+def test_a_loader_that_overrides_the_iteration_is_not_wrapped(tmp_path: Path, workers: int) -> None:
     def train() -> DataLoader:
         x, _ = data(16)
         return Prefetch(TensorDataset(x, x), batch_size=4, num_workers=workers)
@@ -207,7 +207,7 @@ def test_torchdata_resumes_by_itself(tmp_path: Path) -> None:
 
 
 class Ordered(Sampler):
-    """Draws each index from a generator of its own."""
+    """Draws each index from the sampler's own generator."""
 
     def __init__(self, generator: Any, size: int = 40) -> None:
         self.generator, self.size = generator, size
@@ -228,7 +228,7 @@ class Ordered(Sampler):
 
 
 class Augmenting(Dataset):
-    """Augments from a generator of its own."""
+    """Augments with the dataset's own generator."""
 
     def __init__(self) -> None:
         self.rng = np.random.default_rng(5)
@@ -242,7 +242,7 @@ class Augmenting(Dataset):
 
 
 class Passes(Sampler):
-    """Draws from the global streams, an index at a time."""
+    """Draws one index at a time from the global RNGs."""
 
     def __len__(self) -> int:
         return 40
@@ -279,7 +279,7 @@ def test_generators_of_samplers_and_datasets_are_restored(tmp_path: Path, case: 
         assert same(fit(tmp_path, train, {}, ckpt=tmp_path / f"{stop}.ckpt"), expected), stop
 
 
-def test_persistent_workers_in_epochs_after_a_resume_in_the_middle(tmp_path: Path) -> None:
+def test_persistent_workers_in_epochs_after_a_resume_inside_an_epoch(tmp_path: Path) -> None:
     def train() -> DataLoader:
         return loader(Noisy(), num_workers=2, persistent_workers=True)
 
@@ -288,7 +288,7 @@ def test_persistent_workers_in_epochs_after_a_resume_in_the_middle(tmp_path: Pat
         assert same(fit(tmp_path, train, {"max_epochs": 3}, ckpt=tmp_path / f"{stop}.ckpt"), expected), stop
 
 
-def test_an_iterator_in_a_sampler_is_warned_of() -> None:
+def test_an_iterator_in_a_sampler_causes_a_warning() -> None:
     class Endless(Sampler):
         def __init__(self) -> None:
             self.source = iter(range(1000))
@@ -304,7 +304,7 @@ def test_an_iterator_in_a_sampler_is_warned_of() -> None:
 
 
 @pytest.mark.parametrize("dataset", [None, Stream()])
-def test_a_hook_that_walks_the_loader_does_not_move_the_position(tmp_path: Path, dataset: Any) -> None:
+def test_a_hook_that_iterates_the_loader_does_not_move_the_position(tmp_path: Path, dataset: Any) -> None:
     class Bank(Toy):
         def on_train_batch_end(self, outputs: Any, batch: Any, index: int) -> None:
             if index % 2 == 0:
@@ -317,7 +317,7 @@ def test_a_hook_that_walks_the_loader_does_not_move_the_position(tmp_path: Path,
         return state_of(module, r)
 
     expected = go()
-    for stop in ("step=2", "step=4", "step=7"):  # step 3 is saved before its hook
+    for stop in ("step=2", "step=4", "step=7"):  # the checkpoint of step 3 is saved before the hook runs
         assert same(go(tmp_path / f"{stop}.ckpt"), expected), stop
 
 
@@ -352,7 +352,7 @@ def test_a_checkpoint_of_an_earlier_version_continues(tmp_path: Path) -> None:
         assert same(fit(root, train, {}, ckpt=path), expected)
 
 
-def test_batches_in_the_order_of_the_workers_are_warned_of() -> None:
+def test_batches_out_of_order_cause_a_warning() -> None:
     if "in_order" not in inspect.signature(DataLoader).parameters:
         pytest.skip("torch before 2.6")
     loader: Any = DataLoader(data(), num_workers=2, in_order=False)

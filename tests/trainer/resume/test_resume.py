@@ -1,4 +1,4 @@
-"""A run that stops and resumes ends bit for bit where one that never stopped does."""
+"""A run that stops and resumes ends bit for bit like one that never stopped."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "reloaded loaders": (loader, {"reload_dataloaders_every_n_epochs": 1}),
 }
 ALL_STOPS = {"plain", "augmentation in two workers", "iterable", "accumulation"}
-# After the last batch of a pass without a length Lightning leaves the validation out, and with it what it draws.
+# After the last batch of a loader without length, Lightning skips the validation and its random draws.
 NOT_EXACT = {("iterable", "step=5"), ("iterable", "step=10")}
 
 
@@ -82,7 +82,7 @@ def test_resume_is_exact(tmp_path: Path, case: str) -> None:
 
 @pytest.mark.parametrize("options", [{}, {"val_check_interval": 3, "accumulate_grad_batches": 2}])
 def test_checkpoints_saved_in_validation(tmp_path: Path, options: dict[str, Any]) -> None:
-    # At a validation in the middle of an accumulation, the gradients so far are part of the checkpoint.
+    # If validation runs in the middle of gradient accumulation, the checkpoint holds the gradients so far.
     save = ModelCheckpoint(
         tmp_path, filename="{step}", monitor="val_loss", save_top_k=-1, save_on_train_epoch_end=False
     )
@@ -131,7 +131,7 @@ def test_seen_samples_are_not_loaded_again(tmp_path: Path) -> None:
 
 
 class Gan(Toy):
-    """Two optimizers by hand."""
+    """Manual optimization with two optimizers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -163,7 +163,7 @@ def test_manual_optimization_with_two_optimizers(tmp_path: Path) -> None:
 
 
 def test_plain_lightning_is_not_changed_by_the_loader_mixin(tmp_path: Path) -> None:
-    """A fit that is never stopped draws what it draws without this package: the same order of the same batches."""
+    """A fit that never stops draws the same batches in the same order as without this package."""
     seen: dict[bool, list[torch.Tensor]] = {True: [], False: []}
 
     class Watching(Toy):

@@ -10,12 +10,12 @@ import torch
 import lightning_peft as lp
 from tests.formats.models import Convolutions, adapted, gpt2, llama, logits, moved, read_by_peft, tokens
 
-#: a mask of a great rank, of which the file of rank three holds all that is left
+#: a mask for a large rank of which three triplets are left, as many as the file holds
 MANY = [True] * 3 + [False] * 4093
 
 
 def pruned(model, method):
-    """Some triplets masked; of the first weight all."""
+    """Mask some triplets, and all of the first weight's."""
     with torch.no_grad():
         for i, adapter in enumerate(method.adapters(model).values()):
             adapter.mask.copy_(torch.rand_like(adapter.lora_E) < 0.5 if i else torch.zeros_like(adapter.mask))
@@ -41,7 +41,7 @@ def test_peft_reads_ours_and_back(make, targets, some, tmp_path):
     assert lp.adapter_state(again).keys() == lp.adapter_state(ours).keys()
 
 
-def test_we_read_what_peft_pruned(tmp_path):
+def test_loading_an_adapter_that_peft_pruned(tmp_path):
     base, x = llama(), tokens()
     config = peft.AdaLoraConfig(
         task_type="CAUSAL_LM", target_r=2, init_r=4, tfinal=1, total_step=3, target_modules=["q_proj", "o_proj"]
@@ -73,7 +73,7 @@ def test_we_read_what_peft_pruned(tmp_path):
         ({"rank_pattern": {"model.layers.0.self_attn.q_proj.lora_E": [True]}}, "has 1 entries, but init_r is 3"),
     ],
 )
-def test_ranks_that_the_file_does_not_hold(options, said, tmp_path):
+def test_ranks_that_do_not_fit_the_file(options, said, tmp_path):
     base = llama()
     lp.save_adapter(adapted(base, lp.AdaLoRA(target_r=2, init_r=3, targets=["q_proj"])), tmp_path)
     path = tmp_path / "adapter_config.json"

@@ -47,7 +47,7 @@ def test_an_adapter_made_by_peft_computes_the_same_here(tmp_path):
     torch.testing.assert_close(logits(ours, x), logits(theirs, x))
 
 
-def test_a_lightning_module_is_no_part_of_the_keys(tmp_path):
+def test_keys_do_not_contain_the_name_in_a_lightning_module(tmp_path):
     base, x = llama(), tokens()
     ours = adapted(Called(base), lp.LoRA(r=2, targets=["q_proj"]))
     lp.save_adapter(ours, tmp_path)
@@ -59,7 +59,7 @@ def test_a_lightning_module_is_no_part_of_the_keys(tmp_path):
     torch.testing.assert_close(logits(other, x), logits(ours, x))
 
 
-def test_a_loaded_adapter_is_frozen_and_waits_for_its_turn(tmp_path):
+def test_a_loaded_adapter_is_frozen_and_inactive_next_to_others(tmp_path):
     base, x = llama(), tokens()
     first = adapted(base, lp.LoRA(r=2, targets=["q_proj"]))
     lp.save_adapter(first, tmp_path)
@@ -88,7 +88,7 @@ def test_a_rank_above_both_sides_of_a_matrix(tmp_path):
         (lp.DoRA(r=2, targets=["attn"]), "no DoRA"),
     ],
 )
-def test_what_peft_cannot_run_is_kept_in_our_own_form(method, said, tmp_path):
+def test_layers_that_peft_cannot_run_are_saved_natively(method, said, tmp_path):
     base, x = (Convolutions() if said == "dilation" else Attention()).eval(), tokens()
     if said == "dilation":
         base.conv1.dilation, base.conv1.padding = (2,), (2,)

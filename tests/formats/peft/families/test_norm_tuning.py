@@ -76,7 +76,7 @@ def test_with_a_head(tmp_path):
     torch.testing.assert_close(logits(again, x), logits(ours, x))
 
 
-def test_a_module_that_is_no_norm_layer(tmp_path):
+def test_a_module_that_is_not_a_norm_layer(tmp_path):
     base = build("bert")
     made_by_peft(base, peft.LNTuningConfig(target_modules=["query"]), tmp_path)
     with pytest.raises(FormatError, match=r"query' \(Linear\) is not a norm layer"):

@@ -1,4 +1,4 @@
-"""Prompts and prefixes, exchanged with PEFT both ways: the logits agree."""
+"""Prompts and prefixes are exchanged with PEFT both ways, and the logits agree."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ TASKS = {"llama": "CAUSAL_LM", "gpt2": "CAUSAL_LM", "bert": "SEQ_CLS", "t5": "SE
 
 
 def build(name: str) -> nn.Module:
-    """With weights so large that every token counts."""
+    """Build a model with weights so large that every token affects the logits."""
     return moved(globals()[name]() if name in globals() else getattr(models, name)())
 
 
 def logits(model: nn.Module, x: Tensor) -> Tensor:
-    """Those of the user's own tokens, padded on the right."""
+    """The logits of the real tokens, which are padded on the right."""
     mask = torch.ones_like(x)
     mask[1, -2:] = 0
     given = {"input_ids": x, "attention_mask": mask}
@@ -85,7 +85,7 @@ def ours_there_and_back(base: nn.Module, method: lp.PEFTMethod, folder: Path, pe
 def theirs_here_and_back(base: nn.Module, config: peft.PeftConfig, folder: Path) -> None:
     x = tokens()
     made_by_peft(base, config, folder)
-    theirs = read_by_peft(base, folder)  # not the model that made it: P-tuning has its encoder there
+    theirs = read_by_peft(base, folder)  # not the model that made it, in which P-tuning still has its encoder
     here = copy.deepcopy(base)
     load_adapter(here, folder)
     close(logits(here, x), logits(theirs, x))
@@ -105,7 +105,7 @@ def test_prompts(model, length, tmp_path):
 
 @pytest.mark.parametrize("model", ["llama", "bert", "t5"])
 @pytest.mark.parametrize("encoder", ["mlp", "lstm"])
-def test_p_tuning_is_written_folded(model, encoder, tmp_path):
+def test_p_tuning_is_written_without_its_encoder(model, encoder, tmp_path):
     base = build(model)
     dropout = 0.0 if encoder == "mlp" else 0.4
     method = lp.PTuning(3, encoder=encoder, hidden_size=6, dropout=dropout)
@@ -120,7 +120,7 @@ def test_p_tuning_is_written_folded(model, encoder, tmp_path):
 
 
 def accept_old_cache_name(base: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Name ``past_key_values``, which transformers 5.24 renamed and still takes, where PEFT 0.21.2 looks for it."""
+    """Add ``past_key_values`` to the signature: PEFT 0.21.2 looks for it, but transformers 5.24 renamed it."""
     signature = inspect.signature(type(base).forward)
     if "past_key_values" in signature.parameters:
         return
@@ -132,7 +132,7 @@ def accept_old_cache_name(base: nn.Module, monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize("model", ["llama", "gpt2", "multi_query", "gpt2_classifier"])
 @pytest.mark.parametrize("bottleneck", [None, 5])
-def test_prefixes_are_written_folded(model, bottleneck, tmp_path, monkeypatch):
+def test_prefixes_are_written_without_their_projection(model, bottleneck, tmp_path, monkeypatch):
     base = build(model)
     if model == "gpt2_classifier":
         accept_old_cache_name(base, monkeypatch)
@@ -181,7 +181,7 @@ def test_from_a_wrapped_model_to_a_bare_one(method, tmp_path):
         (lp.PrefixTuning(3, bottleneck_size=4), "counts positions"),
     ],
 )
-def test_what_peft_cannot_represent_is_written_natively_with_the_reason(method, reason, tmp_path):
+def test_adapters_that_peft_cannot_represent_are_written_natively(method, reason, tmp_path):
     base, x = build("llama"), tokens()
     ours = adapted(base, method)
     save_adapter(ours, tmp_path)
@@ -220,7 +220,7 @@ def test_prefixes_of_another_base(tmp_path):
         load_adapter(build("multi_query"), tmp_path, check_base=False)
 
 
-def test_a_prompt_of_a_model_without_attention_is_saved_in_our_own_form(tmp_path):
+def test_a_prompt_of_a_model_without_attention_is_saved_natively(tmp_path):
     sizes = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}
     base = MambaForCausalLM(MambaConfig(**sizes))
     lp.apply(model := copy.deepcopy(base), lp.PromptTuning(2))

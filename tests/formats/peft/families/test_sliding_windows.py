@@ -14,7 +14,7 @@ import lightning_peft as lp
 from lightning_peft.formats.directory.files import read_files
 from tests.formats.models import adapted, made_by_peft, moved, read_by_peft
 
-#: two layers, of which Gemma's second and Qwen2's first see everything
+#: two layers; Gemma's second and Qwen2's first have full attention
 MODELS: dict[str, dict] = {
     "Mistral": {},
     "Gemma2": {"head_dim": 8, "query_pre_attn_scalar": 8},
@@ -94,7 +94,7 @@ def test_rows_have_windows_of_their_own():
 
 
 def test_without_shifted_positions_every_token_sees_the_prefix():
-    """The logits at the end still depend on it where every layer has a window."""
+    """The last logits still depend on the prefix if every layer has a window."""
     model, ids = (
         adapted(build("Mistral", num_hidden_layers=1), lp.PrefixTuning(3, init_std=0.5)),
         torch.randint(3, 64, (1, 12)),
