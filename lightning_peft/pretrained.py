@@ -1,4 +1,4 @@
-"""Where a pretrained model is: the embedded one, a local folder, or a name on the Hugging Face hub."""
+"""Find and load pretrained models: the embedded one, a local folder, or a model of the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from typing import Any
 
 from lightning_peft import demo
 
-#: a model's folder may hold Python files, which are never run: build such a model in a module of your own
+#: a model's folder may contain Python files, which are never run; build such a model in your own module
 NO_CODE = {"trust_remote_code": False}
 _TOKENIZER = ("tokenizer_config.json", "tokenizer.json", "config.json")
 
 
 def locate(model: str, marks: tuple[str, ...] = ("config.json",)) -> str:
-    """Resolve a model's name to what ``from_pretrained`` takes.
+    """Resolve a model's name to an argument of ``from_pretrained``.
 
     Args:
         model: ``"demo"``, the path of a folder with one of ``marks``, or a hub id (``"org/name"``).
-        marks: the files that tell a folder is one.
+        marks: files that identify a model folder.
 
     Returns:
-        The folder's path, or the hub id as it was given.
+        The folder's path, or the unchanged hub id.
 
     Raises:
-        FileNotFoundError: ``model`` is a path, and of no folder or of one that holds no model.
+        FileNotFoundError: ``model`` is a path, but the folder does not exist or does not contain a model.
     """
     if model == "demo":
         return str(demo.MODEL)
@@ -44,12 +44,12 @@ def locate(model: str, marks: tuple[str, ...] = ("config.json",)) -> str:
 
 
 def public_name(model: str) -> str:
-    """What :func:`locate` was given for a model: ``"demo"`` for the embedded one, wherever it is installed."""
+    """Invert :func:`locate`: the embedded model is ``"demo"``, wherever it is installed."""
     return "demo" if Path(model).parts[-3:] == demo.MODEL.parts[-3:] else model
 
 
 def is_folder(model: str) -> bool:
-    """Whether a model's name is a folder's, there or not; a hub id has at most one slash and starts like no path."""
+    """True if a name is that of a folder, existing or not. A hub id has at most one slash and no path prefix."""
     path = Path(model).expanduser()
     return path.is_dir() or path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1
 
@@ -59,33 +59,33 @@ def load_model(auto_class: Any, model: str, pretrained: bool, dtype: str | None,
 
     Args:
         auto_class: A transformers auto class (``AutoModelForMaskedLM``).
-        model: What :func:`locate` takes.
-        pretrained: ``False`` gives the same network with weights drawn anew from torch's global generator.
-        dtype: The parameters' dtype (``"float32"``); ``None`` leaves them as they are stored.
+        model: The model, as for :func:`locate`.
+        pretrained: ``False`` builds the same network with random weights from torch's global generator.
+        dtype: The parameters' dtype (``"float32"``); ``None`` keeps the stored one.
         **config: Changes to the model's configuration.
 
     Raises:
-        ValueError: ``dtype`` is not the name of a torch dtype; ``config`` asks for remote code, or the model needs it.
+        ValueError: ``dtype`` is not the name of a torch dtype, or ``config`` or the model requires remote code.
     """
     import torch
     from transformers import AutoConfig
 
     if dtype is not None and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise ValueError(f"dtype={dtype!r} is no torch dtype; use float32, bfloat16, float16 or None.")
+        raise ValueError(f"dtype={dtype!r} is not a torch dtype: use float32, bfloat16, float16 or None.")
     if refused := sorted(config.keys() & {"trust_remote_code", "code_revision"}):
-        raise ValueError(f"config={refused}: code from a model's folder is never run; build it in a module of your own")
+        raise ValueError(f"config={refused}: code in model folders is never run: build the model in your module")
     where = locate(model)
     configuration = AutoConfig.from_pretrained(where, **config, **NO_CODE)
     if pretrained:
         network = auto_class.from_pretrained(where, config=configuration, **NO_CODE)
     else:
         network = auto_class.from_config(configuration)
-    network.train()  # from_pretrained leaves it in eval mode; Lightning would train it so, without dropout
+        raise ValueError(f"config={refused}: code in a model folder is never run: build the model in your module")
     return network if dtype is None else network.to(getattr(torch, dtype))
 
 
 def load_tokenizer(model: str) -> Any:
-    """The tokenizer that belongs to a model; one without a padding token pads with its end-of-text token."""
+    """Load a model's tokenizer. If it has no padding token, it pads with its end-of-text token."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(locate(model, _TOKENIZER), **NO_CODE)

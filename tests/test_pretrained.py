@@ -32,7 +32,7 @@ def test_folder_above_the_model_names_the_right_one(tmp_path):
 def test_dtype_is_checked_and_kept():
     from transformers import AutoModelForMaskedLM
 
-    with pytest.raises(ValueError, match="dtype='fp8' is no torch dtype"):
+    with pytest.raises(ValueError, match="dtype='fp8' is not a torch dtype"):
         load_model(AutoModelForMaskedLM, "demo", True, "fp8")
     model = load_model(AutoModelForMaskedLM, "demo", True, "bfloat16")
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}

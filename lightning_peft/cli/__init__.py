@@ -1,1 +1,1 @@
-"""The ``lightning-peft`` command: LightningCLI's subcommands and our own, one file each."""
+"""The ``lightning-peft`` command. ``main`` has LightningCLI's subcommands; each of our own has a file."""

@@ -1,4 +1,4 @@
-"""``lightning-peft export``: the adapters of a checkpoint as adapter directories, which PEFT reads as well."""
+"""``lightning-peft export``: write the adapters of a checkpoint as adapter directories, which PEFT also reads."""
 
 from __future__ import annotations
 
@@ -19,18 +19,22 @@ def export(args: Sequence[str]) -> None:
     """Run the command.
 
     Args:
-        args: what comes after ``export``.
+        args: the command-line arguments after ``export``.
     """
     parser = ArgumentParser(
         prog="lightning-peft export",
-        description="Write the adapters of a checkpoint as adapter directories, in Hugging Face PEFT's format where it "
-        "has the method. The checkpoint alone is enough for most methods; others need the module that was trained.",
+        description="Write the adapters of a checkpoint as adapter directories, in Hugging Face PEFT's format if "
+        "PEFT has the method. Most methods need only the checkpoint; others also need the trained class (--model).",
     )
-    parser.add_argument("checkpoint", help="a checkpoint of a run with methods attached")
-    parser.add_argument("directory", help="where to; several adapters go into folders of their names in it")
-    parser.add_argument("--name", help="one adapter; by default all of them")
-    parser.add_argument("--fold-scale", action="store_true", help="LoRA: multiply B by the scale, for simple readers")
-    add_model_option(parser, "where the checkpoint is not enough, the class that was trained")
+    parser.add_argument("checkpoint", help="the checkpoint of a run that used methods of this package")
+    parser.add_argument(
+        "directory", help="the output folder; several adapters are written to subfolders with their names"
+    )
+    parser.add_argument("--name", help="export only this adapter; default: all adapters")
+    parser.add_argument(
+        "--fold-scale", action="store_true", help="LoRA: bake the scale into B, for tools that ignore alpha"
+    )
+    add_model_option(parser, "the class of the trained module, if the checkpoint is not enough")
     options, arguments = parse(parser, args)
     extra = {"fold_scale": True} if options.fold_scale else {}
     if options.model is None:
@@ -42,4 +46,4 @@ def export(args: Sequence[str]) -> None:
     for name in names:
         folder = Path(options.directory) / name if len(names) > 1 else Path(options.directory)
         if (reason := read_files(folder).config.get("reason")) is not None:
-            print(f"{folder}: only this package reads it, not Hugging Face PEFT: {reason}", file=sys.stderr)
+            print(f"{folder}: only this package can read it, Hugging Face PEFT cannot: {reason}", file=sys.stderr)

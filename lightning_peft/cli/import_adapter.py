@@ -1,8 +1,8 @@
-"""``lightning-peft import``: an adapter directory as a Lightning checkpoint.
+"""``lightning-peft import``: create a Lightning checkpoint from an adapter directory.
 
-The checkpoint is what a run would have saved that trained this adapter in this module and has made no step since:
-``lp.load_from_checkpoint`` and ``test --ckpt_path`` take it as any other, and ``fit --ckpt_path`` trains on from it
-with a new optimizer.
+The checkpoint is that of a run which has trained this adapter in this module and is at step 0.
+``lp.load_from_checkpoint`` and ``test --ckpt_path`` read it like any other checkpoint. ``fit --ckpt_path`` continues
+training from it with a new optimizer.
 """
 
 from __future__ import annotations
@@ -27,19 +27,22 @@ def import_adapter(args: Sequence[str]) -> None:
     """Run the command.
 
     Args:
-        args: what comes after ``import``.
+        args: the command-line arguments after ``import``.
     """
     parser = ArgumentParser(
         prog="lightning-peft import",
-        description="Make a Lightning checkpoint of an adapter directory, this package's or Hugging Face PEFT's.",
+        description="Create a Lightning checkpoint from an adapter directory of this package or of Hugging Face PEFT.",
     )
     parser.add_argument("directory", help="an adapter directory")
     parser.add_argument("checkpoint", help="the file to write, such as out.ckpt")
-    add_model_option(parser, "the class to train or test it in", required=True)
-    parser.add_argument("--name", help="what to call the adapter; by default what it was called")
-    parser.add_argument("--any-base", action="store_true", help="also where it was trained on another base")
+    add_model_option(parser, "the class of the module to train or test the adapter in", required=True)
+    parser.add_argument("--name", help="the adapter's name in the checkpoint; default: its saved name")
+    parser.add_argument("--any-base", action="store_true", help="skip the base-model check")
     parser.add_argument(
-        "--ignore-option", action="append", default=[], help="an unknown option of adapter_config.json to leave out"
+        "--ignore-option",
+        action="append",
+        default=[],
+        help="ignore this unknown option of adapter_config.json; repeatable",
     )
     options, arguments = parse(parser, args)
     how = {"check_base": not options.any_base, "ignore_options": options.ignore_option}
@@ -47,7 +50,7 @@ def import_adapter(args: Sequence[str]) -> None:
     try:
         checkpoint = import_checkpoint(module, options.directory, options.name, **how)
     except (FormatError, TargetError):
-        module.setup("predict")  # a module may build its layers only here
+        module.setup("predict")  # some modules create their layers in setup
         checkpoint = import_checkpoint(module, options.directory, options.name, **how)
     Path(options.checkpoint).parent.mkdir(parents=True, exist_ok=True)
     torch.save(checkpoint, options.checkpoint)

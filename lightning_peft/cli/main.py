@@ -1,4 +1,4 @@
-"""The command line: LightningCLI's fit, validate, test and predict for any module, and the commands beside them."""
+"""The command line: LightningCLI's fit, validate, test and predict for any module, and our own commands."""
 
 from __future__ import annotations
 
@@ -31,15 +31,18 @@ __all__ = ["PEFTCLI", "PEFTTrainer", "main"]
 DESCRIPTION = """Fine-tune any LightningModule. Methods are callbacks of the trainer:
 --trainer.callbacks+=LoRA --trainer.callbacks.r=8."""
 
-#: the commands beside LightningCLI's: what runs each, and what it does
+#: our own commands: the function that runs each, and its help text
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
-    "methods": (methods, "List the methods, or explain one (methods lora)."),
-    "merge": (merge, "Fold what was trained into its base, and write the plain model."),
-    "export": (export, "Write the adapters of a checkpoint as directories, which Hugging Face PEFT reads."),
-    "import": (import_adapter, "Make a checkpoint of an adapter directory, of this package or Hugging Face PEFT."),
+    "methods": (methods, "List all methods, or explain one (methods lora)."),
+    "merge": (merge, "Merge trained adapters into their base, and write the plain model."),
+    "export": (export, "Write the adapters of a checkpoint as directories that Hugging Face PEFT can read."),
+    "import": (
+        import_adapter,
+        "Create a checkpoint from an adapter directory of this package or of Hugging Face PEFT.",
+    ),
 }
 
-#: what a user can mend by changing a setting; shown as one line instead of a traceback
+#: errors that a user can fix by changing a setting; shown as one line instead of a traceback
 USER_ERRORS = (
     lp.TargetError,
     lp.InjectionError,
@@ -53,7 +56,7 @@ USER_ERRORS = (
 
 
 class PEFTTrainer(L.Trainer):
-    """A Trainer with one more command."""
+    """Lightning's Trainer, with an additional ``inspect``."""
 
     def inspect(
         self,
@@ -62,25 +65,29 @@ class PEFTTrainer(L.Trainer):
         ckpt_path: str | None = None,
         weights_only: bool | None = None,
     ) -> None:
-        """Show what methods would adapt and train; of a PATH, adapter or checkpoint, what it holds.
+        """Preview what a method adapts; with a PATH, describe that adapter or checkpoint.
 
-        ``ckpt_path`` and ``weights_only`` are there so that the file of a fit is one of an inspect, and not looked at.
+        Args:
+            model: the module to adapt.
+            datamodule: set up if the module needs it to create its layers.
+            ckpt_path: accepted so that a ``fit`` configuration also works here; ignored.
+            weights_only: accepted so that a ``fit`` configuration also works here; ignored.
         """
         methods = [c for c in self.callbacks if isinstance(c, lp.PEFTMethod)]  # type: ignore[attr-defined]
-        model.trainer = self  # what a module's own setup may look at
+        model.trainer = self  # the module's own setup may use it
         model.configure_model()
         try:
             report = lp.inspect(model, *methods)
         except lp.TargetError:
             if datamodule is not None:
                 datamodule.setup("fit")
-            model.setup("fit")  # a module may build its layers only here
+            model.setup("fit")  # some modules create their layers in setup
             report = lp.inspect(model, *methods)
         Console().print(report)
 
 
 class Parser(LightningArgumentParser):
-    """A parser that leaves missing classes to :class:`PEFTCLI`, and says where modules are looked for."""
+    """A parser that lets :class:`PEFTCLI` report a missing class, and explains where modules are looked up."""
 
     def add_lightning_class_args(
         self, lightning_class: Any, nested_key: str, subclass_mode: bool = False, required: bool = True
@@ -90,14 +97,14 @@ class Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> Any:
         if "No module named" in message:
             message += (
-                "\nModules are looked for in the folder where the command is started, and on PYTHONPATH: start it from "
+                "\nModules are looked up in the folder where the command is started, and on PYTHONPATH: start it from "
                 "the folder that has the module, or set PYTHONPATH"
             )
         return super().error(message, ex)
 
 
 class PEFTCLI(LightningCLI):
-    """LightningCLI for any ``--model`` and ``--data`` on the path; methods are callbacks of the trainer."""
+    """LightningCLI for any ``--model`` and ``--data`` on the Python path. Methods are callbacks of the trainer."""
 
     def __init__(self, args: Any = None, **kwargs: Any) -> None:
         super().__init__(
@@ -124,9 +131,9 @@ class PEFTCLI(LightningCLI):
         check_model(self.config)
 
     def _parse_ckpt_path(self) -> None:
-        """Complete the configuration by a checkpoint's hyperparameters, for the class that the user names.
+        """Add a checkpoint's hyperparameters to the configuration of the class that the user names.
 
-        Lightning takes the class from the file as well, and overrides what the user gives.
+        Lightning's own version also takes the class from the file, and overrides what the user gives.
         """
         command = self.config.get("subcommand") or ""
         path, model = self.config.get(f"{command}.ckpt_path"), self.config.get(f"{command}.model")
@@ -146,12 +153,12 @@ class PEFTCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except ValueError as error:
-            # jsonargparse lists what is wrong with each type it tried; the first is the method's own message.
+            # jsonargparse lists one error for each type that it tried; the first is the method's own message.
             reasons = [line.strip(" -") for line in str(error).partition("Errors:")[2].splitlines() if line.strip()]
             raise MisconfigurationException(reasons[0] if reasons else str(error)) from error
 
     def before_fit(self) -> None:
-        # Before the loggers start: a resumed run goes on under its own id.
+        # Before the loggers start, so that a resumed run keeps its id.
         resume_wandb(self.trainer.loggers, self._get(self.config, "ckpt_path"))
 
     def _before_evaluation(self) -> None:
@@ -161,7 +168,7 @@ class PEFTCLI(LightningCLI):
 
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
         super()._add_subcommands(parser, **kwargs)
-        # Only to be seen in --help: main runs them itself.
+        # Only for --help; main runs these commands itself.
         listed = next(action for action in parser._actions if hasattr(action, "add_subcommand"))
         for name, (_, what) in COMMANDS.items():
             listed.add_subcommand(name, LightningArgumentParser(), help=what)
@@ -177,14 +184,14 @@ def _as_plain(value: Any) -> Any:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Entry point of ``lightning-peft`` and ``python -m lightning_peft``."""
-    # The classes that the command line and YAML may name by their last part alone.
+    # Imported so that the command line and YAML can name these classes without their package.
     import lightning_peft.data
     import lightning_peft.tasks  # noqa: F401
 
     given = list(sys.argv[1:] if args is None else args)
     if os.getcwd() not in sys.path:
-        # A module beside the user; behind all that is installed, as it may be anyone's folder. Not "": while a file is
-        # parsed, jsonargparse changes into its folder.
+        # Find modules in the current folder, but after all installed packages, since the folder may contain anything.
+        # Not "": jsonargparse changes the folder while it parses a file.
         sys.path.append(os.getcwd())
     try:
         if given[:1] == ["inspect"] and names_a_path(given[1:]):

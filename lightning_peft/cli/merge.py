@@ -1,4 +1,4 @@
-"""``lightning-peft merge``: fold what was trained into its base, and write the plain model."""
+"""``lightning-peft merge``: merge trained adapters into their base, and write the plain model."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ __all__ = ["merge"]
 
 EXAMPLE = """examples:
   lightning-peft merge run.ckpt out/                       the base was built by a task of this package
-  lightning-peft merge run.ckpt out/ --model my.Module     by a class of your own
+  lightning-peft merge run.ckpt out/ --model my.Module     the base was built by your own class
   lightning-peft merge run.ckpt model.pt                   a state dict in one file (.pt or .safetensors)
   lightning-peft merge adapter/ out/ --base path/to/base   an adapter directory"""
 
-#: what stands beside the weights in a Hugging Face folder and belongs to its model
-_BESIDE = [
+#: files of a Hugging Face folder that belong to the model and are copied with the weights
+_OTHER_FILES = [
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model"),
     *("preprocessor_config.json", "processor_config.json", "chat_template*", "generation_config.json"),
 ]
@@ -40,28 +40,33 @@ def merge(arguments: Sequence[str]) -> None:
     """Run the command.
 
     Args:
-        arguments: those after ``merge`` on the command line.
+        arguments: the command-line arguments after ``merge``.
 
     Raises:
-        StateError: a source that cannot be read or built, or a place to write to that is taken.
-        MergeError: what cannot be folded, each with its reason. Nothing is written then.
+        StateError: the source cannot be read or built, or the output exists already.
+        MergeError: some adapters cannot be merged; it gives a reason for each. Nothing is written.
     """
     parser = ArgumentParser(
         prog="lightning-peft merge",
-        description="Fold what was trained into its base, and write the plain model: a Hugging Face folder where the "
-        "base is one, else a state dict with the base's own keys.",
+        description="Merge trained adapters into their base, and write the plain model: a Hugging Face folder if the\n"
+        "base is a Hugging Face model, otherwise a state dict with the base's own keys.",
         epilog=EXAMPLE,
         formatter_class=RawDescriptionHelpFormatter,
     )
-    parser.add_argument("source", type=Path, help="a checkpoint of a run, or an adapter directory")
-    parser.add_argument("out", type=Path, help="a new folder; or a new file, .safetensors or .pt, for a state dict")
-    add_model_option(parser, "the class that was trained (not needed for a task of this package)")
-    parser.add_argument("--base", help="for an adapter directory: 'demo', a folder, or a hub id; else what it names")
-    parser.add_argument("--name", help="merge this adapter; by default those that were active")
-    parser.add_argument("--untie", action="store_true", help="give a tied weight that changes a tensor of its own")
+    parser.add_argument("source", type=Path, help="the checkpoint of a run, or an adapter directory")
+    parser.add_argument("out", type=Path, help="a new folder, or a new .safetensors or .pt file for a state dict")
+    add_model_option(parser, "the class of the trained module (not needed for a task of this package)")
+    parser.add_argument(
+        "--base",
+        help="the base of an adapter directory: 'demo', a folder, or a hub id; default: the base that it names",
+    )
+    parser.add_argument("--name", help="merge only this adapter; default: the active adapters")
+    parser.add_argument(
+        "--untie", action="store_true", help="give a tied weight its own tensor if only one of its modules changes"
+    )
     given, of_model = parse(parser, arguments)
     if given.out.exists() and (given.out.is_file() or any(given.out.iterdir())):
-        raise StateError(f"{given.out} exists already: name a new folder or file")
+        raise StateError(f"{given.out} already exists: name a new folder or file")
     if given.source.is_dir():
         model = _from_directory(given.source, given.base, given.model, of_model)
     else:
@@ -83,9 +88,11 @@ def merge(arguments: Sequence[str]) -> None:
 
 def _from_directory(directory: Path, base: str | None, name: str | None, of_model: dict[str, Any]) -> nn.Module:
     if (directory / "meta.pt").is_file():
-        raise StateError(f"{directory} is a sharded checkpoint: save one file (a full state dict) to merge it")
+        raise StateError(
+            f"{directory} is a sharded checkpoint, which cannot be merged: save one file with a full state dict"
+        )
     if base is not None and name is not None:
-        raise StateError("--base and --model both say what the adapter goes onto: give one")
+        raise StateError("--base and --model both name the base of the adapter: give only one of them")
     model: nn.Module = _base(directory, base) if name is None else build_module(name, of_model)
     lp.load_adapter(model, directory)
     return model
@@ -99,16 +106,18 @@ def _base(directory: Path, base: str | None) -> nn.Module:
 
     where = base or read_config(adapter_folders(directory)[0]).get("base_model_name_or_path")
     if not where:
-        raise StateError(f"{directory} does not say what its base is: add --base path/to/base, or --model my.Module")
+        raise StateError(f"{directory} does not name its base: add --base path/to/base, or --model my.Module")
     [architecture] = transformers.AutoConfig.from_pretrained(locate(where), **NO_CODE).architectures or [None]
     found = getattr(transformers, str(architecture), None)
     if not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):
-        raise StateError(f"{where} does not say which class of transformers it is of")
+        raise StateError(
+            f"the config.json of {where} does not name a model class of transformers: give the class with --model"
+        )
     return load_model(found, where, pretrained=True, dtype=None)
 
 
 def _write(model: nn.Module, out: Path) -> Path:
-    """Write a plain model; all of it or nothing."""
+    """Write a plain model, completely or not at all."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".merge-") as folder:
         made = Path(folder) / out.name
@@ -130,12 +139,12 @@ def _write(model: nn.Module, out: Path) -> Path:
 def _save(state: dict[str, Tensor], path: Path) -> None:
     if path.suffix == ".pt":
         torch.save(state, path)
-    else:  # which holds no tensor under two names: tied ones are written twice
+    else:  # safetensors cannot store a tensor under two names, so tied tensors are written twice
         save_file({key: value.detach().cpu().clone().contiguous() for key, value in state.items()}, path)
 
 
 def _hugging_face(model: nn.Module) -> Any:
-    """The Hugging Face model that ``model`` is, or that holds all of its parameters; None where there is no such."""
+    """Return ``model`` or the module inside it that is a Hugging Face model with all of its parameters, else None."""
     own = {id(p) for p in model.parameters()}
     for module in model.modules():
         holds = {id(p) for p in module.parameters()} == own
@@ -152,10 +161,10 @@ def _save_pretrained(model: Any, out: Path) -> None:
     head = output_head(model)
     outputs = len(model.get_submodule(head).weight) if head is not None else None
     if "Classification" in type(model).__name__ and outputs not in (None, config.num_labels):
-        config.num_labels = outputs  # a head of its own width came with the adapter
+        config.num_labels = outputs  # the adapter has a head of another width
     model.save_pretrained(out)
     source = Path(config_value(config, "_name_or_path", ""))
-    for pattern in _BESIDE if source.is_dir() else ():
+    for pattern in _OTHER_FILES if source.is_dir() else ():
         for path in source.glob(pattern):
             if path.is_file() and not (out / path.name).exists():
                 shutil.copy(path, cast(Path, out))

@@ -1,4 +1,4 @@
-"""``lightning-peft methods``: all methods with one line each, or one explained."""
+"""``lightning-peft methods``: list all methods, or explain one."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ def methods(args: Sequence[str]) -> None:
     """Run the command.
 
     Args:
-        args: what comes after ``methods``: nothing, or a method's class or command-line name, such as ``LoRA`` or
-            ``prefix-tuning``.
+        args: the command-line arguments after ``methods``: nothing, or a method's class or command-line name, such as
+            ``LoRA`` or ``prefix-tuning``.
     """
-    parser = ArgumentParser(prog="lightning-peft methods", description="List the methods, or explain one.")
-    parser.add_argument("name", nargs="?", help="a method, such as lora")
+    parser = ArgumentParser(prog="lightning-peft methods", description="List all methods, or explain one.")
+    parser.add_argument("name", nargs="?", help="the method to explain, such as lora")
     name = parser.parse_args(args).name
     known = {command_name(m): m for m in exported()}
     if name is None:
-        table = Table("name", "class", "what it is")
+        table = Table("name", "class", "description")
         for command, method in sorted(known.items()):
             table.add_row(command, method.__name__, (method.__doc__ or "").partition("\n")[0])
         Console().print(table)
@@ -48,11 +48,11 @@ def methods(args: Sequence[str]) -> None:
 
 
 def _plain(text: str) -> str:
-    """A docstring as one reads it on a terminal, without the markup of references and code."""
+    """Remove the reStructuredText markup of references and code from a docstring."""
     return re.sub(r":\w+:`~?([^`]+)`", r"\1", text).replace("``", "")
 
 
 def exported() -> list[type[lp.PEFTMethod]]:
-    """The methods that the package exports."""
+    """Return the method classes that the package exports."""
     found = (getattr(lp, name) for name in lp.__all__)
     return [m for m in found if isinstance(m, type) and issubclass(m, lp.PEFTMethod) and not inspect.isabstract(m)]

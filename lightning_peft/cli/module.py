@@ -1,4 +1,4 @@
-"""A module that a command names by its class: ``--model my.package.Module --model.width=16``."""
+"""Build the module that a command line names by its class: ``--model my.package.Module --model.width=16``."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ _TASKS = "lightning_peft.tasks"
 
 
 def add_model_option(parser: ArgumentParser, note: str, required: bool = False) -> None:
-    """Add ``--model`` to a command, and say how its arguments are given; :func:`parse` takes them."""
-    arguments = "its arguments are --model.width=16 and so on, classes and callables by their import path"
+    """Add ``--model`` to a command. :func:`parse` reads it and its arguments."""
+    arguments = "its arguments are given as --model.width=16; classes and callables are given by their import path"
     parser.add_argument(
-        "--model", metavar="CLASS", required=required, help=f"{note}, as my.package.Module; {arguments}"
+        "--model", metavar="CLASS", required=required, help=f"{note}, such as my.package.Module; {arguments}"
     )
 
 
 def parse(parser: ArgumentParser, args: Sequence[str]) -> tuple[Any, dict[str, Any]]:
-    """The options of a command, and the arguments ``--model.<name>=<value>`` (or with a space).
+    """Return the options of a command, and the model arguments ``--model.<name>=<value>`` (or with a space).
 
-    Values are as ``fit`` takes them: plain ones as YAML, classes and callables by their import path
+    Values have the same form as for ``fit``: plain values are YAML, classes and callables are import paths
     (``--model.act=torch.nn.GELU``, ``--model.body=my.Body --model.body.width=8``).
 
     Raises:
-        StateError: there is no such class, or an argument does not fit it.
+        StateError: the class does not exist, or an argument does not fit it.
     """
     options, left = parser.parse_known_args(args)
     flags: list[str] = []
@@ -53,7 +53,7 @@ def parse(parser: ArgumentParser, args: Sequence[str]) -> tuple[Any, dict[str, A
 
 
 def _arguments(name: str, flags: list[str]) -> dict[str, Any]:
-    """The given arguments of the class called ``name``, built where they are objects."""
+    """Parse the given arguments of the class ``name``; arguments that are objects are built."""
     module_class = find_module(name)
     by_name: dict[str, list[str]] = {}
     for flag in flags:
@@ -61,14 +61,12 @@ def _arguments(name: str, flags: list[str]) -> dict[str, Any]:
     known = parameters_of(module_class)
     unknown = {key: by_name.pop(key)[-1] for key in sorted(by_name.keys() - known.keys())}
     if unknown and not takes_any(module_class):
-        raise StateError(
-            f"{name} cannot be built so: it has no argument {', '.join(unknown)}; it has {', '.join(known)}"
-        )
+        raise StateError(f"{name} has no argument {', '.join(unknown)}: its arguments are {', '.join(known)}")
     rest = {key: yaml.safe_load(flag.partition("=")[2]) for key, flag in unknown.items()}
     if not by_name:
         return rest
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
-    # Only what is given: the checkpoint or the class has the rest.
+    # Parse only the given arguments: the others come from the checkpoint or from the class's defaults.
     skip = known.keys() - by_name.keys()
     parser.add_class_arguments(module_class, "model", skip=set(skip), instantiate=False, fail_untyped=False)  # type: ignore[arg-type]
     try:
@@ -79,10 +77,10 @@ def _arguments(name: str, flags: list[str]) -> dict[str, Any]:
 
 
 def find_module(name: str) -> type[L.LightningModule]:
-    """The class called ``name``: with its package, or the last part alone where it is one of this package's tasks.
+    """Import the class ``name``, an import path or the name of one of this package's tasks.
 
     Raises:
-        StateError: there is none, or it is no LightningModule.
+        StateError: the class does not exist, or it is not a LightningModule.
     """
     package, _, last = name.rpartition(".")
     tasks = importlib.import_module(_TASKS)
@@ -91,15 +89,15 @@ def find_module(name: str) -> type[L.LightningModule]:
     except (ImportError, AttributeError) as error:
         raise StateError(f"--model {name}: {error}") from error
     if not isinstance(found, type) or not issubclass(found, lightning_classes("LightningModule")):
-        raise StateError(f"--model {name} is no LightningModule; write my.package.Module, or one of {tasks.__all__}")
+        raise StateError(f"--model {name} is not a LightningModule: give my.package.Module, or one of {tasks.__all__}")
     return found
 
 
 def build_module(name: str, arguments: Mapping[str, Any]) -> L.LightningModule:
-    """A new module of the class called ``name``.
+    """Build a new module of the class ``name``.
 
     Raises:
-        StateError: there is no such class, or it cannot be built so.
+        StateError: the class does not exist, or it cannot be built with these arguments.
     """
     try:
         module = find_module(name)(**arguments)
@@ -110,29 +108,33 @@ def build_module(name: str, arguments: Mapping[str, Any]) -> L.LightningModule:
 
 
 def load_module(checkpoint: str | Path, name: str | None, arguments: Mapping[str, Any]) -> L.LightningModule:
-    """The module of a checkpoint, with its adapters.
+    """Load the module of a checkpoint, with its adapters.
 
     Args:
-        checkpoint: of a run.
-        name: its class as :func:`find_module` takes it; None where the checkpoint names a task of this package. What
-            else a checkpoint names is not imported.
-        arguments: of the class, beside those that the checkpoint has.
+        checkpoint: the path of a run's checkpoint.
+        name: the class, as for :func:`find_module`; None if the checkpoint names a task of this package. No other class
+            that a checkpoint names is imported.
+        arguments: arguments of the class, in addition to those in the checkpoint.
 
     Raises:
-        StateError: no class is named, or it cannot be built so.
+        StateError: no class is named, or it cannot be built with these arguments.
     """
     if name is None:
         hyper_parameters = read_checkpoint(checkpoint, mmap=True).get("hyper_parameters")
         said = str(hyper_parameters.get("_class_path", "")) if isinstance(hyper_parameters, Mapping) else ""
         if not said.startswith(f"{_TASKS}.") or said.rpartition(".")[2] not in importlib.import_module(_TASKS).__all__:
-            hint = f"; it says that it was {said}, which is not imported for a file to say so" if said else ""
-            raise StateError(f"name the class that was trained, --model my.package.Module{hint}")
+            reason = (
+                f"the checkpoint names {said}, but class paths in files are never imported"
+                if said
+                else "the checkpoint does not name the class of the trained module"
+            )
+            raise StateError(f"{checkpoint}: {reason}: pass --model {said or 'my.package.Module'}")
         name = said.rpartition(".")[2]
     module_class = find_module(name)
     try:
         return lp.load_from_checkpoint(module_class, checkpoint, **arguments)
     except TypeError as error:
         raise StateError(
-            f"{name} cannot be built from the hyperparameters in the checkpoint ({error}): give what is missing as "
+            f"{name} cannot be built from the hyperparameters in the checkpoint ({error}): give the missing ones as "
             "--model.<argument>=<value>, or call self.save_hyperparameters() in its __init__ before training"
         ) from error

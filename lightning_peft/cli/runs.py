@@ -1,4 +1,4 @@
-"""The files of a run: the configuration that it saves, and the checkpoint that the next command is given."""
+"""Handle the files of a run: the configuration that it saves, and the checkpoint that a later command gets."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _CONFIG = "config.yaml"
 
 
 class LogConfig(SaveConfigCallback):
-    """Saves the configuration in the run's folder, and gives it to the loggers (W&B shows it as the run's config).
+    """Save the configuration in the run's folder, and send it to the loggers (W&B shows it as the run's config).
 
-    Paths that are relative to a configuration file are saved absolute, since the saved file is in another folder.
+    Paths relative to a configuration file are saved as absolute paths, because the saved file is in another folder.
     """
 
     def __init__(self, parser: Any, config: Namespace, *args: Any, **kwargs: Any) -> None:
@@ -34,7 +34,7 @@ class LogConfig(SaveConfigCallback):
         folder = trainer.log_dir or trainer.default_root_dir
         saved = get_filesystem(folder).isfile(os.path.join(folder, self.config_filename))
         if stage != "fit" and trainer.strategy.broadcast(saved):
-            self.save_to_log_dir = False  # the folder's configuration is that of a fit, which a test leaves as it is
+            self.save_to_log_dir = False  # keep the configuration of the fit
         super().setup(trainer, pl_module, stage)
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -56,10 +56,10 @@ def _with_absolute_paths(value: Any) -> Any:
 
 
 def files_first(arguments: Sequence[str]) -> list[str]:
-    """The arguments of a command, every ``--config`` before the others, so that a flag always overrides a file.
+    """Move every ``--config`` of a command before its other arguments, so that a flag always overrides a file.
 
-    The configuration that a run saves has a value for every flag: after ``--ckpt_path x``, its ``ckpt_path: null``
-    would win.
+    A saved configuration has a value for every flag. Without this, its ``ckpt_path: null`` would override an earlier
+    ``--ckpt_path x``.
     """
     if not arguments or arguments[0].startswith("-"):
         return list(arguments)
@@ -76,7 +76,7 @@ def files_first(arguments: Sequence[str]) -> list[str]:
 
 
 def check_model(config: Namespace) -> None:
-    """Refuse a command without ``--model``, and name the configuration beside the checkpoint where there is one.
+    """Refuse a command without ``--model``. The error names the configuration that the checkpoint's run saved, if any.
 
     Raises:
         StateError: no class is named.
@@ -85,32 +85,32 @@ def check_model(config: Namespace) -> None:
     if not command or config.get(f"{command}.model") is not None:
         return
     path = config.get(f"{command}.ckpt_path")
-    saved = _config_beside(Path(path)) if path else None
+    saved = _find_config(Path(path)) if path else None
     way = f"--config {saved}, which was saved with the checkpoint," if saved else "--config run.yaml"
     raise lp.StateError(
-        f"{command}: --model is missing. It has to come from you, because a checkpoint is data and no code is imported "
-        f"on its word: add {way} or --model my.package.Module and --data my.package.Data"
+        f"{command}: --model is missing. A checkpoint is only data and never decides which code is imported: add {way} "
+        "or --model my.package.Module and --data my.package.Data"
     )
 
 
-def _config_beside(checkpoint: Path) -> Path | None:
-    """The configuration of a checkpoint's run: some folders up, depending on the logger."""
+def _find_config(checkpoint: Path) -> Path | None:
+    """Find the configuration of a checkpoint's run, up to four folders up, depending on the logger."""
     folders = list(checkpoint.parents)[:4]
     return next((folder / _CONFIG for folder in folders if (folder / _CONFIG).is_file()), None)
 
 
 def check_checkpoint(config: Namespace, trainer: L.Trainer) -> None:
-    """Warn before ``validate``, ``test`` or ``predict`` of what has not trained.
+    """Warn before ``validate``, ``test`` or ``predict`` if the adapters have not been trained.
 
     Raises:
-        StateError: ``--ckpt_path best``, of which a new process does not know what it is.
+        StateError: ``--ckpt_path best`` is given; a new process does not know the best checkpoint.
     """
     command = config["subcommand"]
     given = config[command]
     methods = [c for c in trainer.callbacks if isinstance(c, lp.PEFTMethod)]  # type: ignore[attr-defined]
     if given.get("ckpt_path") not in (None, "best"):
         return
-    found = [path for file in given.get("config") or () for path in _checkpoints_beside(Path(file.absolute))]
+    found = [path for file in given.get("config") or () for path in _find_checkpoints(Path(file.absolute))]
     example = os.path.relpath(max(found, key=os.path.getmtime)) if found else "path/to/best.ckpt"
     if given.get("ckpt_path") == "best":
         raise lp.StateError(
@@ -119,10 +119,10 @@ def check_checkpoint(config: Namespace, trainer: L.Trainer) -> None:
         )
     if methods:
         rank_zero_warn(
-            f"{command}: no --ckpt_path is given, so that the adapters and heads of {type(methods[0]).__name__} are "
-            f"untrained. To {command} what a fit wrote, add --ckpt_path {example}"
+            f"{command}: no --ckpt_path is given, so the adapters and heads of {type(methods[0]).__name__} are "
+            f"untrained. To {command} the result of a fit, add --ckpt_path {example}"
         )
 
 
-def _checkpoints_beside(config: Path) -> list[Path]:
+def _find_checkpoints(config: Path) -> list[Path]:
     return [*config.parent.glob("checkpoints/*.ckpt"), *config.parent.glob("*.ckpt")]

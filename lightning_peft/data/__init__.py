@@ -1,4 +1,4 @@
-"""Ready LightningDataModules. They import transformers and datasets when they are set up, not before."""
+"""Ready-made LightningDataModules. They import transformers and datasets only in ``setup``."""
 
 from lightning_peft.data.generation import GenerationData
 from lightning_peft.data.language import LanguageModelData

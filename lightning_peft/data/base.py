@@ -1,4 +1,4 @@
-"""What the text DataModules share: splits, the tokenizer, loaders with dynamic padding."""
+"""The base class of the text DataModules: splits, the tokenizer, loaders with dynamic padding."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ Example = dict[str, Any]
 
 
 class TextDataModule(L.LightningDataModule):
-    """Read rows, tokenize them once, serve padded batches. A base class: see its two subclasses.
+    """Read rows, tokenize them once, and serve padded batches. The base class of the text DataModules.
 
     The training loader shuffles from torch's global generator, so ``seed_everything`` fixes the order.
     """
 
     columns: tuple[str, ...]
-    """The columns that are read, set by the subclass."""
+    """The columns to read; each subclass sets them."""
 
     def __init__(
         self,
@@ -49,10 +49,10 @@ class TextDataModule(L.LightningDataModule):
         self._examples: dict[str, Sequence[Example]] = {}
 
     def setup(self, stage: str | None = None) -> None:
-        """Load the tokenizer: the one asked for, or that of the module which the Trainer runs.
+        """Load the tokenizer: the requested one, or that of the Trainer's module.
 
         Raises:
-            ValueError: None was asked for, and the module names no model.
+            ValueError: No tokenizer was requested, and the module has no hyperparameter ``model``.
         """
         if self.tokenizer is not None:
             return
@@ -72,11 +72,11 @@ class TextDataModule(L.LightningDataModule):
         return self._loader("train")
 
     def val_dataloader(self) -> DataLoader[Example] | list[Any]:
-        """Batches of the validation split; an empty list where there is none."""
+        """Batches of the validation split; an empty list if there is none."""
         return self._loader("validation") if self._has("validation") else []
 
     def test_dataloader(self) -> DataLoader[Example] | list[Any]:
-        """Batches of the test split; an empty list where there is none."""
+        """Batches of the test split; an empty list if there is none."""
         return self._loader("test") if self._has("test") else []
 
     def predict_dataloader(self) -> DataLoader[Example] | list[Any]:
@@ -84,7 +84,7 @@ class TextDataModule(L.LightningDataModule):
         return self.test_dataloader()
 
     def rows(self, split: str) -> list[dict[str, Any]]:
-        """The rows of ``"train"``, ``"validation"`` or ``"test"``, as they are in the source."""
+        """Return the rows of ``"train"``, ``"validation"`` or ``"test"``, unchanged from the source."""
         wanted = self.splits.get(split)
         columns = self.columns if self.adapter_column is None else (*self.columns, self.adapter_column)
         if is_file(self.source) and wanted is not None:
@@ -92,7 +92,7 @@ class TextDataModule(L.LightningDataModule):
         return load_rows(self.source, wanted or split, columns)
 
     def examples(self, rows: list[dict[str, Any]], split: str) -> Sequence[Example]:
-        """Tokenize rows: dictionaries with ``input_ids`` and whatever ``collate`` needs."""
+        """Tokenize rows into dictionaries with ``input_ids`` and the other entries that ``collate`` needs."""
         raise NotImplementedError
 
     def collate(self, examples: list[Example], split: str) -> dict[str, Tensor]:
@@ -100,7 +100,7 @@ class TextDataModule(L.LightningDataModule):
         raise NotImplementedError
 
     def pad(self, examples: list[Example]) -> dict[str, Tensor]:
-        """``input_ids`` and ``attention_mask``, ``(batch, longest)``, padded as the tokenizer does."""
+        """Pad to ``input_ids`` and ``attention_mask``, both ``(batch, longest)``, as the tokenizer does."""
         fields = [{"input_ids": example["input_ids"]} for example in examples]
         return dict(self.tokenizer.pad(fields, return_tensors="pt"))
 
@@ -110,8 +110,8 @@ class TextDataModule(L.LightningDataModule):
     def _check_rows(self, examples: Sequence[Example], rows: list[dict[str, Any]]) -> None:
         if len(examples) != len(rows):
             raise ValueError(
-                f"adapter_column={self.adapter_column!r}, but {len(rows)} rows have become {len(examples)} examples, "
-                "which may hold texts of several adapters: pass block_size=None."
+                f"adapter_column={self.adapter_column!r}, but {len(rows)} rows became {len(examples)} examples, which "
+                "may contain texts of several adapters: pass block_size=None."
             )
         for i, row in enumerate(rows):
             if not isinstance(row[self.adapter_column], str | None):  # type: ignore[index]
@@ -140,7 +140,7 @@ class TextDataModule(L.LightningDataModule):
 
 
 class _Collate:
-    """``TextDataModule.collate`` for one split, picklable for worker processes without the Trainer."""
+    """``TextDataModule.collate`` for one split; it can be pickled for worker processes without the Trainer."""
 
     def __init__(self, data: TextDataModule, split: str) -> None:
         self.data, self.split = data, split

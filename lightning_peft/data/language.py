@@ -1,4 +1,4 @@
-"""Texts for language modelling, causal or masked."""
+"""Data for language modelling, causal or masked."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from lightning_peft.data.sources import load_rows
 
 
 class LanguageModelData(TextDataModule):
-    """Texts, one to an example or joined and cut into blocks of equal length.
+    """Texts for language modelling: one text per example, or joined and cut into blocks of equal length.
 
     Args:
-        source: ``"demo"`` (trains on the pretraining passages); the path of a txt, csv, tsv, json, jsonl or
-            parquet file; or a hub dataset's id.
-        validation: Beside a file: another file. Of a hub dataset: the split's name, if not ``"validation"``.
-        test: The same for the test split, which ``predict`` uses too.
+        source: ``"demo"`` (trains on the pretraining passages), the path of a txt, csv, tsv, json, jsonl or
+            parquet file, or the id of a hub dataset.
+        validation: If ``source`` is a file: another file. For a hub dataset: the split's name, if not ``"validation"``.
+        test: The same for the test split, which ``predict`` also uses.
         text: The column of texts.
-        mask: The fraction of tokens to hide, for a masked language model (BERT's is 0.15); ``None`` makes
-            labels for a causal one. Of the hidden tokens 80% become the mask token, 10% a random one.
-        block_size: Join the training texts, special tokens included, and cut them into blocks of this many
-            tokens, dropping the rest; ``None`` keeps one text per example. Other splits are never joined.
-        tokenizer: A model's folder or hub id; ``None`` takes the tokenizer of the module being trained.
+        mask: The fraction of tokens to mask, for a masked language model (0.15 for BERT); ``None`` creates labels for
+            a causal one. Of the selected tokens, 80% become the mask token, 10% a random one, and 10% do not change.
+        block_size: Join the training texts, including special tokens, and cut them into blocks of this many tokens. The
+            rest is dropped. ``None`` keeps one text per example. Other splits are never joined.
+        tokenizer: A model's folder or hub id; ``None`` uses the tokenizer of the module being trained.
         batch_size: Examples per batch and process.
         max_length: Longer texts are cut to this many tokens.
         num_workers: Worker processes per loader.
-        adapter_column: The column that names each row's adapter, empty for the base alone. Batches then have
-            ``"adapters"``, a list of names, for :func:`lightning_peft.rows`.
+        adapter_column: The column that names each row's adapter; an empty value selects the base alone. Batches then
+            contain ``"adapters"``, a list of names for :func:`lightning_peft.rows`.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class LanguageModelData(TextDataModule):
     ) -> None:
         super().__init__(source, validation, test, tokenizer, batch_size, max_length, num_workers, adapter_column)
         if mask is not None and not 0 < mask < 1:
-            raise ValueError(f"mask={mask}: it is the fraction of tokens to hide, between 0 and 1.")
+            raise ValueError(f"mask={mask}: it is the fraction of tokens to mask and must be between 0 and 1.")
         if block_size is not None and block_size < 2:
             raise ValueError(f"block_size={block_size}: it must be at least 2 tokens.")
         self.columns = (text,)
@@ -59,7 +59,7 @@ class LanguageModelData(TextDataModule):
         """Load the tokenizer.
 
         Raises:
-            ValueError: Tokens are to be masked and the tokenizer has no mask token.
+            ValueError: ``mask`` is set, but the tokenizer has no mask token.
         """
         super().setup(stage)
         if self.mask is not None and self.tokenizer.mask_token_id is None:
@@ -68,13 +68,13 @@ class LanguageModelData(TextDataModule):
             )
 
     def rows(self, split: str) -> list[dict[str, Any]]:
-        """The rows of a split; the demo's training rows are its pretraining passages."""
+        """Return the rows of a split. For the demo, the training rows are the pretraining passages."""
         if self.source == "demo" and split == "train":
             return load_rows("demo", "pretrain", self.columns)
         return super().rows(split)
 
     def examples(self, rows: list[dict[str, Any]], split: str) -> list[Example]:
-        """Tokenize texts, and join them into blocks where asked."""
+        """Tokenize texts, and join them into blocks if ``block_size`` is set."""
         texts = [row[self.text] for row in rows]
         tokens = self.tokenizer(texts, truncation=True, max_length=self.max_length)["input_ids"]
         if split == "train" and self.block_size is not None:
@@ -84,13 +84,13 @@ class LanguageModelData(TextDataModule):
         return [{"input_ids": ids} for ids in tokens]
 
     def collate(self, examples: list[Example], split: str) -> dict[str, Tensor]:
-        """``input_ids``, ``attention_mask``, ``labels``: ``(batch, longest)``; -100 is not predicted."""
+        """``input_ids``, ``attention_mask``, ``labels``: ``(batch, longest)``; labels of -100 are ignored."""
         batch = self.pad(examples)
         padding = batch["attention_mask"] == 0
         if self.mask is None:
             return {**batch, "labels": batch["input_ids"].masked_fill(padding, -100)}
         generator = None
-        if split != "train":  # the same tokens are hidden each time a held-out text is seen
+        if split != "train":  # mask the same tokens each time a held-out text is evaluated
             generator = torch.Generator().manual_seed(int(batch["input_ids"].sum()))
         ids, labels = self._hide(batch["input_ids"], self.mask, generator)
         return {**batch, "input_ids": ids, "labels": labels}

@@ -1,4 +1,4 @@
-"""Rows of text from the demo corpus, local files or the Hugging Face hub, with the columns checked."""
+"""Read rows of text from the demo corpus, local files or the Hugging Face hub, and check their columns."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ def load_rows(source: str, split: str, columns: tuple[str, ...]) -> list[dict[st
     """Read some columns of one split.
 
     Args:
-        source: ``"demo"``; the path of a csv, tsv, json, jsonl, parquet or txt file, possibly compressed; or
-            the id of a dataset on the Hugging Face hub.
-        split: The split to read of ``"demo"`` or a hub dataset; a file has only the one.
-        columns: The columns that are needed; rows come back with these alone.
+        source: ``"demo"``, the path of a csv, tsv, json, jsonl, parquet or txt file, possibly compressed, or the id of
+            a dataset on the Hugging Face hub.
+        split: The split to read from ``"demo"`` or a hub dataset; ignored for a file.
+        columns: The columns to return.
 
     Returns:
         One dictionary per row, in the source's order.
 
     Raises:
-        FileNotFoundError: ``source`` looks like a file and is not there.
+        FileNotFoundError: ``source`` is written like a file path, but the file does not exist.
         ValueError: The format is unknown, or the split or a column is missing.
     """
     if source == "demo":
@@ -56,15 +56,15 @@ def load_rows(source: str, split: str, columns: tuple[str, ...]) -> list[dict[st
 
 
 def is_file(source: str) -> bool:
-    """Whether a source is a file rather than a dataset's name, by how it is written.
+    """True if ``source`` is written like a file path instead of a dataset's name.
 
     Raises:
-        ValueError: It is a path, and not of a format that can be read.
+        ValueError: It is a path, but its format is not supported.
     """
     if any(suffix in _FORMATS for suffix in Path(source).suffixes):
         return True
     if source.startswith((".", "/", "~")) or Path(source).exists():
-        raise ValueError(f"{source!r}: the file's name must end in one of {', '.join(_FORMATS)}.")
+        raise ValueError(f"{source!r} has an unknown format: the file's name must end in one of {', '.join(_FORMATS)}.")
     return False
 
 

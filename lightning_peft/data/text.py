@@ -1,4 +1,4 @@
-"""Labelled texts for classification."""
+"""Data for text classification."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from lightning_peft.data.base import Example, TextDataModule
 class TextClassificationData(TextDataModule):
     """Texts with one label each.
 
-    Labels may be names or numbers; they are numbered in sorted order (the demo's, in the order of its model's
-    configuration). ``labels`` holds them once ``setup`` has run.
+    Labels may be names or numbers. They are numbered in sorted order; the demo's labels are in the order of its model's
+    configuration. After ``setup``, ``labels`` lists them.
 
     Args:
-        source: ``"demo"``; the path of a csv, tsv, json, jsonl or parquet file; or a hub dataset's id.
-        validation: Beside a file: another file. Of a hub dataset: the split's name, if not ``"validation"``.
-        test: The same for the test split, which ``predict`` uses too.
+        source: ``"demo"``, the path of a csv, tsv, json, jsonl or parquet file, or the id of a hub dataset.
+        validation: If ``source`` is a file: another file. For a hub dataset: the split's name, if not ``"validation"``.
+        test: The same for the test split, which ``predict`` also uses.
         text: The column of texts.
         label: The column of labels.
-        tokenizer: A model's folder or hub id; ``None`` takes the tokenizer of the module being trained.
+        tokenizer: A model's folder or hub id; ``None`` uses the tokenizer of the module being trained.
         batch_size: Texts per batch and process.
         max_length: Longer texts are cut to this many tokens.
         num_workers: Worker processes per loader.
-        adapter_column: The column that names each row's adapter, empty for the base alone. Batches then have
-            ``"adapters"``, a list of names, for :func:`lightning_peft.rows`.
+        adapter_column: The column that names each row's adapter; an empty value selects the base alone. Batches then
+            contain ``"adapters"``, a list of names for :func:`lightning_peft.rows`.
 
     Example:
         >>> data = TextClassificationData("demo", batch_size=8)
@@ -70,15 +70,17 @@ class TextClassificationData(TextDataModule):
         """Tokenize texts and number their labels.
 
         Raises:
-            ValueError: A label is not among those of the training split.
+            ValueError: A label does not occur in the training split.
         """
         number = {label: index for index, label in enumerate(self.labels)}
         for row in rows:
             if row[self.label] not in number:
                 names = [str(label) for label in self.labels]
                 near = nearest(str(row[self.label]), names, n=1)
-                hint = f"; the nearest is {near[0]!r}" if near else ""
-                raise ValueError(f"the {split} split has the label {row[self.label]!r}, train has not{hint}.")
+                hint = f"; the closest label is {near[0]!r}" if near else ""
+                raise ValueError(
+                    f"the {split} split contains label {row[self.label]!r}, which never occurs in training{hint}."
+                )
         tokens = self.tokenizer([row[self.text] for row in rows], truncation=True, max_length=self.max_length)
         return [{"input_ids": ids, "label": number[row[self.label]]} for ids, row in zip(tokens["input_ids"], rows)]
 

@@ -1,4 +1,4 @@
-"""Labelled images from ``.npz`` files."""
+"""Data for image classification, from ``.npz`` files."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class ImageData(L.LightningDataModule):
-    """Images of one size with one label each, held in memory.
+    """Images of one size with one label each, kept in memory.
 
-    A file holds an array of images, ``(N, height, width, channels)`` of uint8, and one of labels, ``(N,)`` of
-    integers; an array ``classes``, where there is one, names the classes. Batches are ``{"images", "labels"}``,
-    images as normalised float32 ``(batch, channels, height, width)``.
+    A file holds an array of uint8 images, ``(N, height, width, channels)``, and an array of integer labels, ``(N,)``.
+    An optional array ``classes`` names the classes. Batches are ``{"images", "labels"}``; the images are normalised
+    float32, ``(batch, channels, height, width)``.
 
     Args:
         train: The path of an ``.npz`` file.
         validation: Another one, or ``None``.
-        test: Another one, which ``predict`` uses too, or ``None``.
+        test: Another one, which ``predict`` also uses, or ``None``.
         images: The name of the array of images.
         labels: The name of the array of labels.
-        mean: Subtracted from each channel, of values in [0, 1]; ImageNet's by default.
-        std: What each channel is then divided by.
-        flip: Mirror a training image left to right, half the time.
-        crop: Shift a training image by up to this many pixels each way, zeros coming in; 0 leaves it.
+        mean: The mean to subtract from each channel, for values in [0, 1]; ImageNet's by default.
+        std: The standard deviation to divide each channel by.
+        flip: Mirror each training image left to right with probability 0.5.
+        crop: Shift each training image by up to this many pixels in each direction, padded with zeros; 0 disables it.
         batch_size: Images per batch and process.
         num_workers: Worker processes per loader.
-        adapters: The name of an array of strings ``(N,)`` that name each image's adapter, empty for the base alone.
-            Batches then have ``"adapters"``, a list of names, for :func:`lightning_peft.rows`.
+        adapters: The name of an array of strings ``(N,)`` with each image's adapter; an empty string selects the base
+            alone. Batches then contain ``"adapters"``, a list of names for :func:`lightning_peft.rows`.
 
     Raises:
-        FileNotFoundError: A file is not there.
-        ValueError: An array is missing or has another shape or type than said above.
+        FileNotFoundError: A file does not exist.
+        ValueError: An array is missing, or its shape or dtype is not as described above.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class ImageData(L.LightningDataModule):
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size}: it must be at least 1.")
         if crop < 0:
-            raise ValueError(f"crop={crop}: it is a number of pixels, at least 0.")
+            raise ValueError(f"crop={crop}: it is a number of pixels and must be at least 0.")
         self.files = {"train": train, "validation": validation, "test": test}
         self.images, self.labels, self.adapters = images, labels, adapters
         self.mean, self.std = tuple(mean), tuple(std)
@@ -71,11 +71,11 @@ class ImageData(L.LightningDataModule):
         self.batch_size, self.num_workers = batch_size, num_workers
         self.classes: list[Any] = []
         self._data: dict[str, TensorDataset] = {}
-        self._names: list[str | None] = []  # of the adapters in all splits; images hold their position here
+        self._names: list[str | None] = []  # adapter names of all splits; a sample stores an index into this list
         self.save_hyperparameters()
 
     def setup(self, stage: str | None = None) -> None:
-        """Read the training file, and with it the classes' names."""
+        """Read the training file and the class names."""
         self._read("train")
 
     def train_dataloader(self) -> DataLoader[Any]:
@@ -83,11 +83,11 @@ class ImageData(L.LightningDataModule):
         return self._loader("train")
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
-        """Batches of the validation file; an empty list where there is none."""
+        """Batches of the validation file; an empty list if there is none."""
         return self._loader("validation") if self.files["validation"] is not None else []
 
     def test_dataloader(self) -> DataLoader[Any] | list[Any]:
-        """Batches of the test file; an empty list where there is none."""
+        """Batches of the test file; an empty list if there is none."""
         return self._loader("test") if self.files["test"] is not None else []
 
     def predict_dataloader(self) -> DataLoader[Any] | list[Any]:
@@ -115,7 +115,7 @@ class ImageData(L.LightningDataModule):
         if not path.is_file():
             near = nearest(path.name, [p.name for p in path.parent.glob("*.npz")], n=1)
             raise FileNotFoundError(
-                f"{split}: there is no file {str(path)!r}{f' (near it: {near[0]!r})' if near else ''}."
+                f"{split}: there is no file {str(path)!r}{f' (did you mean {near[0]!r}?)' if near else ''}."
             )
         with np.load(path) as arrays:
             for name in filter(None, (self.images, self.labels, self.adapters)):
@@ -151,7 +151,7 @@ class ImageData(L.LightningDataModule):
 
 
 class _Batch:
-    """Collate: stack, augment from torch's global generator, normalise. Picklable for worker processes."""
+    """Collate: stack, augment with torch's global generator, normalise. It can be pickled for worker processes."""
 
     def __init__(
         self, mean: tuple[float, ...], std: tuple[float, ...], flip: bool, crop: int, adapters: list[str | None]

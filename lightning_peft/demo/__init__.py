@@ -1,6 +1,6 @@
-"""The embedded default: a small corpus and a tiny pretrained transformer, so that everything runs offline.
+"""The embedded demo, a small corpus and a tiny pretrained transformer, so that everything runs offline.
 
-Both are made by this project from Python's documentation; ``README.md`` in this folder is their card.
+This project built both from Python's documentation; ``README.md`` in this folder describes them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ MODEL = Path(__file__).parent / "model"
 """A Hugging Face folder: a masked language model (ModernBERT's architecture) with its tokenizer."""
 
 CORPUS = Path(__file__).parent / "corpus"
-"""``labels.json`` and the splits, as xz-compressed JSON lines."""
+"""The folder of ``labels.json`` and the splits, which are xz-compressed JSON lines."""
 
 SPLITS = ("pretrain", "train", "validation", "test")
 
@@ -28,7 +28,7 @@ def load(split: str) -> list[dict[str, str]]:
         One dictionary per passage, in a fixed order.
 
     Raises:
-        ValueError: There is no such split.
+        ValueError: The split does not exist.
     """
     if split not in SPLITS:
         raise ValueError(f"the demo corpus has no split {split!r}; it has {', '.join(SPLITS)}.")
@@ -37,5 +37,5 @@ def load(split: str) -> list[dict[str, str]]:
 
 
 def labels() -> dict[str, str]:
-    """The classes, in the model's order: short name -> title of the chapter of the library reference."""
+    """Map each class's short name to its chapter of the library reference, in the order of the model's outputs."""
     return json.loads((CORPUS / "labels.json").read_text(encoding="utf-8"))

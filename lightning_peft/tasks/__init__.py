@@ -1,4 +1,4 @@
-"""Ready LightningModules. They import transformers and torchmetrics when they are built, not before."""
+"""Ready-made LightningModules. They import transformers and torchmetrics only in their ``__init__``."""
 
 from lightning_peft.tasks.language import LanguageModel
 from lightning_peft.tasks.text import TextClassifier

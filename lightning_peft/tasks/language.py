@@ -19,7 +19,7 @@ Objective = Literal["causal", "masked"]
 
 
 class LanguageModel(L.LightningModule):
-    """Predict the next token (causal), or the tokens hidden from the model (masked).
+    """A language model that predicts the next token (causal) or masked tokens (masked).
 
     A batch may name an adapter for each row, as ``"adapters"`` (see :func:`lightning_peft.rows`).
 
@@ -27,18 +27,18 @@ class LanguageModel(L.LightningModule):
 
     Args:
         model: ``"demo"`` (the embedded model), a Hugging Face folder, or a hub id.
-        objective: ``"causal"`` or ``"masked"``; ``None`` takes what the model was made for, by the class
-            that its configuration names. The data must agree: ``mask`` there is for masked models.
-        pretrained: ``False`` starts the same network from random weights.
-        dtype: The parameters' dtype; ``None`` leaves them as they are stored.
+        objective: ``"causal"`` or ``"masked"``; ``None`` uses the objective of the class that the model's configuration
+            names. The data must match: set its ``mask`` only for masked models.
+        pretrained: ``False`` builds the same network with random weights.
+        dtype: The parameters' dtype; ``None`` keeps the stored one.
         lr: Peak learning rate of AdamW.
-        weight_decay: Decoupled weight decay, of matrices only.
-        warmup: Fraction of the steps over which the rate rises to ``lr``, before it falls linearly to 0.
-        export_dir: A folder to write the model and its tokenizer to, in Hugging Face's format, after ``fit``.
-        export_dtype: The dtype the exported weights are stored in; ``None`` leaves it.
+        weight_decay: Decoupled weight decay, applied to matrices only.
+        warmup: Fraction of the steps during which the rate rises to ``lr``; it then falls linearly to 0.
+        export_dir: A folder to which ``fit`` writes the model and its tokenizer at its end, in Hugging Face's format.
+        export_dtype: The dtype of the exported weights; ``None`` keeps the current one.
     """
 
-    #: a checkpoint's hyperparameters may not set this: it is written to
+    #: a checkpoint's hyperparameters must not set this, because fit writes to it
     from_user = ("export_dir",)
 
     def __init__(
@@ -60,34 +60,34 @@ class LanguageModel(L.LightningModule):
         self.objective: Objective = objective or _objective_of(model)
         auto = {"causal": transformers.AutoModelForCausalLM, "masked": transformers.AutoModelForMaskedLM}
         if self.objective not in auto:
-            raise ValueError(f"objective={self.objective!r} is neither 'causal' nor 'masked'.")
+            raise ValueError(f"objective={self.objective!r} is unknown: pass 'causal' or 'masked'.")
         self.model = load_model(auto[self.objective], model, pretrained, dtype)
 
     def setup(self, stage: str) -> None:
-        """Check that the data is for this objective: that it hides tokens if the model is to guess them.
+        """Check that the data matches the objective: it masks tokens if and only if the model predicts masked tokens.
 
         Raises:
-            ValueError: It is for the other one.
+            ValueError: The data is for the other objective.
         """
         data: Any = getattr(self.trainer, "datamodule", None)
         if getattr(data, "objective", self.objective) != self.objective:
             raise ValueError(
                 f"{type(data).__name__} is for models whose objective is {data.objective!r}; this one's is "
-                f"{self.objective!r}: take another model, or LanguageModelData."
+                f"{self.objective!r}: use another model, or LanguageModelData."
             )
         if hasattr(data, "mask") and (data.mask is None) == (self.objective == "masked"):
-            fix = "pass mask=0.15, say," if data.mask is None else "pass mask=None"
+            fix = "pass mask=0.15, for example," if data.mask is None else "pass mask=None"
             raise ValueError(
                 f"the model's objective is {self.objective!r} and the data has mask={data.mask}: {fix} to "
                 f"{type(data).__name__}, or another objective to LanguageModel."
             )
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Logits, ``(batch, length, vocabulary)``, of token ids, ``(batch, length)``."""
+        """Compute logits ``(batch, length, vocabulary)`` from token ids ``(batch, length)``."""
         return self.model(input_ids=input_ids, attention_mask=attention_mask).logits
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """The mean cross entropy of a batch ``{"input_ids", "attention_mask", "labels"}``."""
+        """Return the mean cross entropy of a batch ``{"input_ids", "attention_mask", "labels"}``."""
         return self._loss(batch, "train")
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
@@ -99,7 +99,7 @@ class LanguageModel(L.LightningModule):
         self._loss(batch, "test")
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """The likeliest token at each position, ``(batch, length)``."""
+        """Return the most likely token at each position, ``(batch, length)``."""
         with rows(self, batch.get("adapters")):
             return self(batch["input_ids"], batch["attention_mask"]).argmax(-1)
 
@@ -110,25 +110,25 @@ class LanguageModel(L.LightningModule):
         adapters: Sequence[str | Sequence[str] | None] | None = None,
         **options: Any,
     ) -> list[str]:
-        """Continue texts, greedily unless ``options`` say otherwise; a causal model's.
+        """Continue texts with a causal model, greedily by default.
 
         Args:
-            prompts: One or more texts, as the data made them for training; continued as one batch.
-            max_new_tokens: The most tokens to add to each; fewer where the model ends its text.
-            adapters: Each prompt's adapter, as :func:`lightning_peft.rows` takes them; ``None`` leaves what is active.
-            **options: Of transformers' ``generate`` (``do_sample=True``, ``num_beams=4``).
+            prompts: One or more texts in the format of the training data; they are continued as one batch.
+            max_new_tokens: The maximum number of tokens to add to each prompt; the model may end its text earlier.
+            adapters: The adapter of each prompt, as for :func:`lightning_peft.rows`; ``None`` uses the active adapters.
+            **options: Options of transformers' ``generate`` (``do_sample=True``, ``num_beams=4``).
 
         Returns:
-            What was added to each prompt, without special tokens.
+            The added text of each prompt, without special tokens.
 
         Raises:
             ValueError: The objective is masked.
-            RowError: As :func:`lightning_peft.rows`.
+            RowError: The adapters are invalid, as for :func:`lightning_peft.rows`.
         """
         if self.objective != "causal":
-            raise ValueError("a masked language model does not continue texts: generate needs objective='causal'.")
+            raise ValueError("a masked language model cannot continue texts: generate needs objective='causal'.")
         tokenizer = load_tokenizer(self.hparams["model"])
-        tokenizer.padding_side = "left"  # what is generated follows the prompt
+        tokenizer.padding_side = "left"  # generated tokens follow the prompt directly
         batch = tokenizer(prompts, return_tensors="pt", padding=True).to(self.device)
         known = {k: batch[k] for k in ("input_ids", "attention_mask")}
         chosen = {"do_sample": False, "pad_token_id": tokenizer.pad_token_id, **options}
@@ -148,7 +148,7 @@ class LanguageModel(L.LightningModule):
 
     @rank_zero_only
     def on_fit_end(self) -> None:
-        """Write the Hugging Face folder, if ``export_dir`` is given and this was no ``fast_dev_run``."""
+        """Write the Hugging Face folder if ``export_dir`` is given, except after a ``fast_dev_run``."""
         if self.hparams["export_dir"] is not None and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             self.export(Path(self.hparams["export_dir"]), self.hparams["export_dtype"])
 
@@ -156,20 +156,22 @@ class LanguageModel(L.LightningModule):
         """Save the network and its tokenizer as a Hugging Face folder.
 
         Args:
-            folder: Made if it is not there; files of the same names are replaced.
-            dtype: What floating-point weights are stored as; ``None`` leaves them.
+            folder: The output folder, created if needed; existing files are replaced.
+            dtype: The dtype of the stored floating-point weights; ``None`` keeps the current one.
         """
         state = self.model.state_dict()
         if dtype is not None:
-            # Tied weights are one tensor under two names, and must stay one to be stored once.
+            # Cast a tied weight once, so that both names still share one tensor and it is stored once.
             cast = {v.data_ptr(): v.to(getattr(torch, dtype)) for v in state.values() if v.is_floating_point()}
             state = {name: cast.get(v.data_ptr(), v) for name, v in state.items()}
         self.model.save_pretrained(folder, state_dict=state)
-        if not (folder / "tokenizer_config.json").is_file():  # the model's own folder has it, as it was written
+        if not (
+            folder / "tokenizer_config.json"
+        ).is_file():  # keep the tokenizer files that the model's own folder already has
             load_tokenizer(self.hparams["model"]).save_pretrained(folder)
 
     def _loss(self, batch: dict[str, Any], stage: str) -> Tensor:
-        # Labels are transformers' own: the causal shift is done in the model, and -100 is not predicted.
+        # Labels follow transformers: the model does the causal shift, and labels of -100 are ignored.
         with rows(self, batch.get("adapters")):
             loss = self.model(**{name: value for name, value in batch.items() if name != "adapters"}).loss
         # Weighted by predicted tokens, so that the mean over batches is the mean over tokens.
@@ -187,6 +189,6 @@ def _objective_of(model: str) -> Objective:
     if any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names):
         return "causal"
     raise ValueError(
-        f"the configuration of {model!r} names no language model ({', '.join(names) or 'no architecture'}): "
+        f"the configuration of {model!r} does not name a language model ({', '.join(names) or 'no architecture'}): "
         "pass objective='causal' or objective='masked'."
     )

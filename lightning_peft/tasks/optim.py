@@ -1,4 +1,4 @@
-"""The optimizer the ready tasks share: AdamW, a linear warmup, a linear decay."""
+"""The optimizer of the ready-made tasks: AdamW with linear warmup and decay."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ import torch
 
 
 def adamw(module: L.LightningModule, lr: float, weight_decay: float, warmup: float) -> dict[str, Any]:
-    """What ``configure_optimizers`` returns: AdamW over the trainable parameters, its rate scheduled by step.
+    """Return AdamW over the trainable parameters and its schedule, for ``configure_optimizers``.
 
-    Vectors (biases, norms, scales) are not decayed, as is usual for transformers.
+    Weight decay does not apply to vectors (biases, norms, scales), as is usual for transformers.
 
     Args:
-        module: The module, attached to a Trainer (whose number of steps sets the schedule).
+        module: The module, attached to a Trainer; the Trainer's number of steps determines the schedule.
         lr: The peak learning rate.
-        weight_decay: Decoupled weight decay of the matrices.
-        warmup: The fraction of all steps over which the rate rises from 0 to ``lr``; then it falls to 0.
+        weight_decay: Decoupled weight decay, applied to matrices only.
+        warmup: The fraction of all steps during which the rate rises from 0 to ``lr``; it then falls linearly to 0.
 
     Raises:
         ValueError: No parameter of ``module`` requires a gradient.
     """
     trainable = [p for p in module.parameters() if p.requires_grad]
     if not trainable:
-        raise ValueError(f"{type(module).__name__} has no parameter that requires grad: nothing to train.")
+        raise ValueError(f"{type(module).__name__} has no parameter that requires grad, so there is nothing to train.")
     groups = [
         {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},

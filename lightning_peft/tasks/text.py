@@ -14,7 +14,7 @@ from lightning_peft.tasks.optim import adamw
 
 
 class TextClassifier(L.LightningModule):
-    """One class for each text.
+    """A text classifier with one label per text.
 
     A batch may name an adapter for each row, as ``"adapters"`` (see :func:`lightning_peft.rows`).
 
@@ -22,14 +22,13 @@ class TextClassifier(L.LightningModule):
 
     Args:
         model: ``"demo"`` (the embedded model), a Hugging Face folder, or a hub id.
-        num_labels: The number of classes; ``None`` takes it from the model's configuration.
-        pretrained: ``False`` builds the same network with random weights: the baseline that shows what
-            pretraining is worth.
-        dtype: The parameters' dtype; ``None`` leaves them as they are stored.
-        config: Changes to the model's configuration. A bias that it adds starts at zero.
+        num_labels: The number of classes; ``None`` uses the number in the model's configuration.
+        pretrained: ``False`` builds the same network with random weights, as a baseline for the effect of pretraining.
+        dtype: The parameters' dtype; ``None`` keeps the stored one.
+        config: Changes to the model's configuration. Biases that it adds start at zero.
         lr: Peak learning rate of AdamW.
-        weight_decay: Decoupled weight decay, of matrices only.
-        warmup: Fraction of the steps over which the rate rises to ``lr``, before it falls linearly to 0.
+        weight_decay: Decoupled weight decay, applied to matrices only.
+        warmup: Fraction of the steps during which the rate rises to ``lr``; it then falls linearly to 0.
 
     Example:
         >>> module = TextClassifier("demo")
@@ -37,7 +36,7 @@ class TextClassifier(L.LightningModule):
         17
     """
 
-    #: a checkpoint's hyperparameters may not set this: transformers takes names of code among a configuration's options
+    #: a checkpoint's hyperparameters must not set this, because options of a transformers configuration can name code
     from_user = ("config",)
 
     def __init__(
@@ -59,7 +58,7 @@ class TextClassifier(L.LightningModule):
         self.save_hyperparameters()
         changes = {**(config or {}), **({} if num_labels is None else {"num_labels": num_labels})}
         self.model = load_model(AutoModelForSequenceClassification, model, pretrained, dtype, **changes)
-        if self.model.config.pad_token_id is None:  # decoders read the last token that is not padding
+        if self.model.config.pad_token_id is None:  # decoders classify the last token that is not padding
             self.model.config.pad_token_id = self.model.config.eos_token_id
         self.num_labels: int = self.model.config.num_labels
         scores = MetricCollection(
@@ -75,22 +74,22 @@ class TextClassifier(L.LightningModule):
         """Check that the data has as many classes as the model.
 
         Raises:
-            ValueError: It has not.
+            ValueError: The numbers differ.
         """
         labels = getattr(getattr(self.trainer, "datamodule", None), "labels", None)
         if labels is not None and len(labels) != self.num_labels:
             raise ValueError(
-                f"the model has {self.num_labels} classes and the data {len(labels)} "
+                f"the model has {self.num_labels} classes, but the data has {len(labels)} "
                 f"({', '.join(map(str, labels[:5]))}{', …' if len(labels) > 5 else ''}): "
                 f"pass num_labels={len(labels)} to TextClassifier."
             )
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Logits, ``(batch, num_labels)``, of token ids and their mask, both ``(batch, length)``."""
+        """Compute logits ``(batch, num_labels)`` from token ids and their mask, both ``(batch, length)``."""
         return self.model(input_ids=input_ids, attention_mask=attention_mask).logits
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """The mean cross entropy of a batch ``{"input_ids", "attention_mask", "labels"}``."""
+        """Return the mean cross entropy of a batch ``{"input_ids", "attention_mask", "labels"}``."""
         loss, _ = self._loss(batch)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["labels"]))
         return loss
@@ -104,7 +103,7 @@ class TextClassifier(L.LightningModule):
         self._evaluate(batch, "test", self.test_scores)
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """The probability of each class, ``(batch, num_labels)``."""
+        """Return the probability of each class, ``(batch, num_labels)``."""
         return self._logits(batch).softmax(-1)
 
     def configure_optimizers(self) -> Any:

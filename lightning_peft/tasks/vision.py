@@ -16,35 +16,35 @@ from lightning_peft.tasks.optim import adamw
 
 
 class ImageClassifier(L.LightningModule):
-    """One class for each image.
+    """An image classifier with one label per image.
 
     A batch may name an adapter for each image, as ``"adapters"`` (see :func:`lightning_peft.rows`).
 
     Logs ``train/loss``, and ``loss`` and ``acc`` (accuracy) under ``val/`` and ``test/``.
 
     Args:
-        network: The import path of a class, function or method that gives an ``nn.Module``
-            (``"torchvision.models.resnet18"``, ``"transformers.AutoModelForImageClassification.from_pretrained"``),
-            which turns images ``(batch, channels, height, width)`` into logits ``(batch, num_classes)``, plain or as
-            the ``logits`` of a Hugging Face output.
+        network: The import path of a class, function or method that returns an ``nn.Module``
+            (``"torchvision.models.resnet18"``, ``"transformers.AutoModelForImageClassification.from_pretrained"``). The
+            network maps images ``(batch, channels, height, width)`` to logits ``(batch, num_classes)``, as a tensor or
+            as the ``logits`` of a Hugging Face output.
         num_classes: The number of classes.
-        network_args: What ``network`` is called with.
-        weights: A file of pretrained weights: a state dict, or a dictionary that holds one as ``state_dict``.
-            A ``module.`` before every name (of DataParallel) is dropped.
+        network_args: The arguments of ``network``.
+        weights: A file of pretrained weights: a state dict, or a dictionary with one under ``state_dict``. A prefix
+            ``module.`` on every name (from DataParallel) is removed.
         lr: Peak learning rate of AdamW.
-        weight_decay: Decoupled weight decay, of matrices and kernels only.
-        warmup: Fraction of the steps over which the rate rises to ``lr``, before it falls linearly to 0.
+        weight_decay: Decoupled weight decay, applied to matrices and kernels only.
+        warmup: Fraction of the steps during which the rate rises to ``lr``; it then falls linearly to 0.
 
     Raises:
-        ValueError: ``network`` cannot be imported or gives no ``nn.Module``, or ``weights`` do not fit it.
-        FileNotFoundError: There is no file ``weights``.
+        ValueError: ``network`` cannot be imported or does not return an ``nn.Module``, or ``weights`` do not fit it.
+        FileNotFoundError: The file ``weights`` does not exist.
 
     Example::
 
         ImageClassifier("torchvision.models.resnet18", num_classes=10, network_args={"num_classes": 10})
     """
 
-    #: a checkpoint's hyperparameters may not set these: they name what is imported, called and opened
+    #: a checkpoint's hyperparameters must not set these, because they name what is imported, called and opened
     from_user = ("network", "network_args", "weights")
 
     def __init__(
@@ -72,22 +72,22 @@ class ImageClassifier(L.LightningModule):
         """Check that the data has as many classes as the model.
 
         Raises:
-            ValueError: It has not.
+            ValueError: The numbers differ.
         """
         classes = getattr(getattr(self.trainer, "datamodule", None), "classes", None)
         if classes and len(classes) != self.num_classes:
             raise ValueError(
-                f"num_classes={self.num_classes}, and the data has {len(classes)} "
+                f"num_classes={self.num_classes}, but the data has {len(classes)} "
                 f"({', '.join(map(str, classes[:5]))}{', …' if len(classes) > 5 else ''})."
             )
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits, ``(batch, num_classes)``, of images, ``(batch, channels, height, width)``."""
+        """Compute logits ``(batch, num_classes)`` from images ``(batch, channels, height, width)``."""
         out = self.network(images)
         return getattr(out, "logits", out)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """The mean cross entropy of a batch ``{"images", "labels"}``."""
+        """Return the mean cross entropy of a batch ``{"images", "labels"}``."""
         loss = nn.functional.cross_entropy(self._logits(batch), batch["labels"])
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["labels"]))
         return loss
@@ -101,7 +101,7 @@ class ImageClassifier(L.LightningModule):
         self._score(batch, "test", self.test_acc)
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """The likeliest class of each image, ``(batch,)``."""
+        """Return the most likely class of each image, ``(batch,)``."""
         return self._logits(batch).argmax(-1)
 
     def configure_optimizers(self) -> Any:
@@ -124,10 +124,10 @@ def _build(path: str, arguments: dict[str, Any]) -> nn.Module:
     try:
         factory = pkgutil.resolve_name(path)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"network={path!r} is no import path of a class, function or method: {error}.") from error
+        raise ValueError(f"network={path!r} is not the import path of a class, function or method: {error}.") from error
     network = factory(**arguments)
     if not isinstance(network, nn.Module):
-        raise ValueError(f"network={path!r} gives a {type(network).__name__}; expected an nn.Module.")
+        raise ValueError(f"network={path!r} returns {type(network).__name__}, expected an nn.Module.")
     return network
 
 
@@ -138,7 +138,7 @@ def _load(network: nn.Module, path: Path) -> None:
     if isinstance(state, Mapping):
         state = state.get("state_dict", state)
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"weights: {path.name} holds no state dict.")
+        raise ValueError(f"weights: {path.name} does not contain a state dict.")
     if all(key.startswith("module.") for key in state):
         state = {key.removeprefix("module."): value for key, value in state.items()}
     try:

@@ -198,21 +198,21 @@ def test_what_a_selection_method_trained_is_there_without_folding():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["run.ckpt", "out"], r"name the class that was trained, --model my.package.Module"),
+        (["run.ckpt", "out"], r"does not name the class of the trained module: pass --model my.package.Module"),
         (["run.ckpt", "out", "--model=modules.Modul"], r"--model modules.Modul: module 'modules' has no attribute"),
         (
             ["run.ckpt", "out", "--model=modules.Data"],
-            r"modules.Data is no LightningModule; write my.package.Module, or one of",
+            r"modules.Data is not a LightningModule: give my.package.Module, or one of",
         ),
-        (["run.ckpt", "out", "--model=Module"], r"Module is no LightningModule"),
-        (["run.ckpt", "taken", "--model=modules.Module"], r"taken exists already: name a new folder or file"),
+        (["run.ckpt", "out", "--model=Module"], r"Module is not a LightningModule"),
+        (["run.ckpt", "taken", "--model=modules.Module"], r"taken already exists: name a new folder or file"),
         (
             ["run.ckpt", "out", "--model=modules.Module", "--name=c"],
             r"no adapter named 'c'; run.ckpt has \['default'\]",
         ),
         (["gone.ckpt", "out", "--model=modules.Module"], r"there is no file gone.ckpt"),
         (["taken", "out"], r"taken has no adapter_config.json"),
-        (["unnamed", "out"], r"unnamed does not say what its base is: add --base"),
+        (["unnamed", "out"], r"unnamed does not name its base: add --base"),
     ],
 )
 def test_invalid_arguments_of_merge(arguments: list[str], message: str):
@@ -234,7 +234,9 @@ def test_a_class_that_only_the_file_names_is_not_imported():
     saved["hyper_parameters"]["_class_path"] = "evil.Module"
     torch.save(saved, "run.ckpt")
     Path("evil.py").write_text("raise SystemError('was imported')")
-    with pytest.raises(SystemExit, match=r"says that it was evil.Module, which is not imported for a file to say so"):
+    with pytest.raises(
+        SystemExit, match=r"names evil.Module, but class paths in files are never imported: pass --model"
+    ):
         run("run.ckpt", "out")
 
 
@@ -262,7 +264,7 @@ def test_an_adapter_directory_onto_a_class_of_ones_own():
     plain = Module(16)
     plain.load_state_dict(torch.load("out.pt", weights_only=True))
     torch.testing.assert_close(output(plain, x), expected)
-    with pytest.raises(SystemExit, match="--base and --model both say"):
+    with pytest.raises(SystemExit, match="--base and --model both name"):
         run("adapter", "again.pt", "--model", "modules.Module", "--base", "demo")
     with pytest.raises(SystemExit, match=r"add --base path/to/base, or --model"):
         run("adapter", "again.pt")

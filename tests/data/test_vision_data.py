@@ -61,7 +61,7 @@ def test_classes_come_from_the_labels_where_none_are_named(tmp_path):
 
 def test_files_that_do_not_fit_are_named(tmp_path):
     path = write(tmp_path / "train.npz")
-    with pytest.raises(FileNotFoundError, match=r"train: there is no file .*trian.npz' \(near it: 'train.npz'\)"):
+    with pytest.raises(FileNotFoundError, match=r"train: there is no file .*trian.npz' \(did you mean 'train.npz'\?\)"):
         ImageData(str(tmp_path / "trian.npz")).setup()
     with pytest.raises(ValueError, match=r"train.npz has no array 'x'; it has images, labels, classes"):
         ImageData(path, images="x").setup()

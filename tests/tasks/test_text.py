@@ -111,5 +111,5 @@ def test_decoders_classify_too(gpt2):
 
 def test_wrong_number_of_classes_says_which_to_pass():
     module = TextClassifier("demo", num_labels=5)
-    with pytest.raises(ValueError, match=r"5 classes and the data 17 \(text, .*pass num_labels=17"):
+    with pytest.raises(ValueError, match=r"5 classes, but the data has 17 \(text, .*pass num_labels=17"):
         L.Trainer(max_steps=1, **QUIET).fit(module, TextClassificationData("demo"))

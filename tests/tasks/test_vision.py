@@ -60,21 +60,21 @@ def test_weights_that_do_not_fit(tmp_path):
     with pytest.raises(ValueError, match=r"narrow.pt does not fit Sequential: (?s:.*)size mismatch"):
         ImageClassifier(NETWORK, 2, weights=str(tmp_path / "narrow.pt"))
     torch.save([1], tmp_path / "list.pt")
-    with pytest.raises(ValueError, match=r"list.pt holds no state dict"):
+    with pytest.raises(ValueError, match=r"list.pt does not contain a state dict"):
         ImageClassifier(NETWORK, 2, weights=str(tmp_path / "list.pt"))
     with pytest.raises(FileNotFoundError, match=r"no file 'nowhere.pt'"):
         ImageClassifier(NETWORK, 2, weights="nowhere.pt")
 
 
 def test_invalid_networks():
-    with pytest.raises(ValueError, match=r"network='torch.nn.Lineal' is no import path"):
+    with pytest.raises(ValueError, match=r"network='torch.nn.Lineal' is not the import path"):
         ImageClassifier("torch.nn.Lineal", 2)
-    with pytest.raises(ValueError, match=r"network='resnet' is no import path"):
+    with pytest.raises(ValueError, match=r"network='resnet' is not the import path"):
         ImageClassifier("resnet", 2)
-    with pytest.raises(ValueError, match=r"gives a int; expected an nn.Module"):
+    with pytest.raises(ValueError, match=r"returns int, expected an nn.Module"):
         ImageClassifier("builtins.int", 2)
 
 
 def test_another_number_of_classes_is_an_error(data):
-    with pytest.raises(ValueError, match=r"num_classes=3, and the data has 2 \(0, 1\)"):
+    with pytest.raises(ValueError, match=r"num_classes=3, but the data has 2 \(0, 1\)"):
         L.Trainer(max_steps=1, **QUIET).fit(ImageClassifier(NETWORK, 3), data)
