@@ -209,6 +209,12 @@ METHODS: dict[str, Method] = {
         "blocks of 16, exact inverse",
         lacks={"resnet": "turns a strided or padded convolution's input wrongly"},
     ),
+    "MiSS": Method(
+        lambda case, r: lp.MiSS(r=r, targets=case.targets),
+        lambda case, r: wrapped(case, "MissConfig", r=r, target_modules=case.targets),
+        "shards of r",
+        lacks={"resnet": "takes no convolution"},
+    ),
     "IA3": Method(
         lambda case, r: lp.IA3(targets=case.keys_values, feedforward_targets=case.feedforward),
         lambda case, r: wrapped(

@@ -48,6 +48,7 @@ from lightning_peft.methods.linear_probe import LinearProbe
 from lightning_peft.methods.loha import LoHa
 from lightning_peft.methods.lokr import LoKr
 from lightning_peft.methods.lora import LoRA
+from lightning_peft.methods.miss import MiSS
 from lightning_peft.methods.norm_tuning import NormTuning
 from lightning_peft.methods.oft import OFT
 from lightning_peft.methods.p_tuning import PTuning
@@ -86,6 +87,7 @@ __all__ = [
     "LoRA",
     "LowRankAdapter",
     "MergeError",
+    "MiSS",
     "NormTuning",
     "PEFTMethod",
     "PTuning",

@@ -1,6 +1,6 @@
 """The table of docs/support.md: the operations that an adapter of each method supports, and a reason for every hole.
 
-``python -m tests.features > docs/support.md`` writes the page. ``tests/test_features.py`` tests every cell: a feature
+``python -m tests.lists`` writes the page. ``tests/test_features.py`` tests every cell: a feature
 works if the table says so, and a hole is refused with an error that says why.
 """
 
@@ -80,6 +80,15 @@ ROWS: dict[str, Row] = {
     "LoHa": _on_weights(lp.LoHa, ("LoHaConfig", {"r": 2}), r=2),
     "LoKr": _on_weights(lp.LoKr, ("LoKrConfig", {"r": 1}), r=1),
     "OFT": _on_weights(lp.OFT, ("OFTConfig", {"oft_block_size": 4, "use_cayley_neumann": False}), block_size=4),
+    "MiSS": _on_weights(lp.MiSS, ("MissConfig", {"r": 4}), r=4),
+    'MiSS(variant="mini")': _on_weights(
+        lp.MiSS,
+        ("MissConfig", {"r": 4, "mini_r": 2, "init_weights": "mini"}),
+        r=4,
+        mini_r=2,
+        variant="mini",
+    ),
+    'MiSS(variant="bat")': _on_weights(lp.MiSS, ("MissConfig", {"r": 4, "init_weights": "bat"}), r=4, variant="bat"),
     "IA3": Row(lp.IA3, {}, ("IA3Config", {**_PLACES, "feedforward_modules": ["down_proj"]})),
     "SSF": _on_weights(lp.SSF, ("SSFConfig", {})),
     "GatedLoRA": _on_weights(lp.GatedLoRA, ("GatedLoraConfig", {}), r=2),
@@ -181,7 +190,7 @@ def page() -> str:
         "# What works with what",
         "",
         "A test covers every cell: it runs each `yes` on a tiny Hugging Face model, and checks that each `no` is",
-        "refused with an error that says why. `python -m tests.features > docs/support.md` writes this page.",
+        "refused with an error that says why. `python -m tests.lists` writes this page.",
         "",
         f"| | {' | '.join(FEATURES)} |",
         f"|---|{'---|' * len(FEATURES)}",
@@ -198,7 +207,3 @@ def page() -> str:
         *(f"{number}. {reason}" for reason, number in numbers.items()),
     ]
     return "\n".join(lines) + "\n"
-
-
-if __name__ == "__main__":
-    print(page(), end="")

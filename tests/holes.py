@@ -55,7 +55,6 @@ REFUSED: dict[tuple[str, str], tuple[str, str]] = {
 
 _TIED = "one tensor under two names: a merge into one would change the other, and is refused"
 _NORMS = "parameters of norm layers train, so these layers are not frozen: their statistics move, and are saved"
-_FIXED = "its start follows from the weights or is a constant: there is no randomness to seed"
 _IDS = "reentrant checkpointing gives gradients only where an input takes one; token ids take none"
 _NEW_BIAS = "a layer without a bias has one afterwards, the shift"
 _MORE_THAN_PATCHES = "its blocks get masks, positions or keys for the tokens they know: an error at the first forward"
@@ -69,10 +68,6 @@ HOLES: dict[tuple[str, str, str], str] = {
     (ANY, "tied", "merge_two"): _TIED,
     (ANY, "tied", "merge_unload"): _TIED,
     **{(ANY, kind, "checkpointing_reentrant"): _IDS for kind in ("embedding", "tied", "scaled", "llama", "gpt2")},
-    **{
-        (method, ANY, "seeded"): _FIXED
-        for method in ("lora_pissa", "lora_olora", "vera", "oft", "ia3", "ia3_inputs", "ssf")
-    },
     **{(method, "reads", ANY): _NOT_CALLED for method in ("lora_dropout", "bottleneck")},
     ("lora_dropout", ANY, "modes"): "random while training",
     **{

@@ -225,6 +225,18 @@ METHODS: dict[str, Row] = {
     "loha": Row(weight(lp.LoHa, r=2), lambda kind, model: 2 * low_rank(2)(kind, model)),
     "lokr": Row(weight(lp.LoKr, r=1), kronecker(1)),
     "oft": Row(weight(lp.OFT, block_size=3), rotations(3), additive=False),
+    "miss": Row(weight(lp.MiSS, r=2), lambda kind, model: 2 * per_row(kind, model)),
+    "miss_mini": Row(
+        weight(lp.MiSS, r=2, mini_r=2, variant="mini"),
+        lambda kind, model: 2 * sum(2 * prod(batch) for *batch, _, _ in kind.matrices.values()),
+        kinds=("linear", "conv2d", "mha", "llama"),
+    ),
+    "miss_bat": Row(
+        weight(lp.MiSS, r=2, variant="bat"),
+        lambda kind, model: 2 * per_row(kind, model),
+        additive=False,
+        kinds=("linear", "mha", "llama", "gpt2"),
+    ),
     "lora_freeze_A": Row(lora(freeze_A=True), lora_half),
     "gated_lora": Row(
         weight(lp.GatedLoRA, r=2, alpha=4),

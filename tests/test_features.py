@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import lightning_peft as lp
 from lightning_peft.formats.directory.files import read_files, write_files
-from tests.features import FEATURES, HOLES, ROWS, Row, page
+from tests.features import FEATURES, HOLES, ROWS, Row
 from tests.formats.models import llama, made_by_peft, moved, read_by_peft
 from tests.helpers import assert_same_bits, bits, close, differ, perturb
 
@@ -191,7 +191,3 @@ def test_every_method_has_a_row():
 
 def test_holes_are_cells():
     assert {(row, feature) for row in ROWS for feature in FEATURES} >= HOLES.keys()
-
-
-def test_the_page_is_up_to_date():
-    assert (DOCS / "support.md").read_text() == page(), "python -m tests.features > docs/support.md"

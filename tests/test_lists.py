@@ -1,8 +1,6 @@
 """Every method of the package is in every list of methods; what is missing is named with its file and what to add.
 
-Lists that are generated from the classes (``lightning-peft methods``, docs/support.md, the API reference's signatures)
-need no test here. ``tests/test_recipes.py`` holds the recipes, ``tests/docs/test_api.py`` docs/api.md, and
-``tests/test_features.py`` what PEFT's converters read and write.
+The lists in the documentation are made from the classes by ``tests/lists.py``.
 """
 
 from __future__ import annotations
@@ -19,7 +17,7 @@ import pytest
 import lightning_peft as lp
 import lightning_peft.methods
 from lightning_peft.formats.registry import CONVERTERS
-from tests import features, table
+from tests import features, lists, table
 from tests.kinds import KINDS
 
 ROOT = Path(__file__).parents[1]
@@ -46,11 +44,6 @@ def _in_first_column(path: str) -> set[str]:
     return set(re.findall(r"^\| `(\w+)", _read(path), re.MULTILINE))
 
 
-def _in_served_rows() -> set[str]:
-    table = _read("docs/rows.md").partition("## What it costs")[2].partition("\n\n## ")[0]
-    return set(re.findall(r"`(\w+)`", table))
-
-
 def _in_table() -> set[str]:
     return {type(row.make(KINDS["llama"])).__name__ for row in table.METHODS.values()}
 
@@ -70,15 +63,9 @@ def _converted() -> set[str]:
 LISTS: dict[str, tuple[Callable[[], set[str]], str]] = {
     "lightning_peft/__init__.py": (lambda: set(lp.__all__), "its import, and its name in __all__"),
     "docs/methods.md": (lambda: _in_first_column("docs/methods.md"), "a row of the first table"),
-    "docs/rows.md": (_in_served_rows, "its name in the table of what it costs"),
-    "docs/api.md": (lambda: set(re.findall(r"^::: lightning_peft\.(\w+)$", _read("docs/api.md"), re.M)), "an entry"),
-    "docs/support.md": (
-        lambda: _in_first_column("docs/support.md"),
-        "its row, by `python -m tests.features > docs/support.md`",
-    ),
     "lightning_peft/formats/registry.py": (
         _converted,
-        "a converter to CONVERTERS if PEFT has the method, or why not to HOLES in tests/features.py",
+        "a converter in formats/peft/families if PEFT has the method, or why not to HOLES in tests/features.py",
     ),
     "tests/features.py": (lambda: {row.method.__name__ for row in features.ROWS.values()}, "a row in ROWS"),
     "tests/table.py": (_in_table, "a row in METHODS"),
@@ -102,16 +89,6 @@ def test_every_method_has_a_recipe(method):
     )
 
 
-def test_methods_whose_sums_are_exact_are_listed():
-    exact = set()
-    for row in table.METHODS.values():
-        method = row.make(KINDS["linear"])
-        if row.mergeable and not row.selects and type(method) in _defined():
-            model = KINDS["linear"].build()
-            lp.apply(model, method)
-            parts = [part for part in model.modules() if isinstance(part, lp.WeightAdapter)]
-            if all(part.low_rank() is not None for part in parts):
-                exact.add(type(method).__name__)
-    listed = re.search(r"^Sums of low-rank products \(([^)]*)\)", _read("docs/many.md"), re.MULTILINE)
-    assert listed is not None
-    assert set(listed[1].split(", ")) == exact, "docs/many.md: list exactly these after 'Sums of low-rank products'"
+@pytest.mark.parametrize(("page", "text"), list(lists.pages()), ids=lambda value: getattr(value, "name", ""))
+def test_the_lists_in_the_documentation_are_those_of_the_classes(page, text):
+    assert page.read_text() == text, f"docs/{page.name} is out of date: run python -m tests.lists"

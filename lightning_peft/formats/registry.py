@@ -2,39 +2,31 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
+from collections.abc import Iterator
+
 from lightning_peft.core.names import nearest
 from lightning_peft.core.untrusted import FormatError
 from lightning_peft.formats.native import NativeConverter
+from lightning_peft.formats.peft import families
 from lightning_peft.formats.peft.converter import Converter
-from lightning_peft.formats.peft.families.adalora import AdaLoRAConverter
-from lightning_peft.formats.peft.families.ia3 import IA3Converter
-from lightning_peft.formats.peft.families.lora import LoRAConverter
-from lightning_peft.formats.peft.families.norm_tuning import NormTuningConverter
-from lightning_peft.formats.peft.families.sequence import PrefixTuningConverter, PromptTuningConverter, PTuningConverter
-from lightning_peft.formats.peft.families.vera_loha_lokr_oft import (
-    LoHaConverter,
-    LoKrConverter,
-    OFTConverter,
-    VeRAConverter,
-)
 from lightning_peft.methods.families.method import PEFTMethod
 
 __all__ = ["CONVERTERS", "converter_for_method", "converter_for_type"]
 
-CONVERTERS: tuple[Converter, ...] = (
-    LoRAConverter(),
-    AdaLoRAConverter(),
-    VeRAConverter(),
-    LoHaConverter(),
-    LoKrConverter(),
-    OFTConverter(),
-    IA3Converter(),
-    PromptTuningConverter(),
-    PTuningConverter(),
-    PrefixTuningConverter(),
-    NormTuningConverter(),
-    NativeConverter(),
-)
+
+def _converters() -> Iterator[Converter]:
+    """One of each class in the modules of ``families``, so that a new file there needs no other edit."""
+    for info in pkgutil.iter_modules(families.__path__):
+        module = importlib.import_module(f"{families.__name__}.{info.name}")
+        for value in vars(module).values():
+            own = isinstance(value, type) and value.__module__ == module.__name__
+            if own and issubclass(value, Converter) and "peft_type" in vars(value):
+                yield value()
+
+
+CONVERTERS: tuple[Converter, ...] = (*_converters(), NativeConverter())
 
 
 #: types that PEFT has as a method and this package only as a part of another method

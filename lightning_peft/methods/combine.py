@@ -72,7 +72,7 @@ def combine(
     """Put a new adapter into ``model`` that is made of others: a LoRA, frozen, that waits for ``lp.set_active``.
 
     The adapters may be of any weight method, and each of another one. A weight that one of them does not adapt counts
-    as not changed by it. Where all are low-rank products (LoRA, AdaLoRA, DyLoRA, VeRA, LoHa) a weighted sum is exact:
+    as not changed by it. Where all are low-rank products (``low_rank()`` returns factors) a weighted sum is exact:
     the factors are put side by side. Everything else is decomposed by SVD, exactly unless ``r`` or ``energy`` cuts it.
 
     Heads, biases and statistics that an adapter brings in place of the base's (loaded ones do) are interpolated as

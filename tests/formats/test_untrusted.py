@@ -262,6 +262,8 @@ def test_an_archive_that_decompresses_or_declares_too_much_is_refused(trained):
 SITES = {
     ("cli/module.py", "importlib.import_module"): "--model, which the user gives; the tasks of this package",
     ("tasks/vision.py", "pkgutil.resolve_name"): "ImageClassifier.network, which is from_user",
+    ("formats/registry.py", "importlib.import_module"): "the converters of this package, in one of its folders",
+    ("formats/registry.py", "pkgutil.iter_modules"): "the converters of this package, in one of its folders",
     ("trainer/packages.py", "importlib.import_module"): "the two packages of Lightning",
     (
         "trainer/checkpoints/hyperparameters.py",

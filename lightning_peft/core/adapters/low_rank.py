@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -79,10 +80,12 @@ class LowRankAdapter(WeightAdapter):
         a, b = self.factors()
         return a, b * self.scale
 
-    def output(self, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        def down(x: Tensor, a: Tensor) -> Tensor:
-            return self.layout.down(host, x, a)
+    def down(self, host: nn.Module, x: Tensor, a: Tensor) -> Tensor:
+        """A x; override it if the product with this A can be computed more cheaply."""
+        return self.layout.down(host, x, a)
 
+    def output(self, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        down = partial(self.down, host)
         a, b = self.factors()
         h = dropped(down, x, a, self.dropout) if self.dropout and self.training else down(x, a)
         return self.layout.up(host, h, b, y, self.scale)

@@ -2,7 +2,7 @@
 
 A converter is one small class in ``families``. It knows PEFT's names of options and tensors. Module names, targets,
 heads, files and checks are handled here and in the other modules of this folder. To add a converter, write the class
-and add it to :data:`lightning_peft.formats.registry.CONVERTERS`.
+in a file of ``families``; it is found there.
 """
 
 from __future__ import annotations

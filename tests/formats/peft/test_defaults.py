@@ -11,21 +11,13 @@ import torch
 
 import lightning_peft as lp
 from lightning_peft.formats.directory.files import read_files, write_files
+from tests.features import HOLES, ROWS
 from tests.formats.models import llama, logits, made_by_peft, read_by_peft, tokens
 
-TARGETS = {"target_modules": ["q_proj", "down_proj"]}
+#: the first row of tests/features.py for each class of PEFT's that is read
 CONFIGS = {
-    "LORA": peft.LoraConfig(**TARGETS),
-    "ADALORA": peft.AdaLoraConfig(total_step=9, **TARGETS),
-    "LOHA": peft.LoHaConfig(**TARGETS),
-    "LOKR": peft.LoKrConfig(**TARGETS),
-    "OFT": peft.OFTConfig(**TARGETS),
-    "VERA": peft.VeraConfig(save_projection=True, **TARGETS),
-    "IA3": peft.IA3Config(feedforward_modules=["down_proj"], **TARGETS),
-    "LN_TUNING": peft.LNTuningConfig(target_modules=["input_layernorm"]),
-    "PROMPT_TUNING": peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
-    "P_TUNING": peft.PromptEncoderConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
-    "PREFIX_TUNING": peft.PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
+    kind: next(row for row in ROWS.values() if row.theirs[0] == kind)
+    for kind in dict.fromkeys(row.theirs[0] for name, row in ROWS.items() if (name, "from PEFT") not in HOLES)
 }
 #: without this option, PEFT computed OFT differently
 NEEDED = {"oft_block_size"}
@@ -33,10 +25,10 @@ NEEDED = {"oft_block_size"}
 
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_a_missing_option_has_pefts_default(kind, tmp_path):
-    base, x = llama(), tokens()
-    made_by_peft(base, CONFIGS[kind], tmp_path)
+    base, x, config = llama(), tokens(), getattr(peft, kind)(**CONFIGS[kind].theirs[1])
+    made_by_peft(base, config, tmp_path)
     files = read_files(tmp_path)
-    defaults = {field.name: field.default for field in dataclasses.fields(type(CONFIGS[kind]))}
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
     short = {
         option: value
         for option, value in files.config.items()

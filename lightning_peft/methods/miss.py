@@ -1,0 +1,142 @@
+"""MiSS: matrix shard sharing.
+
+    W' = W + [M^T M^T ... M^T],    M in R^{r x out}, cut off after in columns
+
+The columns of the matrix are split into shards of r, and every shard gets the same trained update: r out parameters.
+On activations it is y + M^T (the sum of the shards of x). M starts at zero, so the adapted model starts as its base.
+Two variants change M; W_ij is the r x r block i of the rows and j of the columns of W:
+
+    mini    M repeats a block in R^{r x mini_r} along its columns: r mini_r parameters
+    bat     W'_ij = W_ij + W_ij B_i + B_i,    B_i in R^{r x r}: r out parameters, an update that depends on W
+
+Kang and Yin 2024, "MiSS: Revisiting the Trade-off in LoRA with an Efficient Shard-Sharing Structure",
+arXiv:2409.15371 (first published as "Bone: Block-Affine Adaptation", which is the variant bat).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from attrs import field
+from torch import Tensor, nn
+
+from lightning_peft.core.adapters.base import WeightAdapter
+from lightning_peft.core.adapters.low_rank import LowRankAdapter
+from lightning_peft.core.targeting.layouts import EmbeddingLayout
+from lightning_peft.core.targeting.sites import Site
+from lightning_peft.methods.families.arguments import positive_int, probability
+from lightning_peft.methods.families.weight import WeightMethod, check_dropout
+
+__all__ = ["MiSS"]
+
+
+class MiSSAdapter(LowRankAdapter):
+    """``miss_block`` (..., r, out), or (..., r, mini_r) in the variant mini."""
+
+    def __init__(self, site: Site, r: int, width: int, dropout: float) -> None:
+        super().__init__(site)
+        *batch, self.rows, self.columns = site.shape
+        self.dropout = 0.0 if isinstance(site.layout, EmbeddingLayout) else dropout
+        self.miss_block = nn.Parameter(torch.zeros(*batch, r, width))
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        m = self.miss_block
+        r, width = m.shape[-2:]
+        column = torch.arange(self.columns, device=m.device) % r
+        shards = (column == torch.arange(r, device=m.device)[:, None]).to(m.dtype)  # sums the shards of x
+        return shards.expand(*m.shape[:-2], -1, -1), m.mT.repeat(*[1] * (m.ndim - 2), self.rows // width, 1)
+
+    def down(self, host: nn.Module, x: Tensor, a: Tensor) -> Tensor:
+        if not self.layout.vectors:
+            return super().down(host, x, a)
+        # A sum instead of a product: backward needs neither A nor x.
+        return F.pad(x, (0, -x.shape[-1] % a.shape[-2])).unflatten(-1, (-1, a.shape[-2])).sum(-2)
+
+    def extra_repr(self) -> str:
+        return f"r={self.miss_block.shape[-2]}, dropout={self.dropout}"
+
+
+class BatAdapter(WeightAdapter):
+    """``miss_block`` (..., out / r, r, r)."""
+
+    def __init__(self, site: Site, r: int) -> None:
+        super().__init__(site)
+        *batch, rows, _ = site.shape
+        self.miss_block = nn.Parameter(torch.zeros(*batch, rows // r, r, r))
+
+    def delta(self, weight: Tensor) -> Tensor:
+        b = self.miss_block[..., None, :, :]
+        r = b.shape[-1]
+        # The weight comes in the type it is stored in, and may be half precision beside a float32 adapter.
+        blocks = weight.to(b.dtype).unflatten(-1, (-1, r)).unflatten(-3, (-1, r)).transpose(-3, -2)
+        return (blocks @ b + b).transpose(-3, -2).reshape(weight.shape)
+
+
+class MiSS(WeightMethod):
+    """One trained matrix that every shard of a weight's columns shares (arXiv:2409.15371).
+
+    Choose it when LoRA learns slowly: it has a single factor, which gets a gradient from the first step on, and half
+    of LoRA's parameters where in and out are alike, at LoRA's cost. Merged it costs nothing. The variant bat learns
+    faster still and forms the weight at full size in every training step.
+
+    Args:
+        r: the width of a shard; r out parameters train for each matrix.
+        dropout: probability of dropping an element of the adapter's input while training. An embedding takes none.
+        variant: ``"standard"``; ``"mini"``, where groups of ``mini_r`` output features share one update as well; or
+            ``"bat"``, where the update depends on the weight. ``"bat"`` needs in and out to be multiples of r.
+        mini_r: the number of output features in a group of the variant mini; out must be a multiple of it.
+
+    Raises:
+        ValueError: a rank below 1 or above the number of columns, a matrix that the variant cannot split evenly, a
+            dropout outside [0, 1), with ``"bat"``, or on a weight that is not called with activations.
+
+    Example::
+
+        trainer = L.Trainer(callbacks=[lp.MiSS(r=64, targets=["q_proj", "v_proj"], trainable=["classifier"])])
+    """
+
+    resume_may_differ = WeightMethod.resume_may_differ | {"dropout"}
+
+    r: int = field(default=64, validator=positive_int, kw_only=False)
+    dropout: float = field(default=0.0, validator=probability)
+    variant: Literal["standard", "mini", "bat"] = "standard"
+    mini_r: int = field(default=1, validator=positive_int)
+
+    def check(self) -> None:
+        if self.dropout and self.variant == "bat":
+            raise ValueError(
+                f"dropout={self.dropout} has no effect with variant='bat', which changes the weight and has no input "
+                "of its own: set dropout=0"
+            )
+
+    def too_small(self, site: Site) -> str | None:
+        columns = site.shape[-1]
+        if self.r <= columns:
+            return None
+        return f"r={self.r} is above the {columns} columns of {site.name!r} ({'x'.join(map(str, site.shape))})"
+
+    def build(self, site: Site) -> WeightAdapter:
+        if (problem := self.too_small(site)) is not None:
+            raise ValueError(f"{problem}: lower r, or exclude the layer and add a second MiSS for it")
+        check_dropout("MiSS", self.dropout, site)
+        *_, rows, columns = site.shape
+        if self.variant == "bat":
+            _check_divides("r", self.r, {"rows": rows, "columns": columns}, site)
+            return BatAdapter(site, self.r)
+        if self.variant == "mini":
+            _check_divides("mini_r", self.mini_r, {"rows": rows}, site)
+        return MiSSAdapter(site, self.r, self.mini_r if self.variant == "mini" else rows, self.dropout)
+
+    def describe(self, adapter: WeightAdapter) -> str:
+        return f"MiSS r={self.r}" if self.variant == "standard" else f"MiSS {self.variant} r={self.r}"
+
+
+def _check_divides(argument: str, value: int, sides: dict[str, int], site: Site) -> None:
+    for side, size in sides.items():
+        if size % value:
+            raise ValueError(
+                f"{argument}={value} does not divide the {size} {side} of {site.name!r}, which cannot be split "
+                f"evenly: choose a divisor of {size}, or exclude the layer and add a second MiSS for it"
+            )

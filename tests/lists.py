@@ -1,0 +1,128 @@
+"""The lists of methods in the documentation, made from the classes: ``python -m tests.lists`` writes them.
+
+Each stands between ``<!-- list: NAME -->`` and ``<!-- end -->``; docs/support.md is one as a whole. A new method needs
+no edit there. ``tests/test_lists.py`` fails if one of them is not what this file makes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from torch import nn
+
+import lightning_peft as lp
+from lightning_peft.cli.methods import exported
+from lightning_peft.core.adapters.base import Adapter
+from lightning_peft.core.adapters.lookup import hosts
+from lightning_peft.core.batching.batched import BatchedLowRank, PerGroupOutput
+from tests import features
+from tests.holes import REFUSED
+from tests.kinds import KINDS
+from tests.table import METHODS, Row
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+_FAMILIES = {
+    "Weight methods": lp.WeightMethod,
+    "Activation methods": lp.ActivationMethod,
+    "Prefixes and prompts": lp.PEFTMethod,
+    "Selection methods": lp.SelectionMethod,
+}
+
+
+def _by_family() -> dict[str, list[type[lp.PEFTMethod]]]:
+    """The exported methods by the title of their family; "Prefixes and prompts" takes those of no other family."""
+    found: dict[str, list[type[lp.PEFTMethod]]] = {title: [] for title in _FAMILIES}
+    for method in sorted(exported(), key=lambda method: method.__name__.lower()):
+        fits = [title for title, family in _FAMILIES.items() if issubclass(method, family)]
+        found[next((title for title in fits if _FAMILIES[title] is not lp.PEFTMethod), fits[0])].append(method)
+    return found
+
+
+def _methods() -> list[type[lp.PEFTMethod]]:
+    return [method for members in _by_family().values() for method in members]
+
+
+def _rows() -> Iterator[tuple[type[lp.PEFTMethod], str, Row]]:
+    """The rows of tests/table.py with the class of each, without those of test methods."""
+    made = {name: type(row.make(KINDS["llama"])) for name, row in METHODS.items()}
+    for method in _methods():
+        yield from ((method, name, METHODS[name]) for name, made_by in made.items() if made_by is method)
+
+
+def _adapters(name: str, row: Row) -> list[tuple[nn.Module, Adapter]]:
+    """What a row attaches, with the module it is on, on the first kind of model that it does not refuse."""
+    kind = next(kind for kind in ("vit", "llama") if (name, kind) not in REFUSED)
+    model = KINDS[kind].build()
+    lp.apply(model, row.make(KINDS[kind]))
+    return [(host, a) for _, host in hosts(model) for a in host.adapters.values() if not a.is_passthrough]
+
+
+def exact_sums() -> str:
+    """The methods of which a weighted sum is exact: each adapter gives low-rank factors."""
+    exact = {}
+    for method, name, row in _rows():
+        if row.mergeable and not row.selects:
+            parts = [part for _, adapter in _adapters(name, row) for part in adapter.weights().values()]
+            exact[method.__name__] = exact.get(method.__name__, True) and all(p.low_rank() is not None for p in parts)
+    return ", ".join(f"`{name}`" for name, every in exact.items() if every)
+
+
+_SERVED = {
+    "all rows together: the factors are stacked (ranks padded), and two batched products are added to each layer. "
+    "Without gradients the factors are stacked once per `with`": lambda how: how is BatchedLowRank,
+    "the layer runs once on the whole batch, then each adapter runs on its rows": lambda how: how is PerGroupOutput,
+    "all rows together: keys or virtual tokens are padded to the longest and masked; outputs keep the "
+    "original lengths": callable,
+    "the module that contains all blocks (the encoder) runs once per group of rows": lambda how: how == "spans",
+    "the adapted layer runs once per group of rows with the same adapters": lambda how: how is None,
+}
+
+
+def served_rows() -> str:
+    """The table of docs/rows.md: how a mixed batch is served, from each adapter's ``batched_class``."""
+    found: dict[str, dict[str, None]] = {how: {} for how in _SERVED}
+    for method, name, row in _rows():
+        for host, adapter in [(None, None)] if row.selects else _adapters(name, row):
+            cls = adapter.batched_class(host) if adapter is not None and host is not None else None
+            how = "spans" if cls is None and adapter is not None and adapter.spans_hosts else cls
+            found[next(text for text, fits in _SERVED.items() if fits(how))][f"`{method.__name__}`"] = None
+    return "\n".join(
+        ["| adapters | how rows are computed |", "|---|---|"]
+        + [f"| {', '.join(names)} | {text} |" for text, names in found.items()]
+    )
+
+
+def reference() -> str:
+    """The methods of docs/api.md, by family."""
+    return "\n\n".join(
+        "\n".join([f"## {title}", "", *(f"::: lightning_peft.{method.__name__}" for method in members)])
+        for title, members in _by_family().items()
+    )
+
+
+LISTS = {
+    "api.md": {"methods": reference},
+    "many.md": {"exact sums": exact_sums},
+    "rows.md": {"served rows": served_rows},
+}
+
+
+def pages() -> Iterator[tuple[Path, str]]:
+    """Every page that holds a list, and what it should be."""
+    yield DOCS / "support.md", features.page()
+    for page, lists in LISTS.items():
+        text = (DOCS / page).read_text()
+        for name, make in lists.items():
+            begin, end = f"<!-- list: {name} -->\n", "<!-- end -->"
+            before, found, rest = text.partition(begin)
+            assert found, f"docs/{page} has no place for the list {name!r}: {begin}"
+            text = f"{before}{begin}\n{make()}\n\n{end}{rest.partition(end)[2]}"
+        yield DOCS / page, text
+
+
+if __name__ == "__main__":
+    for path, text in list(pages()):  # all before the first is written
+        path.write_text(text)
