@@ -139,7 +139,7 @@ class PEFTCLI(LightningCLI):
         path, model = self.config.get(f"{command}.ckpt_path"), self.config.get(f"{command}.model")
         if model is None or not path or not Path(path).is_file():
             return
-        checkpoint = read_torch_file(path)
+        checkpoint = read_torch_file(path, mmap=True)  # the Trainer reads the tensors, and checks them
         if not isinstance(checkpoint, dict):
             raise lp.StateError(f"{path} is not a checkpoint: it holds a {type(checkpoint).__name__}")
         given = self._given.get(f"{command}.model.init_args") or Namespace()

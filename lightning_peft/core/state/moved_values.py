@@ -1,7 +1,8 @@
 """Find the frozen values of a model that change without gradients: EMA teachers, centres, statistics, extra state.
 
-Buffers and extra state are compared with copies. Parameters are compared with digests, because a copy of a frozen base
-would double its memory. A digest reads each value once and is exact up to a coincidence of 64-bit sums.
+Buffers and extra state are compared with copies. Parameters, and buffers that hold packed weights (GPTQ, AWQ), are
+compared with digests, because a copy of a frozen base would double its memory. A digest reads each value once and is
+exact up to a coincidence of 64-bit sums.
 """
 
 from __future__ import annotations
@@ -28,23 +29,29 @@ class InitialValues:
     """The values that a base had when methods were applied to it, by canonical name.
 
     Attributes:
-        buffers: copies of the persistent buffers.
+        buffers: copies of the persistent buffers, without packed weights.
+        packed: marks of the buffers that hold packed weights.
         parameters: marks of the frozen parameters; None while nothing trains.
         trained: copies on the CPU of what trains, without base parameters that make up most of the base.
         extra: copies of the entries of ``state_dict`` that are neither parameters nor buffers.
     """
 
     buffers: dict[str, Tensor] = field(default_factory=dict)
-    parameters: dict[str, _ParameterDigest] | None = None
+    parameters: dict[str, _Digest] | None = None
     extra: dict[str, Any] = field(default_factory=dict)
     trained: dict[str, Tensor] = field(default_factory=dict)
+    packed: dict[str, _Digest] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: nn.Module) -> InitialValues:
         """The start of ``model`` as it is now; parameters are marked by :meth:`mark`."""
         stored = model.state_dict().keys()
-        buffers = {canonical(name): b.detach().clone() for name, b in model.named_buffers() if name in stored}
-        return cls(buffers, None, {key: _copy(value) for key, value in extra_state(model).items()})
+        buffers = {canonical(name): b.detach() for name, b in model.named_buffers() if name in stored}
+        return cls(
+            buffers={name: b.clone() for name, b in buffers.items() if not _is_packed(b)},
+            extra={key: _copy(value) for key, value in extra_state(model).items()},
+            packed={name: _Digest.of(b) for name, b in buffers.items() if _is_packed(b)},
+        )
 
     def keep(self, model: nn.Module, owned: Container[str]) -> None:
         """Copy the tensors in ``owned``, except where copies of the base would take more than half of its memory.
@@ -66,7 +73,7 @@ class InitialValues:
         """
         old = self.parameters or {}
         self.parameters = {
-            name: old[name] if name in old and old[name].comparable(parameter) else _ParameterDigest.of(parameter)
+            name: old[name] if name in old and old[name].comparable(parameter) else _Digest.of(parameter)
             for name, parameter in _base_parameters(model)
             if name not in self.trained
         }
@@ -88,13 +95,14 @@ class InitialValues:
         return found.union(self.moved_marks(model, trained))
 
     def moved_marks(self, model: nn.Module, without: Container[str]) -> list[str]:
-        """The names of the marked parameters that differ from their start."""
-        marks, merged = self.parameters or {}, _merged(model)
+        """The names of the marked parameters and buffers that differ from their start."""
+        marks, merged = {**(self.parameters or {}), **self.packed}, _merged(model)
+        buffers = ((canonical(name), buffer) for name, buffer in model.named_buffers())
         return [
             name
-            for name, parameter in _base_parameters(model)
+            for name, parameter in (*_base_parameters(model), *buffers)
             if name in marks and name not in without and id(parameter) not in merged
-            if marks[name].comparable(parameter) and marks[name] != _ParameterDigest.of(parameter)
+            if marks[name].comparable(parameter) and marks[name] != _Digest.of(parameter)
         ]
 
     def around(self, model: nn.Module, inner: str) -> InitialValues:
@@ -106,6 +114,7 @@ class InitialValues:
         found = InitialValues.of(model)
         found.buffers |= outer(self.buffers)
         found.extra |= outer(self.extra)
+        found.packed |= outer(self.packed)
         found.trained = outer(self.trained)
         if self.parameters is not None:
             found.parameters = outer(self.parameters)
@@ -125,15 +134,15 @@ def extra_state(model: nn.Module) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class _ParameterDigest:
-    """What tells whether a parameter's values have changed; of a sharded one, the values on this rank."""
+class _Digest:
+    """Tells whether a parameter or buffer has changed; of a sharded one, the values on this rank."""
 
     dtype: torch.dtype
     shape: torch.Size
     sums: tuple[int, ...] | None
 
     @classmethod
-    def of(cls, parameter: Tensor) -> _ParameterDigest:
+    def of(cls, parameter: Tensor) -> _Digest:
         local = local_part(parameter).detach()
         return cls(local.dtype, local.shape, _sums(local))
 
@@ -169,6 +178,11 @@ def _mixed(values: Tensor) -> Tensor:
     places = torch.arange(1, values.numel() + 1, device=values.device) * 0x1E3779B97F4A7C15
     mixed = (values + places) * 0x3F58476D1CE4E5B9
     return ((mixed ^ (mixed >> 32)) * 0x14D049BB133111EB).sum()
+
+
+def _is_packed(buffer: Tensor) -> bool:
+    """Whether a buffer holds packed weights: integers, and too many of them for counters or positions."""
+    return not (buffer.is_floating_point() or buffer.is_complex() or buffer.is_meta) and buffer.numel() > 65536
 
 
 def _merged(model: nn.Module) -> set[int]:

@@ -21,11 +21,9 @@ _SETS = {"hyper_parameters": "hparams_type", "datamodule_hyper_parameters": "dat
 def unreadable(value: Any) -> str | None:
     """Why ``torch.load(weights_only=True)`` would refuse ``value``, as torch's message says; None if it loads."""
     try:
-        torch.load(io.BytesIO(_pickled(value)), weights_only=True)
+        return _refusal(_pickled(value))
     except Exception as error:  # an object's __reduce__ can raise any exception
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        return next((line for line in lines if "GLOBAL" in line), lines[0] if lines else repr(error))
-    return None
+        return _reason(error)
 
 
 def pickle_unsafe_hparams(checkpoint: dict[str, Any]) -> None:
@@ -33,17 +31,30 @@ def pickle_unsafe_hparams(checkpoint: dict[str, Any]) -> None:
     apart: dict[str, dict[str, bytes]] = {}
     for key, kind in _SETS.items():
         values = checkpoint.get(key)
-        if values is None or (kind not in checkpoint and unreadable(values) is None):
+        if values is None:
             continue
         if checkpoint.pop(kind, None) is not None:  # Lightning stores this key for OmegaConf containers only
             from omegaconf import OmegaConf
 
             values = OmegaConf.to_container(values)
-        refused = {name for name, value in values.items() if unreadable(value) is not None}
-        checkpoint[key] = {name: value for name, value in values.items() if name not in refused}
-        apart[key] = {name: _pickled(values[name]) for name in refused}
+        pickled = {name: _pickled(value) for name, value in values.items()}
+        apart[key] = {name: data for name, data in pickled.items() if _refusal(data) is not None}
+        checkpoint[key] = {name: value for name, value in values.items() if name not in apart[key]}
     if any(apart.values()):
         checkpoint[UNSAFE_HPARAMS] = apart
+
+
+def _refusal(pickled: bytes) -> str | None:
+    try:
+        torch.load(io.BytesIO(pickled), weights_only=True)
+    except Exception as error:  # whatever torch or the object raises
+        return _reason(error)
+    return None
+
+
+def _reason(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return next((line for line in lines if "GLOBAL" in line), lines[0] if lines else repr(error))
 
 
 def restore_unsafe_hparams(checkpoint: dict[str, Any]) -> None:

@@ -93,3 +93,11 @@ def test_a_later_forward_that_skips_the_adapters_is_an_error_at_its_first_call()
         model(X)
     with pytest.raises(RuntimeError, match="the adapters of a Linear did not run: its forward was replaced"):
         model(X)
+
+
+def test_a_replaced_forward_may_call_its_module_again():
+    model = with_(lp.LoRA(r=2), net())
+    inner, expected = model.mid.forward, model(X)
+    model.mid.forward = lambda x, again=True: model.mid(x, False) if again else inner(x)  # type: ignore[method-assign]
+    close(model(X), expected)
+    close(model(X), expected)

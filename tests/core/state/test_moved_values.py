@@ -101,3 +101,17 @@ def test_what_a_deleted_method_trained_stays_part_of_the_state():
     lp.apply(model, lp.LoRA(r=2, targets=["0"], trainable=["1"]), lp.LoRA(r=2, targets=["0"], name="b"))
     lp.delete_adapter(model, "default")
     assert {"1.weight", "1.bias"} <= set(lp.adapter_state(model))
+
+
+def test_packed_weights_are_not_copied():
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    model.register_buffer("qweight", torch.randint(-(2**31), 2**31, (300, 300), dtype=torch.int32))
+    lp.apply(model, lp.LoRA(r=2))
+    start = model._peft_injection.start
+    assert start.buffers.keys() == {"1.running_mean", "1.running_var", "1.num_batches_tracked"}
+    assert set(lp.adapter_state(model)) == {"0.adapters.default.lora_A", "0.adapters.default.lora_B"}
+    lp.reset(model)
+    model.qweight[299, 299] ^= 1
+    assert "qweight" in lp.adapter_state(model)
+    with pytest.raises(lp.StateError, match="qweight"):
+        lp.reset(model)
