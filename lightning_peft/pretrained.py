@@ -73,14 +73,14 @@ def load_model(auto_class: Any, model: str, pretrained: bool, dtype: str | None,
     if dtype is not None and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ValueError(f"dtype={dtype!r} is not a torch dtype: use float32, bfloat16, float16 or None.")
     if refused := sorted(config.keys() & {"trust_remote_code", "code_revision"}):
-        raise ValueError(f"config={refused}: code in model folders is never run: build the model in your module")
+        raise ValueError(f"config={refused}: code in model folders is never run; build the model in your own module")
     where = locate(model)
     configuration = AutoConfig.from_pretrained(where, **config, **NO_CODE)
     if pretrained:
         network = auto_class.from_pretrained(where, config=configuration, **NO_CODE)
     else:
         network = auto_class.from_config(configuration)
-        raise ValueError(f"config={refused}: code in a model folder is never run: build the model in your module")
+        raise ValueError(f"config={refused}: code in model folders is never run; build the model in your own module")
     return network if dtype is None else network.to(getattr(torch, dtype))
 
 

@@ -238,7 +238,7 @@ def test_code_in_a_model_folder_is_not_run(trained):
     Path("folder/hostile_library.py").write_text(CANARY)
     with pytest.raises(ValueError, match="trust_remote_code"):
         TextClassifier("folder")
-    with pytest.raises(ValueError, match="code in a model folder is never run"):
+    with pytest.raises(ValueError, match="code in model folders is never run"):
         TextClassifier("demo", config={"trust_remote_code": True})
     said = {"_class_path": "lightning_peft.tasks.TextClassifier", "config": {"trust_remote_code": True}}
     assert "--model.config=..." in refused(lambda path: main(["merge", path, "out"]), saved(trained, **said))
