@@ -91,6 +91,7 @@ def load_adapter(
         )
     taken = [*adapter_names(root), *(record.methods if (record := injection_state(root)) is not None else ())]
     plans: dict[str, tuple[Method, Plan]] = {}
+    # All adapters are planned before any is installed, so an error in one leaves the model unchanged.
     for folder in folders:
         files = read_files(folder)
         called = name or (folder.name if len(folders) > 1 else saved_name(files))

@@ -78,6 +78,7 @@ def _prepare(trainer: Any) -> None:
 
 
 def _injected(model: nn.Module) -> None:
+    """Prepare the running Trainer whose module contains ``model``; called after every injection."""
     for trainer in list(_trainers):
         module = trainer.lightning_module if trainer.state.status == "running" else None
         if module is not None and any(part is model for part in module.modules()):

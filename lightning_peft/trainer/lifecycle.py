@@ -89,6 +89,7 @@ class Lifecycle(Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         audit.audit_ranks(pl_module)
         self._loaders.saved.restore(trainer)
+        # Not in on_load_checkpoint: the module may not be on its device yet.
         for name, parameter in pl_module.named_parameters():
             if canonical(name) in self._gradients:
                 parameter.grad = self._gradients[canonical(name)].to(parameter.device)

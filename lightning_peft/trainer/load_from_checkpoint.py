@@ -100,6 +100,8 @@ def _install_saved(
     """Inject the methods in order, each as in the run: training base parameters in place, or as overrides."""
     names = [name for name, _ in (*module.named_modules(), *module.named_parameters())]
     for method, trains, copies in methods:
+        # The file's configuration decides how much is allocated and which patterns run, so both are limited: sizes by
+        # the tensors that the file really has, patterns to those that cannot take exponential time.
         check_regexes({"config": method.config()}, names)
         record = injection_state(module)
         if trains and not copies:

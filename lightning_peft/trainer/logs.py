@@ -41,7 +41,7 @@ def log_end(trainer: L.Trainer, model: nn.Module) -> None:
     for callback in trainer.checkpoint_callbacks:
         path = Path(getattr(callback, "best_model_path", "") or "")
         if path.is_file():
-            lines.append(f"checkpoint {path} {_size(path.stat().st_size)} (with optimizer state where it has one)")
+            lines.append(f"checkpoint {path} {_size(path.stat().st_size)} (including optimizer state, if any)")
     Console().print("\n".join(lines), highlight=False, soft_wrap=True)
     for logger in _wandb_loggers(trainer.loggers):
         _log_adapter(logger, model)
@@ -103,7 +103,7 @@ def continue_runs(trainer: Any, ids: Iterable[str | None]) -> None:
             shutil.rmtree(folder, ignore_errors=True)
         logger._experiment = None
         _set_run_id(logger, run_id)
-        _ = logger.experiment
+        _ = logger.experiment  # starts the run, now under the old id
 
 
 def _wandb_loggers(loggers: Iterable[Any]) -> list[Any]:

@@ -46,7 +46,7 @@ class TrainingMode:
     def leave(self) -> None:
         """Restore the mode of every module that :meth:`enter` changed."""
         for module, mode in self._before.items():
-            module.training = mode
+            module.training = mode  # not train(mode), which would change the children too
         self._before = {}
 
 

@@ -78,6 +78,7 @@ class AdaptedModule(_LightningModule):
                 "be trained: return an optimizer over lp.trainable_parameters(self)"
             )
         remember_schedulers(result)
+        # In this order: the frozen weights in the user's groups show which group each adapter belongs to.
         add_adapters(optimizers, self)
         record = injection_state(self)
         drop_frozen(optimizers, self)
@@ -112,6 +113,7 @@ class AdaptedModule(_LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
+        # After the user's hook, which may have removed keys. With some strategies only rank 0 has a complete state.
         if self._trainer is None or self._trainer.is_global_zero:
             check_complete(self, checkpoint["state_dict"], f"{original_class(self).__name__}.on_save_checkpoint")
         pickle_unsafe_hparams(checkpoint)

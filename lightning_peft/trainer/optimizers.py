@@ -70,6 +70,7 @@ def _without_adapters(module: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
+        # Restore the original order too, because the order of the module's parameters follows from it.
         for children, all_of_them in before:
             children.clear()
             children.update(all_of_them)

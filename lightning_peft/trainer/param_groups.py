@@ -52,6 +52,7 @@ def split_groups(
         for position, parameter in enumerate(group["params"]):
             options = dict(assign(parameter))
             _check(options, group, optimizer)
+            # By repr, because values such as lists and tensors cannot be compared as keys.
             key = tuple(sorted((name, repr(value)) for name, value in options.items()))
             parts.setdefault(key, (options, []))[1].append(position)
         for options, positions in parts.values() or [({}, [])]:

@@ -33,7 +33,7 @@ def try_saving(trainer: L.Trainer, module: Any) -> None:
         StateError: if hooks remove part of the trainable state, or the manifest could not be read again.
         AuditError: if a trainable adapter could not be saved.
     """
-    if _is_sharded(module):
+    if _is_sharded(module):  # collecting its state would gather tensors on all ranks
         return
     if trainer.checkpoint_callbacks:
         _try_manifest(module)

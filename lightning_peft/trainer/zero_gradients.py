@@ -138,4 +138,4 @@ def _groups(model: nn.Module) -> Iterator[_Group]:
         else:
             single = map(root.get_parameter, trains.parameters)
             parameters = (*single, *(p for part in modules.values() for p in part))
-            yield _Group(f"what {type(record.methods[name]).__name__} {name!r} trains", None, parameters)
+            yield _Group(f"parameters trained by {type(record.methods[name]).__name__} {name!r}", None, parameters)

@@ -107,6 +107,7 @@ def take_base_values(
     for key in tensors.keys():  # noqa: SIM118
         name = ".".join(part for part in key.removeprefix(prefix).split(".") if part != "base_layer")
         if key.startswith(prefix) and name in state and name not in values:
+            # PEFT also writes values that did not train. Those that equal the base's need no override.
             value = tensors.take(key.removeprefix(prefix), prefix=prefix)
             if value.shape != state[name].shape or not torch.equal(value, state[name].to(value)):
                 values[name] = value

@@ -174,7 +174,7 @@ def parameters_of(module_class: type) -> dict[str, inspect.Parameter]:
         parameters = list(inspect.signature(init).parameters.values())[1:]
         for parameter in parameters:
             hint = parameter.annotation
-            if isinstance(hint, str):
+            if isinstance(hint, str):  # an annotation in the user's own source, never text from a checkpoint
                 try:
                     hint = eval(hint, dict(vars(inspect.getmodule(cls))))
                 except Exception:

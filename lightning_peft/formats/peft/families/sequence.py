@@ -196,7 +196,7 @@ def _adapters(snapshot: Snapshot, kind: type[nn.Module]) -> dict[str, Any]:
 def _without_reparameterization(adapter: Any, snapshot: Snapshot) -> Any:
     """The prompt, or the keys and values, that the adapter's network computes in eval mode."""
     mode = adapter.training
-    adapter.eval()
+    adapter.eval()  # with dropout in its encoder, the saved prompt would be random
     try:
         if isinstance(adapter, PrefixAdapter):
             return [snapshot.take(part) for part in adapter.key_values()]
