@@ -85,7 +85,7 @@ def test_a_rank_above_both_sides_of_a_matrix(tmp_path):
     ("method", "said"),
     [
         (lp.LoRA(r=2, targets=["conv1"]), "dilation"),
-        (lp.DoRA(r=2, targets=["attn"]), "no DoRA"),
+        (lp.DoRA(r=2, targets=["attn"]), "does not support DoRA"),
     ],
 )
 def test_layers_that_peft_cannot_run_are_saved_natively(method, said, tmp_path):
