@@ -77,7 +77,7 @@ class Ignored(Toy):
 def test_trained_modules(tmp_path: Path) -> None:
     with pytest.raises(lp.AuditError, match=r"gradient of module 'other' was exactly zero"):
         fit(tmp_path, Ignored(), lora(trainable=["head", "other"]))
-    with pytest.raises(lp.AuditError, match=r"gradient of parameters trained by LinearProbe 'default' was exactly zero"):
+    with pytest.raises(lp.AuditError, match=r"parameters trained by LinearProbe 'default' was exactly zero"):
         fit(tmp_path, Ignored(), lp.LinearProbe(targets=["other"]))
 
 
