@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from lightning_peft.core.module_io import parameters_of, tensors_in
 from lightning_peft.core.targeting.base_modules import base_modules
 
-__all__ = ["TRIAL_LENGTH", "last_layers", "sources", "try_forward"]
+__all__ = ["TRIAL_LENGTH", "embeddings_problem", "failure", "last_layers", "sources", "try_forward"]
 
 #: sequence length of a trial input; an unlikely number of classes, so that sequence and class outputs differ in shape
 TRIAL_LENGTH = 11
@@ -137,6 +137,26 @@ def failure(model: nn.Module, prepare: Callable[[nn.Module], None]) -> tuple[boo
         else:
             return True, None
     return error is not None, error
+
+
+def embeddings_problem(model: nn.Module) -> Exception | None:
+    """Return the error of a trial with ``inputs_embeds`` in place of ``input_ids``; None if it works or is impossible.
+
+    Args:
+        model: a module whose forward takes both; it is not changed.
+    """
+
+    def embed_first(twin: Any) -> None:
+        forward = twin.forward
+
+        def embedded(**kwargs: Any) -> Any:
+            if (ids := kwargs.pop("input_ids", None)) is not None:
+                kwargs["inputs_embeds"] = twin.get_input_embeddings()(ids)
+            return forward(**kwargs)
+
+        twin.forward = embedded
+
+    return failure(model, embed_first)[1]
 
 
 def _run(

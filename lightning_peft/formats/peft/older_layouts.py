@@ -9,9 +9,11 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_peft.core.class_swap import original_class
 from lightning_peft.core.names import leaf
 from lightning_peft.core.optional import config_value
 from lightning_peft.core.targeting.base_model import Base, depth_of
+from lightning_peft.core.untrusted import FormatError
 from lightning_peft.formats.peft.converter import PREFIX, NotInPeftError
 
 __all__ = ["check_not_renamed", "in_current_layout"]
@@ -31,7 +33,11 @@ def in_current_layout(
 
     For example, LLaVA's ``language_model.model.layers`` became ``model.language_model.layers``. The changes come from
     transformers' own table. A name is changed only if a longer part of the new name exists in the base.
+
+    Raises:
+        FormatError: tensors of single experts, for a base that stacks its experts.
     """
+    _check_experts(tensors, base)
     rename = _renaming(base)
     if rename is None:
         return dict(config), dict(tensors)
@@ -45,6 +51,18 @@ def in_current_layout(
     options = {option: renamed(value) if option in named else value for option, value in config.items()}
     keys = {key: PREFIX + rename(key.removeprefix(PREFIX)) if key.startswith(PREFIX) else key for key in tensors}
     return options, {keys[key]: value for key, value in tensors.items()}
+
+
+def _check_experts(tensors: Iterable[str], base: Base) -> None:
+    single = re.compile(r"(^|\.)experts\.\d+(\.|$)")
+    key = next(filter(single.search, tensors), None)
+    if key is None or any(single.search(name) for name, _ in base.module.named_modules()):
+        return
+    raise FormatError(
+        f"{key} belongs to a single expert, which was a module in transformers before release 5; "
+        f"{original_class(base.module).__name__} stacks the experts' weights in one parameter. Convert the file with "
+        "peft: PeftModel.from_pretrained(base, folder).save_pretrained(new_folder), and load the new folder"
+    )
 
 
 def _renaming(base: Base) -> Callable[[str], str] | None:

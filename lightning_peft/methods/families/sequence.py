@@ -8,6 +8,7 @@ from typing import Any, Literal
 from attrs import field
 from torch import Tensor, nn
 
+from lightning_peft.core.adapters.lookup import hosts
 from lightning_peft.core.adapters.virtual_tokens import TokenTemplate
 from lightning_peft.core.class_swap import original_class
 from lightning_peft.core.module_io import parameters_of
@@ -27,6 +28,7 @@ from lightning_peft.core.targeting.token_modules import (
     token_models,
     token_width,
 )
+from lightning_peft.core.targeting.trial_forward import embeddings_problem
 from lightning_peft.methods.families.arguments import optional, positive_int
 from lightning_peft.methods.families.method import PEFTMethod
 from lightning_peft.methods.families.prompt_adapters import PromptAdapter, PromptLabels, PromptMask, PromptStrip
@@ -76,6 +78,13 @@ class PromptMethod(PEFTMethod):
         name, other = self.find(model)
         host: Any = model.get_submodule(name)
         tokens = "inputs_embeds" in parameters_of(host) and input_embedding(host) is not None
+        untouched = next(hosts(host), None) is None  # otherwise a trial would run the adapters that are there
+        if tokens and untouched and (problem := embeddings_problem(host)) is not None:
+            raise TargetError(
+                f"{name!r} ({original_class(host).__name__}) runs with input_ids but not with inputs_embeds "
+                f"({type(problem).__name__}): it computes something else from the ids, as Gemma 4 does for its "
+                "per-layer embeddings, and virtual tokens have no ids. Use a method that adapts weights, such as LoRA"
+            )
         embedding = host.get_input_embeddings() if tokens else None
         if embedding is not None and not isinstance(embedding, nn.Embedding):
             raise TargetError(f"the input embedding of {name!r} is a {type(embedding).__name__}, not an nn.Embedding")

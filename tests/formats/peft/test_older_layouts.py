@@ -78,3 +78,27 @@ def test_an_unknown_option_is_ignored_on_demand(tmp_path):
         lp.load_adapter(copy.deepcopy(base), tmp_path)
     lp.load_adapter(here := copy.deepcopy(base), tmp_path, ignore_options=["quantum"])
     torch.testing.assert_close(logits(here, x), logits(theirs, x), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_single_experts_of_mixtral_before_transformers_5(tmp_path):
+    sizes = {**SMALL, "vocab_size": 64, "num_key_value_heads": 2, "num_local_experts": 2}
+    base, x = moved(transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes))), torch.randint(3, 59, (2, 6))
+    shapes = {"w1": (32, 48), "w2": (48, 32), "w3": (32, 48)}
+    tensors = {}
+    for expert in range(2):
+        for name, (inputs, outputs) in shapes.items():
+            key = f"base_model.model.model.layers.0.block_sparse_moe.experts.{expert}.{name}"
+            tensors |= {f"{key}.lora_A.weight": torch.randn(2, inputs), f"{key}.lora_B.weight": torch.randn(outputs, 2)}
+    options = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 2, "lora_alpha": 4, "target_modules": [*shapes]}
+    write_files(tmp_path / "old", options, tensors, {}, None)
+    with pytest.raises(
+        lp.FormatError, match=r"experts\.0\.w1.* belongs to a single expert.*Convert the file with peft"
+    ):
+        lp.load_adapter(copy.deepcopy(base), tmp_path / "old")
+
+    theirs = read_by_peft(base, tmp_path / "old")  # as the message says
+    theirs.save_pretrained(tmp_path / "new")
+    lp.load_adapter(here := copy.deepcopy(base), tmp_path / "new")
+    torch.testing.assert_close(logits(here, x), logits(theirs, x))
+    assert not torch.allclose(logits(here, x), logits(base, x))
