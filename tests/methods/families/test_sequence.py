@@ -31,7 +31,7 @@ def gemma4() -> nn.Module:
 def test_a_model_that_needs_the_token_ids_is_refused(method):
     model = gemma4()
     before = [(name, type(module)) for name, module in model.named_modules()]
-    with pytest.raises(lp.TargetError, match="'model' .*runs with input_ids but not with inputs_embeds.*such as LoRA"):
+    with pytest.raises(lp.TargetError, match=r"'model' .*runs with input_ids but not with inputs_embeds.*such as LoRA"):
         lp.apply(model, method(3))
     assert [(name, type(module)) for name, module in model.named_modules()] == before
     lp.apply(model, lp.LoRA(2))
