@@ -1,7 +1,7 @@
 """The base class of adapters that change a module's output.
 
-An adapter sees the module's input and its output. The output may be a tensor, a tuple or a mapping whose first
-tensor is the hidden state (Hugging Face's ``ModelOutput`` included); the rest is passed on as it is.
+An adapter gets the module's input and its output. The output may be a tensor, or a tuple or mapping (including Hugging
+Face's ``ModelOutput``) whose first tensor is the hidden state; the other entries are returned unchanged.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ __all__ = ["ActivationAdapter", "InputCapture"]
 
 
 class ActivationAdapter(Adapter):
-    """An adapter that is a function of activations; a subclass gives :meth:`forward`.
+    """An adapter that is a function of activations. Subclasses implement :meth:`forward`.
 
     Args:
-        site: where it attaches; gives ``site.width`` and ``site.axis``.
+        site: where it attaches, with the number of features (``site.width``) and their dimension (``site.axis``).
 
     Example::
 
@@ -43,7 +43,7 @@ class ActivationAdapter(Adapter):
         lp.apply(model, Gate(targets=["v_proj"]))
     """
 
-    #: whether ``x`` must be the sub-layer's input where that is another module's than the host's
+    #: True if ``x`` must be the input of the sub-layer even when another module than the host receives it
     reads_input = False
 
     def __init__(self, site: ActivationSite) -> None:
@@ -51,10 +51,10 @@ class ActivationAdapter(Adapter):
         self.site_name = site.name
         self.width = site.width
         self.axis = site.axis
-        self.captures: tuple[InputCapture, ...] = ()  # in a tuple, so that it is no child
+        self.captures: tuple[InputCapture, ...] = ()  # a tuple, because a module attribute would become a child
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """The new output from the input ``x`` and the output ``y`` so far; shaped as ``y``."""
+        """Return the new output, in the shape of ``y``, given the input ``x`` and the output ``y`` so far."""
         raise NotImplementedError
 
     def run(self, host: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -63,15 +63,15 @@ class ActivationAdapter(Adapter):
         return with_hidden_state(output, self.after(host, y if x is None else x, y))
 
     def reads(self, args: tuple, kwargs: Mapping[str, Any]) -> Tensor | None:
-        """The sub-layer's input, in a call of the host that ends it; None where there is none."""
+        """Return the sub-layer's input, in a call of the host; None if there is none."""
         return self.captures[0].take() if self.captures else first_tensor(args, kwargs)
 
     def after(self, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        """The new output of some rows, given their input and their output so far."""
+        """Return the new output of some rows, given their input and their output so far."""
         if y.shape[self.axis] != self.width:
             raise ValueError(
-                f"{self.site_name!r} gives an output of shape {tuple(y.shape)}, whose dimension {self.axis} is not the "
-                f"{self.width} features its layers promise: set width= (and channels_first=) to what it gives"
+                f"{self.site_name!r} returned an output of shape {tuple(y.shape)}, but dimension {self.axis} was "
+                f"expected to hold {self.width} features: set width= (and channels_first=) to match the output"
             )
         return self(x, y)
 
@@ -80,7 +80,7 @@ class ActivationAdapter(Adapter):
 
 
 class InputCapture(Adapter):
-    """Captures the input of the module it sits on for the adapter at the end of the sub-layer. It has no parameters."""
+    """Captures its host's input for the adapter at the end of the sub-layer. It has no parameters."""
 
     is_passthrough = True
 
@@ -91,7 +91,7 @@ class InputCapture(Adapter):
 
     @property
     def captured(self) -> Tensor | None:
-        """The input of the run in progress in this thread; None once it is taken."""
+        """The input captured in this thread; None after :meth:`take`."""
         return getattr(self._runs, "captured", None)
 
     @captured.setter
@@ -106,14 +106,17 @@ class InputCapture(Adapter):
         return BatchedPassthrough
 
     def take(self) -> Tensor:
-        """The input of the run in progress, once."""
+        """Return the captured input and forget it, so that a later run cannot read an old input by mistake."""
         x, self.captured = self.captured, None
         if x is None:
-            raise RuntimeError(f"{self.reader!r} ran before the module whose input its adapter reads")
+            raise RuntimeError(
+                f"the adapter on {self.reader!r} has no input: the module ran before the one whose input the adapter "
+                "reads. Exclude it"
+            )
         return x
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k != "_runs"}  # a copy is in no run
+        return {k: v for k, v in self.__dict__.items() if k != "_runs"}  # thread-local: cannot be pickled
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -1,13 +1,15 @@
-"""Give an attention module's own attention call more keys and values while it runs.
+"""Add keys and values to the attention calls that a module makes while it runs.
 
-A ``TorchFunctionMode`` sees every call of ``scaled_dot_product_attention`` and ``multi_head_attention_forward`` made
-inside the module, by whatever name it was imported, and gives it the prefix. A mode is used rather than a patched
-global because it belongs to the thread (a recomputation under gradient checkpointing, another replica's thread),
-leaves torch as it is, turns off the inference fast path of ``nn.MultiheadAttention``, and is traced by
-``torch.compile`` without a graph break.
+Models compute keys and values in many ways, but most end in ``scaled_dot_product_attention`` or
+``multi_head_attention_forward``. A ``TorchFunctionMode`` intercepts these calls while the module runs, whatever name
+they were imported under, and adds the prefix. It has advantages over patching the functions in ``torch``:
 
-Hugging Face's "eager" attention calls neither function. It is reached through the library's own registry: while
-the module runs, its ``config`` names an attention function of ours, which calls the model's.
+* it applies to one thread only, so other replicas and recomputations under gradient checkpointing are unaffected;
+* it disables the inference fast path of ``nn.MultiheadAttention``, which would skip the Python call;
+* ``torch.compile`` traces it without a graph break.
+
+Hugging Face's "eager" attention calls neither function. It is intercepted through the library's own registry: while
+the module runs, its ``config`` selects an attention function of this package, which calls the model's own.
 """
 
 from __future__ import annotations
@@ -32,18 +34,18 @@ __all__ = ["AttentionError", "KeysAndValues", "call_with_prefix", "mask_columns"
 
 
 class AttentionError(RuntimeError):
-    """An adapted attention module attended in a way that cannot be given a prefix."""
+    """An adapted module computed attention in a way that does not accept a prefix."""
 
 
 class KeysAndValues(Protocol):
-    """What :func:`call_with_prefix` puts into an attention call."""
+    """The prefix that :func:`call_with_prefix` adds to attention calls."""
 
     def extend(self, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Longer keys and values (..., heads, length, width), and the mask for them."""
+        """Return extended keys and values (..., heads, length, width), and the mask that covers them."""
         ...
 
     def add(self, out: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """The attention's output, given what it attended with."""
+        """Return the new attention output, given the queries, keys and values it was computed from."""
         ...
 
     @property
@@ -53,14 +55,14 @@ class KeysAndValues(Protocol):
 
 
 def call_with_prefix(host: Any, prefix: KeysAndValues, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """``call(*args, **kwargs)``, the forward of ``host``, whose attention calls get ``prefix``.
+    """Return ``call(*args, **kwargs)``, the forward of ``host``, with ``prefix`` added to its attention calls.
 
     Raises:
-        AttentionError: ``host`` made no attention call that could be given it.
+        AttentionError: if ``host`` did not make an attention call that was intercepted.
     """
     before = getattr(_CALLS, "modes", ())
     outer = _mode(host)
-    if outer is not None:  # another prefix on the same module
+    if outer is not None:  # a second prefix on the same module: the mode that is already active adds both
         outer.prefixes.append(prefix)
         try:
             return call(*args, **kwargs)
@@ -89,13 +91,16 @@ def call_with_prefix(host: Any, prefix: KeysAndValues, call: Callable[..., Any],
 
 
 def mask_columns(mask: Tensor, key: Tensor) -> Tensor:
-    """``mask`` (..., 1 or length) with a column for each key (..., length, width).
+    """Expand ``mask`` (..., 1 or length) to one column per key (..., length, width).
 
     Raises:
-        AttentionError: a mask that is no plain tensor.
+        AttentionError: if the mask is not a plain tensor.
     """
     if type(mask) not in (Tensor, torch.nn.Parameter):
-        raise AttentionError(f"a mask of type {type(mask).__name__} cannot be widened for a prefix")
+        raise AttentionError(
+            f"an attention mask of type {type(mask).__name__} cannot be extended for a prefix: pass a plain tensor, or "
+            "exclude the module"
+        )
     return mask if mask.shape[-1] == key.shape[-2] else mask.expand(*mask.shape[:-1], key.shape[-2])
 
 
@@ -142,7 +147,8 @@ def _sdpa(
     enable_gqa: bool = False,
 ) -> Tensor:
     if prefix.extends and is_causal:
-        # The flag means the upper left triangle, which would hide the prefix; write the mask out.
+        # The flag aligns the causal mask with the upper left corner. With a prefix in front of the keys it would hide
+        # the wrong ones, so it is replaced by an explicit mask.
         attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
         is_causal = False
     keys, values, mask = prefix.extend(key, value, attn_mask)
@@ -180,9 +186,14 @@ def _multi_head(
     average_attn_weights: bool = True,
     is_causal: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """``torch.nn.functional.multi_head_attention_forward`` with a prefix; inputs (length, batch, width)."""
+    """``torch.nn.functional.multi_head_attention_forward`` with a prefix; inputs (length, batch, width).
+
+    Reimplemented because the original has no argument for extra keys and values after the projection.
+    """
     if static_k is not None or static_v is not None:
-        raise AttentionError("multi_head_attention_forward with static_k or static_v takes no prefix")
+        raise AttentionError(
+            "multi_head_attention_forward with static_k or static_v does not accept a prefix: exclude this module"
+        )
     batched = query.ndim == 3
     if not batched:
         query, key, value = (t.unsqueeze(1) for t in (query, key, value))
@@ -227,7 +238,7 @@ def _multi_head(
     out = prefix.add(out, q, k, v, scale)
     out = F.linear(out.permute(2, 0, 1, 3).reshape(length, batch, embed_dim), out_weight, out_bias)
     if attention is not None:
-        # The user's own columns; what is missing to a sum of 1 went to the prefix.
+        # Return the columns of the user's own keys. They sum to less than 1: the prefix received the rest.
         attention = attention[..., attention.shape[-1] - source - extra :]
         attention = attention.mean(1) if average_attn_weights else attention
     if not batched:
@@ -236,19 +247,19 @@ def _multi_head(
 
 
 def _additive(mask: Tensor | None, like: Tensor) -> Tensor | None:
-    """A mask that is added to scores; a boolean one of nn.MultiheadAttention says what to leave out."""
+    """Return ``mask`` in additive form; in the boolean masks of nn.MultiheadAttention, True hides a key."""
     if mask is None or mask.is_floating_point():
         return mask
     return torch.zeros_like(mask, dtype=like.dtype).masked_fill_(mask.bool(), float("-inf"))
 
 
-# The calls that this thread is in: attention modules, each with its mode.
+# The attention modules that are running in this thread, each with its mode.
 _CALLS = threading.local()
 _LOCK = threading.Lock()
 
 
 def _mode(host: Any) -> _Mode | None:
-    """The mode of the call of ``host`` that this thread is in."""
+    """Return the mode of ``host`` if it is running in this thread, else None."""
     for module, mode in getattr(_CALLS, "modes", ()):
         if module is host:
             return mode
@@ -256,11 +267,14 @@ def _mode(host: Any) -> _Mode | None:
 
 
 class _PrefixedConfig:
-    """A Hugging Face configuration that names our attention function and is the original otherwise.
+    """A Hugging Face configuration that selects this package's attention function.
+
+    Everything else is read from the original. Threads that run ``host`` without a prefix also read the original
+    attention function, because all threads share the configuration.
 
     Args:
-        host: the module whose configuration it is. Calls by a thread that gives it no prefix see the original.
-        config: the original.
+        host: the module that the configuration belongs to.
+        config: the original configuration.
     """
 
     def __init__(self, host: Any, config: Any) -> None:
@@ -277,7 +291,7 @@ class _PrefixedConfig:
 
 
 def _route(host: Any, users: int) -> None:
-    """Count the calls of ``host`` in progress; while there are any, its configuration is a :class:`_PrefixedConfig`."""
+    """Count the calls of ``host`` in progress; during any, replace its configuration by a :class:`_PrefixedConfig`."""
     if torch.compiler.is_compiling():
         return _count(host, users)
     with _LOCK:
@@ -299,6 +313,7 @@ def _register() -> None:
 
 
 def _eager(module: Any, *args: Any, **kwargs: Any) -> Any:
+    # Every model file of transformers defines its own eager_attention_forward: take it from the forward's module.
     original = inspect.unwrap(original_class(module).forward).__globals__  # type: ignore[attr-defined]
     mode = _mode(module)
     assert mode is not None
@@ -316,7 +331,7 @@ def _around_eager(
     **kwargs: Any,
 ) -> Any:
     keys, values, mask = prefix.extend(key, value, attention_mask)
-    if kwargs.get("position_bias") is not None:  # no distance to the prefix, so no bias
+    if kwargs.get("position_bias") is not None:  # the prefix has no distance to the queries, so its bias is zero
         kwargs["position_bias"] = F.pad(kwargs["position_bias"], (keys.shape[-2] - key.shape[-2], 0))
     out, weights = call(query, keys, values, mask, **kwargs)
     scale = kwargs.get("scaling")

@@ -1,8 +1,8 @@
-"""What an adapter is: the small module that one method puts into one module of the base.
+"""The base classes of adapters: the small modules that a method inserts into modules of the base.
 
-A weight method subclasses :class:`WeightAdapter` and gives ``delta`` (or ``transform``); forward, merge, types,
-convolutions and embeddings follow. Where it can be computed more cheaply on activations, it gives ``output`` as
-well.
+A weight method subclasses :class:`WeightAdapter` and implements ``delta``, or ``transform`` if the change is not
+additive; forward, merge, dtypes, convolutions and embeddings then work automatically. It may also implement ``output``
+if the update is cheaper to compute on activations.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from lightning_peft.core.targeting.sites import Site
 
 __all__ = ["BIASES", "Adapter", "WeightAdapter", "WeightGroup"]
 
-#: the bias that goes with a weight, by name in the host
+#: maps the name of a weight in its host to the name of its bias
 BIASES = {"weight": "bias", "in_proj_weight": "in_proj_bias", "out_proj.weight": "out_proj.bias"}
 
 
 class Adapter(nn.Module):
-    """Base class of all adapters: runs around the module that carries it.
+    """Base class of all adapters. An adapter runs around the module that carries it, its host.
 
     Most adapters derive from :class:`lightning_peft.WeightAdapter` or :class:`lightning_peft.ActivationAdapter`.
 
@@ -35,78 +35,80 @@ class Adapter(nn.Module):
                 return y + 0.01 * torch.randn_like(y) if self.training else y
     """
 
-    #: what it raises in a forward of a module that it does not fit; a trial forward before injection looks for these
+    #: errors raised in the forward of a host that the adapter does not fit; a trial before injection looks for these
     misfit_errors: ClassVar[tuple[type[Exception], ...]] = ()
-    #: whether it only looks on, so that the module computes the same with it as without
+    #: True if the adapter never changes the module's output
     is_passthrough: ClassVar[bool] = False
-    #: whether a batch without certain tokens leaves it without a gradient
+    #: True if the adapter gets no gradient from a batch that lacks certain tokens
     needs_its_tokens: ClassVar[bool] = False
 
     def run(self, host: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """The host's output, given ``call``, the host's forward with the adapters before this one."""
+        """Return the host's output; ``call`` runs the host's forward with the adapters before this one."""
         raise NotImplementedError
 
     def weights(self) -> Mapping[str, WeightAdapter]:
-        """The adapters of the host's weights in this one, by parameter name; empty where it has none."""
+        """Return the weight adapters that this adapter consists of, by parameter name in the host."""
         return {}
 
     def overrides(self) -> Mapping[str, Tensor]:
-        """What stands in place of the host's own parameters and buffers, by name; empty where nothing does."""
+        """Return values that replace parameters and buffers of the host while the adapter runs, by name."""
         return {}
 
     def changes(self) -> frozenset[str]:
-        """The names of the host's parameters and buffers that have another value with this adapter."""
+        """Return the names of the host's parameters and buffers whose value this adapter changes."""
         found = {*self.overrides(), *self.weights()}
         changed = {p for p, part in self.weights().items() if part.changes_bias and p in BIASES}
         return frozenset(found | {BIASES[parameter] for parameter in changed})
 
     def unreadable(self) -> str | None:
-        """Why code that reads an adapted weight cannot get what this adapter does to it now; None if it can."""
+        """Return why code that reads an adapted weight cannot get the correct value now; None if it can."""
         return next((why for part in self.weights().values() if (why := part.unreadable()) is not None), None)
 
     @property
     def needs_input(self) -> str | None:
-        """What this adapter does to the input of a module while training, which no weight can do; None if nothing."""
+        """What the adapter does to the host's input while training, such as dropout, which a weight cannot express."""
         return next((what for part in self.weights().values() if (what := part.needs_input) is not None), None)
 
     @property
     def replacement(self) -> Adapter | None:
-        """The copies of parameters that go with this adapter and come ahead of it; None where there are none."""
+        """The parameter overrides that belong to this adapter and run before it; None if there are none."""
         return self._modules.get("replacement")  # type: ignore[return-value]
 
     def components(self) -> tuple[Adapter, ...]:
-        """What runs for this adapter, in order."""
+        """The adapters that run for this one, in order: its parameter overrides, then itself."""
         return (self,) if self.replacement is None else (self.replacement, self)
 
     @property
     def modifies_weight(self) -> bool:
-        """Whether the host must run with its adapted weight in place instead of around its own."""
+        """Whether the host must run with the adapted weight in place, instead of the adapter running around it."""
         return False
 
-    #: whether its parts at several hosts work on one sequence, so that a batch of rows must pass all of them together
+    #: True if its parts on several hosts work on the same sequence, so that the hosts must not be split separately
     spans_hosts = False
-    #: what captures the input of another module for it
+    #: adapters on other modules that capture their input for this one
     captures: tuple[Any, ...] = ()
 
     def batched_class(self, host: nn.Module) -> Callable[..., BatchedAdapters] | None:
-        """What lets adapters of this kind serve one batch whose rows name different ones, and the same for all of them.
+        """Return the class that runs several adapters of this type in one forward over a mixed batch.
 
-        None where the host has to run once for each adapter. See :mod:`lightning_peft.core.switching.rows`.
+        None if the host must run once for each adapter. Adapters that share a forward must return the same class. See
+        :mod:`lightning_peft.core.switching.rows`.
         """
         return None
 
     @property
     def has_reparameterization(self) -> bool:
-        """Whether :meth:`fold` would change anything."""
+        """Whether :meth:`remove_reparameterization` would change anything."""
         return False
 
     def remove_reparameterization(self) -> None:
-        """Replace what only training needs by the parameters it computes."""
+        """Replace a reparameterization that only training needs by the values that it computes."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Adapter:
-        # Adapters train in the type they were made in: casting a model down (``model.half()``, Lightning's
-        # bf16-true) must not cost the small parameters their precision. Casting up is followed.
-        # ``to_empty`` gives values to what has none; adapters have theirs, on a base on the meta device too.
+        # Adapters keep training in the dtype they were created in: casting a model down (``model.half()``, Lightning's
+        # bf16-true) must not reduce the precision of these small parameters. Casting up is applied.
+        # ``to_empty`` allocates tensors of a meta model without values. Adapters on such a base already have values,
+        # which must be kept.
         empties = _empties(fn)
 
         def keep_precision(t: Tensor) -> Tensor:
@@ -120,7 +122,7 @@ class Adapter(nn.Module):
 
 
 def _empties(fn: Callable[[Tensor], Tensor]) -> bool:
-    """Whether ``fn`` copies no values: only then does it make a real tensor of one on the meta device."""
+    """Whether ``fn`` allocates without copying values: only then does it turn a meta tensor into a real one."""
     try:
         return not fn(torch.empty(0, device="meta")).is_meta
     except (NotImplementedError, RuntimeError):
@@ -128,10 +130,10 @@ def _empties(fn: Callable[[Tensor], Tensor]) -> bool:
 
 
 class WeightAdapter(Adapter):
-    """An adapter that is a function of a matrix.
+    """An adapter that is a function of a weight matrix.
 
     Args:
-        site: the weight it adapts; gives ``site.shape``, the matrix's shape (out, in), or (batch, out, in) for
+        site: the weight it adapts. ``site.shape`` is the shape of the matrix: (out, in), or (batch, out, in) for
             stacked experts.
 
     Example::
@@ -159,11 +161,11 @@ class WeightAdapter(Adapter):
         self.layout = site.layout
 
     def delta(self, weight: Tensor) -> Tensor:
-        """What is added to the matrix ``weight`` (..., out, in); the same shape."""
+        """Return the update that is added to the matrix ``weight`` (..., out, in), in the same shape."""
         raise NotImplementedError
 
     def transform(self, weight: Tensor) -> Tensor:
-        """The adapted matrix; override it where the method is no sum."""
+        """Return the adapted matrix. Override it if the change is not additive."""
         return weight + self.delta(weight)
 
     @property
@@ -172,7 +174,7 @@ class WeightAdapter(Adapter):
         return type(self).transform_bias is not WeightAdapter.transform_bias
 
     def transform_bias(self, bias: Tensor | None) -> Tensor | None:
-        """The adapted bias (out,), for methods that change it with the weight; None where there is none."""
+        """Return the adapted bias (out,), for methods that also change the bias; None if the layer has no bias."""
         return bias
 
     @property
@@ -188,13 +190,14 @@ class WeightAdapter(Adapter):
         )
 
     def low_rank(self) -> tuple[Tensor, Tensor] | None:
-        """A (..., k, in) and B (..., out, k) whose product B A is :meth:`delta`; None where there is no such form."""
+        """Return A (..., k, in) and B (..., out, k) with B A equal to :meth:`delta`; None if there is no such form."""
         return None
 
     def output(self, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        """The host's output from its input ``x`` and its output ``y`` so far, without forming the matrix.
+        """Return the host's new output, given its input ``x`` and its output ``y`` so far, without forming the matrix.
 
-        Optional, and equal to running with :meth:`transform`. ``self.layout`` has the layer's operation.
+        Optional. The result must equal running the host with :meth:`transform`; use the layer's operation in
+        ``self.layout``.
         """
         raise NotImplementedError
 
@@ -209,11 +212,11 @@ class WeightAdapter(Adapter):
         return self.output(host, self.reads(args, kwargs), call(*args, **kwargs))
 
     def reads(self, args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
-        """The input of :meth:`output` in a call of the host."""
+        """Return the argument of the host's call that :meth:`output` takes as ``x``."""
         return args[0] if args else next(iter(kwargs.values()))
 
     def after(self, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        """The new output of some rows, given their input and their output so far."""
+        """Return the new output of some rows, given their input and their output so far."""
         return self.output(host, x, y)
 
     def batched_class(self, host: nn.Module) -> type[BatchedAdapters] | None:
@@ -222,13 +225,14 @@ class WeightAdapter(Adapter):
 
 
 class WeightGroup(Adapter):
-    """The adapters of several weights of one host (an attention's projections, experts), by parameter name."""
+    """The weight adapters of several weights of one host (an attention's projections, experts)."""
 
     def __init__(self, adapters: Mapping[str, WeightAdapter]) -> None:
         super().__init__()
         for parameter, adapter in adapters.items():
             key = parameter.removesuffix(".weight")
-            self.add_module(f"{key}_" if hasattr(self, key) else key, adapter)  # such as 'weights' or 'run'
+            # A parameter may be called like a method of this class, such as 'weights' or 'run'.
+            self.add_module(f"{key}_" if hasattr(self, key) else key, adapter)
 
     @property
     def modifies_weight(self) -> bool:

@@ -1,4 +1,4 @@
-"""The values that adapters give to the parameters of the module they are on."""
+"""Compute the effective parameter values of a module with adapters, and run the module with them in place."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ __all__ = ["as_attributes", "effective_weights", "lost_input", "run_in_place", "
 def effective_weights(
     host: nn.Module, adapters: Sequence[Adapter], dtype: torch.dtype | None = None, only: str | None = None
 ) -> dict[str, Tensor]:
-    """The host's weights, and the biases that change with them, after ``adapters`` in order.
+    """Return the host's weights and biases after applying ``adapters`` in order.
 
-    What an adapter puts in place of the host's own hides what earlier ones have made of it.
+    A parameter override of one adapter replaces the results of earlier adapters for that parameter.
 
     Args:
-        host: the module that owns them.
-        adapters: applied one after the other.
-        dtype: what to compute and return in; by default the type each is stored in.
-        only: the attribute of the host whose values are wanted; by default all that change.
+        host: the module that owns the parameters.
+        adapters: the adapters, applied one after the other.
+        dtype: the dtype to compute in and return. By default, the dtype in which each parameter is stored.
+        only: return only values that are read through this attribute of the host. By default, all that change.
 
     Returns:
-        Tensors by parameter name, in the shape each is stored in.
+        Tensors by parameter name, in their stored shapes.
     """
     now: dict[str, Tensor] = {}
 
@@ -55,7 +55,8 @@ def effective_weights(
             if wanted(parameter):
                 matrix = part.transform(part.layout.matrix(stored)).to(stored.dtype)
                 weight = part.layout.stored(matrix, stored)
-                sparse = getattr(host, "sparse", False) is True  # an embedding's: backward cannot go on from that
+                # A sparse embedding produces a sparse gradient, which the operations of ``transform`` cannot take.
+                sparse = getattr(host, "sparse", False) is True
                 now[parameter] = dense_gradient(weight) if sparse else weight
             if parameter in BIASES and part.changes_bias and wanted(BIASES[parameter]):
                 bias = part.transform_bias(current(BIASES[parameter]))
@@ -65,9 +66,10 @@ def effective_weights(
 
 
 def lost_input(adapters: Sequence[Adapter]) -> str | None:
-    """Why ``adapters``, in this order on one module, cannot train together; None if they can.
+    """Return why ``adapters``, in this order on one module, cannot train together; None if they can.
 
-    One that rewrites the weight has those before it folded into the weight, where their dropout is lost.
+    An adapter that modifies the weight forces those before it to be applied to the weight as well. Dropout acts on the
+    layer's input, so it cannot be applied there.
     """
     for i, adapter in enumerate(adapters):
         later = next((a for a in adapters[i + 1 :] if a.modifies_weight), None)
@@ -75,28 +77,28 @@ def lost_input(adapters: Sequence[Adapter]) -> str | None:
             name = next(iter(adapter.weights().values())).site_name
             return (
                 f"{adapter.needs_input} of the {type(adapter).__name__} on {name!r} would be lost: the "
-                f"{type(later).__name__} after it changes the weight as a whole, and dropout acts on the module's "
+                f"{type(later).__name__} after it modifies the weight itself, but dropout acts on the module's "
                 "input. Apply the method with dropout last, or set its dropout=0"
             )
     return None
 
 
 def stored_tensor(host: nn.Module, name: str) -> Tensor | None:
-    """A parameter or buffer of the host or of its child, by dotted name; None where it has none."""
+    """Return a stored parameter or buffer of the host or of a child, by dotted name; None if it does not exist."""
     *children, last = name.split(".")
     module = host
     for child in children:
-        module = module._modules[child]  # type: ignore[assignment]  # as an attribute it may be another's stand-in
+        module = module._modules[child]  # type: ignore[assignment]  # the attribute may be a _Projection at this time
     return module._parameters[last] if last in module._parameters else module._buffers.get(last)
 
 
 def run_in_place(
     host: Any, weights: Mapping[str, Tensor], forward: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> Any:
-    """The output of ``forward``, in which ``host`` reads ``weights`` in place of its own."""
+    """Return the output of ``forward`` while ``host`` reads ``weights`` instead of its stored parameters."""
     values = as_attributes(host, weights)
     if isinstance(host, nn.RNNBase):
-        # It reads a list of its weights, and makes a new one if a weight is not the object that its list refers to.
+        # An RNN reads a list of its weights, and rebuilds the list if a weight is not the object that the list refers to.
         named = [*zip(host._flat_weights_names, host._flat_weights, host._flat_weight_refs)]
         values["_flat_weights"] = [values.get(name, weight) for name, weight, _ in named]
         values["_flat_weight_refs"] = [weakref.ref(values[n]) if n in values else ref for n, _, ref in named]
@@ -104,7 +106,7 @@ def run_in_place(
 
 
 def as_attributes(host: Any, weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    """``weights`` by the attribute of ``host`` that they are read from: for those of a child, the child's name."""
+    """Group ``weights`` by the attribute of ``host`` they are read through: for a child's weights, the child's name."""
     values: dict[str, Any] = {}
     for name, weight in weights.items():
         child, _, _ = name.rpartition(".")
@@ -118,7 +120,7 @@ def as_attributes(host: Any, weights: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 class _Projection:
-    """Stands in for an attention's ``out_proj``, of which only weight and bias are read."""
+    """Replaces ``out_proj`` of an ``nn.MultiheadAttention``, which only reads its weight and bias."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.weight = weight

@@ -15,38 +15,38 @@ __all__ = ["active_names", "adapter_names", "check_known", "check_unmerged", "ho
 
 
 def hosts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules of ``model`` that carry adapters, by qualified name."""
+    """Yield the modules of ``model`` that carry adapters, with their qualified names."""
     for name, module in model.named_modules():
         if has_mixin(module, Adapted):
             yield name, module
 
 
 def stacks(model: nn.Module) -> dict[str, AdapterStack]:
-    """The stacks of adapters in ``model``, by the qualified name of the module that carries each."""
+    """Return the adapter stacks in ``model``, by the qualified name of their host."""
     return {name: cast(AdapterStack, host.adapters) for name, host in hosts(model)}
 
 
 def stack_prefixes(model: nn.Module, name: str | None = None) -> tuple[str, ...]:
-    """What the keys of all adapters in ``model``, or of those called ``name``, start with; of each name of a host."""
+    """Return the key prefixes of all adapters in ``model``, or of those called ``name``, under every host name."""
     named = model.named_modules(remove_duplicate=False)
     return tuple(f"{adapter_key(host, name or '')}." for host, module in named if has_mixin(module, Adapted))
 
 
 def adapter_names(model: nn.Module) -> tuple[str, ...]:
-    """The names of all adapters in ``model``, in order of application."""
+    """Return the names of all adapters in ``model``, in order of application."""
     return tuple(dict.fromkeys(name for stack in stacks(model).values() for name in stack))
 
 
 def active_names(model: nn.Module) -> set[str]:
-    """The names of the adapters that take part somewhere in ``model``."""
+    """Return the names of the adapters that are active on any module of ``model``."""
     return {name for stack in stacks(model).values() for name in stack.active}
 
 
 def check_known(model: nn.Module, *names: str) -> None:
-    """Refuse a name that no adapter in ``model`` has.
+    """Check that ``model`` has adapters with these names.
 
     Raises:
-        ValueError: with the names there are.
+        ValueError: if a name is unknown; the message lists the existing names.
     """
     known = adapter_names(model)
     for name in names:
@@ -55,10 +55,10 @@ def check_known(model: nn.Module, *names: str) -> None:
 
 
 def check_unmerged(model: nn.Module) -> None:
-    """Refuse a model that has adapters in its weights.
+    """Check that no adapters are merged into the weights of ``model``.
 
     Raises:
-        ValueError: with the way out.
+        ValueError: if some are.
     """
     if any(stack.merged is not None for stack in stacks(model).values()):
         raise ValueError("adapters are merged into the base: lp.unmerge(model) first")

@@ -14,31 +14,31 @@ from lightning_peft.ops.dropout import dropped
 
 __all__ = ["LowRankAdapter", "add_products"]
 
-#: elements of a block that stays in a processor's cache
+#: number of elements per block; small enough for a CPU cache
 _BLOCK = 1 << 18
 
 
 class LowRankAdapter(WeightAdapter):
-    """W + s B A, computed on activations as y + s B (A x); a subclass gives :meth:`factors`.
+    """W + s B A, computed on activations as y + s B (A x). Subclasses implement :meth:`factors`.
 
-    The path of a batch x (..., in) through a layer with one such adapter, as LoRA's on an ``nn.Linear``::
+    The path of a batch x (..., in) through a layer with one such adapter, such as LoRA on an ``nn.Linear``::
 
         layer(x)                          its class is swapped: Adapted.forward, then AdapterStack.run_active
           WeightAdapter.run
             y = forward(x)                the frozen layer, bias included: (..., out)
             output(layer, x, y)
-              a, b = factors()            (r, in) and (out, r), in the type the adapter trains in
-              h = layout.down(x, a)       dropout(x) A^T in the type of x: (..., r)
-              y = layout.up(h, b, y, s)   y + s h B^T in the type of y, in one fused operation: (..., out)
+              a, b = factors()            (r, in) and (out, r), in the dtype the adapter trains in
+              h = layout.down(x, a)       dropout(x) A^T in the dtype of x: (..., r)
+              y = layout.up(h, b, y, s)   y + s h B^T in the dtype of y, in one fused operation: (..., out)
 
-    Layouts write ``down`` and ``up`` for their layer: for a convolution ``down`` is the layer's own convolution with r
-    channels and ``up`` one of size 1; for an embedding ``down`` looks rows of A^T up. If a later adapter modifies the
-    weight as a whole, or the module reads its weight without calling a layer, :meth:`delta` is added to W instead. In
-    ``lp.rows``, :class:`BatchedLowRank` runs the products of all adapters of the batch together.
+    Each layout implements ``down`` and ``up`` for its layer. For a convolution, ``down`` is the layer's convolution
+    with r output channels and ``up`` is a convolution of size 1. For an embedding, ``down`` looks up columns of A. If a
+    later adapter modifies the weight itself, or the module reads its weight without calling a layer, :meth:`delta` is
+    added to W instead. Inside ``lp.rows``, :class:`BatchedLowRank` computes the products of all adapters together.
 
     Attributes:
-        scale: s; 1 where the factors are used as they are.
-        dropout: probability of dropping an element of x while training.
+        scale: the factor s; 1 unless a method scales its product.
+        dropout: probability of dropping an element of x during training.
 
     Example::
 
@@ -63,7 +63,7 @@ class LowRankAdapter(WeightAdapter):
     dropout: float = 0.0
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """A (..., k, in) and B (..., out, k) as they run, to be scaled by ``scale``."""
+        """Return A (..., k, in) and B (..., out, k); ``scale`` is not yet applied."""
         raise NotImplementedError
 
     def delta(self, weight: Tensor) -> Tensor:
@@ -92,15 +92,15 @@ class LowRankAdapter(WeightAdapter):
 
     def batched_class(self, host: nn.Module) -> type[BatchedAdapters] | None:
         if type(self).output is not LowRankAdapter.output and type(self).batched_class is LowRankAdapter.batched_class:
-            return super().batched_class(host)  # it adds something of its own beside the product
+            return super().batched_class(host)  # the subclass computes more than the product
         batched = super().batched_class(host)
         return BatchedLowRank if batched is PerGroupOutput and self.layout.vectors else batched
 
 
 def add_products(matrix: Tensor, pairs: Iterable[tuple[Tensor, Tensor]], dtype: torch.dtype) -> Tensor:
-    """``matrix`` plus the product B A of each pair (A, B), computed in ``dtype`` and rounded once to its own type.
+    """Return ``matrix`` plus the product B A of each pair (A, B), computed in ``dtype`` and rounded once at the end.
 
-    Done in blocks of rows, so that no second matrix of the type ``dtype`` is ever in memory.
+    Computed in blocks, so that a full copy of the matrix in ``dtype`` is never in memory.
     """
     out = torch.empty_like(matrix)
     rows = max(1, _BLOCK * matrix.shape[-2] // max(1, matrix.numel()))

@@ -1,9 +1,12 @@
-"""Which value a parameter of an adapted module has for the code that reads it.
+"""Decide which value code gets when it reads a parameter of a module with adapters.
 
-While the module's own forward runs, its adapters run around it, so that it reads the stored parameter, or the adapted
-one where they need it in place. Code outside of it that computes with the parameter, such as a parent's
-``F.linear(x, self.qkv.weight)``, reads the adapted value. Any other code (an optimizer, an initialisation, a test) gets
-the stored parameter itself.
+There are three cases:
+
+* The module's own forward reads the stored parameter, because its adapters run around it. If an adapter modifies the
+  weight, the forward reads the adapted value instead.
+* Other code that computes with the parameter, such as a parent's ``F.linear(x, self.qkv.weight)``, reads the adapted
+  value. Without this, adapters on layers that are never called would silently do nothing.
+* Any other code (an optimizer, an initialisation, a test) gets the stored parameter.
 """
 
 from __future__ import annotations
@@ -22,21 +25,22 @@ from lightning_peft.core.checkpoint_frame import in_backward
 
 __all__ = ["AttributeOfCall", "computing", "forward_values", "run_with_values", "unreadable_tensor"]
 
-# By id of the module. A copy for each call, so that one model can serve several threads.
+# The values that each running module reads, by id of the module. Each call sets a new mapping, so that one model can
+# serve several threads.
 _IN_FORWARD: ContextVar[Mapping[int, Mapping[str, Any]]] = ContextVar("in_forward", default=MappingProxyType({}))
 _FORWARDS = frozenset(
-    {"forward", "_call_impl", "training_step", "validation_step", "test_step", "predict_step"}  # Lightning's, too
+    {"forward", "_call_impl", "training_step", "validation_step", "test_step", "predict_step"}  # torch's, Lightning's
 )
-# These promise what is stored under a name.
+# These functions are documented to return what is stored under a name.
 _LOOKUPS = frozenset(f.__code__ for f in (nn.Module.get_parameter, nn.Module.get_buffer, nn.Module.get_submodule))
-# These ask whether a name is taken.
+# These functions only ask whether a name is taken.
 _LOOKUPS |= {f.__code__ for f in (nn.Module.register_parameter, nn.Module.register_buffer, nn.Module.add_module)}
 
 
 def run_with_values(
     host: nn.Module, values: Mapping[str, Any], forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]
 ) -> Any:
-    """The output of ``forward``, in which ``host`` reads ``values`` by name, and its stored parameters otherwise."""
+    """Return the output of ``forward`` while ``host`` reads ``values`` by name, and stored values for other names."""
     state = host.__dict__
     before = state.get("_forward_values")
     if torch.compiler.is_compiling():
@@ -45,7 +49,7 @@ def run_with_values(
             return forward(*args, **kwargs)
         finally:
             host._forward_values = before  # type: ignore[assignment]
-    state["_forward_values"] = values  # for functions inside that are compiled: they cannot read a ContextVar
+    state["_forward_values"] = values  # compiled functions called from here cannot read a ContextVar
     token = _IN_FORWARD.set({**_IN_FORWARD.get(), id(host): values})
     try:
         return forward(*args, **kwargs)
@@ -55,7 +59,7 @@ def run_with_values(
 
 
 def forward_values(host: nn.Module) -> Mapping[str, Any] | None:
-    """What :func:`run_with_values` gives ``host`` to read; None outside of its own forward."""
+    """Return the values that ``host`` reads while its own forward runs; None outside of :func:`run_with_values`."""
     if torch.compiler.is_compiling():
         return host.__dict__.get("_forward_values")
     return _IN_FORWARD.get().get(id(host))
@@ -87,9 +91,11 @@ class AttributeOfCall:
 
 
 def computing() -> bool:
-    """Whether the code that reads an attribute is part of a forward; for use in ``__getattr__``.
+    """Whether the code that reads an attribute is part of a forward; call it from ``__getattr__``.
 
-    That is so under a ``forward``, a Lightning step, or backward, which repeats forwards under gradient checkpointing.
+    True if a ``forward`` or a Lightning step is on the call stack, or during backward, because gradient checkpointing
+    repeats forwards there. The call stack is the only evidence: reading a weight looks the same to ``__getattr__``
+    whether an optimizer or a forward does it.
     """
     if torch.compiler.is_compiling():
         return True
@@ -97,7 +103,7 @@ def computing() -> bool:
     while frame.f_code.co_name == "__getattr__":
         frame = frame.f_back  # type: ignore[assignment]
     if frame.f_code in _LOOKUPS or frame.f_globals.get("__name__", "").startswith("torch.distributed."):
-        return False  # FSDP2 looks its parameters up and puts them back in hooks that run inside a forward
+        return False  # FSDP2 reads and replaces stored parameters in hooks that run inside a forward
     if in_backward():
         return True
     while frame is not None:
@@ -108,7 +114,7 @@ def computing() -> bool:
 
 
 class _UnreadableTensor(Tensor):
-    """A tensor that has a shape, a type and a device, and raises ``error`` when something is computed with it."""
+    """A tensor with a shape, a dtype and a device that raises ``error`` when something is computed with it."""
 
     error: Exception
 
@@ -120,13 +126,13 @@ class _UnreadableTensor(Tensor):
 
 
 def unreadable_tensor(like: Tensor, message: str) -> Tensor:
-    """Stands for a value that cannot be given; its shape, type and device are those of ``like``.
+    """Return a placeholder, with the shape, dtype and device of ``like``, for a value that cannot be computed.
 
-    Models read the type of a weight without computing with it (T5's ``wo.weight.dtype``), so the read itself must not
-    be an error.
+    Models may read the dtype of a weight without computing with it (T5's ``wo.weight.dtype``), so only computing with
+    the value is an error, not reading it.
     """
     if torch.compiler.is_compiling():
-        return _unreadable_tensor(like, message)  # not in the graph if nothing uses it
+        return _unreadable_tensor(like, message)  # the compiler drops the operation if nothing uses the value
     tensor = Tensor._make_wrapper_subclass(_UnreadableTensor, like.shape, dtype=like.dtype, device=like.device)
     tensor.error = ValueError(message)
     return tensor

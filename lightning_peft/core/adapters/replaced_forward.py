@@ -1,7 +1,8 @@
-"""A ``forward`` that is set on a module which carries adapters already: it has to run them.
+"""Check a ``forward`` that is set on a module after it got adapters: it must still run them.
 
-What was there before the adapters runs inside of them (:class:`lightning_peft.core.class_swap.OwnForward`). What comes
-later is called first; a hook around the earlier ``forward`` runs the adapters, a kernel in its place does not.
+A ``forward`` set before the adapters runs inside them (:class:`lightning_peft.core.class_swap.OwnForward`). One that is
+set later is called first. If it wraps the earlier ``forward``, the adapters run; if it replaces it, for example with a
+fused kernel, they would silently do nothing. The two cannot be distinguished without calling it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ __all__ = ["set_forward"]
 
 
 def set_forward(host: nn.Module, forward: Callable[..., Any]) -> None:
-    """Let ``forward`` run around the adapters of ``host``; one of its class's own takes earlier ones away again."""
+    """Set ``forward`` on ``host``, to run around its adapters; setting the class's own removes an earlier one."""
     classes = [
         c.__dict__["forward"].__code__ for c in type(host).__mro__ if hasattr(c.__dict__.get("forward"), "__code__")
     ]
@@ -33,11 +34,11 @@ def set_forward(host: nn.Module, forward: Callable[..., Any]) -> None:
         vars(host)["forward"] = _UnverifiedForward(host, forward)
 
 
-_LOCK = threading.RLock()  # one thread at a time looks
+_LOCK = threading.RLock()  # verification replaces ``stack.run``, so only one thread may do it at a time
 
 
 class _UnverifiedForward:
-    """Calls ``forward``, and sees at the first call with active adapters that it runs them."""
+    """Calls ``forward``, and checks in the first call with active adapters that it runs them."""
 
     def __init__(self, host: Any, forward: Callable[..., Any]) -> None:
         functools.update_wrapper(self, forward)
@@ -66,8 +67,8 @@ class _UnverifiedForward:
         if not called:
             raise RuntimeError(
                 f"the adapters of a {type(self.host).__name__} did not run: its forward was replaced on the instance "
-                "after they were put in, by one that does not call the earlier forward. Replace it before the methods "
-                "are applied"
+                "after they were attached, with one that does not call the earlier forward. Replace it before applying "
+                "methods"
             )
         vars(self.host)["forward"] = self.forward
         return output

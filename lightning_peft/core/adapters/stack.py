@@ -1,19 +1,18 @@
-"""How a module carries adapters: its class is swapped for one whose forward runs them around the original.
+"""The stack of adapters on a module, and the class that a module with adapters is swapped to.
 
-The adapters live in ``module.adapters``, so new keys read ``<module>.adapters.<name>.<parameter>`` and no base key
-changes. Several adapters run in the order in which they were attached. An adapter with a path of its own on
-activations is called around the original forward; one that needs the adapted weight makes the original forward see
-that weight while it runs.
+Adapters are stored in ``module.adapters``, so their keys are ``<module>.adapters.<name>.<parameter>`` and base keys do
+not change. Adapters run in the order in which they were attached. An adapter that works on activations is called
+around the original forward. One that modifies the weight makes the original forward read the adapted weight.
 
-The way of a call::
+What happens in a call::
 
     host(x)                        nn.Module.__call__, with the hooks of the host
-      Adapted.forward              the swapped class; while it runs, the host's own code reads the stored weights
-        AdapterStack.run           looks up the switches of this thread; in lp.rows, their dispatcher goes on from here
-          run_active               the active adapters, for all rows:
-            adapters around        adapter.run(host, call), the first attached innermost
+      Adapted.forward              of the swapped class; while it runs, the host's own code reads the stored weights
+        AdapterStack.run           looks up the switches of this thread; inside lp.rows, the dispatcher takes over here
+          run_active               runs the active adapters for all rows:
+            wrapping adapters      adapter.run(host, call), the first attached innermost
               run_in_place         only if some adapter modifies the weight: the host reads effective_weights(...)
-                forward            that of the host's original class
+                forward            the forward of the host's original class
 """
 
 from __future__ import annotations
@@ -50,23 +49,23 @@ __all__ = ["Adapted", "AdapterStack"]
 T = TypeVar("T")
 
 _TENSOR_PARALLEL = (
-    "Tensor parallelism splits a layer's weight and inputs, and an adapter needs them whole: leave adapted layers out "
+    "Tensor parallelism splits a layer's weight and inputs, but an adapter needs them whole. Leave adapted layers out "
     "of the plan of parallelize_module, or exclude the layers of that plan from targets; FSDP2 works with every method"
 )
 
 
 class AdapterStack(AdapterContainer):
-    """The adapters of one module, in order of application, and which of them run.
+    """The adapters of one module, in order of application, and the state that decides which of them run.
 
     Attributes:
-        shared: which adapters run, for all threads that are in no context of their own.
-        open: the switches of contexts that some thread is in.
-        local: those of this thread, for compiled code.
-        merged: original weights and biases by name while adapters are folded into them; None otherwise.
-        merged_names: the adapters that are folded in.
-        changed: names of the host's parameters and buffers that some of the adapters change.
-        attributes: the host's attributes that these are read from.
-        ever_routed: the adapters that rows of some batch have named so far; None where none was ever routed.
+        shared: the switches for threads that have not entered a context (``lp.active``, ``lp.rows``, ...).
+        open: the switches of contexts that any thread is inside.
+        local: the switches of this thread's contexts, for compiled code.
+        merged: original weights and biases by name while adapters are merged into them; None otherwise.
+        merged_names: the adapters that are merged.
+        changed: names of the host's parameters and buffers that any of the adapters changes.
+        attributes: the names of the host's attributes through which these are read.
+        ever_routed: the adapters used by rows of any batch so far; None if no batch was routed by row.
     """
 
     def __init__(self) -> None:
@@ -80,11 +79,11 @@ class AdapterStack(AdapterContainer):
         self.refresh()
 
     def forward(self, x: T) -> T:
-        """``x`` itself: a host that is a ``Sequential`` runs its adapters as one of its layers."""
+        """Return ``x``: a ``Sequential`` runs every child, including this one, as one of its layers."""
         return x
 
     def refresh(self) -> None:
-        """Work out what runs, after the names, ``active``, ``disabled`` or ``merged`` have changed."""
+        """Recompute what runs, after the names, ``active``, ``disabled`` or ``merged`` have changed."""
         for switches in (self.shared, *self.open):
             self.work_out(switches)
         parts = [part for adapter in self.values() for part in cast(Adapter, adapter).components()]
@@ -93,14 +92,14 @@ class AdapterStack(AdapterContainer):
         self.attributes = frozenset(name.partition(".")[0] for name in self.changed)
 
     def work_out(self, switches: Switches) -> None:
-        """Work out what runs with ``switches``."""
+        """Compute which adapters run with ``switches``, and store them there."""
         names = () if switches.disabled else switches.active
         switches.weight_adapters, switches.wrapping_adapters = self._parts(names, switches.skipped)
 
     @property
     def active(self) -> tuple[str, ...]:
-        """Names of the adapters that take part; in a context of this thread, those of the context."""
-        return tuple(n for n in current(self).active if n in self)  # without what was deleted meanwhile
+        """Names of the active adapters; inside a context of this thread, those that the context activates."""
+        return tuple(n for n in current(self).active if n in self)  # an adapter may have been deleted in between
 
     @active.setter
     def active(self, names: tuple[str, ...]) -> None:
@@ -108,40 +107,41 @@ class AdapterStack(AdapterContainer):
 
     @property
     def disabled(self) -> bool:
-        """Whether no adapter takes part, for the time being."""
+        """Whether all adapters are temporarily off."""
         return current(self).disabled
 
     @property
     def skipped(self) -> tuple[str, ...]:
-        """The adapters that are left out here, whatever is active."""
+        """The adapters that do not run on this module even if they are active."""
         return current(self).skipped
 
     @property
     def dispatcher(self) -> Any:
-        """What chooses the adapters for each row of the batch; None where all rows have the active ones."""
+        """The object that selects adapters for each row of the batch; None if all rows use the active adapters."""
         return current(self).dispatcher
 
     @property
     def batch_layout(self) -> Any:
-        """Where the dispatcher finds the rows."""
+        """How the host sees the batch, for the dispatcher."""
         return current(self).batch_layout
 
     def _parts(self, names: Iterable[str], skipped: tuple[str, ...]) -> tuple[tuple[Adapter, ...], tuple[Adapter, ...]]:
         left = tuple(n for n in self if n in names and n not in self.merged_names and n not in skipped)
         running = tuple(part for n in left for part in cast(Adapter, self[n]).components())
-        # Weight adapters up to the last one that rewrites the weight are folded into it, to keep their order.
+        # If an adapter modifies the weight, all weight adapters before it must be applied to the weight too: running
+        # them around the host would apply them after it and change the result.
         split = max((i for i, adapter in enumerate(running, 1) if adapter.modifies_weight), default=0)
         folded = tuple(adapter for adapter in running[:split] if adapter.changes())
         return folded, tuple(adapter for adapter in running if adapter not in folded)
 
     def running(self, before: Adapter | None = None) -> tuple[Adapter, ...]:
-        """The adapters that run, in order; only those ahead of ``before`` where it is given."""
+        """Return the adapters that run, in order; only those before ``before`` if it is given."""
         switches = current(self)
         running = (*switches.weight_adapters, *switches.wrapping_adapters)
         return running if before is None else running[: next(i for i, a in enumerate(running) if a is before)]
 
     def run(self, host: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The host's output; ``forward`` is the original one."""
+        """Return the host's output with its adapters; ``forward`` is the host's original forward."""
         switches = current(self)
         remember_switches(self, switches)
         if switches.dispatcher is not None and not switches.disabled:
@@ -156,7 +156,7 @@ class AdapterStack(AdapterContainer):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        """The host's output with the adapters called ``names``, whatever is active."""
+        """Return the host's output with the adapters ``names`` instead of the active ones."""
         switches = current(self)
         if switches is self.shared:
             with switched({self: {}}):
@@ -171,7 +171,7 @@ class AdapterStack(AdapterContainer):
     def run_active(
         self, host: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """The host's output with the active adapters for all rows."""
+        """Return the host's output with the active adapters applied to all rows."""
         switches, call = current(self), forward
         if switches.weight_adapters:
             if (problem := lost_input([a for a in switches.weight_adapters if a.training])) is not None:
@@ -182,7 +182,7 @@ class AdapterStack(AdapterContainer):
         return call(*args, **kwargs)
 
     def values_to_read(self, host: nn.Module, name: str) -> dict[str, Any]:
-        """The adapted values behind the host's attribute ``name``, for code outside of its forward; may be empty."""
+        """Return the adapted values of the host's attribute ``name`` for code outside its forward; may be empty."""
         running, rows_differ = self.running(), False
         if self.dispatcher is not None and not self.disabled:
             names = self.dispatcher.names_to_read(host)
@@ -190,8 +190,8 @@ class AdapterStack(AdapterContainer):
         problem = next((why for adapter in running if (why := adapter.unreadable()) is not None), None)
         if rows_differ:
             problem = (
-                f"{self.batch_layout} has different adapters for the rows of the batch, and another module reads its "
-                f"{name!r}, one value for all rows. Run the rows of each adapter in a batch of their own"
+                f"{self.batch_layout} has different adapters for the rows of the batch, but another module reads its "
+                f"{name!r}, which has one value for all rows. Run one batch for each adapter"
             )
         if problem is None:
             return as_attributes(host, effective_weights(host, running, only=name))
@@ -199,12 +199,12 @@ class AdapterStack(AdapterContainer):
         return as_attributes(host, {n: unreadable_tensor(t, problem) for n, t in stored.items() if t is not None})
 
     def __getattr__(self, name: str) -> Any:
-        if name == "weight":  # asked for by parallelize_module, which takes every child of a layer for one
+        if name == "weight":  # parallelize_module reads it, because it treats every child of a layer as a layer
             raise AttributeError(f"{type(self).__name__!r} object has no attribute 'weight'. {_TENSOR_PARALLEL}")
         return super().__getattr__(name)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy has what runs here and now, and is not inside the context of lp.rows.
+        # A copy starts with the adapters that run now, but outside of any lp.rows context.
         shared = current(self).changed(dispatcher=None)
         self.work_out(shared)
         return {**{k: v for k, v in self.__dict__.items() if k != "local"}, "shared": shared, "open": []}
@@ -215,12 +215,12 @@ class AdapterStack(AdapterContainer):
 
     def _replicate_for_data_parallel(self) -> AdapterStack:
         replica = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
-        replica.shared, replica.open = current(self), []  # it runs in another thread
+        replica.shared, replica.open = current(self), []  # replicas run in threads that do not see this context
         return replica
 
 
 class Adapted(nn.Module):
-    """Mixin of a module that carries adapters."""
+    """Mixin that is added to the class of a module when it gets adapters."""
 
     adapters: AdapterStack
     # of nn.RNNBase, whose forward reads these in place of its parameters
@@ -228,7 +228,7 @@ class Adapted(nn.Module):
     _flat_weight_refs = AttributeOfCall()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        # Not by attribute: __getattr__ below would first look for an adapted value.
+        # self.adapters would go through __getattr__ below, which first looks for an adapted value.
         stack = cast(AdapterStack, self._modules["adapters"])
         run = functools.partial(stack.run, self, super().forward)
         return run_with_values(self, {}, run, (args, kwargs), {})
@@ -242,8 +242,11 @@ class Adapted(nn.Module):
         return super().__getattr__(name)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        if "." in name:  # parallelize_module takes parameters of children for the layer's own
-            raise ValueError(f"a {original_class(self).__name__} carries adapters: {name!r}. {_TENSOR_PARALLEL}")
+        if "." in name:  # parallelize_module treats parameters of children as the layer's own
+            raise ValueError(
+                f"{name!r} cannot be registered: the {original_class(self).__name__} carries adapters. "
+                f"{_TENSOR_PARALLEL}"
+            )
         super().register_parameter(name, param)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -254,5 +257,5 @@ class Adapted(nn.Module):
 
 
 def _adapted_attributes(host: nn.Module) -> frozenset[str]:
-    stack = host.__dict__.get("_modules", {}).get("adapters")  # nothing is there while the module is being unpickled
+    stack = host.__dict__.get("_modules", {}).get("adapters")  # a module has no attributes yet while it is unpickled
     return frozenset() if stack is None else stack.attributes

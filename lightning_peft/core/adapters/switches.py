@@ -1,8 +1,8 @@
-"""Which adapters of a module run, for one thread (or task) apart from the others.
+"""The switches that decide which adapters of a module run, per thread or asyncio task.
 
-What :func:`lightning_peft.set_active` decides holds for all threads. A context such as ``lp.active`` or ``lp.rows``
-holds for the thread that entered it. Checkpointed forwards that backward repeats, in whichever thread and after the
-context was left, run as they ran the first time.
+:func:`lightning_peft.set_active` applies to all threads. A context such as ``lp.active`` or ``lp.rows`` applies only to
+the thread that entered it. When backward repeats a checkpointed forward, possibly in another thread and after the
+context has exited, the forward runs with the switches of its first run.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ __all__ = ["Switches", "current", "remember_switches", "switched"]
 
 
 class Switches:
-    """Which adapters of one stack run.
+    """The switches of one stack.
 
     Attributes:
-        active: names of the adapters that take part.
-        disabled: whether none does, for the time being.
-        skipped: the adapters that are left out here, whatever is active.
-        dispatcher: what chooses the adapters for each row of the batch; None where all rows have the active ones.
-        batch_layout: where the dispatcher finds the rows.
-        weight_adapters: the adapters that run with their weights in place of the host's, in order.
-        wrapping_adapters: the adapters that run around the host after these.
+        active: names of the active adapters.
+        disabled: whether all adapters are temporarily off.
+        skipped: adapters that do not run on this module even if they are active.
+        dispatcher: selects adapters for each row of the batch; None if all rows use the active adapters.
+        batch_layout: how the host sees the batch, for the dispatcher.
+        weight_adapters: the adapters that are applied to the host's weights before it runs, in order.
+        wrapping_adapters: the other adapters, which run around the host, in order.
     """
 
     weight_adapters: tuple[Adapter, ...] = ()
@@ -52,7 +52,7 @@ class Switches:
         self.dispatcher, self.batch_layout = dispatcher, batch_layout
 
     def changed(self, **changes: Any) -> Switches:
-        """A copy with some attributes changed; what runs is to be worked out anew."""
+        """Return a copy with some attributes changed; call :meth:`AdapterStack.work_out` on it before use."""
         names = ("active", "disabled", "skipped", "dispatcher", "batch_layout")
         return Switches(**{**{name: getattr(self, name) for name in names}, **changes})
 
@@ -63,9 +63,10 @@ _OWN: ContextVar[Mapping[int, Switches]] = ContextVar("switches", default=Mappin
 
 @contextmanager
 def switched(changes: Mapping[AdapterStack, Mapping[str, Any]]) -> Iterator[None]:
-    """Within the context, and in this thread or task only, stacks have other :class:`Switches`.
+    """Change the :class:`Switches` of stacks inside the context, for this thread or task only.
 
-    Code compiled by ``torch.compile`` cannot read a ContextVar: for it, the context holds for the whole thread.
+    Code compiled by ``torch.compile`` cannot read a ContextVar. It reads ``stack.local`` instead, so for compiled code
+    the context applies to the whole thread.
     """
     own = {stack: current(stack).changed(**change) for stack, change in changes.items()}
     for stack, switches in own.items():
@@ -83,7 +84,7 @@ def switched(changes: Mapping[AdapterStack, Mapping[str, Any]]) -> Iterator[None
 
 
 def current(stack: AdapterStack) -> Switches:
-    """The switches of ``stack`` for the code that asks."""
+    """Return the switches of ``stack`` that apply to the calling code."""
     if torch.compiler.is_compiling():
         entered = getattr(stack.local, "entered", ())
         own = entered[-1] if entered else None
@@ -92,13 +93,14 @@ def current(stack: AdapterStack) -> Switches:
     else:
         own = _OWN.get().get(id(stack))
         if own is None and len(stack.open) == 1 and in_backward() and _is_foreign():
-            # A reentrant checkpoint in a thread of autograd's own, which the context's thread is waiting for.
+            # A reentrant checkpoint leaves no frame to recall from, and runs in an autograd thread without this
+            # thread's ContextVar. The thread inside the context waits for it, so its switches apply.
             own = stack.open[0]
     return stack.shared if own is None else own
 
 
 def remember_switches(stack: AdapterStack, switches: Switches) -> None:
-    """If a checkpointed forward is in progress, its repetition will run with ``switches``."""
+    """If a checkpointed forward is in progress, make its recomputation run with ``switches``."""
     if switches is not stack.shared and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         checkpoint = None if in_backward() else checkpoint_frame()
         if checkpoint is not None:
@@ -106,5 +108,5 @@ def remember_switches(stack: AdapterStack, switches: Switches) -> None:
 
 
 def _is_foreign() -> bool:
-    """Whether this thread was not started by Python."""
+    """Whether this thread was started outside of Python, as autograd's threads are."""
     return isinstance(threading.current_thread(), threading._DummyThread)

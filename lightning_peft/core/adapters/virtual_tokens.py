@@ -1,4 +1,4 @@
-"""The token sequence as a place to attach: where virtual tokens stand, and how they get in and out again."""
+"""Insert virtual tokens into a token sequence, and remove them from a model's outputs."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ __all__ = ["PerRowTemplate", "TokenLayout", "TokenTemplate", "strip"]
 
 @dataclass(frozen=True)
 class TokenTemplate:
-    """Where the virtual tokens stand between the real ones.
+    """The positions of virtual tokens relative to the real tokens of a row.
 
     Attributes:
-        slots: (anchor, offset, count) in order: ``count`` virtual tokens, ``offset`` real tokens after the
-            ``"start"`` or before the ``"end"``.
+        slots: (anchor, offset, count) in order: ``count`` virtual tokens placed ``offset`` real tokens after the
+            ``"start"`` or before the ``"end"`` of the row.
     """
 
     slots: tuple[tuple[str, int, int], ...]
 
     @classmethod
     def parse(cls, template: str) -> TokenTemplate:
-        """A placement from a template: ``v3`` is three virtual tokens, ``x1`` one real, ``x*`` all the others.
+        """Parse a template string: ``v3`` is three virtual tokens, ``x1`` one real token, ``x*`` all other real ones.
 
         Raises:
-            ValueError: another word, no virtual token, or not exactly one ``x*``.
+            ValueError: if the template contains any other word, lacks virtual tokens, or does not have ``x*`` once.
         """
         words = template.split()
         if any(not re.fullmatch(r"v[1-9]\d*|x[1-9]\d*|x\*", word) for word in words) or words.count("x*") != 1:
@@ -46,21 +46,24 @@ class TokenTemplate:
             elif word != "x*":
                 seen += int(word[1:])
         if not slots:
-            raise ValueError(f"template={template!r} has no virtual token: write v<number> where they should stand")
+            raise ValueError(f"template={template!r} has no virtual tokens: write v<number> where they belong")
         return cls(tuple(slots))
 
     @property
     def tokens(self) -> int:
-        """How many virtual tokens there are."""
+        """The number of virtual tokens."""
         return sum(count for _, _, count in self.slots)
 
     @property
     def follows_end(self) -> bool:
-        """Whether some virtual tokens move along when the text grows."""
+        """Whether some virtual tokens are placed relative to the end, and so move when the text grows."""
         return any(anchor == "end" for anchor, _, _ in self.slots)
 
     def layout(self, batch: int, length: int, mask: Tensor | None, device: torch.device) -> TokenLayout:
-        """The layout for rows of ``length``; with a mask (batch, length) start and end are those of its ones."""
+        """Return the layout for rows of ``length`` tokens.
+
+        With a mask (batch, length), a row starts at its first 1 and ends after its last.
+        """
         first = torch.zeros(batch, dtype=torch.long, device=device)
         end = torch.full_like(first, length)
         if mask is not None:
@@ -69,7 +72,7 @@ class TokenTemplate:
         columns: list[Tensor] = []
         least = first
         for anchor, offset, count in self.slots:
-            # A row with fewer real tokens than the template names has its virtual tokens at its ends.
+            # If a row has fewer real tokens than the template names, its virtual tokens are placed at its ends.
             least = torch.minimum(first + offset, end) if anchor == "start" else torch.maximum(end - offset, least)
             columns += [least] * count
         ahead = mask is None and self.slots[0] == ("start", 0, self.tokens)
@@ -78,26 +81,26 @@ class TokenTemplate:
 
 @dataclass(frozen=True)
 class PerRowTemplate:
-    """A placement for each row of a batch, None for rows without virtual tokens.
+    """A template for each row of a batch; None for rows without virtual tokens.
 
-    Rows with fewer of them than others have the missing ones as padding after all their tokens.
+    Rows with fewer virtual tokens than others are padded after all their tokens.
     """
 
     rows: tuple[TokenTemplate | None, ...]
 
     @property
     def counts(self) -> list[int]:
-        """How many virtual tokens each row has."""
+        """The number of virtual tokens of each row."""
         return [0 if row is None else row.tokens for row in self.rows]
 
     @property
     def tokens(self) -> int:
-        """How many virtual tokens there are in the longest row."""
+        """The largest number of virtual tokens in any row."""
         return max(self.counts)
 
     @property
     def follows_end(self) -> bool:
-        """Whether some virtual tokens move along when the text grows."""
+        """Whether some virtual tokens are placed relative to the end, and so move when the text grows."""
         return any(row is not None and row.follows_end for row in self.rows)
 
     @property
@@ -106,7 +109,7 @@ class PerRowTemplate:
         return len(set(self.counts)) > 1
 
     def layout(self, batch: int, length: int, mask: Tensor | None, device: torch.device) -> TokenLayout:
-        """As :meth:`TokenTemplate.layout`, for a batch that has the same number of entries for each row."""
+        """Like :meth:`TokenTemplate.layout`, for a batch with the same number of entries per row."""
         before = torch.full((batch, self.tokens), length, device=device)
         row = torch.arange(len(self.rows), device=device).repeat_interleave(batch // len(self.rows))
         first = torch.zeros(batch, dtype=torch.long, device=device)
@@ -120,14 +123,15 @@ class PerRowTemplate:
 
 
 class TokenLayout:
-    """Where each virtual and each real token of a batch goes.
+    """The position of every virtual and every real token of a batch.
 
     Args:
-        before: (batch, T): the index of the real column that each virtual token stands before.
+        before: (batch, T), the index of the real column that each virtual token is inserted before.
         length: L, the number of real columns.
-        first: (batch,): the first column that is no padding.
-        there: (batch, T): False for virtual tokens that are padding; by default none is.
-        ahead: whether it is known that in every row all virtual tokens stand before all real ones.
+        first: (batch,), the first column that is not padding.
+        there: (batch, T), False for virtual tokens that are padding. By default, none are.
+        ahead: True if all virtual tokens are known to come before all real ones in every row. Then insertion is a
+            concatenation instead of a gather.
     """
 
     def __init__(
@@ -138,17 +142,17 @@ class TokenLayout:
         virtual = torch.arange(tokens, device=before.device)
         self.before, self.length, self.tokens, self.first, self.ahead = before, length, tokens, first, ahead
         self.passed = (before[:, None] <= columns[None, :, None]).sum(-1)
-        #: (batch, L): where the real tokens are in the longer sequence
+        #: (batch, L): positions of the real tokens in the longer sequence
         self.keep = columns + self.passed
         self.there = torch.ones_like(before, dtype=torch.bool) if there is None else there
-        #: (batch, L): the last position before the next real token, whose output predicts it
+        #: (batch, L): the last position before the next real token; the output there predicts that token
         self.predicts = columns + ((before[:, None] <= columns[None, :, None] + 1) & self.there[:, None]).sum(-1)
         order = torch.zeros(before.shape[0], length + tokens, dtype=torch.long, device=before.device)
         order = order.scatter(1, self.keep, columns.expand_as(self.keep))
         self.order = order.scatter(1, before + virtual, (length + virtual).expand_as(before))
 
     def insert(self, x: Tensor, virtual: Tensor) -> Tensor:
-        """``x`` (batch, L, ...) with ``virtual`` among it: (T, ...), or (rows, T, ...) with its own for each row."""
+        """Insert ``virtual``, (T, ...) for all rows or (rows, T, ...), into ``x`` (batch, L, ...)."""
         batch = self.order.shape[0]
         x, virtual = x.expand(batch, *x.shape[1:]), virtual.to(x.dtype)
         if virtual.ndim < x.ndim:
@@ -160,19 +164,23 @@ class TokenLayout:
         return take(torch.cat([x, virtual], 1), self.order, 1)
 
     def mask(self, x: Tensor) -> Tensor:
-        """An attention mask (batch, L), 1 for what is seen, with the virtual tokens."""
+        """Extend an attention mask (batch, L), with 1 for visible tokens, by the virtual tokens."""
         return self.insert(x, self.there)
 
     def fill(self, x: Tensor, value: float) -> Tensor:
-        """``x`` (batch, L) with ``value`` where the virtual tokens are."""
+        """Insert ``value`` into ``x`` (batch, L) at the virtual positions."""
         return self.insert(x, x.new_full((self.tokens,), value))
 
     def positions(self, positions: Tensor) -> Tensor:
-        """Position ids (batch, L), or (axes, batch, L) for rotary positions of several axes, with virtual tokens."""
+        """Extend position ids by the virtual tokens.
+
+        Args:
+            positions: (batch, L), or (axes, batch, L) for rotary positions with several axes.
+        """
         if positions.ndim == 3:
             return torch.stack([self.positions(axis) for axis in positions])
         positions = positions.expand(self.order.shape[0], -1)
-        # A virtual token follows the real one before it, or takes the place of the first.
+        # A virtual token gets the position after the real token before it, or that of the first real token.
         previous = positions.gather(1, (self.before - 1).clamp(min=0)) + 1
         start = positions.gather(1, self.first[:, None].clamp(max=self.length - 1))
         virtual = torch.where(self.before > self.first[:, None], previous, start)
@@ -180,10 +188,11 @@ class TokenLayout:
         return torch.cat([positions + self.passed, virtual], 1).gather(1, self.order)
 
     def square(self, mask: Tensor) -> Tensor:
-        """A mask over (L, L) of what a query may not see (boolean) or what is added to its score.
+        """Extend an (L, L) mask by the virtual tokens.
 
-        A virtual token sees, and is seen by, what the real token before it does: it never brings news from later
-        tokens. One before all of them is seen by all and sees what the first does.
+        The mask is boolean (True hides a key from a query) or is added to the scores. A virtual token sees, and is
+        visible to, the same tokens as the real token before it, so it does not leak information from later tokens. A
+        virtual token before all real tokens is visible to every token and sees what the first real token sees.
         """
         row = (self.before[0] - 1).clamp(min=0)
         zero = mask.new_zeros(())
@@ -196,8 +205,8 @@ class TokenLayout:
 
 
 def take(x: Tensor, index: Tensor, dim: int) -> Tensor:
-    """``x`` at ``index`` (batch, n) along ``dim``."""
-    if dim == 1:  # by whole rows, which unlike gather keeps no copy of x for backward
+    """Return the entries of ``x`` at ``index`` (batch, n) along ``dim``."""
+    if dim == 1:  # unlike gather, index_select does not keep x for backward
         first = torch.arange(x.shape[0], device=x.device)[:, None] * x.shape[1]
         return x.flatten(0, 1).index_select(0, (first + index).flatten()).unflatten(0, tuple(index.shape))
     shape = [1] * x.ndim
@@ -208,14 +217,15 @@ def take(x: Tensor, index: Tensor, dim: int) -> Tensor:
 
 
 def strip(output: Any, layout: TokenLayout, predicting: bool = False, names: Sequence[str] = ()) -> Any:
-    """A model's output without the virtual positions, whatever structure it has.
+    """Remove the virtual positions from a model's output.
 
     Args:
-        output: a tensor, tuple, list or mapping (as Hugging Face's outputs are); (batch, length, ...) and attention
-            (batch, heads, length, length) tensors in it, one level down included, are shortened.
-        layout: where the virtual positions are.
-        predicting: take from the first entry the position that predicts the next token instead of the token's own.
-        names: of a mapping, only these entries.
+        output: a tensor, tuple, list or mapping (such as Hugging Face's outputs). Tensors (batch, length, ...) and
+            attention tensors (batch, heads, length, length) in it are shortened, including those one level down.
+        layout: the positions of the virtual tokens.
+        predicting: in the first entry, keep the positions that predict the next real token instead of the real tokens'
+            own positions.
+        names: if not empty, the entries of a mapping to shorten.
     """
     if isinstance(output, Tensor):
         return _strip(output, layout, layout.predicts if predicting else layout.keep)

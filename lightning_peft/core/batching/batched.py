@@ -1,7 +1,8 @@
-"""How adapters of one kind serve a batch whose rows name different ones, without a run of the host for each.
+"""Run several adapters of one type in a single forward of their host over a mixed batch.
 
-A :class:`BatchedAdapters` stands in for a single adapter: it is called around the host with the whole batch, and
-changes each row as the adapter of that row does. Types without one have the host run once for each adapter instead.
+A :class:`BatchedAdapters` object takes the place of a single adapter: it is called around the host with the whole batch
+and applies to each row the adapter that the row names. For adapter types without such a class, the host runs once per
+adapter instead (:mod:`~lightning_peft.core.batching.split`).
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ __all__ = ["BatchedAdapters", "BatchedLowRank", "BatchedPassthrough", "PerGroupO
 
 
 class BatchedAdapters:
-    """Adapters of one kind at one host, and the rows that name them.
+    """Adapters of one type on one host, and the rows that use them.
 
     Args:
-        batch_layout: where the host is.
-        adapters: what serves each row; None for a row that none of them serves.
+        batch_layout: how the host sees the batch.
+        adapters: the adapter of each row; None for a row that uses none of them.
     """
 
     def __init__(self, batch_layout: BatchLayout, adapters: Sequence[Any]) -> None:
@@ -39,12 +40,12 @@ class BatchedAdapters:
         ]
 
     def run(self, host: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """The host's output, as :meth:`lightning_peft.core.adapters.base.Adapter.run` gives it."""
+        """Return the host's output, like :meth:`lightning_peft.core.adapters.base.Adapter.run`."""
         raise NotImplementedError
 
 
 class BatchedPassthrough(BatchedAdapters):
-    """Adapters that change nothing themselves, such as those that only look."""
+    """Adapters that never change the output, such as :class:`~lightning_peft.core.adapters.activation.InputCapture`."""
 
     def run(self, host: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         for adapter, _ in self.groups[:-1]:
@@ -53,7 +54,7 @@ class BatchedPassthrough(BatchedAdapters):
 
 
 class PerGroupOutput(BatchedAdapters):
-    """Adapters that work on the host's output: the host runs once, then each adapter on its rows."""
+    """Adapters that modify the host's output: the host runs once, then each adapter runs on its rows."""
 
     def run(self, host: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         output = call(*args, **kwargs)
@@ -71,7 +72,10 @@ class PerGroupOutput(BatchedAdapters):
 
 
 class BatchedLowRank(BatchedAdapters):
-    """Low-rank updates of vectors: two batched products for all rows together, whatever their ranks."""
+    """Low-rank updates of vectors, computed for all rows together with two batched matrix products.
+
+    Adapters may have different ranks: smaller ones are padded with zeros.
+    """
 
     def __init__(self, batch_layout: BatchLayout, adapters: Sequence[Any]) -> None:
         super().__init__(batch_layout, adapters)
@@ -93,7 +97,8 @@ class BatchedLowRank(BatchedAdapters):
         if len(self.rows) == self.n:
             out = torch.baddbmm(whole, h.to(b.dtype), b)
         else:
-            # The layer has just made its output, so that without a backward nothing else needs it as it is.
+            # The layer has just created its output. Without a backward, nothing else needs the value, so it can be
+            # updated in place.
             add = torch.Tensor.index_add if torch.is_grad_enabled() else torch.Tensor.index_add_
             out = add(whole, 0, entries(self.rows, 1, y.device), torch.bmm(h.to(b.dtype), b).to(whole.dtype))
         return out.view(shape).movedim(0, dim)
@@ -104,13 +109,18 @@ class BatchedLowRank(BatchedAdapters):
             return torch.bmm(x, a)
         if len(set(rates)) == 1:
             return dropped(torch.bmm, x, a, rates[0])
+        # Adapters with different rates need a mask per row; dropout on ones returns the scaled mask.
         drops = torch.stack([F.dropout(torch.ones_like(row), rate) for row, rate in zip(x, rates)])
         return torch.bmm(x * drops, a)
 
     def _factors(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """A (rows, in, r) and B (rows, r, out) of the rows that have any, scaled and padded to one rank."""
+        """Return A (rows, in, r) and B (rows, r, out) for the rows with an adapter, scaled and padded to one rank.
+
+        They are kept between calls while no parameter or buffer has changed.
+        """
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-        # What trains may be written through ``.data`` (averaged weights), which leaves no trace to recognise it by.
+        # Never cache trained factors: writing through ``.data`` (weight averaging does) does not increase the version
+        # counter that the cache relies on.
         if torch.compiler.is_compiling() or any(t.requires_grad for t in self._state):
             return self._stacked(dtype)
         key = (

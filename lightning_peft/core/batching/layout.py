@@ -1,7 +1,8 @@
-"""Where the rows of a batch are in the tensors that a module takes and gives.
+"""Find the rows of a batch in the tensors that a module takes and returns.
 
-They are the first dimension, possibly several entries to a row (beams, windows, flattened tokens), row by row. In
-modules that take the sequence first they are the second one. Whatever else is met is an error that names the module.
+Rows are the first dimension, with one or more consecutive entries per row (beams, windows, flattened tokens). In
+modules that take the sequence first, they are the second dimension. Any other arrangement is an error that names the
+module, because a guess would give rows the wrong adapter.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ __all__ = [
     "take",
 ]
 
-#: arguments that are (length, length) for all rows
+#: names of arguments that may be (length, length) masks, shared by all rows
 _SQUARE = ("mask", "src_mask", "tgt_mask", "memory_mask", "attn_mask")
 _TRANSFORMERS = (
     nn.TransformerEncoderLayer,
@@ -44,18 +45,19 @@ _TRANSFORMERS = (
 
 
 class RowError(ValueError):
-    """Adapters that cannot be told apart by row, and where."""
+    """The rows of a mixed batch cannot be matched with their adapters in some module."""
 
 
 @dataclass(frozen=True)
 class BatchLayout:
-    """A module, and how it sees the batch.
+    """A module and the order of dimensions in which it sees the batch.
 
     Attributes:
         name: its qualified name.
-        kind: its class's name.
-        order: whether it takes the batch or the sequence first; ``"either"`` in a model that has modules of both.
-        experts: how many experts its own stacked parameters are; 0 if it has none.
+        kind: the name of its class.
+        order: whether the batch or the sequence is the first dimension; ``"either"`` if the model contains modules
+            of both kinds and nothing around this one decides.
+        experts: the number of experts in its own stacked parameters; 0 if it has none.
     """
 
     name: str
@@ -68,7 +70,7 @@ class BatchLayout:
 
 
 def batch_layouts(model: nn.Module, names: Iterable[str]) -> dict[str, BatchLayout]:
-    """How the modules called ``names`` see the batch, as far as their classes and those around them tell."""
+    """Return how the modules ``names`` see the batch, as far as their classes and their parents' show it."""
     modules = dict(model.named_modules(remove_duplicate=False))
     mixed = _sequence_first(model)
     found = {}
@@ -89,13 +91,13 @@ def _experts(module: nn.Module) -> int:
 
 
 def check_experts(batch_layout: BatchLayout, given: Iterable[Any], n: int) -> None:
-    """Refuse stacked experts that see the batch expert by expert.
+    """Refuse stacked experts whose input is ordered by expert instead of by row.
 
-    Without an integer for each token, which says where it goes, tokens come once for each expert or sorted by expert:
-    the first dimension may be a multiple of the rows without being row by row.
+    If the module does not get an expert index per token, its input is repeated for each expert or sorted by expert.
+    The first dimension can then be a multiple of the number of rows without being ordered by row.
 
     Raises:
-        RowError: the rows cannot be told apart there.
+        RowError: if the input may be ordered by expert.
     """
     found = list(tensors_in(given))
     x = next((t for t in found if t.is_floating_point()), None)
@@ -104,8 +106,8 @@ def check_experts(batch_layout: BatchLayout, given: Iterable[Any], n: int) -> No
     routed = any(t.ndim and not t.is_floating_point() and len(t) == len(x) for t in found)
     if not routed and (x.ndim == 2 or (x.ndim == 3 and len(x) == batch_layout.experts != n)):
         raise RowError(
-            f"{batch_layout} holds {batch_layout.experts} experts and was called with {tuple(x.shape)}, whose rows may "
-            "be sorted by expert: its adapters cannot be told apart by row. Exclude it, or call the model once for "
+            f"{batch_layout} holds {batch_layout.experts} experts and was called with {tuple(x.shape)}, which may be "
+            "sorted by expert: its entries cannot be matched with rows. Exclude it, or call the model once for "
             "each adapter with lp.active"
         )
 
@@ -115,17 +117,17 @@ def _sequence_first(module: nn.Module) -> bool:
 
 
 def batch_dims(batch_layout: BatchLayout, x: Tensor) -> tuple[int, ...]:
-    """The dimension of ``x``, an input of the module of ``batch_layout``, that holds the batch; both if it is open."""
+    """Return the dimension of the module's input ``x`` that holds the batch; both candidates if it is ambiguous."""
     if batch_layout.order == "either" and x.ndim > (2 if x.is_floating_point() else 1):
         return (0, 1)
     return (1,) if batch_layout.order == "sequence" and x.ndim > 2 else (0,)
 
 
 def row_dim(batch_layout: BatchLayout, x: Tensor, n: int) -> int:
-    """The dimension of ``x``, an input of the module of ``batch_layout``, that holds the ``n`` rows.
+    """Return the dimension of the module's input ``x`` that holds the ``n`` rows.
 
     Raises:
-        RowError: none does, or it cannot be told.
+        RowError: if no dimension fits, or it cannot be determined which one does.
     """
     dims = batch_dims(batch_layout, x)
     fits = [d for d in range(min(2, x.ndim)) if x.shape[d] and x.shape[d] % n == 0]
@@ -133,47 +135,47 @@ def row_dim(batch_layout: BatchLayout, x: Tensor, n: int) -> int:
     if len(dims) > 1 and len(fits) > 1:
         raise RowError(
             f"{batch_layout} was called with {tuple(x.shape)} for {n} rows, in a model that has modules with "
-            "batch_first=False: whether its rows are the first or the second dimension cannot be told. Build the "
+            "batch_first=False: rows may be the first or the second dimension. Build the "
             "model with batch_first=True, or use another batch size"
         )
     dim = fits[0] if len(dims) > 1 and fits else dims[0]
     if dim not in fits:
         raise RowError(
-            f"{batch_layout} was called with a tensor of shape {tuple(x.shape)}, whose dimension {dim} is no multiple "
-            f"of the {n} rows. Give as many names as the batch has rows; a module that does not see the batch row by "
-            "row (the experts of a mixture, a table that all rows share) cannot have another adapter for each row: "
-            "exclude it"
+            f"{batch_layout} was called with a tensor of shape {tuple(x.shape)}, whose dimension {dim} is not a "
+            f"multiple of the {n} rows. Pass as many names as the batch has rows. If this module does not see the "
+            "batch row by row (the experts of a mixture, a table that all rows share), its adapters cannot differ by "
+            "row: exclude it"
         )
     if x.ndim == 2 and not looked_up and re.search(r"(^|\.)experts\.\d+(\.|$)", batch_layout.name):
         raise RowError(
-            f"{batch_layout} is one of several experts, which get the tokens of all rows mixed: adapters there cannot "
-            "be told apart by row. Exclude it"
+            f"{batch_layout} is one of several experts, which get a mixture of tokens from all rows: its entries "
+            "cannot be matched with rows. Exclude it"
         )
     if x.ndim == 1 and looked_up and (len(x) != n or torch.equal(x, torch.arange(n, device=x.device))):
         raise RowError(
             f"{batch_layout} was called with {len(x)} indices that look like positions, which all rows share: its "
-            "adapters cannot be told apart by row. Exclude it, or call it with (batch, length) indices"
+            "adapters cannot differ by row. Exclude it, or call it with (batch, length) indices"
         )
     return dim
 
 
 def take(x: Tensor, dim: int, rows: Sequence[int], n: int) -> Tensor:
-    """The entries of ``x`` along ``dim`` that belong to ``rows``, of ``n`` in all."""
+    """Return the entries of ``x`` along ``dim`` that belong to ``rows``, given ``n`` rows in total."""
     repeats = x.shape[dim] // n
-    if rows[-1] - rows[0] + 1 == len(rows):  # they are in ascending order
+    if rows[-1] - rows[0] + 1 == len(rows):  # rows are ascending, so these are contiguous: a view is enough
         return x.narrow(dim, rows[0] * repeats, len(rows) * repeats)
     return x.index_select(dim, entries(tuple(rows), repeats, x.device))
 
 
 @functools.lru_cache(maxsize=4096)
 def entries(rows: tuple[int, ...], repeats: int, device: torch.device) -> Tensor:
-    """The indices of the entries that belong to ``rows`` where each row has ``repeats``."""
-    with torch.inference_mode(False):  # so that backward may keep it
+    """Return the indices of the entries of ``rows`` if each row has ``repeats`` entries."""
+    with torch.inference_mode(False):  # the cached tensor may be saved for a backward later
         return torch.tensor([r * repeats + i for r in rows for i in range(repeats)], device=device)
 
 
 def assemble(pieces: Sequence[tuple[Sequence[int], Tensor]], dim: int) -> Tensor:
-    """One tensor from the entries of some rows each; the inverse of :func:`take`."""
+    """Join pieces, each with the entries of some rows, into one tensor in row order; the inverse of :func:`take`."""
     order = [row for rows, _ in pieces for row in rows]
     whole = torch.cat([piece for _, piece in pieces], dim)
     if order == sorted(order):

@@ -1,4 +1,4 @@
-"""Split the inputs of a module into one part for each group of rows."""
+"""Run a module once per group of rows, on the part of its inputs that belongs to the group."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ def split(
     args: tuple,
     kwargs: dict[str, Any],
 ) -> Any:
-    """Run a module once for each group of rows, and put the outputs together.
+    """Run a module once for each group of rows, and join the outputs in row order.
 
     Args:
-        batch_layout: where the module is.
+        batch_layout: how the module sees the batch.
         module: the module.
         groups: the rows of each group.
-        call: runs it, given the number of the group and its arguments.
-        args, kwargs: the arguments of the whole batch.
+        call: runs the module, given the index of the group and the group's arguments.
+        args, kwargs: the arguments for the whole batch.
 
     Raises:
-        RowError: the rows cannot be found in the arguments or in the outputs, or there is a KV cache.
+        RowError: if the rows cannot be found in the arguments or in the outputs, or if there is a KV cache.
     """
     n = sum(map(len, groups))
     values = (*args, *kwargs.values())
     if find_cache(values) is not None:
         raise RowError(
-            f"the rows at {batch_layout} need a run each, and its KV cache is one for all: call the model with "
-            "use_cache=False, or give these rows one adapter"
+            f"{batch_layout} must run once per adapter, but all rows share one KV cache: call the model with "
+            "use_cache=False, or use one adapter for these rows"
         )
     first = next((v for v in values if isinstance(v, Tensor) and v.ndim), None)
     if first is None:
-        raise RowError(f"{batch_layout} was called without a tensor, so that its rows cannot be told apart")
+        raise RowError(f"{batch_layout} was called without a tensor, so its rows cannot be found: exclude it")
     where = row_dim(batch_layout, first, n)
     size = first.shape[where]
     names = parameters_of(module)[: len(args)] if len(values) > 1 else []
@@ -63,7 +63,8 @@ def split(
     for i, rows in enumerate(groups):
         positional = tuple(part(value, rows, name) for name, value in zip(names, args))
         outputs.append(call(i, positional, {name: part(value, rows, name) for name, value in kwargs.items()}))
-    if isinstance(module, nn.MultiheadAttention | nn.RNNBase):  # whose second output has another order than the first
+    if isinstance(module, nn.MultiheadAttention | nn.RNNBase):
+        # Their second output (attention weights, hidden states) holds the batch in a different dimension.
         second = 0 if isinstance(module, nn.MultiheadAttention) else 1
         hidden, rest = ([o[i] for o in outputs] for i in (0, 1))
         return _together(batch_layout, groups, hidden, where), _together(batch_layout, groups, rest, second)
@@ -80,14 +81,14 @@ def _together(batch_layout: BatchLayout, groups: Sequence[Sequence[int]], output
             return assemble(list(zip(groups, outputs)), dim)
         if len(rest) > 1 and len(per_row) == 1:
             raise RowError(
-                f"{batch_layout} gives outputs of shapes {[tuple(o.shape) for o in outputs]} for rows "
+                f"{batch_layout} returns outputs of shapes {[tuple(o.shape) for o in outputs]} for rows "
                 f"{[*map(list, groups)]}: heads of different widths cannot serve one batch; call the model once for "
                 "each width"
             )
         raise RowError(
             f"{batch_layout} ran once for each group of rows, and its outputs, of shapes "
-            f"{[tuple(o.shape) for o in outputs]}, cannot be put together: it must give one output for each row (and "
-            "no loss), of one shape for all"
+            f"{[tuple(o.shape) for o in outputs]}, cannot be joined: it must return one output per row (not a loss), "
+            "with the same shape for all rows"
         )
     if isinstance(first, Mapping):
         merged = {key: _together(batch_layout, groups, [o[key] for o in outputs], where) for key in first}
