@@ -104,7 +104,7 @@ class Payload:
 
 def test_files_that_would_run_code_or_are_not_checkpoints_are_refused():
     torch.save({"lightning_peft": Payload()}, "bad.ckpt")
-    with pytest.raises(lp.StateError, match="mkdir would be run"):
+    with pytest.raises(lp.StateError, match=r"would run .*mkdir"):
         describe("bad.ckpt")
     assert not Path("ran").exists()
     for content in ({"state_dict": {}}, [1]):

@@ -85,7 +85,7 @@ def test_state_that_does_not_fit_is_an_error(run: tuple[str, Path, dict[str, Any
     kind, _, out = run
     assert "r=4" in out["rank"]
     assert "r=2" in out["rank"]
-    assert "another base model" in out["base"]
+    assert "different base model" in out["base"]
     assert "seed" in out["uneven seed"]
     assert out["uneven seed"].startswith("AuditError: rank 1")
     if kind == "ddp":

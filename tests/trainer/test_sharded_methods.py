@@ -21,7 +21,7 @@ def test_on_two_processes(tmp_path: Path) -> None:
     refused = {name: said for name, said in found.items() if isinstance(said, str)}
     assert len(refused) == 6
     for said in refused.values():
-        assert "leave adapted layers out of the plan of parallelize_module" in said
+        assert "Leave adapted layers out of the plan of parallelize_module" in said
     apart = {name: difference for name, difference in found.items() if name not in refused and difference > 1e-5}
     assert not apart
     assert len(found) - len(refused) == 12

@@ -1,7 +1,7 @@
-"""What trains and what is saved.
+"""Decide what trains and what is saved.
 
-Read ``plan`` (what a method intends) and ``report`` (the table that users see); what was done is in
-:mod:`lightning_peft.core.record`. Then ``state_dict``, ``adapter_records``, ``moved`` (frozen values that change),
-``consistency`` (record against model), ``fingerprint``, ``freezing``, and for files ``digest``, ``torch_file`` and
+Read ``plan`` (what a method will do) and ``report`` (the table for users) first; :mod:`lightning_peft.core.record` has
+what was done. Then read ``state_dict``, ``adapter_records``, ``moved_values`` (frozen values that change),
+``consistency`` (record against model), ``fingerprint`` and ``freezing``, and for files ``digest``, ``torch_file`` and
 ``torch_zip``.
 """

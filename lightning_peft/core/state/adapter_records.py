@@ -1,4 +1,4 @@
-"""What adapters are, taken apart: where each is, what the layer under it is like, and its tensors."""
+"""Describe adapters as plain data: where each one is, properties of the layer under it, and its tensors."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ __all__ = [
 
 
 def gather_to_cpu(tensor: Tensor) -> Tensor:
-    """``tensor`` on the CPU and of its own; of a sharded one all of it."""
+    """Return a copy of ``tensor`` on the CPU; a sharded tensor is gathered first."""
     return gather_full(tensor).detach().to("cpu", copy=True).contiguous()
 
 
 def uncopied(tensor: Tensor) -> Tensor:
-    """``tensor`` itself, without a gradient: for a trial that writes nothing."""
+    """Return ``tensor`` detached but not copied, for a trial that does not write anything."""
     return tensor.detach()
 
 
@@ -51,15 +51,15 @@ class AdapterRecord:
     """One adapter of one module, or of one of its weights.
 
     Attributes:
-        host: the module that carries it, by its name in the base.
-        parameter: the adapted weight's name inside the host; ``""`` where the adapter is of no weight.
+        host: the name in the base of the module that carries it.
+        parameter: the adapted weight's name inside the host; ``""`` if the adapter does not adapt a weight.
         kind: ``Linear``, ``Conv1D`` (Hugging Face's, stored transposed), ``Conv``, ``ConvTranspose``, ``Embedding``,
             ``Norm``, ``Attention`` (a projection of ``nn.MultiheadAttention``), ``Recurrent``, ``Parameter`` (a bare
             one, or a recurrent cell's), or the host's class.
-        shape: the adapted weight's, as it is stored.
-        facts: plain values: the adapter's ``r`` and ``scale``, its ``tokens``; a convolution's ``groups``, ``dilation``
-            and ``padding_mode``; ``own_forward`` of a layer that computes something else than its class does.
-        tensors: the adapter's own, by name inside it.
+        shape: the stored shape of the adapted weight.
+        facts: plain values: the adapter's ``r``, ``scale`` and ``tokens``; a convolution's ``groups``, ``dilation``
+            and ``padding_mode``; ``own_forward`` if the layer computes something different from its class.
+        tensors: the adapter's tensors, by name inside it.
     """
 
     host: str
@@ -71,24 +71,24 @@ class AdapterRecord:
 
     @property
     def name(self) -> str:
-        """The weight's name as patterns know it: the module's, or the parameter's where it is one of several."""
+        """The name that patterns match: the module's, or the parameter's if the module has several adapted weights."""
         return weight_name(self.host, self.parameter, bare=self.kind == "Parameter")
 
 
 def adapted_names(parts: Iterable[AdapterRecord]) -> list[str]:
-    """The names of the weights that carry adapters, and of the modules that carry adapters of no weight."""
+    """Return the names of adapted weights, and of modules with adapters that do not adapt a weight."""
     return [".".join(filter(None, (part.host, part.parameter))) for part in parts]
 
 
 def adapter_records(
     model: nn.Module, name: str, take: Callable[[Tensor], Tensor] | None = gather_to_cpu
 ) -> Iterator[AdapterRecord]:
-    """The adapters called ``name`` in ``model``; copies of the base's own values are none.
+    """Yield a record for each adapter called ``name`` in ``model``; parameter overrides are not included.
 
     Args:
-        model: the module that carries them.
-        name: the adapter's.
-        take: what to do with each of their tensors; None leaves them out.
+        model: the module that contains them.
+        name: the adapter's name.
+        take: called with each of their tensors; None leaves the tensors out.
     """
     for host_name, host in hosts(model):
         stack = cast(AdapterStack, host.adapters)
@@ -115,7 +115,7 @@ def _tensors(adapter: Adapter, take: Callable[[Tensor], Tensor] | None) -> dict[
 
 
 def layer_kind(host: nn.Module, layout: Any) -> str:
-    """What kind of weight a layout of ``host`` reads: see :class:`AdapterRecord`."""
+    """Return the kind of the weight that ``layout`` reads from ``host``; see :class:`AdapterRecord`."""
     if isinstance(host, nn.MultiheadAttention):
         return "Attention"
     if isinstance(layout, RecurrentLayout):
@@ -131,7 +131,7 @@ def layer_kind(host: nn.Module, layout: Any) -> str:
 
 
 def layer_facts(host: Any, layout: WeightLayout) -> dict[str, Any]:
-    """What a file has to say of a layer, see :class:`AdapterRecord`."""
+    """Return the properties of a layer that a file must record; see :class:`AdapterRecord`."""
     facts: dict[str, Any] = {}
     if isinstance(layout, ConvLayout):
         facts = {"groups": host.groups, "dilation": list(host.dilation), "padding_mode": host.padding_mode}

@@ -1,8 +1,8 @@
-"""Compare the record of what was put into a model with the model as it is now.
+"""Compare the record of what methods inserted into a model with the model as it is now.
 
-A module that is replaced after the methods were applied (a resized vocabulary, a new head, fused projections) takes
-its adapters along, and a base that was built on the meta device gets its values only later. Both are compared before a
-fit, a save, a load and a merge.
+If user code replaces a module after methods were applied (a resized vocabulary, a new head, fused projections), its
+adapters are lost with it, without an error. A base that was built on the meta device gets its values only later. Both
+are checked before a fit, a save, a load and a merge.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ __all__ = ["check_record", "update_base"]
 
 
 def check_record(model: nn.Module) -> None:
-    """Check that all adapters of the record are where they were put, on weights of the shape they were made for.
+    """Check that all adapters of the record are still attached, to weights of the shape they were created for.
 
     Raises:
-        StateError: a module was replaced or resized; all such modules are named.
+        StateError: if modules were replaced or resized; the message lists them.
     """
     record = injection_state(model)
     if record is None:
@@ -39,7 +39,7 @@ def check_record(model: nn.Module) -> None:
         for host in found:
             module = modules.get(host)
             if module is None or not has_mixin(module, Adapted) or name not in module.adapters:  # type: ignore[operator]
-                lost.setdefault(name, []).append(f"{host!r} was replaced and carries it no more")
+                lost.setdefault(name, []).append(f"{host!r} was replaced and no longer carries it")
             elif problem := _resized(record, name, host, module):
                 lost.setdefault(name, []).append(problem)
     for name, trains in record.trained_base.items():
@@ -49,7 +49,7 @@ def check_record(model: nn.Module) -> None:
         what = "; ".join(f"adapter {n!r}: {', '.join(w[:4])}{' ...' if len(w) > 4 else ''}" for n, w in lost.items())
         raise StateError(
             f"the model was changed after the methods were applied. {what}. Change modules (vocabulary, head, fused "
-            "layers) first and apply the methods then; lp.unload(model) gives the model back without them"
+            "layers) before you apply methods; lp.unload(model) returns the model without them"
         )
 
 
@@ -59,7 +59,7 @@ def _resized(record: InjectionState, name: str, host: str, module: nn.Module) ->
     for part in record.adapter_records.get(name, ()):
         stored = stored_tensor(module, part.parameter) if part.host == host and part.parameter else None
         if stored is None or stored.ndim != len(part.shape) or not stored.numel():
-            continue  # flattened or taken apart by a strategy that shards
+            continue  # a strategy that shards has flattened or split it
         if tuple(stored.shape) != tuple(part.shape):
             shapes = " to ".join("x".join(map(str, shape)) for shape in (part.shape, stored.shape))
             return f"{host!r} was resized from {shapes}"
@@ -67,7 +67,7 @@ def _resized(record: InjectionState, name: str, host: str, module: nn.Module) ->
 
 
 def update_base(model: nn.Module) -> None:
-    """Let the record know a base by its values, if it was on the meta device when the methods were applied."""
+    """Fingerprint a base that was on the meta device when methods were applied, now that it may have values."""
     record, root = injection_state(model), injected_module(model)
     if record is None or any(stack.merged is not None for stack in stacks(root).values()):
         return

@@ -1,4 +1,4 @@
-"""Digests of tensors and plain values: what tells that a file is not what was saved."""
+"""Compute digests of tensors and plain values, to detect that a file is not what was saved."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from torch import Tensor
 
 __all__ = ["difference", "tensor_digests", "value_digest"]
 
-LENGTH = 32  #: hexadecimal digits: 128 bits, against accidents and not against a forger, who can write digests too
+LENGTH = 32  #: hexadecimal digits (128 bits): detects accidents, not an attacker, who can write digests as well
 
 
 def tensor_digests(tensors: Mapping[str, Any]) -> dict[str, str]:
-    """The digest of each tensor's name, dtype, shape and bytes (half of a SHA-256, in hexadecimal)."""
+    """Return a digest of each tensor's name, dtype, shape and bytes (half of a SHA-256, in hexadecimal)."""
     return {name: _digest(name, tensor) for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
 
 
 def value_digest(value: Any) -> str:
-    """The digest of a plain value; tuples and lists count as the same."""
+    """Return the digest of a plain value; a tuple and a list of the same values have the same digest."""
     try:
         text = json.dumps(value, sort_keys=True, default=repr)
-    except (TypeError, ValueError, RecursionError):  # keys that cannot be sorted, a list in itself: not one of ours
+    except (TypeError, ValueError, RecursionError):  # unsortable keys or a list inside itself: not written by us
         text = repr(value)
     return hashlib.sha256(text.encode()).hexdigest()[:LENGTH]
 
 
 def difference(saved: Any, found: Mapping[str, str]) -> str | None:
-    """The first name by which two sets of digests differ, and how; None if they agree."""
+    """Return the first name in which two sets of digests differ, and how; None if they agree."""
     if not isinstance(saved, Mapping):
         return "the digests"
     for name in [*found, *(name for name in saved if name not in found)]:

@@ -1,4 +1,4 @@
-"""A fingerprint of the frozen base: a checkpoint or adapter that was trained on another base is an error."""
+"""Fingerprint the frozen base, to refuse a checkpoint or adapter that was trained on another base."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 def fingerprint(
     model: nn.Module, tensors: int = 256, samples: int = 8, leave_out: Iterable[str] = ()
 ) -> dict[str, Any]:
-    """What identifies the frozen base: a digest of names and shapes, and a few values of some tensors.
+    """Return what identifies the frozen base: a digest of names and shapes, and a few values of some tensors.
 
-    Values rather than a digest of them, so that a base loaded in another precision is still the same base.
+    It stores values instead of a digest of them, so that a base loaded in another precision is still recognised.
 
     Args:
-        model: the adapted model; what trains and what adapters own is left out.
-        tensors: at most so many tensors are sampled, evenly over the model.
-        samples: values taken from each, evenly over the tensor.
+        model: the adapted model; trained parameters and adapters are left out.
+        tensors: the maximum number of tensors to sample, spread evenly over the model.
+        samples: the number of values to take from each, spread evenly over the tensor.
         leave_out: names of parameters that are frozen now and train later.
     """
     frozen = _tensors_but(model, trainable_keys(model) | set(leave_out) | extra_state(model).keys())
@@ -43,18 +43,18 @@ def fingerprint(
 
 
 def check_fingerprint(model: nn.Module, saved: Mapping[str, Any], plain: bool = False) -> None:
-    """Compare the base with the one a state was trained on.
+    """Compare the base with the one that a state was trained on.
 
     Args:
-        model: the base, adapted or not.
-        saved: what :func:`fingerprint` gave for the other.
-        plain: nothing was applied to ``model`` yet, so that all of it is base although it requires gradients.
+        model: the base, with or without adapters.
+        saved: the result of :func:`fingerprint` for the other base.
+        plain: True if no methods were applied to ``model`` yet, so all of it is base although it requires gradients.
 
     Raises:
-        StateError: a tensor of the base is missing or holds other values, or adapters are merged into it.
+        StateError: if a tensor of the base is missing or has other values, or if adapters are merged into the base.
     """
     if any(stack.merged is not None for stack in stacks(model).values()):
-        raise StateError("adapters are merged into the base, so that it cannot be compared: lp.unmerge(model) first")
+        raise StateError("adapters are merged into the base, so it cannot be compared: call lp.unmerge(model) first")
     trained = set() if plain else trainable_keys(model)
     frozen = _tensors_but(model, trained)
     for name, values in saved["values"].items():
@@ -63,27 +63,29 @@ def check_fingerprint(model: nn.Module, saved: Mapping[str, Any], plain: bool = 
         if name not in frozen:
             near = nearest(name, list(frozen), n=1)
             raise StateError(
-                f"this is another base model: it has no tensor {name!r}" + (f"; nearest: {near[0]!r}" if near else "")
+                f"this is a different base model: it has no tensor {name!r}"
+                + (f"; nearest: {near[0]!r}" if near else "")
             )
         if frozen[name].is_meta or not frozen[name].numel():
             continue
         if not _same(_sample(frozen[name], len(values)), values):
             raise StateError(
-                f"this is another base model: the values of {name!r} differ from those the state was trained on. "
-                "Load the same pretrained weights (and build anything random in the base from a fixed seed)"
+                f"this is a different base model: the values of {name!r} differ from those the state was trained on. "
+                "Load the same pretrained weights (and initialise random parts of the base from a fixed seed)"
             )
 
 
 def fingerprint_now(saved: Mapping[str, Any], tensors: Mapping[str, Any], adapted: Iterable[str]) -> dict[str, Any]:
-    """The fingerprint of the base that adapters compute with, which may have been overwritten after they were put in.
+    """Return the fingerprint of the base as it is now: weights may have been loaded after methods were applied.
 
-    Weights under adapters are frozen. If one of them differs from what it was, other weights were loaded, and the base
-    is sampled again. Otherwise the base is what it was: teachers and statistics move in training.
+    Weights under adapters are frozen. If one of them has changed, other weights were loaded, and the base is sampled
+    again. If none has, ``saved`` is returned: EMA teachers and running statistics also change in training, but the
+    base is the same.
 
     Args:
-        saved: what :func:`fingerprint` gave when methods were applied.
-        tensors: the base's values as they are, by the same names; some may be missing.
-        adapted: names of the weights that carry adapters, or of modules that do.
+        saved: the result of :func:`fingerprint` when methods were applied.
+        tensors: the current values of the base, by the same names; some may be missing.
+        adapted: names of adapted weights, or of modules that carry adapters.
     """
     whole = {n: tensors[n] for n in saved["values"] if n in tensors and not is_sharded(tensors[n])}
     now = {n: _sample(t, len(saved["values"][n])) for n, t in whole.items() if not t.is_meta}
@@ -95,12 +97,12 @@ def fingerprint_now(saved: Mapping[str, Any], tensors: Mapping[str, Any], adapte
 
 
 def _finite(values: dict[str, list[float]]) -> dict[str, list[float]]:
-    """Without samples that JSON cannot hold: those of masks of minus infinity, for example."""
+    """Drop samples that JSON cannot hold, such as those of masks with minus infinity."""
     return {name: sample for name, sample in values.items() if all(map(math.isfinite, sample))}
 
 
 def _same(here: list[float], there: list[float]) -> bool:
-    """Whether two samples are of one tensor, which may have been cast in between."""
+    """Whether two samples come from the same tensor, which may have been cast in between."""
     a, b = torch.tensor(here, dtype=torch.float64), torch.tensor(there, dtype=torch.float64)
     return a.shape == b.shape and torch.allclose(a, b, rtol=1e-2, atol=1e-6)
 
@@ -114,6 +116,6 @@ def _sample(tensor: Tensor, samples: int) -> list[float]:
     tensor = gather_full(tensor).detach()
     flat = (torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor).reshape(-1)
     steps = min(samples, flat.numel())
-    # In float64: float32 counts exactly to 2^24 only, and would step past the end of a large embedding.
+    # In float64, because float32 is exact only up to 2^24 and would step past the end of a large embedding.
     index = torch.linspace(0, flat.numel() - 1, steps, dtype=torch.float64).long().to(flat.device)
     return [float(v) for v in flat[index].to("cpu", torch.float32)]

@@ -1,8 +1,8 @@
-"""Freezing: running statistics that hold still, trained parameters that keep their precision, deferred unfreezing.
+"""Freeze norm statistics, keep trained parameters in full precision, and unfreeze deferred parameters.
 
-Which deferred parameters train by now is part of a checkpoint, so that loading one restores it in both directions:
-what a later checkpoint trains is unfrozen before the optimizer's state comes, and what an earlier one had not
-unfrozen yet is frozen again at the values of the base.
+A checkpoint records which deferred parameters train, and loading it restores this in both directions: parameters that
+train in the checkpoint are unfrozen before the optimizer state is loaded, and parameters that do not train in it yet
+are frozen again at their base values.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ __all__ = [
 
 
 class FrozenNorm(nn.Module):
-    """Mixin of a norm layer with running statistics: it stays in eval mode whatever its parents are set to."""
+    """Mixin for a norm layer with running statistics: it stays in eval mode when its parents are set to train."""
 
-    _mode_asked: bool  # the mode it would be in, and is in again once unfrozen
-    _hold_statistics = False  # whether it does so even while its parameters train
+    _mode_asked: bool  # the mode that was last requested; restored when the layer is unfrozen
+    _hold_statistics = False  # True: stay in eval mode even while the layer's parameters train
 
     def train(self, mode: bool = True) -> Any:
         self._mode_asked = mode
@@ -41,9 +41,9 @@ class FrozenNorm(nn.Module):
 
 
 class FullPrecision(nn.Module):
-    """Mixin of a module that trains in full: its parameters stay in float32 where its model is cast lower.
+    """Mixin for a module that trains in full: its parameters stay in float32 when the model is cast to less.
 
-    Its inputs are cast up and its outputs back to the model's type, so that it fits between its neighbours.
+    Inputs are cast to float32, and outputs back to the model's dtype, so that neighbouring modules are unaffected.
     """
 
     _compute_dtype: torch.dtype | None = None
@@ -77,10 +77,10 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
 
 
 def freeze_norm_statistics(model: nn.Module) -> list[str]:
-    """Put every norm layer that has running statistics and does not train in full in eval mode for good.
+    """Keep every norm layer that has running statistics and does not train in full in eval mode.
 
-    Otherwise the statistics of the base move with every training batch, also where only the layer's bias trains.
-    Returns the layers' names.
+    Otherwise every training batch would change the statistics of the frozen base, even if only the layer's bias
+    trains. Returns the names of the layers.
     """
     frozen = []
     for name, module in base_modules(model):
@@ -99,19 +99,19 @@ def _trains_in_full(module: nn.Module) -> bool:
 
 
 def hold_statistics(module: nn.Module) -> None:
-    """Put a norm layer in eval mode for good, although its parameters train."""
+    """Keep a norm layer in eval mode, although its parameters train."""
     add_mixin(module, FrozenNorm)
     module._hold_statistics = True  # type: ignore[assignment]
-    module.train(module.training)  # which the mixin makes eval mode
+    module.train(module.training)  # the mixin turns this into eval mode
 
 
 def keep_full_precision(modules: Iterable[nn.Module], shared: set[int]) -> None:
-    """Hold the parameters of ``modules`` in float32.
+    """Keep the parameters of ``modules`` in float32.
 
     Args:
         modules: modules that train in full.
-        shared: ids of parameters that other modules hold too; a module with one keeps its type, since casting
-            it would cast them.
+        shared: ids of parameters that other modules also hold. A module with such a parameter keeps its dtype, because
+            casting it would cast the other module's parameter.
     """
     for module in modules:
         low = {p.dtype for p in module.parameters() if p.is_floating_point()} - {torch.float32, torch.float64}
@@ -124,15 +124,15 @@ def keep_full_precision(modules: Iterable[nn.Module], shared: set[int]) -> None:
 
 
 def unfrozen_names(model: nn.Module) -> list[str]:
-    """The names of the parameters that started frozen and train by now."""
+    """Return the names of the deferred parameters that train now."""
     record = injection_state(model)
     return [name for name, before in record.deferred.items() if before is not None] if record is not None else []
 
 
 def unfreeze(model: nn.Module, names: Iterable[str]) -> list[str]:
-    """Let the parameters called ``names`` train from now on; returns those that did not already.
+    """Make the deferred parameters ``names`` train from now on; return those that did not train before.
 
-    Their values are copied to the CPU, for :func:`set_unfrozen` to go back to.
+    Their values are copied to the CPU, so that :func:`set_unfrozen` can restore them.
     """
     root, record = injected_module(model), injection_state(model)
     assert record is not None
@@ -147,11 +147,10 @@ def unfreeze(model: nn.Module, names: Iterable[str]) -> list[str]:
 
 @torch.no_grad()
 def set_unfrozen(model: nn.Module, names: Iterable[str]) -> None:
-    """Let exactly ``names`` of the deferred parameters train; others that did are frozen at the values they started
-    from.
+    """Make exactly ``names`` of the deferred parameters train; others are frozen again at their initial values.
 
     Raises:
-        KeyError: a name that is none of the model's deferred parameters.
+        KeyError: if a name is not one of the model's deferred parameters.
     """
     record, wanted = injection_state(model), list(names)
     if record is None:
@@ -168,7 +167,7 @@ def set_unfrozen(model: nn.Module, names: Iterable[str]) -> None:
 
 
 def _after_unfreezing(root: nn.Module, record: InjectionState) -> None:
-    """What follows from a change of what trains: norm statistics, and the count."""
+    """Update norm layers and the report's counts after a change of what trains."""
     for module in root.modules():
         if has_mixin(module, FrozenNorm) and _trains_in_full(module) and not module._hold_statistics:
             remove_mixin(module, FrozenNorm)

@@ -1,8 +1,8 @@
 """Find the frozen values of a model that change without gradients: EMA teachers, centres, statistics, extra state.
 
 Buffers and extra state are compared with copies. Parameters, and buffers that hold packed weights (GPTQ, AWQ), are
-compared with digests, because a copy of a frozen base would double its memory. A digest reads each value once and is
-exact up to a coincidence of 64-bit sums.
+compared with digests, because a copy of a frozen base would double its memory. A digest reads each value once and
+misses a change only if 64-bit sums happen to collide.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ __all__ = ["InitialValues", "extra_state"]
 
 @dataclass
 class InitialValues:
-    """The values that a base had when methods were applied to it, by canonical name.
+    """The values of a base when methods were applied to it, by canonical name.
 
     Attributes:
         buffers: copies of the persistent buffers, without packed weights.
-        packed: marks of the buffers that hold packed weights.
-        parameters: marks of the frozen parameters; None while nothing trains.
-        trained: copies on the CPU of what trains, without base parameters that make up most of the base.
+        packed: digests of the buffers that hold packed weights.
+        parameters: digests of the frozen parameters; None until a fit starts.
+        trained: CPU copies of what trains, unless that is most of the base.
         extra: copies of the entries of ``state_dict`` that are neither parameters nor buffers.
     """
 
@@ -44,7 +44,7 @@ class InitialValues:
 
     @classmethod
     def of(cls, model: nn.Module) -> InitialValues:
-        """The start of ``model`` as it is now; parameters are marked by :meth:`mark`."""
+        """Record the current values of ``model``, except parameters: :meth:`mark` records those later."""
         stored = model.state_dict().keys()
         buffers = {canonical(name): b.detach() for name, b in model.named_buffers() if name in stored}
         return cls(
@@ -54,9 +54,9 @@ class InitialValues:
         )
 
     def keep(self, model: nn.Module, owned: Container[str]) -> None:
-        """Copy the tensors in ``owned``, except where copies of the base would take more than half of its memory.
+        """Copy the tensors in ``owned``, but not the base's if that would copy more than half of the base.
 
-        What was copied stays as it was.
+        Earlier copies are not replaced.
         """
         state = {canonical(k): v for k, v in nn.Module.state_dict(model).items() if isinstance(v, Tensor)}
         base = {name for name, _ in _base_parameters(model)}
@@ -66,10 +66,10 @@ class InitialValues:
         self.trained = self.trained | copies
 
     def mark(self, model: nn.Module) -> None:
-        """Mark the parameters of the base that are not copied.
+        """Compute digests of the base parameters that are not copied.
 
-        A parameter that was marked keeps its mark, unless it was cast or sharded since: then its values cannot be
-        compared with the mark, and count from now on.
+        An earlier digest is kept, unless the parameter was cast or sharded since. Its values cannot be compared with
+        that digest any more, so changes are counted from now on.
         """
         old = self.parameters or {}
         self.parameters = {
@@ -79,14 +79,14 @@ class InitialValues:
         }
 
     def moved(self, model: nn.Module, trained: Container[str]) -> set[str]:
-        """The names of the values that differ from their start; not ``trained``, nor what adapters are merged into."""
+        """Return the names of values that have changed, except ``trained`` and values with merged adapters."""
         merged = _merged(model)
         found = {
             name
             for name, buffer in ((canonical(name), buffer) for name, buffer in model.named_buffers())
             if name in self.buffers
             and id(buffer) not in merged
-            and not self.buffers[name].is_meta  # its values came later
+            and not self.buffers[name].is_meta  # the buffer got its values only later
             and not torch.equal(self.buffers[name].to(buffer), buffer)
         }
         found |= {
@@ -95,7 +95,7 @@ class InitialValues:
         return found.union(self.moved_marks(model, trained))
 
     def moved_marks(self, model: nn.Module, without: Container[str]) -> list[str]:
-        """The names of the marked parameters and buffers that differ from their start."""
+        """Return the names of the parameters and packed buffers whose digest has changed."""
         marks, merged = {**(self.parameters or {}), **self.packed}, _merged(model)
         buffers = ((canonical(name), buffer) for name, buffer in model.named_buffers())
         return [
@@ -106,7 +106,10 @@ class InitialValues:
         ]
 
     def around(self, model: nn.Module, inner: str) -> InitialValues:
-        """The start of ``model``, which calls the module of this one ``inner``; the rest of it is as it is now."""
+        """Return the initial values of ``model``, which holds this object's module as ``inner``.
+
+        Values outside ``inner`` are recorded as they are now.
+        """
 
         def outer(values: Mapping[str, Any]) -> dict[str, Any]:
             return {f"{inner}.{name}": value for name, value in values.items()}
@@ -122,9 +125,9 @@ class InitialValues:
 
 
 def extra_state(model: nn.Module) -> dict[str, Any]:
-    """The entries of ``state_dict`` that are neither parameters nor buffers, nor an adapter's, by canonical key.
+    """Return the entries of ``state_dict`` that are not parameters, buffers or part of an adapter, by canonical key.
 
-    ``get_extra_state`` makes them, the persistent states of torchmetrics, and quantised layers.
+    They come from ``get_extra_state``, from persistent states of torchmetrics, and from quantised layers.
     """
     tensors = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     tensors |= {name for name, _ in model.named_buffers(remove_duplicate=False)}
@@ -156,12 +159,12 @@ _COLUMNS = 1024
 
 @torch.no_grad()
 def _sums(tensor: Tensor) -> tuple[int, ...] | None:
-    """Sums of the bits, over rows and over columns and weighted by place; None for values that cannot be read."""
+    """Sum the bits by row and by column, weighted by position; None if the values cannot be read."""
     if tensor.is_meta:
         return None
     try:
         flat = tensor.contiguous().reshape(-1).view(torch.uint8)
-    except (RuntimeError, NotImplementedError, TypeError):  # a tensor subclass that does not give its bits
+    except (RuntimeError, NotImplementedError, TypeError):  # a tensor subclass that cannot be viewed as bytes
         return None
     if flat.storage_offset() % 8:
         flat = flat.clone()
@@ -174,7 +177,7 @@ def _sums(tensor: Tensor) -> tuple[int, ...] | None:
 
 
 def _mixed(values: Tensor) -> Tensor:
-    """One number of many, in which every bit and place counts (a sum alone loses changes of two highest bits)."""
+    """Hash many numbers to one, so that every bit and position counts (in a plain sum, two top bits would cancel)."""
     places = torch.arange(1, values.numel() + 1, device=values.device) * 0x1E3779B97F4A7C15
     mixed = (values + places) * 0x3F58476D1CE4E5B9
     return ((mixed ^ (mixed >> 32)) * 0x14D049BB133111EB).sum()
@@ -186,7 +189,7 @@ def _is_packed(buffer: Tensor) -> bool:
 
 
 def _merged(model: nn.Module) -> set[int]:
-    """The identities of the parameters and buffers that adapters are merged into."""
+    """Return the ids of the parameters and buffers that adapters are merged into."""
     merged = ((host, cast(AdapterStack, host.adapters).merged or ()) for _, host in hosts(model))
     return {id(stored_tensor(host, name)) for host, names in merged for name in names}
 

@@ -1,4 +1,4 @@
-"""What a method is to the core, and what it says it will do to a model before anything is changed."""
+"""The interface between a method and the core: a plan of what the method will do, made before any change."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ __all__ = ["Attachment", "Method", "Plan"]
 
 
 class Attachment(NamedTuple):
-    """One adapter that a plan puts on one module.
+    """One adapter that a plan attaches to one module.
 
     Attributes:
         host: the qualified name of the module that will carry the adapter.
-        shown: the name in the report's table; the weight's for a weight adapter, mostly ``host`` otherwise.
-        adapter: the adapter itself, not yet attached.
+        shown: the name in the report's table: the weight's for a weight adapter, usually ``host`` otherwise.
+        adapter: the adapter, not yet attached.
         what: the description in the report's table, such as ``LoRA r=8 on Linear 64x64``.
     """
 
@@ -34,14 +34,14 @@ class Plan:
     """What one method will do to one model.
 
     Attributes:
-        attach: the adapters, each with the module that it goes on.
+        attach: the adapters, each with the module to attach it to.
         train: names of base parameters to train, with the description for the table.
-        train_modules: names of base modules that train in full, heads for example; ``""`` is the whole model.
+        train_modules: names of base modules that train in full, such as heads; ``""`` is the whole model.
         deferred: names of base parameters that are frozen at first and train later, with their name and description
-            in the table.
-        hold_statistics: names of norm layers whose running statistics stay although their parameters train.
-        notes: what is left alone and why.
-        origin: options of the file that the adapter was read from, which describe it and are written again.
+            for the table.
+        hold_statistics: names of norm layers whose running statistics stay frozen although their parameters train.
+        notes: sentences for the report about what is skipped and why.
+        origin: options from the file that the adapter was loaded from, to be written again when it is saved.
     """
 
     attach: list[Attachment] = field(default_factory=list)
@@ -54,7 +54,7 @@ class Plan:
 
 
 class Method(Protocol):
-    """What :func:`apply` needs of a method; :class:`lightning_peft.PEFTMethod` is one."""
+    """The interface that :func:`apply` needs from a method; :class:`lightning_peft.PEFTMethod` implements it."""
 
     name: str
     train_norm_stats: bool

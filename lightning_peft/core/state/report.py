@@ -1,4 +1,4 @@
-"""What a method did, or would do, to a model: counts, and a table that groups repeated layers."""
+"""Report what a method did, or would do, to a model: counts, and a table that groups repeated layers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["Entry", "Report"]
 
 
 class Entry(NamedTuple):
-    """One thing that one method did: at which module, what, with how many trainable parameters."""
+    """One action of one method: the module, a description, and the number of trainable parameters."""
 
     module: str
     what: str
@@ -31,9 +31,9 @@ class Report:
 
     Attributes:
         trainable: the number of parameters that train.
-        total: the number of all parameters, the adapters' included.
-        entries: what was done, in order.
-        notes: what was left alone and why.
+        total: the number of all parameters, including adapters.
+        entries: the actions, in order.
+        notes: sentences about what was skipped and why.
         in_eval_mode: the frozen modules that stay in eval mode during the fit.
 
     Example::
@@ -51,7 +51,7 @@ class Report:
 
     @property
     def modules(self) -> dict[str, str]:
-        """What was done where: qualified name to description."""
+        """Maps qualified names to descriptions of what was done there."""
         found: dict[str, str] = {}
         for entry in self.entries:
             found[entry.module] = f"{found[entry.module]} + {entry.what}" if entry.module in found else entry.what
@@ -59,7 +59,7 @@ class Report:
 
     @property
     def parameters(self) -> dict[str, int]:
-        """The number of trainable parameters there."""
+        """Maps the same names to numbers of trainable parameters."""
         found: dict[str, int] = {}
         for entry in self.entries:
             found[entry.module] = found.get(entry.module, 0) + entry.parameters
@@ -67,28 +67,28 @@ class Report:
 
     @property
     def percent(self) -> float:
-        """Trainable parameters in percent of all."""
+        """Trainable parameters as a percentage of all parameters."""
         return 100 * self.trainable / self.total if self.total else 0.0
 
     def add(self, name: str, what: str, parameters: int, adapter: str) -> None:
-        """Note that the method called ``adapter`` did ``what`` at ``name``, with so many trainable parameters."""
+        """Add an entry: the method called ``adapter`` did ``what`` to the module or weight ``name``."""
         self.entries.append(Entry(name, what, parameters, adapter))
 
     def note(self, notes: Iterable[str]) -> None:
-        """Add the notes that are not there yet."""
+        """Add notes, without duplicates."""
         self.notes += [note for note in dict.fromkeys(notes) if note not in self.notes]
 
     def count(self, model: nn.Module) -> None:
-        """Count anew what ``model`` has and trains."""
+        """Recount the trainable and total parameters of ``model``."""
         self.trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         self.total = sum(p.numel() for p in model.parameters())
 
     def copy(self) -> Report:
-        """A report of its own that says the same."""
+        """Return an independent copy."""
         return replace(self, entries=[*self.entries], notes=[*self.notes])
 
     def rows(self) -> list[tuple[str, int, str, int]]:
-        """The table's rows: name (``*`` for a layer's number), how many such modules, what, parameters in all."""
+        """Return the rows of the table: name (``*`` for a layer's number), modules, description, parameters."""
         grouped: dict[tuple[str, str], list[str]] = {}
         counts = self.parameters
         for name, what in self.modules.items():
@@ -121,7 +121,7 @@ class Report:
         ]
 
     def summary(self) -> str:
-        """One line: trainable of total, and percent."""
+        """Return one line: trainable parameters, total parameters and the percentage."""
         return f"{self.trainable:,} of {self.total:,} parameters train ({self.percent:.3g} %)"
 
     def __str__(self) -> str:

@@ -1,10 +1,10 @@
-"""The trainable state: what a checkpoint holds, decided by looking and not by names.
+"""The trainable state, which is what a checkpoint holds: decided from the model itself, not from name patterns.
 
-It is every parameter that methods train, every tensor that an adapter owns, and every other value that has changed
-since the methods were applied: buffers, parameters that move without gradients, extra state of modules. What trains is
-remembered in the record; ``requires_grad`` may be off for a moment, and is not asked. On load, what is expected, what
-is there and what is unknown are compared, and any difference is an error that names the key. Missing frozen keys are
-fine: the base brings them.
+It consists of every parameter that methods train, every tensor of an adapter, and every other value that has changed
+since methods were applied: buffers, parameters that change without gradients, extra state of modules. The record says
+which parameters train; ``requires_grad`` is not used, because user code may turn it off temporarily. On load, expected
+and present keys are compared, and a missing or unknown key is an error that names it. Frozen keys may be missing,
+because the base has their values.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ __all__ = [
 
 
 class StateError(RuntimeError):
-    """A state that does not belong to this model, with the keys that tell."""
+    """A state does not fit the model; the message names the keys."""
 
 
 def trainable_keys(model: nn.Module) -> set[str]:
-    """The keys of ``model.state_dict()`` that make up its trainable state, in canonical form."""
+    """Return the keys of ``model.state_dict()`` that make up its trainable state, in canonical form."""
     return owned_keys(model) | moved_keys(model)
 
 
 def owned_keys(model: nn.Module) -> set[str]:
-    """The keys of what adapters own, and of the base parameters that train, under each name they are stored by."""
+    """Return the keys of adapters and of trained base parameters; a shared parameter under each of its keys."""
     inside = stack_prefixes(model)
     stored = nn.Module.state_dict(model, keep_vars=True)
     trained = _trained(model)
@@ -51,12 +51,12 @@ def owned_keys(model: nn.Module) -> set[str]:
 
 
 def state_keys(model: nn.Module) -> set[str]:
-    """:func:`trainable_keys` as they were when they were last worked out, which reads no values of the base."""
+    """Return :func:`trainable_keys` with the last known moved values, without reading values of the base."""
     return owned_keys(model) | _moved_before(model)
 
 
 def _trained(model: nn.Module) -> set[int]:
-    """The identities of the parameters that train; of a model without methods, of those that require gradients."""
+    """Return the ids of the parameters that train; in a model without methods, of those that require gradients."""
     record = injection_state(model)
     if record is None:
         return {id(p) for p in model.parameters() if p.requires_grad}
@@ -65,7 +65,7 @@ def _trained(model: nn.Module) -> set[int]:
 
 
 def moved_keys(model: nn.Module) -> set[str]:
-    """The keys of other values that changed since the methods were applied, and of a trained module's extra state."""
+    """Return the keys of other values that changed after methods were applied, and of trained modules' extra state."""
     record, root = injection_state(model), injected_module(model)
     if record is None:
         return set()
@@ -84,10 +84,10 @@ def _moved_before(model: nn.Module) -> set[str]:
 
 
 def fix_trained(model: nn.Module) -> None:
-    """Decide that all that requires gradients now trains, and remember the values of the rest.
+    """Record that every parameter that requires gradients now trains, and remember the values of the others.
 
-    For the start of a fit: what the user unfroze or froze by hand before counts as well. Values that are remembered
-    already stay so, except where they were cast or sharded since.
+    Called at the start of a fit, so that parameters that the user unfroze before are included. Values that were
+    remembered earlier are kept, unless they were cast or sharded since.
     """
     record, root = injection_state(model), injected_module(model)
     if record is None:
@@ -108,16 +108,17 @@ def _parameter_names(model: nn.Module) -> list[str]:
 
 
 def adapter_state(model: nn.Module, name: str | None = None) -> dict[str, Tensor]:
-    """The trainable state by key: what a checkpoint holds.
+    """Return the trainable state by key, which is what a checkpoint holds.
 
-    The values are tensors, except extra state that a module of the base gives in another form.
+    The values are tensors, except extra state that a module of the base returns in another form.
 
     Args:
         model: a model that methods were applied to.
-        name: one adapter's tensors only; by default all that trains, heads and other moved values included.
+        name: return only the tensors of this adapter. By default, everything that trains or has changed, including
+            heads.
 
     Raises:
-        ValueError: the model has no adapter of that name.
+        ValueError: if the model does not have an adapter of that name.
     """
     if name is None:
         keys = trainable_keys(model)
@@ -128,10 +129,10 @@ def adapter_state(model: nn.Module, name: str | None = None) -> dict[str, Tensor
 
 
 def check_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Compare a trainable state with what ``model`` expects.
+    """Check that a trainable state fits ``model``.
 
     Raises:
-        StateError: keys are missing, unknown, misshapen, empty or not finite.
+        StateError: if keys are missing or unknown, or values have the wrong shape or are not finite.
     """
     current = {canonical(k): v for k, v in nn.Module.state_dict(model).items()}
     given = {canonical(k): v for k, v in state.items()}
@@ -144,7 +145,7 @@ def check_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         problems.append(f"unknown to this model: {_listed(unknown, missing or current)}")
     for key in sorted(given.keys() & current.keys()):
         if key in extra:
-            continue  # its module checks it
+            continue  # set_extra_state of its module checks it
         if given[key].shape != current[key].shape:
             shapes = f"{tuple(given[key].shape)} in the file, {tuple(current[key].shape)} in the model"
             problems.append(f"{key}: {shapes}")
@@ -155,15 +156,15 @@ def check_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Check a trainable state against ``model`` and load it.
+    """Check that a trainable state fits ``model``, and load it.
 
     Raises:
-        StateError: see :func:`check_state`; nothing is loaded then.
+        StateError: if :func:`check_state` raises it; nothing is loaded in this case.
     """
     check_state(model, state)
     names = {canonical(k): k for k in nn.Module.state_dict(model)}
     nn.Module.load_state_dict(model, {names[canonical(k)]: v for k, v in state.items()}, strict=False)
-    moved_keys(model)  # what the state moved stays part of it, also where a cast follows
+    moved_keys(model)  # remember now what the state changed: after a cast it could not be detected any more
 
 
 def _listed(keys: list[str], others: Iterable[str]) -> str:

@@ -1,4 +1,4 @@
-"""Files that ``torch.save`` wrote, read as data: tensors and plain values, never a program."""
+"""Read files written by ``torch.save`` as data: tensors and plain values, never code."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["naming", "read_torch_file"]
 
 @contextmanager
 def naming(path: str | Path | None) -> Iterator[None]:
-    """Name the file in every error that what it says leads to; an error that is not this package's is a StateError."""
+    """Name the file in every error raised inside the context; errors of other packages become a StateError."""
     try:
         yield
     except Exception as error:
@@ -36,12 +36,13 @@ def read_torch_file(path: str | Path, map_location: Any = "cpu", mmap: bool = Fa
     """Read a checkpoint or a state dict.
 
     Args:
-        path: of the file.
-        map_location: where to put the tensors.
-        mmap: leave tensors on the disk until they are used.
+        path: the file.
+        map_location: the device to put the tensors on.
+        mmap: leave tensors on disk until they are used.
 
     Raises:
-        StateError: there is no such file; it is none of torch's, or damaged; it would run code when it is read.
+        StateError: if the file does not exist, was not written by ``torch.save``, is damaged, or would run code when
+            it is read.
     """
     path = Path(path)
     if not path.is_file():
@@ -49,7 +50,7 @@ def read_torch_file(path: str | Path, map_location: Any = "cpu", mmap: bool = Fa
     try:
         check_zip(path, checksums=not mmap)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # on files that are none of torch's
+            warnings.simplefilter("ignore", UserWarning)  # torch warns about files that it did not write
             found = torch.load(path, map_location=map_location, weights_only=True, mmap=mmap or None)
         _check_sizes(found)
         return found
@@ -58,18 +59,16 @@ def read_torch_file(path: str | Path, map_location: Any = "cpu", mmap: bool = Fa
         named = re.search(r"GLOBAL (\S+)", str(error))
         if named is None:
             reason = (str(error) or type(error).__name__).strip().splitlines()[-1 if "\n" in str(error) else 0]
-            raise StateError(
-                f"{path} is no file of torch's that holds tensors and plain values only: {reason}"
-            ) from None
+            raise StateError(f"{path} is not a torch file that holds only tensors and plain values: {reason}") from None
         raise StateError(
-            f"{path} was not read: to read it, {named[1]} would be run ({_reason(error)}). Checkpoints of this package "
-            "hold tensors and plain values only. If that is a class of your own and you trust the file, allow it: "
-            "torch.serialization.add_safe_globals([...]), or choose weights_only=False where you load it"
+            f"{path} was not read, because reading it would run {named[1]} ({_reason(error)}). Checkpoints of this "
+            "package hold only tensors and plain values. If this is your own class and you trust the file, allow it "
+            "with torch.serialization.add_safe_globals([...]), or pass weights_only=False when you load it"
         ) from None
 
 
 def _check_sizes(value: Any) -> None:
-    """Refuse tensors that repeat a few stored values so often that a copy of them would fill the memory."""
+    """Refuse tensors that repeat a few stored values so many times that copying them would exhaust the memory."""
     left, seen = [value], set()
     while left:
         value = left.pop()
@@ -83,6 +82,6 @@ def _check_sizes(value: Any) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """torch's own sentence about what it refused."""
+    """Return torch's own sentence about what it refused."""
     lines = [line.strip() for line in str(error).splitlines()]
     return next(line for line in lines if "GLOBAL" in line)

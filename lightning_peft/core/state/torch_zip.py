@@ -1,7 +1,7 @@
-"""Check the zip archive that ``torch.save`` writes before torch reads it.
+"""Check a zip archive written by ``torch.save`` before torch reads it.
 
-torch's reader takes sizes from the archive, decompresses, and compares no checksum: a damaged or hostile file makes it
-allocate far more than the file holds, or return other numbers.
+torch's reader trusts the sizes in the archive, decompresses entries, and does not compare checksums. A damaged or
+hostile file can make it allocate far more memory than the file holds, or return wrong numbers.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from pathlib import Path
 __all__ = ["check_zip"]
 
 MAX_ENTRIES = 1_000_000
-MAX_PICKLE = 256 * 2**20  #: bytes of the pickle, which holds everything but the tensors' values
+MAX_PICKLE = 256 * 2**20  #: bytes of the pickle, which holds everything except the tensors' values
 
 
 def check_zip(path: Path, checksums: bool = True) -> None:
-    """Refuse an archive that ``torch.save`` does not write; files that are not zip archives pass.
+    """Refuse a zip archive that ``torch.save`` would not write; files that are not zip archives pass.
 
     Args:
-        path: of the file.
-        checksums: read all of it, and compare the checksums that the archive has of its entries.
+        path: the file.
+        checksums: read the whole file, and compare the checksums of its entries.
 
     Raises:
-        ValueError: the archive is cut off or damaged, or an entry is compressed or larger than the file.
+        ValueError: if the archive is truncated or damaged, or if an entry is compressed or larger than the file.
     """
     with path.open("rb") as file:
         if file.read(4) != b"PK\x03\x04":
@@ -37,7 +37,7 @@ def check_zip(path: Path, checksums: bool = True) -> None:
     except Exception as error:  # a damaged archive can make zipfile raise anything
         raise ValueError(f"the zip archive is damaged: {error}") from error
     if damaged is not None:
-        raise ValueError(f"the zip archive is damaged: the checksum of {damaged!a} does not hold")
+        raise ValueError(f"the zip archive is damaged: the checksum of {damaged!a} is wrong")
 
 
 def _check_entries(archive: zipfile.ZipFile, size: int) -> None:
@@ -53,6 +53,6 @@ def _check_entries(archive: zipfile.ZipFile, size: int) -> None:
         if entry.filename.endswith("/data.pkl"):
             if entry.file_size > MAX_PICKLE:
                 raise ValueError(f"its pickle has {entry.file_size:,} bytes; at most {MAX_PICKLE:,} are read")
-            # The one function that torch allows a pickle to call and that takes a size.
+            # bytearray is the only function that torch lets a pickle call with a size, so it could allocate any amount.
             if b"\nbytearray\n" in archive.read(entry):
                 raise ValueError("its pickle holds a bytearray, which is not a plain value")

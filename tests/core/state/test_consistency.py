@@ -20,7 +20,7 @@ from tests.models import MLP, ResNet
 from tests.trainer.toys import Toy, trainer
 
 RESIZED = {
-    "replaced": ("lm_head", r"'lm_head' was replaced and carries it no more"),
+    "replaced": ("lm_head", r"'lm_head' was replaced and no longer carries it"),
     "resized in place": ("embed_tokens", r"'model.embed_tokens' was resized from 64x32 to 72x32"),
 }
 
@@ -128,7 +128,7 @@ def test_methods_are_not_put_around_peft():
     wrapped = peft.get_peft_model(llama(), config)
     for model in (wrapped, wrapped.get_base_model(), peft.get_peft_model(llama(), prompt)):
         before = [type(m) for m in model.modules()]
-        with pytest.raises(lp.InjectionError, match=r"is PEFT's .*merge_and_unload"):
+        with pytest.raises(lp.InjectionError, match=r"is a module of PEFT .*merge_and_unload"):
             lp.apply(model, lp.LoRA(r=2))
         assert [type(m) for m in model.modules()] == before
     lp.apply(wrapped.merge_and_unload(), lp.LoRA(r=2))

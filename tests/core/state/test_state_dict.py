@@ -141,9 +141,9 @@ def test_another_base_is_refused_by_the_tensor_that_tells(model: nn.Module):
     saved = injection_state(model).fingerprint
     other = LINEAR.build(seed=1)
     lp.apply(other, lp.LoRA(r=2))
-    with pytest.raises(StateError, match=r"another base model: the values of 'up\.weight' differ"):
+    with pytest.raises(StateError, match=r"different base model: the values of 'up\.weight' differ"):
         check_fingerprint(other, saved)
-    with pytest.raises(StateError, match=r"another base model: it has no tensor 'up\.weight'"):
+    with pytest.raises(StateError, match=r"different base model: it has no tensor 'up\.weight'"):
         check_fingerprint(nn.ModuleDict({"upp": nn.Linear(6, 12)}), saved)
 
 

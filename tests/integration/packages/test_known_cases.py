@@ -124,6 +124,6 @@ def test_hyperparameters_that_are_objects_are_passed_again(tmp_path: Path) -> No
     installed(case.package)
     module = case.module()
     path = fit(case, module, lp.LoRA(r=2), tmp_path)
-    for options, why in (({}, "would be run"), ({"weights_only": False}, "dataset_parameters=... in Python")):
+    for options, why in (({}, "would run"), ({"weights_only": False}, "dataset_parameters=... in Python")):
         with pytest.raises(lp.StateError, match=why):
             lp.load_from_checkpoint(type(module), path, **options)
