@@ -163,7 +163,7 @@ HOLES: dict[tuple[str, str], Hole] = {
         {'PromptTuning(position="suffix")': "always puts the prompt first"},
     ),
     **_holes("from PEFT", "PEFT always puts the prompt first", {'PromptTuning(position="suffix")': "'position'"}),
-    **_holes("merge and unmerge and combine", _NO_WEIGHT, dict.fromkeys(_FLOW, "is no weight change")),
+    **_holes("merge and unmerge and combine", _NO_WEIGHT, dict.fromkeys(_FLOW, "does not change weights")),
     **_holes(
         "combine",
         "the method also changes biases, which a LoRA cannot do; IA3 does so on layers with a bias, as in this model",

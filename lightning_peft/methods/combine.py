@@ -96,7 +96,7 @@ def combine(
         The ranks of the result, and what was lost.
 
     Raises:
-        ValueError: an adapter that is not there, is merged, or is no weight change that LoRA could express (an
+        ValueError: an adapter that is not there, is merged, or does not change weights that LoRA could express (an
             activation or a sequence method, a change of biases); copies of other shapes; arguments that do not fit
             together. All before anything is changed.
 
@@ -301,7 +301,7 @@ def _changes(root: nn.Module, names: Collection[str]) -> dict[str, tuple[Tensor,
             for adapter in cast(Adapter, stack[name]).components():
                 where = f"{name!r} at {host_name!r} ({type(adapter).__name__})"
                 if not (adapter.weights() or adapter.overrides() or adapter.is_passthrough):
-                    raise ValueError(f"{where} is no weight change, and cannot be combined or become a LoRA")
+                    raise ValueError(f"{where} does not change weights, so it cannot be combined or converted to LoRA")
                 for parameter, part in adapter.weights().items():
                     bias = stored_tensor(host, BIASES[parameter]) if parameter in BIASES else None
                     if (host_name, parameter) not in sites or part.transform_bias(bias) is not bias:

@@ -108,7 +108,7 @@ def test_a_user_error_prints_one_line_and_exits_with_an_error(argument, message)
 
 
 def test_two_methods_under_one_name():
-    with pytest.raises(SystemExit, match="give each a name of its own"):
+    with pytest.raises(SystemExit, match="give each its own name"):
         run("fit", *RUN, *LORA, "--trainer.callbacks+=LoRA")
 
 

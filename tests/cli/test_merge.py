@@ -243,7 +243,7 @@ def test_a_class_that_only_the_file_names_is_not_imported():
 def test_what_cannot_be_folded_is_named_and_nothing_is_written():
     module = Module()
     checkpoint(module, lp.LoRA(r=4, name="a"), lp.BottleneckAdapter(targets=["body.1"], bottleneck_size=4, name="b"))
-    with pytest.raises(SystemExit, match=r"'b' at 'body.1' .* is no weight change"):
+    with pytest.raises(SystemExit, match=r"'b' at 'body.1' .* does not change weights"):
         run("run.ckpt", "out", "--model=modules.Module")
     assert not Path("out").exists()
 

@@ -318,7 +318,7 @@ TWO = (lp.LoRA(r=2, name="a"), lp.LoKr(r=2, name="b"))
         (lambda: _with(*TWO), {"r": 2, "energy": 0.5}, "both set the rank"),
         (lambda: _with(*TWO), {"energy": 1.5}, r"energy must be a share in \(0, 1\], got 1.5"),
         (_merged, {"names": ["a"]}, r"merged into the base: lp.unmerge\(model\) first"),
-        (_activation, {"names": ["a", "add"]}, r"'add' at 'up' \(Add\) is no weight change"),
+        (_activation, {"names": ["a", "add"]}, r"'add' at 'up' \(Add\) does not change weights"),
         (
             lambda: _with(lp.LoRA(r=2, name="a", targets=["up"]), lp.SSF(name="b", targets=["down"])),
             {},
@@ -339,7 +339,7 @@ def test_conversion_errors():
     before = bits(model)
     with pytest.raises(ValueError, match=r"no adapter named 'b'; the model has \['a', 'add'\]"):
         lp.to_lora(model, "b")
-    with pytest.raises(ValueError, match=r"'add' at 'up' \(Add\) is no weight change"):
+    with pytest.raises(ValueError, match=r"'add' at 'up' \(Add\) does not change weights"):
         lp.to_lora(model, "add")
     assert_same_bits(bits(model), before)
 

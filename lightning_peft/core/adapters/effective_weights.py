@@ -98,7 +98,7 @@ def run_in_place(
     """Return the output of ``forward`` while ``host`` reads ``weights`` instead of its stored parameters."""
     values = as_attributes(host, weights)
     if isinstance(host, nn.RNNBase):
-        # An RNN reads a list of its weights, and rebuilds the list if a weight is not the object that the list refers to.
+        # An RNN reads a list of its weights, and rebuilds it if a weight is not the object that the list refers to.
         named = [*zip(host._flat_weights_names, host._flat_weights, host._flat_weight_refs)]
         values["_flat_weights"] = [values.get(name, weight) for name, weight, _ in named]
         values["_flat_weight_refs"] = [weakref.ref(values[n]) if n in values else ref for n, _, ref in named]

@@ -1,6 +1,7 @@
-"""How adapters go in and come out.
+"""Insert adapters into a model, and merge, remove or reset them.
 
-Read ``apply`` (plan, check, commit), ``rollback`` (all or nothing), ``widen_record`` (from a part to the module around
-it), ``attach``, ``overrides`` (an adapter's own values of base parameters), then ``merge``, ``low_rank_factors``,
-``remove``, ``reset``, ``remove_reparameterization`` and ``saving_base``.
+Read ``apply`` (plan, check, commit), ``rollback`` (undo a failed change), ``attach``, ``widen_record`` (from a
+submodule to the module around it) and ``overrides`` (an adapter's own values of base parameters) first. Then read
+``merge``, ``low_rank_factors``, ``remove``, ``reset`` and ``remove_reparameterization``. ``check_forward``,
+``saving_trial`` and ``saving_base`` detect problems early.
 """

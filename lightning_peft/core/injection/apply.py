@@ -1,7 +1,10 @@
-"""Put methods into a model: plan everything, then change the model, once.
+"""Apply methods to a model: plan and check everything, then change the model once.
 
-Everything that can be wrong (a pattern that matches nothing, a name taken, a compiled or sharded model, a class that
-cannot be changed) is found while planning. Should the change fail all the same, or be interrupted, it is undone.
+There is one moment of injection: after the user's modules exist, and before the model is sharded or compiled and the
+optimizer is built. Earlier, there is nothing to adapt; later, adapters would not be sharded, compiled or optimized.
+
+Errors (a pattern that matches nothing, a name that is taken, a compiled or sharded model, a class that cannot be
+swapped) are found while planning, before anything changes. If the change itself fails or is interrupted, it is undone.
 """
 
 from __future__ import annotations
@@ -46,32 +49,33 @@ from lightning_peft.core.targeting.ties import tie_notes, with_tied
 
 __all__ = ["InjectionError", "after_injection", "apply", "check_injectable", "inspect", "install"]
 
-#: called with a model after something was put into it; the Trainer's side adds to it
+#: called with the model after each injection; the trainer package registers functions here
 after_injection: list[Callable[[nn.Module], None]] = []
 
 
 class InjectionError(ValueError):
-    """Methods that cannot be put into this model, and why. Nothing was changed."""
+    """Methods cannot be applied to this model. Nothing was changed."""
 
 
 def apply(model: nn.Module, *methods: Method) -> Report:
-    """Freeze ``model`` and put ``methods`` into it, without a Trainer or inside ``configure_model``.
+    """Freeze ``model`` and apply ``methods`` to it, without a Trainer or inside ``configure_model``.
 
-    Applying the same methods again changes nothing. A later call with other methods adds them and leaves what
-    already trains alone; for a module around the one that has methods already, the rest of it is frozen then.
+    Applying the same methods again changes nothing. A later call with other methods adds them, and parameters that
+    already train continue to train. If the later call is for a module around the one with methods, the rest of that
+    module is frozen.
 
     Args:
         model: any module; changed in place.
-        *methods: in order of application. With none, those of the attached Trainer's callbacks.
+        *methods: the methods, in order of application. Without any, the callbacks of the attached Trainer.
 
     Returns:
-        What was done where, and the counts.
+        A report of what was done to each module, and the parameter counts.
 
     Raises:
-        TargetError: a pattern matches nothing.
-        InjectionError: two methods under one name; a model that is compiled or sharded, or a part of one that has
-            methods already; a module that can take no adapter; an adapter that could not be saved; no method at all.
-        StateError: a module that carries adapters was replaced or resized after they were put in.
+        TargetError: if a pattern matches nothing.
+        InjectionError: if two methods have the same name, the model is compiled or sharded or is part of a model with
+            methods, a module cannot take an adapter, an adapter could not be saved, or there is no method.
+        StateError: if a module with adapters was replaced or resized after an earlier call.
 
     Example::
 
@@ -92,12 +96,17 @@ def apply(model: nn.Module, *methods: Method) -> Report:
 
 
 def install(model: nn.Module, plans: Mapping[str, tuple[Method, Plan]], try_saving: bool = False) -> Report:
-    """Carry out what :func:`apply` planned: the methods and their plans, by adapter name.
+    """Carry out the plans that :func:`apply` made.
+
+    Args:
+        model: the model; changed in place.
+        plans: each method with its plan, by adapter name.
+        try_saving: also check that the adapters could be saved after training.
 
     Raises:
-        InjectionError: a module cannot take an adapter of that name, or, with ``try_saving``, an adapter could not be
-            saved; nothing was changed.
-        Exception: whatever stopped the change, which is undone then.
+        InjectionError: if a module cannot take an adapter of that name, or an adapter could not be saved. Nothing was
+            changed.
+        Exception: if the change fails for any other reason; it is undone.
     """
     _check_hosts(model, plans)
     with all_or_nothing(model):
@@ -110,13 +119,13 @@ def install(model: nn.Module, plans: Mapping[str, tuple[Method, Plan]], try_savi
 
 
 def _check_saving(model: nn.Module, name: str, audit: str) -> None:
-    """Refuse what could not be saved after training; of a merged model nothing can be saved, and nothing is tried."""
+    """Refuse an adapter that could not be saved after training. A merged model cannot be saved and is not checked."""
     if audit == "off" or any(stack.merged is not None for stack in stacks(model).values()):
         return
     problem, _ = saving_problem(model, name)
     if problem is None:
         return
-    message = f"{problem}. Change that before training (audit='warn' or 'off' lets it pass)"
+    message = f"{problem}. Fix this before training, or pass audit='warn' or 'off' to train anyway"
     if audit == "error":
         raise InjectionError(message)
     warnings.warn(message, stacklevel=4)
@@ -130,7 +139,7 @@ def _check_hosts(model: nn.Module, plans: Mapping[str, tuple[Method, Plan]]) -> 
             for name_of, parameters, _ in _unfrozen(model, plan):
                 for parameter in parameters:
                     if (problem := storage_problem(parameter)) is not None:
-                        raise ValueError(f"{name_of!r} cannot train, since it {problem}. Exclude it from trainable")
+                        raise ValueError(f"{name_of!r} cannot train, because it {problem}. Exclude it from trainable")
             for trained in filter(None, plan.train_modules):
                 check_mixin(model.get_submodule(trained), FullPrecision, trained)
         except ValueError as error:
@@ -138,14 +147,14 @@ def _check_hosts(model: nn.Module, plans: Mapping[str, tuple[Method, Plan]]) -> 
 
 
 def _check_trial(model: nn.Module, plans: Mapping[str, tuple[Method, Plan]]) -> None:
-    """Refuse what would fail in the first forward, if a trial forward can tell."""
+    """Refuse adapters that would fail in the first forward, if a trial forward is possible."""
     for name, (method, plan) in plans.items():
         if (problem := forward_problem(model, plan)) is not None:
             raise InjectionError(f"{type(method).__name__} {name!r}, in a trial forward: {problem}")
 
 
 def _check_order(model: nn.Module, plans: Iterable[Plan]) -> None:
-    """Refuse methods of which one would lose its dropout to a later one on the same module."""
+    """Refuse methods if one would lose its dropout because of a later one on the same module."""
     found = {id(host): list(cast(AdapterStack, host.adapters).running()) for _, host in hosts(model)}
     for plan in plans:
         for a in plan.attach:
@@ -193,12 +202,12 @@ def _install(model: nn.Module, plans: Mapping[str, tuple[Method, Plan]]) -> Repo
 
 
 def inspect(model: nn.Module, *methods: Method) -> Report:
-    """What :func:`apply` would do: the match table and the counts. Nothing is changed.
+    """Report what :func:`apply` would do: the match table and the counts. Nothing is changed.
 
     Raises:
-        TargetError: a pattern matches nothing.
-        InjectionError: two methods under one name, a module that can take no adapter, parameters without a shape, or no
-            method at all.
+        TargetError: if a pattern matches nothing.
+        InjectionError: if two methods have the same name, a module cannot take an adapter, parameters do not have a
+            shape yet, or there is no method.
     """
     wanted: Sequence[Method] = methods or _callbacks_of(model)
     record = injection_state(model)
@@ -252,14 +261,14 @@ def _not_yet_applied(methods: Iterable[Method], record: InjectionState | None) -
         if method.name in new:
             raise InjectionError(
                 f"two methods are named {method.name!r} ({type(new[method.name]).__name__} and {kind}): give each "
-                f"a name of its own, for example {kind}(..., name='{kind.lower()}')"
+                f"its own name, for example {kind}(..., name='{kind.lower()}')"
             )
         there = record.methods.get(method.name) if record is not None else None
         if there is None:
             new[method.name] = method
         elif type(there) is not type(method) or there.config() != method.config():
             raise InjectionError(
-                f"the model already carries a {type(there).__name__} named {method.name!r} with another "
+                f"the model already carries a {type(there).__name__} named {method.name!r} with a different "
                 f"configuration: {_difference(there.config(), method.config())}; give this one another name="
             )
     return list(new.values())
@@ -267,34 +276,34 @@ def _not_yet_applied(methods: Iterable[Method], record: InjectionState | None) -
 
 def _difference(there: dict[str, Any], here: dict[str, Any]) -> str:
     changed = [k for k in {**there, **here} if there.get(k) != here.get(k)]
-    return ", ".join(f"{k}={there.get(k)!r} there, {here.get(k)!r} here" for k in changed) or "of another class"
+    return ", ".join(f"{k}={there.get(k)!r} there, {here.get(k)!r} here" for k in changed) or "a different class"
 
 
 def check_injectable(model: nn.Module) -> None:
-    """Whether ``model`` can take adapters at all.
+    """Check that ``model`` can take adapters.
 
     Raises:
-        InjectionError: it is compiled, sharded or wrapped for distributed training, has PEFT's layers or parameters
-            without a shape yet, or is a part of an adapted model.
+        InjectionError: if it is compiled, sharded or wrapped for distributed training, contains layers of PEFT or
+            parameters without a shape, or is part of an adapted model.
     """
     _check_initialized(model)
     if injection_state(model) is None and (adapted := next(hosts(model), None)) is not None:
         raise InjectionError(
-            f"{adapted[0] or 'the model'} carries adapters that were put into a larger model, of which this is a part: "
-            "apply further methods to that one"
+            f"{adapted[0] or 'the model'} carries adapters of a larger model that this is a part of: apply further "
+            "methods to that model"
         )
     for name, module in model.named_modules():
         where = name or "the model"
         if isinstance(module, torch._dynamo.eval_frame.OptimizedModule) or module._compiled_call_impl is not None:
             raise InjectionError(
-                f"{where} is already compiled, and compiled code would not see the adapters: apply the methods "
-                "first, then torch.compile the model"
+                f"{where} is already compiled, and compiled code would not run the adapters: apply methods "
+                "first, then call torch.compile"
             )
         if original_class(module).__module__.partition(".")[0] == "peft":
             raise InjectionError(
-                f"{where} is PEFT's ({original_class(module).__name__}): methods would adapt PEFT's own layers, and "
-                "freeze what PEFT trains. Give the plain model (merge_and_unload() or unload() of the PeftModel), and "
-                "load what PEFT saved with lp.load_adapter"
+                f"{where} is a module of PEFT ({original_class(module).__name__}): methods would adapt PEFT's own "
+                "layers and freeze what PEFT trains. Pass the plain model (merge_and_unload() or unload() of the "
+                "PeftModel), and load adapters that PEFT saved with lp.load_adapter"
             )
         mro = {c.__name__ for c in original_class(module).__mro__} | {c.__name__ for c in type(module).__mro__}
         if mro & {"FSDPModule", "FullyShardedDataParallel", "DistributedDataParallel"}:
@@ -308,9 +317,9 @@ def _check_initialized(model: nn.Module) -> None:
     lazy = [name for name, p in [*model.named_parameters(), *model.named_buffers()] if is_lazy(p)]
     if lazy:
         raise InjectionError(
-            f"{', '.join(lazy)} have no shape yet: a lazy module makes them in its first call, and a method must know "
-            "the parameters that it freezes, adapts and saves. Run one batch through the model first, in __init__ or "
-            "configure_model, or give the layers their sizes (nn.Linear for nn.LazyLinear)"
+            f"{', '.join(lazy)} have no shape yet: a lazy module creates them in its first call, but a method must "
+            "know the parameters that it freezes, adapts and saves. Run one batch through the model first, in __init__ "
+            "or configure_model, or use layers with explicit sizes (nn.Linear instead of nn.LazyLinear)"
         )
 
 
@@ -329,20 +338,20 @@ def _commit(model: nn.Module, method: Method, plan: Plan, report: Report) -> Non
     for name, what in dict.fromkeys(plan.deferred.values()):
         report.add(name, what, 0, method.name)
     report.note([*plan.notes, *tie_notes(model, plan)])
-    # A model that trains as a whole keeps the type that was asked for.
+    # The whole model ("") is left out: full fine-tuning uses the dtype that the user chose.
     keep_full_precision((model.get_submodule(name) for name in plan.train_modules if name), _shared(model))
     for name in plan.hold_statistics:
         hold_statistics(model.get_submodule(name))
 
 
 def _unfrozen(model: nn.Module, plan: Plan) -> list[tuple[str, list[nn.Parameter], str]]:
-    """(name, parameters, description) of all that the plan trains of the base itself."""
+    """Return (name, parameters, description) for everything in the base that the plan trains."""
     full = [(n, _base_parameters(model.get_submodule(n)), "trains in full") for n in plan.train_modules]
     return full + [(name, [model.get_parameter(name)], what) for name, what in plan.train.items()]
 
 
 def _base_parameters(module: nn.Module) -> list[nn.Parameter]:
-    # Without those of adapters inside, some of which a method may have frozen.
+    # Adapters inside the module are left out, because their methods decide which of their parameters train.
     found = {id(p): p for _, m in base_modules(module) for p in m.parameters(recurse=False)}
     return list(found.values())
 

@@ -1,4 +1,4 @@
-"""Attach an adapter to a module and detach it again."""
+"""Attach an adapter to a module, and detach it."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ __all__ = ["attach", "check_host", "detach"]
 
 
 def attach(model: nn.Module, host_name: str, name: str, adapter: Adapter) -> None:
-    """Put ``adapter`` under ``name`` into the module called ``host_name``, after those already there.
+    """Attach ``adapter`` under ``name`` to the module ``host_name``, after the adapters it already has.
 
-    Copies of parameters go with the adapter of that name where there is one, and come ahead of it.
+    Parameter overrides join the existing adapter of that name, if there is one, and run before it.
 
     Raises:
-        ValueError: see :func:`check_host`.
+        ValueError: if :func:`check_host` raises it.
     """
     check_host(model, host_name, name, overrides=bool(adapter.overrides()))
     host = model.get_submodule(host_name)
     if not has_mixin(host, Adapted):
-        add_mixin(host, Adapted)  # first: it is what can fail
+        add_mixin(host, Adapted)  # the only step that can fail comes first
         host.adapters = AdapterStack()
         host.adapters.train(host.training)
         _keep_slow_paths(model, host_name, host)
@@ -41,20 +41,21 @@ def attach(model: nn.Module, host_name: str, name: str, adapter: Adapter) -> Non
 
 
 def check_host(model: nn.Module, host_name: str, name: str, overrides: bool = False) -> None:
-    """Whether the module called ``host_name`` can take an adapter called ``name``, or ``overrides`` that go with it.
+    """Check that the module ``host_name`` can take an adapter called ``name``, or parameter ``overrides`` for it.
 
     Raises:
-        ValueError: the name is taken there, the module has an ``adapters`` of its own, or its class cannot be changed.
+        ValueError: if the name is taken, the module already has an attribute ``adapters``, or its class cannot be
+            swapped.
     """
     host = model.get_submodule(host_name)
     if not has_mixin(host, Adapted):
         if hasattr(host, "adapters"):
             raise ValueError(
-                f"{host_name!r} ({original_class(host).__name__}) has an attribute 'adapters' of its own; "
+                f"{host_name!r} ({original_class(host).__name__}) already has an attribute 'adapters'; "
                 "exclude it, or rename that attribute"
             )
         if any(hasattr(p, "placements") for p in host.parameters(recurse=False)):
-            raise ValueError(f"{host_name!r} has a weight that is distributed already. {_TENSOR_PARALLEL}")
+            raise ValueError(f"{host_name!r} has a weight that is already distributed. {_TENSOR_PARALLEL}")
         check_mixin(host, Adapted, host_name)
     elif name in (stack := cast(AdapterStack, host.adapters)):
         if overrides and not any(part.overrides() for part in cast(Adapter, stack[name]).components()):
@@ -63,7 +64,7 @@ def check_host(model: nn.Module, host_name: str, name: str, overrides: bool = Fa
 
 
 def detach(model: nn.Module, host_name: str, name: str | None = None) -> None:
-    """Take the adapter ``name`` (all of them by default) out of a host; an empty host gets its class back."""
+    """Detach the adapter ``name`` (by default all) from a host; without adapters, the host gets its class back."""
     host = model.get_submodule(host_name)
     stack = cast(AdapterStack, host.adapters)
     for gone in [name] if name is not None else list(stack):
@@ -81,8 +82,11 @@ def detach(model: nn.Module, host_name: str, name: str | None = None) -> None:
 
 
 def _slow_path(module: nn.Module, args: Any) -> None:
-    """A hook that does nothing. Its presence keeps ``nn.TransformerEncoderLayer`` from its inference fast path,
-    which reads the weights of its children without calling them."""
+    """A hook that does nothing.
+
+    ``nn.TransformerEncoderLayer`` has an inference fast path that reads the weights of its children without calling
+    them, which would skip their adapters. It does not use the fast path if a child has a hook.
+    """
 
 
 def _keep_slow_paths(model: nn.Module, host_name: str, host: nn.Module) -> None:
@@ -92,4 +96,4 @@ def _keep_slow_paths(model: nn.Module, host_name: str, host: nn.Module) -> None:
     for parent in around:
         if isinstance(parent, nn.TransformerEncoder) and parent.use_nested_tensor:
             vars(parent)["_before_slow_path"] = {"use_nested_tensor": True}
-            parent.use_nested_tensor = False  # only the fast path can take the nested tensors it would make
+            parent.use_nested_tensor = False  # it would create nested tensors, which only the fast path accepts

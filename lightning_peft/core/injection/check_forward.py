@@ -1,4 +1,4 @@
-"""Try out, before anything is changed, adapters that may not fit the way in which a module computes."""
+"""Run a trial forward with adapters that may not fit their host, before anything is changed."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ __all__ = ["forward_problem"]
 
 
 def forward_problem(model: nn.Module, plan: Plan) -> str | None:
-    """Why the adapters of ``plan`` do not fit, found by a forward without values; None if they do or it is unknown.
+    """Return why the adapters of ``plan`` do not fit, found by a trial forward; None if they fit or it is unknown.
 
-    The forward is that of the outermost module around all of them that can be tried. Only the adapters' own
-    errors count: other errors may come from the trial. A model that carries adapters already is not tried.
+    The trial runs the outermost module around all adapters for which it is possible. Only errors declared in
+    ``misfit_errors`` count, because other errors may be caused by the trial. A model with adapters is not tried.
     """
     misfits = tuple({kind for a in plan.attach for kind in a.adapter.misfit_errors})
     if not misfits or next(hosts(model), None) is not None:
@@ -38,5 +38,5 @@ def forward_problem(model: nn.Module, plan: Plan) -> str | None:
     return None
 
 
-#: what a trial leaves out: the comparison of a cached step needs values, and the trial's input has any length
+#: checks that a trial skips: comparing a cached step needs values, and the length of the trial input is arbitrary
 _LENIENT = {"cache_checked": True, "limit": None}

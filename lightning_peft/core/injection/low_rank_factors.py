@@ -1,4 +1,4 @@
-"""The change that a weight adapter makes, as a matrix and as a low-rank product, exact or cut by SVD."""
+"""Compute a weight adapter's update as a matrix or as a low-rank product, exact or truncated by SVD."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ Factors = tuple[Tensor, Tensor]  # A (..., k, in) and B (..., out, k)
 
 @dataclass
 class LowRankReport:
-    """How well low-rank factors give what they stand for.
+    """How well low-rank factors approximate the updates they replace.
 
     Attributes:
-        ranks: the rank by weight.
-        errors: the relative error by weight: the Frobenius norm of what is missing over that of the whole.
-        norms: the Frobenius norm of the whole, by weight.
+        ranks: the rank of each weight's factors.
+        errors: the relative error for each weight: Frobenius norm of the difference over that of the update.
+        norms: the Frobenius norm of each weight's update.
     """
 
     ranks: dict[str, int] = field(default_factory=dict)
@@ -56,7 +56,7 @@ class LowRankReport:
 
 @contextmanager
 def evaluating(*modules: nn.Module) -> Iterator[None]:
-    """Within the context ``modules`` are in eval mode: no dropout, no sampling."""
+    """Put ``modules`` in eval mode inside the context, so that there is no dropout or sampling."""
     modes = [(m, m.training) for module in modules for m in module.modules()]
     for module in modules:
         module.eval()
@@ -69,12 +69,12 @@ def evaluating(*modules: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def weight_delta(part: WeightAdapter, weight: Tensor) -> Tensor:
-    """What ``part`` adds to the matrix of the stored ``weight``, (..., out, in), in float32 or wider."""
+    """Return the update that ``part`` adds to the matrix (..., out, in) of ``weight``, in float32 or wider."""
     wide = torch.promote_types(weight.dtype, torch.float32)
     matrix = part.layout.matrix(weight.detach()).to(wide)
     with evaluating(part):
         if type(part).transform is WeightAdapter.transform:
-            return part.delta(matrix).to(wide)  # as it is, where W + D - W would round
+            return part.delta(matrix).to(wide)  # exact, whereas W + D - W would be rounded
         return part.transform(matrix).to(wide) - matrix
 
 
@@ -82,17 +82,18 @@ def weight_delta(part: WeightAdapter, weight: Tensor) -> Tensor:
 def low_rank_factors(
     given: Factors | Tensor, r: int | None = None, energy: float | None = None
 ) -> tuple[Factors, float, float]:
-    """Factors of a matrix, or of the product of ``given`` ones.
+    """Compute low-rank factors of a matrix, or of the product of ``given`` factors.
+
+    Without ``r`` and ``energy``, given factors are returned unchanged, and a matrix is factored at its numerical rank.
 
     Args:
         given: a matrix (..., out, in), or factors.
-        r: the rank, at most; the largest singular values are kept.
-        energy: keep the fewest singular values whose squares make up this share of their sum. Without either, ``given``
-            factors stay as they are, and a matrix gets those of its numerical rank.
+        r: the maximum rank; the largest singular values are kept.
+        energy: keep the fewest singular values whose squares sum to this share of the total.
 
     Returns:
-        The factors, in which a matrix's singular values are shared equally; the relative error in the Frobenius norm;
-        and that norm.
+        The factors, each scaled by the square roots of the singular values; the relative error in the Frobenius norm;
+        and the norm of the matrix.
     """
     if isinstance(given, Tensor):
         u, s, vh = torch.linalg.svd(given, full_matrices=False)
@@ -120,7 +121,10 @@ def low_rank_factors(
 
 
 def _core(a: Tensor, b: Tensor) -> tuple[Factors, Tensor]:
-    """Orthonormal columns on either side, and the small matrix between them, of B A."""
+    """Return Q, P with orthonormal columns and a small matrix M, so that B A = Q M P^T.
+
+    The singular values of M are those of B A, and its SVD is much cheaper than that of the full matrix.
+    """
     left, upper = torch.linalg.qr(b)
     right, lower = torch.linalg.qr(a.mT)
     return (left, right), upper @ lower.mT

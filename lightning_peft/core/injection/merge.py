@@ -1,4 +1,4 @@
-"""Fold adapters into the base weights, and out again bit for bit."""
+"""Merge adapters into the base weights, and restore the base weights bit for bit."""
 
 from __future__ import annotations
 
@@ -28,33 +28,33 @@ __all__ = ["MergeError", "merge", "unload", "unmerge"]
 
 
 class MergeError(ValueError):
-    """Adapters that cannot be folded into the base, and why. Nothing was changed."""
+    """Adapters cannot be merged into the base. Nothing was changed."""
 
 
 @torch.no_grad()
 def merge(model: nn.Module, name: str | None = None, partial: bool = False, untie: bool = False) -> list[str]:
-    """Fold the active adapters, or the one called ``name``, into the base weights.
+    """Merge the active adapters, or the adapter ``name``, into the base weights.
 
-    Computed in float32, as in evaluation (no dropout), and rounded once to the weight's type, one module after the
-    other. The originals are kept for :func:`unmerge`.
+    New weights are computed in float32 in eval mode (no dropout), and rounded once to the weight's dtype, one module
+    after the other. The original weights are kept for :func:`unmerge`.
 
     Args:
         model: the adapted model; changed in place.
-        name: one adapter; by default all that are active.
-        partial: fold what can be folded, and let the rest run beside it as before, instead of refusing.
-        untie: a weight that other modules share (an embedding tied to the output head) and that changes in one of them
-            only gets a tensor of its own there; by default it is refused. Where all of them change alike, it stays
-            one tensor. :func:`unmerge` ties it again.
+        name: the adapter to merge; by default, all active adapters.
+        partial: merge the adapters that can be merged and keep running the others unmerged, instead of raising.
+        untie: allow merging into a weight that several modules share (an embedding tied to the output head) when it
+            changes in only one of them. That module then gets its own copy, and :func:`unmerge` ties the weight again.
+            By default, this is an error. If all modules change in the same way, the weight stays shared.
 
     Returns:
-        What was left to run beside the weights, each with its place and the reason; empty unless ``partial``.
+        The adapters that stay unmerged, each with its place and the reason; empty unless ``partial``.
 
     Raises:
-        MergeError: an adapter that is no function of a weight, one that would change places with an earlier one where
-            that makes a difference, a weight that other modules share, a module that was replaced or resized, a result
-            that is not finite, adapters merged already, or none active and none named. The model is then as it was.
-            With ``partial``, if nothing can be folded.
-        ValueError: no adapter of that name.
+        MergeError: if an adapter is not a weight update, or its order relative to an unmerged one matters; if a weight
+            is shared with other modules; if a module was replaced or resized; if a result is not finite; if adapters
+            are already merged; or if no adapter is active and none is named. With ``partial``, if nothing can be
+            merged. The model is unchanged.
+        ValueError: if there is no adapter of that name.
     """
     try:
         check_record(model)
@@ -64,7 +64,7 @@ def merge(model: nn.Module, name: str | None = None, partial: bool = False, unti
         check_known(model, name)
     elif (found := stacks(model)) and not any(stack.active for stack in found.values()):
         raise MergeError(
-            f"none of {list(adapter_names(model))} is active: lp.set_active(model, ...) first, or name one"
+            f"none of {list(adapter_names(model))} is active: call lp.set_active(model, ...) first, or name one"
         )
     plans: list[_MergePlan] = []
     left: dict[str, list[str]] = {}  # why, by adapter
@@ -72,7 +72,7 @@ def merge(model: nn.Module, name: str | None = None, partial: bool = False, unti
     for host_name, host in hosts(model):
         stack = cast(AdapterStack, host.adapters)
         if stack.merged is not None:
-            raise MergeError(f"{host_name!r} has adapters merged already: lp.unmerge(model) first")
+            raise MergeError(f"{host_name!r} already has merged adapters: call lp.unmerge(model) first")
         names, reasons = _mergeable(host_name, host, name)
         try:
             if names:
@@ -107,21 +107,21 @@ def merge(model: nn.Module, name: str | None = None, partial: bool = False, unti
 
 def _refuse(left: Mapping[str, list[str]], partial: bool, plans: Collection[_MergePlan]) -> None:
     if left and not (partial and plans):
-        also = " (lp.merge(model, partial=True) folds all else)" if plans else ""
+        also = " (lp.merge(model, partial=True) merges the others)" if plans else ""
         raise MergeError(f"{'; '.join(_reasons(left))}{also}")
 
 
-_UNTIE = "lp.merge(model, untie=True) gives it a tensor of its own"
+_UNTIE = "lp.merge(model, untie=True) gives it its own copy"
 
 
 class _MergePlan:
-    """What is to be written at one host: the change of the adapters called ``names``, in order.
+    """The new values of one host's parameters, after merging the adapters ``names`` in order.
 
     Attributes:
         parameters: the full name of each tensor that changes, by its name in the host.
 
     Raises:
-        MergeError: a weight that others share would not be finite.
+        MergeError: if a weight that is shared with other modules would not be finite.
     """
 
     def __init__(self, host_name: str, host: nn.Module, names: tuple[str, ...], shared: Mapping[str, Any]) -> None:
@@ -130,26 +130,31 @@ class _MergePlan:
         parts = [part for name in names for part in cast(Adapter, self.stack[name]).components()]
         touched = sorted({p for part in parts for p in _changed_tensors(part) or ()})
         self.parameters = {p: join(host_name, p) for p in touched}
-        # What others share is computed ahead: it must change alike everywhere, and from one and the same value.
+        # The new values of shared tensors are computed before any host is written: they are compared between hosts, and
+        # all must start from the original value.
         self._weights = None if shared.keys().isdisjoint(self.parameters.values()) else self._compute()
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """The new values by name in the host."""
+        """Return the new values by name in the host."""
         return self._compute() if self._weights is None else self._weights
 
     def _compute(self) -> dict[str, torch.Tensor]:
         return _merged_weights(self.host_name, self.host, self.names)
 
     def write(self, tied: Mapping[str, Any]) -> None:
-        """Write the new values in place, and keep copies of the old; a parameter of ``tied`` is replaced and kept.
+        """Write the new values in place and keep copies of the old ones.
+
+        A parameter in ``tied`` is replaced by a new one, and the old object is kept, so that the other modules that
+        share it are unaffected.
 
         Raises:
-            MergeError: a value is not finite; nothing was changed.
+            MergeError: if a value is not finite; nothing was changed.
         """
         weights = self.weights()
         self.stack.merged, self.stack.merged_names = {}, self.names
         for name, weight in weights.items():
             stored = stored_tensor(self.host, name)
+            # A bias that the layer does not have yet, a tied weight and a weight of another shape need a new parameter.
             if stored is None or self.parameters[name] in tied or stored.shape != weight.shape:
                 self.stack.merged[name] = stored
                 dtype = _dtype(self.host) if stored is None else stored.dtype
@@ -161,7 +166,10 @@ class _MergePlan:
 
 
 def _tied(shared: Mapping[str, list[str]], plans: Iterable[_MergePlan]) -> dict[str, list[str]]:
-    """What cannot be written in place: the other names of a tensor that does not change alike under all of them."""
+    """Return shared tensors that cannot be written in place, because they change differently under their names.
+
+    Each is returned under its name, with its other names.
+    """
     new = {full: plan.weights().get(p) for plan in plans for p, full in plan.parameters.items() if full in shared}
     found: dict[str, list[str]] = {}
     for name in new:
@@ -173,7 +181,7 @@ def _tied(shared: Mapping[str, list[str]], plans: Iterable[_MergePlan]) -> dict[
 
 
 def _mergeable(host_name: str, host: nn.Module, name: str | None) -> tuple[tuple[str, ...], dict[str, str]]:
-    """The names at one host that can be folded, in order, and why each of the others cannot."""
+    """Return the adapters on one host that can be merged, in order, and the reason for each one that cannot."""
     stack = cast(AdapterStack, host.adapters)
     names: tuple[str, ...] = ()
     reasons: dict[str, str] = {}
@@ -183,9 +191,9 @@ def _mergeable(host_name: str, host: nn.Module, name: str | None) -> tuple[tuple
         if adapter.is_passthrough:
             continue
         if any(_changed_tensors(part) is None for part in adapter.components()):
-            reasons[n] = f"{where} is no weight change"
+            reasons[n] = f"{where} does not change weights"
         elif reasons:
-            reasons[n] = f"{where} runs after {next(iter(reasons))!r}, and folded in it would run before it"
+            reasons[n] = f"{where} runs after {next(iter(reasons))!r}, but merged it would run before it"
         elif name is not None and (reason := _order_problem(host_name, host, name)):
             reasons[n] = reason
         else:
@@ -194,7 +202,7 @@ def _mergeable(host_name: str, host: nn.Module, name: str | None) -> tuple[tuple
 
 
 def _reasons(left: Mapping[str, list[str]]) -> list[str]:
-    """One sentence for each adapter, whatever the number of its places."""
+    """Return one sentence for each adapter, with the number of its other places."""
 
     def more(n: int) -> str:
         return f", and so at {n} more place{'s' if n > 1 else ''}" if n else ""
@@ -203,7 +211,11 @@ def _reasons(left: Mapping[str, list[str]]) -> list[str]:
 
 
 def _order_problem(host_name: str, host: nn.Module, name: str) -> str | None:
-    """Merged alone, an adapter comes ahead of those that ran before it: why it may not, unless that is the same."""
+    """Return why ``name`` cannot be merged alone; None if it can.
+
+    A merged adapter runs before all unmerged ones, so it would change places with those that ran before it. This is
+    allowed only if the result stays the same.
+    """
     stack = cast(AdapterStack, host.adapters)
     order = list(stack)
     mine = cast(Adapter, stack[name]).components()
@@ -215,8 +227,8 @@ def _order_problem(host_name: str, host: nn.Module, name: str) -> str | None:
     if not meets:
         return None
     reason = (
-        f"{name!r} at {host_name!r} runs after {meets[0]!r}, and merged alone it would run before it, which does not "
-        f"compute the same: merge both, or let {name!r} alone be active"
+        f"{name!r} at {host_name!r} runs after {meets[0]!r}, but merged alone it would run before it and change the "
+        f"result: merge both, or make only {name!r} active"
     )
     if any(t is None for n in meets for t in touched[n]):
         return reason
@@ -229,7 +241,7 @@ def _order_problem(host_name: str, host: nn.Module, name: str) -> str | None:
 
 
 def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two results differ by no more than the order of their sums does."""
+    """Whether two results are equal up to the rounding of differently ordered sums."""
     if a.shape != b.shape:
         return False
     eps = torch.finfo(a.dtype if a.is_floating_point() else torch.float32).eps
@@ -237,7 +249,7 @@ def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def _changed_tensors(adapter: Adapter) -> set[str] | None:
-    """The host's own tensors that an adapter is a function of and changes; None where it is no weight change."""
+    """Return the names of the host's tensors that an adapter changes; None if it does not change weights."""
     return set(adapter.changes()) or None
 
 
@@ -254,17 +266,17 @@ def _merged_weights(host_name: str, host: nn.Module, names: Iterable[str]) -> di
 
 
 def _effective(host_name: str, host: nn.Module, adapters: Sequence[Adapter]) -> dict[str, torch.Tensor]:
-    """The host's weights after ``adapters`` in order, as in evaluation and before they are rounded to their type.
+    """Return the host's weights after ``adapters`` in order, in eval mode and before rounding to the stored dtype.
 
     Raises:
-        MergeError: a weight is quantised.
+        MergeError: if a weight is quantised.
     """
     stored = {p: stored_tensor(host, p) for a in adapters for p in (*a.overrides(), *a.weights())}
     for parameter in (p for adapter in adapters for p in adapter.weights()):
         dtype = cast(torch.Tensor, stored[parameter]).dtype
         if not (dtype.is_floating_point or dtype.is_complex):
             full = join(host_name, parameter)
-            raise MergeError(f"{full} is stored as {dtype}: a quantised weight cannot take an exact change")
+            raise MergeError(f"{full} is stored as {dtype}: adapters cannot be merged exactly into a quantised weight")
     dtype = torch.float32
     for tensor in stored.values():
         if tensor is not None and (tensor.is_floating_point() or tensor.is_complex()):
@@ -274,7 +286,10 @@ def _effective(host_name: str, host: nn.Module, adapters: Sequence[Adapter]) -> 
 
 
 def _plain_sums(host: nn.Module, adapters: Iterable[Adapter], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The new weights, rounded, where all that ``adapters`` do is to add low-rank products; empty where it is not."""
+    """Return the new weights, rounded, if ``adapters`` only add low-rank products; empty otherwise.
+
+    This common case does not need a copy of the weight in float32.
+    """
     pairs: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
     layouts: dict[str, WeightLayout] = {}
     for adapter in adapters:
@@ -295,7 +310,7 @@ def _dtype(host: nn.Module) -> torch.dtype:
 
 
 def _set(host: nn.Module, name: str, value: torch.Tensor | None) -> None:
-    """Write a parameter or buffer in place; a ``nn.Parameter`` takes the place of the one there, None takes it away."""
+    """Write a parameter or buffer in place; an ``nn.Parameter`` replaces the existing one, and None removes it."""
     path, _, last = name.rpartition(".")
     owner = host.get_submodule(path)
     if value is None or isinstance(value, nn.Parameter):
@@ -308,13 +323,14 @@ def _set(host: nn.Module, name: str, value: torch.Tensor | None) -> None:
         cast(torch.Tensor, stored_tensor(owner, last)).copy_(value)
 
 
-_merge = merge  # ``unload`` has an argument of the same name
+_merge = merge  # ``unload`` has an argument called ``merge``
 
 
 @torch.no_grad()
 def unmerge(model: nn.Module) -> None:
-    """Restore the weights that :func:`merge` replaced, bit for bit; the adapters run beside them again."""
-    for _, host in reversed([*hosts(model)]):  # of a tensor that several share the first has kept the original
+    """Restore the weights that :func:`merge` replaced, bit for bit; the adapters run unmerged again."""
+    # In reverse order, because for a shared tensor only the host that was merged first kept the original value.
+    for _, host in reversed([*hosts(model)]):
         stack = cast(AdapterStack, host.adapters)
         for parameter, weight in (stack.merged or {}).items():
             _set(host, parameter, weight)
@@ -323,14 +339,14 @@ def unmerge(model: nn.Module) -> None:
 
 
 def unload(model: nn.Module, merge: bool = False) -> nn.Module:
-    """Give the plain model back: original classes, original keys, gradients required where they were before.
+    """Return the plain model: original classes and keys, and the original ``requires_grad`` of every parameter.
 
     Args:
         model: the adapted model; changed in place and returned.
-        merge: fold the active adapters into the weights first; otherwise the base is as it was.
+        merge: merge the active adapters into the weights first. By default, the original base weights are restored.
 
     Raises:
-        MergeError: ``merge=True`` and an active adapter cannot be folded, or was left out of an earlier merge.
+        MergeError: if ``merge=True`` and an active adapter cannot be merged, or was left out of an earlier merge.
     """
     found = stacks(model).values()
     if merge and not any(stack.merged for stack in found):
@@ -338,14 +354,14 @@ def unload(model: nn.Module, merge: bool = False) -> nn.Module:
             _merge(model)
         except MergeError as error:
             raise MergeError(
-                f"{error}; to unload without it, first lp.set_active(model, ...) what is to stay"
+                f"{error}; to unload without it, first activate the adapters to keep with lp.set_active(model, ...)"
             ) from None
     elif merge:
         beside = {n for stack in found for n, a in stack.items() if a in stack.running() and not a.is_passthrough}
         if beside:
             raise MergeError(
-                f"{sorted(beside)} are not merged but run beside the weights, and would be lost: lp.unmerge(model), "
-                "lp.set_active(model, ...) what is to stay, and unload again"
+                f"{sorted(beside)} are active but not merged, and would be lost: call lp.unmerge(model), activate the "
+                "adapters to keep with lp.set_active(model, ...), and unload again"
             )
     if not merge:
         unmerge(model)

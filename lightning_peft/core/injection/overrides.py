@@ -1,10 +1,10 @@
-"""Full copies of a base's own parameters, in place of the base's while an adapter is active.
+"""Replace parameters of the base by an adapter's own values while that adapter is active.
 
-A method that trains parameters of the base itself (heads in ``trainable``, biases, norms) changes what every adapter
-sees. As a :class:`ParameterOverride` such a state stands beside the base instead: each task keeps its own head, of its
-own width where the layer allows it, and its own biases and statistics, and is switched, merged and taken out like any
-adapter. Adapters run in order, so a copy hides what earlier adapters have made of that parameter, and later ones start
-from the copy.
+A method that trains parameters of the base (heads in ``trainable``, biases, norms) changes them for every adapter. A
+:class:`ParameterOverride` stores these values in an adapter instead, and leaves the base unchanged. Each task then has
+its own head (of a different width if the layer allows it), biases and statistics, which are switched, merged and
+removed like any adapter. Adapters run in order: an override hides the results of earlier adapters for that parameter,
+and later adapters start from the override.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ __all__ = ["ParameterOverride", "override_trained", "parameter_overrides", "save
 
 
 class ParameterOverride(Adapter):
-    """Copies of some of a host's own parameters and persistent buffers, in place of the host's.
+    """Values that replace some of a host's parameters and persistent buffers while the adapter runs.
 
     Args:
-        overrides: the values by name in the host; ``out_proj.weight`` for a projection of ``nn.MultiheadAttention``. A
-            value that is a ``nn.Parameter`` is kept as that object, others become buffers.
+        overrides: the values by name in the host, such as ``out_proj.weight`` of an ``nn.MultiheadAttention``. A value
+            that is an ``nn.Parameter`` is registered as it is; other tensors become buffers.
     """
 
     def __init__(self, overrides: Mapping[str, Tensor]) -> None:
@@ -45,7 +45,7 @@ class ParameterOverride(Adapter):
             if child and child not in self._modules:
                 self.add_module(child, nn.Module())
             owner = self.get_submodule(child)
-            key = f"{last}_" if hasattr(owner, last) else last  # such as 'weights' or 'run'
+            key = f"{last}_" if hasattr(owner, last) else last  # a parameter may be named like a method, such as 'run'
             if isinstance(value, nn.Parameter):
                 owner.register_parameter(key, value)
             else:
@@ -68,23 +68,23 @@ class ParameterOverride(Adapter):
 def parameter_overrides(
     model: nn.Module, state: Mapping[str, Tensor], trainable: bool = False
 ) -> dict[str, ParameterOverride]:
-    """Adapters that put ``state`` in place of the base's own values.
+    """Return adapters that replace values of the base by ``state``.
 
-    A tensor that the base holds under several names (tied weights) is replaced under those that are given: by one copy
-    under names with equal values, so that it stays tied, and by several otherwise. :func:`under_all_names` gives all.
+    A tensor that the base holds under several names (tied weights) is replaced only under the names in ``state``. Names
+    with equal values share one tensor, so they stay tied. Use :func:`under_all_names` to replace all names.
 
     Args:
-        model: the base, adapted or not; left as it is.
-        state: values by full name in ``model``: parameters and persistent buffers of the base. A weight and a bias
-            may have another number of outputs than the base's where the layer can give it: ``nn.Linear``,
-            ``nn.Conv1d/2d/3d`` with one group, ``nn.Embedding``'s rows.
-        trainable: whether the copies train.
+        model: the base, with or without adapters; not changed.
+        state: values by full name in ``model``, for parameters and persistent buffers of the base. A weight and its
+            bias may have a different number of outputs if the layer allows it: ``nn.Linear``, ``nn.Conv1d/2d/3d`` with
+            one group, and the number of entries of an ``nn.Embedding``.
+        trainable: whether the values train.
 
     Returns:
-        One adapter for each module that owns some of them, by the module's name.
+        One adapter for each affected module, by the module's name.
 
     Raises:
-        StateError: names that the base does not have, values that do not fit or are not finite; all are named.
+        StateError: if the base does not have a name, or a value does not fit or is not finite; the message lists them.
     """
     places = dict(_base_tensors(model))
     problems = [f"{name}: {_unknown(name, places)}" for name in state if name not in places]
@@ -94,7 +94,7 @@ def parameter_overrides(
             problems.append(f"{name}: {problem}")
     if problems:
         raise StateError("the state cannot replace parameters of this model:\n  " + "\n  ".join(problems[:12]))
-    held: dict[int, list[Tensor]] = {}  # by the base's tensor: what is tied there, and is equal, is one copy here
+    held: dict[int, list[Tensor]] = {}  # by id of the base's tensor: tied names with equal values share one copy
     hosts: dict[str, dict[str, Tensor]] = {}
     for name in (n for n in places if n in given):
         place, value = places[name], given[name]
@@ -112,14 +112,14 @@ def parameter_overrides(
 def override_trained(
     plan: Plan, model: nn.Module, state: Mapping[str, Tensor], trainable: bool = False
 ) -> dict[str, ParameterOverride]:
-    """Let ``plan`` put ``state`` in place of the base's own parameters instead of training those themselves.
+    """Change ``plan`` to override base parameters with ``state`` instead of training them in the base.
 
     Args:
-        plan: what a method will do to ``model``; changed in place.
-        model, state, trainable: see :func:`parameter_overrides`, which this returns.
+        plan: the plan of a method for ``model``; changed in place.
+        model, state, trainable: see :func:`parameter_overrides`, whose result is returned.
 
     Raises:
-        StateError: see :func:`parameter_overrides`.
+        StateError: if :func:`parameter_overrides` raises it.
     """
     found = parameter_overrides(model, state, trainable)
     for host, adapter in found.items():
@@ -129,13 +129,13 @@ def override_trained(
 
 
 def saved_overrides(plan: Plan, model: nn.Module, name: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What :func:`override_trained` was given for the adapter called ``name``, from the state of the model it is in.
+    """Recover the ``state`` that :func:`override_trained` was given for the adapter ``name`` from a model's state.
 
     Args:
-        plan: what the adapter's method would do to ``model``.
+        plan: the plan of the adapter's method for ``model``.
         model: the base, without that adapter.
-        name: the adapter.
-        state: by key.
+        name: the adapter's name.
+        state: the saved state, by key.
     """
     others = {adapter_key(a.host, name, key) for a in plan.attach for key in a.adapter.state_dict()}
     found: dict[str, Tensor] = {}
@@ -150,7 +150,14 @@ def saved_overrides(plan: Plan, model: nn.Module, name: str, state: Mapping[str,
 
 @dataclass(frozen=True)
 class _BaseTensor:
-    """A parameter or buffer of the base: the module that would carry its copy, its owner, its name in the first."""
+    """A parameter or buffer of the base.
+
+    Attributes:
+        host: the name of the module that would carry its override.
+        owner: the module that holds it.
+        name: its name relative to the host.
+        tensor: its value.
+    """
 
     host: str
     owner: nn.Module
@@ -159,12 +166,12 @@ class _BaseTensor:
 
 
 def _base_tensors(model: nn.Module) -> Iterator[tuple[str, _BaseTensor]]:
-    """All that can be replaced, by each full name it has."""
+    """Yield every parameter and buffer that can be overridden, under each of its full names."""
     hosts: dict[int, tuple[str, str]] = {}  # a module's id: the host's name, and the prefix of names in the host
     for name, module in base_modules(model):
         hosts.setdefault(id(module), (name, ""))
         if isinstance(module, nn.MultiheadAttention):
-            hosts[id(module.out_proj)] = (name, "out_proj.")  # read, and not called
+            hosts[id(module.out_proj)] = (name, "out_proj.")  # its weight is read, but the module is never called
     for name, module in model.named_modules(remove_duplicate=False):
         if id(module) not in hosts:
             continue  # an adapter
@@ -181,13 +188,13 @@ def _unknown(name: str, places: Iterable[str]) -> str:
 
 
 def _problem(value: Tensor, place: _BaseTensor) -> str | None:
-    """Why ``value`` cannot stand in place of what is at ``place``."""
+    """Return why ``value`` cannot replace the tensor at ``place``; None if it can."""
     owner, base = place.owner, place.tensor
     kind: Any = original_class(owner)
     if isinstance(owner, parametrize.ParametrizationList) or any(
         hasattr(hook, "compute_weight") for hook in owner._forward_pre_hooks.values()
     ):
-        return "a weight is computed from it before the module runs: take the parametrization off first"
+        return "a weight is computed from it before the module runs: remove the parametrization first"
     if base.is_floating_point() != value.is_floating_point():
         return f"{value.dtype} given, {base.dtype} in the base"
     if value.is_floating_point() and not is_finite(value):
@@ -199,16 +206,16 @@ def _problem(value: Tensor, place: _BaseTensor) -> str | None:
     if not wider or "." in place.name or value.shape[1:] != base.shape[1:] or not value.ndim or not len(value):
         return shapes
     if getattr(owner, "groups", 1) != 1 or (getattr(owner, "padding_idx", None) or 0) >= len(value):
-        return f"{shapes}, whose groups or padding index leave no other number"
+        return f"{shapes}, but the layer's groups or padding index require the base's number"
     return None
 
 
-#: layers that can be called with another number of outputs (of rows, for an embedding)
+#: layers that can run with a different number of outputs (for an embedding, entries)
 _OTHER_WIDTHS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
 
 
 def _width_mismatch(name: str, given: Mapping[str, Tensor], places: Mapping[str, _BaseTensor]) -> str | None:
-    """Why ``given`` makes no whole: a weight and a bias of two widths."""
+    """Return an error text if a weight and a bias in ``given`` have different widths; None if they agree."""
     place, value = places[name], given[name]
     if value.shape == place.tensor.shape:
         return None
@@ -218,5 +225,5 @@ def _width_mismatch(name: str, given: Mapping[str, Tensor], places: Mapping[str,
             and sibling is not place
             and len(given.get(other, sibling.tensor)) != len(value)
         ):
-            return f"has {len(value)} outputs, and {other} {len(given.get(other, sibling.tensor))}: replace both"
+            return f"has {len(value)} outputs, but {other} has {len(given.get(other, sibling.tensor))}: replace both"
     return None

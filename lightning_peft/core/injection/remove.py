@@ -1,4 +1,4 @@
-"""Take one adapter out of a model again."""
+"""Remove one adapter from a model."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ __all__ = ["check_deletable", "delete_adapter", "uninstall"]
 
 
 def delete_adapter(model: nn.Module, name: str) -> None:
-    """Take the adapter called ``name`` out of ``model``; the others stay as they are.
+    """Remove the adapter ``name`` from ``model``; other adapters are unchanged.
 
-    A module whose last adapter goes has its original class again, and with the last method gone the model is the
-    plain one that :func:`lightning_peft.unload` gives. What the method trained of the base itself (a head, biases)
-    has no earlier values to go back to: it stays as it is, and keeps training.
+    A module without adapters gets its original class back. Deleting the last method restores the plain model, as
+    :func:`lightning_peft.unload` does. Base parameters that the method trained (a head, biases) keep their values and
+    continue to train, because their earlier values are not stored.
 
     Args:
         model: the adapted model; changed in place.
-        name: the adapter.
+        name: the adapter's name.
 
     Raises:
-        ValueError: no adapter of that name, or one that is merged into the base or in training: an optimizer would
-            go on with parameters that no longer take part.
+        ValueError: if there is no adapter of that name, it is merged into the base, or it is in training (the
+            optimizer would keep updating parameters that are no longer in the model).
     """
     check_deletable(model, name)
     uninstall(model, name)
@@ -39,7 +39,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
 
 
 def check_deletable(model: nn.Module, name: str) -> None:
-    """See :func:`delete_adapter` for what it raises."""
+    """Raise the errors that :func:`delete_adapter` would raise, without changing anything."""
     check_known(model, name)
     found = [stack for stack in stacks(model).values() if name in stack]
     if any(name in stack.merged_names for stack in found):
@@ -50,7 +50,7 @@ def check_deletable(model: nn.Module, name: str) -> None:
 
 
 def uninstall(model: nn.Module, name: str) -> None:
-    """Take the adapter called ``name`` out of the modules and the record, and leave all else."""
+    """Remove the adapter ``name`` from the modules and from the record; nothing else changes."""
     for host_name in [host_name for host_name, stack in stacks(model).items() if name in stack]:
         detach(model, host_name, name)
     record = injection_state(model)
@@ -60,7 +60,7 @@ def uninstall(model: nn.Module, name: str) -> None:
         names = [canonical(n) for n, _ in injected_module(model).named_parameters(remove_duplicate=False)]
         record.also_trained |= replace(record, trained_base={name: own}).trained_among(
             names
-        )  # what it trained of the base goes on
+        )  # base parameters that it trained continue to train
         record.adapter_records.pop(name, None)
         record.hosts.pop(name, None)
         record.origins.pop(name, None)

@@ -1,4 +1,4 @@
-"""Replace what only training needs (the network that makes a prompt) by what it computes."""
+"""Replace a reparameterization that only training needs (the network that computes a prompt) by its output."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ __all__ = ["fold"]
 
 @torch.no_grad()
 def fold(model: nn.Module, name: str | None = None) -> list[str]:
-    """Fold reparametrised adapters, or the one called ``name``, into the parameters they compute.
+    """Replace the reparameterization of all adapters, or of the adapter ``name``, by the values it computes.
 
-    The model computes what it did. The network that made the prompts is gone, so checkpoints saved from here on
-    are small, those saved before no longer load into this model, and an optimizer has to be built anew.
+    The model's output does not change. The network that computed the prompts is removed: later checkpoints are small,
+    earlier ones no longer load into this model, and optimizers must be created again.
 
     Returns:
         The names of the modules whose adapters were folded.
 
     Raises:
-        ValueError: no adapter of that name, or none that has anything to fold.
+        ValueError: if there is no adapter of that name, or none has a reparameterization.
     """
     if name is not None:
         check_known(model, name)
@@ -36,7 +36,10 @@ def fold(model: nn.Module, name: str | None = None) -> list[str]:
         if name in (None, adapter_name) and cast(Adapter, adapter).has_reparameterization
     ]
     if not found:
-        raise ValueError(f"nothing to fold: {list(adapter_names(model))} train what they apply")
+        raise ValueError(
+            f"nothing to fold: {list(adapter_names(model))} have no reparameterization, so they train the values that "
+            "they apply"
+        )
     for _, _, adapter in found:
         adapter.remove_reparameterization()
     record = injection_state(model)

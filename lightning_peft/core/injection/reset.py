@@ -1,4 +1,4 @@
-"""Put what methods train back to its start, for the next fold of a cross-validation."""
+"""Restore the initial values of everything that methods train, for example for the next cross-validation fold."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ __all__ = ["moved_adapters", "reset"]
 
 @torch.no_grad()
 def reset(model: nn.Module) -> None:
-    """Put adapters, trained base parameters and moved buffers back to the values they had when methods were applied.
+    """Restore adapters, trained base parameters and changed buffers to their values when methods were applied.
 
-    The methods stay in the model, and what trains stays what trains; parameters that a method unfroze during training
-    are frozen again. Optimizers and callbacks keep their state: build new ones for a new run.
+    The methods stay applied, and the same parameters train as before; parameters that a method unfroze during training
+    are frozen again. Optimizers and callbacks keep their state: create new ones for a new run.
 
     Args:
         model: the adapted model; changed in place.
 
     Raises:
-        ValueError: no methods were applied, or adapters are merged into the base.
-        StateError: a parameter has changed and no copy of its start is kept: it moved without gradients, or the
-            methods train more than half of the base. Nothing is changed then.
+        ValueError: if no methods were applied, or adapters are merged into the base.
+        StateError: if a parameter has changed but its initial value was not kept, because it changed without gradients
+            or the methods train more than half of the base. Nothing is changed.
 
     Example::
 
@@ -41,16 +41,16 @@ def reset(model: nn.Module) -> None:
     """
     record, root = injection_state(model), injected_module(model)
     if record is None:
-        raise ValueError("lp.reset: no methods were applied to this model, so there is nothing to put back")
+        raise ValueError("lp.reset: no methods were applied to this model, so there is nothing to restore")
     check_unmerged(root)
     current = {canonical(k): v for k, v in nn.Module.state_dict(root, keep_vars=True).items()}
     lost = record.start.moved_marks(root, {**record.deferred, **record.start.trained})
     lost += [k for k, v in record.start.trained.items() if k in current and current[k].shape != v.shape]
     if lost:
         raise StateError(
-            f"lp.reset cannot put {', '.join(sorted(lost)[:5])} back: no copy of its start is kept, because it moved "
+            f"lp.reset cannot restore {', '.join(sorted(lost)[:5])}: no initial value was kept, because it changed "
             "without gradients, is sharded, or the methods train more than half of the base. Load the base's weights "
-            "first (model.load_state_dict(initial, strict=False)), or build the model anew"
+            "first (model.load_state_dict(initial, strict=False)), or build a new model"
         )
     set_unfrozen(root, ())
     for key, value in {**record.start.buffers, **record.start.trained}.items():
@@ -67,7 +67,7 @@ def _put(tensor: Any, value: Tensor) -> None:
 
 
 def moved_adapters(model: nn.Module) -> list[str]:
-    """The keys of adapter tensors that differ from their start."""
+    """Return the keys of adapter tensors that differ from their initial values."""
     record, root = injection_state(model), injected_module(model)
     if record is None:
         return []

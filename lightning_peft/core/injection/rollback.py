@@ -1,4 +1,4 @@
-"""Change a model as a whole or not at all."""
+"""Undo a change of a model that fails halfway."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _DICTS = tuple(name for name, value in vars(nn.Module()).items() if isinstance(v
 def all_or_nothing(model: nn.Module) -> Iterator[None]:
     """Undo every change of ``model`` if the context ends in an exception, ``KeyboardInterrupt`` included.
 
-    Classes, attributes, hooks, children, parameters (which, in what type and whether they train), buffers and the
-    record of the methods are put back. Values that were changed in place are not.
+    Restores classes, attributes, hooks, children, parameters (including dtype and ``requires_grad``), buffers and the
+    record of the methods. Values that were changed in place are not restored.
     """
-    # Every reference is taken now: putting back must need nothing that could fail.
+    # Collect every reference now, so that restoring does not run any code that could fail.
     undo = [_restore_module(module) for module in model.modules()]
     undo += [_restore_parameter(parameter) for parameter in model.parameters()]
     if (record := injection_state(model)) is not None:

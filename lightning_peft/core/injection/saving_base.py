@@ -1,4 +1,4 @@
-"""What ``save_pretrained`` of an adapted model writes: the base, and the adapters under keys that nothing reads."""
+"""Warn if ``save_pretrained`` is called on an adapted model: it writes adapters under keys that nothing reads."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ __all__ = ["watch_saving"]
 
 
 class SavesBase:
-    """Mixin of a module that has ``save_pretrained``."""
+    """Mixin for a module with ``save_pretrained``: warns that the adapters are not saved."""
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
         left = {n for stack in stacks(self).values() for n in stack if n not in stack.merged_names}  # type: ignore[arg-type]
         if left:
             warnings.warn(
-                f"save_pretrained writes the base without its adapters {sorted(left)}: loading the folder gives the "
-                "base. Save adapters with lp.save_adapter, or lp.merge(model) (or lp.unload(model, merge=True)) first",
+                f"save_pretrained writes the base without its adapters {sorted(left)}: loading the folder returns the "
+                "base. Save adapters with lp.save_adapter, or call lp.merge(model) or lp.unload(model, merge=True) "
+                "first",
                 stacklevel=2,
             )
         return super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
 
 
 def watch_saving(model: nn.Module) -> None:
-    """Let ``save_pretrained`` of every module in ``model`` that has it say what it leaves out."""
+    """Make ``save_pretrained`` of every module in ``model`` warn about adapters that it does not save."""
     for module in [m for m in model.modules() if callable(getattr(m, "save_pretrained", None))]:
         add_mixin(module, SavesBase)

@@ -1,4 +1,4 @@
-"""Move the record of an adapted part to the module around it."""
+"""Move the record of an adapted submodule to a module around it."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ __all__ = ["widen_record"]
 
 
 def widen_record(model: nn.Module, freeze: bool = True) -> None:
-    """Let the record of the module inside ``model`` that methods were applied to use the names of ``model``.
+    """Move the record from the submodule that methods were applied to up to ``model``, and convert its names.
 
-    Does nothing if the record is that of ``model`` already.
+    Does nothing if the record already belongs to ``model``.
 
     Args:
-        model: the module around it.
-        freeze: whether to freeze the rest of ``model``; otherwise what requires gradients there goes on training.
+        model: the module around the adapted one.
+        freeze: freeze the rest of ``model``. If False, parameters that require gradients there continue to train.
     """
     record, inner = injection_state(model), injected_name(model)
     if record is None or not inner:

@@ -35,7 +35,7 @@ REFUSED = {
     "second is wrong": (MLP, [LORA, lp.LoRA(r=2, name="b", targets="dwon")], "nearest: down"),
     "rank too high": (MLP, [lp.LoRA(r=13)], r"r=13 is above both sides of 'up' \(12x6\).*rank_pattern=\{'up': 6\}"),
     "compiled": (lambda: torch.compile(MLP(), backend="eager"), [LORA], "the model is already compiled"),
-    "compiled inside": (_compiled_inside, [LORA], "mid is already compiled.*apply the methods first"),
+    "compiled inside": (_compiled_inside, [LORA], "mid is already compiled.*apply methods first"),
     "sharded": (_sharded, [lp.LoRA(r=1, targets="a")], "a is already sharded.*before fully_shard"),
     "no method": (MLP, [], r"no method to apply: pass one, as in lp.apply\(model, lp.LoRA\(r=8\)\)"),
 }
@@ -59,7 +59,7 @@ def test_another_configuration_under_the_same_name_is_refused_by_its_difference(
     lp.apply(model, LORA)
     before = bits(model)
     with pytest.raises(
-        ValueError, match="carries a LoRA named 'default' with another configuration: r=2 there, 4 here"
+        ValueError, match="carries a LoRA named 'default' with a different configuration: r=2 there, 4 here"
     ):
         lp.apply(model, lp.LoRA(r=4))
     assert_same_bits(bits(model), before)

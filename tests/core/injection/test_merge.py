@@ -57,12 +57,12 @@ def _no_weight() -> nn.Module:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (_tied, r"embed.weight is the same tensor as \['lm_head.weight'\].*untie=True\) gives it a tensor of its own"),
+        (_tied, r"embed.weight is the same tensor as \['lm_head.weight'\].*untie=True\) gives it its own copy"),
         (_quantised, "mid.weight is stored as torch.int8: a quantised weight"),
         (_infinite, "down.weight would hold NaN or infinity"),
         (_overflowing, "down.weight would hold NaN or infinity"),
-        (_merged, "'up' has adapters merged already: lp.unmerge"),
-        (_no_weight, r"'add' at 'down' \(Add\) is no weight change"),
+        (_merged, "'up' already has merged adapters: lp.unmerge"),
+        (_no_weight, r"'add' at 'down' \(Add\) does not change weights"),
     ],
 )
 def test_what_cannot_be_merged_is_refused_before_anything_changes(make, message: str):
@@ -137,7 +137,7 @@ def test_unload_inside_a_larger_model_gives_its_gradients_back():
 
 
 def _hybrid() -> nn.Module:
-    """LoRA everywhere, and at ``down`` something that is no weight change with a second LoRA after it."""
+    """LoRA everywhere, and at ``down`` something that does not change weights with a second LoRA after it."""
     model = adapted(METHODS["lora"], LINEAR)
     attach(model, "down", "add", Add(1.0))
     lp.apply(model, lp.LoRA(r=2, name="after", targets=["mid", "down"]))
@@ -150,13 +150,13 @@ def test_a_partial_merge_folds_what_it_can_and_names_the_rest():
     with pytest.raises(MergeError, match=r"'add' at 'down'.*; 'after' at 'down' .*\(lp.merge\(model, partial=True\)"):
         lp.merge(model)
     assert lp.merge(model, partial=True) == [
-        "'add' at 'down' (Add) is no weight change",
-        "'after' at 'down' (LoRAAdapter) runs after 'add', and folded in it would run before it",
+        "'add' at 'down' (Add) does not change weights",
+        "'after' at 'down' (LoRAAdapter) runs after 'add', but merged it would run before it",
     ]
     assert model.mid.adapters.merged_names == ("default", "after")
     assert model.down.adapters.merged_names == ("default",)
     torch.testing.assert_close(evaluate(model, LINEAR), expected)
-    with pytest.raises(MergeError, match=r"\['add', 'after'\] are not merged.* would be lost"):
+    with pytest.raises(MergeError, match=r"\['add', 'after'\] are active but not merged, and would be lost"):
         lp.unload(model, merge=True)
     lp.unmerge(model)
     assert_same_bits(bits(model), before)
@@ -174,7 +174,7 @@ def test_a_partial_merge_of_a_tied_model_leaves_what_is_tied():
 def test_a_merge_that_could_fold_nothing_is_refused():
     model = LINEAR.build()
     attach(model, "down", "add", Add(1.0))
-    with pytest.raises(MergeError, match="no weight change"):
+    with pytest.raises(MergeError, match="does not change weights"):
         lp.merge(model, partial=True)
 
 
@@ -230,14 +230,16 @@ def test_errors_of_merging_nothing_or_too_much():
     model = KINDS["linear"].build()
     lp.apply(model, lp.LoRA(r=2, name="a"), lp.BottleneckAdapter(targets=["up", "down"], bottleneck_size=2, name="b"))
     with pytest.raises(
-        MergeError, match=r"'b' at 'up' .*, and so at 1 more place \(lp.merge\(model, partial=True\) folds"
+        MergeError, match=r"'b' at 'up' .*, and so at 1 more place \(lp.merge\(model, partial=True\) merges"
     ):
         lp.merge(model)
-    with pytest.raises(MergeError, match=r"to unload without it, first lp.set_active\(model, ...\) what"):
+    with pytest.raises(
+        MergeError, match=r"to unload without it, first activate the adapters to keep with lp.set_active\(model, ...\)"
+    ):
         lp.unload(model, merge=True)
     lp.set_active(model)
     for merge in (lp.merge, lambda model: lp.unload(model, merge=True)):
-        with pytest.raises(MergeError, match=r"none of \['a', 'b'\] is active: lp.set_active"):
+        with pytest.raises(MergeError, match=r"none of \['a', 'b'\] is active: call lp.set_active"):
             merge(model)
     lp.set_active(model, "a")
     assert lp.merge(model) == []
@@ -269,7 +271,7 @@ def test_an_adapter_that_reads_the_weight_is_merged_alone_only_where_the_order_m
         lp.merge(model, "second")
         torch.testing.assert_close(evaluate(model, LINEAR), both)
     else:
-        with pytest.raises(MergeError, match="'second' at 'down' runs after 'default', and merged alone it would run"):
+        with pytest.raises(MergeError, match="'second' at 'down' runs after 'default', but merged alone it would run"):
             lp.merge(model, "second")
         assert_same_bits(bits(model), before)
         lp.merge(model)

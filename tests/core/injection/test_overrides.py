@@ -254,16 +254,16 @@ def _model() -> nn.Module:
     [
         ({"mlp.up.weigth": torch.zeros(12, 6)}, "mlp.up.weigth: the base has no such .*nearest: mlp.up.weight"),
         ({"mlp.up.weight": torch.zeros(12, 5)}, r"mlp.up.weight: \(12, 5\) given, \(12, 6\) in the base"),
-        ({"mlp.up.weight": torch.zeros(5, 6)}, "mlp.up.weight: has 5 outputs, and mlp.up.bias 12: replace both"),
+        ({"mlp.up.weight": torch.zeros(5, 6)}, "mlp.up.weight: has 5 outputs, but mlp.up.bias has 12: replace both"),
         ({"mlp.up.weight": torch.zeros(0, 6)}, r"\(0, 6\) given"),
         ({"norm.weight": torch.zeros(5)}, r"norm.weight: \(5,\) given, \(4,\) in the base"),
         ({"attn.out_proj.weight": torch.zeros(5, 4)}, r"\(5, 4\) given, \(4, 4\) in the base"),
-        ({"conv.weight": torch.zeros(8, 2, 1), "conv.bias": torch.zeros(8)}, "whose groups or padding index"),
+        ({"conv.weight": torch.zeros(8, 2, 1), "conv.bias": torch.zeros(8)}, "groups or padding index require"),
         ({"norm.weight": torch.full((4,), torch.nan)}, "norm.weight: holds NaN or infinity"),
         ({"norm.weight": torch.zeros(4, dtype=torch.int8)}, "torch.int8 given, torch.float32 in the base"),
         (
             {"weighted.parametrizations.weight.original0": torch.zeros(3, 1)},
-            "take the parametrization off first",
+            "remove the parametrization first",
         ),
     ],
 )

@@ -141,7 +141,7 @@ def test_a_part_of_an_adapted_model_takes_no_methods_of_its_own():
     model = Outer()
     lp.apply(model, lp.LoRA(r=2))
     before = {n: p.requires_grad for n, p in model.named_parameters()}
-    with pytest.raises(lp.InjectionError, match=r"up carries adapters .* apply further methods to that one"):
+    with pytest.raises(lp.InjectionError, match=r"up carries adapters .* apply further methods to that model"):
         lp.apply(model.inner, lp.LoRA(r=2, name="b"))
     assert {n: p.requires_grad for n, p in model.named_parameters()} == before
 

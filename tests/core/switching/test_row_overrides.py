@@ -101,7 +101,7 @@ def test_heads_of_different_widths(tmp_path):
         assert model(x).logits.shape == (2, 5)
     for names in (["five", "three"], ["five", None]):
         with (
-            pytest.raises(lp.RowError, match=r"'classifier' \(Linear\) gives .*5\).*3\).*heads of different widths"),
+            pytest.raises(lp.RowError, match=r"'classifier' \(Linear\) returns .*5\).*3\).*heads of different widths"),
             lp.rows(model, names),
         ):
             model(x)

@@ -74,7 +74,7 @@ def test_layers_put_in_place_of_linear_ones(layer):
 
 def test_a_quantised_head_cannot_train():
     model = _stored(torch.zeros(8, 8, dtype=torch.int8))
-    with pytest.raises(ValueError, match=r"'1' cannot train, since it is stored as torch.int8"):
+    with pytest.raises(ValueError, match=r"'1' cannot train, because it is stored as torch.int8"):
         lp.apply(model, lp.LoRA(targets=["0"], trainable=["1"]))
 
 

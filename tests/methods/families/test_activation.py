@@ -117,7 +117,7 @@ def test_bad_input():
         OutputShift(width=0)
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
     lp.apply(model, OutputShift(targets="1", width=5))
-    with pytest.raises(ValueError, match=r"'1' returned an output of shape \(2, 4\).* not the 5 features"):
+    with pytest.raises(ValueError, match=r"'1' returned an output of shape \(2, 4\).*expected to hold 5 features"):
         model(torch.randn(2, 4))
     model = nn.ModuleDict({"lstm": nn.LSTM(4, 4)})
     lp.apply(model, OutputShift(targets="lstm", width=4))

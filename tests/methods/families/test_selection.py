@@ -380,7 +380,7 @@ class TestState:
         t.save_checkpoint(tmp_path / "x.ckpt")
         other = Module()
         nn.init.normal_(other.net[0].weight, 3.0)
-        with pytest.raises(lp.StateError, match="another base model"):
+        with pytest.raises(lp.StateError, match="different base model"):
             trainer(lp.LinearProbe()).fit(other, ckpt_path=tmp_path / "x.ckpt")
 
 
