@@ -91,7 +91,7 @@ class Adapter(nn.Module):
     def batched_class(self, host: nn.Module) -> Callable[..., BatchedAdapters] | None:
         """Return the class that runs several adapters of this type in one forward over a mixed batch.
 
-        None if the host must run once for each adapter. Adapters that share a forward must return the same class. See
+        None if the host must run once for each adapter. Adapters for which it returns equal values share a forward. See
         :mod:`lightning_peft.core.switching.rows`.
         """
         return None

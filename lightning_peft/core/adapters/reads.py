@@ -66,7 +66,7 @@ def forward_values(host: nn.Module) -> Mapping[str, Any] | None:
 
 
 class AttributeOfCall:
-    """An instance attribute, which a call of :func:`run_with_values` can give another value for its own thread."""
+    """An instance attribute that :func:`run_with_values` can replace for the thread of one call."""
 
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name

@@ -1,4 +1,4 @@
-"""Which adapters run: set, for good or inside a ``with`` block."""
+"""Activate and disable adapters, permanently or inside a ``with`` block."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ __all__ = ["active", "deactivate", "disabled", "set_active"]
 
 
 def set_active(model: nn.Module, *names: str) -> None:
-    """Let exactly the adapters called ``names`` take part; what trains does not change.
+    """Activate exactly the adapters ``names``. ``requires_grad`` does not change.
 
     Raises:
-        ValueError: the model has no adapter of that name, or some that are merged into the base.
+        ValueError: if the model does not have an adapter of that name, or adapters are merged into the base.
     """
     check_known(model, *names)
     check_unmerged(model)
@@ -27,7 +27,7 @@ def set_active(model: nn.Module, *names: str) -> None:
 
 
 def deactivate(model: nn.Module, name: str) -> None:
-    """Let the adapter called ``name`` take no part; the others stay as they are."""
+    """Deactivate the adapter ``name``; other adapters are unchanged."""
     for stack in stacks(model).values():
         stack.active = tuple(n for n in stack.active if n != name)
         stack.refresh()
@@ -35,7 +35,11 @@ def deactivate(model: nn.Module, name: str) -> None:
 
 @contextmanager
 def active(model: nn.Module, *names: str) -> Iterator[None]:
-    """Within the context only the adapters called ``names`` take part, for the thread or task that entered it."""
+    """Inside the context, only the adapters ``names`` are active, for the thread or task that entered it.
+
+    Raises:
+        ValueError: if the model does not have an adapter of that name, or adapters are merged into the base.
+    """
     check_known(model, *names)
     check_unmerged(model)
     with switched({stack: {"active": tuple(n for n in stack if n in names)} for stack in stacks(model).values()}):
@@ -44,10 +48,10 @@ def active(model: nn.Module, *names: str) -> Iterator[None]:
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """Within the context no adapter takes part: the model computes what its base computes, for this thread or task.
+    """Inside the context, the model runs without adapters, as its base does, for this thread or task.
 
     Raises:
-        ValueError: adapters are merged into the base, so that it cannot be had without them.
+        ValueError: if adapters are merged into the base, because they cannot be turned off.
     """
     check_unmerged(model)
     with switched({stack: {"disabled": True} for stack in stacks(model).values()}):

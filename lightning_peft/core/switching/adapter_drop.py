@@ -1,6 +1,6 @@
-"""AdapterDrop: leave out the adapters of some blocks at inference.
+"""AdapterDrop: skip the adapters of some blocks at inference.
 
-The first blocks change little, so their adapters can be skipped for speed at a small cost in quality.
+Adapters in the first blocks contribute little, so skipping them saves time at a small cost in quality.
 Rücklé et al. 2021, "AdapterDrop: On the Efficiency of Adapters in Transformers", arXiv:2010.11918.
 """
 
@@ -21,19 +21,20 @@ __all__ = ["adapter_drop"]
 
 @contextmanager
 def adapter_drop(model: nn.Module, blocks: int | Sequence[int], name: str | None = None) -> Iterator[tuple[str, ...]]:
-    """Within the context the adapters in some blocks do not take part, for the thread or task that entered it.
+    """Inside the context, the adapters in some blocks do not run, for the thread or task that entered it.
 
     Args:
         model: an adapted model.
-        blocks: the first so many blocks, or the blocks' positions, from 0 in order of definition (an encoder's before
-            its decoder's); negative ones count from the last.
-        name: only this adapter; by default all of them.
+        blocks: the number of blocks to skip from the first, or a list of positions. Positions start at 0 in definition
+            order (an encoder's blocks before its decoder's); negative ones count from the last block.
+        name: skip only this adapter; by default, all adapters.
 
     Yields:
-        The names of the modules whose adapters are left out.
+        The names of the modules whose adapters are skipped.
 
     Raises:
-        ValueError: more blocks than there are, none of them with such an adapter, or adapters merged into the base.
+        ValueError: if the model does not have that many blocks, none of them has such an adapter, or adapters are
+            merged into the base.
 
     Example::
 
@@ -53,7 +54,7 @@ def adapter_drop(model: nn.Module, blocks: int | Sequence[int], name: str | None
         if is_within(host, *chosen) and (name is None or name in stack)
     }
     if chosen and not left_out:
-        raise ValueError(f"no adapter to leave out in {', '.join(chosen)}; adapters are in {list(stacks(model))}")
+        raise ValueError(f"no adapters to skip in {', '.join(chosen)}; adapters are in {list(stacks(model))}")
     check_unmerged(model)
     skipped = {stack: (*stack.skipped, *(stack if name is None else (name,))) for stack in left_out.values()}
     with switched({stack: {"skipped": names} for stack, names in skipped.items()}):

@@ -1,4 +1,4 @@
-"""Runs each row of a batch with the adapters it names; :mod:`lightning_peft.core.switching.rows` puts it in place."""
+"""Run each row of a batch with its adapters; :mod:`lightning_peft.core.switching.rows` installs the dispatcher."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ Rows = tuple[tuple[str, ...], ...]
 
 @dataclass
 class _Plan:
-    """How one host serves the rows.
+    """How one host serves the rows. Only one of the three attributes is set.
 
     Attributes:
-        all: the adapters that every row has, where they are the same for all.
-        groups: rows that need a run of the host of their own, each group with the same adapters.
+        all: the adapters of every row, if all rows have the same.
+        groups: groups of rows with the same adapters, if the host must run once for each group.
         batched: what serves all rows in one run.
     """
 
@@ -41,13 +41,13 @@ class _Plan:
 
 
 class RowDispatcher:
-    """The adapters of each row, and how the hosts serve them.
+    """Holds the adapters of each row, and decides how each host runs them.
 
     Args:
         rows: the names of each row's adapters.
-        repeats: how many entries of the batch each row has.
-        spanning: the names of adapters that span hosts and not all rows have.
-        root: the module around all their hosts, whose forward runs once for each group of rows with the same ones.
+        repeats: the number of entries of the batch per row.
+        spanning: the names of adapters that span hosts and that only some rows have.
+        root: the module around all hosts of these, whose forward runs once for each group of rows with the same ones.
     """
 
     def __init__(
@@ -60,11 +60,13 @@ class RowDispatcher:
         self.open = True
         self.around: dict[nn.Module, BatchLayout] = {}  # the modules around all hosts
         self._is_inside = False  # whether one of these is running
-        self.saw_no_grad_forward = False  # in training, as reentrant checkpointing does
+        # True after a forward in train mode without gradients: reentrant checkpointing runs its first pass like that,
+        # and leaves no frame from which a recomputation could recall its rows.
+        self.saw_no_grad_forward = False
         self._plans: dict[tuple[BatchLayout, Rows, tuple[str, ...]], _Plan] = {}
 
     def run(self, host: Any, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
-        """The output of an adapted module, each row with its adapters."""
+        """Return the output of an adapted module, with its adapters applied to each row."""
         stack = cast(AdapterStack, host.adapters)
         if (found := self._in_force(host, stack)) is None:
             return stack.run_active(host, forward, args, kwargs)
@@ -75,7 +77,11 @@ class RowDispatcher:
             return dispatcher._route(host, forward, args, kwargs)
 
     def _in_force(self, host: nn.Module, stack: AdapterStack) -> tuple[RowDispatcher, Rows] | None:
-        """The dispatcher and the rows that a run of ``host`` has now; None if all rows have the active adapters."""
+        """Return the dispatcher and rows that apply to this run of ``host``; None if all rows use the active adapters.
+
+        This object does not always apply: backward repeats checkpointed forwards, usually after the context has exited
+        and possibly inside another one. Such a run must use the rows of the forward that it repeats.
+        """
         now = (self, self.rows) if self.open else None
         if torch.compiler.is_compiling():
             return now
@@ -84,8 +90,8 @@ class RowDispatcher:
                 return cast("tuple[RowDispatcher, Rows] | None", recall(checkpoint, "rows"))
             if not self.open and self.saw_no_grad_forward:
                 raise RowError(
-                    f"{stack.batch_layout} is run again in backward, after lp.rows was left, and which row has which "
-                    "adapter cannot be known: call backward inside the context, or checkpoint with use_reentrant=False"
+                    f"{stack.batch_layout} is recomputed in backward after lp.rows has exited, so the adapters of its "
+                    "rows are unknown: call backward inside the context, or checkpoint with use_reentrant=False"
                 )
         elif not self.open:
             self.saw_no_grad_forward = False
@@ -97,7 +103,7 @@ class RowDispatcher:
         return now
 
     def names_to_read(self, host: Any) -> tuple[str, ...] | None:
-        """The adapters that a value of the host has for code that reads it; None if the rows have different ones."""
+        """Return the adapters that a read of the host's weight must include; None if they differ between rows."""
         stack = cast(AdapterStack, host.adapters)
         if (found := self._in_force(host, stack)) is None:
             return stack.active
@@ -106,13 +112,13 @@ class RowDispatcher:
             return dispatcher._planned(host, stack).all
 
     def close(self) -> None:
-        """Leave the context: from now on only recomputations of what ran inside are routed."""
+        """Exit the context: from now on, only recomputations of forwards that ran inside it are routed."""
         self.open = False
-        self._plans.clear()  # with the factors they keep
+        self._plans.clear()  # frees the cached factors
 
     @contextmanager
     def inside(self, rows: Rows) -> Iterator[None]:
-        """Within the context the batch has these rows."""
+        """Inside the context, the batch consists of these rows."""
         before, self.rows = self.rows, rows
         try:
             yield
@@ -144,7 +150,7 @@ class RowDispatcher:
         args: tuple,
         kwargs: dict[str, Any],
     ) -> Any:
-        """The output of a module that runs once for each group of rows."""
+        """Return the output of a module that runs once for each group of rows."""
 
         stack = cast(dict[str, Adapter], getattr(module, "adapters", {}))
         captures = [
@@ -155,7 +161,7 @@ class RowDispatcher:
         ]
 
         def of_group(i: int, args: tuple, kwargs: dict[str, Any]) -> Any:
-            for capture, x in captures:  # it holds the input of all rows
+            for capture, x in captures:  # it captured the input of all rows, but this run needs the group's part
                 capture.captured = take(x, row_dim(batch_layout, x, len(self.rows)), groups[i], len(self.rows))
             with self.inside(tuple(self.rows[row] for row in groups[i])):
                 return call(args, kwargs)
@@ -168,13 +174,13 @@ class RowDispatcher:
                 capture.captured = None
 
     def run_around(self, module: nn.Module, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
-        """The output of a module around all hosts; the outermost one that is called checks the batch."""
+        """Return the output of a module around all hosts; the outermost one that is called checks the batch."""
         batch_layout = self.around.get(module)
-        if batch_layout is None:  # it was around all hosts when others were there
+        if batch_layout is None:  # it was around all hosts in an earlier context, with other adapters
             return forward(*args, **kwargs)
         outer, self._is_inside = self._is_inside, True
         try:
-            if not outer and not in_backward():  # which repeats parts of a forward that was checked
+            if not outer and not in_backward():  # backward only repeats parts of a forward that was checked
                 self._check_batch(batch_layout, args, kwargs)
             if self.root is not None and batch_layout.name == self.root.name:
                 return self.span(module, forward, args, kwargs)
@@ -191,7 +197,7 @@ class RowDispatcher:
             return
         packed = next((v for v in values if isinstance(v, PackedSequence)), None)
         sizes = [int(packed.batch_sizes[0])] if packed else [x.shape[dim] for dim in batch_dims(batch_layout, x)]
-        # generate runs an encoder before it repeats the rows
+        # Both sizes are valid: generate runs an encoder before it repeats the rows.
         if not {self.n, self.n * self.repeats}.intersection(sizes):
             raise RowError(
                 f"{batch_layout} was called with a batch of {sizes[0]} (a tensor of shape {tuple(x.shape)}) "
@@ -202,11 +208,14 @@ class RowDispatcher:
         if self.repeats > 1:
             return f" with repeats={self.repeats}: it must be {self.n} or {self.n * self.repeats}"
         each = next((size // self.n for size in sizes if size and size % self.n == 0), None)
-        only = ": give as many names as the batch has rows"
+        only = ": pass as many names as the batch has rows"
         return only if each is None else f"{only}, or repeats={each} if each name stands for {each} in a row (beams)"
 
     def span(self, module: nn.Module, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
-        """The output of the module around all hosts of adapters that span several."""
+        """Return the output of the module around all hosts of adapters that span several hosts.
+
+        It runs once for each group of rows with the same such adapters, because they change the sequence between hosts.
+        """
         groups: dict[frozenset[str], list[int]] = {}
         for i, row in enumerate(self.rows):
             groups.setdefault(self.spanning.intersection(row), []).append(i)
@@ -232,9 +241,9 @@ class RowDispatcher:
         spanning = {self.spanning.intersection(row) for row in here}
         if self.root is not None and len(spanning) > 1:
             raise RowError(
-                f"{sorted(frozenset().union(*spanning))} work on the sequence between several modules, so that rows "
-                f"with other adapters must pass these apart; that happens in the forward of {self.root}, which was not "
-                "called"
+                f"{sorted(frozenset().union(*spanning))} change the sequence between several modules, so rows with "
+                f"different adapters must run separately, which happens in the forward of {self.root}. It was not "
+                "called: call it instead of modules inside it"
             )
         apart: dict[tuple[str, ...], list[int]] = {}
         for i, row in enumerate(here):
@@ -246,8 +255,11 @@ class RowDispatcher:
     def _batched(
         self, host: nn.Module, stack: AdapterStack, here: list[tuple[str, ...]], kinds: dict[str, Any]
     ) -> list:
-        """The batched adapters in order: each joins the earliest of its kind that comes after all others of its
-        rows."""
+        """Return the batched adapters, in the order in which they run.
+
+        Each adapter joins the first group of its type that runs after all earlier adapters of its rows, so that every
+        row sees its adapters in order.
+        """
         members: list[tuple[Any, list[Any]]] = []
         last = [-1] * len(here)
         for name, kind in kinds.items():
@@ -259,30 +271,33 @@ class RowDispatcher:
             for i in rows:
                 members[at][1][i] = stack[name]
                 last[i] = at
-        # One adapter that serves all rows needs no batching.
+        # If one adapter serves all rows, it runs directly.
         same = [len(set(map(id, adapters))) == 1 for _, adapters in members]
         return [a[0] if one else kind(stack.batch_layout, a) for (kind, a), one in zip(members, same)]
 
     def _check_length(self, batch_layout: BatchLayout, args: tuple, kwargs: dict[str, Any]) -> None:
-        """A batch that is no multiple of the rows, at a host where all rows have the same adapters."""
+        """Refuse a batch that is not a multiple of the rows on a host where all rows have the same adapters.
+
+        The host could run, but the mistake would go unnoticed.
+        """
         x = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.ndim), None)
         n = len(self.rows)
         if x is None or x.shape[0] == 1 or (x.ndim == 1 and not x.is_floating_point()):
-            return  # nothing to tell by, or a table that all rows share
+            return  # the batch size is unknown, or all rows share a table
         if all(size % n for size in x.shape[:2]):
-            row_dim(batch_layout, x, n)  # says what is wrong
+            row_dim(batch_layout, x, n)  # raises the error
 
 
 def _batched_class(adapter: Adapter, host: nn.Module) -> Any:
-    # Copies of the host's own parameters are for a run of the host.
+    # Parameter overrides change what the host itself computes, so it must run once for each adapter that has them.
     return adapter.batched_class(host) if adapter.replacement is None else None
 
 
 class AroundHosts(nn.Module):
-    """Mixin of the modules around all adapted ones: checks the batch, and splits it for adapters that span hosts.
+    """Mixin for the modules around all hosts: checks the batch, and splits it for adapters that span hosts.
 
-    It stays when the context is left, since other threads may be running the module, and torch's hooks cannot be
-    added or removed meanwhile either. Outside of a context it calls the module's own forward.
+    It is not removed when the context exits, because other threads may be running the module. For the same reason it is
+    not a hook. Outside of a context it calls the module's own forward.
     """
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

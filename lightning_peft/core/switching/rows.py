@@ -1,8 +1,8 @@
-"""One adapter, several or none for each row of a batch.
+"""Use different adapters (one, several or none) for each row of a batch.
 
-Low-rank updates of linear layers are computed for all rows together, by two batched products. Adapters that work on a
-module's output are called once each, on their rows. Prefixes and prompts are padded and masked. For all others the
-module they sit on, or the one around all of them, runs once for each group of rows with the same adapters.
+Low-rank updates of linear layers are computed for all rows together with two batched products. Adapters that modify a
+module's output are called once each, on their rows. Prefixes and prompts are padded and masked. For all other adapters,
+their host, or the module around all their hosts, runs once for each group of rows with the same adapters.
 """
 
 from __future__ import annotations
@@ -29,26 +29,24 @@ __all__ = ["rows"]
 
 @contextmanager
 def rows(model: nn.Module, names: Sequence[str | Sequence[str] | None] | None, repeats: int = 1) -> Iterator[None]:
-    """Within the context each row of a batch runs with the adapters it names, in training and in inference.
+    """Inside the context, each row of a batch runs with its own adapters, in training and in inference.
 
-    The context holds for the thread or task that entered it.
+    The context applies to the thread or task that entered it. Up to rounding, the result equals running each row alone
+    with only its adapters active. Adapters activated with :func:`lightning_peft.set_active` are ignored.
 
-    The result is that of one pass for each row with only its adapters active, up to rounding. What is active otherwise
-    makes no difference.
-
-    The outermost module called, of those around all adapters, must get one entry for each name, or ``repeats`` of them.
-    Modules inside it may see more for each row (windows, flattened tokens), row by row.
+    The outermost module that is called around all adapters must get one entry per name, or ``repeats`` entries. Modules
+    inside it may see more entries per row (windows, flattened tokens), in row order.
 
     Args:
         model: an adapted model.
-        names: for each row the name of an adapter, several names, or None for the base. None for all of them leaves the
-            model as it is, so that ``batch.get("adapters")`` can be passed.
-        repeats: how many entries of the batch stand for each name, one after the other: in ``generate`` the larger of
-            ``num_beams`` and ``num_return_sequences``.
+        names: for each row, the name of an adapter, several names, or None for the base. If the whole argument is None,
+            the context has no effect, so ``batch.get("adapters")`` can be passed.
+        repeats: the number of consecutive entries of the batch per name: in ``generate``, the larger of ``num_beams``
+            and ``num_return_sequences``.
 
     Raises:
-        RowError: a name that no adapter has; adapters that are merged into the base or disabled; and, when the module
-            is called, a batch that does not fit or a place where rows cannot be told apart.
+        RowError: if a name is unknown, or adapters are merged into the base or disabled. Also when the model is called,
+            if the batch does not fit the names, or the rows cannot be found in some module.
 
     Example::
 
@@ -83,7 +81,7 @@ def rows(model: nn.Module, names: Sequence[str | Sequence[str] | None] | None, r
 
 
 def _keep(found: dict[str, AdapterStack], dispatcher: RowDispatcher, where: dict[str, BatchLayout]) -> None:
-    # A dispatcher that is left stays: backward may run checkpointed forwards again.
+    # Keep the dispatcher after the context exits, because backward may repeat checkpointed forwards with its rows.
     for name, stack in found.items():
         for switches in (stack.shared, current(stack)):
             if switches.dispatcher is None or not switches.dispatcher.open:
@@ -94,7 +92,7 @@ _LOCK = threading.Lock()
 
 
 def _add_around_hosts(module: nn.Module, stack: AdapterStack) -> None:
-    """Let ``module`` run as :class:`AroundHosts`, until :func:`lightning_peft.unload` restores its class."""
+    """Add :class:`AroundHosts` to ``module``, until :func:`lightning_peft.unload` restores its class."""
     with _LOCK:
         vars(module)["_peft_rows_stack"] = stack
         add_mixin(module, AroundHosts)
@@ -113,9 +111,9 @@ def _checked(model: nn.Module, names: Any, stacks: dict[str, AdapterStack]) -> R
                 continue
             if record is not None and name in record.methods:
                 raise RowError(
-                    f"row {i}: {name!r} ({type(record.methods[name]).__name__}) trains parameters of the base itself, "
-                    "which all rows share. Save it with lp.save_adapter and load it with lp.load_adapter: loaded, it "
-                    "is a copy that rows can name"
+                    f"row {i}: {name!r} ({type(record.methods[name]).__name__}) trains parameters of the base, "
+                    "which all rows share. Save it with lp.save_adapter and load it with lp.load_adapter: its loaded "
+                    "copy can be used by row"
                 )
             near = nearest(str(name), known, n=1)
             hint = f"; nearest: {near[0]!r}" if near else ""
@@ -125,14 +123,14 @@ def _checked(model: nn.Module, names: Any, stacks: dict[str, AdapterStack]) -> R
         rows.append(row)
     for host, stack in stacks.items():
         if stack.merged is not None:
-            raise RowError(f"{list(stack.merged_names)} are merged into {host!r}: lp.unmerge(model) first")
+            raise RowError(f"{list(stack.merged_names)} are merged into {host!r}: call lp.unmerge(model) first")
         if stack.disabled:
             raise RowError("all adapters are disabled here: lp.rows does nothing inside lp.disabled")
     return tuple(rows)
 
 
 def _spanning(model: nn.Module, found: dict[str, AdapterStack], rows: Rows) -> tuple[frozenset[str], str | None]:
-    """The adapters that span hosts where rows differ in them, and the name of the module around all these hosts."""
+    """Return the adapters that span hosts, if rows differ in them, and the name of the module around these hosts."""
     where: dict[str, list[str]] = {}
     for host_name, stack in found.items():
         for name, adapter in stack.items():
@@ -144,5 +142,5 @@ def _spanning(model: nn.Module, found: dict[str, AdapterStack], rows: Rows) -> t
         return frozenset(), None
     around = around_all(inside)
     while isinstance(model.get_submodule(around[-1]), nn.ModuleList | nn.ModuleDict):
-        around.pop()  # these are never called
+        around.pop()  # a container is never called
     return spanning, around[-1]

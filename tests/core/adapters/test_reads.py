@@ -179,7 +179,7 @@ def test_dropout_on_a_weight_that_is_read_is_refused_in_training():
 def test_gate_on_a_weight_that_is_read_is_refused():
     model, x = KINDS["reads"].build(), KINDS["reads"].batch()[0]
     lp.apply(model, lp.GatedLoRA(r=2, targets=["up"]))
-    with pytest.raises(ValueError, match="a gate is not supported on 'up': another module reads"):
+    with pytest.raises(ValueError, match="GatedLoRA is not supported on 'up': another module reads"):
         model(x)
 
 

@@ -45,7 +45,7 @@ def test_bad_input():
     for blocks in (4, -1, [3]):
         with pytest.raises(ValueError, match="the model has 3 blocks"), lp.adapter_drop(model, blocks):
             pass
-    with pytest.raises(ValueError, match=r"no adapter to leave out in layers.2"), lp.adapter_drop(model, [2]):
+    with pytest.raises(ValueError, match=r"no adapters to skip in layers.2"), lp.adapter_drop(model, [2]):
         pass
     with pytest.raises(ValueError, match="no adapter named 'x'"), lp.adapter_drop(model, 1, name="x"):
         pass

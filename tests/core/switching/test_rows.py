@@ -478,9 +478,9 @@ def errors() -> dict[str, tuple[nn.Module, Any, Callable[[nn.Module], Any], str]
             none,
             r"'bias' \(BitFit\) trains .*lp.load_adapter",
         ),
-        "merged": (merged, ["a", "b"], none, r"are merged into 'up': lp.unmerge\(model\) first"),
-        "length": (two_loras(), ["a", "b", None], run(4, 6), "a batch of 4 .* for 3 names: give as many"),
-        "length, one adapter": (two_loras(), ["a", "a", "a"], run(4, 6), "a batch of 4 .* for 3 names: give as many"),
+        "merged": (merged, ["a", "b"], none, r"are merged into 'up': call lp.unmerge\(model\) first"),
+        "length": (two_loras(), ["a", "b", None], run(4, 6), "a batch of 4 .* for 3 names: pass as many"),
+        "length, one adapter": (two_loras(), ["a", "a", "a"], run(4, 6), "a batch of 4 .* for 3 names: pass as many"),
         "positions": (table, ["a", None], lambda m: m(torch.ones(2, 2, dtype=torch.long)), "'position' .*look like"),
         "experts": (
             experts,
