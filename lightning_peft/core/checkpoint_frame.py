@@ -1,8 +1,9 @@
-"""Which rows a recomputation under gradient checkpointing belongs to: those of the forward it repeats.
+"""Remember values for the recomputation of a forward under gradient checkpointing.
 
-Backward runs checkpointed forwards again, usually after the context that named the rows has been left, and maybe while
-another one is open. ``torch.utils.checkpoint`` gives each such forward a frame of its own, which its hooks for saved
-tensors hold while it runs for the first time and again; what was noted under the frame then is looked up by it.
+Backward repeats checkpointed forwards, usually after the context that selected their adapters (``lp.active``,
+``lp.rows``) has exited, and possibly while another one is open. The recomputation must use the selection of the first
+run. ``torch.utils.checkpoint`` creates one frame object per checkpointed forward, and its saved-tensor hooks hold this
+frame in both runs. Values are stored by frame in the first run and looked up in the recomputation.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 
 __all__ = ["checkpoint_frame", "in_backward", "recall", "remember"]
 
+# Weak keys: torch frees the frame when the graph is freed, and the values go with it.
 _NOTES: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
 
@@ -24,7 +26,11 @@ def in_backward() -> bool:
 
 
 def checkpoint_frame() -> Any:
-    """The frame of the checkpoint around the forward in progress; None without one, or with ``use_reentrant=True``."""
+    """Return the frame of the checkpoint around the forward in progress; None without a non-reentrant checkpoint.
+
+    torch has no public function for this. The frame is a closure variable of the saved-tensor hook that is active
+    while a checkpointed forward runs: ``frame`` in the first run, ``target_frame_ref`` (weak) in the recomputation.
+    """
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     pack: Any = inspect.unwrap(hooks[0]) if hooks is not None else None
     code = getattr(pack, "__code__", None)
@@ -36,10 +42,10 @@ def checkpoint_frame() -> Any:
 
 
 def remember(frame: Any, key: Any, value: Any) -> None:
-    """Keep ``value`` under ``key`` for as long as the frame lives."""
+    """Store ``value`` under ``key`` for as long as the frame lives."""
     _NOTES.setdefault(frame, {})[key] = value
 
 
 def recall(frame: Any, key: Any) -> Any:
-    """What :func:`remember` kept; None without any."""
+    """Return what :func:`remember` stored; None if nothing was stored."""
     return _NOTES.get(frame, {}).get(key)

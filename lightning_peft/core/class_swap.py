@@ -1,16 +1,18 @@
-"""Give one object a mixin by swapping its class in place.
+"""Add a mixin to one object by swapping its class in place.
 
-The object keeps its identity, attributes, parameter names and ``isinstance`` relations; only its class becomes
-a cached subclass of the original, with the mixins ahead of the original in the method resolution order. torch's
-``fully_shard`` and ``parametrize`` work the same way. Unlike a wrapper, nothing that holds a reference to the object
-has to know. Copying and pickling work, because the subclass is rebuilt from the original class and the mixins.
+The object keeps its identity, attributes, parameter names and ``isinstance`` relations. Only its class changes, to a
+cached subclass of the original with the mixins first in the method resolution order. torch's ``fully_shard`` and
+``parametrize`` work the same way. The alternative, a wrapper module, would rename every parameter and leave other
+references to the module pointing at the original. Copying and pickling work, because the subclass is rebuilt from the
+original class and the mixins.
 
-Python allows the swap only between classes of one memory layout, and a class has the layout of its first base. So the
-original is the subclass's only base, and its metaclass puts the mixins into the resolution order: as bases ahead of the
-original, they would change the layout if the original derives from ``ABC``, ``Generic`` or a class with ``__slots__``.
+Python allows the swap only between classes with the same memory layout, and a class has the layout of its first base.
+So the original is the only base of the subclass, and a metaclass inserts the mixins into the resolution order. If the
+mixins were bases before the original, they would change the layout of an original that derives from ``ABC``,
+``Generic`` or a class with ``__slots__``.
 
-A ``forward`` that is set on the instance (accelerate's hooks, fused kernels) would hide a mixin's. One that is there
-before the first such mixin runs inside of it, in place of the class's; see :class:`OwnForward`.
+A ``forward`` that is set on the instance (accelerate's hooks, fused kernels) would hide a mixin's ``forward``. If it
+was set before the first such mixin, it runs inside the mixin, instead of the class's; see :class:`OwnForward`.
 """
 
 from __future__ import annotations
@@ -35,41 +37,41 @@ __all__ = [
 
 
 class SwapError(ValueError):
-    """The class of an object cannot be replaced by a subclass."""
+    """The class of an object cannot be swapped for a subclass."""
 
 
 def original_class(obj: object) -> type:
-    """The class ``obj`` had before any mixin was added."""
+    """Return the class of ``obj`` before any mixin was added."""
     return getattr(type(obj), "_swapped_from", type(obj))
 
 
 def has_mixin(obj: object, mixin: type) -> bool:
-    """Whether ``mixin`` was added to ``obj`` (by :func:`add_mixin`, not by inheritance)."""
+    """Whether ``mixin`` was added to ``obj`` by :func:`add_mixin`; inherited classes do not count."""
     return mixin in _mixins(obj)
 
 
 class OwnForward:
-    """The innermost mixin of a module whose ``forward`` was set on the instance: runs that one."""
+    """The innermost mixin of a module whose ``forward`` was set on the instance; it calls that ``forward``."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.__dict__["_own_forward"](*args, **kwargs)
 
 
 def own_forward(obj: object) -> Callable[..., Any] | None:
-    """The ``forward`` that was set on the instance before a mixin came; None where the class's own runs."""
+    """Return the ``forward`` that was set on the instance before any mixin was added; None if there is none."""
     return vars(obj).get("_own_forward", vars(obj).get("forward"))
 
 
 def add_mixin(obj: object, mixin: type, name: str = "") -> None:
-    """Put ``mixin`` in front of the class of ``obj``; does nothing where it is already there.
+    """Add ``mixin`` in front of the class of ``obj``; do nothing if it was already added.
 
     Args:
         obj: any object.
-        mixin: the class to put in front.
-        name: what an error calls ``obj``; by default its class.
+        mixin: the class whose methods take precedence.
+        name: the name of ``obj`` in error messages; by default, its class.
 
     Raises:
-        SwapError: Python does not allow another class for ``obj``.
+        SwapError: if Python does not allow the class of ``obj`` to be changed.
     """
     if has_mixin(obj, mixin):
         return
@@ -81,17 +83,17 @@ def add_mixin(obj: object, mixin: type, name: str = "") -> None:
         what = f"{name!r} ({original.__name__})" if name else original.__name__
         raise SwapError(
             f"{what} cannot be changed in place: {error}. Python or the class's own metaclass does not allow a "
-            f"subclass of {original.__module__}.{original.__qualname__}: use another class there, or exclude it"
+            f"subclass of {original.__module__}.{original.__qualname__}. Use a different class, or exclude the module"
         ) from error
     if owns_forward:
         vars(obj)["_own_forward"] = vars(obj).pop("forward")
 
 
 def check_mixin(obj: object, mixin: type, name: str = "") -> None:
-    """Check that ``obj`` can be given ``mixin``, by doing so and undoing it.
+    """Check that ``mixin`` can be added to ``obj``, by adding and removing it.
 
     Raises:
-        SwapError: see :func:`add_mixin`.
+        SwapError: if :func:`add_mixin` raises it.
     """
     if not has_mixin(obj, mixin):
         add_mixin(obj, mixin, name)
@@ -99,7 +101,7 @@ def check_mixin(obj: object, mixin: type, name: str = "") -> None:
 
 
 def remove_mixin(obj: object, mixin: type) -> None:
-    """Take ``mixin`` away again; the last one gone, the object has its original class."""
+    """Remove ``mixin``; without any mixin, the object has its original class again."""
     left = tuple(m for m in _mixins(obj) if m is not mixin)
     if _forwarding(left) == [OwnForward]:
         vars(obj)["forward"] = vars(obj).pop("_own_forward")
@@ -108,9 +110,9 @@ def remove_mixin(obj: object, mixin: type) -> None:
 
 
 def restore_class(obj: object) -> None:
-    """Take every mixin away."""
+    """Remove every mixin."""
     for mixin in _mixins(obj):
-        if has_mixin(obj, mixin):  # the innermost goes with the last that it is there for
+        if has_mixin(obj, mixin):  # OwnForward is removed together with the last mixin that needs it
             remove_mixin(obj, mixin)
 
 
@@ -125,7 +127,7 @@ def _forwarding(mixins: tuple[type, ...]) -> list[type]:
 @functools.cache
 def _swapped(original: type, mixins: tuple[type, ...]) -> type:
     namespace = {
-        "__slots__": (),  # adds nothing to the layout
+        "__slots__": (),  # keeps the memory layout of the original
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,  # transformers looks a model's class up by str(class)
         "__doc__": original.__doc__,
@@ -135,19 +137,19 @@ def _swapped(original: type, mixins: tuple[type, ...]) -> type:
     }
     if (first := _forwarding(mixins)[:1]) and hasattr(original, "forward"):
         namespace["forward"] = _with_signature(first[0].__dict__["forward"], original.forward)
-    # By the original's name: transformers writes it into config.json, and reads kinds of modules from it.
+    # The subclass has the original's name, because transformers writes class names to config.json and compares them.
     return _metaclass(type(original))(original.__name__, (original,), namespace)
 
 
 @functools.cache
 def _metaclass(original: type) -> type:
-    """A metaclass like ``original`` whose classes resolve attributes in their mixins first."""
+    """Return a metaclass derived from ``original`` whose classes resolve attributes in their mixins first."""
     return type(original)(original.__name__, (original,), {"__module__": original.__module__, "mro": _resolution_order})
 
 
 def _resolution_order(cls: type) -> list[type]:
-    own = vars(cls)  # attributes cannot be looked up before the order is known
-    if "_swapped_mixins" not in own:  # a subclass that someone else derives, as fully_shard does
+    own = vars(cls)  # ordinary attribute lookup needs the order that is being computed here
+    if "_swapped_mixins" not in own:  # a further subclass that other code creates, as fully_shard does
         return type.mro(cls)
     inherited = own["_swapped_from"].__mro__
     ahead = [c for mixin in own["_swapped_mixins"] for c in mixin.__mro__ if c not in inherited]
@@ -155,7 +157,7 @@ def _resolution_order(cls: type) -> list[type]:
 
 
 class _NoInitSubclass:
-    """Keeps ``__init_subclass__`` of the original from running: a registry, say, would list the subclass."""
+    """Keeps ``__init_subclass__`` of the original from running, which could add the subclass to a registry."""
 
     __slots__ = ()
 
@@ -164,7 +166,10 @@ class _NoInitSubclass:
 
 
 def _with_signature(function: Any, like: Any) -> Any:
-    """A copy of ``function`` with the signature of ``like``: callers look up by it what they may pass."""
+    """Return a copy of ``function`` with the signature of ``like``.
+
+    Callers inspect the signature of ``forward`` to find out which arguments they may pass.
+    """
     copy = types.FunctionType(
         function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
     )
@@ -174,7 +179,7 @@ def _with_signature(function: Any, like: Any) -> Any:
 
 
 def _reduce_ex(self: Any, protocol: Any) -> tuple:
-    # The default reduction names the class, which no import can find; name its ingredients instead.
+    # The default reduction stores the name of the class, which cannot be imported. Store what it is built from instead.
     rest = tuple(object.__reduce_ex__(self, 2))[2:]
     return (_rebuild, (original_class(self), _mixins(self)), *rest)
 

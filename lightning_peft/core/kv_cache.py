@@ -1,4 +1,4 @@
-"""Recognise a key-value cache or recurrent state by what it is: releases and models name the argument differently."""
+"""Recognise key-value caches and recurrent states by their attributes, since models name the argument differently."""
 
 from __future__ import annotations
 
@@ -12,35 +12,35 @@ from lightning_peft.core.module_io import tensors_in
 
 __all__ = ["cache_length", "filled_cache", "find_cache", "is_cache", "states_in"]
 
-#: what transformers' caches and recurrent states have had in common, the newest releases first
+#: attributes of the caches and recurrent states of transformers, newest releases first
 _MARKS = ("get_seq_length", "has_previous_state", "ssm_states", "conv_states")
 
 
 def is_cache(value: object) -> bool:
-    """Whether ``value`` carries keys and values, or a recurrent state, from one call of a model to the next."""
+    """Whether ``value`` holds keys and values, or a recurrent state, between calls of a model."""
     if isinstance(value, Tensor | dict | torch.nn.Module):
         return False
     return any(hasattr(value, mark) for mark in _MARKS) or _is_tuple_cache(value)
 
 
 def find_cache(values: Iterable[object]) -> Any | None:
-    """The first cache among the arguments or outputs of a call, None without one."""
+    """Return the first cache among the arguments or outputs of a call; None if there is none."""
     return next((value for value in values if is_cache(value)), None)
 
 
 def filled_cache(values: Iterable[object]) -> Any | None:
-    """The first cache among ``values`` that has seen tokens, None without one."""
+    """Return the first cache among ``values`` that has seen tokens; None if there is none."""
     return next((value for value in values if is_cache(value) and cache_length(value)), None)
 
 
 def cache_length(cache: Any) -> int:
-    """How many tokens a cache has seen; 1 for a recurrent state that has seen some but does not count them."""
+    """Return the number of tokens that a cache has seen; 1 for a non-empty recurrent state that does not count."""
     if _is_tuple_cache(cache):
-        return int(cache[0][1].shape[-2])  # the values: BLOOM stores its keys transposed
+        return int(cache[0][1].shape[-2])  # read from the values, because BLOOM stores its keys transposed
     if hasattr(cache, "get_seq_length"):
         try:
             return int(cache.get_seq_length())
-        except ValueError:  # transformers: none of its layers is an attention layer
+        except ValueError:  # transformers raises it if none of the layers is an attention layer
             pass
     if hasattr(cache, "has_previous_state"):
         seen = cache.has_previous_state
@@ -50,9 +50,9 @@ def cache_length(cache: Any) -> int:
 
 
 def states_in(output: Any) -> dict[str, Any]:
-    """The entries of a model's output that a later call may continue from, by name.
+    """Return the entries of a model's output that a later call may continue from, by name.
 
-    A cache is one, and so is anything else that is neither a tensor nor a tuple of tensors, such as the list of RWKV.
+    These are caches and lists: RWKV returns its state as a list.
     """
     if not isinstance(output, dict):
         return {}

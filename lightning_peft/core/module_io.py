@@ -1,6 +1,6 @@
-"""What goes into a module and comes out of it: the parameters of its forward, the hidden state in its output.
+"""Read the arguments of a module's forward, and read and replace the hidden state in its output.
 
-The hidden state is the first tensor of an output, whatever tuple, mapping or ``ModelOutput`` it comes in.
+The hidden state is the first tensor of an output, which may be a tensor, tuple, mapping or ``ModelOutput``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ __all__ = ["by_name", "first_tensor", "hidden_state", "parameters_of", "tensors_
 
 
 def first_tensor(args: Iterable[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
-    """The first floating-point tensor among a call's arguments."""
+    """Return the first floating-point tensor among the arguments of a call."""
     for value in (*args, *kwargs.values()):
         if isinstance(value, Tensor) and value.is_floating_point():
             return value
@@ -26,7 +26,7 @@ def first_tensor(args: Iterable[Any], kwargs: Mapping[str, Any]) -> Tensor | Non
 
 
 def tensors_in(value: object) -> Iterator[Tensor]:
-    """All tensors in ``value``: itself, or those in nested tuples, lists and mappings, in order."""
+    """Yield all tensors in ``value``: itself, or those in nested tuples, lists and mappings, in order."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping | tuple | list):
@@ -35,10 +35,10 @@ def tensors_in(value: object) -> Iterator[Tensor]:
 
 
 def hidden_state(output: Any, where: str) -> Tensor:
-    """The tensor that an adapter changes in a module's output.
+    """Return the tensor in a module's output that adapters change.
 
     Raises:
-        TypeError: the output holds no tensor in first place.
+        TypeError: if the first entry of the output is not a tensor.
     """
     first = output
     if isinstance(output, Mapping):
@@ -47,14 +47,14 @@ def hidden_state(output: Any, where: str) -> Tensor:
         first = output[0]
     if not isinstance(first, Tensor):
         raise TypeError(
-            f"{where!r} gives {type(output).__name__} with {type(first).__name__} in first place: an activation "
-            "adapter needs a tensor, or a tuple or mapping whose first item is one"
+            f"{where!r} returned a {type(output).__name__} whose first entry is {type(first).__name__}: an activation "
+            "adapter needs a tensor, or a tuple or mapping whose first entry is a tensor. Exclude this module"
         )
     return first
 
 
 def with_hidden_state(output: Any, new: Tensor) -> Any:
-    """``output`` with ``new`` in the place of its hidden state; the rest is shared, nothing is changed in place."""
+    """Return ``output`` with its hidden state replaced by ``new``; ``output`` itself is not changed."""
     if isinstance(output, Tensor):
         return new
     if dataclasses.is_dataclass(output) and isinstance(output, Mapping):
@@ -71,10 +71,10 @@ def _key(output: Mapping[str, Any]) -> str:
 
 
 def parameters_of(module: nn.Module) -> list[str]:
-    """The names of the parameters of a module's forward."""
+    """Return the names of the parameters of a module's forward."""
     return list(inspect.signature(original_class(module).forward).parameters)[1:]  # type: ignore[attr-defined]
 
 
 def by_name(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call of ``module``, each under the name of its parameter."""
+    """Return the arguments of a call of ``module`` by parameter name."""
     return {**dict(zip(parameters_of(module), args)), **kwargs}

@@ -1,7 +1,7 @@
-"""Qualified names of modules and parameters: how they are joined, split, compared, and listed in messages.
+"""Join, split and compare qualified names of modules and parameters, and list them in messages.
 
-A qualified name is the path that ``named_modules`` and ``named_parameters`` give, ``encoder.layers.0.attn``; the root's
-own name is empty, and holds every other.
+A qualified name is a path as in ``named_modules`` and ``named_parameters``, such as ``encoder.layers.0.attn``. The name
+of the root is the empty string, and contains every other name.
 """
 
 from __future__ import annotations
@@ -32,66 +32,66 @@ __all__ = [
 
 
 def join(*parts: str) -> str:
-    """The qualified name made of ``parts``; empty ones (the root) are left out."""
+    """Join ``parts`` to a qualified name; empty parts (the root) are dropped."""
     return ".".join(part for part in parts if part)
 
 
 def owner_of(name: str) -> str:
-    """The name of the module that holds ``name`` directly: ``"a.b"`` for ``"a.b.c"``, ``""`` for ``"a"``."""
+    """Return the name of the direct parent of ``name``: ``"a.b"`` for ``"a.b.c"``, ``""`` for ``"a"``."""
     return name.rpartition(".")[0]
 
 
 def leaf(name: str) -> str:
-    """The last part of ``name``: ``"c"`` for ``"a.b.c"``."""
+    """Return the last part of ``name``: ``"c"`` for ``"a.b.c"``."""
     return name.rpartition(".")[2]
 
 
 def parents(name: str) -> list[str]:
-    """The names of the modules around ``name``, from the root to its owner: ``["", "a", "a.b"]`` for ``"a.b.c"``."""
+    """Return the names of all parents of ``name``, outermost first: ``["", "a", "a.b"]`` for ``"a.b.c"``."""
     parts = name.split(".") if name else []
     return [".".join(parts[:i]) for i in range(len(parts))]
 
 
 def around_all(names: Iterable[str]) -> list[str]:
-    """The names of the modules that hold all of ``names``, or are the only one, from the root to the innermost."""
+    """Return the names of the modules that contain all of ``names``, outermost first; a single name includes itself."""
     levels = zip(*([*parents(name), name] for name in names))
     return [level[0] for level in levels if len(set(level)) == 1] or [""]
 
 
 def is_within(name: str, *modules: str) -> bool:
-    """Whether ``name`` is one of ``modules`` or lies in one of them; everything lies in the root, ``""``."""
+    """Whether ``name`` equals one of ``modules`` or lies inside one; every name lies inside the root, ``""``."""
     return any(name == module or not module or name.startswith(f"{module}.") for module in modules)
 
 
 def relative(name: str, module: str) -> str:
-    """``name`` as seen from ``module``, in which it lies: ``"c"`` for ``"a.b.c"`` in ``"a.b"``, ``""`` for itself.
+    """Return ``name`` relative to ``module``: ``"c"`` for ``"a.b.c"`` in ``"a.b"``, ``""`` for ``module`` itself.
 
     Raises:
-        ValueError: ``name`` does not lie in ``module``.
+        ValueError: if ``name`` does not lie inside ``module``.
     """
     if not is_within(name, module):
-        raise ValueError(f"{name!r} does not lie in {module!r}")
+        raise ValueError(f"{name!r} is not inside {module!r}")
     return name[len(module) :].removeprefix(".")
 
 
 def adapter_key(host: str, adapter: str, *rest: str) -> str:
-    """The key of what an adapter owns: ``"mlp.up.adapters.default.lora_A"`` for the module ``"mlp.up"``."""
+    """Return the key of an adapter's tensor: ``"mlp.up.adapters.default.lora_A"`` for the module ``"mlp.up"``."""
     return join(host, _ADAPTERS, adapter, *rest)
 
 
 def is_adapter_key(key: str, adapter: str = "") -> bool:
-    """Whether ``key`` belongs to an adapter, or to the one called ``adapter``."""
+    """Whether ``key`` belongs to an adapter; if ``adapter`` is given, to the adapter of that name."""
     return f".{join(_ADAPTERS, adapter)}." in f".{key}"
 
 
 def host_of(key: str) -> str:
-    """The name of the module whose adapter owns ``key``; ``key`` itself if no adapter does."""
+    """Return the name of the module whose adapter ``key`` belongs to; ``key`` itself if it is not an adapter's."""
     host, found, _ = f".{key}".partition(f".{_ADAPTERS}.")
     return host.removeprefix(".") if found else key
 
 
 def nearest(word: str, words: Iterable[str], n: int = 1, cutoff: float = 0.6) -> list[str]:
-    """Up to ``n`` of ``words`` that are spelled most like ``word``, the closest first: what was meant, for messages."""
+    """Return up to ``n`` of ``words`` with the most similar spelling to ``word``, closest first, for messages."""
     return difflib.get_close_matches(word, list(words), n=n, cutoff=cutoff)
 
 
@@ -99,14 +99,14 @@ _ADAPTERS = "adapters"  # the child of an adapted module that holds its adapters
 
 
 def check_name(name: str) -> None:
-    """Refuse an adapter name that could not be a part of a key.
+    """Check that ``name`` can name an adapter, so that it can be part of a key.
 
     Raises:
-        ValueError: it is no word, or an attribute of the container it would be stored in.
+        ValueError: if it contains other characters, or is an attribute of the container that stores adapters.
     """
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(nn.ModuleDict(), name):
         raise ValueError(
-            f"name={name!r} cannot name an adapter: use letters, digits, '_' and '-', and no name that "
+            f"name={name!r} cannot name an adapter: use letters, digits, '_' and '-', and not a name that "
             "torch.nn.ModuleDict uses itself (such as 'keys' or 'train')"
         )
 
@@ -115,17 +115,17 @@ _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 
 def canonical(key: str) -> str:
-    """``key`` without the parts that ``torch.compile`` and wrappers put into names."""
+    """Return ``key`` without the parts that ``torch.compile`` and wrappers insert into names."""
     return ".".join(part for part in key.split(".") if part not in _WRAPPERS)
 
 
 def numbers_as_stars(name: str) -> str:
-    """``name`` with ``*`` for each part that is a number: what names of repeated layers have in common."""
+    """Replace each number in ``name`` by ``*``, so that the names of repeated layers become equal."""
     return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
 
 
 def listed(names: Iterable[str]) -> str:
-    """All ``names``; those that differ in one number only are one entry, as in ``layers.{0-3,7}.mlp``."""
+    """List ``names`` in one string; names that differ only in one number are grouped, as in ``layers.{0-3,7}.mlp``."""
     kinds: dict[str, list[str]] = {}
     for name in dict.fromkeys(names):
         kinds.setdefault(numbers_as_stars(name), []).append(name)
@@ -135,7 +135,7 @@ def listed(names: Iterable[str]) -> str:
 def _together(kind: str, names: list[str]) -> list[str]:
     columns = list(zip(*(name.split(".") for name in names)))
     varying = [i for i, column in enumerate(columns) if len(set(column)) > 1]
-    if len(varying) > 1:  # experts of layers: too many to write out
+    if len(varying) > 1:  # experts inside layers: too many to list
         return [f"{kind} ({len(names)})"]
     for i in varying:
         return [".".join(f"{{{_ranges(map(int, c))}}}" if j == i else c[0] for j, c in enumerate(columns))]

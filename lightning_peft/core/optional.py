@@ -1,7 +1,7 @@
-"""Ask a model for what it may not have.
+"""Read optional properties of a model without exceptions.
 
-Models of transformers inherit methods and configuration properties that raise where they have no answer:
-``get_input_embeddings`` of a ResNet is a NotImplementedError. No answer is None here.
+Models of transformers inherit methods and configuration properties that raise if they do not apply:
+``get_input_embeddings`` of a ResNet raises NotImplementedError. The functions here return None instead.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ __all__ = ["config_value", "input_embedding", "output_embedding"]
 
 
 def input_embedding(module: nn.Module) -> nn.Module | None:
-    """What ``module.get_input_embeddings()`` returns, None without an answer."""
+    """Return ``module.get_input_embeddings()``, or None if the method is missing or raises."""
     return _call_or_none(module, "get_input_embeddings")
 
 
 def output_embedding(module: nn.Module) -> nn.Module | None:
-    """What ``module.get_output_embeddings()`` returns, None without an answer."""
+    """Return ``module.get_output_embeddings()``, or None if the method is missing or raises."""
     return _call_or_none(module, "get_output_embeddings")
 
 
 def config_value(config: object, name: str, default: Any = None) -> Any:
-    """An attribute of a configuration; ``default`` if it is missing, None or a property that raises."""
+    """Return an attribute of a configuration; ``default`` if it is missing, None, or a property that raises."""
     try:
         value = getattr(config, name, None)
-    except Exception:  # a property of the user's or transformers' configuration, which may raise anything
+    except Exception:  # a property of the user's or transformers' configuration may raise anything
         return default
     return default if value is None else value
 
@@ -35,6 +35,6 @@ def config_value(config: object, name: str, default: Any = None) -> Any:
 def _call_or_none(module: nn.Module, method: str) -> nn.Module | None:
     try:
         answer = getattr(module, method)()
-    except Exception:  # NotImplementedError, or the AttributeError of a layer that this model does not have
+    except Exception:  # NotImplementedError, or AttributeError because of a layer that this model does not have
         return None
     return answer if isinstance(answer, nn.Module) else None

@@ -1,4 +1,4 @@
-"""The record of what methods have done to a model: it lives on the module that they were applied to."""
+"""The record of what methods have done to a model, stored on the module that they were applied to."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ __all__ = [
 
 @dataclass(frozen=True)
 class TrainedBase:
-    """What one method trains of the base itself, by name in the module that methods were applied to.
+    """What one method trains in the base, by name in the module that methods were applied to.
 
     Attributes:
-        modules: modules that train in full.
-        parameters: single parameters, those that train only later in the run included.
+        modules: names of modules that train in full.
+        parameters: names of single parameters, including those that train only later in the run.
         adapters: whether the method's adapters train; those of a loaded adapter may be frozen.
     """
 
@@ -46,22 +46,22 @@ class TrainedBase:
 
 @dataclass
 class InjectionState:
-    """The record of what was put into a model; it lives on the model itself.
+    """Everything that was inserted into a model. It is stored on the model itself.
 
     Attributes:
         methods: the methods by adapter name, in order.
         report: counts and table.
-        fingerprint: what identifies the frozen base (:func:`lightning_peft.core.state.fingerprint.fingerprint`).
-        start: the base's values as they were, to tell which ones change without gradients.
-        trained_before: names of the base parameters that required gradients before.
-        deferred: names of the parameters that train later; with the values they started from once they do.
-        trained_base: what each method trains of the base itself, by adapter name.
-        also_trained: names of base parameters that train although no method names them: those that the user unfroze
-            before the fit, and those of a deleted method.
+        fingerprint: identifies the frozen base (:func:`lightning_peft.core.state.fingerprint.fingerprint`).
+        start: initial values of the base, to detect which ones change without gradients.
+        trained_before: names of the base parameters that required gradients before methods were applied.
+        deferred: maps the names of parameters that train later to None, or to their initial values once they train.
+        trained_base: what each method trains in the base, by adapter name.
+        also_trained: names of base parameters that train although no current method trains them, because the user
+            unfroze them before the fit or their method was deleted.
         moved: names of frozen values that have changed since the start; they stay part of the state.
-        hosts: the modules that carry each method's adapters, by adapter name.
-        adapter_records: where each method's adapters are and on what layers, without their tensors, by adapter name.
-        origins: options of the files that adapters were read from, to be written again, by adapter name.
+        hosts: names of the modules that carry each method's adapters, by adapter name.
+        adapter_records: the place and layer of each method's adapters, without tensors, by adapter name.
+        origins: options from the files that adapters were loaded from, to be written again, by adapter name.
     """
 
     methods: dict[str, Method]
@@ -78,7 +78,7 @@ class InjectionState:
     origins: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def trained_among(self, names: Iterable[str]) -> set[str]:
-        """Those of ``names`` of base parameters that train by now, whether or not they require gradients."""
+        """Return those of the base parameters ``names`` that train now, whether or not they require gradients."""
         modules = {name for trained in self.trained_base.values() for name in trained.modules}
         single = {name for trained in self.trained_base.values() for name in trained.parameters} | self.also_trained
         waiting = {name for name, before in self.deferred.items() if before is None}
@@ -86,27 +86,27 @@ class InjectionState:
 
 
 def injection_state(model: nn.Module) -> InjectionState | None:
-    """The record of ``model``, or of the one module inside it that methods were applied to."""
+    """Return the record of ``model``, or of the module inside it that methods were applied to; None without one."""
     return vars(injected_module(model)).get("_peft_injection")
 
 
 def injected_module(model: nn.Module) -> nn.Module:
-    """The module that methods were applied to, whose names the record uses; ``model`` itself where none were."""
+    """Return the module that methods were applied to, whose names the record uses; ``model`` if there is none."""
     return model.get_submodule(injected_name(model))
 
 
 def injected_name(model: nn.Module) -> str:
-    """The name of the module that methods were applied to: ``model`` itself (``""``) or one inside it."""
+    """Return the name of the module that methods were applied to: ``""`` for ``model`` itself, or one inside it."""
     return next((name for name, module in model.named_modules() if "_peft_injection" in vars(module)), "")
 
 
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters an optimizer should get: those that require gradients, or will later in the run."""
+    """Return the parameters for the optimizer: those that require gradients now, or will later in the run."""
     deferred = {id(p) for p in deferred_parameters(model)}
     return [p for p in model.parameters() if p.requires_grad or id(p) in deferred]
 
 
 def deferred_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that start frozen and train later in the run, whether or not they do by now."""
+    """Return the parameters that start frozen and train later in the run, including those that already train."""
     record = injection_state(model)
     return [] if record is None else [injected_module(model).get_parameter(name) for name in record.deferred]

@@ -1,4 +1,4 @@
-"""The method classes by name. Class names found in files are looked up here and never imported."""
+"""A registry of method classes. Class names from files are looked up here and never imported."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 __all__ = ["method_of_file", "register_method", "registered_method"]
 
-#: the method classes by name and by the module that defines them
+#: method classes by name, and by the module that defines them
 _METHODS: dict[str, dict[str, type[PEFTMethod]]] = {}
 
 
@@ -22,10 +22,10 @@ def register_method(cls: type[PEFTMethod]) -> None:
 
 
 def registered_method(name: str) -> type[PEFTMethod]:
-    """The method class called ``name``; classes named in files are looked up here and never imported.
+    """Return the method class called ``name``.
 
     Raises:
-        ValueError: no such method is defined, or several are.
+        ValueError: if no method has that name, or several do.
     """
     if name not in _METHODS:
         near = nearest(name, _METHODS, n=1)
@@ -33,17 +33,18 @@ def registered_method(name: str) -> type[PEFTMethod]:
         raise ValueError(f"no method named {name!r}; defined are {sorted(_METHODS)}{hint}")
     found = _METHODS[name]
     if len(found) > 1:
-        raise ValueError(f"{' and '.join(sorted(found))} define a method named {name!r} each: rename all but one")
+        raise ValueError(f"{' and '.join(sorted(found))} each define a method named {name!r}: rename all but one")
     return next(iter(found.values()))
 
 
 def method_of_file(kind: str, config: Mapping[str, Any]) -> PEFTMethod:
-    """The method that a file describes.
+    """Create the method that a file describes.
 
-    How it started does not matter any more, and a file should not make a tokenizer be looked up.
+    Arguments for the initialisation are reset: the file's tensors replace the initial values, and a file must not
+    cause a tokenizer to be loaded.
 
     Raises:
-        ValueError, TypeError: no such method is defined, or it does not take these arguments.
+        ValueError, TypeError: if the method is unknown, or does not accept these arguments.
     """
     start = {"init": "random", "init_text": None, "tokenizer": None} if "tokenizer" in config else {}
     return registered_method(kind)(**{**config, **start})

@@ -1,4 +1,4 @@
-"""Parts and wholes of sharded tensors (DTensor), by functions that return other tensors as they are."""
+"""Convert between local parts and full values of sharded tensors (DTensor); other tensors are returned unchanged."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ def is_sharded(tensor: Any) -> bool:
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """This rank's part of ``tensor``; it shares the memory."""
+    """Return this rank's part of ``tensor``; it shares memory with ``tensor``."""
     return cast(Tensor, getattr(tensor, "_local_tensor", tensor))
 
 
 def gather_full(tensor: Tensor) -> Tensor:
-    """All of ``tensor``, on every rank. All ranks must call this together."""
+    """Return the full tensor on every rank. All ranks must call this together."""
     return cast(Any, tensor).full_tensor() if is_sharded(tensor) else tensor
 
 
 def sharded_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """This rank's part of ``tensor``, sharded and placed as ``like`` is; ``tensor`` itself if ``like`` is whole."""
+    """Shard ``tensor`` in the same way as ``like``; return it unchanged if ``like`` is not sharded."""
     if not is_sharded(like):
         return tensor
     from torch.distributed.tensor import distribute_tensor

@@ -1,7 +1,7 @@
-"""Read files that need not be trusted: strict JSON, typed options, tried regular expressions, bounded allocations.
+"""Read untrusted files safely: strict JSON, regular expressions with a time limit, bounded allocations.
 
-Python's ``re`` can take a time that is exponential in the length of a pattern, and nothing can stop it: patterns out
-of files are tried in a process that can be stopped before this one uses them.
+Python's ``re`` can need time that is exponential in the length of a pattern, and a match cannot be interrupted. So
+patterns from files are first tried in a separate process, which can be killed.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = ["AllocationLimit", "FormatError", "check_regexes", "parse_json"]
 
-MAX_DEPTH = 32  #: lists and objects inside one another
+MAX_DEPTH = 32  #: levels of nested lists and objects
 
 
 class FormatError(ValueError):
-    """Files that are no adapter this package reads, or that cannot be trusted, and why."""
+    """Files that are not an adapter that this package can read, or that are not safe to read."""
 
 
 def parse_json(data: bytes, where: str) -> dict[str, Any]:
-    """The JSON object in ``data``: no key twice, no NaN, not too deep.
+    """Parse the JSON object in ``data``, without duplicate keys, NaN or deep nesting.
 
     Raises:
-        FormatError: it is none; ``where`` says what was read.
+        FormatError: if ``data`` is anything else; ``where`` is the file's name in the message.
     """
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -52,8 +52,8 @@ def parse_json(data: bytes, where: str) -> dict[str, Any]:
         raise FormatError(f"{where} is nested deeper than {MAX_DEPTH} levels") from None
     except FormatError:
         raise
-    except ValueError as error:  # no UTF-8, no JSON, an integer of thousands of digits
-        raise FormatError(f"{where} is no JSON: {error}") from error
+    except ValueError as error:  # not UTF-8, not JSON, or an integer with thousands of digits
+        raise FormatError(f"{where} is not valid JSON: {error}") from error
     if not isinstance(found, dict):
         raise FormatError(f"{where} is a JSON {type(found).__name__}; an object was expected")
     if any(depth > MAX_DEPTH for depth in _depths(found)):
@@ -71,13 +71,13 @@ def _depths(value: Any) -> Iterator[int]:
 
 
 LIMIT = 10.0  #: seconds for all patterns of a file on all names of a model
-#: of PEFT's options: a string is a regular expression; a list holds them; the keys are
+# PEFT's options that hold regular expressions: as a string, as entries of a list, and as keys of a mapping.
 _STRINGS = ("target_modules", "exclude_modules", "feedforward_modules", "layers_pattern")
 _LISTS = ("layers_pattern", "modules_to_save")
 _KEYS = ("rank_pattern", "alpha_pattern")
-#: names, and alternatives of names as this package writes them: no choice to come back to
+#: names, and alternatives of names as this package writes them; these cannot backtrack, so they need no trial
 _PLAIN = re.compile(r"\^?(?:[\w.|-]|\\[.-])*")
-#: the names stand between what PEFT and this package put around a pattern
+#: the program that the separate process runs; patterns are wrapped as PEFT and this package wrap them
 _TRY = r"""
 import json, re, sys
 patterns, names = json.load(sys.stdin)
@@ -89,14 +89,14 @@ for i, pattern in enumerate(patterns):
 
 
 def check_regexes(config: Mapping[str, Any], names: Iterable[str]) -> None:
-    """Refuse an adapter whose patterns are none, or take long to be looked for in a model.
+    """Refuse an adapter with invalid regular expressions, or with some that take too long on a model's names.
 
     Args:
-        config: ``adapter_config.json``.
-        names: all that the patterns may be looked for in.
+        config: the content of ``adapter_config.json``.
+        names: the names that the patterns will be matched with.
 
     Raises:
-        FormatError: names the pattern.
+        FormatError: if there is such a pattern; the message names it.
     """
     patterns = []
     for option, pattern in _regexes(config):
@@ -115,12 +115,12 @@ def check_regexes(config: Mapping[str, Any], names: Iterable[str]) -> None:
         pattern = patterns[int((stopped.output or b"0").split()[-1])]
         raise FormatError(
             f"the regular expression {pattern[:200]!r} takes more than {LIMIT:g} seconds on the names of this model: "
-            "write a list of names, or fewer repeats inside of one another"
+            "write a list of names, or avoid nested repetition"
         ) from None
 
 
 def _regexes(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """The regular expressions of PEFT's options, and of our own behind ``re:``, each after its option's name."""
+    """Yield (option, pattern) for the regular expressions in PEFT's options, and in ours after ``re:``."""
     for option in _STRINGS:
         if isinstance(config.get(option), str):
             yield option, config[option]
@@ -142,11 +142,14 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 class AllocationLimit(TorchDispatchMode):
-    """While it is entered, a new tensor that is far larger than all in the model and the file is an error.
+    """Inside the context, creating a tensor that is much larger than any in the model and the file is an error.
+
+    The configuration of a file determines the size of the adapters, which are created before their shapes are
+    compared with the file's tensors. A hostile configuration could exhaust the memory.
 
     Args:
-        model: what the adapter is for.
-        tensors: the file's, whose configuration says how large they are before they are compared.
+        model: the model that the adapter is for.
+        tensors: the tensors in the file.
     """
 
     def __init__(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -155,13 +158,13 @@ class AllocationLimit(TorchDispatchMode):
         self.most = 4 * max((t.numel() for t in known), default=0) + 2**20
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if args and not isinstance(args[0], Tensor):  # it makes one
+        if args and not isinstance(args[0], Tensor):  # a factory function such as empty(size)
             sizes = [math.prod(arg) if _is_size(arg) else arg for arg in args]
             wanted = max((size for size in sizes if isinstance(size, int)), default=0)
             if wanted > self.most:
                 raise FormatError(
-                    f"the configuration asks for a tensor of {wanted:,} values, which neither the file nor the model "
-                    "comes near"
+                    f"the configuration asks for a tensor of {wanted:,} values, which is far larger than any tensor in "
+                    "the file or the model"
                 )
         return func(*args, **(kwargs or {}))
 

@@ -1,4 +1,8 @@
-"""A dense gradient for what is looked up with ``nn.Embedding(sparse=True)``, since backward goes on through it."""
+"""Convert a sparse gradient to a dense one.
+
+``nn.Embedding(sparse=True)`` returns a sparse gradient for its weight. If the weight is computed by an adapter,
+backward continues through the adapter's operations, which do not accept sparse gradients.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +25,6 @@ class _DenseGradient(torch.autograd.Function):
 
 
 def dense_gradient(tensor: Tensor) -> Tensor:
-    """``tensor`` itself; a sparse gradient becomes dense on the way back."""
+    """Return ``tensor``; in backward, a sparse gradient is converted to a dense one."""
     out: Tensor = _DenseGradient.apply(tensor)
     return out

@@ -1,4 +1,4 @@
-"""Whether a tensor holds NaN or infinity, at the cost of reading it once."""
+"""Check a tensor for NaN and infinity, reading it only once."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["is_finite"]
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether every element of ``tensor`` is finite; true of one that is empty."""
+    """Whether every element of ``tensor`` is finite; True for an empty tensor."""
     if tensor.is_sparse:
         tensor = tensor._values()
     if not tensor.numel():
@@ -18,5 +18,5 @@ def is_finite(tensor: Tensor) -> bool:
         return is_finite(torch.view_as_real(tensor))
     if tensor.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
         tensor = tensor.float()
-    # NaN is the smallest and the largest of what holds it; ``isfinite().all()`` takes ten times as long on a CPU.
+    # Minimum and maximum of a tensor with a NaN are NaN. ``isfinite().all()`` takes ten times as long on a CPU.
     return bool(torch.stack(tensor.detach().aminmax()).isfinite().all())

@@ -1,8 +1,8 @@
-"""Run a small function for its gradient twice instead of keeping what it makes on the way.
+"""Recompute a small function in backward instead of storing its intermediate results.
 
-A low-rank update is cheap to compute and large to keep: its factors' product is as large as the weight, its hidden
-activations grow with the batch. :func:`recomputed` keeps the function's inputs alone, which are parameters and the
-activation that the layer has anyway, and computes the rest again in backward.
+A low-rank update is cheap to compute but large to store: the product of its factors is as large as the weight, and its
+hidden activations grow with the batch. :func:`recomputed` stores only the inputs of the function, which are parameters
+and an activation that the layer stores anyway, and recomputes the rest in backward.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ __all__ = ["recomputed"]
 
 
 def recomputed(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """``function(*inputs)``, keeping for backward nothing but ``inputs``.
+    """Return ``function(*inputs)``, storing only ``inputs`` for backward.
 
     Args:
-        function: gives one tensor; called again in backward, so it must not draw random numbers, and every tensor
-            that needs a gradient must be among the inputs.
-        inputs: tensors, of which any may need a gradient.
+        function: returns one tensor. It is called again in backward, so it must not draw random numbers, and every
+            tensor that needs a gradient must be one of the inputs.
+        inputs: tensors; any of them may need a gradient.
     """
     if torch.compiler.is_compiling():
-        return function(*inputs)  # the compiler decides itself what to keep
+        return function(*inputs)  # the compiler itself decides what to store
     return _Recomputed.apply(function, *inputs)
 
 
@@ -40,11 +40,12 @@ class _Recomputed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        again = torch.is_grad_enabled()  # a gradient of the gradient is wanted
+        again = torch.is_grad_enabled()  # True for a second-order gradient (create_graph=True)
         needs = ctx.needs_input_grad[1:]
         device, dtype, enabled = ctx.autocast
         with torch.enable_grad(), torch.autocast(device, dtype, enabled):
-            # New tensors in either case, so that the gradient of one input does not run on into another.
+            # Use new tensors in both cases, so that a gradient does not flow from one input into another that it was
+            # computed from.
             inputs = [
                 t if not need else t.view_as(t) if again else t.detach().requires_grad_()
                 for t, need in zip(ctx.saved_tensors, needs)

@@ -36,7 +36,7 @@ def test_inside_is_told_by_whole_parts():
     assert not is_within("a", "a.b")
     assert not is_within("a")
     assert (relative("a.b.c", "a"), relative("a", "a"), relative("a.b", "")) == ("b.c", "", "a.b")
-    with pytest.raises(ValueError, match="does not lie in"):
+    with pytest.raises(ValueError, match="is not inside"):
         relative("ab.c", "a")
     assert around_all(["a.b.c", "a.b.d"]) == ["", "a", "a.b"]
     assert around_all(["a.b", "a"]) == ["", "a"]

@@ -215,7 +215,7 @@ def test_two_methods_with_the_same_class_name_are_told_apart(tmp_path):
     save_adapter(adapted(base, RowShift(targets=["query"])), tmp_path)
     type("RowShift", (lp.LoRA,), {"__module__": "elsewhere"})
     try:
-        with pytest.raises(lp.FormatError, match=r"elsewhere and .*test_native define a method named 'RowShift'"):
+        with pytest.raises(lp.FormatError, match=r"elsewhere and .*test_native each define a method named 'RowShift'"):
             load_adapter(base, tmp_path)
     finally:
         del _METHODS["RowShift"]["elsewhere"]

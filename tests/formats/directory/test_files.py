@@ -121,14 +121,14 @@ def test_folders_of_several_adapters(good):
     [
         ("[1, 2]", "is a JSON list; an object was expected"),
         ('"LORA"', "is a JSON str; an object"),
-        ("{", "is no JSON"),
-        ("", "is no JSON"),
+        ("{", "is not valid JSON"),
+        ("", "is not valid JSON"),
         ('{"peft_type": "LORA", "r": 1, "r": 64}', "names 'r' twice"),
         ('{"peft_type": "LORA", "a": {"x": 1, "x": 2}}', "names 'x' twice"),
         ('{"peft_type": "LORA", "lora_alpha": NaN}', "holds the number NaN"),
         ('{"peft_type": "LORA", "lora_alpha": -Infinity}', "holds the number -Infinity"),
         ('{"peft_type": "LORA", "lora_alpha": 1e999}', "holds the number 1e999"),
-        ('{"peft_type": "LORA", "r": ' + "9" * 5000 + "}", "is no JSON"),
+        ('{"peft_type": "LORA", "r": ' + "9" * 5000 + "}", "is not valid JSON"),
         ('{"peft_type": "LORA", "a": ' + "[" * 40 + "]" * 40 + "}", "nested deeper than 32"),
         ('{"peft_type": "LORA", "a": ' + "[" * 100_000 + "]" * 100_000 + "}", "nested deeper than 32"),
         ("{}", "peft_type must be a string .* got None"),
@@ -145,7 +145,7 @@ def test_invalid_configurations(good, text, reason):
 
 def test_a_configuration_that_is_not_text(good):
     (good / files.CONFIG).write_bytes(b"\xff\xfe\x00{}")
-    with pytest.raises(FormatError, match="is no JSON"):
+    with pytest.raises(FormatError, match="is not valid JSON"):
         read_config(good)
 
 
@@ -199,7 +199,7 @@ def test_shards_are_named(good):
     ("header", "reason"),
     [
         ([], "is a JSON list"),
-        (b'{"a": 1', "is no JSON"),
+        (b'{"a": 1', "is not valid JSON"),
         (b'{"a": {}, "a": {}}', "names 'a' twice"),
         ({"a": entry(dtype="F32", shape=(2, 3), end=23)}, "takes 24 bytes, but has 23"),
         ({"a": entry(shape=(2**40, 2**20))}, "takes 4,611,686,018,427,387,904 bytes, but has 24"),
