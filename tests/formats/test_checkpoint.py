@@ -110,7 +110,7 @@ def test_export_and_import_commands(tmp_path, capsys):
     ("args", "said"),
     [
         (["import", "{out}", "x.ckpt", "--model", "nowhere.Module"], "--model nowhere.Module"),
-        (["import", "{out}", "x.ckpt", "--model", "{here}.Trained", "--model.seed", "4"], "another base"),
+        (["import", "{out}", "x.ckpt", "--model", "{here}.Trained", "--model.seed", "4"], "different base"),
         (["export", "{ckpt}", "x", "--name", "other"], "no adapter named 'other'"),
         (["import", "{out}/none", "x.ckpt", "--model", "{here}.Trained"], "no directory"),
     ],

@@ -100,7 +100,7 @@ def unchanged(base, directory, said, error=lp.FormatError, **options):
 def test_another_base_is_an_error_unless_allowed(saved):
     _, directory = saved
     other = llama()
-    unchanged(other, directory, "another base", error=lp.StateError)
+    unchanged(other, directory, "different base", error=lp.StateError)
     lp.load_adapter(other, directory, check_base=False)
 
 

@@ -29,7 +29,7 @@ def test_a_directory_fits_the_base_that_was_loaded_last(method, tmp_path):
     nn.Module.load_state_dict(model, new.state_dict(), strict=False)
     moved(model)
     lp.save_adapter(model, tmp_path)
-    with pytest.raises(lp.StateError, match="another base"):
+    with pytest.raises(lp.StateError, match="different base"):
         lp.load_adapter(old, tmp_path)
     lp.load_adapter(new, tmp_path)
     torch.testing.assert_close(logits(new, x), logits(model, x))
@@ -59,7 +59,7 @@ class Loading(Trained):
 def test_a_directory_made_from_a_checkpoint_identifies_the_base_too(tmp_path):
     module = Loading()
     export_checkpoint(train(module, lp.LoRA(r=2), steps=1), tmp_path)
-    with pytest.raises(lp.StateError, match="another base"):
+    with pytest.raises(lp.StateError, match="different base"):
         lp.load_adapter(Trained(), tmp_path)
     lp.load_adapter(new := Trained(seed=9).eval(), tmp_path)
     x = tokens()

@@ -58,10 +58,10 @@ def _no_weight() -> nn.Module:
     ("make", "message"),
     [
         (_tied, r"embed.weight is the same tensor as \['lm_head.weight'\].*untie=True\) gives it its own copy"),
-        (_quantised, "mid.weight is stored as torch.int8: a quantised weight"),
+        (_quantised, "mid.weight is stored as torch.int8: adapters cannot be merged exactly"),
         (_infinite, "down.weight would hold NaN or infinity"),
         (_overflowing, "down.weight would hold NaN or infinity"),
-        (_merged, "'up' already has merged adapters: lp.unmerge"),
+        (_merged, "'up' already has merged adapters: call lp.unmerge"),
         (_no_weight, r"'add' at 'down' \(Add\) does not change weights"),
     ],
 )

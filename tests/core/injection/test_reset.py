@@ -73,7 +73,7 @@ def test_what_cannot_go_back_is_named_and_nothing_is_changed():
     model[1].weight.data.add_(1)
     model[0].adapters["default"].lora_B.data.add_(1)
     before = bits(model)
-    with pytest.raises(lp.StateError, match=r"put 1\.weight back"):
+    with pytest.raises(lp.StateError, match=r"restore 1\.weight"):
         lp.reset(model)
     assert_same_bits(bits(model), before)
     model.load_state_dict(base, strict=False)

@@ -105,7 +105,7 @@ def test_a_base_whose_values_came_later_is_the_one_that_an_adapter_belongs_to(tm
     lp.save_adapter(perturb(model), tmp_path)
     assert not [k for k in lp.adapter_state(model) if "running" in k]
     torch.manual_seed(2)
-    with pytest.raises(lp.StateError, match="another base"):
+    with pytest.raises(lp.StateError, match="different base"):
         lp.load_adapter(ResNet(), tmp_path)
     same = ResNet()
     same.load_state_dict(base.state_dict())
