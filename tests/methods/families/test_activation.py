@@ -103,9 +103,9 @@ def test_exclude_and_trainable():
 def test_bad_input():
     with pytest.raises(lp.TargetError, match=r"'layers' is a ModuleList, which is never called: .*'layers\.\*'"):
         lp.apply(encoder(), OutputShift(targets="layers"))
-    with pytest.raises(lp.TargetError, match=r"out_proj' is never called, .* name 'layers.0.self_attn'"):
+    with pytest.raises(lp.TargetError, match=r"out_proj' is never called: .* Name 'layers.0.self_attn'"):
         lp.apply(encoder(), OutputShift(targets="out_proj"))
-    with pytest.raises(lp.TargetError, match=r"features that '1' \(ReLU\) gives .*set width="):
+    with pytest.raises(lp.TargetError, match=r"output width of '1' \(ReLU\) .*pass width="):
         lp.apply(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), OutputShift(targets="1"))
     with pytest.raises(lp.TargetError, match="'sef_attn' matches nothing; nearest: self_attn"):
         lp.apply(encoder(), OutputShift(targets="sef_attn"))
