@@ -138,7 +138,7 @@ def extra_state(model: nn.Module) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Digest:
-    """Tells whether a parameter or buffer has changed; of a sharded one, the values on this rank."""
+    """A digest of a parameter or buffer; for a sharded one, of the values on this rank."""
 
     dtype: torch.dtype
     shape: torch.Size
