@@ -80,7 +80,7 @@ def load_model(auto_class: Any, model: str, pretrained: bool, dtype: str | None,
         network = auto_class.from_pretrained(where, config=configuration, **NO_CODE)
     else:
         network = auto_class.from_config(configuration)
-        raise ValueError(f"config={refused}: code in model folders is never run; build the model in your own module")
+    network.train()  # from_pretrained returns it in eval mode, in which Lightning would train it without dropout
     return network if dtype is None else network.to(getattr(torch, dtype))
 
 
