@@ -76,6 +76,7 @@ def add_mixin(obj: object, mixin: type, name: str = "") -> None:
     if has_mixin(obj, mixin):
         return
     original, mixins = original_class(obj), (mixin, *_mixins(obj))
+    # Only the first mixin with a forward moves the instance's own forward aside; later ones find it there.
     owns_forward = "forward" in vars(obj) and _forwarding(mixins) == [mixin]
     try:
         obj.__class__ = _swapped(original, (*mixins, OwnForward) if owns_forward else mixins)
@@ -124,6 +125,7 @@ def _forwarding(mixins: tuple[type, ...]) -> list[type]:
     return [mixin for mixin in mixins if "forward" in mixin.__dict__]
 
 
+# Cached, so that modules of one class also have one class after the swap: wrap policies and kernels compare classes.
 @functools.cache
 def _swapped(original: type, mixins: tuple[type, ...]) -> type:
     namespace = {

@@ -1,4 +1,4 @@
-"""Swapping an object's class in place."""
+"""Test swapping the class of an object in place."""
 
 from __future__ import annotations
 

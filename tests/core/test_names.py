@@ -1,4 +1,4 @@
-"""Qualified names."""
+"""Test joining, splitting and listing qualified names."""
 
 from __future__ import annotations
 

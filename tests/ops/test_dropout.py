@@ -1,4 +1,4 @@
-"""The fused dropout against its plain reference, finite differences, and what it keeps for backward."""
+"""Compare the fused dropout with its reference and finite differences, and check what it stores for backward."""
 
 from __future__ import annotations
 

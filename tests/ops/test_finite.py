@@ -1,4 +1,4 @@
-"""Whether a tensor is finite."""
+"""Test the check for NaN and infinity."""
 
 from __future__ import annotations
 

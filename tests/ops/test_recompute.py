@@ -1,4 +1,4 @@
-"""A recomputed function against the function itself: values, gradients of both orders, and what is kept."""
+"""Compare a recomputed function with the function: values, first and second gradients, stored tensors."""
 
 from __future__ import annotations
 

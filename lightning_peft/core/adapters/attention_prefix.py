@@ -73,6 +73,7 @@ def call_with_prefix(host: Any, prefix: KeysAndValues, call: Callable[..., Any],
     if eager:
         _register()
         _route(host, 1)
+    # Threads share the host and its config, so "a prefix is active" is recorded per thread.
     _CALLS.modes = (*before, (host, mode))
     try:
         with mode:

@@ -223,7 +223,7 @@ class Adapted(nn.Module):
     """Mixin that is added to the class of a module when it gets adapters."""
 
     adapters: AdapterStack
-    # of nn.RNNBase, whose forward reads these in place of its parameters
+    # nn.RNNBase reads its weights from these two lists instead of its parameters.
     _flat_weights = AttributeOfCall()
     _flat_weight_refs = AttributeOfCall()
 

@@ -36,7 +36,7 @@ def split_recurrent(
     """The same as ``batching.split.split``, for a sequence, packed or not, and initial states (layers, batch, width).
 
     Raises:
-        RowError: the rows cannot be found in the input.
+        RowError: if the rows cannot be found in the input.
     """
     n, given, batch_first = sum(map(len, groups)), by_name(module, args, kwargs), bool(module.batch_first)
     x, hx = given["input"], given.get("hx")

@@ -109,6 +109,7 @@ def install(model: nn.Module, plans: Mapping[str, tuple[Method, Plan]], try_savi
         Exception: if the change fails for any other reason; it is undone.
     """
     _check_hosts(model, plans)
+    # The trial save needs the adapters attached, so it runs inside the rollback: a failure leaves the model unchanged.
     with all_or_nothing(model):
         report = _install(model, plans)
         for name, (method, _) in plans.items() if try_saving else ():
@@ -186,6 +187,7 @@ def _install(model: nn.Module, plans: Mapping[str, tuple[Method, Plan]]) -> Repo
     record.deferred = {
         n: v for n, v in record.deferred.items() if v is not None or not model.get_parameter(n).requires_grad
     }
+    # Statistics would change in train mode although every parameter of the layer is frozen.
     if not any(method.train_norm_stats for method in record.methods.values()):
         frozen = freeze_norm_statistics(model)
         if frozen and first:

@@ -99,7 +99,7 @@ def merge(model: nn.Module, name: str | None = None, partial: bool = False, unti
                 for n in plan.names:
                     left.setdefault(n, []).append(str(error))
         _refuse(left, partial, plans)
-    except BaseException:
+    except BaseException:  # restore the hosts that were already written, also after KeyboardInterrupt
         unmerge(model)
         raise
     return _reasons(left)

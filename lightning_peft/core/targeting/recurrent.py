@@ -1,6 +1,6 @@
 """The weights of recurrent layers: ``nn.RNN``, ``nn.LSTM``, ``nn.GRU``, and the cells that run one step.
 
-Each weight of each layer and direction is a matrix of its own: ``weight_ih_l0``, ``weight_hh_l0``, ``weight_hr_l0``
+Each weight of each layer and direction is a separate matrix: ``weight_ih_l0``, ``weight_hh_l0``, ``weight_hr_l0``
 (with ``proj_size``), their ``_reverse``, and a cell's ``weight_ih`` and ``weight_hh``. The gates that share a weight
 are blocks of its output features.
 """

@@ -1,4 +1,4 @@
-"""Adapters that change a weight as a whole, after others on the same module."""
+"""Test adapters that modify the weight after other adapters on the same module."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A ``forward`` set on the instance, as accelerate's hooks and fused kernels do, hides no adapter."""
+"""Test that a ``forward`` set on the instance, as by accelerate or fused kernels, does not hide adapters."""
 
 from __future__ import annotations
 

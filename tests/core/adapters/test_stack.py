@@ -1,4 +1,4 @@
-"""How a module carries adapters."""
+"""Test the stack of adapters on a module."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Times(Add):
 
 
 class TimesWeight(WeightAdapter):
-    """Multiplies the weight, without a path of its own on activations."""
+    """Multiplies the weight; it does not implement an activation path."""
 
     def __init__(self, site, value: float) -> None:
         super().__init__(site)

@@ -1,4 +1,4 @@
-"""Applying methods: what is planned, what is refused, what is recorded."""
+"""Test applying methods: the plan, refused models, and the record."""
 
 from __future__ import annotations
 

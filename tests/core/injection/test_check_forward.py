@@ -1,4 +1,4 @@
-"""What would fail in the first forward is found before anything is changed."""
+"""Test that adapters that would fail in the first forward are refused before anything is changed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Merging: what it refuses, and that it then changes nothing."""
+"""Test which merges are refused, and that a refused merge changes nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Copies of a base's own parameters: right on every kind of layer, in every verb, and refused where they cannot be."""
+"""Test parameter overrides on every kind of layer and with every operation, and which ones are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``lp.reset``: what training changed goes back to its start, bit for bit."""
+"""Test that ``lp.reset`` restores everything that training changed, bit for bit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A change that fails or is interrupted leaves the model as it was."""
+"""Test that a change that fails or is interrupted leaves the model unchanged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The record of what was put in, compared with the model as it is now."""
+"""Test that a model that was changed after methods were applied is detected."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What moves without gradients: parameters by their bits, buffers and extra state by copies."""
+"""Test the detection of values that change without gradients."""
 
 from __future__ import annotations
 

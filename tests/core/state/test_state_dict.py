@@ -1,4 +1,4 @@
-"""The trainable state: what it holds, and what loading it refuses."""
+"""Test the content of the trainable state, and which states cannot be loaded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading what torch.save wrote: tensors and plain values come back, and no program is run."""
+"""Test that reading a torch file returns tensors and plain values and never runs code."""
 
 from __future__ import annotations
 

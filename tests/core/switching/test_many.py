@@ -1,4 +1,4 @@
-"""Many adapters on one base: switched, deleted and added, whatever their family."""
+"""Test switching, deleting and adding several adapters of any family on one base."""
 
 from __future__ import annotations
 

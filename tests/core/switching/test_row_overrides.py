@@ -1,4 +1,4 @@
-"""Rows whose adapters bring copies of the base's own parameters: heads, biases, norms."""
+"""Test mixed batches with adapters that override base parameters: heads, biases, norms."""
 
 from __future__ import annotations
 

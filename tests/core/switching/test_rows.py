@@ -1,4 +1,4 @@
-"""One adapter for each row of a batch, against running the rows one by one."""
+"""Compare mixed batches with running the rows one by one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One adapted model serves several threads at once, each as if it were alone."""
+"""Test that threads that share an adapted model do not affect each other."""
 
 from __future__ import annotations
 

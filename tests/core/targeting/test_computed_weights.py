@@ -1,4 +1,4 @@
-"""Layers whose weight is computed from other parameters, and lazy layers: refused if targeted, else in nobody's way."""
+"""Test that layers with computed weights and lazy layers are refused if targeted, and otherwise ignored."""
 
 from __future__ import annotations
 

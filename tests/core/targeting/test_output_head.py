@@ -1,4 +1,4 @@
-"""The output head by what the output comes from, parts that the user froze, and stacks of one block."""
+"""Test how the output head is found, parts that the user froze, and stacks with one block."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Patterns, and what their errors say."""
+"""Test target patterns and their error messages."""
 
 from __future__ import annotations
 

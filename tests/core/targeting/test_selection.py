@@ -1,4 +1,4 @@
-"""One selection for all methods: reserved words, patterns, and what ``exclude`` takes away."""
+"""Test how reserved words, patterns and ``exclude`` select modules, for all methods."""
 
 from __future__ import annotations
 

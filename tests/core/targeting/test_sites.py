@@ -1,4 +1,4 @@
-"""Which weights of a model can be adapted, and what ``all-linear`` means."""
+"""Test which weights of a model can be adapted, and which of them ``all-linear`` includes."""
 
 from __future__ import annotations
 
