@@ -22,7 +22,7 @@ _NO_NORM = "no norm layers"
 _NOTHING_FIRST = "there is no head, so nothing would train before the first block unfreezes"
 
 _ATTEND = [name for name, kind in KINDS.items() if kind.keys]
-_LINEAR = ["linear", "linear_4d", "fused_qkv", "llama", "gpt2", "vit"]
+_LINEAR = ["linear", "linear_4d", "other_linear", "fused_qkv", "llama", "gpt2", "vit"]
 _READ = ["mha", "mha_batch_first", "mha_kdim", "encoder", "experts", "scaled"]
 _RECURRENT = ["recurrent", "cells"]
 _LOOKED_UP = ["embedding", "tied", "scaled"]
@@ -81,7 +81,7 @@ HOLES: dict[tuple[str, str, str], str] = {
     ("gradual", ANY, "count"): "counts what trains by now; what will is held in tests/methods/test_gradual.py",
     **{
         ("ssf", kind, "merge_unload"): _NEW_BIAS
-        for kind in ("linear", "linear_4d", "conv1d", "conv_transpose", "resnet", "llama")
+        for kind in ("linear", "linear_4d", "other_linear", "conv1d", "conv_transpose", "resnet", "llama")
     },
     **{
         (method, kind, ANY): _MORE_THAN_PATCHES

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+import lightning_peft as lp
 
 
 class MLP(nn.Module):
@@ -228,6 +231,45 @@ class Cells(nn.Module):
             gru = self.gru(lstm[0], gru)
             rnn = self.rnn(gru, rnn)
         return self.head(rnn)
+
+
+class Projection(nn.Module):
+    """A linear layer that does not derive from ``nn.Linear``, as PyTorch Geometric's."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.in_channels, self.out_channels = inputs, outputs
+        self.weight = nn.Parameter(torch.randn(outputs, inputs) / inputs**0.5)
+        self.bias = nn.Parameter(torch.randn(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+@partial(lp.register_linear, transposed=True)
+class Product(nn.Module):
+    """A linear layer that stores its weight as (in, out)."""
+
+    def __init__(self, inputs: int, outputs: int, bias: bool = True) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(inputs, outputs) / inputs**0.5)
+        self.register_parameter("bias", nn.Parameter(torch.randn(outputs)) if bias else None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x @ self.weight
+        return y if self.bias is None else y + self.bias
+
+
+class OtherLinear(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = Projection(6, 12)
+        self.mid = Product(12, 10)
+        self.down = Product(10, 8, bias=False)
+        self.head = Projection(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.down(torch.tanh(self.mid(torch.tanh(self.up(x)))))))
 
 
 class Logits(nn.Module):

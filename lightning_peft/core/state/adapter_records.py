@@ -19,6 +19,8 @@ from lightning_peft.core.targeting.layouts import (
     ConvTransposeLayout,
     EmbeddingLayout,
     NormLayout,
+    OtherLinearLayout,
+    OtherTransposedLayout,
     TransposedLayout,
     WeightLayout,
     weight_name,
@@ -54,8 +56,9 @@ class AdapterRecord:
         host: the name in the base of the module that carries it.
         parameter: the adapted weight's name inside the host; ``""`` if the adapter does not adapt a weight.
         kind: ``Linear``, ``Conv1D`` (Hugging Face's, stored transposed), ``Conv``, ``ConvTranspose``, ``Embedding``,
-            ``Norm``, ``Attention`` (a projection of ``nn.MultiheadAttention``), ``Recurrent``, ``Parameter`` (a bare
-            one, or a recurrent cell's), or the host's class.
+            ``Norm``, ``Attention`` (a projection of ``nn.MultiheadAttention``), ``Recurrent``, ``OtherLinear`` (a
+            linear layer that does not derive from ``nn.Linear``), ``Parameter`` (a bare one, or a recurrent cell's), or
+            the host's class.
         shape: the stored shape of the adapted weight.
         facts: plain values: the adapter's ``r``, ``scale`` and ``tokens``; a convolution's ``groups``, ``dilation``
             and ``padding_mode``; ``own_forward`` if the layer computes something different from its class.
@@ -120,6 +123,8 @@ def layer_kind(host: nn.Module, layout: Any) -> str:
         return "Attention"
     if isinstance(layout, RecurrentLayout):
         return "Recurrent" if isinstance(host, nn.RNNBase) else "Parameter"
+    if isinstance(layout, OtherLinearLayout | OtherTransposedLayout):
+        return "OtherLinear"
     kinds = {
         TransposedLayout: "Conv1D",
         EmbeddingLayout: "Embedding",

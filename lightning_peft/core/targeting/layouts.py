@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_peft.core.class_swap import original_class, own_forward
 from lightning_peft.core.names import join
+from lightning_peft.core.targeting.linear_like import linear_form, registered_form
 
 __all__ = [
     "ConvLayout",
@@ -20,6 +21,8 @@ __all__ = [
     "EmbeddingLayout",
     "LinearLayout",
     "NormLayout",
+    "OtherLinearLayout",
+    "OtherTransposedLayout",
     "TransposedLayout",
     "WeightLayout",
     "layout_of",
@@ -91,6 +94,14 @@ class TransposedLayout(LinearLayout):
 
     def stored(self, matrix: Tensor, like: Tensor) -> Tensor:
         return matrix.t()
+
+
+class OtherLinearLayout(LinearLayout):
+    """A linear layer of another class than ``nn.Linear`` that stores W."""
+
+
+class OtherTransposedLayout(TransposedLayout):
+    """A linear layer of another class than ``nn.Linear`` that stores W^T."""
 
 
 def weight_name(host: str, parameter: str, bare: bool) -> str:
@@ -238,7 +249,20 @@ def layout_of(module: nn.Module) -> tuple[WeightLayout, bool] | None:
         return _guarded(EmbeddingLayout(), module, nn.Embedding), False
     if any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in cls.__mro__):
         return _guarded(TransposedLayout(), module, cls), True
-    return None
+    return _other_linear(module)
+
+
+def _other_linear(module: nn.Module) -> tuple[WeightLayout, bool] | None:
+    """The layout of a linear layer of a class that torch does not know; None for other modules."""
+    computed, registered = linear_form(module), registered_form(module)
+    form = registered or computed
+    # Unregistered, x @ weight stays a bare parameter that is adapted as stored: existing adapters have those shapes.
+    if form is None or (form == "transposed" and registered is None):
+        return None
+    layout = OtherTransposedLayout() if form == "transposed" else OtherLinearLayout()
+    if computed != form:  # registered, and its forward does more: it runs with the adapted weight in place
+        layout.has_activation = layout.vectors = False
+    return layout, True
 
 
 def _guarded(layout: WeightLayout, module: nn.Module, kind: Any) -> WeightLayout:

@@ -19,7 +19,12 @@ from lightning_peft.core.class_swap import original_class
 from lightning_peft.core.names import is_within, join, leaf, owner_of
 from lightning_peft.core.targeting.base_modules import base_modules
 from lightning_peft.core.targeting.frozen_parts import in_frozen_part, why_frozen
-from lightning_peft.core.targeting.layouts import NormLayout, WeightLayout, layout_of
+from lightning_peft.core.targeting.layouts import (
+    NormLayout,
+    OtherLinearLayout,
+    WeightLayout,
+    layout_of,
+)
 from lightning_peft.core.targeting.output_head import find_output_head
 from lightning_peft.core.targeting.patterns import TargetError, match, no_match
 from lightning_peft.core.targeting.recurrent import RecurrentLayout, recurrent_weights
@@ -72,7 +77,7 @@ class Site:
 
     @property
     def is_part(self) -> bool:
-        """Whether it is one of several weights of a layer: an attention's projections, those of a recurrent layer."""
+        """Whether it is one of several weights of a layer, such as an attention's projections."""
         return self.name != self.host and not self.is_bare
 
     @property
@@ -228,10 +233,19 @@ def _no_linear(model: nn.Module, sites: dict[str, Site], heads: list[str]) -> st
     # A hint is offered only if it matches: a bare parameter is named, never its module's type.
     hints = [f"type:{original_class(site.module).__name__}" for site in sites.values()] + [*sites]
     others = [site for name, site in sites.items() if name not in heads]
-    hint = next((h for h in hints if any(matches_site(h, site) for site in others)), None)
+    hint = next((h for h in hints if _can_adapt([site for site in others if matches_site(h, site)])), None)
     example = f": name what to adapt, for example targets={hint!r}" if hint else ""
     kinds = sorted({original_class(site.module).__name__ for site in sites.values()})
     return f"targets='all-linear' finds no linear layer{besides}; this model has {kinds}{example}{why_frozen(model)}"
+
+
+def _can_adapt(sites: list[Site]) -> bool:
+    """Whether a pattern that matches ``sites`` would be accepted."""
+    try:
+        check_stored(sites)
+    except TargetError:
+        return False
+    return bool(sites)
 
 
 def matches_site(pattern: str, site: Site) -> bool:
@@ -240,6 +254,8 @@ def matches_site(pattern: str, site: Site) -> bool:
         return False  # a glob for modules must not adapt bare parameters (a position table, experts) by accident
     if match(pattern, site.name, site.module):
         return True
+    if isinstance(site.layout, OtherLinearLayout):  # its parameter can be named as well
+        return pattern.endswith("weight") and match(pattern, join(site.host, site.parameter), site.module)
     return site.is_part and match(pattern, site.host, site.module)
 
 

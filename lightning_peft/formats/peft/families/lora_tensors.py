@@ -35,7 +35,7 @@ __all__ = ["Entry", "entries", "take_attention", "take_layer", "take_parameter",
 
 
 #: kinds of layers, as AdapterRecord names them, that PEFT does not adapt
-NOT_IN_PEFT = frozenset({"ConvTranspose", "Recurrent"})
+NOT_IN_PEFT = frozenset({"ConvTranspose", "OtherLinear", "Recurrent"})
 
 
 @dataclass
