@@ -1,4 +1,4 @@
-"""MiSS as PEFT writes it: ``peft_type`` MISS, with one tensor ``miss_block`` per layer, of the shape it has here."""
+"""Convert MiSS to and from PEFT's ``peft_type`` MISS: one tensor per layer, ``miss_block``, with the same shape."""
 
 from __future__ import annotations
 
