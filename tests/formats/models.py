@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,10 @@ from transformers import (
 )
 
 import lightning_peft as lp
+from tests import helpers
+
+#: two libraries add the same numbers in another order
+close = functools.partial(helpers.close, tolerance=1e-4)
 
 
 def llama(**options: Any) -> nn.Module:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import lightning_peft as lp
 from lightning_peft.formats.directory.files import read_files
-from tests.formats.models import adapted, made_by_peft, moved, read_by_peft
+from tests.formats.models import adapted, close, made_by_peft, moved, read_by_peft
 
 #: model -> arguments of its configuration in addition to the common ones
 MODELS: dict[str, dict] = {
@@ -46,10 +46,6 @@ def batch() -> dict[str, Tensor]:
 @torch.no_grad()
 def logits(model: nn.Module, x: dict[str, Tensor]) -> Tensor:
     return model(**x).logits
-
-
-def close(a: Tensor, b: Tensor) -> None:
-    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", MODELS)

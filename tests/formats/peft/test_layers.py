@@ -18,7 +18,7 @@ from lightning_peft.formats.load import load_adapter
 from lightning_peft.formats.peft.converter import NotInPeftError
 from lightning_peft.formats.save import save_adapter
 from tests.formats import models
-from tests.formats.models import adapted, logits, made_by_peft, moved, read_by_peft, tokens
+from tests.formats.models import adapted, close, logits, made_by_peft, moved, read_by_peft, tokens
 
 
 class Pixels(nn.Module):
@@ -106,10 +106,6 @@ def draw(method: str, seed: int) -> tuple[str, dict[str, Any], dict[str, Any]]:
         ours |= {"feedforward_targets": feedforward}
         theirs |= {"feedforward_modules": feedforward}
     return model, ours, theirs
-
-
-def close(a: Tensor, b: Tensor) -> None:
-    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("method", "seed"), CASES)

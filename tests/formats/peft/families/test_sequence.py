@@ -25,7 +25,7 @@ from lightning_peft.formats.directory.files import read_files, write_files
 from lightning_peft.formats.load import load_adapter
 from lightning_peft.formats.save import save_adapter
 from tests.formats import models
-from tests.formats.models import Wrapped, adapted, made_by_peft, moved, read_by_peft, tokens
+from tests.formats.models import Wrapped, adapted, close, made_by_peft, moved, read_by_peft, tokens
 
 
 def t5() -> nn.Module:
@@ -62,10 +62,6 @@ def logits(model: nn.Module, x: Tensor) -> Tensor:
     with torch.no_grad():
         out = model(**given).logits
     return out if out.ndim == 2 or "T5" in type(base).__name__ else out[:, -x.shape[1] :][mask.bool()]
-
-
-def close(a: Tensor, b: Tensor) -> None:
-    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 def ours_there_and_back(base: nn.Module, method: lp.PEFTMethod, folder: Path, peft_type: str) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import lightning_peft as lp
 from lightning_peft.formats.directory.files import read_files
-from tests.formats.models import adapted, made_by_peft, moved, read_by_peft
+from tests.formats.models import adapted, close, made_by_peft, moved, read_by_peft
 
 #: two layers; Gemma's second and Qwen2's first have full attention
 MODELS: dict[str, dict] = {
@@ -35,10 +35,6 @@ def build(name: str, **options) -> nn.Module:
 @torch.no_grad()
 def logits(model: nn.Module, ids: Tensor, **more) -> Tensor:
     return model(input_ids=ids, **more).logits
-
-
-def close(a: Tensor, b: Tensor) -> None:
-    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
