@@ -40,7 +40,7 @@ class Own(nn.Identity):
         self.tag = tag
 
 
-def test_the_object_stays_what_it_was():
+def test_the_object_keeps_identity_and_type():
     module = Own("a")
     before = vars(module)
     add_mixin(module, Loud)

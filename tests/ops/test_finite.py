@@ -17,5 +17,5 @@ def test_one_bad_element_is_found(dtype: torch.dtype, value: float):
     assert not is_finite(tensor)
 
 
-def test_what_is_empty_is_finite():
+def test_an_empty_tensor_is_finite():
     assert is_finite(torch.empty(0, 3))

@@ -55,7 +55,7 @@ def test_under_autocast_computes_in_its_type():
         close(mine, reference, 1e-6)
 
 
-def test_keeps_its_inputs_alone():
+def test_stores_only_its_inputs():
     inputs, kept = _inputs(), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         recomputed(_function, *inputs)

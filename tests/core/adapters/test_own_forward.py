@@ -69,7 +69,7 @@ def test_a_forward_that_computes_something_else_runs_with_the_adapted_weight():
     close(model(X), output)
 
 
-def test_hooks_of_accelerate_come_and_go():
+def test_hooks_of_accelerate_can_be_added_and_removed():
     hooks = pytest.importorskip("accelerate.hooks")
     model, expected = net(), with_(lp.LoRA(r=2), net())(X)
     before, after = hooks.ModelHook(), hooks.ModelHook()

@@ -112,7 +112,7 @@ def test_merging_into_bfloat16_rounds_once():
 
 
 @pytest.mark.parametrize("verb", [lp.set_active, lambda model: lp.disabled(model).__enter__()])
-def test_a_merged_model_cannot_be_had_without_its_adapters(verb):
+def test_adapters_of_a_merged_model_cannot_be_disabled(verb):
     model = _merged()
     with pytest.raises(ValueError, match=r"merged into the base: lp.unmerge\(model\) first"):
         verb(model)
@@ -178,7 +178,7 @@ def test_a_merge_that_could_fold_nothing_is_refused():
         lp.merge(model, partial=True)
 
 
-def test_a_tied_weight_gets_a_tensor_of_its_own_where_that_is_asked_for():
+def test_untie_gives_a_tied_weight_its_own_copy():
     kind = KINDS["tied"]
     model = _tied()
     weight, expected, before = model.embed.weight, evaluate(model, kind), bits(model)

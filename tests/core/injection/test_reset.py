@@ -65,7 +65,7 @@ def test_heads_statistics_and_gradients_go_back_too():
     assert all(p.grad is None for p in model.parameters() if p.requires_grad)
 
 
-def test_what_cannot_go_back_is_named_and_nothing_is_changed():
+def test_a_failed_reset_names_the_values_and_changes_nothing():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
     base = copy.deepcopy(model.state_dict())
     lp.apply(model, lp.LoRA(r=2, targets=["0"]))

@@ -68,7 +68,7 @@ def test_copies_and_deleted_adapters_are_part_of_the_record(tmp_path):
     lp.apply(model, lp.LoRA(r=2))
 
 
-def test_a_fit_and_its_checkpoints_meet_what_was_replaced(tmp_path):
+def test_fit_and_checkpoints_detect_replaced_modules(tmp_path):
     module, method = Toy(), lp.LoRA(r=2, targets="body.4")
     trainer(tmp_path, method=method, max_steps=1).fit(module)
     module.body[4] = nn.Linear(16, 16)

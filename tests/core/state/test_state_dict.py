@@ -137,7 +137,7 @@ def test_the_fingerprint_is_plain_values(model: nn.Module):
         torch.set_default_dtype(default)
 
 
-def test_another_base_is_refused_by_the_tensor_that_tells(model: nn.Module):
+def test_a_different_base_is_refused_with_the_name_of_the_tensor(model: nn.Module):
     saved = injection_state(model).fingerprint
     other = LINEAR.build(seed=1)
     lp.apply(other, lp.LoRA(r=2))

@@ -44,7 +44,7 @@ def alone(family: str, name: str, state: dict[str, torch.Tensor]) -> torch.Tenso
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids="-".join)
-def test_each_of_two_computes_what_it_does_alone(pair: tuple[str, str]):
+def test_two_adapters_compute_the_same_as_alone(pair: tuple[str, str]):
     model = tiny.llama()
     base, plain = logits(model), bits(model)
     classes = {name: type(module) for name, module in model.named_modules()}
@@ -137,7 +137,7 @@ def test_a_module_around_an_adapted_one_is_frozen_too():
     assert [n for n, p in model.named_parameters() if not p.requires_grad] == ["norm.weight"]
 
 
-def test_a_part_of_an_adapted_model_takes_no_methods_of_its_own():
+def test_methods_cannot_be_applied_to_a_part_of_an_adapted_model():
     model = Outer()
     lp.apply(model, lp.LoRA(r=2))
     before = {n: p.requires_grad for n, p in model.named_parameters()}

@@ -50,7 +50,7 @@ def test_the_head_is_what_the_output_comes_from(head):
     assert head not in lp.inspect(model, lp.LoRA(targets="all-linear")).modules
 
 
-def test_where_no_forward_can_be_had_names_tell_and_the_report_says_so():
+def test_without_a_trial_forward_the_head_is_found_by_name_and_reported():
     model = Silent()
     assert try_forward(model) is None
     report = lp.inspect(model, lp.LoRA())

@@ -137,7 +137,7 @@ def test_all_linear_and_patterns_find_them_and_the_head_is_a_layer_that_is_calle
         assert len(lp.LoRA(targets=[pattern]).find(model, [])[0]) == count, pattern
 
 
-def test_a_weight_that_two_layers_share_gets_a_tensor_of_its_own_in_a_merge():
+def test_a_merge_can_untie_a_weight_shared_by_two_layers():
     model = nn.ModuleDict({"a": nn.RNN(3, 3), "b": nn.RNN(3, 3)})
     model["b"].weight_hh_l0 = model["a"].weight_hh_l0
     lp.apply(model, lp.LoRA(r=2, targets=["a"]))
