@@ -10,7 +10,7 @@ _READS = "dropout acts on a layer's input; here the module reads the weight itse
 _NOT_CALLED = "its layers are read and not called: an error at the first forward, or by the audit"
 _NO_VECTORS = "the gate reads the vectors that a linear layer is called with"
 _SHARED = "its three projections share one bias, which cannot change with one of them"
-_NO_SHIFT = "an embedding or a bare parameter has no bias, a recurrent layer two for one sum: no place for a shift"
+_NO_SHIFT = "an embedding or a bare parameter has no bias, a recurrent layer two for one sum, so it cannot have a shift"
 _NO_INPUT = "an embedding is called with ids, which nothing can scale"
 _NO_MODULE = "bare parameters: no module gives an output to change"
 _NO_ATTENTION = "nothing here attends, or one module attends for several layers"
@@ -41,7 +41,7 @@ REFUSED: dict[tuple[str, str], tuple[str, str]] = {
     **_on([*_READ, *_RECURRENT], _READS, "dropout", "lora_dropout"),
     **_on(_but(_LINEAR), _NO_VECTORS, "not called with vectors", "gated_lora"),
     **_on(["mha_kdim"], _SHARED, "shares the bias", "ia3", "ssf"),
-    **_on([*_LOOKED_UP, "experts", *_RECURRENT], _NO_SHIFT, "no place for a shift", "ssf"),
+    **_on([*_LOOKED_UP, "experts", *_RECURRENT], _NO_SHIFT, "cannot have a shift", "ssf"),
     **_on(_LOOKED_UP, _NO_INPUT, "no input to scale", "ia3_inputs"),
     **_on(["experts"], _NO_MODULE, "matches nothing", "bottleneck"),
     **_on(_but(_ATTEND), _NO_ATTENTION, "finds no attention", "prefix", "prefix_gate"),

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from lightning_peft.core.class_swap import original_class
 
-__all__ = ["by_name", "first_tensor", "hidden_state", "parameters_of", "tensors_in", "with_hidden_state"]
+__all__ = ["by_name", "first_tensor", "hidden_state", "parameters_of", "tensors_in", "with_hidden_state", "with_input"]
 
 
 def first_tensor(args: Iterable[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
@@ -64,6 +64,16 @@ def with_hidden_state(output: Any, new: Tensor) -> Any:
     if hasattr(output, "_replace"):
         return output._replace(**{output._fields[0]: new})
     return type(output)((new, *output[1:]))
+
+
+def with_input(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], change: Callable[[Any], Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call with its first one, positional or by keyword, replaced by ``change`` of it."""
+    if args:
+        return (change(args[0]), *args[1:]), dict(kwargs)
+    name, value = next(iter(kwargs.items()))
+    return (), {**kwargs, name: change(value)}
 
 
 def _key(output: Mapping[str, Any]) -> str:

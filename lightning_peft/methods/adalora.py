@@ -1,15 +1,16 @@
-"""AdaLoRA: low-rank adaptation with the ranks distributed by importance.
+"""AdaLoRA: low-rank adaptation that distributes ranks over the layers by importance.
 
     W' = W + s B diag(E) A,    A in R^{r x in}, E in R^r, B in R^{out x r},    s = alpha / (init_r + 1e-5)
 
-An incremental singular value decomposition: A and B are kept near orthogonal by adding to the loss
-w * mean over all A and B of ||P P^T - I||_F, and entries of E are set to zero. Every triplet (row of A, entry of E,
-column of B) has the importance S = s(E_i) + mean_j s(A_ij) + mean_j s(B_ji), where s = I * U for each element:
+The update is parametrised like a singular value decomposition. A and B are kept nearly orthogonal by the loss term
+orth_reg_weight * (mean over all A and B of ||P P^T - I||_F), and the least important entries of E are set to zero. The
+importance of a triplet (row of A, entry of E, column of B) is S = s(E_i) + mean_j s(A_ij) + mean_j s(B_ji), where
+s = I * U for each element:
 
     I <- beta1 I + (1 - beta1) |w dL/dw|,    U <- beta2 U + (1 - beta2) | |w dL/dw| - I |
 
-Over training the number of triplets kept in the whole model falls from init_r to target_r for each matrix on average,
-as a cubic in the step; those of least importance are masked. init_r (in + out + 1) parameters for each matrix.
+During training, the average number of triplets kept per matrix falls from init_r to target_r as a cubic function of the
+step; the least important ones in the whole model are masked. init_r (in + out + 1) parameters train per matrix.
 
 Zhang et al. 2023, "Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning", arXiv:2303.10512.
 """
@@ -47,37 +48,37 @@ __all__ = ["AdaLoRA"]
 
 
 class AdaLoRA(WeightMethod):
-    """AdaLoRA (Zhang et al. 2023, arXiv:2303.10512): LoRA whose ranks move to the layers where they matter.
+    """LoRA that moves its ranks to the layers that need them most (Zhang et al. 2023, arXiv:2303.10512).
 
-    Choose it when a small budget is to be spent where it counts, and the layers differ. It costs a higher rank while
-    training (``init_r``), two running averages for each of its parameters, and a little time in each step; the
-    pruned triplets are zeros afterwards.
+    Choose it when the parameter budget is small and layers differ in importance. It costs a higher rank during training
+    (``init_r``), two running averages per adapter parameter, and some time in each step. Pruned triplets remain as
+    zeros.
 
-    The callback drives it: the orthogonality term's gradient is added before each optimizer step (exactly what a
-    term in the loss would add, under accumulation, mixed precision and clipping too), scores are updated and the
-    budget allocated right after the step, from gradients that all processes share. The number of steps is the
-    Trainer's. Scores are in the checkpoint, masks in the adapters: a run resumes exactly. Ranks go to the loggers,
-    and at the end a picture of them to W&B (with matplotlib).
+    The callback does all of this in a Trainer. Before each optimizer step it adds the gradient of the orthogonality
+    term, exactly as a loss term would (also with gradient accumulation, mixed precision and clipping). After the step
+    it updates the scores and reallocates the budget, identically on all ranks. Scores are stored in the checkpoint and
+    masks in the adapters, so a run resumes exactly. Ranks are logged, and W&B gets a plot of them at the end if
+    matplotlib is installed.
 
-    Without a Trainer, give ``total_step``, call ``method.regularize(model)`` between backward and the optimizer's
-    step, and ``method.allocate(model)`` between the step and ``zero_grad``.
+    Without a Trainer, set ``total_step``, call ``method.regularize(model)`` between backward and the optimizer step,
+    and ``method.allocate(model)`` between the step and ``zero_grad``.
 
     Args:
-        target_r: the average rank at the end.
-        init_r: the rank of each matrix at the start.
+        target_r: average rank at the end of training.
+        init_r: rank of each matrix at the start.
         alpha: the update is scaled by alpha / init_r.
-        dropout: probability of dropping an element of the adapter's input while training.
-        tinit: optimizer steps before the budget begins to fall.
-        tfinal: optimizer steps at the end with the ranks fixed.
-        deltaT: optimizer steps between two allocations.
-        beta1: smoothing of the importance, in (0, 1).
-        beta2: smoothing of its uncertainty, in (0, 1).
-        orth_reg_weight: weight of the orthogonality term; 0 leaves it out.
-        total_step: optimizer steps in all; None takes the Trainer's.
+        dropout: probability of zeroing an element of the adapter's input during training.
+        tinit: number of optimizer steps before the budget starts to fall.
+        tfinal: number of optimizer steps at the end during which the ranks stay fixed.
+        deltaT: number of optimizer steps between two allocations.
+        beta1: smoothing factor of the importance, in (0, 1).
+        beta2: smoothing factor of its uncertainty, in (0, 1).
+        orth_reg_weight: weight of the orthogonality term; 0 disables it.
+        total_step: total number of optimizer steps; None takes the Trainer's.
 
     Raises:
-        ValueError: target_r above init_r; an argument out of its range; init_r above both sides of a matrix.
-        MisconfigurationException: tinit and tfinal leave no steps between them; the number of steps is not known.
+        ValueError: if target_r is above init_r, an argument is out of range, or init_r is above both sides of a matrix.
+        MisconfigurationException: if tinit and tfinal together cover all steps, or the number of steps is unknown.
 
     Example::
 
@@ -129,7 +130,7 @@ class AdaLoRA(WeightMethod):
         if self.tinit >= self._total - self.tfinal:
             raise MisconfigurationException(
                 f"AdaLoRA: tinit={self.tinit} and tfinal={self.tfinal} leave none of the {self._total} optimizer steps "
-                "for the budget to fall: lower them, or train longer"
+                "for reducing the ranks: lower them, or train longer"
             )
 
     def adapters(self, model: nn.Module) -> dict[str, AdaLoRAAdapter]:
@@ -150,14 +151,14 @@ class AdaLoRA(WeightMethod):
                 gram = wide @ wide.mT
                 gram.diagonal(dim1=-2, dim2=-1).sub_(1)
                 norm = torch.linalg.matrix_norm(gram, keepdim=True)
-                # d ||P P^T - I||_F = 2 (P P^T - I) P / ||P P^T - I||_F, and 0 where P is orthogonal already
+                # d ||P P^T - I||_F / dP = 2 (P P^T - I) P / ||P P^T - I||_F; 0 if P is orthogonal
                 grad = (2 * weight) * (gram @ wide) / norm.clamp_min(torch.finfo(norm.dtype).tiny)
                 grad = grad if wide is full else grad.mT
                 if parameter.grad is not None:
                     parameter.grad.add_(sharded_like(grad, parameter.grad))
 
     def budget(self, step: int, matrices: int) -> int:
-        """The number of triplets kept in so many matrices after ``step`` optimizer steps."""
+        """The number of triplets to keep in a model with this many ``matrices`` after ``step`` optimizer steps."""
         if step <= self.tinit:
             return self.init_r * matrices
         left = max(0.0, 1 - (step - self.tinit) / (self._total - self.tfinal - self.tinit))
@@ -165,13 +166,16 @@ class AdaLoRA(WeightMethod):
 
     @torch.no_grad()
     def allocate(self, model: nn.Module) -> bool:
-        """Update the scores after an optimizer step, and mask when it is time; returns whether masks were set anew.
+        """Update the scores after an optimizer step, and recompute the masks if they are due.
+
+        Returns:
+            True if the masks were recomputed.
 
         Raises:
-            ValueError: the number of steps is not known.
+            ValueError: if the number of steps is unknown.
         """
         if not self._total:
-            raise ValueError("AdaLoRA needs to know the number of optimizer steps: give total_step")
+            raise ValueError("AdaLoRA needs to know the number of optimizer steps: set total_step")
         self.step += 1
         adapters, end = self.adapters(model), self._total - self.tfinal
         if self.step < end or (self.step == end and not self._scores):  # with a single step, its own scores count
@@ -212,17 +216,17 @@ class AdaLoRA(WeightMethod):
             adapter.mask.copy_(importance[name] > threshold)
 
     def ranks(self, model: nn.Module) -> dict[str, int]:
-        """The rank of each adapted weight by now; of stacked matrices the sum."""
+        """The current rank of each adapted weight; for stacked matrices (experts), the sum."""
         adapters = self.adapters(model)
         counts = torch.stack([a.mask.sum() for a in adapters.values()]).tolist() if adapters else []
         return dict(zip(adapters, counts))
 
     def plot(self, model: nn.Module, path: str | Path | None = None) -> Any:
-        """Draw the ranks by layer as bars; needs matplotlib.
+        """Plot the ranks per layer as bars; requires matplotlib.
 
         Args:
             model: the trained model.
-            path: where to save the picture; None leaves that to the caller.
+            path: file to save the plot to; None does not save it.
 
         Returns:
             The matplotlib figure.
@@ -241,32 +245,33 @@ class AdaLoRA(WeightMethod):
             figure.savefig(path, dpi=150)
         return figure
 
-    # What drives it in a Trainer.
+    # The Trainer's hooks.
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            self.step, self._scores = 0, {}  # a resumed run gets them from its checkpoint after this
+            self.step, self._scores = 0, {}  # in a resumed run, load_state_dict restores them after this
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         total = self.total_step if self.total_step is not None else trainer.estimated_stepping_batches
         if not 0 < total < math.inf:
             raise MisconfigurationException(
-                "AdaLoRA cannot know how many optimizer steps there will be: give the Trainer max_steps or max_epochs, "
-                "or AdaLoRA(total_step=...)"
+                "AdaLoRA cannot determine the number of optimizer steps: set the Trainer's max_steps or max_epochs, or "
+                "AdaLoRA(total_step=...)"
             )
         self._total = int(total)
-        if getattr(trainer, "fast_dev_run", False):  # a few batches to see that all runs, too few for any schedule
+        if getattr(trainer, "fast_dev_run", False):  # it runs too few steps for any schedule
             self._total = max(self._total, self.tinit + self.tfinal + 1)
         self._check_schedule()
         holders = [o for o in trainer.optimizers if self._holds(o, pl_module)]
         if len(holders) != 1 or not isinstance(holders[0], Optimizer):
             raise MisconfigurationException(
-                f"AdaLoRA counts the steps of the one torch optimizer that holds its parameters; found {len(holders)}"
+                f"AdaLoRA needs exactly one torch optimizer that holds its parameters, whose steps it counts; found "
+                f"{len(holders)}. Put all AdaLoRA parameters into one optimizer"
             )
         self._release()
-        # After the step and not at the batch's end: gradients may be gone by then, and a step that the gradient
-        # scaler skips does not count.
+        # Not at the end of the batch: gradients may be cleared by then, and a step that the gradient scaler skips must
+        # not count.
         self._hooks = [holders[0].register_step_post_hook(lambda *_: self._after_step(trainer, pl_module))]
 
     def _holds(self, optimizer: Optimizer, module: nn.Module) -> bool:
@@ -287,7 +292,7 @@ class AdaLoRA(WeightMethod):
             logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The picture of the ranks goes to the loggers that take pictures (W&B)."""
+        """Send a plot of the ranks to the loggers that accept images (W&B)."""
         if trainer.is_global_zero and importlib.util.find_spec("matplotlib") is not None:
             for logger in trainer.loggers:
                 if hasattr(logger, "log_image"):
@@ -302,7 +307,7 @@ class AdaLoRA(WeightMethod):
         self._release()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_hooks": []}  # copies of the model do not step the optimizer
+        return {**self.__dict__, "_hooks": []}  # hooks belong to this object's optimizer, not to a copy's
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "step": self.step, "scores": self._scores}
@@ -316,7 +321,7 @@ class AdaLoRAAdapter(LowRankAdapter):
     """``lora_A`` (..., r, in), ``lora_E`` (..., r, 1) and ``lora_B`` (..., out, r) of one matrix.
 
     Attributes:
-        mask: (..., r, 1), the triplets that are kept.
+        mask: (..., r, 1), True for the triplets that are kept.
     """
 
     mask: Tensor
@@ -325,7 +330,7 @@ class AdaLoRAAdapter(LowRankAdapter):
         super().__init__(site)
         *batch, rows, columns = site.shape
         self.r = r
-        self.scale = alpha / (r + 1e-5)  # as in the authors' code and in PEFT
+        self.scale = alpha / (r + 1e-5)  # the 1e-5 is in the authors' code and in PEFT
         self.dropout = dropout
         self.lora_A = nn.Parameter(torch.empty(*batch, r, columns).normal_(std=0.02))
         self.lora_E = nn.Parameter(torch.zeros(*batch, r, 1))

@@ -2,9 +2,9 @@
 
     y = W x + b',    b' trained
 
-Trains every bias of the base, of its norm layers too: out parameters for a linear layer of in x out, about 0.1 % of
-a transformer. With ``targets`` a subset; the paper's half-size variant trains the biases of the query and of the
-second feed-forward layer.
+It trains every bias of the base, including those of norm layers: out parameters for an in x out linear layer, about
+0.1 % of a transformer. ``targets`` selects a subset; the paper's half-size variant trains the biases of the query
+projections and the biases of the first feed-forward layers.
 
 Ben Zaken et al. 2021, "BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based Masked Language-models",
 arXiv:2106.10199.
@@ -24,20 +24,20 @@ __all__ = ["BitFit"]
 
 
 class BitFit(SelectionMethod):
-    """BitFit (Ben Zaken et al. 2021, arXiv:2106.10199): the biases of the base train, all weights are frozen.
+    """Trains the biases of the base and freezes all weights (Ben Zaken et al. 2021, arXiv:2106.10199).
 
-    Choose it when the fewest parameters matter and the base has biases: BERT-like encoders, ViT, GPT-2. It costs
-    nothing at inference and adds no module, but activations are kept for every layer as in full fine-tuning. Models
-    without biases (LLaMA and most since) have nothing to train here.
+    Choose it when you need as few parameters as possible and the base has biases, as BERT-like encoders, ViT and GPT-2
+    do. It costs nothing at inference, but stores activations for every layer, as full fine-tuning does. It cannot train
+    models without biases (LLaMA and most later ones).
 
     Args:
-        targets: ``"all"`` biases, or patterns of the modules whose biases train, as in
+        targets: ``"all"``, or patterns of the modules whose biases train, for example
             ``["query", "intermediate.dense"]``.
         exclude: patterns of modules whose biases stay frozen.
-        trainable: patterns of modules that train in full; a new head belongs here.
+        trainable: patterns of modules that train in full; name a new head here.
 
     Raises:
-        TargetError: the model has no bias, or a pattern matches nothing that has one.
+        TargetError: if the model has no bias, or a pattern matches nothing with a bias.
 
     Example::
 
@@ -49,11 +49,12 @@ class BitFit(SelectionMethod):
         if all(is_within(name, *plan.train_modules) for name in chosen):
             raise TargetError(
                 f"BitFit finds no bias in {original_class(model).__name__}{' but in trainable' if chosen else ''}, "
-                "whose layers were built without: NormTuning or LoRA train models of this kind"
+                "because its layers have none: use lp.NormTuning or lp.LoRA instead"
             )
         plan.train |= dict.fromkeys(chosen, "bias trains")
 
 
 def _is_bias(module: nn.Module, key: str, parameter: nn.Parameter) -> bool:
-    # bias; in_proj_bias of an attention; bias_ih_l0 of an LSTM. Its bias_k and bias_v are tokens and have 3 dimensions.
+    # ``bias``; ``in_proj_bias`` of an attention; ``bias_ih_l0`` of an LSTM. ``bias_k`` and ``bias_v`` of an attention
+    # are tokens, and have 3 dimensions.
     return parameter.ndim == 1 and (key == "bias" or key.endswith("_bias") or key.startswith("bias_"))

@@ -1,14 +1,15 @@
-"""Bottleneck adapters: small two-layer networks beside or after the sub-layers of a model.
+"""Bottleneck adapters: small two-layer networks after, or parallel to, the sub-layers of a model.
 
     serial:    y' = y + s W_up f(W_down y)        y: the sub-layer's output
     parallel:  y' = y + s W_up f(W_down x)        x: the sub-layer's input
 
-with W_down (m x d) and W_up (d x m), both with biases: 2 m d + d + m parameters for each adapter of width d and
-bottleneck m. It sits before the sub-layer's residual sum and norm. On feature maps the two are 1x1 convolutions.
+with W_down (m x d) and W_up (d x m), both with biases: 2 m d + d + m parameters per adapter of width d and bottleneck
+m. The adapter applies before the sub-layer's residual sum and norm. On feature maps the two layers are 1x1
+convolutions.
 
-Houlsby et al. 2019, "Parameter-Efficient Transfer Learning for NLP", arXiv:1902.00751: after attention and after
-feed-forward. Pfeiffer et al. 2021, "AdapterFusion", arXiv:2005.00247: after feed-forward only. He et al. 2022,
-"Towards a Unified View of Parameter-Efficient Transfer Learning", arXiv:2110.04366: parallel, scaled parallel.
+Houlsby et al. 2019, "Parameter-Efficient Transfer Learning for NLP", arXiv:1902.00751: adapters after attention and
+after feed-forward. Pfeiffer et al. 2021, "AdapterFusion", arXiv:2005.00247: after feed-forward only. He et al. 2022,
+"Towards a Unified View of Parameter-Efficient Transfer Learning", arXiv:2110.04366: parallel and scaled parallel.
 Steitz and Roth 2024, "Adapters Strike Back" (Adapter+), arXiv:2406.06820. The gate: Mao et al. 2022, "UniPELT",
 arXiv:2110.07577.
 """
@@ -89,43 +90,44 @@ or_preset = Converter(_or_preset, takes_self=True, takes_field=True)  # type: ig
 
 
 class BottleneckAdapter(ActivationMethod):
-    """Bottleneck adapters (Houlsby, Pfeiffer, parallel, AdapterPlus) after or beside the sub-layers of any model.
+    """Bottleneck adapters (Houlsby, Pfeiffer, parallel, AdapterPlus) on the sub-layers of any model (arXiv:1902.00751).
 
-    Choose it when the task is far from what the base was trained for, or when several adapters shall be combined:
-    the adapters are non-linear and often hold up where LoRA of the same size does not. They cost 2 m d + d + m
-    parameters each, and cannot be merged, so inference runs two more small layers per place (4 to 6 % more
-    time for BERT in arXiv:2010.11918; :func:`lightning_peft.adapter_drop` takes some of it back).
+    Choose it when the task is far from what the base was trained for, or when you want to combine several adapters: the
+    adapters are non-linear, and often work where a LoRA of the same size does not. They cost 2 m d + d + m parameters
+    each and two small layers per adapted module at inference, because they cannot be merged. That is 4 to 6 % more time
+    for BERT (arXiv:2010.11918); :func:`lightning_peft.adapter_drop` reduces it.
 
     Args:
-        preset: ``"houlsby"`` (arXiv:1902.00751), ``"pfeiffer"`` (2005.00247), ``"parallel"`` and ``"scaled_parallel"``
-            (2110.04366), ``"adapterplus"`` (2406.06820). It sets the seven arguments that follow; what is given
-            explicitly goes before it.
-        targets: places as in :class:`lightning_peft.ActivationMethod`: ``"all-attention"``, ``"all-feedforward"``,
-            ``"all-blocks"`` or patterns.
-        reduction_factor: the bottleneck is the width divided by this. Also by pattern of the place, as in
-            ``{"default": 16, "re:.*layers\\.0\\..*": 8}``; the last match wins.
-        parallel: take the sub-layer's input instead of its output.
+        preset: ``"houlsby"`` (arXiv:1902.00751), ``"pfeiffer"`` (2005.00247), ``"parallel"`` or ``"scaled_parallel"``
+            (2110.04366), ``"adapterplus"`` (2406.06820). It sets the seven arguments that follow; explicit arguments
+            override the preset.
+        targets: ``"all-attention"``, ``"all-feedforward"``, ``"all-blocks"`` or patterns of modules, as in
+            :class:`lightning_peft.ActivationMethod`.
+        reduction_factor: the bottleneck is the width divided by this number. A mapping sets it by pattern of the
+            adapted module, for example ``{"default": 16, "re:.*layers\\.0\\..*": 8}``; the last match wins.
+        parallel: compute the adapter on the sub-layer's input instead of its output.
         non_linearity: ``"relu"``, ``"gelu"``, ``"swish"`` (``"silu"``), ``"tanh"``, ``"leaky_relu"`` or ``"linear"``.
-        scaling: of the adapter's contribution: a number, ``"learned"`` (one trained number, from 1) or ``"channel"``
-            (one for each feature, from 1).
-        init: ``"zero"`` (W_down uniform as in ``nn.Linear``, W_up and biases zero: the model starts as its base),
-            ``"houlsby"`` (both truncated normal with standard deviation 0.01: close to it) or ``"bert"`` (both normal
-            with 0.02: *not* the base's function at the start).
-        stochastic_depth: probability of leaving the adapter out for a row of the batch while training.
-        bottleneck_size: the bottleneck's width m itself instead of ``reduction_factor``; also by pattern.
-        dropout: on the adapter's contribution, while training.
-        norm_before: a layer norm of the adapter's own on its input (2 d parameters more).
-        norm_after: a layer norm of the adapter's own on its contribution (2 d more); with ``init="zero"`` its weight
-            starts at zero instead of W_up.
-        gate: multiply the contribution by sigmoid(w x + b), learned, as UniPELT does (d + 1 more). It is computed for
-            each position, so that it stays causal; UniPELT's code averages it over the sequence.
+        scaling: factor of the adapter's output: a number, ``"learned"`` (one trained number, initially 1) or
+            ``"channel"`` (one trained number per feature, initially 1).
+        init: ``"zero"`` (W_down uniform as in ``nn.Linear``, W_up and biases zero: the adapted model starts equal to
+            the base), ``"houlsby"`` (both truncated normal with standard deviation 0.01: it starts close to the base)
+            or ``"bert"`` (both normal with standard deviation 0.02: it does not start equal to the base).
+        stochastic_depth: probability of skipping the adapter for an example of the batch during training.
+        bottleneck_size: the bottleneck width m, instead of ``reduction_factor``; a mapping sets it by pattern.
+        dropout: dropout probability on the adapter's output.
+        norm_before: add a trained layer norm on the adapter's input (2 d more parameters).
+        norm_after: add a trained layer norm on the adapter's output (2 d more parameters). With ``init="zero"`` its
+            weight starts at zero instead of W_up.
+        gate: multiply the adapter's output by a learned sigmoid(w x + b), as in UniPELT (d + 1 more parameters). It is
+            computed per position, which keeps causal models causal; UniPELT's code averages it over the sequence.
         exclude, trainable, name, width, channels_first: see :class:`lightning_peft.ActivationMethod`.
 
     Raises:
-        ValueError: a reduction factor that leaves no width, both ways to give the width, an unknown word;
-            a parallel adapter where input and output differ in width (in length: at the first call).
-        TargetError: nothing looks like what ``targets`` asks for; a pattern of ``bottleneck_size`` or
-            ``reduction_factor`` matches no place.
+        ValueError: if the bottleneck would have no width; if bottleneck_size and reduction_factor are both given; if an
+            argument has an unknown value; if a parallel adapter's input and output differ in width (if they differ in
+            length, at the first forward pass).
+        TargetError: if nothing matches ``targets``, or a pattern of ``bottleneck_size`` or ``reduction_factor`` matches
+            no adapted module.
 
     Example::
 
@@ -164,7 +166,9 @@ class BottleneckAdapter(ActivationMethod):
 
     def check(self) -> None:
         if self.bottleneck_size is not None and self.reduction_factor is not None:
-            raise ValueError("give bottleneck_size or reduction_factor, not both: each sets the bottleneck's width")
+            raise ValueError(
+                "bottleneck_size and reduction_factor both set the bottleneck's width: remove one of the two"
+            )
 
     def plan(self, model: nn.Module) -> Plan:
         plan = super().plan(model)
@@ -181,19 +185,19 @@ class BottleneckAdapter(ActivationMethod):
             factor = _last_match(self.reduction_factor, site)
             if factor is None:
                 argument = "reduction_factor" if self.bottleneck_size is None else "bottleneck_size"
-                raise ValueError(f"{argument} has no value for {site.host!r}: add a 'default'")
+                raise ValueError(f"{argument} has no value for {site.host!r}: add a matching pattern or a 'default'")
             size = int(site.width // factor)
             if size < 1:
                 raise ValueError(
-                    f"reduction_factor={factor:g} leaves no width at {site.host!r}, which has {site.width} features: "
-                    "lower it, or set bottleneck_size"
+                    f"reduction_factor={factor:g} is larger than the {site.width} features of {site.host!r}, so the "
+                    "bottleneck would have no width: lower it, or set bottleneck_size"
                 )
         if self.parallel and site.input_width not in (None, site.width):
             raise ValueError(
-                f"a parallel adapter adds what it makes of the input to the output, and {site.host!r} takes "
-                f"{site.input_width} features and gives {site.width}: exclude it, or give it a serial adapter"
+                f"a parallel adapter is not supported on {site.host!r}: its input has {site.input_width} features and "
+                f"its output {site.width}. Exclude it, or set parallel=False"
             )
-        chosen: Any = self  # without the None of the types: the preset has replaced it
+        chosen: Any = self  # the preset has replaced every None, which the declared types still allow
         return Bottleneck(
             site,
             size,
@@ -214,7 +218,7 @@ class BottleneckAdapter(ActivationMethod):
 
 
 class Bottleneck(ActivationAdapter):
-    """One adapter: ``down`` (m x d) and ``up`` (d x m), with what the method's arguments add."""
+    """One adapter: ``down`` (m x d) and ``up`` (d x m), plus the optional norms and gate."""
 
     scale: float | Tensor
 
@@ -253,18 +257,18 @@ class Bottleneck(ActivationAdapter):
                 nn.init.trunc_normal_(layer.weight, std=0.01, a=-0.02, b=0.02)
             elif init == "bert":
                 nn.init.normal_(layer.weight, std=0.02)
-        if init == "zero":  # one zero, not two in a row: neither would get a gradient then
+        if init == "zero":  # zero only the last factor: with two zero factors neither would get a gradient
             nn.init.zeros_((self.norm_after or self.up).weight)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         z = x if self.reads_input else y
         if z.shape != y.shape:
             raise ValueError(
-                f"a parallel adapter adds what it makes of the input to the output, and {self.site_name!r} takes "
-                f"{tuple(z.shape)} and gives {tuple(y.shape)}: exclude it, or give it a serial adapter"
+                f"a parallel adapter is not supported on {self.site_name!r}: its input has shape {tuple(z.shape)} and "
+                f"its output {tuple(y.shape)}. Exclude it, or set parallel=False"
             )
         maps = self.axis != -1 and z.ndim > 2
-        # Feature maps are seen with their features last: a linear layer is then the 1x1 convolution.
+        # With the channels last, a linear layer computes a 1x1 convolution.
         return y + (self._change(z.movedim(1, -1)).movedim(-1, 1) if maps else self._change(z)).to(y.dtype)
 
     def _change(self, z: Tensor) -> Tensor:
@@ -284,7 +288,7 @@ class Bottleneck(ActivationAdapter):
 
 
 def _run(layer: nn.Module, x: Tensor) -> Tensor:
-    """The layer on ``x``, in the type of ``x``: adapters are kept in float32."""
+    """Apply a float32 layer of the adapter to ``x``, and return the dtype of ``x``."""
     if isinstance(layer, nn.LayerNorm):
         return F.layer_norm(x.to(layer.weight.dtype), layer.normalized_shape, layer.weight, layer.bias, layer.eps).to(
             x.dtype

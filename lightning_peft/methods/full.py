@@ -2,8 +2,8 @@
 
     W' = W after training
 
-The reference that parameter-efficient methods are compared with: what is trained is all of it, P parameters for a
-model of P. With ``layer_decay`` the learning rate falls with depth, lr * decay^depth.
+It is the baseline for parameter-efficient methods: all P parameters of the model train. With ``layer_decay`` the
+learning rate falls with depth, lr * decay^depth.
 
 Discriminative learning rates: Howard & Ruder 2018, "Universal Language Model Fine-tuning for Text Classification",
 arXiv:1801.06146.
@@ -22,21 +22,22 @@ __all__ = ["FullFineTuning"]
 
 
 class FullFineTuning(SelectionMethod):
-    """Full fine-tuning: all of the base trains, the baseline of every comparison.
+    """Trains all parameters of the base, as a baseline for the other methods.
 
-    Choose it when memory allows and there is much data, or to compare: exchanging this one line for another method
-    leaves all the rest of the run as it is. It costs the most of all: gradients and optimizer state for every
-    parameter (with AdamW three times the model beside the model itself), and checkpoints of the full size.
+    Choose it when you have enough memory and data, or as a baseline: to compare, replace this one line by another
+    method and keep the rest of the run. It costs more than any other method: gradients and optimizer state for every
+    parameter (with AdamW, three times the size of the model in addition to the model itself), and full-size
+    checkpoints.
 
     Args:
-        targets: ``"all"``, or patterns of the modules that train in full.
+        targets: ``"all"``, or patterns of the modules that train.
         exclude: patterns of modules that stay frozen.
-        layer_decay: learning rates by depth: the rate is multiplied by this for each block further from the
-            output. 1 for one rate everywhere.
+        layer_decay: multiply the learning rate by this factor for each block further from the output; 1 uses one rate
+            everywhere.
 
     Raises:
-        ValueError: a decay outside (0, 1].
-        TargetError: a pattern matches nothing; a quantised weight, which cannot train.
+        ValueError: if layer_decay is outside (0, 1].
+        TargetError: if a pattern matches nothing, or a targeted weight is quantised and cannot train.
 
     Example::
 

@@ -1,9 +1,9 @@
-"""Gradual unfreezing: the head trains first, then one block after the other unfreezes, from the output down.
+"""Gradual unfreezing: the head trains first, then the blocks unfreeze one after another, from the output down.
 
     theta_l trains from time t_l on,    t_L <= t_{L-1} <= ... <= t_1
 
-The lower layers see gradients only once those above have settled, which keeps what the base knows. All of what has
-unfrozen trains; with every block scheduled, in the end the whole model does.
+Lower layers start to train only after the layers above have adapted, which preserves more of what the base knows. All
+unfrozen blocks continue to train; if every block is scheduled, the whole model trains at the end.
 
 Howard & Ruder 2018, "Universal Language Model Fine-tuning for Text Classification", arXiv:1801.06146.
 """
@@ -35,36 +35,37 @@ __all__ = ["GradualUnfreezing"]
 
 
 class GradualUnfreezing(SelectionMethod):
-    """Gradual unfreezing (Howard & Ruder 2018, arXiv:1801.06146): blocks unfreeze one by one from the output down.
+    """Unfreezes the blocks one by one, from the output down (Howard & Ruder 2018, arXiv:1801.06146).
 
-    Choose it when full fine-tuning forgets what the base knows: little data, or data far from the base's. It costs
-    as much as full fine-tuning once all has unfrozen, and less before; checkpoints grow with what has unfrozen.
+    Choose it when full fine-tuning forgets what the base knows, because data is scarce or unlike the base's. It costs
+    as much as full fine-tuning once everything is unfrozen, and less before. Checkpoints grow as blocks unfreeze.
 
-    The optimizer holds every parameter that is scheduled from the start (``configure_optimizers`` sees them as
-    trainable), so its groups and schedulers are those of the user throughout; a frozen parameter has no gradient, and
-    is not touched. A checkpoint says what has unfrozen, and a resumed run goes on exactly. The base values of a
-    unfrozen parameter are kept on the CPU, so that an earlier checkpoint can still be loaded.
+    The optimizer holds every scheduled parameter from the start (``configure_optimizers`` sees them as trainable), so
+    your parameter groups and schedulers stay valid. A parameter that is still frozen has no gradient, so the optimizer
+    skips it. Checkpoints record what is unfrozen, so a run resumes exactly. The original values of unfrozen parameters
+    are kept on the CPU, so that an earlier checkpoint can still be loaded.
 
     Without a Trainer: ``lp.apply(model, method)``, build the optimizer over ``lp.trainable_parameters(model)``, and
     call ``method.advance(model, time)`` at the start of each epoch or step.
 
     Args:
-        every: epochs (or steps) between one block and the next, when there is no ``schedule``; all blocks unfreeze
-            then, and last what stands before the first (embeddings).
-        schedule: when each block unfreezes, counted from 0, from the output down: ``[1, 2, 2]`` unfreezes the last
-            block after one epoch and the two before it after two. What it does not reach stays frozen.
-        unit: ``"epoch"``, or ``"step"`` of the optimizer.
-        targets: ``"blocks"``, the repeated blocks found in the model, or patterns of modules to unfreeze instead, which
-            do so from the last in model order to the first.
+        every: number of epochs (or steps) between two blocks, if ``schedule`` is None. All blocks unfreeze, and finally
+            the layers before the first block (embeddings).
+        schedule: time at which each block unfreezes, from the output down, counted from 0: ``[1, 2, 2]`` unfreezes the
+            last block after one epoch and the two before it after two. Blocks beyond the list stay frozen.
+        unit: unit of these times: ``"epoch"``, or ``"step"`` (an optimizer step).
+        targets: ``"blocks"`` (the repeated blocks found in the model), or patterns of modules to unfreeze instead, from
+            the last one in the model to the first.
         exclude: patterns of modules that never train.
-        trainable, name: see :class:`lightning_peft.PEFTMethod`. What follows the last block trains from the start.
-        layer_decay: learning rates by depth: the rate is multiplied by this for each block further from the output;
-            the paper has 1 / 2.6.
+        trainable, name: see :class:`lightning_peft.PEFTMethod`. The layers after the last block train from the start.
+        layer_decay: multiply the learning rate by this factor for each block further from the output; 1 / 2.6 in the
+            paper.
 
     Raises:
-        ValueError: a schedule that is empty, negative or goes back in time.
-        TargetError: a schedule with more entries than there are blocks; a pattern matches nothing.
-        MisconfigurationException: a strategy that fixes what trains before the first step (DeepSpeed, FSDP 1).
+        ValueError: if the schedule is empty, negative or not in ascending order.
+        TargetError: if the schedule has more entries than there are blocks, or a pattern matches nothing.
+        MisconfigurationException: if the strategy fixes the trainable parameters before the first step (DeepSpeed, FSDP
+            1).
 
     Example::
 
@@ -101,7 +102,7 @@ class GradualUnfreezing(SelectionMethod):
                     plan.deferred[name] = stage, f"trains from {self.unit} {time}"
 
     def stages(self, model: nn.Module) -> dict[str, list[str]]:
-        """What unfreezes together, in order: the block's name to the names of its parameters."""
+        """The stages in order: each block's name, and the names of the parameters that unfreeze with it."""
         excluded = self.covered(model, as_patterns(self.exclude, "exclude"), "exclude")
         stages = {block: list(parameters_in(model, block)) for block in reversed(self.blocks(model))}
         if not self.patterns("blocks"):
@@ -111,10 +112,10 @@ class GradualUnfreezing(SelectionMethod):
         return {k: [n for n in names if not excluded(owner_of(n))] for k, names in stages.items()}
 
     def times(self, model: nn.Module) -> list[int]:
-        """When each stage unfreezes.
+        """The time at which each stage unfreezes.
 
         Raises:
-            TargetError: there are more times than stages.
+            TargetError: if there are more times than stages.
         """
         stages = self.stages(model)
         if self.schedule is None:
@@ -127,7 +128,11 @@ class GradualUnfreezing(SelectionMethod):
         return list(self.schedule)
 
     def advance(self, model: nn.Module, time: int) -> list[str]:
-        """Thaw what is due at ``time`` (epochs or optimizer steps done); returns the names that were frozen before."""
+        """Unfreeze everything due at ``time`` (completed epochs or optimizer steps).
+
+        Returns:
+            The names of the parameters that were frozen before.
+        """
         record = injection_state(model)
         later = record.deferred if record is not None else {}
         due = [names for t, names in zip(self.times(model), self.stages(model).values()) if t <= time]
@@ -137,8 +142,8 @@ class GradualUnfreezing(SelectionMethod):
         kind = type(trainer.strategy).__name__
         if kind.startswith(("DeepSpeed", "FSDP", "Megatron")):
             raise MisconfigurationException(
-                f"GradualUnfreezing cannot run under {kind}, which fixes what trains before the first step; "
-                "take DDPStrategy or ModelParallelStrategy, or train from the start with lp.LastLayers"
+                f"GradualUnfreezing is not supported with {kind}, which fixes the trainable parameters before the "
+                "first step. Use DDPStrategy or ModelParallelStrategy, or train from the start with lp.LastLayers"
             )
         super().setup(trainer, pl_module, stage)
         self._due: list[int] | None = None
@@ -149,7 +154,7 @@ class GradualUnfreezing(SelectionMethod):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._advance(trainer, pl_module)  # a run that resumes between two epochs has no epoch start
+        self._advance(trainer, pl_module)  # needed for runs that resume between two epochs: they skip the epoch start
 
     def _advance(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         now = trainer.current_epoch if self.unit == "epoch" else trainer.global_step
@@ -164,7 +169,7 @@ class GradualUnfreezing(SelectionMethod):
         rank_zero_info(f"GradualUnfreezing: {len(new)} more parameters train from {self.unit} {now} on")
         strategy = trainer.strategy
         if isinstance(strategy, lightning_classes("strategies.DDPStrategy")) and strategy.model is not None:
-            # DDP reduces the gradients it found when it was built; left alone, the new ones would differ by rank.
+            # DDP reduces only the gradients of parameters that were trainable when it was built, so rebuild it.
             module: Any = strategy.model.module
             strategy.model = None
             gc.collect()  # the old reducer's hooks go with it

@@ -1,10 +1,11 @@
 """IA3: inhibiting and amplifying inner activations by learned vectors.
 
     keys, values:   y' = l * (W x + b),   l in R^out
-    feed-forward:   y' = W (l * x) + b,   l in R^in    (the second linear layer's input)
+    feed-forward:   y' = W (l * x) + b,   l in R^in    (the input of the second linear layer)
 
-Only the vectors l train: out or in parameters for a matrix of out x in. All start at one, so the adapted model starts
-as its base. Both are changes of the weight (its rows with the bias, or its columns), so they merge.
+Only the vectors l train: out or in parameters for an out x in matrix. They start at one, so the adapted model initially
+computes what the base computes. Both forms scale the weight (its rows and the bias, or its columns), so they can be
+merged.
 
 Liu et al. 2022, "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning",
 arXiv:2205.05638.
@@ -12,8 +13,8 @@ arXiv:2205.05638.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,39 +22,35 @@ from attrs import field
 from torch import Tensor, nn
 
 from lightning_peft.core.adapters.base import WeightAdapter
-from lightning_peft.core.names import is_within
-from lightning_peft.core.targeting.blocks import find_sublayers, label
-from lightning_peft.core.targeting.frozen_parts import why_frozen
+from lightning_peft.core.module_io import with_input
 from lightning_peft.core.targeting.layouts import EmbeddingLayout
 from lightning_peft.core.targeting.patterns import TargetError, as_patterns
 from lightning_peft.core.targeting.sites import Site, find_sites
+from lightning_peft.core.targeting.sublayer_weights import sublayer_weights
 from lightning_peft.methods.families.declared import target_patterns
 from lightning_peft.methods.families.weight import WeightMethod, check_bias
 
 __all__ = ["IA3"]
 
-_KEY_VALUE = re.compile(r"(to_)?[kv](_proj|_lin)?|(key|value)(_proj|_layer)?|kv(_proj)?|[kv]_proj_weight|kv_b_proj")
-_FUSED = re.compile(r"c_attn|w?qkv(_proj)?|query_key_value|w_pack|in_proj(_weight)?")
-
 
 class IA3(WeightMethod):
-    """IA3 (Liu et al. 2022, arXiv:2205.05638): learned scales of keys, values and feed-forward activations.
+    """Learned scales for keys, values and feed-forward activations (Liu et al. 2022, arXiv:2205.05638).
 
-    Choose it when the adapter must be tiny (some thousand parameters, a tenth of LoRA's smallest) and data is scarce,
-    as in few-shot learning of a language model. It costs quality where the task is far from what the base does, and
-    wants a high learning rate (3e-3 in the paper).
+    Choose it when the adapter must be tiny (a few thousand parameters, about a tenth of the smallest LoRA) and data is
+    scarce, as in few-shot learning with a language model. It costs quality if the task is far from what the base was
+    trained for, and needs a high learning rate (3e-3 in the paper).
 
     Args:
         targets: weights whose output is scaled: ``"all-key-value"`` (the key and value projections of each attention;
-            one that is fused with the queries, such as ``c_attn`` or ``in_proj_weight``, is scaled whole) or patterns;
-            empty for none.
+            a projection that also computes the queries, such as ``c_attn`` or ``in_proj_weight``, is scaled as a whole)
+            or patterns. Empty scales no output.
         feedforward_targets: weights whose input is scaled: ``"all-feedforward"`` (the second linear layer of each
-            feed-forward; of all experts, where it has some) or patterns; empty for none. What ``targets`` names as
-            well is scaled at its input only, so the lists of Hugging Face PEFT can be used as they are.
+            feed-forward block, or of each of its experts) or patterns. Empty scales no input. A weight that ``targets``
+            also matches is scaled at its input only, so the lists of Hugging Face PEFT work unchanged.
 
     Raises:
-        TargetError: nothing looks like an attention or a feed-forward; a pattern matches nothing.
-        ValueError: a weight that cannot be scaled so.
+        TargetError: if no attention or feed-forward block is found, or a pattern matches nothing.
+        ValueError: if a weight cannot be scaled: the input of an embedding, or an output whose bias is shared.
 
     Example::
 
@@ -69,7 +66,7 @@ class IA3(WeightMethod):
 
     def check(self) -> None:
         if not self.feedforward_targets and not self.targets:
-            raise TargetError("targets and feedforward_targets are both empty: nothing would train")
+            raise TargetError("targets and feedforward_targets are both empty, so nothing would train: set one of them")
 
     def __attrs_post_init__(self) -> None:
         super().__attrs_post_init__()
@@ -78,7 +75,10 @@ class IA3(WeightMethod):
     def find(self, model: nn.Module, heads: list[str]) -> tuple[dict[str, Site], list[str]]:
         outputs = as_patterns(self.targets, "targets")
         inputs = as_patterns(self.feedforward_targets, "feedforward_targets")
-        words = _words(model, outputs, heads)
+        words = {
+            word: partial(sublayer_weights, model, word, "targets" if word in outputs else "feedforward_targets", heads)
+            for word in ("all-key-value", "all-feedforward")
+        }
         found = find_sites(model, [*outputs, *inputs], self.exclude, heads, words=words)
         self._at_input = frozenset(find_sites(model, inputs, (), heads, words=words)[0]) if inputs else frozenset()
         return found
@@ -110,7 +110,7 @@ class OutputScale(WeightAdapter):
         return None if bias is None else bias * self.ia3_l.flatten()
 
     def output(self, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        # In the scale's own type, since half precision would round a scale near one away; back to that of y.
+        # Multiply in the scale's dtype: half precision would round scales close to one to exactly one.
         return (y * self.layout.features(host, self.ia3_l.flatten())).to(y.dtype)
 
 
@@ -120,7 +120,7 @@ class InputScale(WeightAdapter):
     def __init__(self, site: Site) -> None:
         super().__init__(site)
         if isinstance(site.layout, EmbeddingLayout):
-            raise ValueError(f"{site.name!r} is an embedding, which has no input to scale: name it in targets instead")
+            raise ValueError(f"{site.name!r} is an embedding, so it has no input to scale: name it in targets instead")
         self.inputs, self.groups = site.layout.inputs(site.module, site.shape)
         self.ia3_l = nn.Parameter(torch.ones(*site.shape[:-2], 1, self.inputs))
 
@@ -131,41 +131,12 @@ class InputScale(WeightAdapter):
     def transform(self, weight: Tensor) -> Tensor:
         if weight.ndim > 2:
             return weight * self.ia3_l
-        # For a convolution every group of outputs sees its own inputs, each at all positions of the kernel.
+        # In a grouped convolution each group of outputs has its own input channels; kernel positions share a scale.
         rows, per_group = weight.shape[0] // self.groups, self.inputs // self.groups
         by_input = weight.reshape(self.groups, rows, per_group, -1) * self.ia3_l.view(self.groups, 1, per_group, 1)
         return by_input.view(weight.shape)
 
     def run(self, host: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         scale = self.layout.features(host, self.ia3_l.flatten())
-        if args:
-            return call((args[0] * scale).to(args[0].dtype), *args[1:], **kwargs)
-        first, x = next(iter(kwargs.items()))
-        return call(**{**kwargs, first: (x * scale).to(x.dtype)})
-
-
-def _words(model: nn.Module, outputs: Sequence[str], heads: list[str]) -> dict[str, Callable[[], list[str]]]:
-    """The reserved words, each with a function that finds the weights that it means; ``outputs`` are ``targets``."""
-
-    def found(word: str, kind: str, what: str) -> list[str]:
-        sublayers = [s for s in find_sublayers(model) if s.kind == kind]
-        names = [n for s in sublayers for n in (s.outputs if kind == "feedforward" else _keys_and_values(s.sites))]
-        names = [n for n in names if not is_within(n, *heads)]
-        if not names:
-            argument = "targets" if word in outputs else "feedforward_targets"
-            raise TargetError(
-                f"{argument}={word!r}: nothing in this model looks like {what}; give patterns of the layers to "
-                f"scale, or {argument}=() for none{why_frozen(model)}"
-            )
-        return names
-
-    keys_and_values = "the key and value projections of an attention"
-    return {
-        "all-key-value": lambda: found("all-key-value", "attention", keys_and_values),
-        "all-feedforward": lambda: found("all-feedforward", "feedforward", "a feed-forward"),
-    }
-
-
-def _keys_and_values(sites: Sequence[str]) -> list[str]:
-    separate = [name for name in sites if _KEY_VALUE.fullmatch(label(name))]
-    return separate or [name for name in sites if _FUSED.fullmatch(label(name))]
+        args, kwargs = with_input(args, kwargs, lambda x: (x * scale).to(x.dtype))
+        return call(*args, **kwargs)

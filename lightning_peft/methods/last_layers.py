@@ -1,9 +1,9 @@
-"""Last layers: the top blocks of the base and all after them train.
+"""Last layers: the last blocks of the base and everything after them train.
 
-    theta_l' = theta_l after training for l > L - n,    theta_l' = theta_l otherwise
+    theta_l trains for l > L - n,    theta_l is frozen otherwise
 
-Trains the parameters of the last n of L blocks, of what follows them (final norm, pooler) and of the head. No
-gradient flows below the lowest block that trains, so a step is cheaper in time as well as in memory.
+It trains the parameters of the last n of L blocks, of the layers after them (final norm, pooler) and of the head. The
+backward pass ends at the lowest block that trains, which saves both time and memory.
 
 Yosinski et al. 2014, "How transferable are features in deep neural networks?", arXiv:1411.1792;
 Lee et al. 2019, "What Would Elsa Do? Freezing Layers During Transformer Fine-Tuning", arXiv:1911.03090.
@@ -26,22 +26,22 @@ __all__ = ["LastLayers"]
 
 
 class LastLayers(SelectionMethod):
-    """Training of the last blocks and the head, with everything below frozen.
+    """Trains the last blocks and the head, and freezes everything before them (arXiv:1411.1792).
 
-    Choose it when the task needs other high-level features but the same low-level ones, and when training time
-    counts: the backward pass ends at the lowest block that trains. It costs memory for the whole of those blocks, more
-    than an adapter in every block.
+    Choose it when the task needs new high-level features but can reuse the low-level ones, and training time matters:
+    the backward pass ends at the lowest block that trains. It costs optimizer state and checkpoint space for entire
+    blocks, more than adapters in every block need.
 
     Args:
-        n: how many blocks, counted from the output; None takes the last one, or all that ``targets`` names.
-        targets: ``"blocks"``, the repeated blocks found in the model, or patterns of modules to take instead.
-        exclude: patterns of modules inside them that stay frozen.
-        trainable, name: see :class:`lightning_peft.PEFTMethod`. What follows the last block trains in any case.
-        layer_decay: learning rates by depth: the rate is multiplied by this for each block further from the output.
+        n: number of blocks to train, counted from the output; None means 1, or all blocks that ``targets`` names.
+        targets: ``"blocks"`` (the repeated blocks found in the model), or patterns of modules to use as blocks.
+        exclude: patterns of modules inside the blocks that stay frozen.
+        trainable, name: see :class:`lightning_peft.PEFTMethod`. The layers after the last block always train.
+        layer_decay: multiply the learning rate by this factor for each block further from the output.
 
     Raises:
-        ValueError: n below 1, a decay outside (0, 1].
-        TargetError: fewer than n blocks; a pattern matches nothing.
+        ValueError: if n is below 1, or layer_decay is outside (0, 1].
+        TargetError: if the model has fewer than n blocks, or a pattern matches nothing.
 
     Example::
 

@@ -2,8 +2,8 @@
 
     y = V f(x) + c,    V, c trained, f frozen
 
-Trains the head's own parameters: classes x (features + 1) for a linear one. What a representation is worth without
-changing it, and the first stage of "linear probe, then fine-tune".
+Only the parameters of the head train: classes x (features + 1) for a linear head. It measures how useful the base's
+features are without changing them, and is the first stage of "linear probing, then fine-tuning".
 
 Alain & Bengio 2016, "Understanding intermediate layers using linear classifier probes", arXiv:1610.01644;
 Kumar et al. 2022, "Fine-Tuning can Distort Pretrained Features", arXiv:2202.10054.
@@ -28,19 +28,20 @@ __all__ = ["LinearProbe"]
 
 
 class LinearProbe(SelectionMethod):
-    """Linear probing: the output head trains, the base is frozen.
+    """Linear probing: trains the output head and freezes the base (arXiv:1610.01644).
 
-    Choose it when data is scarce or the base already separates the classes, and as the lower bound of a comparison.
-    It costs next to nothing: no gradient flows into the base. It cannot learn features that the base does not have.
+    Choose it when data is scarce or the base already separates the classes, or as a lower bound in a comparison. It
+    costs almost nothing, because no gradient flows into the base, but it cannot learn features that the base does not
+    have.
 
     Args:
-        targets: ``"head"``, the output head found in the model (with a dense layer before it that belongs to it), or
-            patterns of what is to be the head.
-        exclude: patterns of modules inside it that stay frozen.
-        trainable: the head by pattern instead; with it the model's own output head is not looked for.
+        targets: ``"head"`` (the output head found in the model, including dense layers before it that belong to it), or
+            patterns of the modules to use as the head.
+        exclude: patterns of modules inside the head that stay frozen.
+        trainable: patterns of the head, as an alternative to ``targets``; the output head is then not searched for.
 
     Raises:
-        TargetError: no output head can be told, or a pattern matches nothing.
+        TargetError: if the output head cannot be determined, or a pattern matches nothing.
 
     Example::
 

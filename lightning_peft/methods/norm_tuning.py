@@ -2,8 +2,8 @@
 
     y = g' * (x - mean) / std + b',    g' and b' trained
 
-For LayerNorm, RMSNorm (g' alone), BatchNorm, GroupNorm and InstanceNorm: 2 d parameters for a norm over d features,
-d for an RMSNorm.
+It supports LayerNorm, RMSNorm (g' only), BatchNorm, GroupNorm and InstanceNorm. 2 d parameters train per norm layer
+over d features, and d per RMSNorm.
 
 Zhao et al. 2023, "Tuning LayerNorm in Attention: Towards Efficient Multi-Modal LLM Finetuning", arXiv:2312.11420.
 Of BatchNorm: Frankle et al. 2020, "Training BatchNorm and Only BatchNorm", arXiv:2003.00152.
@@ -24,22 +24,22 @@ __all__ = ["NormTuning"]
 
 
 class NormTuning(SelectionMethod):
-    """Norm tuning (Zhao et al. 2023, arXiv:2312.11420): the scale and shift of norm layers train, all else is frozen.
+    """Trains the scale and shift of norm layers and freezes everything else (Zhao et al. 2023, arXiv:2312.11420).
 
-    Choose it when the fewest parameters matter, and on models without biases; of convolutional networks with
-    BatchNorm it also adapts to a shift of the data. It costs nothing at inference and adds no module, but activations
-    are kept for every layer as in full fine-tuning.
+    Choose it when you need as few parameters as possible, especially for models without biases. In convolutional
+    networks with BatchNorm it can also adapt to a distribution shift. It costs nothing at inference, but stores
+    activations for every layer, as full fine-tuning does.
 
     Args:
-        targets: ``"all"`` norm layers, or patterns of norm layers or of modules around them.
-        exclude: patterns to take away.
-        trainable: patterns of modules that train in full; a new head belongs here.
-        parts: what of a norm layer trains: ``"all"``, ``"weight"`` (the scale) or ``"bias"`` (the shift).
-        train_norm_stats: let the running statistics of BatchNorm move with training; by default they stay those of
-            the base, in training as in evaluation.
+        targets: ``"all"`` norm layers, or patterns of norm layers or of modules that contain them.
+        exclude: patterns of norm layers that stay frozen.
+        trainable: patterns of modules that train in full; name a new head here.
+        parts: which parameters of a norm layer train: ``"all"``, ``"weight"`` (the scale) or ``"bias"`` (the shift).
+        train_norm_stats: update the running statistics of BatchNorm during training. If False, the base's statistics
+            are used in training as well as in evaluation.
 
     Raises:
-        TargetError: the model has no norm layer with parameters, or a pattern matches none.
+        TargetError: if the model has no norm layer with parameters, or a pattern matches none.
 
     Example::
 
@@ -71,7 +71,7 @@ class NormTuning(SelectionMethod):
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether ``module`` is a norm layer with parameters: its class or a base of it is named so, all are vectors."""
+    """True if a class name of ``module`` or its bases contains "norm", and its parameters are vectors."""
     named = any("norm" in cls.__name__.lower() for cls in original_class(module).__mro__)
     own = [p for p in module._parameters.values() if p is not None]
     return named and bool(own) and all(p.ndim <= 1 or p.numel() == max(p.shape) for p in own)

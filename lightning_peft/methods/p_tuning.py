@@ -1,10 +1,10 @@
-"""P-tuning: virtual tokens among the input's that a small network makes.
+"""P-tuning: a small network computes the embeddings of virtual tokens, which are inserted into the input sequence.
 
     E' = [P; E],    P = f(H),    H in R^{T x d}
 
 f is an MLP of three layers (d -> h -> h -> d, ReLU), or a bidirectional LSTM of width h followed by an MLP of two
-(2h -> 2h -> d): T d + (d h + h) + (h h + h) + (h d + d) parameters with the MLP. The network steadies training; P is
-all that is needed afterwards.
+layers (2h -> 2h -> d). With the MLP, T d + (d h + h) + (h h + h) + (h d + d) parameters train. The network stabilises
+training; afterwards only P is needed.
 
 Liu et al. 2021, "GPT Understands, Too", arXiv:2103.10385.
 """
@@ -25,29 +25,24 @@ __all__ = ["PTuning"]
 
 
 class PTuning(PromptMethod):
-    """Virtual tokens that a small network makes (Liu et al. 2021, arXiv:2103.10385).
+    """Inserts virtual tokens computed by a small network into the input (Liu et al. 2021, arXiv:2103.10385).
 
-    Like :class:`lightning_peft.PromptTuning` outside. :func:`lightning_peft.fold` replaces the network by the prompt it
-    makes, after training; checkpoints before that keep it, so that training resumes exactly.
+    The virtual tokens work as in :class:`lightning_peft.PromptTuning`. After training, :func:`lightning_peft.fold`
+    replaces the network by its output. Until then checkpoints contain the network, so that training resumes exactly.
 
-    Choose it where prompt tuning is unstable or too slow to learn, on natural-language-understanding tasks above
-    all. It costs some h (2 d + h) parameters while training (h = d by default), and T positions of the context for
-    good; it cannot be merged.
+    Choose it if prompt tuning is unstable or learns too slowly, mainly on natural-language-understanding tasks. It
+    costs about h (2 d + h) more parameters during training (h = d by default) and T positions of the context, and
+    cannot be merged.
 
     Args:
-        num_virtual_tokens: T; 20 by default.
-        targets, exclude, trainable, name: see :class:`lightning_peft.PromptTuning`.
-        position: ``"prefix"``, ``"after_bos"`` or ``"suffix"``, as of :class:`lightning_peft.PromptTuning`.
-        template: any other place, as words: ``"v8 x1 v4 x*"``, as of :class:`lightning_peft.PromptTuning`.
-        side: of an encoder-decoder: ``"encoder"`` or ``"decoder"``.
-        encoder: ``"mlp"`` or ``"lstm"``.
-        hidden_size: h, the network's width; the token width by default.
-        num_layers: of the LSTM.
-        dropout: between the LSTM's layers; needs at least two of them.
-        folded_prompt: whether the prompt is trained directly; :func:`lightning_peft.fold` sets it.
+        encoder: the network: ``"mlp"`` or ``"lstm"``.
+        hidden_size: width h of the network; None takes the width of a token embedding.
+        num_layers: number of LSTM layers.
+        dropout: dropout probability between LSTM layers; it needs at least two of them.
+        folded_prompt: train the prompt directly, without the network; :func:`lightning_peft.fold` sets it.
 
     Raises:
-        ValueError: an argument that cannot be, or one of the LSTM's with the MLP.
+        ValueError: if an argument is invalid, or an LSTM argument is set with ``encoder="mlp"``.
         TargetError: see :class:`lightning_peft.PromptTuning`.
 
     Example::
@@ -66,9 +61,9 @@ class PTuning(PromptMethod):
     def check(self) -> None:
         super().check()
         if self.encoder == "mlp" and (self.num_layers != 2 or self.dropout):
-            raise ValueError("num_layers and dropout are the LSTM's: set encoder='lstm', or leave them out")
+            raise ValueError("num_layers and dropout apply to the LSTM only: set encoder='lstm', or remove them")
         if self.dropout and self.num_layers == 1:
-            raise ValueError("dropout works between the LSTM's layers: set num_layers to 2 or more, or dropout=0")
+            raise ValueError("dropout acts between LSTM layers: set num_layers to 2 or more, or dropout=0")
 
     def build(self, name: str, width: int, tokens: int, embedding: nn.Embedding | None) -> Tensor | nn.Module:
         if self.folded_prompt:
@@ -77,14 +72,14 @@ class PTuning(PromptMethod):
         return PromptEncoder(tokens, width, hidden, self.num_layers if self.encoder == "lstm" else 0, self.dropout)
 
     def without_reparameterization(self) -> PTuning:
-        """This method with a direct prompt, as a model has it after :func:`lightning_peft.fold`."""
+        """A copy of this method with a directly trained prompt, as after :func:`lightning_peft.fold`."""
         method = copy.copy(self)
         method.folded_prompt = True
         return method
 
 
 class PromptEncoder(nn.Module):
-    """f and H: makes the virtual tokens (T, width). With ``layers`` an LSTM comes before the MLP."""
+    """f and H: computes the virtual tokens (T, width). If ``layers`` > 0, an LSTM precedes the MLP."""
 
     def __init__(self, tokens: int, width: int, hidden: int, layers: int, dropout: float) -> None:
         super().__init__()

@@ -1,11 +1,12 @@
-"""Prefix tuning: trained keys and values that every query sees, in each attention layer.
+"""Prefix tuning: every attention layer gets trained keys and values that all queries attend to.
 
     Attn(Q, [P_K; K], [P_V; V]),    P_K in R^{T x keys}, P_V in R^{T x values}
 
-T (keys + values) parameters train for each attention layer. With ``bottleneck_size`` the prefixes of all layers come
-from one embedding E (T x e, where e is the key width of the first layer) through a small network,
-[P_K, P_V]_l = U_l act(D E) + c_l, which steadies training and is folded away afterwards. With ``gate`` the prefix is
-attended to on its own and added, Attn(Q, K, V) + g Attn(Q, P_K, P_V), with g = 0 at the start.
+T (keys + values) parameters train per attention layer, where keys and values are their widths. With
+``bottleneck_size``, a small network computes the prefixes of all layers from one embedding E (T x e, where e is the key
+width of the first layer): [P_K, P_V]_l = U_l act(D E) + c_l. It stabilises training and is removed afterwards. With
+``gate``, attention to the prefix is computed separately and added: Attn(Q, K, V) + g Attn(Q, P_K, P_V), with g = 0 at
+the start.
 
 Li and Liang 2021, "Prefix-Tuning: Optimizing Continuous Prompts for Generation", arXiv:2101.00190.
 Without the network, for tasks of every kind: Liu et al. 2021, "P-Tuning v2", arXiv:2110.07602.
@@ -53,38 +54,41 @@ _block_indices = Check(
 
 
 class PrefixTuning(PEFTMethod):
-    """Trained keys and values in every attention layer (Li and Liang 2021, arXiv:2101.00190).
+    """Adds trained keys and values to every attention layer (Li and Liang 2021, arXiv:2101.00190).
 
-    It adds them at the attention call itself, so it serves whatever calls ``scaled_dot_product_attention``,
-    ``nn.MultiheadAttention`` and Hugging Face models with "sdpa" or "eager" attention, keeps them out of the KV
-    cache, and never changes the length of the user's sequence. Attention weights, where they are returned, are those
-    of the user's own keys: what is missing to a sum of 1 went to the prefix.
+    The prefix is added at the attention call itself. This works for every module that calls
+    ``scaled_dot_product_attention``, for ``nn.MultiheadAttention``, and for Hugging Face models with "sdpa" or "eager"
+    attention. The prefix is not stored in the KV cache, and the length of your sequence does not change. If a model
+    returns attention weights, they cover your tokens only, so they sum to less than 1: the rest went to the prefix.
 
-    Choose it when the base must stay untouched and many tasks share one served model: a prefix is data, not a change
-    of weights. It costs T extra keys in each attention call, a written-out mask in causal layers (no ``is_causal``
+    Choose it when the base must stay unchanged and many tasks share one served model, since a prefix does not change
+    weights. It costs T extra keys in each attention call and an explicit mask in causal layers (no ``is_causal``
     kernel), and cannot be merged. It learns slowly: use a learning rate of 1e-3 to 1e-2.
 
     Args:
-        num_virtual_tokens: T, the length of the prefix.
-        targets: ``"all-attention"``, or patterns of attention modules (in T5 for example
+        num_virtual_tokens: length T of the prefix.
+        targets: ``"all-attention"``, or patterns of attention modules (for T5, for example,
             ``["SelfAttention", "EncDecAttention"]``).
-        layers: only the attention in these blocks of the model, by index; negative ones count from the end.
-        bottleneck_size: width of the network that makes the prefixes while training; None trains them directly.
-            :func:`lightning_peft.fold` replaces it by the prefixes it makes.
-        activation: its activation: ``"tanh"``, ``"relu"``, ``"gelu"`` or ``"silu"``.
-        gate: attend to the prefix on its own and add that, times a learned number for each layer that starts at 0.
-        init: ``"normal"`` or ``"zero"``, of the prefixes or of the network's last layer.
-        init_std: standard deviation of ``"normal"``.
-        kv_dim: the width of keys and of values (key heads x head width) of targeted modules whose projections
-            have unusual names; otherwise it is read from the modules.
-        shift_positions: give the user's tokens positions from T on, and let the prefix fall out of sliding windows
-            (Mistral, Gemma) as any token does, as Hugging Face PEFT does; needed to compute exactly what its adapters
-            were trained with. Without it every token sees the whole prefix.
+        layers: indices of the blocks whose attention gets a prefix; negative indices count from the end. None means
+            all.
+        bottleneck_size: width of the network that computes the prefixes during training; None trains them directly.
+            :func:`lightning_peft.fold` replaces the network by its output.
+        activation: activation of that network: ``"tanh"``, ``"relu"``, ``"gelu"`` or ``"silu"``.
+        gate: compute attention to the prefix separately, and add it multiplied by a learned number per layer, which is
+            initially 0.
+        init: ``"normal"`` or ``"zero"``: initial values of the prefixes, or ``"zero"`` for the network's last layer.
+        init_std: standard deviation for ``init="normal"``.
+        kv_dim: width of keys and of values (key heads x head width), for modules whose projections have unusual names;
+            None reads it from the modules.
+        shift_positions: start the positions of your tokens at T, and let the prefix fall out of sliding windows
+            (Mistral, Gemma) like any other token. Hugging Face PEFT does so; set it to reproduce adapters trained
+            there. If False, every token sees the whole prefix.
 
     Raises:
-        ValueError: a number that is none, or an unknown choice.
-        TargetError: no attention is found, or one that takes no prefix (flash and flex attention functions).
-        AttentionError: at the first forward, an adapted module that made no attention call.
+        ValueError: if an argument is out of range.
+        TargetError: if no attention is found, or its attention function does not support a prefix (flash and flex
+            attention).
+        AttentionError: at the first forward pass, if an adapted module makes no attention call.
 
     Example::
 
@@ -131,14 +135,14 @@ class PrefixTuning(PEFTMethod):
         return plan
 
     def without_reparameterization(self) -> PrefixTuning:
-        """This method with direct prefixes, as a model has them after :func:`lightning_peft.fold`."""
+        """A copy of this method with directly trained prefixes, as after :func:`lightning_peft.fold`."""
         method = copy.copy(self)
         method.bottleneck_size = None
         return method
 
 
 class PrefixSource(nn.Module):
-    """The part of the network that all layers share: act(D E), T x bottleneck."""
+    """The part of the network that all layers share; it computes act(D E) (T, bottleneck)."""
 
     def __init__(self, tokens: int, width: int, bottleneck: int, activation: str) -> None:
         super().__init__()
@@ -153,7 +157,7 @@ class PrefixSource(nn.Module):
 class PrefixAdapter(Adapter):
     """The prefix of one attention module: ``prefix_keys`` (T, keys) and ``prefix_values`` (T, values).
 
-    With a source they are the output of ``up`` instead. The source is stored once, with the first layer.
+    With a source, ``up`` computes them instead. The source is stored once, with the first layer.
     """
 
     misfit_errors = (AttentionError,)
@@ -226,17 +230,18 @@ class PrefixAdapter(Adapter):
         return out + self.gate.to(out.dtype) * attended.to(out.dtype)
 
     def by_head(self, prefix: Tensor, like: Tensor) -> Tensor:
-        """``prefix`` (T, heads x width) as ``like`` (..., heads, length, width) is laid out."""
+        """Reshape ``prefix`` (T, heads x width) to the layout of ``like`` (..., heads, length, width)."""
         tokens, total = prefix.shape
         width = like.shape[-1]
         heads = total // width
-        folded = like.ndim == 3 and heads > 1  # batch and heads in one dimension, where each query head has its keys
+        # Some modules put batch and heads into one dimension, after repeating the keys for each query head.
+        folded = like.ndim == 3 and heads > 1
         have = like.shape[-3] if like.ndim > 3 or folded else 1
         groups = self.groups if folded else have // max(heads, 1)
         if total % width or have % (heads * groups):
             raise AttentionError(
-                f"a prefix of width {total} does not fit {have} heads of width {width} at the attention call: give "
-                "kv_dim= (key heads x head width)"
+                f"a prefix of width {total} does not fit {have} heads of width {width} at the attention call: set "
+                "kv_dim to (key heads x head width)"
             )
         out = prefix.to(like.dtype).view(tokens, heads, width).transpose(0, 1)
         out = out.repeat_interleave(groups, 0) if groups != 1 else out
@@ -265,15 +270,15 @@ class PrefixAdapter(Adapter):
 
 
 def batched_shift(batch_layout: BatchLayout, adapters: Sequence[PositionShift | None]) -> PositionShift:
-    """One that serves rows of different prefixes."""
+    """A :class:`PositionShift` for a batch whose rows use different prefixes."""
     return PositionShift(*(0 if a is None else a.tokens[0] for a in adapters))
 
 
 class PositionShift(Adapter):
-    """Moves the positions of the user's tokens up by the prefix's length; has no parameters.
+    """Adds the prefix's length to the position ids; has no parameters.
 
     Args:
-        tokens: the prefix's length; several for the rows of a batch.
+        tokens: length of the prefix, or one length for each row of a batch.
     """
 
     def __init__(self, *tokens: int) -> None:
@@ -302,7 +307,7 @@ class PositionShift(Adapter):
         return out
 
     def _check_cache(self, host: Any, call: Callable[..., Any], given: dict[str, Any], out: Any) -> None:
-        """Check once that a step from the cache in ``out`` is right (:class:`CacheError`)."""
+        """Check once that a step with the cache in ``out`` is correct; raises :class:`CacheError` if not."""
 
         def embeds() -> Tensor:
             ids = given.get("input_ids")
@@ -322,12 +327,15 @@ def _in_layers(model: nn.Module, sites: dict[str, AttentionSite], layers: Sequen
     for i in layers:
         if not -len(blocks) <= i < len(blocks):
             raise TargetError(
-                f"layers={list(layers)!r}: the model has {len(blocks)} blocks, {blocks[:1]} to {blocks[-1:]}"
+                f"layers={list(layers)!r} is out of range: the model has {len(blocks)} blocks, {blocks[:1]} to "
+                f"{blocks[-1:]}. Use indices from {-len(blocks)} to {len(blocks) - 1}"
             )
     wanted = [blocks[i] for i in layers]
     inside = {n: s for n, s in sites.items() if is_within(n, *wanted)}
     if not inside:
-        raise TargetError(f"layers={list(layers)!r} names {wanted}, which hold no targeted attention")
+        raise TargetError(
+            f"layers={list(layers)!r} selects {wanted}, but none of the targeted attention is inside them"
+        )
     return inside
 
 
@@ -338,8 +346,11 @@ def _owner_of_positions(model: nn.Module, sites: list[str]) -> str:
         for name, module in base_modules(model)
         if all(is_within(s, name) and s != name for s in sites)
         and "position_ids" in parameters_of(module)
-        and {"input_ids", "inputs_embeds"} & {*parameters_of(module)}  # a layer is told positions that others made
+        and {"input_ids", "inputs_embeds"} & {*parameters_of(module)}  # inner layers get positions computed elsewhere
     ]
     if not around:
-        raise TargetError("shift_positions=True needs a module around the attention that takes position_ids; none does")
+        raise TargetError(
+            "shift_positions=True is not supported on this model: no module around the attention takes position_ids. "
+            "Set shift_positions=False"
+        )
     return around[-1]

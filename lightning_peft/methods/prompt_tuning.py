@@ -1,9 +1,9 @@
-"""Prompt tuning: trained embeddings among those of the input.
+"""Prompt tuning: trained embeddings are inserted into the input sequence.
 
     E' = [P; E],    P in R^{T x d}
 
-T d parameters train, once for the whole model. The base sees T tokens more; the user does not: outputs, labels and
-masks keep their lengths.
+T d parameters train for the whole model. The base processes T additional tokens, but outputs, labels and masks keep
+their lengths for the caller.
 
 Lester et al. 2021, "The Power of Scale for Parameter-Efficient Prompt Tuning", arXiv:2104.08691.
 """
@@ -27,39 +27,35 @@ __all__ = ["PromptTuning"]
 
 
 class PromptTuning(PromptMethod):
-    """Trained embeddings among those of the input (Lester et al. 2021, arXiv:2104.08691).
+    """Inserts trained token embeddings into the input (Lester et al. 2021, arXiv:2104.08691).
 
-    Outputs, labels, masks and generated tokens keep the user's lengths. In a causal model the output at a token is the
-    one that predicts the next, after any virtual tokens between the two. A classifier of Hugging Face that pools its
-    first position, in the encoder (BERT) or in its head (RoBERTa), pools the first virtual token with
-    ``position="prefix"``, and one that pools the mean includes the virtual tokens, both as Hugging Face PEFT does.
-    ``"after_bos"`` leaves the first token where it was; ``targets="roberta"``, the encoder's name, leaves its head
-    without virtual tokens. A suffix stands after the text that the first step of ``generate`` sees, so it
-    needs the KV cache (``use_cache=True``, the default of most models): generating without one is an error. For a fresh
-    prompt in every layer use :class:`lightning_peft.PrefixTuning`.
+    Outputs, labels, masks and generated tokens keep their lengths. In a causal model, the output at a token is the
+    prediction of the next real token, made after any virtual tokens in between.
 
-    Choose it for large models and many tasks: T d parameters a task, and rows of different tasks differ in data
-    only. It costs T positions of the context and their compute in every layer, cannot be merged, and is weak on
-    small models. It needs a high learning rate (0.3 with Adafactor in the paper; 1e-2 with AdamW).
+    Hugging Face classifiers that pool the first position, in the encoder (BERT) or in the head (RoBERTa), pool the
+    first virtual token if ``position="prefix"``. Classifiers that pool the mean include the virtual tokens. Hugging
+    Face PEFT does the same. ``"after_bos"`` keeps the first real token first, and ``targets="roberta"`` (the encoder's
+    name) keeps virtual tokens out of the head.
+
+    A suffix follows the text of the first ``generate`` step, so it needs the KV cache (``use_cache=True``, the default
+    of most models). Generating without a cache is an error. For a separate prompt in every layer use
+    :class:`lightning_peft.PrefixTuning`.
+
+    Choose it for large models and many tasks: each task needs T d parameters, and one batch can mix tasks. It costs T
+    positions of the context and their compute in every layer, cannot be merged, and works poorly on small models. It
+    needs a high learning rate (0.3 with Adafactor in the paper; 1e-2 with AdamW).
 
     Args:
-        num_virtual_tokens: T; 20 by default.
-        targets: ``"inputs"`` finds the module that embeds tokens, or a pattern for the one module that takes the
-            sequence (see :mod:`lightning_peft.methods.families.prompt_adapters`).
-        position: ``"prefix"``, ``"after_bos"`` (after the first token: learns faster where the base has always seen a
-            BOS first) or ``"suffix"``, of the tokens that the attention mask keeps.
-        template: any other place, as words: ``v8`` for eight virtual tokens, ``x1`` for one real, ``x*`` once for all
-            other real ones: ``"v8 x1 v4 x*"``.
-        side: of an encoder-decoder: ``"encoder"`` or ``"decoder"``.
-        init: ``"vocab"`` (embeddings of random tokens), ``"random"`` (uniform in ±0.5), ``"text"`` (of ``init_text``,
-            repeated or cut), or ``"labels"`` (the mean embedding of each class name in ``init_text``, then random
-            tokens).
-        init_text: the text, or the class names.
-        tokenizer: of the model, for ``init_text``: its folder or hub id, or ``"demo"``.
+        init: ``"vocab"`` (embeddings of random tokens), ``"random"`` (uniform between -0.5 and 0.5), ``"text"``
+            (embeddings of ``init_text``, repeated or truncated), or ``"labels"`` (the mean embedding of each class name
+            in ``init_text``, then random tokens).
+        init_text: the text for ``init="text"``, or the list of class names for ``init="labels"``.
+        tokenizer: the model's tokenizer for ``init_text``: its folder, its hub id, or ``"demo"``.
 
     Raises:
-        ValueError: an argument that cannot be; a text without a tokenizer.
-        TargetError: no module that takes a token sequence, or several; more virtual tokens than positions.
+        ValueError: if an argument is invalid, or init_text is given without a tokenizer.
+        TargetError: if no module or several modules take a token sequence, or there are more virtual tokens than
+            positions.
 
     Example::
 
@@ -78,19 +74,25 @@ class PromptTuning(PromptMethod):
         if self.init in ("text", "labels"):
             if not text or isinstance(text, str) != (self.init == "text"):
                 kind = "a string" if self.init == "text" else "a list of class names"
-                raise ValueError(f"init={self.init!r} needs init_text, {kind}, got {text!r}")
+                raise ValueError(f"init_text must be {kind} for init={self.init!r}, got {text!r}")
             if self.tokenizer is None:
-                raise ValueError(f"init={self.init!r} needs tokenizer=, the folder or hub id of the model's tokenizer")
+                raise ValueError(
+                    f"init={self.init!r} needs a tokenizer: set tokenizer to the folder or hub id of the "
+                    "model's tokenizer"
+                )
         elif text is not None:
-            raise ValueError(f"init_text is only used with init='text' or 'labels', not with init={self.init!r}")
+            raise ValueError(
+                f"init_text has no effect with init={self.init!r}: set init='text' or init='labels', or "
+                "remove init_text"
+            )
 
     def build(self, name: str, width: int, tokens: int, embedding: nn.Embedding | None) -> Tensor | nn.Module:
         if self.init == "random":
             return torch.rand(tokens, width) - 0.5
         if embedding is None or embedding.weight.is_meta:
             raise TargetError(
-                f"init={self.init!r} needs the token embedding, and {name!r} has none of width {width} with values: "
-                "use init='random'"
+                f"init={self.init!r} needs a token embedding of width {width} with loaded values, and none was found "
+                f"for {name!r}: set init='random'"
             )
         table = embedding.weight.detach().to("cpu", torch.get_default_dtype())
         sampled = table[torch.randint(0, embedding.num_embeddings, (tokens,))]
@@ -101,7 +103,10 @@ class PromptTuning(PromptMethod):
         if self.init == "text":
             return table[(ids[0] * tokens)[:tokens]].clone()
         if len(ids) > tokens:
-            raise ValueError(f"init_text has {len(ids)} class names for {tokens} tokens: raise num_virtual_tokens")
+            raise ValueError(
+                f"init_text has {len(ids)} class names, but there are only {tokens} virtual tokens: raise "
+                "num_virtual_tokens"
+            )
         return torch.cat([torch.stack([table[i].mean(0) for i in ids]), sampled[len(ids) :]])
 
 
@@ -109,7 +114,10 @@ def _tokenize(texts: Sequence[str], name: str, vocabulary: int) -> list[list[int
     ids = load_tokenizer(name)(list(texts), add_special_tokens=False)["input_ids"]
     for text, row in zip(texts, ids):
         if not row:
-            raise ValueError(f"init_text: {text!r} has no token")
+            raise ValueError(f"init_text: the tokenizer returns no token for {text!r}. Use another text")
         if max(row) >= vocabulary:
-            raise ValueError(f"tokenizer={name!r} is another model's: it gives id {max(row)} of {vocabulary}")
+            raise ValueError(
+                f"tokenizer={name!r} does not fit the model: it returns id {max(row)}, but the embedding has "
+                f"{vocabulary} entries. Use the model's own tokenizer"
+            )
     return ids

@@ -2,9 +2,9 @@
 
     y' = gamma * y + beta,    gamma, beta in R^out
 
-after linear, convolution and norm layers. Only gamma and beta train: 2 out parameters for each. They start at one
-and zero, so the adapted model starts as its base. After a layer with a weight and a bias the two are a change of
-these, gamma W and gamma b + beta, so all of it merges.
+after linear, convolution and norm layers. Only gamma and beta train: 2 out parameters per layer. They start at one and
+zero, so the adapted model initially computes what the base computes. Merging replaces the layer's weight and bias by
+gamma W and gamma b + beta.
 
 Lian et al. 2022, "Scaling & Shifting Your Features: A New Baseline for Efficient Model Tuning", arXiv:2210.08823.
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from attrs import field
@@ -27,31 +27,32 @@ from lightning_peft.core.targeting.frozen_parts import in_frozen_part
 from lightning_peft.core.targeting.layouts import NormLayout
 from lightning_peft.core.targeting.sites import Site, find_sites, norm_sites, output_head, weight_sites
 from lightning_peft.methods.families.weight import WeightMethod, check_bias
+from lightning_peft.methods.shared.norm_offset import norm_offset
 
 __all__ = ["SSF"]
 
 
 class SSF(WeightMethod):
-    """SSF (Lian et al. 2022, arXiv:2210.08823): a scale and a shift after linear, convolution and norm layers.
+    """Scales and shifts the outputs of linear, convolution and norm layers (Lian et al. 2022, arXiv:2210.08823).
 
-    Choose it for vision models, transformers and convolutional networks alike, when nothing may be added at
-    inference: it merges without a trace, and trains about as many parameters as the model has biases, twice. It costs
-    little beyond the activations it keeps for the backward pass (one more per adapted layer).
+    Choose it for vision models (transformers or convolutional networks) when inference must cost nothing extra: it
+    merges completely, and trains about twice as many parameters as the model has biases. It costs memory for one more
+    activation per adapted layer in training.
+
+    Norm layers that cannot have a bias (RMSNorm) get a scale only. Norm layers that multiply by 1 + weight (Gemma's)
+    are detected by running them. Norm layers without a weight are not adapted, since there is nothing to merge into.
 
     Args:
         targets: ``"all-layers"`` (every linear, convolution and norm layer and the projections of
-            ``nn.MultiheadAttention``, but the output head and what ``trainable`` trains), ``"all-norms"``,
+            ``nn.MultiheadAttention``, except the output head and the modules in ``trainable``), ``"all-norms"``,
             ``"all-linear"``, or patterns.
-        init: ``"identity"`` (scales one, shifts zero) or ``"normal"`` (around these with standard deviation 0.02, as in
-            the paper's code: *not* the base's function at the start).
-
-    A norm layer that cannot have a bias (RMSNorm) gets the scale only. One that multiplies by 1 + weight (Gemma's)
-    is recognised by a trial run. Norm layers without a weight have nothing to merge into and are left alone.
+        init: ``"identity"`` (scales one, shifts zero) or ``"normal"`` (adds noise with standard deviation 0.02, as the
+            paper's code does; the adapted model then differs from its base at the start).
 
     Raises:
-        TargetError: a pattern matches nothing.
-        ValueError: a layer that has no place for a shift (an embedding, a bare parameter), or a norm layer whose
-            output is no simple function of its weight.
+        TargetError: if a pattern matches nothing.
+        ValueError: if a layer cannot have a shift (an embedding, a bare parameter), or the output of a norm layer is
+            not a multiple of its weight.
 
     Example::
 
@@ -66,16 +67,16 @@ class SSF(WeightMethod):
     def find(self, model: nn.Module, heads: list[str]) -> tuple[dict[str, Site], list[str]]:
         sites = weight_sites(model)
         layers = {name: replace(site, linear_like=site.bias is not None) for name, site in sites.items()}
-        head = output_head(model, layers)  # of a convolutional network too, where it is the one linear layer
+        head = output_head(model, layers)  # also in a convolutional network, where it is the only linear layer
         norms = norm_sites(model)
-        # In model order, with a norm's weight where its module stands.
+        # Sort norm layers and other layers together by their order in the model.
         order = {name: i for i, (name, _) in enumerate(model.named_modules())}
         sites = dict(sorted({**sites, **norms}.items(), key=lambda item: order[item[1].host]))
         left_alone = in_frozen_part(model)
 
         def shiftable(candidates: Iterable[str]) -> list[str]:
             names = [n for n in candidates if n != head and not left_alone(n) and not is_within(n, *heads)]
-            return [n for n in names if n not in norms or _offset(norms[n].module) is not None]
+            return [n for n in names if n not in norms or norm_offset(norms[n].module) is not None]
 
         words = {
             "all-layers": lambda: shiftable(n for n, s in sites.items() if n in norms or s.bias is not None),
@@ -91,14 +92,14 @@ class SSF(WeightMethod):
         norm = isinstance(site.layout, NormLayout)
         if site.bias is None and not norm:
             raise ValueError(
-                f"{site.name!r} ({original_class(site.module).__name__}) has no place for a shift: SSF adapts linear, "
-                "convolution and norm layers; exclude it"
+                f"{site.name!r} ({original_class(site.module).__name__}) cannot have a shift: SSF adapts linear, "
+                "convolution and norm layers only. Exclude it"
             )
-        offset = _offset(site.module) if norm else 0.0
+        offset = norm_offset(site.module) if norm else 0.0
         if offset is None:
             raise ValueError(
-                f"{site.name!r} ({original_class(site.module).__name__}) gives an output that is no simple function of "
-                "its weight, so that a scale could not be merged: exclude it"
+                f"the output of {site.name!r} ({original_class(site.module).__name__}) is not a multiple of its "
+                "weight, so a scale could not be merged: exclude it"
             )
         return ScaleShift(site, offset, shifts=site.bias is not None, init=self.init)
 
@@ -107,12 +108,12 @@ class SSF(WeightMethod):
         shiftless = [a.shown for a in plan.attach if getattr(a.adapter, "shift", 0) is None]
         if shiftless:
             plan.notes.append(
-                f"{len(shiftless)} norm layers cannot have a bias and get a scale only ({shiftless[0]}, ...)"
+                f"{len(shiftless)} norm layers cannot have a bias and get only a scale ({shiftless[0]}, ...)"
             )
         adapted = {a.host for a in plan.attach}
-        strange = [n for n, s in norm_sites(model).items() if n not in adapted and _offset(s.module) is None]
+        strange = [n for n, s in norm_sites(model).items() if n not in adapted and norm_offset(s.module) is None]
         if strange:
-            plan.notes.append(f"{', '.join(strange[:3])}: left as it is, no simple function of its weight")
+            plan.notes.append(f"{', '.join(strange[:3])}: not adapted, the output is not a multiple of the weight")
         return plan
 
     def describe(self, adapter: WeightAdapter) -> str:
@@ -125,8 +126,8 @@ class ScaleShift(WeightAdapter):
 
     Args:
         site: the weight.
-        offset: what the layer adds to its weight before it multiplies by it.
-        shifts: whether the layer can have a bias.
+        offset: c if the layer multiplies by (weight + c).
+        shifts: True if the layer can have a bias.
         init: see :class:`SSF`.
     """
 
@@ -151,39 +152,8 @@ class ScaleShift(WeightAdapter):
         return shift if bias is None else bias * self.scale.view(self.bias_shape) + shift
 
     def output(self, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        # In the scale's own type, since half precision would round a scale near one away; back to that of y.
+        # Multiply in the scale's dtype: half precision would round scales close to one to exactly one.
         changed = y * self.layout.features(host, self.scale)
         if self.shift is not None:
             changed = changed + self.layout.features(host, self.shift)
         return changed.to(y.dtype)
-
-
-_TORCH_NORMS = ("torch.nn.modules.batchnorm", "torch.nn.modules.instancenorm", "torch.nn.modules.normalization")
-
-
-@torch.no_grad()
-def _offset(norm: nn.Module) -> float | None:
-    """c where a norm layer multiplies by (weight + c), found by running it; None where it does something else."""
-    if any(c.__module__ in _TORCH_NORMS for c in original_class(norm).__mro__):
-        return 0.0
-    size = norm.get_parameter("weight").shape[0]
-    here: dict[str, Any] = {"dtype": torch.float32, "device": torch.device("cpu")}  # whatever a strategy has set
-    x = torch.linspace(-1.0, 2.0, 2 * size, **here).view(2, size)
-
-    def run(value: float) -> Tensor:
-        parameters = {n: torch.zeros(p.shape, **here) for n, p in norm._parameters.items() if p is not None}
-        return torch.func.functional_call(
-            norm, {**parameters, "weight": torch.full((size,), value, **here)}, (x,)
-        ).float()
-
-    try:
-        at_zero, at_one, at_two = run(0.0), run(1.0), run(2.0)
-    except Exception:  # whatever else it needs: then it is nothing we know
-        return None
-    slope = at_one - at_zero
-    for offset in (0.0, 1.0):
-        if torch.allclose(at_zero, offset * slope, atol=1e-5) and torch.allclose(
-            at_two, (offset + 2) * slope, atol=1e-5
-        ):
-            return offset
-    return None

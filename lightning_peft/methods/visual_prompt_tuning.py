@@ -1,9 +1,10 @@
-"""Visual prompt tuning: trained tokens beside the patches of a vision transformer.
+"""Visual prompt tuning: trained tokens are added to the patch tokens of a vision transformer.
 
-    shallow:  [c, P, x] into the first block, T d parameters
-    deep:     [c, P_l, x] into every block l, T d for each; what the block before made of its prompts is dropped
+    shallow:  [c, P, x] is the input of the first block; T d parameters
+    deep:     [c, P_l, x] is the input of every block l; T d parameters per block
 
-c are the leading tokens (CLS), x the patches. The prompts are taken out after the last block.
+c are the leading tokens (CLS), x the patch tokens. Deep prompts replace the previous block's outputs at the prompt
+positions. The prompts are removed after the last block.
 
 Jia et al. 2022, "Visual Prompt Tuning", arXiv:2203.12119.
 """
@@ -41,27 +42,28 @@ _LEADING = ("cls_token", "class_token", "class_embedding", "dist_token", "distil
 
 
 class VisualPromptTuning(PEFTMethod):
-    """Trained tokens beside the patches of a vision transformer (Jia et al. 2022, arXiv:2203.12119).
+    """Adds trained tokens to the patch tokens of a vision transformer (Jia et al. 2022, arXiv:2203.12119).
 
-    For any model whose blocks pass on patch tokens (batch, length, width): Hugging Face's ViT family, timm's,
-    torchvision's or one's own. The model's output keeps its length. Intermediate states that a model collects
-    between its blocks hold the prompts too.
+    It works with any model whose blocks take and return patch tokens (batch, length, width): the ViTs of Hugging Face,
+    timm and torchvision, or your own. The model's output keeps its length, but hidden states that the model collects
+    between its blocks contain the prompts.
 
-    Choose it for a frozen vision transformer with little data; ``deep=True``, the paper's better variant, often comes
-    near full fine-tuning. It costs T tokens in every block, quadratic in attention, and cannot be merged.
+    Choose it for a frozen vision transformer and little data; ``deep=True`` is the better variant in the paper, and
+    often comes close to full fine-tuning. It costs T more tokens in every block (quadratic in attention), and cannot be
+    merged.
 
     Args:
-        num_virtual_tokens: T, the prompts in each block.
-        deep: fresh prompts in every block instead of only before the first.
-        targets: ``"blocks"`` finds the repeated blocks, or patterns that name them.
-        leading_tokens: how many tokens stand before the prompts; None counts the model's CLS and distillation
-            tokens (``num_prefix_tokens`` in timm).
-        dropout: probability of dropping an element of a prompt while training.
+        num_virtual_tokens: number T of prompt tokens per block.
+        deep: use new prompts in every block instead of only in the first.
+        targets: ``"blocks"`` finds the repeated blocks; otherwise patterns of the blocks.
+        leading_tokens: number of tokens before the prompts; None counts the model's CLS and distillation tokens
+            (``num_prefix_tokens`` in timm).
+        dropout: probability of zeroing an element of a prompt during training.
 
     Raises:
-        ValueError: a number that cannot be.
-        TargetError: the model has no blocks with attention, or several stacks of them.
-        TokenError: at the first forward, blocks that do not take (batch, length, width), as in windowed models.
+        ValueError: if an argument is out of range.
+        TargetError: if the model has no blocks with attention, or several stacks of them.
+        TokenError: at the first forward pass, if the blocks do not take (batch, length, width), as in windowed models.
 
     Example::
 
@@ -85,7 +87,7 @@ class VisualPromptTuning(PEFTMethod):
             width = token_width(name, block)
             prompt = None
             if self.deep or i == 0:
-                bound = math.sqrt(6 / (patch + width))  # the paper's: Xavier over a patch and a token
+                bound = math.sqrt(6 / (patch + width))  # as in the paper: Xavier with a patch and a token as fans
                 with self.seeded_init(name):
                     prompt = (2 * torch.rand(self.num_virtual_tokens, width) - 1) * bound
             elif i < len(blocks) - 1:
@@ -110,8 +112,8 @@ class VisualPromptTuning(PEFTMethod):
             if not blocks:
                 kinds = sorted({original_class(m).__name__ for _, m in base_modules(model)})
                 raise TargetError(
-                    f"targets='blocks' finds no repeated blocks with attention; the model has {kinds[:12]}: name the "
-                    f"blocks that take (batch, length, width) in targets{why_frozen(model)}"
+                    f"targets='blocks' finds no repeated blocks with attention; the model has {kinds[:12]}. Name in "
+                    f"targets the blocks that take (batch, length, width){why_frozen(model)}"
                 )
         else:
             blocks = list(match_modules(model, as_patterns(self.targets, "targets"), "targets").items())
@@ -120,23 +122,23 @@ class VisualPromptTuning(PEFTMethod):
         stacks = list(dict.fromkeys(owner_of(n) for n, _ in blocks))
         if len(stacks) != 1:
             raise TargetError(
-                f"the blocks of {stacks} are several stacks, and prompts go into one: name it, as in "
-                f"targets='{(stacks or ['blocks'])[0]}.?'"
+                f"the targeted blocks belong to several stacks, {stacks}, but prompts go into one: name it, for "
+                f"example targets='{(stacks or ['blocks'])[0]}.?'"
             )
         return blocks
 
 
 class BlockPrompt(Adapter):
-    """The prompts of one block: ``prompt`` (T, width), or none where it only takes them out.
+    """The prompts of one block: ``prompt`` (T, width), or None if it only removes the prompts from the output.
 
     Args:
-        prompt: their start.
-        tokens: T.
-        leading: how many tokens stand before them.
-        replaces: the input has prompts already, which these replace.
-        removes: take them out of the output.
-        dropout: of the prompts, in training.
-        dim: of the sequence in the input.
+        prompt: initial prompts.
+        tokens: number T of prompt tokens.
+        leading: number of tokens before the prompts.
+        replaces: True if the input already contains prompts, which these replace.
+        removes: True to remove the prompts from the output.
+        dropout: dropout probability of the prompts.
+        dim: sequence dimension of the input.
     """
 
     spans_hosts = True
@@ -163,8 +165,8 @@ class BlockPrompt(Adapter):
         if not isinstance(x, Tensor) or x.ndim != 3 or x.shape[self.dim] < least:
             got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
             raise TokenError(
-                f"{original_class(host).__name__} was called with {got}; visual prompts need (batch, length, width) "
-                f"with at least {least} in front of the patches"
+                f"{original_class(host).__name__} was called with {got}: visual prompts need (batch, length, width) "
+                f"with at least {least} tokens before the patches. Check targets and leading_tokens"
             )
         lengths = {x.shape[self.dim], x.shape[self.dim] - least}  # with and without the tokens before the patches
         for name, value in by_name(host, args, kwargs).items():
@@ -172,9 +174,9 @@ class BlockPrompt(Adapter):
             with_length = [tuple(t.shape) for t in parts if isinstance(t, Tensor) and lengths & {*t.shape}]
             if with_length and re.search("mask|position|rotary|rope|key|memory", name):
                 raise TokenError(
-                    f"{original_class(host).__name__} was called with {name} of shape {with_length[0]}, made for the "
-                    "patches alone: visual prompts are for blocks that get patch tokens only. For others take "
-                    "lp.PromptTuning or lp.PrefixTuning"
+                    f"{original_class(host).__name__} was called with {name} of shape {with_length[0]}, which does not "
+                    "cover the prompts: visual prompts support blocks whose only input is the patch tokens. Use "
+                    "lp.PromptTuning or lp.PrefixTuning instead"
                 )
         if self.prompt is not None:
             prompt = F.dropout(self.prompt, self.dropout, self.training).to(x.dtype).unsqueeze(1 - self.dim)
@@ -214,9 +216,9 @@ def _leading(model: nn.Module) -> int:
 
 
 def _patch(model: nn.Module, blocks: list[str], width: int) -> int:
-    """How many numbers a patch holds: those that the layer before the blocks maps to one token.
+    """The number of values in a patch: the inputs that the patch embedding maps to one token.
 
-    That layer is a strided convolution, or a linear layer for patches that were cut out before.
+    The patch embedding is a strided convolution, or a linear layer on patches that were extracted before it.
     """
     outside = [m for n, m in base_modules(model) if not is_within(owner_of(n), *blocks)]
     for module in outside:

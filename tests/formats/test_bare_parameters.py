@@ -86,8 +86,8 @@ def test_ssf_changes_the_bias_with_it(tmp_path):
 @pytest.mark.parametrize(
     ("make", "method", "message"),
     [
-        (Stacked, lp.SSF(targets=["0.weight"]), "no place for a shift"),
-        (Router, lp.SSF(targets=["0.weight"]), "no place for a shift"),
+        (Stacked, lp.SSF(targets=["0.weight"]), "cannot have a shift"),
+        (Router, lp.SSF(targets=["0.weight"]), "cannot have a shift"),
         (Router, lp.LoRA(r=2, targets=["0.weight"], lora_bias=True), "lora_bias=True"),
         (Stacked, lp.LoRA(r=2, targets=["0.weight"], lora_bias=True), "lora_bias=True"),
     ],

@@ -332,10 +332,10 @@ class TestErrors:
 
     def test_an_endless_run(self):
         t = trainer(make(), max_epochs=-1)
-        with pytest.raises(MisconfigurationException, match="cannot know how many optimizer steps"):
+        with pytest.raises(MisconfigurationException, match="cannot determine the number of optimizer steps"):
             t.fit(Module())
         model = mlp()
         method = lp.AdaLoRA(init_r=2, target_r=1, targets=["0"])
         lp.apply(model, method)
-        with pytest.raises(ValueError, match="give total_step"):
+        with pytest.raises(ValueError, match="set total_step"):
             method.allocate(model)

@@ -43,13 +43,13 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], lp.PEFTMethod], str
     "prompt as long as the positions": (
         bert,
         lambda: lp.PromptTuning(64),
-        r"64 virtual tokens leave no room for a text: .*\(BertModel\) has 64 positions; lower num_virtual_tokens",
+        r"64 virtual tokens leave no room for text: .*\(BertModel\) has 64 positions. Lower num_virtual_tokens",
     ),
     "P-tuning as long as the positions": (bert, lambda: lp.PTuning(80), "80 virtual tokens leave no room"),
     "reduction factor that leaves no width": (
         bert,
         lambda: lp.BottleneckAdapter(reduction_factor=64),
-        "reduction_factor=64 leaves no width at .*, which has 32 features: lower it, or set bottleneck_size",
+        "reduction_factor=64 is larger than the 32 features of .*: lower it, or set bottleneck_size",
     ),
     "schedule past the last block": (
         bert,
@@ -70,12 +70,12 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], lp.PEFTMethod], str
     "text without a tokenizer": (
         bert,
         lambda: lp.PromptTuning(4, init="text", init_text="Is it good?"),
-        "init='text' needs tokenizer=, the folder or hub id of the model's tokenizer",
+        "init='text' needs a tokenizer: set tokenizer to the folder or hub id of the model's tokenizer",
     ),
     "class names without a tokenizer": (
         bert,
         lambda: lp.PromptTuning(4, init="labels", init_text=["good", "bad"]),
-        "init='labels' needs tokenizer=",
+        "init='labels' needs a tokenizer",
     ),
     "rank above the matrix": (bert, lambda: lp.LoRA(r=64, targets=["query"]), "r=64 is above both sides of"),
     "blocks with other inputs than patches": (

@@ -169,5 +169,5 @@ class TestErrors:
     def test_strategies_that_fix_what_trains(self):
         t = trainer(lp.GradualUnfreezing())
         t.strategy.__class__ = type("DeepSpeedStrategy", (type(t.strategy),), {})
-        with pytest.raises(MisconfigurationException, match="cannot run under DeepSpeedStrategy"):
+        with pytest.raises(MisconfigurationException, match="is not supported with DeepSpeedStrategy"):
             t.fit(Module())

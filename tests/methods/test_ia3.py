@@ -110,7 +110,7 @@ def test_embedding_scales_its_rows_and_merges():
         expected = run(moved(model), TOKENS)
         lp.merge(model)
         torch.testing.assert_close(run(model, TOKENS), expected, rtol=1e-5, atol=1e-5)
-    with pytest.raises(ValueError, match="embedding, which has no input to scale"):
+    with pytest.raises(ValueError, match="is an embedding, so it has no input to scale"):
         lp.apply(bert(), method(targets=(), feedforward_targets="word_embeddings"))
 
 

@@ -141,16 +141,16 @@ def test_dropout_leaves_blocks_unturned():
 def test_sizes_that_do_not_divide_are_reported():
     model = nn.Sequential(nn.Linear(12, 4), nn.Linear(4, 4), nn.Linear(4, 2))
     report = lp.apply(model, lp.OFT(block_size=5, targets=["0"]))
-    assert "0: 3 blocks of 4, as block_size=5 does not divide" in str(report.notes)
+    assert "0: 3 blocks of 4, since block_size=5 does not divide" in str(report.notes)
     prime = nn.Sequential(nn.Linear(131, 4), nn.Linear(4, 4), nn.Linear(4, 2))
-    with pytest.raises(ValueError, match=r"'0' \(4x131\) cannot be cut .* about 4: 131 divides into blocks of 131"):
+    with pytest.raises(ValueError, match=r"'0' \(4x131\) cannot be divided .* about 4: .* sizes for 131 are 131"):
         lp.apply(prime, oft(targets=["0"]))
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"block_size": 4, "r": 2}, "give block_size or r, not both"),
+        ({"block_size": 4, "r": 2}, "both set the block size: remove one"),
         ({"block_size": 1}, "block_size must be an integer of at least 2"),
         ({"r": 0}, "r must be an integer of at least 1, got 0"),
         ({"num_cayley_neumann_terms": 1}, "must be an integer of at least 2"),

@@ -129,8 +129,8 @@ def test_a_checkpoint_of_a_folded_model_loads(tmp_path):
     [
         ({"encoder": "gru"}, "encoder must be one of 'mlp', 'lstm'"),
         ({"hidden_size": 0}, "hidden_size must be"),
-        ({"num_layers": 3}, "are the LSTM's: set encoder='lstm'"),
-        ({"encoder": "lstm", "num_layers": 1, "dropout": 0.1}, "dropout works between the LSTM's layers"),
+        ({"num_layers": 3}, "apply to the LSTM only: set encoder='lstm'"),
+        ({"encoder": "lstm", "num_layers": 1, "dropout": 0.1}, "dropout acts between LSTM layers"),
         ({"dropout": 1.0}, "dropout must be a probability"),
         ({"template": "x*"}, "has no virtual token"),
     ],

@@ -203,12 +203,12 @@ def test_bad_targets():
         lp.apply(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), lp.VisualPromptTuning())
     two = nn.Module()
     two.a, two.b = make_own(), make_own()
-    with pytest.raises(lp.TargetError, match="are several stacks"):
+    with pytest.raises(lp.TargetError, match="belong to several stacks"):
         lp.apply(two, lp.VisualPromptTuning())
     lp.apply(two, lp.VisualPromptTuning(4, targets="a.blocks.?"))
     assert two.a.tokens(IMAGES).shape == (2, 17, 16)
     model = make_own()
-    with pytest.raises(ValueError, match=r"in a trial forward.*at least 30 in front of the patches"):
+    with pytest.raises(ValueError, match=r"in a trial forward.*at least 30 tokens before the patches"):
         lp.apply(model, lp.VisualPromptTuning(4, targets=["blocks.1", "blocks.2"], leading_tokens=30))
 
 
@@ -220,7 +220,7 @@ def test_blocks_that_get_more_than_patches_are_refused_at_the_first_forward_or_b
             lp.apply(model, lp.VisualPromptTuning(2))  # a trial forward finds it if an input is known
             model(*KINDS[kind].batch())
 
-        with pytest.raises((TokenError, ValueError), match=f"{argument}.*made for the patches alone.*PrefixTuning"):
+        with pytest.raises((TokenError, ValueError), match=f"{argument}.*does not cover the prompts.*PrefixTuning"):
             run()
 
 

@@ -1,4 +1,4 @@
-"""The family of activation methods: an adapter that changes a module's output, wherever one is targeted."""
+"""The family of activation methods: an adapter changes the output of each targeted module."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ __all__ = ["ActivationMethod"]
 
 
 class ActivationMethod(PEFTMethod):
-    """Base class of the methods that change activations; a subclass gives :meth:`build`.
+    """Base class of the methods that change activations; a subclass implements :meth:`build`.
 
     Args:
         targets: ``"all-attention"``, ``"all-feedforward"`` (the outputs of these sub-layers, before residual sum and
-            norm), ``"all-blocks"``, ``"all-linear"``, or patterns of modules; several in a list. A ``Sequential`` is
+            norm), ``"all-blocks"``, ``"all-linear"``, patterns of modules, or a list of these. A ``Sequential`` is
             adapted at its last layer.
-        width: number of features of the targeted outputs; by default the modules' own layers tell.
-        channels_first: whether these outputs are feature maps (N, C, ...); by default the layers tell.
+        width: number of features of the targeted outputs; None infers it from the layers of each module.
+        channels_first: True if these outputs are feature maps (N, C, ...); None infers it from the layers.
 
     Raises:
-        TargetError: nothing in the model fits ``targets``, or its width cannot be known.
+        TargetError: if nothing in the model matches ``targets``, or a width cannot be determined.
 
     Example::
 
@@ -53,10 +53,10 @@ class ActivationMethod(PEFTMethod):
 
     @abstractmethod
     def build(self, site: ActivationSite) -> ActivationAdapter:
-        """A new adapter for ``site``, initialised; random numbers come from torch's seeded global stream.
+        """Return a new, initialised adapter for ``site``; torch's global generator is seeded for the call.
 
         Raises:
-            ValueError: the arguments do not fit this place, named with what was expected.
+            ValueError: if the arguments do not fit this module.
         """
         raise NotImplementedError
 
@@ -71,7 +71,7 @@ class ActivationMethod(PEFTMethod):
             if adapter.reads_input and site.start != site.host:
                 capture = InputCapture(site.host)
                 adapter.captures = (capture,)
-                what = f"its input goes to the adapter at {site.host}"
+                what = f"captures the input for the adapter at {site.host}"
                 plan.attach.append(Attachment(site.start, site.start, capture, what))
             kind = original_class(site.module).__name__
             what = f"{self.describe(adapter)} on {kind} {site.width}"
@@ -79,9 +79,9 @@ class ActivationMethod(PEFTMethod):
         hosts = [a.host for a in plan.attach]
         twice = [host for host in hosts if hosts.count(host) > 1]
         if twice:
-            raise TargetError(f"targets={self.targets!r} reach {twice[0]!r} in two ways: exclude one of them")
+            raise TargetError(f"targets={self.targets!r} matches {twice[0]!r} in two ways: exclude one of them")
         return plan
 
     def describe(self, adapter: ActivationAdapter) -> str:
-        """One adapter in a few words, for the table."""
+        """Describe one adapter in a few words, for the report's table."""
         return type(self).__name__

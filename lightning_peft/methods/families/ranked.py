@@ -1,4 +1,5 @@
-"""Weight methods with a rank and a scale, which patterns may set apart for single layers, and their dropout of rows."""
+"""Weight methods with a rank and a scale, which patterns can override per layer, and their dropout of output
+features."""
 
 from __future__ import annotations
 
@@ -23,13 +24,14 @@ class RankedMethod(WeightMethod):
     """Base class of the weight methods with a rank.
 
     Args:
-        r: the rank.
+        r: rank of the update.
         alpha: the update is scaled by alpha / r.
-        rank_pattern: other ranks by pattern, as in ``{"q_proj": 4, "re:.*layers\\.0\\..*": 16}``; the last match wins.
-        alpha_pattern: other alphas, likewise.
+        rank_pattern: ranks for the weights that a pattern matches, for example
+            ``{"q_proj": 4, "re:.*layers\\.0\\..*": 16}``; the last match wins.
+        alpha_pattern: alphas for the weights that a pattern matches, in the same form.
 
     Raises:
-        ValueError: a rank below 1, or an alpha that is 0 or no finite number.
+        ValueError: if a rank is below 1, or an alpha is 0 or not finite.
     """
 
     r: int = field(default=8, validator=positive_int, kw_only=False)
@@ -42,7 +44,7 @@ class RankedMethod(WeightMethod):
         return _last_match(self.rank_pattern or {}, site, self.r)
 
     def scale_at(self, site: Site) -> float:
-        """What the update at ``site`` is scaled by."""
+        """The factor of the update at ``site``."""
         return _last_match(self.alpha_pattern or {}, site, self.alpha) / self.rank_at(site)
 
     def plan(self, model: nn.Module) -> Plan:
@@ -68,12 +70,13 @@ def _last_match(patterns: Mapping[str, Any], site: Site, default: Any) -> Any:
 
 
 class RowDropMethod(RankedMethod):
-    """Base class of the ranked methods whose update loses rows, or all of itself, while training.
+    """Base class of the ranked methods with dropout of output features or of the whole update.
 
     Args:
-        rank_dropout: probability of leaving out a row of the update while training.
-        module_dropout: probability of leaving out a layer's update in one training step.
-        rank_dropout_scale: divide the rows that stay by their share, as Hugging Face PEFT always does.
+        rank_dropout: probability of dropping an output feature of the update during training.
+        module_dropout: probability of dropping a layer's whole update in a training step.
+        rank_dropout_scale: divide the remaining output features by the fraction that remains, as Hugging Face PEFT
+            always does.
     """
 
     resume_may_differ = RankedMethod.resume_may_differ | {"rank_dropout", "module_dropout", "rank_dropout_scale"}
@@ -89,13 +92,13 @@ class RowDropMethod(RankedMethod):
 
 
 class RankDropAdapter(WeightAdapter):
-    """An adapter whose update loses rows, or all of itself, while training.
+    """An adapter with dropout of output features or of the whole update.
 
     Args:
-        site: the weight.
-        rank_dropout: probability of leaving out a row.
-        module_dropout: probability of leaving out the update in one forward.
-        rank_dropout_scale: divide the rows that stay by their share.
+        site: the weight to adapt.
+        rank_dropout: probability of dropping an output feature.
+        module_dropout: probability of dropping the update in one forward pass.
+        rank_dropout_scale: divide the remaining output features by the fraction that remains.
     """
 
     def __init__(self, site: Site, rank_dropout: float, module_dropout: float, rank_dropout_scale: bool) -> None:
@@ -106,7 +109,7 @@ class RankDropAdapter(WeightAdapter):
         self.rows = site.shape[-2]
 
     def drops(self, like: Tensor) -> Tensor | None:
-        """What to multiply the rows of the update by, (out,) or a scalar; None where nothing is dropped."""
+        """A factor for each output feature of the update, (out,) or a scalar; None if nothing is dropped."""
         if not self.training or not (self.rank_dropout or self.module_dropout):
             return None
         keep = torch.ones((), device=like.device)

@@ -1,4 +1,4 @@
-"""The base class of methods that put virtual tokens into a token sequence."""
+"""The base class of the methods that insert virtual tokens into a token sequence."""
 
 from __future__ import annotations
 
@@ -39,7 +39,18 @@ _POSITIONS = {"prefix": "v{} x*", "after_bos": "x1 v{} x*", "suffix": "x* v{}"}
 
 
 class PromptMethod(PEFTMethod):
-    """Base class of the methods that put virtual tokens among the input's; a subclass gives :meth:`build`."""
+    """Base class of the methods that insert virtual tokens into the input; a subclass implements :meth:`build`.
+
+    Args:
+        num_virtual_tokens: number T of virtual tokens; None means 20, or as many as ``template`` has.
+        targets: ``"inputs"`` finds the module that embeds tokens; otherwise a pattern of the one module that takes the
+            sequence (see :mod:`lightning_peft.methods.families.prompt_adapters`).
+        position: where to insert them among the tokens that the attention mask keeps: ``"prefix"``, ``"after_bos"``
+            (after the first token; learns faster if the base was always given a BOS token first) or ``"suffix"``.
+        template: any other arrangement, in words: ``v8`` for eight virtual tokens, ``x1`` for one real token, and
+            ``x*`` once for all remaining real tokens. Example: ``"v8 x1 v4 x*"``.
+        side: ``"encoder"`` or ``"decoder"`` of an encoder-decoder model.
+    """
 
     num_virtual_tokens: int | None = field(default=None, validator=optional(positive_int), kw_only=False)
     targets: str | Sequence[str] = "inputs"
@@ -53,23 +64,23 @@ class PromptMethod(PEFTMethod):
         tokens = TokenTemplate.parse(self.template).tokens
         if self.num_virtual_tokens not in (None, tokens):
             raise ValueError(
-                f"num_virtual_tokens={self.num_virtual_tokens}, but template={self.template!r} has {tokens}: leave "
-                "num_virtual_tokens out"
+                f"num_virtual_tokens={self.num_virtual_tokens}, but template={self.template!r} has {tokens}: remove "
+                "num_virtual_tokens"
             )
 
     def build(self, name: str, width: int, tokens: int, embedding: nn.Embedding | None) -> Tensor | nn.Module:
-        """The virtual tokens' start (tokens, width), or a module that returns them.
+        """Return the initial virtual tokens (tokens, width), or a module that computes them.
 
         Args:
-            name: the module that gets them.
-            width: of a token's embedding.
-            tokens: how many there are.
-            embedding: the base's token embedding, None where there is none to tell.
+            name: name of the module that gets them.
+            width: width of a token embedding.
+            tokens: number of virtual tokens.
+            embedding: the base's token embedding, or None if it cannot be determined.
         """
         raise NotImplementedError
 
     def token_template(self) -> TokenTemplate:
-        """Where the virtual tokens stand."""
+        """The positions of the virtual tokens in the sequence."""
         return TokenTemplate.parse(self.template or _POSITIONS[self.position].format(self.num_virtual_tokens or 20))
 
     def plan(self, model: nn.Module) -> Plan:
@@ -96,8 +107,8 @@ class PromptMethod(PEFTMethod):
         allowed = limit or config_value(getattr(host, "config", None), "max_position_embeddings")
         if tokens and isinstance(allowed, int) and token_template.tokens >= allowed:
             raise TargetError(
-                f"{token_template.tokens} virtual tokens leave no room for a text: {name!r} "
-                f"({original_class(host).__name__}) has {allowed} positions; lower num_virtual_tokens"
+                f"{token_template.tokens} virtual tokens leave no room for text: {name!r} "
+                f"({original_class(host).__name__}) has {allowed} positions. Lower num_virtual_tokens"
             )
         encodes = other is not None and self.side == "encoder"
         labelled = enclosing_modules(model, name, "labels") if tokens and other is None else []
@@ -126,10 +137,10 @@ class PromptMethod(PEFTMethod):
         return plan
 
     def find(self, model: nn.Module) -> tuple[str, str | None]:
-        """The names of the module that gets the prompt, and of the decoder (or encoder) beside it.
+        """The name of the module that gets the prompt, and that of its decoder (or encoder), if it has one.
 
         Raises:
-            TargetError: there is none, or several.
+            TargetError: if no module or several modules match.
         """
         left_alone = in_frozen_part(model)
         models = {name: module for name, module in token_models(model).items() if not left_alone(name)}
@@ -137,7 +148,9 @@ class PromptMethod(PEFTMethod):
         if patterns != ("inputs",):
             names = list(select({n: m for n, m in base_modules(model) if n}, self.targets, self.exclude))
             if len(names) != 1:
-                raise TargetError(f"targets={self.targets!r} matches {names[:4]}; a prompt goes into one: name one")
+                raise TargetError(
+                    f"targets={self.targets!r} matches {names[:4]}, but a prompt goes into one module: name one of them"
+                )
             return names[0], None
         if len(models) == 1:
             (inner,) = models
@@ -149,9 +162,11 @@ class PromptMethod(PEFTMethod):
             if sides.keys() == {"encoder", "decoder"}:
                 return sides[self.side], sides["decoder" if self.side == "encoder" else "encoder"]
         if models:
-            raise TargetError(f"targets='inputs' finds several token sequences, {list(models)}: name one of them")
+            raise TargetError(
+                f"targets='inputs' finds several modules that take tokens, {list(models)}: name one of them in targets"
+            )
         raise TargetError(
-            "targets='inputs' finds no module that takes inputs_embeds; name in targets the module that takes and "
+            "targets='inputs' finds no module that takes inputs_embeds. Name in targets the module that takes and "
             "returns the sequence of embeddings (batch, length, width), one of "
             f"{[n for n, _ in base_modules(model) if n][:8]}{why_frozen(model)}"
         )

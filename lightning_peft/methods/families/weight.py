@@ -1,4 +1,4 @@
-"""The family of weight methods: an adapter that is a function of a matrix, at every matrix that is targeted."""
+"""The family of weight methods: an adapter computes a new matrix from each targeted matrix."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ __all__ = ["WeightMethod", "above_both_sides", "check_bias", "check_dropout", "c
 
 
 class WeightMethod(PEFTMethod):
-    """Base class of the methods that change weights; a subclass gives :meth:`build`.
+    """Base class of the methods that change weights; a subclass implements :meth:`build`.
 
     Example::
 
@@ -46,36 +46,36 @@ class WeightMethod(PEFTMethod):
 
     @abstractmethod
     def build(self, site: Site) -> WeightAdapter:
-        """A new adapter for ``site``, initialised; random numbers come from torch's seeded global stream.
+        """Return a new, initialised adapter for ``site``; torch's global generator is seeded for the call.
 
         Raises:
-            ValueError: the arguments do not fit this weight, named with what was expected.
+            ValueError: if the arguments do not fit this weight.
         """
         raise NotImplementedError
 
     def too_small(self, site: Site) -> str | None:
-        """Why the weight at ``site`` is too small for the arguments; None if it is not.
+        """The reason why the weight at ``site`` is too small for the arguments; None if it is not.
 
-        ``all-linear`` leaves such weights out, and :meth:`build` refuses those that are named.
+        ``all-linear`` skips such weights. If a pattern names one, :meth:`build` raises an error.
         """
         return None
 
     def _without_small(self, sites: dict[str, Site], plan: Plan) -> dict[str, Site]:
-        """``sites`` without those that only ``all-linear`` names and that are too small, unless that is all of them."""
+        """``sites`` without the small ones that only ``all-linear`` matches; all of them if none would remain."""
         small = {name: why for name, site in sites.items() if (why := _empty(site) or self.too_small(site)) is not None}
         named = [p for p in (as_patterns(self.targets, "targets") if small else ()) if p != "all-linear"]
         left = {n: why for n, why in small.items() if not any(matches_site(p, sites[n]) for p in named)}
         if not left or len(left) == len(sites):
             return sites
-        plan.notes.append(f"all-linear leaves out {listed(left)}, too small: {next(iter(left.values()))}")
+        plan.notes.append(f"all-linear skips {listed(left)} (too small): {next(iter(left.values()))}")
         return {name: site for name, site in sites.items() if name not in left}
 
     def find(self, model: nn.Module, heads: list[str]) -> tuple[dict[str, Site], list[str]]:
-        """The weights to adapt, by name, and the output heads that are left out; see :func:`find_sites`."""
+        """The weights to adapt, by name, and the names of the output heads that are skipped; see :func:`find_sites`."""
         return find_sites(model, self.targets, self.exclude, heads)
 
     def build_all(self, sites: Mapping[str, Site]) -> dict[str, WeightAdapter]:
-        """A new adapter for each site, by name; override it where adapters share something."""
+        """Build an adapter for each site, by name; override it if adapters share something."""
         built = {}
         for name, site in sites.items():
             with self.seeded_init(name):
@@ -94,7 +94,7 @@ class WeightMethod(PEFTMethod):
             if head not in heads:
                 how = how_head_was_found(model, weight_sites(model))
                 plan.notes.append(
-                    f"{head} (the output head{how and f', {how}'}) is left as it is; name it in targets or trainable "
+                    f"{head} (the output head{how and f', {how}'}) stays frozen; name it in targets or trainable "
                     "to train it"
                 )
         if "all-linear" in as_patterns(self.targets, "targets"):
@@ -117,11 +117,11 @@ class WeightMethod(PEFTMethod):
         return plan
 
     def describe(self, adapter: WeightAdapter) -> str:
-        """One adapter in a few words, for the table."""
+        """Describe one adapter in a few words, for the report's table."""
         return type(self).__name__
 
     def adapters_by_weight(self, model: nn.Module) -> dict[str, WeightAdapter]:
-        """This method's adapters in ``model``, by the name of the weight they adapt."""
+        """This method's adapters in ``model``, by the name of the adapted weight."""
         found = {host: cast(Adapter, stack[self.name]) for host, stack in stacks(model).items() if self.name in stack}
         return {
             weight_name(host, parameter, bare=layer_kind(model.get_submodule(host), part.layout) == "Parameter"): part
@@ -160,7 +160,7 @@ def _not_recognised(model: nn.Module) -> list[str]:
 
 
 def _not_reached(model: nn.Module, reached: list[str]) -> list[str]:
-    """A note of the share of the parameters in layers that are not ``reached``, by class; none below 1 %."""
+    """A note with the share of parameters outside the ``reached`` layers, by class; no note below 1 %."""
     inside = in_frozen_part(model)
     sizes: dict[str, int] = {}
     seen: set[int] = set()
@@ -183,7 +183,7 @@ def _not_reached(model: nn.Module, reached: list[str]) -> list[str]:
 
 
 def above_both_sides(r: int, argument: str, site: Site) -> str | None:
-    """Why the weight at ``site`` cannot have rank ``r``: the rank is above both sides of the matrix; None if it can."""
+    """An explanation if rank ``r`` is larger than both sides of the matrix at ``site``; otherwise None."""
     smaller, larger = sorted(site.shape[-2:])
     if r <= larger:
         return None
@@ -192,21 +192,22 @@ def above_both_sides(r: int, argument: str, site: Site) -> str | None:
 
 
 def check_low_rank(method: str, r: int, argument: str, dropout: float, site: Site) -> None:
-    """Refuse a rank or a dropout that the weight at ``site`` cannot have.
+    """Check that the weight at ``site`` supports a rank and a dropout.
 
     Raises:
-        ValueError: the rank is above both sides of the matrix; dropout where no layer is called with activations.
+        ValueError: if the rank is above both sides of the matrix, or dropout is set for a weight that is not called
+            with activations.
     """
     if (problem := above_both_sides(r, argument, site)) is not None:
-        raise ValueError(f"{problem}: lower {argument}, or exclude the layer and add a second {method} for it")
+        raise ValueError(f"{problem}. Lower {argument}, or exclude the layer and add a second {method} for it")
     check_dropout(method, dropout, site)
 
 
 def check_dropout(method: str, dropout: float, site: Site) -> None:
-    """Refuse dropout on a weight that no layer is called with activations for.
+    """Check that ``dropout`` is 0 if a module reads the weight at ``site`` without calling its layer.
 
     Raises:
-        ValueError: names the weight, and the two ways out.
+        ValueError: if dropout cannot be applied, because the layer gets no activations.
     """
     if dropout and not site.layout.has_activation:
         raise ValueError(
@@ -216,14 +217,14 @@ def check_dropout(method: str, dropout: float, site: Site) -> None:
 
 
 def check_bias(site: Site) -> None:
-    """Refuse a weight whose bias cannot change with it.
+    """Check that the bias of the weight at ``site`` can change together with the weight.
 
     Raises:
-        ValueError: the bias is a part of one that other weights share.
+        ValueError: if the bias is shared with other weights.
     """
     packed = site.parameter.endswith("_proj_weight") and site.parameter != "in_proj_weight"
     if packed and site.module._parameters.get("in_proj_bias") is not None:
         raise ValueError(
-            f"{site.name!r} shares the bias of its attention with the other projections, so that it cannot be scaled "
-            "with its bias: exclude it, or name the attention's out_proj"
+            f"{site.name!r} shares the bias of its attention with the other projections, so the bias cannot change "
+            "with this weight alone: exclude it, or name the attention's out_proj"
         )

@@ -1,4 +1,4 @@
-"""Low-rank factors of convolution kernels, as LoHa and LoKr use them."""
+"""Low-rank factors of convolution kernels for LoHa and LoKr."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["tucker", "uniform"]
 
 
 def uniform(*shape: int, fan: int | None = None) -> nn.Parameter:
-    """A parameter that starts as the weight of ``nn.Linear``: uniform within 1 / sqrt(fan), the last size if None."""
+    """A parameter initialised as in ``nn.Linear``: uniform within 1 / sqrt(fan); ``fan`` defaults to the last size."""
     bound = 1 / math.sqrt(fan or shape[-1])
     return nn.Parameter(torch.empty(*shape).uniform_(-bound, bound))
 

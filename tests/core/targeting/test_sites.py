@@ -46,7 +46,7 @@ def test_output_head(model, head: str | None):
 def test_the_head_that_all_linear_leaves_is_noted():
     report = lp.inspect(MLP(), lp.LoRA(r=2))
     assert "head" not in report.modules
-    assert report.notes == ["head (the output head) is left as it is; name it in targets or trainable to train it"]
+    assert report.notes == ["head (the output head) stays frozen; name it in targets or trainable to train it"]
     assert not lp.inspect(MLP(), lp.LoRA(r=2, trainable="head")).notes
     assert "head" in lp.inspect(MLP(), lp.LoRA(r=2, targets=["all-linear", "head"])).modules
 

@@ -31,7 +31,10 @@ METHODS = {
     "dora": (lambda **options: lp.DoRA(r=8, **options), "r=8 is above both sides of 'enter'"),
     "dylora": (lambda **options: lp.DyLoRA(r=8, **options), "r=8 is above both sides of 'enter'"),
     "adalora": (lambda **options: lp.AdaLoRA(init_r=8, target_r=4, **options), "init_r=8 is above both sides of"),
-    "oft": (lambda **options: lp.OFT(block_size=4, **options), r"'enter' \(4x1\) has a side of 1, which cannot turn"),
+    "oft": (
+        lambda **options: lp.OFT(block_size=4, **options),
+        r"'enter' \(4x1\) has a side of 1, which cannot be rotated",
+    ),
 }
 
 
@@ -44,7 +47,7 @@ def test_all_linear_leaves_them_out_and_says_so(method, tmp_path):
     assert {"up", "mid"} == set(report.modules)
     assert lp.inspect(Small(), make()).notes == report.notes
     (note,) = [note for note in report.notes if "too small" in note]
-    assert re.search(f"all-linear leaves out enter, too small: .*{why}", note)
+    assert re.search(f"all-linear skips enter .too small.: .*{why}", note)
     perturb(model)
     lp.save_adapter(model, tmp_path)
     torch.manual_seed(0)
@@ -58,7 +61,7 @@ def test_all_linear_leaves_them_out_and_says_so(method, tmp_path):
 @pytest.mark.parametrize("targets", ["enter", ["all-linear", "enter"]])
 def test_one_that_is_named_is_an_error(method, targets):
     make, why = METHODS[method]
-    with pytest.raises(ValueError, match=why if method != "oft" else r"'enter' \(4x1\) cannot be cut"):
+    with pytest.raises(ValueError, match=why if method != "oft" else r"'enter' \(4x1\) cannot be divided"):
         lp.inspect(Small(), make(targets=targets))
 
 
