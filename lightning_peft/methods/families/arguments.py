@@ -1,4 +1,4 @@
-"""Checks and converters of arguments; a message names the argument, what was expected and what was given."""
+"""Checks and converters for arguments; error messages name the argument, the expected value and the given one."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Check:
-    """A condition on one argument; a validator for attrs' fields.
+    """A condition on one argument, usable as an attrs validator.
 
     Args:
-        expected: completes "{argument} must be ...".
-        holds: called with the value.
+        expected: text that completes "{argument} must be ...".
+        holds: returns True for valid values.
     """
 
     expected: str
@@ -47,10 +47,10 @@ class Check:
         self.require(argument.name, value)
 
     def require(self, argument: str, value: Any) -> None:
-        """Refuse a value.
+        """Check one value.
 
         Raises:
-            ValueError: names the argument, what was expected and what was given.
+            ValueError: if the value is invalid; the message names the argument, the expected and the given value.
         """
         if not self.holds(value):
             raise ValueError(f"{argument} must be {self.expected}, got {value!r}")
@@ -77,12 +77,12 @@ open_unit_interval = Check("a number between 0 and 1", lambda value: is_number(v
 
 
 def one_of(*choices: Any) -> Check:
-    """The check that the value is among ``choices``."""
+    """A check that the value is one of ``choices``."""
     return Check(f"one of {', '.join(map(repr, choices))}", lambda value: value in choices)
 
 
 def each(check: Check) -> Callable[[Any, Attribute[Any], Mapping[Any, Any]], None]:
-    """``check`` for every value of a mapping; the message names the key too, as in ``rank_pattern['q_proj']``."""
+    """Apply ``check`` to every value of a mapping; messages include the key, as in ``rank_pattern['q_proj']``."""
 
     def check_each(_: Any, argument: Attribute[Any], value: Mapping[Any, Any]) -> None:
         for key, one in value.items():
@@ -92,7 +92,7 @@ def each(check: Check) -> Callable[[Any, Attribute[Any], Mapping[Any, Any]], Non
 
 
 def one_or_each(check: Check) -> Callable[[Any, Attribute[Any], Any], None]:
-    """``check`` for one value, or for every value of a mapping."""
+    """Apply ``check`` to a single value, or to every value of a mapping."""
 
     def check_value(method: Any, argument: Attribute[Any], value: Any) -> None:
         (each(check) if isinstance(value, Mapping) else check)(method, argument, value)
@@ -101,10 +101,10 @@ def one_or_each(check: Check) -> Callable[[Any, Attribute[Any], Any], None]:
 
 
 def as_dict(value: Mapping[Any, Any] | None) -> dict[Any, Any]:
-    """A plain dict; None is empty."""
+    """``value`` as a plain dict; empty for None."""
     return dict(value or {})
 
 
 def as_list(value: Any) -> Any:
-    """A sequence as a list; a string, None and what is no sequence as they are."""
+    """Convert a sequence to a list; strings, None and other values are returned unchanged."""
     return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value

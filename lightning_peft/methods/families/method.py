@@ -1,4 +1,4 @@
-"""The base class of every method: a Lightning callback that freezes a model and puts something small into it."""
+"""The base class of every method: a Lightning callback that freezes a model and adds a few trainable parameters."""
 
 from __future__ import annotations
 
@@ -38,29 +38,29 @@ class PEFTMethod(Declared, Callback, ABC):
     """A method of parameter-efficient fine-tuning as a Lightning callback.
 
     Attach it to a Trainer (``Trainer(callbacks=[lp.LoRA(r=8)])``) or apply it by hand (``lp.apply(model, method)``).
-    The base is frozen; what the method adds, and what ``trainable`` names, trains; checkpoints hold just that.
+    The base is frozen. The parameters that the method adds or selects, and the modules in ``trainable``, train, and
+    checkpoints hold only these.
 
-    A subclass takes flat arguments of plain types, stores each under its own name, and gives :meth:`plan`. Most
-    derive from a family instead, such as :class:`lightning_peft.WeightMethod`.
+    A subclass declares its arguments as fields and implements :meth:`plan`. Most methods derive from a family instead,
+    such as :class:`lightning_peft.WeightMethod`.
 
     Args:
-        targets: what to adapt: ``"all-linear"`` (every linear-like layer but the output head) or patterns: a name
-            or the end of one, a glob, ``re:<regular expression>``, ``type:<class name>``.
-        exclude: patterns to take away from ``targets``.
-        trainable: patterns of modules that train in full, heads for example, or of single parameters (``logit_scale``,
-            ``cls_token``), which are looked for if a pattern matches no module.
-        name: the adapter's name, unique on a model.
-        seed: seed of the initialisation, which depends on nothing else, so every rank and every way to build the
-            model gives the same adapters. None takes the seed of Lightning's ``seed_everything``, or 0;
-            ``torch.manual_seed`` has no effect on it.
-        adapter_dtype: the type adapters are kept and trained in; they compute in the activations' type.
-        train_norm_stats: let the running statistics of frozen norm layers move with training.
-        audit: what to do when a check finds an adapter that does not run or does not learn: ``"error"``,
-            ``"warn"`` or ``"off"``.
+        targets: what to adapt: ``"all-linear"`` (every linear-like layer except the output head) or patterns: a name or
+            its ending, a glob, ``re:<regular expression>`` or ``type:<class name>``.
+        exclude: patterns to exclude from ``targets``.
+        trainable: patterns of modules that train in full, for example heads. A pattern that matches no module may name
+            single parameters (``logit_scale``, ``cls_token``).
+        name: the adapter's name, unique in a model.
+        seed: seed for adapter initialisation; the same seed gives identical adapters on every rank. None takes the seed
+            of Lightning's ``seed_everything``, or 0. ``torch.manual_seed`` has no effect on it.
+        adapter_dtype: dtype in which adapters are stored and trained; they compute in the dtype of the activations.
+        train_norm_stats: update the running statistics of frozen norm layers during training.
+        audit: what to do if a check finds an adapter that does not run or does not learn: ``"error"``, ``"warn"`` or
+            ``"off"``.
 
     Raises:
-        ValueError: an argument that cannot be, named with what was expected.
-        TargetError: a malformed pattern.
+        ValueError: if an argument is invalid.
+        TargetError: if a pattern is malformed.
 
     Example::
 
@@ -91,17 +91,17 @@ class PEFTMethod(Declared, Callback, ABC):
 
     @abstractmethod
     def plan(self, model: nn.Module) -> Plan:
-        """What this method will do to ``model``; changes nothing.
+        """Plan the changes to ``model`` without making them.
 
         Raises:
-            TargetError: a pattern matches nothing.
+            TargetError: if a pattern matches nothing.
         """
         raise NotImplementedError
 
     def configure_param_groups(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-        """Change the optimizer's parameter groups, for methods with learning rates of their own.
+        """Change the optimizer's parameter groups; methods with their own learning rates override this.
 
-        Called once, after frozen parameters were left out. A group that is split keeps its options.
+        It is called once, after frozen parameters have been removed. Split groups must keep their options.
         """
 
     @property
@@ -124,14 +124,14 @@ class PEFTMethod(Declared, Callback, ABC):
         """The names of the modules that ``trainable`` trains in full.
 
         Raises:
-            TargetError: a pattern of ``trainable`` matches neither a module nor a parameter.
+            TargetError: if a pattern of ``trainable`` matches neither a module nor a parameter.
         """
         patterns = as_patterns(self.trainable, "trainable")
         bare = set(self._of_parameters(model))
         return list(match_modules(model, [pattern for pattern in patterns if pattern not in bare], "trainable"))
 
     def trained_parameters(self, model: nn.Module) -> list[str]:
-        """The names of the single parameters that ``trainable`` trains: those of patterns that match no module."""
+        """The names of the parameters matched by the patterns of ``trainable`` that match no module."""
         return [name for names in self._of_parameters(model).values() for name in names]
 
     def _of_parameters(self, model: nn.Module) -> dict[str, list[str]]:
@@ -146,10 +146,10 @@ class PEFTMethod(Declared, Callback, ABC):
         return found
 
     def start_plan(self, model: nn.Module) -> Plan:
-        """A plan that holds what ``trainable`` names.
+        """A new plan that trains the modules and parameters in ``trainable``.
 
         Raises:
-            TargetError: a pattern of ``trainable`` matches nothing.
+            TargetError: if a pattern of ``trainable`` matches nothing, or only modules without parameters.
         """
         heads = self.trainable_modules(model)
         empty = [name for name in heads if not any(True for _ in model.get_submodule(name).parameters())]
@@ -172,9 +172,9 @@ class PEFTMethod(Declared, Callback, ABC):
 
     @contextmanager
     def seeded_init(self, where: str) -> Iterator[None]:
-        """Seed torch for the initialisation of the adapter at ``where``, leaving the user's stream untouched.
+        """Seed torch while the adapter at ``where`` is initialised, and restore the global random state afterwards.
 
-        Tensors are made on the CPU and in ``adapter_dtype``, whatever device and type a strategy has set.
+        Inside, new tensors are on the CPU and in ``adapter_dtype``, even if a strategy has set other defaults.
         """
         before = torch.get_default_dtype()
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
