@@ -58,6 +58,7 @@ class LoRAAdapter(LowRankAdapter):
     lora_A0: Tensor | None
     lora_B0: Tensor | None
     lora_bias: Tensor | None
+    output_is_product = True  # without lora_bias, which batched_class asks for
 
     def __init__(
         self,
@@ -97,9 +98,8 @@ class LoRAAdapter(LowRankAdapter):
         return (out + self.scale * self.layout.features(host, self.lora_bias)).to(out.dtype)
 
     def batched_class(self, host: nn.Module) -> type[BatchedAdapters] | None:
-        # The batched products compute B (A x) alone: they would skip the bias and a subclass's own ``output``.
-        plain = self.lora_bias is None and type(self).output is LoRAAdapter.output
-        return super().batched_class(host) if plain else WeightAdapter.batched_class(self, host)
+        # The batched products compute B (A x) alone: they would skip the bias.
+        return super().batched_class(host) if self.lora_bias is None else WeightAdapter.batched_class(self, host)
 
     @property
     def changes_bias(self) -> bool:

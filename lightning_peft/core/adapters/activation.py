@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from lightning_peft.core.adapters.base import Adapter
+from lightning_peft.core.adapters.base import Adapter, derive_flags
 from lightning_peft.core.batching.batched import BatchedAdapters, BatchedPassthrough, PerGroupOutput
 from lightning_peft.core.module_io import first_tensor, hidden_state, with_hidden_state
 from lightning_peft.core.targeting.activation_sites import ActivationSite
@@ -46,6 +46,13 @@ class ActivationAdapter(Adapter):
     #: True if ``x`` must be the input of the sub-layer even when another module than the host receives it
     reads_input = False
 
+    #: whether :meth:`run` is the module's forward followed by :meth:`after`
+    run_is_forward_and_after: ClassVar[bool] = True
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        derive_flags(cls, {"run_is_forward_and_after": {"run": False}})
+
     def __init__(self, site: ActivationSite) -> None:
         super().__init__()
         self.site_name = site.name
@@ -76,7 +83,7 @@ class ActivationAdapter(Adapter):
         return self(x, y)
 
     def batched_class(self, host: nn.Module) -> type[BatchedAdapters] | None:
-        return PerGroupOutput if type(self).run is ActivationAdapter.run else None
+        return PerGroupOutput if self.run_is_forward_and_after else None
 
 
 class InputCapture(Adapter):

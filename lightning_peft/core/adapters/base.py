@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lightning_peft.core.batching.batched import BatchedAdapters, PerGroupOutput
 from lightning_peft.core.targeting.sites import Site
 
-__all__ = ["BIASES", "Adapter", "WeightAdapter", "WeightGroup"]
+__all__ = ["BIASES", "Adapter", "WeightAdapter", "WeightGroup", "derive_flags"]
 
 #: maps the name of a weight in its host to the name of its bias
 BIASES = {"weight": "bias", "in_proj_weight": "in_proj_bias", "out_proj.weight": "out_proj.bias"}
@@ -129,6 +129,26 @@ def _empties(fn: Callable[[Tensor], Tensor]) -> bool:
         return False
 
 
+def derive_flags(cls: type, rules: Mapping[str, Mapping[str, bool]]) -> None:
+    """Set class attributes that describe how some methods work together, whichever class overrides one of them.
+
+    A flag that a class states in its own body holds for it. Otherwise the first class in the method resolution order
+    that states the flag or has one of its methods decides, so an override never inherits a statement about the method
+    that it replaces.
+
+    Args:
+        cls: a new class.
+        rules: flag -> the methods it is about, each with the flag's value after an override; the last one decides if a
+            class overrides several.
+    """
+    for flag, methods in rules.items():
+        for own in map(vars, cls.__mro__):
+            found = [own[flag]] if flag in own else [value for method, value in methods.items() if method in own]
+            if found:
+                setattr(cls, flag, found[-1])
+                break
+
+
 class WeightAdapter(Adapter):
     """An adapter that is a function of a weight matrix.
 
@@ -153,6 +173,24 @@ class WeightAdapter(Adapter):
         lp.apply(model, RowScale(targets=["q_proj"]))
         lp.merge(model)
     """
+
+    #: whether :meth:`output` computes the same as :meth:`transform`; overriding one of the other two alone unsets it
+    has_output: ClassVar[bool] = False
+    #: whether :meth:`transform` adds :meth:`delta`
+    transform_is_sum: ClassVar[bool] = True
+    #: whether :meth:`run` is the forward followed by :meth:`after`
+    run_is_forward_and_after: ClassVar[bool] = True
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        derive_flags(
+            cls,
+            {
+                "has_output": {"delta": False, "transform": False, "output": True},
+                "transform_is_sum": {"transform": False},
+                "run_is_forward_and_after": {"run": False},
+            },
+        )
 
     def __init__(self, site: Site) -> None:
         super().__init__()
@@ -203,7 +241,7 @@ class WeightAdapter(Adapter):
 
     @property
     def modifies_weight(self) -> bool:
-        return type(self).output is WeightAdapter.output or not self.layout.has_activation
+        return not self.has_output or not self.layout.has_activation
 
     def weights(self) -> Mapping[str, WeightAdapter]:
         return {self.parameter: self}
@@ -220,8 +258,7 @@ class WeightAdapter(Adapter):
         return self.output(host, x, y)
 
     def batched_class(self, host: nn.Module) -> type[BatchedAdapters] | None:
-        around = not self.modifies_weight and type(self).run is WeightAdapter.run
-        return PerGroupOutput if around else None
+        return PerGroupOutput if self.run_is_forward_and_after and not self.modifies_weight else None
 
 
 class WeightGroup(Adapter):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core.adapters.base import WeightAdapter
+from lightning_peft.core.adapters.base import WeightAdapter, derive_flags
 from lightning_peft.core.batching.batched import BatchedAdapters, BatchedLowRank, PerGroupOutput
 from lightning_peft.ops.dropout import dropped
 
@@ -61,6 +62,20 @@ class LowRankAdapter(WeightAdapter):
 
     scale: float = 1.0
     dropout: float = 0.0
+    #: whether :meth:`delta` is s B A of :meth:`factors`
+    delta_is_product: ClassVar[bool] = True
+    #: whether :meth:`output` adds s B (A x) and nothing else; an override that does must state it again
+    output_is_product: ClassVar[bool] = True
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        derive_flags(
+            cls,
+            {
+                "delta_is_product": {"delta": False},
+                "output_is_product": {"delta": False, "transform": False, "output": False},
+            },
+        )
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return A (..., k, in) and B (..., out, k); ``scale`` is not yet applied."""
@@ -75,7 +90,7 @@ class LowRankAdapter(WeightAdapter):
         return f"dropout={self.dropout}" if self.dropout else None
 
     def low_rank(self) -> tuple[Tensor, Tensor] | None:
-        if type(self).transform is not WeightAdapter.transform:
+        if not (self.delta_is_product and self.transform_is_sum):
             return None
         a, b = self.factors()
         return a, b * self.scale
@@ -91,10 +106,9 @@ class LowRankAdapter(WeightAdapter):
         return self.layout.up(host, h, b, y, self.scale)
 
     def batched_class(self, host: nn.Module) -> type[BatchedAdapters] | None:
-        if type(self).output is not LowRankAdapter.output and type(self).batched_class is LowRankAdapter.batched_class:
-            return super().batched_class(host)  # the subclass computes more than the product
         batched = super().batched_class(host)
-        return BatchedLowRank if batched is PerGroupOutput and self.layout.vectors else batched
+        together = self.output_is_product and self.layout.vectors and batched is PerGroupOutput
+        return BatchedLowRank if together else batched
 
 
 def add_products(matrix: Tensor, pairs: Iterable[tuple[Tensor, Tensor]], dtype: torch.dtype) -> Tensor:

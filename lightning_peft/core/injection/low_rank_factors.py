@@ -73,7 +73,7 @@ def weight_delta(part: WeightAdapter, weight: Tensor) -> Tensor:
     wide = torch.promote_types(weight.dtype, torch.float32)
     matrix = part.layout.matrix(weight.detach()).to(wide)
     with evaluating(part):
-        if type(part).transform is WeightAdapter.transform:
+        if part.transform_is_sum:
             return part.delta(matrix).to(wide)  # exact, whereas W + D - W would be rounded
         return part.transform(matrix).to(wide) - matrix
 
