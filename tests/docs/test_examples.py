@@ -17,6 +17,7 @@ EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 METHODS = {
     "toy_weight": "RowScale",
     "toy_low_rank": "TwoFactors",
+    "lora_xs": "LoRAXS",
     "toy_activation": "Shift",
     "toy_selection": "Smallest",
 }
@@ -76,7 +77,7 @@ def test_example(example, tmp_path):
     assert torch.equal(loaded.eval()(x), module(x))
 
 
-@pytest.fixture(params=["toy_weight", "toy_low_rank"])
+@pytest.fixture(params=["toy_weight", "toy_low_rank", "lora_xs"])
 def two(request):
     """A module with two adapters of a toy weight method, "a" and "b", and something to call it with."""
     make = runpy.run_path(str(EXAMPLES / f"{request.param}.py"))[METHODS[request.param]]
@@ -146,7 +147,7 @@ def test_the_other_examples_are_saved_loaded_and_serve_rows(example, tmp_path):
 
 def test_the_low_rank_example_needs_no_svd_and_one_run_for_all_rows(two, request, monkeypatch):
     module, x = two
-    low_rank = request.node.callspec.params["two"] == "toy_low_rank"
+    low_rank = request.node.callspec.params["two"] != "toy_weight"
     runs, forward = [], nn.Linear.forward
     monkeypatch.setattr(nn.Linear, "forward", lambda self, *args: (runs.append(self), forward(self, *args))[1])
     with lp.rows(module, ["a", "b", None]):

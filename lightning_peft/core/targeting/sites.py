@@ -93,7 +93,12 @@ class Site:
     @property
     def shape(self) -> torch.Size:
         """The matrix's shape: (out, in), or (batch, out, in) for stacked experts."""
-        return self.layout.matrix(self.weight).shape
+        return self.matrix.shape
+
+    @property
+    def matrix(self) -> Tensor:
+        """The weight as a matrix of :attr:`shape`, detached, in its stored dtype and on its device."""
+        return self.layout.matrix(self.weight.detach())
 
 
 def check_stored(sites: Iterable[Site]) -> None:
