@@ -1,4 +1,4 @@
-"""What handling an adapter costs beside PEFT: inject, save, load a second one, switch, merge, unmerge, unload.
+"""Time adapter operations, also with PEFT: inject, save, load a second one, switch, merge, unmerge, unload.
 
     python -m benchmarks.adapters --threads 2 --markdown benchmarks/results/adapters.md     # 1.1 billion parameters
     python -m benchmarks.adapters --size tiny --repeats 3
@@ -218,7 +218,7 @@ def table(args: argparse.Namespace, times: dict[str, list[dict]], facts: list[st
 
 
 def size_of(directory: Path) -> int:
-    """Bytes of the tensors' file in a directory, or in the one folder inside it."""
+    """Return the size in bytes of the tensor file in a directory or in its only subfolder."""
     return max(f.stat().st_size for f in directory.rglob("adapter_model.safetensors"))
 
 
@@ -227,7 +227,7 @@ def main(line: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.adapters", description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=SIZES, default="full")
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="of the base")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="dtype of the base")
     add_run_options(parser, repeats=5)
     args = parse_line(parser, line)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -159,8 +159,8 @@ def limited(seconds: int) -> Iterator[None]:
 def main() -> None:
     """Try all classes, or those whose names are given."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help="classes to try; by default all")
-    parser.add_argument("--out", type=Path, help="write what became of each class here, as JSON")
+    parser.add_argument("names", nargs="*", help="classes to test; default: all")
+    parser.add_argument("--out", type=Path, help="write the outcome of each class to this JSON file")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()

@@ -1,4 +1,4 @@
-"""The models a method is measured on: random weights, no downloads, base dropout off.
+"""The models for the measurements: random weights, no downloads, base dropout off.
 
 A case holds a model, one batch, and the place where its frozen base begins. Batches are keyword
 arguments of the model's ``forward``, whose output carries ``loss``.

@@ -1,4 +1,4 @@
-"""What the demo model's pretraining is worth: LoRA on it, beside a frozen base, random weights and full tuning.
+"""Measure the effect of the demo model's pretraining: LoRA, a frozen base, random weights, full fine-tuning.
 
     python -m benchmarks.demo_transfer --seeds 3
 
@@ -73,7 +73,7 @@ def run(variant: str, seed: int, epochs: int) -> dict[str, float]:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, … of each variant")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds (0, 1, …) per variant")
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--threads", type=int, default=1)

@@ -1,4 +1,4 @@
-"""Mutate files and read them: every outcome is equal numbers, or an error of this package that names the file.
+"""Mutate files and read them: each must give equal numbers, or an error of this package that names the file.
 
     python -m benchmarks.fuzz --mutations 2000
 
@@ -260,8 +260,8 @@ def outcome(subject: Subject, kind: str, seed: int) -> str:
 def main() -> None:
     """Print a line for each kind of file; exit with 1 if an outcome is one that must not be."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mutations", type=int, default=2000, help="of each kind")
-    parser.add_argument("--seed", type=int, default=0, help="of the first mutation")
+    parser.add_argument("--mutations", type=int, default=2000, help="number of mutations of each kind")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first mutation")
     options = parser.parse_args()
     bad = 0
     with tempfile.TemporaryDirectory() as folder:

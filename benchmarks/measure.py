@@ -1,4 +1,4 @@
-"""Step time and saved activations of a model, and what it was measured on."""
+"""Measure the step time and saved activations of a model, and describe the machine."""
 
 from __future__ import annotations
 
@@ -158,10 +158,10 @@ def paired_ratio(times: list[float], reference: list[float]) -> Spread:
 
 def add_run_options(parser: argparse.ArgumentParser, repeats: int, page: str = "the table") -> None:
     """The options of every benchmark: threads, clock, repetitions, and where its page goes."""
-    parser.add_argument("--threads", type=int, help="of torch on the CPU (default: torch's own)")
-    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="cpu: this process's CPU time")
+    parser.add_argument("--threads", type=int, help="CPU threads of torch (default: torch's own)")
+    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="cpu: measure this process's CPU time")
     parser.add_argument("--repeats", type=int, default=repeats)
-    parser.add_argument("--markdown", type=Path, help=f"write {page} here")
+    parser.add_argument("--markdown", type=Path, help=f"write {page} to this file")
 
 
 def parse_line(parser: argparse.ArgumentParser, line: list[str] | None) -> argparse.Namespace:

@@ -1,4 +1,4 @@
-"""The rows of the comparison: every method in this library and, where PEFT has it, in PEFT, configured alike.
+"""The rows of the comparison: every method in this library and, if PEFT has it, in PEFT, with the same configuration.
 
 A row's functions take the case and the rank and leave imports of PEFT to :func:`wrapped`, so that its absence skips
 its variants only.

@@ -1,4 +1,4 @@
-"""The report of :mod:`benchmarks.step`: one table at a glance, a plot, why a row is dearer than PEFT's, and details."""
+"""The report of :mod:`benchmarks.step`: a summary table, a plot, the reasons for rows slower or larger than PEFT's, details."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Many adapters in one batch: the time of a forward pass, beside one adapter for all rows and beside PEFT.
+"""Time a forward pass with many adapters in one batch, with one adapter for all rows, and with PEFT.
 
-All variants run in one process and take turns, so that a slow moment of the machine meets all of them; compare ratios.
+All variants run in one process and take turns, so that slow moments of the machine affect all; compare the ratios.
 """
 
 from __future__ import annotations
@@ -161,12 +161,12 @@ def parse(line: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="benchmarks.rows", description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=16)
-    parser.add_argument("--adapters", type=int, default=16, help="different ones, in turn over the rows")
-    parser.add_argument("--length", type=int, default=128, help="tokens in a row; 1 is a step of decoding")
+    parser.add_argument("--adapters", type=int, default=16, help="number of adapters, assigned to the rows in turn")
+    parser.add_argument("--length", type=int, default=128, help="tokens per row; 1 is a decoding step")
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=1, help="forward passes in one context")
+    parser.add_argument("--steps", type=int, default=1, help="forward passes per context")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     add_run_options(parser, repeats=10)

@@ -1,4 +1,4 @@
-"""What a method costs over its frozen base: training-step time and saved activations, beside PEFT.
+"""Measure the cost of a method over its frozen base, also with PEFT: training-step time, saved activations.
 
     python -m benchmarks.step --json step.json --markdown benchmarks/results/cpu.md --threads 1 --clock cpu
     python -m benchmarks.step --case llama --method LoRA DoRA --repeats 40
@@ -224,13 +224,13 @@ def parse(line: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--method", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the base")
-    parser.add_argument("--autocast", action="store_true", help="bfloat16 autocast around the forward")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="dtype of the base")
+    parser.add_argument("--autocast", action="store_true", help="run forward under bfloat16 autocast")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     add_run_options(parser, repeats=15, page="the tables, and a plot beside them,")
     parser.add_argument("--warmup", type=int, default=2)
-    parser.add_argument("--json", type=Path, help="every raw number; rows that it has already are not run again")
-    parser.add_argument("--redo", action="store_true", help="run the chosen rows again all the same")
+    parser.add_argument("--json", type=Path, help="store every raw number here; rows already in the file are skipped")
+    parser.add_argument("--redo", action="store_true", help="also run rows that are already in the file")
     return parse_line(parser, line)
 
 

@@ -1,5 +1,5 @@
-"""What builds files that ship with the package, and its documentation; not installed.
+"""Scripts that build files of the package and its documentation; not installed.
 
-``python -m tools.build_demo`` makes the demo corpus and tokenizer, with ``rst`` as its reader of reStructuredText.
+``python -m tools.build_demo`` builds the demo corpus and tokenizer, and uses ``rst`` to read reStructuredText.
 ``griffe_docstrings`` prepares docstrings for the API reference (mkdocs.yml names it).
 """

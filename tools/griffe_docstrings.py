@@ -1,4 +1,4 @@
-"""A griffe extension: what the API reference needs beyond the docstrings as they stand.
+"""A griffe extension that prepares docstrings for the API reference.
 
 Docstrings are written for ``help()`` and editors, with the roles and literal blocks of reStructuredText that torch and
 Lightning use too. The documentation is Markdown: roles become links to the reference (or code, if the name is not in

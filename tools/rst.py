@@ -1,6 +1,6 @@
-"""reStructuredText to plain English paragraphs: as much of the format as Python's own documentation uses.
+"""Convert reStructuredText to plain paragraphs, for the constructs that Python's documentation uses.
 
-Not a reST parser. Docutils would need Sphinx's directives and roles, and would build a document tree only for
+This is not a complete parser. Docutils would need Sphinx's directives and roles, and would build a document tree only for
 it to be flattened; what is wanted is the prose, without code, tables, signatures and markup.
 """
 

@@ -122,16 +122,16 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         prog="python -m benchmarks.real", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("study", choices=STUDIES)
-    parser.add_argument("--data", type=Path, help="folder of the data (default: LIGHTNING_PEFT_DATA, ../shared/data)")
-    parser.add_argument("--methods", nargs="+", help="words: only rows whose label holds one of them")
-    parser.add_argument("--steps", type=int, help="optimizer steps of each run (default: the study's)")
+    parser.add_argument("--data", type=Path, help="data folder (default: LIGHTNING_PEFT_DATA, ../shared/data)")
+    parser.add_argument("--methods", nargs="+", help="run only rows whose label contains one of these words")
+    parser.add_argument("--steps", type=int, help="optimizer steps per run (default: the study's)")
     parser.add_argument(
-        "--search-steps", type=int, help="steps of each run of the rate's search (default: the study's)"
+        "--search-steps", type=int, help="steps per run of the learning-rate search (default: the study's)"
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--threads", type=int, default=1, help="of torch (default: 1)")
-    parser.add_argument("--store", type=Path, help="keep each run there as a JSON line; runs that are there count")
-    parser.add_argument("--markdown", type=Path, help="write the tables there, and a plot beside it (.svg)")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch (default: 1)")
+    parser.add_argument("--store", type=Path, help="append each run to this file as a JSON line, and reuse its runs")
+    parser.add_argument("--markdown", type=Path, help="write the tables to this file, and a plot (.svg) next to it")
     parser.add_argument("--traceback", action="store_true", help="stop at the first failure")
     return parser.parse_args(arguments)
 

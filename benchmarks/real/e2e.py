@@ -1,4 +1,4 @@
-"""E2E, restaurant facts to a sentence, with a 260k-parameter Llama that has only ever seen TinyStories."""
+"""E2E, restaurant facts to a sentence, with a 260k-parameter Llama pretrained only on TinyStories."""
 
 from __future__ import annotations
 

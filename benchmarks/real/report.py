@@ -1,4 +1,4 @@
-"""A study's results as a markdown page and a plot."""
+"""Write a study's results as a markdown page and a plot."""
 
 from __future__ import annotations
 

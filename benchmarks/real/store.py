@@ -1,4 +1,4 @@
-"""Runs on disk, one JSON line each, so that an interrupted study goes on where it was."""
+"""Store each run as a line of JSON, so that an interrupted study can continue."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the studies share: a row of the table is a search for its learning rate, then one run of a Trainer per seed."""
+"""The common part of the studies. Each table row is a learning-rate search, then one Trainer run per seed."""
 
 from __future__ import annotations
 
