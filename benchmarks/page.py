@@ -1,4 +1,4 @@
-"""The report of :mod:`benchmarks.step`: a summary table, a plot, the reasons for rows slower or larger than PEFT's, details."""
+"""The report of :mod:`benchmarks.step`: summary table, plot, reasons for rows slower or larger than PEFT's, details."""
 
 from __future__ import annotations
 
