@@ -1,7 +1,7 @@
 """Convert reStructuredText to plain paragraphs, for the constructs that Python's documentation uses.
 
-This is not a complete parser. Docutils would need Sphinx's directives and roles, and would build a document tree that is
-then flattened. Only the prose is needed, without code, tables, signatures and markup.
+This is not a complete parser. Docutils would need Sphinx's directives and roles, and would build a document tree
+to be flattened. Only the prose is needed, without code, tables, signatures and markup.
 """
 
 from __future__ import annotations
