@@ -60,7 +60,7 @@ METHODS = [
 def test_saved_is_loaded(method, tmp_path):
     model = net()
     report = lp.apply(model, method)
-    assert "0.weight" in report.modules
+    assert "0" in report.modules
     perturb(model)
     lp.save_adapter(model, tmp_path)
     loaded = net()

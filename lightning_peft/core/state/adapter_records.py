@@ -56,8 +56,8 @@ class AdapterRecord:
         host: the name in the base of the module that carries it.
         parameter: the adapted weight's name inside the host; ``""`` if the adapter does not adapt a weight.
         kind: ``Linear``, ``Conv1D`` (Hugging Face's, stored transposed), ``Conv``, ``ConvTranspose``, ``Embedding``,
-            ``Norm``, ``Attention`` (a projection of ``nn.MultiheadAttention``), ``Recurrent``, ``OtherLinear`` (a
-            linear layer that does not derive from ``nn.Linear``), ``Parameter`` (a bare one, or a recurrent cell's), or
+            ``Norm``, ``Attention`` (a projection of ``nn.MultiheadAttention``), ``Recurrent``, ``OtherLinear`` and
+            ``OtherTransposed`` (linear layers that do not derive from ``nn.Linear``), ``Parameter`` (a bare one, or a recurrent cell's), or
             the host's class.
         shape: the stored shape of the adapted weight.
         facts: plain values: the adapter's ``r``, ``scale`` and ``tokens``; a convolution's ``groups``, ``dilation``
@@ -123,9 +123,9 @@ def layer_kind(host: nn.Module, layout: Any) -> str:
         return "Attention"
     if isinstance(layout, RecurrentLayout):
         return "Recurrent" if isinstance(host, nn.RNNBase) else "Parameter"
-    if isinstance(layout, OtherLinearLayout | OtherTransposedLayout):
-        return "OtherLinear"
     kinds = {
+        OtherLinearLayout: "OtherLinear",
+        OtherTransposedLayout: "OtherTransposed",
         TransposedLayout: "Conv1D",
         EmbeddingLayout: "Embedding",
         ConvLayout: "Conv",

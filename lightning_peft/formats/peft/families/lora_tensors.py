@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_peft.core.names import join
 from lightning_peft.core.state.adapter_records import AdapterRecord, layer_facts, layer_kind
 from lightning_peft.core.targeting.layouts import EmbeddingLayout, TransposedLayout
 from lightning_peft.core.targeting.sites import Site
@@ -35,7 +36,7 @@ __all__ = ["Entry", "entries", "take_attention", "take_layer", "take_parameter",
 
 
 #: kinds of layers, as AdapterRecord names them, that PEFT does not adapt
-NOT_IN_PEFT = frozenset({"ConvTranspose", "OtherLinear", "Recurrent"})
+NOT_IN_PEFT = frozenset({"ConvTranspose", "OtherTransposed", "Recurrent"})
 
 
 @dataclass
@@ -103,7 +104,7 @@ def entries(records: Iterable[AdapterRecord], fold_scale: bool = False) -> Itera
             raise NotInPeftError(f"PEFT's LoRA does not adapt weights like {pairs[0].part.name!r} ({kind})")
         if kind == "Attention":
             yield _attention(host, pairs)
-        elif kind == "Parameter":
+        elif kind in ("OtherLinear", "Parameter"):
             yield from _parameters(host, pairs)
         else:
             yield _layer(host, pairs[0])
@@ -183,7 +184,7 @@ def _parameters(host: str, pairs: list[_Pair]) -> Iterator[Entry]:
         if a.ndim == 3:
             a, b = a.flatten(0, 1), b.permute(1, 2, 0).flatten(1)
         tensors = {f"{key}.lora_A.weight": a, f"{key}.lora_B.weight": b}
-        yield Entry(pair.part.name, pair.r, pair.scale, tensors, is_parameter=True)
+        yield Entry(join(host, pair.part.parameter), pair.r, pair.scale, tensors, is_parameter=True)
 
 
 def take_layer(tensors: Tensors, site: Site, r: int, dora: bool, bias: bool) -> dict[str, Tensor]:
