@@ -57,8 +57,8 @@ class AdapterRecord:
         parameter: the adapted weight's name inside the host; ``""`` if the adapter does not adapt a weight.
         kind: ``Linear``, ``Conv1D`` (Hugging Face's, stored transposed), ``Conv``, ``ConvTranspose``, ``Embedding``,
             ``Norm``, ``Attention`` (a projection of ``nn.MultiheadAttention``), ``Recurrent``, ``OtherLinear`` and
-            ``OtherTransposed`` (linear layers that do not derive from ``nn.Linear``), ``Parameter`` (a bare one, or a recurrent cell's), or
-            the host's class.
+            ``OtherTransposed`` (linear layers that do not derive from ``nn.Linear``), ``Parameter`` (a bare one, or a
+            recurrent cell's), or the host's class.
         shape: the stored shape of the adapted weight.
         facts: plain values: the adapter's ``r``, ``scale`` and ``tokens``; a convolution's ``groups``, ``dilation``
             and ``padding_mode``; ``own_forward`` if the layer computes something different from its class.
