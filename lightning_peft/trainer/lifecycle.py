@@ -35,6 +35,7 @@ from lightning_peft.core.state.consistency import check_record, update_base
 from lightning_peft.core.state.state_dict import fix_trained
 from lightning_peft.trainer import audit, logs
 from lightning_peft.trainer.averaging import adapt_averaging
+from lightning_peft.trainer.missing_callbacks import audit_callbacks
 from lightning_peft.trainer.modes import TrainingMode
 from lightning_peft.trainer.resume.dataloaders import TrainingLoaders
 from lightning_peft.trainer.resume.rng_state import gather_ranks, rng_state, this_rank
@@ -72,6 +73,7 @@ class Lifecycle(Callback):
         check_record(pl_module)
         update_base(pl_module)
         fix_trained(pl_module)
+        audit_callbacks(trainer, pl_module)
         audit.audit_active(pl_module)
         audit.audit_head(pl_module)
         audit.audit_hyperparameters(pl_module.hparams)
