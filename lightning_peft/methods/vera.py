@@ -90,11 +90,12 @@ class VeRAAdapter(LowRankAdapter):
         self._shape = site.shape[-2:]
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """A (r, in) and diag(b) B diag(d) (..., out, r)."""
+        """A (..., r, in) and diag(b) B diag(d) (..., out, r)."""
         (shared,), (rows, columns) = self._shared, self._shape
         device = self.vera_lambda_d.device
         a, b = shared.vera_A[:, :columns].to(device), shared.vera_B[:rows].to(device)
         # Both vectors scale the small B, so that backward needs no second product over the activations.
+        a = a.expand(*self.vera_lambda_d.shape[:-1], *a.shape)  # all experts share it
         return a, b * (self.vera_lambda_b[..., None] * self.vera_lambda_d[..., None, :])
 
     def batched_class(self, host: nn.Module) -> type[BatchedAdapters] | None:
