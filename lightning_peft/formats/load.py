@@ -17,7 +17,7 @@ from lightning_peft.core.injection.overrides import override_trained
 from lightning_peft.core.names import check_name
 from lightning_peft.core.record import injected_module, injection_state
 from lightning_peft.core.state.consistency import check_record
-from lightning_peft.core.state.fingerprint import check_fingerprint
+from lightning_peft.core.state.fingerprint import OtherBaseError, check_fingerprint
 from lightning_peft.core.state.plan import Method, Plan
 from lightning_peft.core.state.state_dict import StateError
 from lightning_peft.core.switching.active import deactivate
@@ -101,7 +101,7 @@ def load_adapter(
         try:
             plans[called] = _planned(root, files, called, trainable, check_base, ignore_options)
         except StateError as error:
-            hint = "; check_base=False skips this comparison" if "another base" in str(error) else ""
+            hint = "; check_base=False skips this comparison" if isinstance(error, OtherBaseError) else ""
             raise StateError(f"{_describe_load(files, root)}: {error}{hint}") from error
         except Exception as error:  # an unexpected value in a file can raise any exception, far from here
             what = str(error) if isinstance(error, ValueError) else f"an option has an invalid value: {error!r}"

@@ -310,10 +310,9 @@ class AdaLoRA(WeightMethod):
         return {**self.__dict__, "_hooks": []}  # hooks belong to this object's optimizer, not to a copy's
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "step": self.step, "scores": self._scores}
+        return {"step": self.step, "scores": self._scores}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
         self.step, self._scores = state_dict["step"], dict(state_dict["scores"])
 
 

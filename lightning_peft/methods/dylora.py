@@ -85,6 +85,12 @@ class DyLoRA(WeightMethod):
             cast(DyLoRAAdapter, part).train_at(rank)
         return rank
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"seed": self._seed()}  # a resumed run draws the same ranks under any seed of its environment
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._run_seed = state_dict.get("seed", self._run_seed)  # checkpoints of earlier releases have none
+
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:

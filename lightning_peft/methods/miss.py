@@ -46,7 +46,9 @@ class MiSSAdapter(LowRankAdapter):
         r, width = m.shape[-2:]
         column = torch.arange(self.columns, device=m.device) % r
         shards = (column == torch.arange(r, device=m.device)[:, None]).to(m.dtype)  # sums the shards of x
-        return shards.expand(*m.shape[:-2], -1, -1), m.mT.repeat(*[1] * (m.ndim - 2), self.rows // width, 1)
+        # A view without groups: a copy would be kept for backward in every layer.
+        up = m.mT if width == self.rows else m.mT.repeat(*[1] * (m.ndim - 2), self.rows // width, 1)
+        return shards.expand(*m.shape[:-2], -1, -1), up
 
     def down(self, host: nn.Module, x: Tensor, a: Tensor) -> Tensor:
         if not self.layout.vectors:

@@ -68,7 +68,7 @@ def test_scale(rslora: bool, scale: float):
 
 def test_a_rank_above_what_a_weight_can_have_is_noted():
     report = lp.inspect(MLP(), lp.LoRA(r=7, targets=["up", "down"]))
-    assert report.notes == ["up: r=7 where the weight's rank is at most 6"]
+    assert report.notes == ["up: r=7, but the weight's rank is at most 6"]
 
 
 @pytest.mark.parametrize(

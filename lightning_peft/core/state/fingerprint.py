@@ -16,9 +16,13 @@ from lightning_peft.core.sharded_tensors import gather_full, is_sharded
 from lightning_peft.core.state.moved_values import extra_state
 from lightning_peft.core.state.state_dict import StateError, trainable_keys
 
-__all__ = ["check_fingerprint", "fingerprint", "fingerprint_now"]
+__all__ = ["OtherBaseError", "check_fingerprint", "fingerprint", "fingerprint_now"]
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+class OtherBaseError(StateError):
+    """The base model is not the one that a state was trained on."""
 
 
 def fingerprint(
@@ -62,14 +66,14 @@ def check_fingerprint(model: nn.Module, saved: Mapping[str, Any], plain: bool = 
             continue
         if name not in frozen:
             near = nearest(name, list(frozen), n=1)
-            raise StateError(
+            raise OtherBaseError(
                 f"this is a different base model: it has no tensor {name!r}"
                 + (f"; nearest: {near[0]!r}" if near else "")
             )
         if frozen[name].is_meta or not frozen[name].numel():
             continue
         if not _same(_sample(frozen[name], len(values)), values):
-            raise StateError(
+            raise OtherBaseError(
                 f"this is a different base model: the values of {name!r} differ from those the state was trained on. "
                 "Load the same pretrained weights (and initialise random parts of the base from a fixed seed)"
             )

@@ -114,12 +114,6 @@ class PEFTMethod(Declared, Callback, ABC):
             self._run_seed = self._seed()  # a resumed run gets that of the run that it continues, after this
         prepare_run(trainer, pl_module)
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"seed": self._seed()}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._run_seed = state_dict.get("seed", self._run_seed)  # checkpoints of earlier releases have none
-
     def trainable_modules(self, model: nn.Module) -> list[str]:
         """The names of the modules that ``trainable`` trains in full.
 
@@ -161,7 +155,8 @@ class PEFTMethod(Declared, Callback, ABC):
         """A seed for one thing that this method draws: of ``seed``, the adapter's name and ``what`` alone.
 
         A method that draws during training calls it with the number of the step. A resumed run then draws as the run
-        that it continues would have: its seed is part of the method's state, whatever the environment says now.
+        that it continues would have, whatever seed its environment has, if the method stores ``_seed()`` in its state
+        as DyLoRA does.
         """
         return int.from_bytes(hashlib.sha256(f"{self._seed()}:{self.name}:{what}".encode()).digest()[:7], "big")
 

@@ -54,7 +54,7 @@ def test_without_a_trial_forward_the_head_is_found_by_name_and_reported():
     model = Silent()
     assert try_forward(model) is None
     report = lp.inspect(model, lp.LoRA())
-    assert any("head (the output head, by its name) is left" in note for note in report.notes)
+    assert any("head (the output head, by its name) stays frozen" in note for note in report.notes)
 
 
 def test_a_trial_changes_nothing():
