@@ -1,7 +1,7 @@
-"""Adapter arithmetic: a new LoRA made of what other weight adapters change.
+"""Adapter arithmetic: combine the weight changes of several adapters into a new LoRA.
 
-Every weight adapter changes its matrix from W to transform(W); D = transform(W) - W is what is computed with, one D for
-each weight and adapter. With weights w_i, and with mask_i and sign over the entries of a matrix:
+Every weight adapter changes its matrix from W to transform(W). The methods below combine the differences
+D_i = transform_i(W) - W of each weight, with one weight w_i per adapter; top, random and sign act on matrix entries:
 
 | how | D of the result |
 |---|---|
@@ -14,8 +14,8 @@ each weight and adapter. With weights w_i, and with mask_i and sign over the ent
 Ilharco et al. 2022, "Editing Models with Task Arithmetic", arXiv:2212.04089. TIES: Yadav et al. 2023, "TIES-Merging:
 Resolving Interference When Merging Models", arXiv:2306.01708. DARE: Yu et al. 2023, "Language Models are Super Mario",
 arXiv:2311.03099. Hugging Face PEFT's ``add_weighted_adapter`` does the same under ``svd``, ``ties_svd``,
-``dare_linear_svd`` and so on; its ``linear`` and ``ties`` mix the factors A and B themselves, which is another thing
-(the product of two sums has cross terms), and is not offered.
+``dare_linear_svd`` and so on. Its ``linear`` and ``ties`` average the factors A and B themselves. That is a different
+result (the product of two sums has cross terms), and is not offered here.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def combine(
     shares = [1 / max(1, len(names))] * len(names) if weights is None else list(weights)
     check_name(name)
     if name in adapter_names(model):
-        raise ValueError(f"the model has an adapter named {name!r} already: give the new one another name=")
+        raise ValueError(f"the model already has an adapter named {name!r}: choose another name")
     _check(model, names, shares, how, r, energy, density)
     root = injected_module(model)
     combined = _combined(root, dict(zip(names, shares)), how, r, energy, density, seed)
@@ -121,24 +121,25 @@ def combine(
 def to_lora(
     model: nn.Module, name: str, r: int | None = None, energy: float | None = None, new_name: str | None = None
 ) -> LowRankReport:
-    """Turn a weight adapter of any method into a plain LoRA, which every reader of LoRA understands.
+    """Convert a weight adapter of any method to a plain LoRA, which all tools that read LoRA support.
 
-    Low-rank products stay exact (LoRA that started as a part of the weight, such as PiSSA, gets twice its rank). Other
-    changes are decomposed by SVD: exactly, at whatever rank that takes, or cut by ``r`` or ``energy``.
+    Low-rank products stay exact; a LoRA initialised from the weight (such as PiSSA) gets twice its rank. Other changes
+    are decomposed by SVD, exactly (at the rank this requires) or truncated by ``r`` or ``energy``.
 
     Args:
         model: the adapted model; changed in place.
-        name: the adapter.
-        r: the rank of the result, at most.
-        energy: the share of the squared norm that the result keeps at least, in (0, 1].
-        new_name: put the LoRA in beside the adapter, frozen and waiting; by default it takes its place, name and
-            part in training.
+        name: name of the adapter.
+        r: maximum rank of the result.
+        energy: minimum fraction of the squared norm to keep, in (0, 1].
+        new_name: keep the adapter, and add the LoRA under this name, frozen and inactive. By default the LoRA replaces
+            the adapter and takes over its name and whether it trains.
 
     Returns:
-        The ranks, and what was lost.
+        The ranks of the result, and the error of the truncation.
 
     Raises:
-        ValueError: as :func:`combine`; or an adapter in training, whose optimizer would go on without it.
+        ValueError: if :func:`combine` would raise it, or if a Trainer is training the adapter, because its optimizer
+            would keep the replaced parameters.
 
     Example::
 
@@ -148,7 +149,7 @@ def to_lora(
     _check(model, [name], [1.0], "linear", r, energy, None)
     root = injected_module(model)
     if not _changes(root, [name]):
-        raise ValueError(f"{name!r} changes no matrix: there is nothing to turn into a LoRA")
+        raise ValueError(f"{name!r} does not change a matrix, so it cannot be converted to LoRA")
     if new_name is not None:
         return combine(model, [name], [1.0], new_name, r=r, energy=energy)
     check_deletable(model, name)
@@ -191,7 +192,7 @@ def _check(
     if r is not None:
         positive_int.require("r", r)
     if how == "cat" and (r is not None or energy is not None):
-        raise ValueError("how='cat' keeps the factors as they are: take how='svd' with r or energy")
+        raise ValueError("how='cat' keeps the factors unchanged, so r and energy have no effect: use how='svd' instead")
     for argument, value, wanted in (("energy", energy, None), ("density", density, how not in _SUMS)):
         if wanted is not None and (value is not None) != wanted:
             raise ValueError(f"how={how!r} {'needs' if wanted else 'takes no'} {argument}, got {value!r}")
@@ -201,7 +202,7 @@ def _check(
 
 @dataclass
 class _Combined:
-    """What a new LoRA is made of: factors by weight, copies by full name, and how good the factors are."""
+    """The parts of a new LoRA: factors by weight, overrides by full name, and the error of the factors."""
 
     factors: dict[str, Factors] = field(default_factory=dict)
     overrides: dict[str, Tensor] = field(default_factory=dict)
@@ -217,12 +218,13 @@ def _combined(
     density: float | None,
     seed: int,
 ) -> _Combined:
-    """The result of :func:`combine`, before anything is changed."""
+    """Compute the result of :func:`combine` without changing the model."""
     changes = _changes(root, shares)
     combined = _Combined(overrides=_interpolated(root, shares))
     if combined.overrides and how not in _SUMS:
         raise ValueError(
-            f"{list(combined.overrides)[:3]} stand in place of the base's own, which {how!r} is not made for"
+            f"the adapters override base parameters ({list(combined.overrides)[:3]}), which how={how!r} cannot "
+            "combine: use how='linear' instead"
         )
     generator = torch.Generator().manual_seed(seed)
     for site, (weight, parts) in changes.items():
@@ -230,7 +232,9 @@ def _combined(
         pairs = [f for f in factors if f is not None]
         exact = len(pairs) == len(parts)
         if how == "cat" and not exact:
-            raise ValueError(f"how='cat' needs low-rank adapters, and one at {site!r} is none: take how='linear'")
+            raise ValueError(
+                f"how='cat' needs low-rank adapters, but one at {site!r} is not low-rank: use how='linear' instead"
+            )
         cut = r
         if how == "svd" and exact and r is None and energy is None:
             cut = max(a.shape[-2] for a, _ in pairs)
@@ -249,13 +253,13 @@ def _combined(
 
 
 def mix(tasks: Tensor, weights: Sequence[float], how: str, density: float | None, generator: torch.Generator) -> Tensor:
-    """One change of several, as the table above says.
+    """Combine the changes of one matrix as in the table of this module.
 
     Args:
-        tasks: the changes of one matrix, (number, ..., out, in).
-        weights: a factor for each.
+        tasks: the changes, (number, ..., out, in).
+        weights: one factor per change.
         how, density: see :func:`combine`.
-        generator: what DARE draws from, on the CPU.
+        generator: CPU generator for DARE.
     """
     if how not in _SUMS:
         assert density is not None
@@ -288,10 +292,10 @@ def _factors(part: WeightAdapter) -> Factors | None:
 
 
 def _changes(root: nn.Module, names: Collection[str]) -> dict[str, tuple[Tensor, dict[str, WeightAdapter]]]:
-    """The stored weights that are adapted, each with its adapters by name; by the weight's name.
+    """The adapted weights by name, each with its stored value and its adapters by name.
 
     Raises:
-        ValueError: an adapter that is no change of a weight, or not of a weight alone.
+        ValueError: if an adapter does not change a weight, or changes more than a weight.
     """
     sites = {(site.host, site.parameter): site.name for site in weight_sites(root).values()}
     found: dict[str, tuple[Tensor, dict[str, WeightAdapter]]] = {}
@@ -305,14 +309,17 @@ def _changes(root: nn.Module, names: Collection[str]) -> dict[str, tuple[Tensor,
                 for parameter, part in adapter.weights().items():
                     bias = stored_tensor(host, BIASES[parameter]) if parameter in BIASES else None
                     if (host_name, parameter) not in sites or part.transform_bias(bias) is not bias:
-                        raise ValueError(f"{where} changes more than a matrix (a bias, a norm), which no LoRA can")
+                        raise ValueError(
+                            f"{where} changes more than a matrix (a bias or a norm), so it cannot be combined or "
+                            "converted to LoRA"
+                        )
                     weight = cast(Tensor, stored_tensor(host, parameter))
                     found.setdefault(sites[host_name, parameter], (weight, {}))[1][name] = part
     return {site: (weight, {n: parts[n] for n in names if n in parts}) for site, (weight, parts) in found.items()}
 
 
 def _interpolated(root: nn.Module, shares: Mapping[str, float]) -> dict[str, Tensor]:
-    """What the adapters' copies of the base's own values come to, by full name."""
+    """The interpolated overrides of base parameters, by full name."""
     found: dict[str, Tensor] = {}
     alone = list(shares.values()) == [1]
     for host_name, stack in stacks(root).items():
@@ -325,15 +332,15 @@ def _interpolated(root: nn.Module, shares: Mapping[str, float]) -> dict[str, Ten
                 if alone:
                     found[full] = copy.detach()
                 elif copy.shape != base.shape:
-                    shapes = f"{tuple(copy.shape)}, and the base's is {tuple(base.shape)}"
-                    raise ValueError(f"{full} of {name!r} is {shapes}: they cannot be interpolated")
+                    shapes = f"{tuple(copy.shape)} and the base's has shape {tuple(base.shape)}"
+                    raise ValueError(f"{full} of {name!r} has shape {shapes}, so they cannot be interpolated")
                 elif copy.is_floating_point():
                     found[full] = found.get(full, base) + share * (copy - base)
     return found
 
 
 def _install_combined(root: nn.Module, name: str, combined: _Combined, like: str = "", trains: bool = False) -> None:
-    """A LoRA with these factors and the copies beside it; without factors, another of the method of ``like``."""
+    """Install a LoRA with these factors and overrides; without factors, an adapter of the same method as ``like``."""
     record = injection_state(root)
     method: Method
     if combined.factors:
@@ -342,14 +349,14 @@ def _install_combined(root: nn.Module, name: str, combined: _Combined, like: str
         source: Any = record.methods[like]
         method, plan = type(source)(**{**source.config(), "name": name}), Plan()
     else:
-        raise ValueError(f"{like!r} changes nothing in this model: there is nothing to combine")
+        raise ValueError(f"{like!r} does not change anything in this model, so there is nothing to combine")
     for host, adapter in parameter_overrides(root, combined.overrides, trains).items():
         plan.attach.append(Attachment(host, host, adapter, f"own {', '.join(adapter.stored_as)}"))
     install(root, {name: (method, plan)})
 
 
 def _lora(root: nn.Module, name: str, factors: dict[str, Factors], trains: bool) -> tuple[LoRA, Plan]:
-    """A LoRA of scale 1 that has these factors."""
+    """A LoRA of scale 1 with these factors."""
     ranks = {site: a.shape[-2] for site, (a, _) in factors.items()}
     most = max(ranks.values())
     other = {exactly(site): rank for site, rank in ranks.items() if rank != most}

@@ -157,7 +157,7 @@ def test_a_checkpoint_alone_gives_what_was_combined_back(tmp_path: Path) -> None
             outputs[name] = module.eval()(x)
             assert torch.equal(outputs[name], again.eval()(x))
     assert not torch.equal(outputs["copies"], outputs["c"])
-    with pytest.raises(ValueError, match="'c' changes no matrix: there is nothing to turn into a LoRA"):
+    with pytest.raises(ValueError, match="'c' does not change a matrix, so it cannot be converted to LoRA"):
         lp.to_lora(module, "c")
 
 

@@ -1,13 +1,13 @@
-"""How a method declares its arguments: one field each, which the constructor, the checks, YAML and `--help` follow.
+"""Declare a method's arguments once, as fields; constructor, checks, YAML and ``--help`` are derived from them.
 
     r: int = field(default=8, validator=positive_int, kw_only=False)
     lora_plus_ratio: float | None = field(default=None, validator=optional(positive))
     rank_pattern: Mapping[str, int] | None = field(default=None, converter=as_dict, validator=each(positive_int))
     bias: Literal["none", "lora_only", "all"] = "none"
 
-The texts stand in the class docstring's ``Args:``. Arguments are keyword-only unless ``kw_only=False``. The values of a
-``Literal`` and of a ``bool`` are checked by their type, so they need no ``field``. The checks of numbers are in
-:mod:`lightning_peft.methods.families.arguments`.
+Describe each argument in the class docstring's ``Args:``. Arguments are keyword-only unless ``kw_only=False``. Values
+of ``Literal`` and ``bool`` fields are checked against the annotation, so they need no ``field``. Checks of numbers are
+in :mod:`lightning_peft.methods.families.arguments`.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ __all__ = ["Declared", "target_patterns"]
 
 @dataclass_transform(eq_default=False, kw_only_default=True, field_specifiers=(attrs.field, field))
 class Declared:
-    """Base of the classes whose arguments are declared as fields; a subclass needs no decorator.
+    """Base of the classes that declare their arguments as fields; a subclass needs no decorator.
 
-    One that writes its own ``__init__`` has no fields, and passes what it does not know to ``super().__init__``.
+    A subclass with a handwritten ``__init__`` has no fields; it passes other arguments to ``super().__init__``.
     """
 
     __attrs_attrs__: ClassVar[tuple[Attribute[Any], ...]]
@@ -41,20 +41,20 @@ class Declared:
         if constructed_by is cls or constructed_by.__dict__.get("__attrs_attrs__") == ():
             if any(isinstance(value, type(field())) for value in cls.__dict__.values()):
                 raise TypeError(
-                    f"{cls.__name__} declares fields, and {constructed_by.__name__} has an __init__ of its own, which "
+                    f"{cls.__name__} declares fields, but {constructed_by.__name__} has a handwritten __init__, which "
                     "would not set them: declare every argument as a field instead"
                 )
-            # No fields, so that jsonargparse reads the constructor and those behind its **kwargs.
+            # No fields: jsonargparse then reads this constructor and follows its **kwargs to those of its parents.
             cls.__attrs_attrs__ = ()
             return
-        # Here and not by a decorator, which a subclass could forget and silently lose its arguments.
+        # Applied here, because a subclass that forgot a decorator would silently lose its arguments.
         attrs.define(
             cls,
-            slots=False,  # a class with slots would be a copy of this one
+            slots=False,  # with slots attrs would return a copy of the class
             eq=False,
             repr=False,
             kw_only=True,
-            on_setattr=attrs.setters.NO_OP,  # values pass through __setattr__ below
+            on_setattr=attrs.setters.NO_OP,  # so that attrs keeps this class's __setattr__
             field_transformer=_with_type_checks,
         )
 
@@ -65,14 +65,14 @@ class Declared:
         self.check()
 
     def check(self) -> None:
-        """Refuse arguments that are valid one by one and do not fit together; called by the constructor.
+        """Check combinations of arguments; the constructor calls this after checking each argument.
 
         Raises:
-            ValueError: names the arguments.
+            ValueError: if arguments contradict each other.
         """
 
     def config(self) -> dict[str, Any]:
-        """Every argument by name, as plain values: enough to build this object again."""
+        """All arguments by name, as plain values from which the object can be rebuilt."""
         return {name: getattr(self, name) for name in _arguments(type(self))}
 
     def __repr__(self) -> str:
@@ -80,7 +80,7 @@ class Declared:
 
 
 def _arguments(cls: type) -> list[str]:
-    """The names of the constructor's arguments; those behind ``**kwargs`` of a hand-written one as well."""
+    """The names of the constructor's arguments, including those that a handwritten one passes on as ``**kwargs``."""
     names: dict[str, None] = {}
     for klass in cls.__mro__:
         init = klass.__dict__.get("__init__")
@@ -94,9 +94,9 @@ def _arguments(cls: type) -> list[str]:
 
 
 def _with_type_checks(cls: type, fields: list[Attribute[Any]]) -> list[Attribute[Any]]:
-    """The fields with the checks of their types, in the order family, method, options of every method.
+    """Add type checks to the fields, and order them: the family's, the method's, those that all methods share.
 
-    A redeclared field keeps its place, and its converter and checks unless it brings its own.
+    A redeclared field keeps its position, and its converter and validator unless it declares new ones.
     """
     parents = [c for c in cls.__mro__[1:] if attrs.has(c) and attrs.fields(c)]
     inherited = {a.name: a for a in attrs.fields(parents[0])} if parents else {}
@@ -120,10 +120,10 @@ def _checked(cls: type, argument: Attribute[Any], before: Attribute[Any] | None)
     annotated = type("", (), {"__annotations__": {argument.name: argument.type}})
     try:
         hint = get_type_hints(annotated, vars(sys.modules[cls.__module__]))[argument.name]
-    except NameError:  # a name that only type checkers import
+    except NameError:  # the annotation uses a name imported under TYPE_CHECKING only
         return argument
     checks = [check for check in (_check_of_type(hint), argument.validator) if check is not None]
-    # With the type itself, since its name may mean nothing where a subclass is defined.
+    # Store the type itself: its name may not be defined in the module of a subclass.
     return argument.evolve(type=hint, validator=attrs.validators.and_(*checks) if checks else None)
 
 
@@ -134,7 +134,7 @@ def _check_of_type(hint: Any) -> Check | None:
 
 
 def _strip_numpy(value: Any) -> Any:
-    """``value`` with Python numbers and strings for numpy scalars, which would make a checkpoint unreadable."""
+    """``value`` with numpy scalars converted to Python ones; ``weights_only`` loading rejects numpy scalars."""
     numpy = sys.modules.get("numpy")
     if numpy is not None and isinstance(value, numpy.generic):
         return value.item()
@@ -150,5 +150,5 @@ def _patterns(value: Any, argument: Attribute[Any]) -> str | list[str]:
     return value if isinstance(value, str) else list(checked)
 
 
-#: converter of a field that holds target patterns; a malformed one is a TargetError
+#: converter for fields with target patterns; raises TargetError for a malformed pattern
 target_patterns = Converter(_patterns, takes_field=True)  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""The family of selection methods: nothing is added, chosen parameters of the base itself train."""
+"""The family of selection methods: they add nothing, and train chosen parameters of the base."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ __all__ = ["SelectionMethod", "body_blocks", "depths", "head_module", "parameter
 
 
 class SelectionMethod(PEFTMethod):
-    """Base class of the methods that train parameters of the base; a subclass gives :meth:`choose`.
+    """Base class of the methods that train parameters of the base; a subclass implements :meth:`choose`.
 
-    What a checkpoint holds is those parameters; what stays frozen identifies the base. A checkpoint replaces values
-    of the base, so there is nothing to merge, and ``lp.disabled`` has nothing to turn off.
+    Checkpoints hold the chosen parameters, and the frozen ones identify the base. The trained values replace those of
+    the base, so merging and ``lp.disabled`` have no effect.
 
     Args:
-        layer_decay: discriminative learning rates (Howard & Ruder 2018, arXiv:1801.06146): the rate of a parameter is
-            the user's times ``layer_decay ** depth``. Depth is 0 after the last block, 1 in the last block, one more
-            in each block before it, and one more again before the first. 1 leaves the user's rates alone. The
-            optimizer's groups are split, and learning-rate schedulers follow.
+        layer_decay: discriminative learning rates (Howard & Ruder 2018, arXiv:1801.06146): the learning rate of a
+            parameter is multiplied by ``layer_decay ** depth``. Depth is 0 after the last block, 1 in the last block,
+            increases by one per block towards the input, and is largest before the first block. 1 disables it. The
+            optimizer's groups are split, and learning-rate schedulers apply to all of them.
 
     Example::
 
@@ -65,7 +65,7 @@ class SelectionMethod(PEFTMethod):
 
     @abstractmethod
     def choose(self, model: nn.Module, plan: Plan) -> None:
-        """Write into ``plan`` what trains beside the modules that ``trainable`` names."""
+        """Add the parameters to train to ``plan``, which already contains the modules in ``trainable``."""
         raise NotImplementedError
 
     def plan(self, model: nn.Module) -> Plan:
@@ -80,14 +80,14 @@ class SelectionMethod(PEFTMethod):
         for name, parameter in parameters:
             if not (parameter.is_floating_point() or parameter.is_complex()):
                 raise TargetError(
-                    f"{name} is stored as {parameter.dtype}, quantised, and cannot train itself: exclude it, or "
-                    "load the model unquantised"
+                    f"{name} cannot train because it is quantised ({parameter.dtype}): exclude it, or load the model "
+                    "unquantised"
                 )
         plan.notes.append(_share(type(self).__name__, model, parameters))
         return plan
 
     def patterns(self, keyword: str) -> tuple[str, ...]:
-        """The patterns in ``targets``; none where it says ``keyword``, the method's own choice."""
+        """The patterns in ``targets``; empty if it is ``keyword``, which lets the method choose."""
         if self.targets == keyword:
             return ()
         if not self.targets:
@@ -95,10 +95,10 @@ class SelectionMethod(PEFTMethod):
         return as_patterns(self.targets, "targets")
 
     def covered(self, model: nn.Module, patterns: Iterable[str], argument: str) -> Callable[[str], bool]:
-        """A test of a module's name: does one of ``patterns`` name it, or a module around it?
+        """Return a predicate on module names: True if a pattern matches the module or one that contains it.
 
         Raises:
-            TargetError: a pattern matches nothing.
+            TargetError: if a pattern matches nothing.
         """
         hits = list(match_modules(model, patterns, argument))
         return lambda name: is_within(name, *hits)
@@ -106,7 +106,7 @@ class SelectionMethod(PEFTMethod):
     def add_modules(
         self, model: nn.Module, names: Iterable[str], plan: Plan, left_alone: Callable[[str], bool] = lambda name: False
     ) -> None:
-        """Train the modules called ``names`` in full, without what ``exclude`` names or ``left_alone`` says inside."""
+        """Train the modules in ``names``, except parameters inside that match ``exclude`` or ``left_alone``."""
         excluded = self.covered(model, as_patterns(self.exclude, "exclude"), "exclude")
         names = list(names)
         for name in names:
@@ -120,10 +120,10 @@ class SelectionMethod(PEFTMethod):
             raise TargetError(f"{type(self).__name__}: exclude={self.exclude!r} excludes everything that would train")
 
     def blocks(self, model: nn.Module) -> list[str]:
-        """The names of the blocks that ``targets`` names, the first to run first.
+        """The names of the targeted blocks, in the order in which they run.
 
         Raises:
-            TargetError: a pattern matches nothing, or one target lies inside another.
+            TargetError: if a pattern matches nothing, or one target is inside another.
         """
         patterns = self.patterns("blocks")
         if not patterns:
@@ -132,14 +132,16 @@ class SelectionMethod(PEFTMethod):
         for name in names:
             for other in names:
                 if name != other and is_within(name, other):
-                    raise TargetError(f"targets: {name!r} lies inside {other!r}, which is a target too")
+                    raise TargetError(
+                        f"targets: {name!r} is inside {other!r}, which is also a target: remove one of them"
+                    )
         return names
 
     def matching(self, model: nn.Module, accept: Callable[[nn.Module, str, nn.Parameter], bool]) -> dict[str, str]:
-        """The parameters that ``targets`` covers and ``accept`` takes: name to the name of the module that owns it.
+        """The parameters inside ``targets`` for which ``accept`` returns True, each with its owner module's name.
 
         Raises:
-            TargetError: a pattern matches nothing, or no module with such a parameter; or nothing is left.
+            TargetError: if a pattern matches nothing or no module with such a parameter, or everything is excluded.
         """
         every = {
             join(name, key): name
@@ -185,9 +187,9 @@ class SelectionMethod(PEFTMethod):
         found = depths(model, self.trainable_modules(model))
         scale: dict[int, float] = {}
         for name, depth in found.items():
-            key = id(model.get_parameter(name))  # a tied weight counts where it is deepest
+            key = id(model.get_parameter(name))  # a tied weight gets the rate of its deepest module
             scale[key] = min(scale.get(key, 1.0), self.layer_decay**depth)
-        # What an adapter owns is no part of the base and keeps its rate.
+        # Parameters of adapters are not part of the base and keep their rate.
         split_groups(optimizer, lambda p: {"lr_scale": scale[id(p)]} if id(p) in scale else {})
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -195,12 +197,12 @@ class SelectionMethod(PEFTMethod):
         for dtype in low & {torch.bfloat16, torch.float16}:
             rank_zero_warn(
                 f"{type(self).__name__} trains parameters of the base in {dtype}, where small updates are rounded "
-                "away: Trainer(precision='bf16-mixed') keeps them in float32 and computes in bfloat16"
+                "away: load the base in float32 and use Trainer(precision='bf16-mixed')"
             )
 
 
 def _share(method: str, model: nn.Module, chosen: Iterable[tuple[str, nn.Parameter]]) -> str:
-    """How much of the base a selection is."""
+    """A note with the percentage of the base's parameters that train."""
     trains = {id(p): p.numel() for _, p in chosen}
     total = sum(p.numel() for p in {id(p): p for p in parameters_in(model, "").values()}.values())
     return f"{method} trains {100 * sum(trains.values()) / max(total, 1):.3g} % of the base"
@@ -209,8 +211,8 @@ def _share(method: str, model: nn.Module, chosen: Iterable[tuple[str, nn.Paramet
 def depths(model: nn.Module, heads: Iterable[str] = ()) -> dict[str, int]:
     """The depth of each parameter of the base: 0 after the last block, 1 in the last block, and so on down.
 
-    What is defined before the first block is one deeper than that block; what stands between two blocks is as deep as
-    the one before it. The output head and ``trainable_modules`` have depth 0 wherever they are defined.
+    Parameters before the first block are one deeper than that block; parameters between two blocks have the depth of
+    the preceding block. The output head and the modules in ``heads`` always have depth 0.
     """
     blocks, head = body_blocks(model), head_module(model)
     top = [*heads, *([head] if head is not None else [])]
@@ -229,17 +231,16 @@ def depths(model: nn.Module, heads: Iterable[str] = ()) -> dict[str, int]:
 
 
 def body_blocks(model: nn.Module) -> list[str]:
-    """The names of the model's blocks, the first to run first, without an output head among them."""
+    """The names of the model's blocks in the order in which they run, without the output head."""
     names, head = [name for name, _ in find_blocks(model)], _output_layer(model)
     below = [name for name in names if head is None or not is_within(head, name)]
     return [name for name in below if not is_within(name, *(other for other in below if other != name))]
 
 
 def head_module(model: nn.Module) -> str | None:
-    """The module that makes the output: the output head, with the layers around it that hold no block.
+    """The outermost module that contains the output head but no block; None if the head cannot be determined.
 
-    A head of several layers (``classifier.dense``, ``classifier.out_proj``) is one module here. None where the output
-    head cannot be told.
+    For a head of several layers (``classifier.dense``, ``classifier.out_proj``) this is ``classifier``.
     """
     head = _output_layer(model)
     if head is None:
@@ -262,7 +263,7 @@ def tail_modules(model: nn.Module) -> list[str]:
 
 
 def _output_layer(model: nn.Module) -> str | None:
-    """The output head; also where it is the only linear layer, as in a convolutional network."""
+    """The output head, including a head that is the only linear layer, as in a convolutional network."""
     sites = weight_sites(model)
     left_alone = in_frozen_part(model)
     last = [name for name in sites if not left_alone(name)][-1:]

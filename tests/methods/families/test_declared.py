@@ -77,7 +77,7 @@ def test_numpy_scalars_become_plain_values():
 
 
 def test_fields_below_a_constructor_written_by_hand_are_refused():
-    with pytest.raises(TypeError, match="ByHand has an __init__ of its own, which would not set them"):
+    with pytest.raises(TypeError, match="ByHand has a handwritten __init__, which would not set them"):
 
         class Mixed(ByHand):
             more: int = field(default=3)
