@@ -27,17 +27,8 @@ def geometric(name: str) -> Any:
     return of("torch_geometric.nn", name, in_channels=8, hidden_channels=16, num_layers=2, out_channels=5)
 
 
-# PyTorch Geometric's own Linear is not nn.Linear: its weights are named, as bare parameters.
 CASES = {
-    "PyG GraphSAGE": Case(
-        "torch-geometric", geometric("GraphSAGE"), graph, {"LoRA": {"targets": ["lin_l.weight", "lin_r.weight"]}}
-    ),
-    "PyG GAT": Case(
-        "torch-geometric",
-        geometric("GAT"),
-        graph,
-        {"LoRA": {"targets": ["lin.weight"]}},
-        {"SSF": "'all-layers' finds nothing in this model"},  # it has neither a norm layer nor a layer with a bias
-    ),
+    "PyG GraphSAGE": Case("torch-geometric", geometric("GraphSAGE"), graph),
+    "PyG GAT": Case("torch-geometric", geometric("GAT"), graph),
     "x-transformers TransformerWrapper": Case("x-transformers", x_transformers, lambda: (torch.arange(12).view(2, 6),)),
 }
