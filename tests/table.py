@@ -72,11 +72,7 @@ def low_rank(r: int, first: int | None = None) -> Callable[[Kind, nn.Module], in
 
 
 def all_biases(model: nn.Module) -> int:
-    return sum(p.numel() for name, p in model.named_parameters() if name.endswith("bias"))
-
-
-def recurrent_biases(model: nn.Module) -> int:
-    return sum(p.numel() for name, p in model.named_parameters() if ".bias_" in f".{name}")
+    return sum(p.numel() for name, p in model.named_parameters() if "bias" in name.rpartition(".")[2])
 
 
 def lora(**fixed: Any) -> Callable[..., lp.PEFTMethod]:
@@ -285,7 +281,7 @@ METHODS: dict[str, Row] = {
     "linear_probe": Row(selection(lp.LinearProbe), in_modules(lambda kind: (str(kind.head),)), selects=True),
     "last_layers": Row(selection(lp.LastLayers, n=1), in_modules(lambda kind: kind.last), selects=True),
     "gradual": Row(selection(lp.GradualUnfreezing), in_modules(lambda kind: ("",)), selects=True),
-    "bitfit": Row(selection(lp.BitFit), lambda kind, model: all_biases(model) + recurrent_biases(model), selects=True),
+    "bitfit": Row(selection(lp.BitFit), lambda kind, model: all_biases(model), selects=True),
     "norm_tuning": Row(selection(lp.NormTuning), lambda kind, model: norms(model), selects=True),
     "rescale": Row(
         lambda kind, **options: Rescale(targets=kind.targets, **options),

@@ -17,6 +17,7 @@ from torch import nn
 from lightning_peft.core.class_swap import original_class
 from lightning_peft.core.names import is_within
 from lightning_peft.core.state.plan import Plan
+from lightning_peft.core.targeting.biases import bias_parameters
 from lightning_peft.core.targeting.patterns import TargetError
 from lightning_peft.methods.families.selection import SelectionMethod
 
@@ -45,16 +46,11 @@ class BitFit(SelectionMethod):
     """
 
     def choose(self, model: nn.Module, plan: Plan) -> None:
-        chosen = self.matching(model, _is_bias)
+        biases = {id(value) for _, _, value in bias_parameters(model)}
+        chosen = self.matching(model, lambda module, key, value: id(value) in biases)
         if all(is_within(name, *plan.train_modules) for name in chosen):
             raise TargetError(
                 f"BitFit finds no bias in {original_class(model).__name__}{' but in trainable' if chosen else ''}, "
                 "because its layers have none: use lp.NormTuning or lp.LoRA instead"
             )
         plan.train |= dict.fromkeys(chosen, "bias trains")
-
-
-def _is_bias(module: nn.Module, key: str, parameter: nn.Parameter) -> bool:
-    # ``bias``; ``in_proj_bias`` of an attention; ``bias_ih_l0`` of an LSTM. ``bias_k`` and ``bias_v`` of an attention
-    # are tokens, and have 3 dimensions.
-    return parameter.ndim == 1 and (key == "bias" or key.endswith("_bias") or key.startswith("bias_"))

@@ -35,7 +35,7 @@ from lightning_peft.core.adapters.low_rank import LowRankAdapter
 from lightning_peft.core.batching.batched import BatchedAdapters
 from lightning_peft.core.names import join, owner_of
 from lightning_peft.core.state.plan import Plan
-from lightning_peft.core.targeting.base_modules import base_modules
+from lightning_peft.core.targeting.biases import bias_parameters
 from lightning_peft.core.targeting.layouts import EmbeddingLayout
 from lightning_peft.core.targeting.sites import Site
 from lightning_peft.methods.families.arguments import optional, positive, probability
@@ -210,11 +210,9 @@ class LoRA(RankedMethod):
                 plan.notes.append(f"{part.site_name}: r={part.r}, but the weight's rank is at most {largest}")
         # The modules that own the weights: out_proj of an nn.MultiheadAttention is a module with its own bias.
         adapted = {owner_of(join(host, part.parameter)) for host, part in parts}
-        for name, module in base_modules(model):
-            wanted = self.bias == "all" or (self.bias == "lora_only" and name in adapted)
-            for parameter, value in module._parameters.items() if wanted else ():
-                if value is not None and parameter.endswith("bias"):
-                    plan.train[join(name, parameter)] = "bias trains"
+        for owner, key, _ in bias_parameters(model) if self.bias != "none" else ():
+            if self.bias == "all" or owner in adapted:
+                plan.train[join(owner, key)] = "bias trains"
         plan_trainable_tokens(plan, model, self.trainable_tokens, self.seeded_init)
         return plan
 

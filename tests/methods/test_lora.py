@@ -127,3 +127,31 @@ def test_biases_train_as_asked():
     assert biases("lora_only") == ["layers.1.in_proj_bias", "layers.1.out_proj.bias"]
     assert biases("lora_only", "layers.1.out_proj") == ["layers.1.out_proj.bias"]
     assert len(biases("all")) == 6
+
+
+class Biases(nn.Module):
+    """Biases that are no ``bias`` of a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(4, 3)
+        self.attention = nn.MultiheadAttention(4, 2, add_bias_kv=True)
+        self.biases = nn.ParameterList(torch.zeros(4) for _ in range(2))
+        self.by_name = nn.ParameterDict({"bias": torch.zeros(4), "scale": torch.ones(4)})
+        self.up = nn.Parameter(torch.zeros(2, 4, 6))
+        self.up_bias = nn.Parameter(torch.zeros(2, 4))
+        self.position_bias = nn.Parameter(torch.zeros(2, 9))
+        self.logit_bias = nn.Parameter(torch.zeros(()))
+
+
+BIASES = {
+    *("lstm.bias_ih_l0", "lstm.bias_hh_l0", "attention.in_proj_bias", "attention.out_proj.bias", "biases.0"),
+    *("biases.1", "by_name.bias", "up_bias", "logit_bias"),
+}
+
+
+@pytest.mark.parametrize("method", [lp.LoRA(r=2, targets="lstm", bias="all"), lp.BitFit()])
+def test_every_bias_trains(method: lp.PEFTMethod):
+    model = Biases()
+    lp.apply(model, method)
+    assert {n for n, p in model.named_parameters() if p.requires_grad and "adapters" not in n} == BIASES

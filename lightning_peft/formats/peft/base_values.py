@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lightning_peft.core.names import is_within, leaf, owner_of
 from lightning_peft.core.targeting.base_model import Base
+from lightning_peft.core.targeting.biases import is_bias_name
 from lightning_peft.core.targeting.ties import under_all_names, with_tied
 from lightning_peft.core.untrusted import FormatError
 from lightning_peft.formats.directory.snapshot import Snapshot
@@ -48,7 +49,7 @@ def modules_to_save(snapshot: Snapshot) -> list[str] | None:
 
 def bias_option(snapshot: Snapshot, targets: Iterable[str]) -> str:
     """PEFT's ``bias`` option: ``"none"``, ``"lora_only"`` if only adapted modules' biases train, else ``"all"``."""
-    biases = [name for name in snapshot.trained if name.endswith("bias")]
+    biases = [name for name in snapshot.trained if is_bias_name(name)]
     owners = {owner_of(name) for name in biases if not is_within(name, *snapshot.heads)}
     targets = set(targets)
     of_targets = targets | {f"{name}.out_proj" for name in targets}
