@@ -215,6 +215,11 @@ METHODS: dict[str, Method] = {
         "shards of r",
         lacks={"resnet": "takes no convolution"},
     ),
+    "HiRA": Method(
+        lambda case, r: lp.HiRA(r=r, targets=case.targets),
+        lambda case, r: wrapped(case, "HiraConfig", r=r, target_modules=case.targets),
+        "rank r, times the weight",
+    ),
     "IA3": Method(
         lambda case, r: lp.IA3(targets=case.keys_values, feedforward_targets=case.feedforward),
         lambda case, r: wrapped(

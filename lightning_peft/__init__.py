@@ -43,6 +43,7 @@ from lightning_peft.methods.families.weight import WeightMethod
 from lightning_peft.methods.full import FullFineTuning
 from lightning_peft.methods.gated_lora import GatedLoRA
 from lightning_peft.methods.gradual import GradualUnfreezing
+from lightning_peft.methods.hira import HiRA
 from lightning_peft.methods.ia3 import IA3
 from lightning_peft.methods.last_layers import LastLayers
 from lightning_peft.methods.linear_probe import LinearProbe
@@ -80,6 +81,7 @@ __all__ = [
     "FullFineTuning",
     "GatedLoRA",
     "GradualUnfreezing",
+    "HiRA",
     "InjectionError",
     "LastLayers",
     "LinearProbe",

@@ -89,6 +89,7 @@ ROWS: dict[str, Row] = {
         variant="mini",
     ),
     'MiSS(variant="bat")': _on_weights(lp.MiSS, ("MissConfig", {"r": 4, "init_weights": "bat"}), r=4, variant="bat"),
+    "HiRA": _on_weights(lp.HiRA, ("HiraConfig", {"r": 2}), r=2),
     "IA3": Row(lp.IA3, {}, ("IA3Config", {**_PLACES, "feedforward_modules": ["down_proj"]})),
     "SSF": _on_weights(lp.SSF, ("SSFConfig", {})),
     "GatedLoRA": _on_weights(lp.GatedLoRA, ("GatedLoraConfig", {}), r=2),

@@ -70,6 +70,7 @@ HOLES: dict[tuple[str, str, str], str] = {
     **{(ANY, kind, "checkpointing_reentrant"): _IDS for kind in ("embedding", "tied", "scaled", "llama", "gpt2")},
     **{(method, "reads", ANY): _NOT_CALLED for method in ("lora_dropout", "bottleneck")},
     ("lora_dropout", ANY, "modes"): "random while training",
+    ("hira_dropout", ANY, "modes"): "random while training",
     **{
         (method, "resnet", invariant): _NORMS
         for method in ("lora_bias", "full", "last_layers", "bitfit")

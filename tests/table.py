@@ -233,6 +233,8 @@ METHODS: dict[str, Row] = {
         additive=False,
         kinds=("linear", "mha", "llama", "gpt2"),
     ),
+    "hira": Row(weight(lp.HiRA, r=2), low_rank(2), additive=False),
+    "hira_dropout": Row(weight(lp.HiRA, r=2, dropout=0.3), low_rank(2), additive=False, kinds=("linear", "llama")),
     "lora_freeze_A": Row(lora(freeze_A=True), lora_half),
     "gated_lora": Row(
         weight(lp.GatedLoRA, r=2, alpha=4),

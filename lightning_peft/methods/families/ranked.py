@@ -4,7 +4,7 @@ features."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from attrs import field
@@ -17,35 +17,30 @@ from lightning_peft.core.targeting.sites import Site
 from lightning_peft.methods.families.arguments import as_dict, each, nonzero, positive_int, probability
 from lightning_peft.methods.families.weight import WeightMethod
 
-__all__ = ["RankDropAdapter", "RankedMethod", "RowDropMethod"]
+__all__ = ["RankDropAdapter", "RankOnlyMethod", "RankedMethod", "RowDropMethod"]
 
 
-class RankedMethod(WeightMethod):
-    """Base class of the weight methods with a rank.
+class RankOnlyMethod(WeightMethod):
+    """Base class of the weight methods with a rank and no scale.
 
     Args:
         r: rank of the update.
-        alpha: the update is scaled by alpha / r.
         rank_pattern: ranks for the weights that a pattern matches, for example
             ``{"q_proj": 4, "re:.*layers\\.0\\..*": 16}``; the last match wins.
-        alpha_pattern: alphas for the weights that a pattern matches, in the same form.
 
     Raises:
-        ValueError: if a rank is below 1, or an alpha is 0 or not finite.
+        ValueError: if a rank is below 1.
     """
 
+    #: the arguments that map patterns to values
+    pattern_arguments: ClassVar[tuple[str, ...]] = ("rank_pattern",)
+
     r: int = field(default=8, validator=positive_int, kw_only=False)
-    alpha: float = field(default=8, validator=nonzero, kw_only=False)
     rank_pattern: Mapping[str, int] | None = field(default=None, validator=each(positive_int), converter=as_dict)
-    alpha_pattern: Mapping[str, float] | None = field(default=None, validator=each(nonzero), converter=as_dict)
 
     def rank_at(self, site: Site) -> int:
         """The rank of the adapter at ``site``."""
         return _last_match(self.rank_pattern or {}, site, self.r)
-
-    def scale_at(self, site: Site) -> float:
-        """The factor of the update at ``site``."""
-        return _last_match(self.alpha_pattern or {}, site, self.alpha) / self.rank_at(site)
 
     def plan(self, model: nn.Module) -> Plan:
         plan = super().plan(model)
@@ -55,11 +50,33 @@ class RankedMethod(WeightMethod):
             for part in a.adapter.modules()
             if isinstance(part, WeightAdapter)
         }
-        for argument in ("rank_pattern", "alpha_pattern"):
+        for argument in self.pattern_arguments:
             for pattern in getattr(self, argument):
                 if not any(match(pattern, name, module) for name, module in parts.items()):
                     raise TargetError(f"{argument}: {no_match(pattern, parts)}")
         return plan
+
+
+class RankedMethod(RankOnlyMethod):
+    """Base class of the weight methods with a rank and a scale.
+
+    Args:
+        r: rank of the update.
+        alpha: the update is scaled by alpha / r.
+        alpha_pattern: alphas for the weights that a pattern matches, in the form of ``rank_pattern``.
+
+    Raises:
+        ValueError: if a rank is below 1, or an alpha is 0 or not finite.
+    """
+
+    pattern_arguments = ("rank_pattern", "alpha_pattern")
+
+    alpha: float = field(default=8, validator=nonzero, kw_only=False)
+    alpha_pattern: Mapping[str, float] | None = field(default=None, validator=each(nonzero), converter=as_dict)
+
+    def scale_at(self, site: Site) -> float:
+        """The factor of the update at ``site``."""
+        return _last_match(self.alpha_pattern or {}, site, self.alpha) / self.rank_at(site)
 
 
 def _last_match(patterns: Mapping[str, Any], site: Site, default: Any) -> Any:
