@@ -10,11 +10,9 @@ from __future__ import annotations
 import sys
 from argparse import ArgumentParser
 from collections.abc import Sequence
-from pathlib import Path
-
-import torch
 
 from lightning_peft.cli.module import add_model_option, build_module, parse
+from lightning_peft.core.state.atomic_file import save_torch_file
 from lightning_peft.core.targeting.patterns import TargetError
 from lightning_peft.core.untrusted import FormatError
 from lightning_peft.formats.checkpoint import import_checkpoint
@@ -52,7 +50,6 @@ def import_adapter(args: Sequence[str]) -> None:
     except (FormatError, TargetError):
         module.setup("predict")  # some modules create their layers in setup
         checkpoint = import_checkpoint(module, options.directory, options.name, **how)
-    Path(options.checkpoint).parent.mkdir(parents=True, exist_ok=True)
-    torch.save(checkpoint, options.checkpoint)
+    save_torch_file(checkpoint, options.checkpoint)
     names = ", ".join(entry["config"]["name"] for entry in checkpoint[KEY]["methods"])
     print(f"{options.checkpoint}: {names}", file=sys.stderr)

@@ -50,7 +50,7 @@ USER_ERRORS = (
     lp.FormatError,
     lp.AuditError,
     lp.MergeError,
-    FileNotFoundError,
+    OSError,
     MisconfigurationException,
 )
 

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -18,6 +17,7 @@ from lightning_peft.cli.module import add_model_option, build_module, load_modul
 from lightning_peft.core.adapters.lookup import active_names, adapter_names
 from lightning_peft.core.optional import config_value, input_embedding, output_embedding
 from lightning_peft.core.record import injection_state
+from lightning_peft.core.state.atomic_file import save_torch_file, writing
 from lightning_peft.core.state.state_dict import StateError
 from lightning_peft.core.targeting.sites import output_head
 
@@ -118,7 +118,12 @@ def _base(directory: Path, base: str | None) -> nn.Module:
 
 def _write(model: nn.Module, out: Path) -> Path:
     """Write a plain model, completely or not at all."""
-    out.parent.mkdir(parents=True, exist_ok=True)
+    with writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        return _write_beside(model, out)
+
+
+def _write_beside(model: nn.Module, out: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".merge-") as folder:
         made = Path(folder) / out.name
         inner = _hugging_face(model)
@@ -138,7 +143,7 @@ def _write(model: nn.Module, out: Path) -> Path:
 
 def _save(state: dict[str, Tensor], path: Path) -> None:
     if path.suffix == ".pt":
-        torch.save(state, path)
+        save_torch_file(state, path)
     else:  # safetensors cannot store a tensor under two names, so tied tensors are written twice
         save_file({key: value.detach().cpu().clone().contiguous() for key, value in state.items()}, path)
 

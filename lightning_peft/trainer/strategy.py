@@ -16,11 +16,13 @@ from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim import Optimizer
 
+from lightning_peft.core.class_swap import original_class
 from lightning_peft.core.names import canonical
 from lightning_peft.core.state.state_dict import StateError, owned_keys, trainable_keys
 from lightning_peft.core.state.torch_file import read_torch_file
 from lightning_peft.trainer.checkpoints import sharded
 from lightning_peft.trainer.checkpoints.manifest import check_seal
+from lightning_peft.trainer.checkpoints.one_step_save import save_in_one_step
 from lightning_peft.trainer.checkpoints.trimming import trim_state
 from lightning_peft.trainer.optimizers import has_gradients
 from lightning_peft.trainer.packages import lightning_classes
@@ -70,7 +72,7 @@ def adapt_strategy(trainer: L.Trainer, loaders: TrainingLoaders) -> None:
         weights_only = True if weights_only is None else weights_only
         # Strategies that load the state themselves, and a user's own CheckpointIO, are not bypassed.
         plain = type(strategy).load_checkpoint.__qualname__ == "Strategy.load_checkpoint"
-        plain = plain and type(strategy.checkpoint_io).__name__ == "TorchCheckpointIO"
+        plain = plain and original_class(strategy.checkpoint_io).__name__ == "TorchCheckpointIO"
         if plain and weights_only and Path(checkpoint_path).is_file():
             checkpoint = read_torch_file(checkpoint_path)
         else:
@@ -115,6 +117,7 @@ def adapt_strategy(trainer: L.Trainer, loaders: TrainingLoaders) -> None:
     strategy.optimizer_step = optimizer_step
     strategy.process_dataloader = process_dataloader
     strategy.teardown = teardown
+    save_in_one_step(strategy)
     if isinstance(strategy, lightning_classes("strategies.ModelParallelStrategy")):
         sharded.adapt(strategy)
     if hasattr(strategy, "exclude_frozen_parameters"):

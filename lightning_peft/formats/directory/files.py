@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lightning_peft.core.names import nearest
+from lightning_peft.core.state.atomic_file import to_disk, writing
 from lightning_peft.core.untrusted import FormatError, parse_json
 from lightning_peft.formats.directory.seal import check_tensors, seal
 from lightning_peft.ops.finite import is_finite
@@ -196,6 +197,7 @@ def write_files(
     Raises:
         FormatError: if ``directory`` is a file, or if the adapter could not be read again: it has no tensors, an empty
             or non-finite tensor, an invalid name, or a configuration that JSON cannot represent.
+        OSError: if the files cannot be written; the message names ``directory``.
     """
     directory = Path(directory).resolve()
     if directory.exists() and not directory.is_dir():
@@ -204,22 +206,23 @@ def write_files(
     # If the directory exists, the temporary one is made inside it: it may be a mount point, and a move between two
     # file systems is not atomic.
     beside = (directory if directory.exists() else directory.parent) / f".{directory.name}.{uuid.uuid4().hex[:8]}"
-    beside.mkdir(parents=True)
-    try:
-        own = _unshared(tensors)
-        save_file(own, beside / WEIGHTS, seal(json.loads(text), own, {"format": "pt", **metadata}))
-        (beside / CONFIG).write_text(text + "\n", encoding="utf-8")
-        if card is not None:
-            (beside / CARD).write_text(card, encoding="utf-8")
-        read_config(beside), read_header(beside)  # what is written must pass the checks of reading
-        for file in beside.iterdir():
-            _to_disk(file)
-        if beside.parent == directory:
-            _replace(directory, beside)
-        else:
-            beside.rename(directory)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+    with writing(directory):
+        beside.mkdir(parents=True)
+        try:
+            own = _unshared(tensors)
+            save_file(own, beside / WEIGHTS, seal(json.loads(text), own, {"format": "pt", **metadata}))
+            (beside / CONFIG).write_text(text + "\n", encoding="utf-8")
+            if card is not None:
+                (beside / CARD).write_text(card, encoding="utf-8")
+            read_config(beside), read_header(beside)  # what is written must pass the checks of reading
+            for file in beside.iterdir():
+                to_disk(file)
+            if beside.parent == directory:
+                _replace(directory, beside)
+            else:
+                beside.rename(directory)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
 
 
 def check_content(config: Mapping[str, Any], tensors: Mapping[str, Tensor], values: bool = True) -> str:
@@ -272,11 +275,6 @@ def _replace(directory: Path, beside: Path) -> None:
             elif not (beside / name).exists():
                 (directory / name).unlink()
         raise
-
-
-def _to_disk(path: Path) -> None:
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
 
 
 def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
