@@ -11,10 +11,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import attrs
 from torch import nn
 
 import lightning_peft as lp
 from benchmarks.cases import Case
+from lightning_peft.cli.methods import exported
+from lightning_peft.formats.registry import CONVERTERS
 
 TRANSFORMERS = ("llama", "bert")
 EVERY = (*TRANSFORMERS, "resnet")
@@ -215,11 +218,6 @@ METHODS: dict[str, Method] = {
         "shards of r",
         lacks={"resnet": "takes no convolution"},
     ),
-    "HiRA": Method(
-        lambda case, r: lp.HiRA(r=r, targets=case.targets),
-        lambda case, r: wrapped(case, "HiraConfig", r=r, target_modules=case.targets),
-        "rank r, times the weight",
-    ),
     "IA3": Method(
         lambda case, r: lp.IA3(targets=case.keys_values, feedforward_targets=case.feedforward),
         lambda case, r: wrapped(
@@ -268,8 +266,31 @@ METHODS: dict[str, Method] = {
     ),
 }
 
+
+def of_defaults(method: type[lp.WeightMethod]) -> Method:
+    """The row of a weight method that needs none of its own: its rank, if it has one, on the case's targets."""
+    converter = next((c for c in CONVERTERS if method in c.methods), None)
+
+    def options(r: int) -> dict[str, int]:
+        return {"r": r} if "r" in {argument.name for argument in attrs.fields(method)} else {}
+
+    def peft(case: Case, r: int) -> nn.Module:
+        from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+        config = PEFT_TYPE_TO_CONFIG_MAPPING[converter.peft_type].__name__
+        return wrapped(case, config, target_modules=case.targets, **options(r))
+
+    ours: Callable[[Case, int], lp.PEFTMethod] = lambda case, r: method(targets=case.targets, **options(r))  # noqa: E731
+    return Method(ours, None if converter is None else peft, "its default arguments")
+
+
 #: methods that are not measured, each with its reason
 NOT_MEASURED = {
     "GatedLoRA": "LoRA and one product with a vector for each layer",
     "GradualUnfreezing": "what trains changes from epoch to epoch, from the head to everything",
 }
+
+_WITHOUT_A_ROW = [
+    m for m in exported() if issubclass(m, lp.WeightMethod) and m.__name__ not in {*METHODS, *NOT_MEASURED}
+]
+METHODS |= {method.__name__: of_defaults(method) for method in _WITHOUT_A_ROW}

@@ -1,18 +1,26 @@
-"""The lists of methods in the documentation, made from the classes: ``python -m tests.lists`` writes them.
+"""The lists of methods, made from the classes: ``python -m tests.lists`` writes them.
 
-Each stands between ``<!-- list: NAME -->`` and ``<!-- end -->``; docs/support.md is one as a whole. A new method needs
-no edit there. ``tests/test_lists.py`` fails if one of them is not what this file makes.
+They are the exports of ``lightning_peft/__init__.py``; the lists in the documentation between ``<!-- list: NAME -->``
+and ``<!-- end -->``; docs/support.md; and a recipe for each method that has none, to start from. A new method needs no
+edit there. ``tests/test_lists.py`` fails if one of them is not what this file makes.
 """
 
 from __future__ import annotations
 
+import importlib
+import inspect
+import os
+import pkgutil
+import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from torch import nn
 
 import lightning_peft as lp
-from lightning_peft.cli.methods import exported
+import lightning_peft.methods
+from lightning_peft.cli.methods import command_name, exported
 from lightning_peft.core.adapters.base import Adapter
 from lightning_peft.core.adapters.lookup import hosts
 from lightning_peft.core.batching.batched import BatchedLowRank, PerGroupOutput
@@ -21,7 +29,82 @@ from tests.holes import REFUSED
 from tests.kinds import KINDS
 from tests.table import METHODS, Row
 
-DOCS = Path(__file__).parents[1] / "docs"
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+EXPORTS = ROOT / "lightning_peft" / "__init__.py"
+
+
+def defined() -> list[type[lp.PEFTMethod]]:
+    """The methods of the files in lightning_peft/methods, whether they are exported or not."""
+    modules = [m for m in pkgutil.iter_modules(lightning_peft.methods.__path__) if not m.ispkg]
+    found = {}
+    for info in modules:
+        module = importlib.import_module(f"lightning_peft.methods.{info.name}")
+        for name, value in vars(module).items():
+            own = isinstance(value, type) and value.__module__ == module.__name__
+            if own and issubclass(value, lp.PEFTMethod) and not inspect.isabstract(value):
+                found[name] = value
+    return list(found.values())
+
+
+def exports() -> str:
+    """The package's ``__init__.py`` with every method imported and in ``__all__``, sorted as ruff sorts them."""
+    text = EXPORTS.read_text()
+    imports = re.findall(r"^from lightning_peft\..*\n", text, re.MULTILINE)
+    names = re.findall(r'^    "\w+",\n', text, re.MULTILINE)
+    for method in defined():
+        if f'    "{method.__name__}",\n' not in names:
+            imports.append(f"from {method.__module__} import {method.__name__}\n")
+            names.append(f'    "{method.__name__}",\n')
+    start, end = text.index("from lightning_peft."), text.index("\n__version__")
+    begin = text.index("__all__ = [\n")
+    names.sort(key=lambda line: (0 if line.isupper() else 1 if line[5].isupper() else 2, line))
+    return (
+        f"{text[:start]}{''.join(sorted(imports, key=lambda line: line.split()[1]))}{text[end:begin]}__all__ = [\n"
+        + (f"{''.join(names)}]\n")
+    )
+
+
+def _sentence(method: type[lp.PEFTMethod], begins: str, ends: str) -> str:
+    """The words of a method's docstring after ``begins``, as Markdown; an error if it does not say that."""
+    text = " ".join((inspect.getdoc(method) or "").split())
+    found = re.search(rf"{begins} (.*?){ends}", text)
+    if found is None:
+        raise ValueError(f"the docstring of {method.__name__} has no sentence {begins!r}, which docs/methods.md shows")
+    return re.sub(r":\w+:`~?lightning_peft\.([^`]+)`", r"`lp.\1`", found[1]).replace("``", "`")
+
+
+def _merges(method: type[lp.PEFTMethod]) -> str:
+    (row, *_) = (row for made_by, _, row in _rows() if made_by is method)
+    return "is in the weights" if row.selects else "yes" if row.mergeable else "no"
+
+
+def choice() -> str:
+    """The table of docs/methods.md, in the order of tests/features.py: the docstring's "Choose it" and "It costs"."""
+    lines = ["| method | choose it | parameters | cost | merges |", "|---|---|---|---|---|"]
+    for method in dict.fromkeys(row.method for row in features.ROWS.values()):
+        cells = [
+            f"`{method.__name__}`",
+            _sentence(method, "Choose it", r"(?:[:;.] |\.$)"),
+            method.parameter_count,
+            _sentence(method, "(?:It costs|They cost)", r"(?:[:.] |\.$)"),
+            _merges(method),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def recipe(method: type[lp.PEFTMethod]) -> str:
+    """A recipe to start from: that of LoRA's family on the embedded model, with the method's default arguments."""
+    name, first = command_name(method), (inspect.getdoc(method) or "").partition("\n")[0]
+    start = (ROOT / "recipes" / "miss.yaml").read_text().partition("  callbacks:\n")[0].replace("miss", name)
+    _, _, rest = start.partition("\n")
+    lines = [f"    - class_path: lightning_peft.{method.__name__}", "      init_args:"]
+    if issubclass(method, lp.WeightMethod):
+        lines.append("        targets: all-linear             # every linear layer but the output head")
+    lines.append("        trainable: [head, classifier]   # trained in full: they start from random weights")
+    summary = re.sub(r" \([^()]*\)\.$", ".", first)
+    return "\n".join([f"# {method.__name__}: {summary}", f"{rest}  callbacks:", *lines, ""])
 
 
 _FAMILIES = {
@@ -106,12 +189,14 @@ def reference() -> str:
 LISTS = {
     "api.md": {"methods": reference},
     "many.md": {"exact sums": exact_sums},
+    "methods.md": {"methods": choice},
     "rows.md": {"served rows": served_rows},
 }
 
 
 def pages() -> Iterator[tuple[Path, str]]:
-    """Every page that holds a list, and what it should be."""
+    """Every file that holds a list, and what it should be."""
+    yield EXPORTS, exports()
     yield DOCS / "support.md", features.page()
     for page, lists in LISTS.items():
         text = (DOCS / page).read_text()
@@ -124,5 +209,11 @@ def pages() -> Iterator[tuple[Path, str]]:
 
 
 if __name__ == "__main__":
+    if EXPORTS.read_text() != (text := exports()):
+        EXPORTS.write_text(text)
+        os.execv(sys.executable, [sys.executable, "-m", "tests.lists"])  # the package has now other exports
     for path, text in list(pages()):  # all before the first is written
         path.write_text(text)
+    for method in defined():
+        if not (path := ROOT / "recipes" / f"{command_name(method)}.yaml").exists():
+            path.write_text(recipe(method))

@@ -5,9 +5,6 @@ The lists in the documentation are made from the classes by ``tests/lists.py``.
 
 from __future__ import annotations
 
-import importlib
-import inspect
-import pkgutil
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +12,8 @@ from pathlib import Path
 import pytest
 
 import lightning_peft as lp
-import lightning_peft.methods
+from benchmarks import methods as benchmarks
+from lightning_peft.cli.main import main
 from lightning_peft.formats.registry import CONVERTERS
 from tests import features, lists, table
 from tests.kinds import KINDS
@@ -23,25 +21,8 @@ from tests.kinds import KINDS
 ROOT = Path(__file__).parents[1]
 
 
-def _defined() -> list[type[lp.PEFTMethod]]:
-    """The methods of the files in lightning_peft/methods, whether they are exported or not."""
-    modules = [m for m in pkgutil.iter_modules(lightning_peft.methods.__path__) if not m.ispkg]
-    found = {}
-    for info in modules:
-        module = importlib.import_module(f"lightning_peft.methods.{info.name}")
-        for name, value in vars(module).items():
-            own = isinstance(value, type) and value.__module__ == module.__name__
-            if own and issubclass(value, lp.PEFTMethod) and not inspect.isabstract(value):
-                found[name] = value
-    return list(found.values())
-
-
 def _read(path: str) -> str:
     return (ROOT / path).read_text()
-
-
-def _in_first_column(path: str) -> set[str]:
-    return set(re.findall(r"^\| `(\w+)", _read(path), re.MULTILINE))
 
 
 def _in_table() -> set[str]:
@@ -50,7 +31,7 @@ def _in_table() -> set[str]:
 
 def _in_benchmarks() -> set[str]:
     source = _read("benchmarks/methods.py")
-    return set(re.findall(r"\blp\.(\w+)\(", source)) | set(re.findall(r'^    "(\w+)": "', source, re.MULTILINE))
+    return {*re.findall(r"\blp\.(\w+)\(", source), *benchmarks.METHODS, *benchmarks.NOT_MEASURED}
 
 
 def _converted() -> set[str]:
@@ -61,8 +42,7 @@ def _converted() -> set[str]:
 
 #: file -> the names that it lists, and what to add for one that is missing
 LISTS: dict[str, tuple[Callable[[], set[str]], str]] = {
-    "lightning_peft/__init__.py": (lambda: set(lp.__all__), "its import, and its name in __all__"),
-    "docs/methods.md": (lambda: _in_first_column("docs/methods.md"), "a row of the first table"),
+    "lightning_peft/__init__.py": (lambda: set(lp.__all__), "its import and its name: python -m tests.lists"),
     "lightning_peft/formats/registry.py": (
         _converted,
         "a converter in formats/peft/families if PEFT has the method, or why not to HOLES in tests/features.py",
@@ -76,19 +56,39 @@ LISTS: dict[str, tuple[Callable[[], set[str]], str]] = {
 @pytest.mark.parametrize("file", LISTS)
 def test_every_method_is_listed(file):
     names, what = LISTS[file]
-    missing = sorted({method.__name__ for method in _defined()} - names())
+    missing = sorted({method.__name__ for method in lists.defined()} - names())
     assert not missing, f"{file} lacks {', '.join(missing)}: add {what}"
 
 
-@pytest.mark.parametrize("method", _defined(), ids=lambda method: method.__name__)
+@pytest.mark.parametrize("method", lists.defined(), ids=lambda method: method.__name__)
 def test_every_method_has_a_recipe(method):
     recipes = (path.read_text() for path in (ROOT / "recipes").glob("*.yaml"))
     what = f"class_path lightning_peft.{method.__name__}"
     assert any(f"{what}\n" in recipe.replace("class_path: ", "class_path ") for recipe in recipes), (
-        f"recipes/ has no file with {what}: add one, as recipes/lora.yaml"
+        f"recipes/ has no file with {what}: python -m tests.lists writes one to start from"
     )
 
 
 @pytest.mark.parametrize(("page", "text"), list(lists.pages()), ids=lambda value: getattr(value, "name", ""))
-def test_the_lists_in_the_documentation_are_those_of_the_classes(page, text):
-    assert page.read_text() == text, f"docs/{page.name} is out of date: run python -m tests.lists"
+def test_the_lists_are_those_of_the_classes(page, text):
+    assert page.read_text() == text, f"{page.relative_to(ROOT)} is out of date: run python -m tests.lists"
+
+
+@pytest.mark.parametrize("method", lists.defined(), ids=lambda method: method.__name__)
+def test_every_method_says_what_trains(method):
+    assert "parameter_count" in vars(method), f"{method.__name__} lacks parameter_count, which docs/methods.md shows"
+
+
+def test_the_recipe_to_start_from_is_of_the_method(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("hira.yaml").write_text(lists.recipe(lp.HiRA))
+    main(["fit", "--config=hira.yaml", "--trainer.fast_dev_run=1"])
+
+
+def test_a_method_that_is_not_exported_is_added_in_its_place(tmp_path, monkeypatch):
+    text = lists.EXPORTS.read_text()
+    less = text.replace("from lightning_peft.methods.hira import HiRA\n", "").replace('    "HiRA",\n', "")
+    monkeypatch.setattr(lists, "EXPORTS", tmp_path / "exports.py")
+    lists.EXPORTS.write_text(less)
+    assert less != text
+    assert lists.exports() == text

@@ -85,6 +85,7 @@ class AdaLoRA(WeightMethod):
         trainer = L.Trainer(callbacks=[lp.AdaLoRA(target_r=4, init_r=8, tinit=100, tfinal=300)], max_epochs=3)
     """
 
+    parameter_count = "r (in + out + 1) at the initial rank"
     resume_may_differ = WeightMethod.resume_may_differ | {
         *("target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step", "dropout")
     }

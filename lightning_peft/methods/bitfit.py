@@ -45,6 +45,8 @@ class BitFit(SelectionMethod):
         trainer = L.Trainer(callbacks=[lp.BitFit(trainable=["classifier"])])
     """
 
+    parameter_count = "the biases"
+
     def choose(self, model: nn.Module, plan: Plan) -> None:
         biases = {id(value) for _, _, value in bias_parameters(model)}
         chosen = self.matching(model, lambda module, key, value: id(value) in biases)

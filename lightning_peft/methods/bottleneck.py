@@ -134,6 +134,7 @@ class BottleneckAdapter(ActivationMethod):
         trainer = L.Trainer(callbacks=[lp.BottleneckAdapter("houlsby", bottleneck_size=64, trainable=["classifier"])])
     """
 
+    parameter_count = "2 m d + d + m per location"
     resume_may_differ = ActivationMethod.resume_may_differ | {"dropout", "stochastic_depth", "init"}
 
     preset: Literal["houlsby", "pfeiffer", "parallel", "scaled_parallel", "adapterplus"] = field(

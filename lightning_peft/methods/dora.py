@@ -121,6 +121,7 @@ class DoRA(LoRA):
         trainer = L.Trainer(callbacks=[lp.DoRA(r=8, targets=["q_proj", "v_proj"], trainable=["classifier"])])
     """
 
+    parameter_count = "r (in + out) + out"
     adapter_class = DoRAAdapter
 
     def build(self, site: Site) -> LoRAAdapter:

@@ -61,6 +61,7 @@ class DyLoRA(WeightMethod):
         lp.DyLoRA.truncate(module, 4)
     """
 
+    parameter_count = "r (in + out)"
     resume_may_differ = WeightMethod.resume_may_differ | {"dropout", "frozen"}
 
     r: int = field(default=8, validator=positive_int, kw_only=False)

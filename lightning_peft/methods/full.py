@@ -44,6 +44,8 @@ class FullFineTuning(SelectionMethod):
         trainer = L.Trainer(callbacks=[lp.FullFineTuning(layer_decay=0.8)])
     """
 
+    parameter_count = "everything"
+
     def choose(self, model: nn.Module, plan: Plan) -> None:
         patterns = self.patterns("all")
         if patterns:

@@ -70,6 +70,7 @@ class GatedLoRA(LoRA):
         ])
     """
 
+    parameter_count = "r (in + out) + in + 1"
     adapter_class = GatedLoRAAdapter
 
     def build(self, site: Site) -> LoRAAdapter:

@@ -72,6 +72,7 @@ class GradualUnfreezing(SelectionMethod):
         trainer = L.Trainer(callbacks=[lp.GradualUnfreezing(schedule=[1, 2, 3], layer_decay=0.4)])
     """
 
+    parameter_count = "everything, in the end"
     resume_may_differ = SelectionMethod.resume_may_differ | {"every", "schedule", "unit"}
 
     every: int = field(default=1, validator=positive_int, kw_only=False)

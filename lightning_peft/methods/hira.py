@@ -72,8 +72,8 @@ class HiRA(RankOnlyMethod):
     """A low-rank matrix that scales every element of the weight, an update of high rank (ICLR 2025).
 
     Choose it when LoRA's rank is the limit and the base is strong: it refines what each weight does, at LoRA's number
-    of parameters. It needs a learning rate about ten times LoRA's, and forms a full-size update matrix in every
-    training step. Merged, it costs nothing.
+    of parameters. It costs a full-size update matrix in every training step, and needs a learning rate about ten times
+    LoRA's. Merged, it costs nothing.
 
     Args:
         r: rank of B A; r (in + out) parameters train per matrix.
@@ -89,6 +89,7 @@ class HiRA(RankOnlyMethod):
         trainer = L.Trainer(callbacks=[lp.HiRA(r=32, targets=["q_proj", "v_proj"], trainable=["classifier"])])
     """
 
+    parameter_count = "r (in + out)"
     resume_may_differ = RankOnlyMethod.resume_may_differ | {"dropout"}
 
     r: int = field(default=32, validator=positive_int, kw_only=False)

@@ -57,6 +57,7 @@ class IA3(WeightMethod):
         trainer = L.Trainer(callbacks=[lp.IA3(trainable=["classifier"])])
     """
 
+    parameter_count = "one factor per feature"
     resume_may_differ = WeightMethod.resume_may_differ | {"feedforward_targets"}
 
     targets: str | Sequence[str] = field(default="all-key-value", kw_only=False)

@@ -48,6 +48,8 @@ class LastLayers(SelectionMethod):
         trainer = L.Trainer(callbacks=[lp.LastLayers(n=2, layer_decay=0.8)])
     """
 
+    parameter_count = "the last n blocks and everything after them"
+
     n: int | None = field(default=None, validator=optional(positive_int), kw_only=False)
     targets: str | Sequence[str] = field(default="blocks", kw_only=False)
 

@@ -48,6 +48,8 @@ class LinearProbe(SelectionMethod):
         trainer = L.Trainer(callbacks=[lp.LinearProbe()])
     """
 
+    parameter_count = "the head"
+
     targets: str | Sequence[str] = field(default="head", kw_only=False)
 
     def plan(self, model: nn.Module) -> Plan:

@@ -95,6 +95,8 @@ class LoHa(RowDropMethod):
         trainer = L.Trainer(callbacks=[lp.LoHa(r=4, targets="type:Conv2d", trainable=["classifier"])])
     """
 
+    parameter_count = "2 r (in + out)"
+
     use_effective_conv2d: bool = False
 
     def build(self, site: Site) -> LoHaAdapter:

@@ -129,6 +129,8 @@ class LoKr(RowDropMethod):
         trainer = L.Trainer(callbacks=[lp.LoKr(r=4, decompose_factor=8, trainable=["classifier"])])
     """
 
+    parameter_count = "the Kronecker factors, about 2 √(in out)"
+
     decompose_factor: int = field(
         default=-1, validator=Check("-1 or an integer of at least 1", lambda n: is_int(n) and (n == -1 or n >= 1))
     )

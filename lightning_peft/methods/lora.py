@@ -157,6 +157,7 @@ class LoRA(RankedMethod):
         trainer = L.Trainer(callbacks=[lp.LoRA(r=8, targets=["q_proj", "v_proj"], trainable=["classifier"])])
     """
 
+    parameter_count = "r (in + out)"
     resume_may_differ = RankedMethod.resume_may_differ | {
         *("dropout", "bias", "init", "lora_plus_ratio", "freeze_A", "trainable_tokens")
     }

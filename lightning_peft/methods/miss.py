@@ -80,8 +80,8 @@ class MiSS(WeightMethod):
     """One trained matrix that every shard of a weight's columns shares (arXiv:2409.15371).
 
     Choose it when LoRA learns slowly: it has a single factor, which gets a gradient from the first step on, and half
-    of LoRA's parameters where in and out are alike, at LoRA's cost. Merged it costs nothing. The variant bat learns
-    faster still and forms the weight at full size in every training step.
+    of LoRA's parameters where in and out are alike. It costs what LoRA costs. The variant bat learns faster still and
+    forms the weight at full size in every training step. Merged, it costs nothing.
 
     Args:
         r: the width of a shard; r out parameters train for each matrix.
@@ -99,6 +99,7 @@ class MiSS(WeightMethod):
         trainer = L.Trainer(callbacks=[lp.MiSS(r=64, targets=["q_proj", "v_proj"], trainable=["classifier"])])
     """
 
+    parameter_count = "r out"
     resume_may_differ = WeightMethod.resume_may_differ | {"dropout"}
 
     r: int = field(default=64, validator=positive_int, kw_only=False)

@@ -46,6 +46,7 @@ class NormTuning(SelectionMethod):
         trainer = L.Trainer(callbacks=[lp.NormTuning(trainable=["classifier"])])
     """
 
+    parameter_count = "the norms' weights and biases"
     resume_may_differ = SelectionMethod.resume_may_differ | {"parts"}
 
     parts: Literal["all", "weight", "bias"] = "all"

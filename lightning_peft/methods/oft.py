@@ -161,6 +161,7 @@ class OFT(WeightMethod):
         trainer = L.Trainer(callbacks=[lp.OFT(block_size=32, targets=["q_proj", "v_proj"], trainable=["classifier"])])
     """
 
+    parameter_count = "in (b - 1) / 2 with blocks of size b"
     resume_may_differ = WeightMethod.resume_may_differ | {"dropout"}
 
     block_size: int | None = field(

@@ -50,6 +50,7 @@ class PTuning(PromptMethod):
         trainer = L.Trainer(callbacks=[lp.PTuning(20, template="v10 x1 v10 x*", trainable=["classifier"])])
     """
 
+    parameter_count = "T d and an encoder, which `lp.fold` removes"
     resume_may_differ = PromptMethod.resume_may_differ | {"dropout"}
 
     encoder: Literal["mlp", "lstm"] = "mlp"

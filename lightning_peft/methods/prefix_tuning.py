@@ -95,6 +95,7 @@ class PrefixTuning(PEFTMethod):
         trainer = L.Trainer(callbacks=[lp.PrefixTuning(num_virtual_tokens=20, bottleneck_size=512)])
     """
 
+    parameter_count = "T keys and values in each layer"
     resume_may_differ = PEFTMethod.resume_may_differ | {"init", "init_std"}
 
     num_virtual_tokens: int = field(default=20, validator=positive_int, kw_only=False)

@@ -62,6 +62,7 @@ class PromptTuning(PromptMethod):
         trainer = L.Trainer(callbacks=[lp.PromptTuning(20, init="text", init_text="Is it good?", tokenizer="gpt2")])
     """
 
+    parameter_count = "T d"
     resume_may_differ = PEFTMethod.resume_may_differ | {"init", "init_text", "tokenizer"}
 
     init: Literal["vocab", "random", "text", "labels"] = "vocab"

@@ -59,6 +59,7 @@ class SSF(WeightMethod):
         trainer = L.Trainer(callbacks=[lp.SSF(trainable=["head"])])
     """
 
+    parameter_count = "two numbers per feature"
     resume_may_differ = WeightMethod.resume_may_differ | {"init"}
 
     targets: str | Sequence[str] = field(default="all-layers", kw_only=False)

@@ -130,6 +130,7 @@ class VeRA(WeightMethod):
         trainer = L.Trainer(callbacks=[lp.VeRA(r=256, targets=["q_proj", "v_proj"], trainable=["classifier"])])
     """
 
+    parameter_count = "r + out"
     resume_may_differ = WeightMethod.resume_may_differ | {"dropout", "d_initial"}
 
     r: int = field(default=256, validator=positive_int, kw_only=False)

@@ -70,6 +70,7 @@ class VisualPromptTuning(PEFTMethod):
         trainer = L.Trainer(callbacks=[lp.VisualPromptTuning(50, deep=True, trainable=["head"])])
     """
 
+    parameter_count = "T d, in one layer or in each"
     resume_may_differ = PEFTMethod.resume_may_differ | {"dropout"}
 
     num_virtual_tokens: int = field(default=50, validator=positive_int, kw_only=False)

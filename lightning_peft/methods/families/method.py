@@ -69,6 +69,8 @@ class PEFTMethod(Declared, Callback, ABC):
         trainer = L.Trainer(callbacks=methods)
     """
 
+    #: what trains per in x out weight at rank r, unless it says otherwise; shown in docs/methods.md
+    parameter_count: ClassVar[str] = ""
     #: arguments that may differ between the run that saved a state and the run that loads it
     resume_may_differ: ClassVar[frozenset[str]] = frozenset(
         {"targets", "exclude", "trainable", "seed", "adapter_dtype", "train_norm_stats", "audit"}
