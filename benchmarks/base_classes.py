@@ -1,10 +1,10 @@
 """Adapt, save and load every base class of transformers that can be built from a small configuration.
 
-    python -m benchmarks.base_classes --out classes.json
+    python -m benchmarks.base_classes --out classes.json --markdown benchmarks/results/base_classes.md
 
-Each class gets LoRA on all linear layers (on its convolutions if it has none), a state dict, an adapter directory, and
-the directory again on the bare model. A refusal that names its reason is an outcome of its own; everything else that is
-raised is a failure.
+A run that was stopped continues from the outcomes in ``--out``. Each class gets LoRA on all linear layers (on its
+convolutions if it has none), a state dict, an adapter directory, and the directory again on the bare model. A refusal
+that names its reason is an outcome of its own; everything else that is raised is a failure.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 import lightning_peft as lp
 
+Outcomes = dict[str, dict[str, str]]  # outcome and detail by class
 REFUSALS = (lp.StateError, lp.FormatError, lp.TargetError, lp.InjectionError)
 LIMIT = 20  #: seconds of the processor for one class
 LARGEST = 80_000_000  #: parameters of a model that is built
@@ -81,8 +82,13 @@ def classes() -> Iterator[tuple[type, type]]:
                 yield config, cls
 
 
-def build(config_class: type, cls: Any) -> nn.Module | None:
-    """A small model of ``cls``; None if no configuration that was tried builds one."""
+def build(config_class: type, cls: Any) -> nn.Module:
+    """A small model of ``cls``.
+
+    Raises:
+        _NotBuiltError: no configuration that was tried builds one.
+    """
+    why = ""
     for width in (8, 4, 2, 1, 0):
         try:
             config = small(config_class(), width) if width else config_class()
@@ -90,11 +96,16 @@ def build(config_class: type, cls: Any) -> nn.Module | None:
                 size = sum(p.numel() for p in cls(copy.deepcopy(config)).parameters())
             if size <= LARGEST:
                 return cls(config)
+            why = f"has over {LARGEST // 10**6} million parameters"
         except TimeoutError:
             raise
-        except Exception:
-            continue
-    return None
+        except Exception as error:
+            why = f"{type(error).__name__}: {error}"
+    raise _NotBuiltError(why)
+
+
+class _NotBuiltError(Exception):
+    pass
 
 
 def exchange(model: nn.Module) -> str:
@@ -126,12 +137,11 @@ def outcome(config_class: type, cls: Any) -> dict[str, str]:
     """What became of one class."""
     try:
         with limited(LIMIT):
-            model = build(config_class, cls)
-            if model is None:
-                return {"outcome": "not built"}
-            return {"outcome": "ok", "detail": exchange(model)}
+            return {"outcome": "ok", "detail": exchange(build(config_class, cls))}
+    except _NotBuiltError as error:
+        return {"outcome": "not built", "detail": str(error)}
     except TimeoutError:
-        return {"outcome": "too slow"}
+        return {"outcome": "too slow", "detail": f"takes over {LIMIT} s of the processor"}
     except REFUSALS as error:
         return {"outcome": "refused", "detail": f"{type(error).__name__}: {error}"}
     except Exception as error:
@@ -164,10 +174,14 @@ def main() -> None:
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
-    found: dict[str, dict[str, str]] = {}
+    found: Outcomes = {}
+    if arguments.out and arguments.out.exists():
+        found = json.loads(arguments.out.read_text())
     chosen = [pair for pair in classes() if not arguments.names or pair[1].__name__ in arguments.names]
     random.Random(0).shuffle(chosen)  # so that a run that is cut short has seen some of every kind
     for config_class, cls in chosen:
+        if cls.__name__ in found:
+            continue
         found[cls.__name__] = result = outcome(config_class, cls)
         print(f"{cls.__name__:45} {result['outcome']:10} {result.get('detail', '')[:160]}", flush=True)
         if arguments.out:

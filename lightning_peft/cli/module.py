@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from argparse import ArgumentParser
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -107,6 +108,26 @@ def build_module(name: str, arguments: Mapping[str, Any]) -> L.LightningModule:
     return module
 
 
+def _task_of(checkpoint: str | Path) -> str:
+    """Return the name of the task of this package that the checkpoint names.
+
+    Raises:
+        StateError: the checkpoint names no class, or another one.
+    """
+    hyper_parameters = read_checkpoint(checkpoint, mmap=True).get("hyper_parameters")
+    said = hyper_parameters.get("_class_path") if isinstance(hyper_parameters, Mapping) else None
+    package, _, name = said.rpartition(".") if isinstance(said, str) else ("", "", "")
+    if f"{package}.".startswith(f"{_TASKS}.") and name in importlib.import_module(_TASKS).__all__:
+        return name
+    way = "add --model with the class that you trained, such as --model my.package.Module"
+    if package in ("", "__main__") or not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", str(said), re.ASCII):
+        raise StateError(f"{checkpoint} does not name the class of the trained module: {way}")
+    raise StateError(
+        f"{checkpoint} names the class {said}, but class names in files are never imported, because importing runs "
+        f"code: {way}. Use the name in the file only if you trust the file and that code"
+    )
+
+
 def load_module(checkpoint: str | Path, name: str | None, arguments: Mapping[str, Any]) -> L.LightningModule:
     """Load the module of a checkpoint, with its adapters.
 
@@ -120,16 +141,7 @@ def load_module(checkpoint: str | Path, name: str | None, arguments: Mapping[str
         StateError: no class is named, or it cannot be built with these arguments.
     """
     if name is None:
-        hyper_parameters = read_checkpoint(checkpoint, mmap=True).get("hyper_parameters")
-        said = str(hyper_parameters.get("_class_path", "")) if isinstance(hyper_parameters, Mapping) else ""
-        if not said.startswith(f"{_TASKS}.") or said.rpartition(".")[2] not in importlib.import_module(_TASKS).__all__:
-            reason = (
-                f"the checkpoint names {said}, but class paths in files are never imported"
-                if said
-                else "the checkpoint does not name the class of the trained module"
-            )
-            raise StateError(f"{checkpoint}: {reason}: pass --model {said or 'my.package.Module'}")
-        name = said.rpartition(".")[2]
+        name = _task_of(checkpoint)
     module_class = find_module(name)
     try:
         return lp.load_from_checkpoint(module_class, checkpoint, **arguments)

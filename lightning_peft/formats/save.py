@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.injection.saving_trial import saving_trials
+from lightning_peft.core.names import join, listed
 from lightning_peft.core.record import injection_state
+from lightning_peft.core.sharded_tensors import holds_shards
 from lightning_peft.core.state.adapter_records import uncopied
+from lightning_peft.core.state.state_dict import StateError
 from lightning_peft.formats.directory.card import model_card
 from lightning_peft.formats.directory.files import check_content, json_text, write_files
 from lightning_peft.formats.directory.snapshot import Snapshot, take_snapshot
@@ -46,13 +49,29 @@ def save_adapter(model: nn.Module, directory: str | Path, name: str | None = Non
 
     Raises:
         ValueError: if the model has no adapter of that name.
-        StateError: if adapters are merged into the weights.
+        StateError: if adapters are merged into the weights, or a tensor is sharded and cannot be gathered.
         FormatError: if the adapter could not be read again, for example because a tensor is not finite.
     """
     record = injection_state(model)
     names = [name] if name is not None else list(record.methods) if record is not None else [""]
-    write_snapshots({each: take_snapshot(model, each) for each in names}, directory, **options)
+    snapshots = {each: take_snapshot(model, each) for each in names}
+    if holds_shards(model):
+        _check_gathered(snapshots.values())
+    write_snapshots(snapshots, directory, **options)
     return names
+
+
+def _check_gathered(snapshots: Iterable[Snapshot]) -> None:
+    """Refuse tensors of a sharded model that are empty on this rank, as those of DeepSpeed's ZeRO stage 3 are."""
+    for snapshot in snapshots:
+        tensors = dict(snapshot.trained)
+        for record in snapshot.adapter_records:
+            tensors |= {join(record.name, key): value for key, value in record.tensors.items()}
+        if empty := [key for key, value in tensors.items() if not value.numel()]:
+            raise StateError(
+                f"{listed(empty)} cannot be saved: the model is sharded, and this process has no part of these "
+                "tensors. Save a checkpoint with the Trainer and run lightning-peft export on it"
+            )
 
 
 def write_snapshots(snapshots: Mapping[str, Snapshot], directory: str | Path, **options: Any) -> None:

@@ -14,7 +14,7 @@ from torch import nn
 from lightning_peft.core.class_swap import original_class
 from lightning_peft.core.injection.saving_trial import saving_problem
 from lightning_peft.core.record import injection_state
-from lightning_peft.core.sharded_tensors import is_sharded
+from lightning_peft.core.sharded_tensors import holds_shards
 from lightning_peft.core.state.state_dict import StateError
 from lightning_peft.trainer.audit import report
 from lightning_peft.trainer.checkpoints.manifest import manifest
@@ -33,7 +33,7 @@ def try_saving(trainer: L.Trainer, module: Any) -> None:
         StateError: if hooks remove part of the trainable state, or the manifest could not be read again.
         AuditError: if a trainable adapter could not be saved.
     """
-    if _is_sharded(module):  # collecting its state would gather tensors on all ranks
+    if holds_shards(module):  # collecting its state would gather tensors on all ranks
         return
     if trainer.checkpoint_callbacks:
         _try_manifest(module)
@@ -84,9 +84,3 @@ def _try_formats(module: nn.Module) -> None:
 def _overridden(module: nn.Module, name: str) -> bool:
     owner = next(cls for cls in original_class(module).__mro__ if name in vars(cls))
     return owner.__module__.partition(".")[0] not in ("torch", "lightning", "pytorch_lightning")
-
-
-def _is_sharded(module: nn.Module) -> bool:
-    return any(is_sharded(p) or hasattr(p, "ds_id") for p in module.parameters()) or any(
-        type(m).__name__ == "FullyShardedDataParallel" for m in module.modules()
-    )

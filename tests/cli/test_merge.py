@@ -198,7 +198,7 @@ def test_what_a_selection_method_trained_is_there_without_folding():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["run.ckpt", "out"], r"does not name the class of the trained module: pass --model my.package.Module"),
+        (["run.ckpt", "out"], r"does not name the class of the trained module: add --model"),
         (["run.ckpt", "out", "--model=modules.Modul"], r"--model modules.Modul: module 'modules' has no attribute"),
         (
             ["run.ckpt", "out", "--model=modules.Data"],
@@ -234,9 +234,7 @@ def test_a_class_that_only_the_file_names_is_not_imported():
     saved["hyper_parameters"]["_class_path"] = "evil.Module"
     torch.save(saved, "run.ckpt")
     Path("evil.py").write_text("raise SystemError('was imported')")
-    with pytest.raises(
-        SystemExit, match=r"names evil.Module, but class paths in files are never imported: pass --model"
-    ):
+    with pytest.raises(SystemExit, match=r"names the class evil.Module, but class names in files are never imported"):
         run("run.ckpt", "out")
 
 

@@ -44,7 +44,7 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
             lambda t: t.update({Q: t[Q][:, :-1].clone()}),
             r"q_proj.lora_A.weight' has shape 2x31, but this base needs 2x32",
         ),
-        (lambda t: t.update({Q: torch.zeros(0, 32)}), "q_proj.*empty"),
+        (lambda t: t.update({Q: torch.zeros(0, 32)}), "q_proj.*0x32, but this base needs 2x32"),
         (lambda t: t.update({Q: t[Q] * float("nan")}), "q_proj.*NaN"),
     ],
 )

@@ -140,11 +140,18 @@ def test_the_network_of_an_image_classifier(trained, entry):
     assert "--model.network=..." in refused(call, path)
 
 
-@pytest.mark.parametrize("said", ["hostile_library.Evil", "lightning_peft.tasks.hostile_library", 3, None])
-def test_a_class_path_is_looked_up_among_the_tasks_of_this_package(trained, said):
-    assert "never imported: pass --model" in refused(
-        lambda path: main(["merge", path, "out"]), saved(trained, _class_path=said)
-    )
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [
+        ("hostile_library.Evil", "only if you trust the file and that code"),
+        ("lightning_peft.tasks.hostile_library", "only if you trust the file and that code"),
+        *((said, "such as --model my.package.Module") for said in (3, None, "Evil", "__main__.Evil", "a.b; rm -r /")),
+    ],
+)
+def test_a_class_path_is_looked_up_among_the_tasks_of_this_package(trained, said, why):
+    error = refused(lambda path: main(["merge", path, "out"]), saved(trained, _class_path=said))
+    assert error.endswith(why)
+    assert f"--model {said}" not in error
 
 
 class OneArgument(Module):

@@ -457,6 +457,39 @@ def test_rotary_positions_of_several_axes():
     torch.testing.assert_close(model(input_ids=IDS, use_cache=False).logits, wanted[:, 4:])
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "t5", "answers"])
+def test_a_named_model_with_a_head_gets_its_prompt_inside(kind):
+    """Labels and positions of the caller fit, and loss and logits equal those of PEFT, which wraps the whole model."""
+    import peft
+    import transformers
+
+    def answers(dtype):
+        torch.manual_seed(0)
+        options = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+        return (
+            transformers.BertForQuestionAnswering(transformers.BertConfig(vocab_size=100, **options)).to(dtype).eval()
+        )
+
+    task = {"t5": "SEQ_2_SEQ_LM", "answers": None}.get(kind, "CAUSAL_LM")
+    model = {"llama": llama, "gpt2": gpt2, "t5": t5, "answers": answers}[kind](torch.float64)
+    outer = nn.ModuleDict({"side": nn.Linear(2, 2), "lm": copy.deepcopy(model)})
+    lp.apply(outer, lp.PromptTuning(4, targets=["lm"]))
+    prompt = prompt_of(outer).prompt
+    batch = {"input_ids": IDS, "attention_mask": RIGHT}
+    labels = {"start_positions": IDS[:, 0] % 3, "end_positions": IDS[:, 1] % 3} if task is None else {"labels": IDS}
+    got = outer["lm"](**batch, **labels)
+    if task is None:  # PEFT does not move the positions of answers
+        embeds = torch.cat([prompt.expand(2, -1, -1), model.get_input_embeddings()(IDS)], 1)
+        logits = model(inputs_embeds=embeds, attention_mask=F.pad(RIGHT, (4, 0), value=1)).start_logits[:, 4:]
+        torch.testing.assert_close(got.start_logits, logits)
+        return
+    theirs = peft.get_peft_model(model, peft.PromptTuningConfig(task_type=task, num_virtual_tokens=4)).eval()
+    theirs.prompt_encoder["default"].embedding.weight.data[:4] = prompt.detach()
+    wanted = theirs(**batch, **labels)
+    torch.testing.assert_close(got.loss, wanted.loss)
+    torch.testing.assert_close(got.logits, wanted.logits[:, -7:])
+
+
 class Forecaster(nn.Module):
     """An encoder-decoder that makes the decoder's input itself, as Chronos-Bolt does."""
 

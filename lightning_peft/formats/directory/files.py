@@ -117,7 +117,7 @@ def read_files(directory: str | Path) -> AdapterFiles:
         raise FormatError(f"{path} cannot be read: {error}") from error
     if tensors.keys() != header.keys():  # the checked header must be the one that the tensors were read with
         raise FormatError(f"{path} changed while it was read: wait until it is written, then load it again")
-    _check_tensors(tensors, str(path), config)
+    _check_tensors(tensors, str(path))
     check_tensors(tensors, metadata, str(directory))
     return AdapterFiles(directory, config, tensors, metadata)
 
@@ -237,7 +237,7 @@ def check_content(config: Mapping[str, Any], tensors: Mapping[str, Tensor], valu
         FormatError: as :func:`write_files`.
     """
     text = json_text(config, indent=2, sort_keys=True)
-    _check_tensors(tensors, "the adapter", config, values)
+    _check_tensors(tensors, "the adapter", values)
     return text
 
 
@@ -377,20 +377,13 @@ def _check_key(key: str, where: str) -> None:
         raise FormatError(f"{where}: {shown} is not a valid tensor name: use names joined by '.', as in state dicts")
 
 
-def _check_tensors(tensors: Mapping[str, Tensor], where: str, config: Mapping[str, Any], values: bool = True) -> None:
-    """Refuse invalid names, and tensors that are empty or not finite."""
+def _check_tensors(tensors: Mapping[str, Tensor], where: str, values: bool = True) -> None:
+    """Refuse invalid names, and tensors that are not finite."""
     if not tensors:
         raise FormatError(f"{where} holds no tensors")
-    # PEFT's AdaLoRA stores an empty tensor for a matrix whose ranks were all pruned.
-    may_be_empty = config.get("peft_type") == "ADALORA" and bool(config.get("rank_pattern"))
     for key, tensor in tensors.items():
         _check_key(key, where)
         if tensor.is_meta and values:
             raise FormatError(f"{where}: {key!r} is on the meta device and has no values: materialize the model first")
-        if not tensor.numel() and not may_be_empty:
-            raise FormatError(
-                f"{where}: {key!r} is empty, with shape {tuple(tensor.shape)}. It may come from a sharded model that "
-                "was not gathered: save it from every process"
-            )
         if values and (tensor.is_floating_point() or tensor.is_complex()) and not is_finite(tensor):
             raise FormatError(f"{where}: {key!r} holds NaN or infinity: save the adapter from an earlier checkpoint")

@@ -44,7 +44,7 @@ class PromptMethod(PEFTMethod):
     Args:
         num_virtual_tokens: number T of virtual tokens; None means 20, or as many as ``template`` has.
         targets: ``"inputs"`` finds the module that embeds tokens; otherwise a pattern of the one module that takes the
-            sequence (see :mod:`lightning_peft.methods.families.prompt_adapters`).
+            sequence (see :mod:`lightning_peft.methods.families.prompt_adapters`), or of a model around such a module.
         position: where to insert them among the tokens that the attention mask keeps: ``"prefix"``, ``"after_bos"``
             (after the first token; learns faster if the base was always given a BOS token first) or ``"suffix"``.
         template: any other arrangement, in words: ``v8`` for eight virtual tokens, ``x1`` for one real token, and
@@ -142,16 +142,20 @@ class PromptMethod(PEFTMethod):
         Raises:
             TargetError: if no module or several modules match.
         """
-        left_alone = in_frozen_part(model)
-        models = {name: module for name, module in token_models(model).items() if not left_alone(name)}
-        patterns = as_patterns(self.targets, "targets")
-        if patterns != ("inputs",):
+        models = token_models(model)
+        if as_patterns(self.targets, "targets") == ("inputs",):
+            left_alone = in_frozen_part(model)
+            models = {name: module for name, module in models.items() if not left_alone(name)}
+        else:
             names = list(select({n: m for n, m in base_modules(model) if n}, self.targets, self.exclude))
             if len(names) != 1:
                 raise TargetError(
                     f"targets={self.targets!r} matches {names[:4]}, but a prompt goes into one module: name one of them"
                 )
-            return names[0], None
+            # A head or a loss around the model that takes the tokens expects outputs of the caller's length.
+            models = {name: module for name, module in models.items() if name != names[0] and is_within(name, names[0])}
+            if not models:
+                return names[0], None
         if len(models) == 1:
             (inner,) = models
             first = self.position == "prefix" and self.template is None
@@ -163,7 +167,8 @@ class PromptMethod(PEFTMethod):
                 return sides[self.side], sides["decoder" if self.side == "encoder" else "encoder"]
         if models:
             raise TargetError(
-                f"targets='inputs' finds several modules that take tokens, {list(models)}: name one of them in targets"
+                f"targets={self.targets!r} finds several modules that take tokens, {list(models)}: name one of them in "
+                "targets"
             )
         raise TargetError(
             "targets='inputs' finds no module that takes inputs_embeds. Name in targets the module that takes and "

@@ -85,7 +85,9 @@ def saved_arguments(
             found[name] = value
     if refused:
         said = ", ".join(f"{name}={_shown(value)}" for name, value in refused.items())
-        flags = " ".join(f"--model.{name}=..." for name in refused)
+        path = f"{module_class.__module__}.{module_class.__qualname__}"
+        local = path.startswith("__main__") or "<" in path  # other programs cannot import it
+        flags = " ".join([f"--model {'my.package.Module' if local else path}", *(f"--model.{n}=..." for n in refused)])
         raise StateError(
             f"{where} was saved with {said}. Names in files are never imported, called or opened: pass these "
             f"arguments yourself ({flags} on the command line, {', '.join(f'{n}=...' for n in refused)} in Python)"

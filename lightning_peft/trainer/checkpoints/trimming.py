@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lightning_peft.core.class_swap import original_class
 from lightning_peft.core.names import canonical
+from lightning_peft.core.sharded_tensors import holds_shards
 from lightning_peft.core.state.state_dict import StateError, state_keys
 
 __all__ = ["check_complete", "trim_state"]
@@ -23,18 +24,30 @@ def trim_state(model: nn.Module, state: Mapping[str, Tensor], keys: Container[st
             value of the base.
 
     Raises:
-        StateError: if a tensor is missing, or has no elements, as a sharded parameter that was never gathered.
+        StateError: if a tensor is missing, or is empty in the state dict but not in the module.
     """
     if state:  # with some strategies only rank 0 collects a state
         check_complete(model, map(canonical, state), f"{original_class(model).__name__}.state_dict")
     kept = {canonical(k): v for k, v in state.items() if canonical(k) in keys}
     for key, value in kept.items():
         if isinstance(value, Tensor) and value.numel() == 0:
-            raise StateError(
-                f"{key} is not saved: it has no elements, so the checkpoint could not be loaded. It may be a sharded "
-                "tensor that was not gathered: use a strategy that gathers the full state"
-            )
+            _check_empty(model, key)
     return kept
+
+
+def _check_empty(model: nn.Module, key: str) -> None:
+    """Refuse a tensor without elements, unless the module's own tensor has none either."""
+    if holds_shards(model):
+        raise StateError(
+            f"{key} is not saved: the model is sharded, and this tensor was not gathered, so the checkpoint could not "
+            "be loaded. Use a strategy that gathers the full state"
+        )
+    own = {canonical(k): v for k, v in nn.Module.state_dict(model).items()}
+    if key in own and own[key].numel():
+        raise StateError(
+            f"{key} is not saved: {original_class(model).__name__}.state_dict returns it without elements, but it has "
+            f"shape {tuple(own[key].shape)} in the module. Change the state_dict or the hook that empties it"
+        )
 
 
 def check_complete(model: nn.Module, keys: Iterable[str], who: str) -> None:
