@@ -261,7 +261,7 @@ class AdaLoRA(WeightMethod):
                 "AdaLoRA(total_step=...)"
             )
         self._total = int(total)
-        if getattr(trainer, "fast_dev_run", False):  # it runs too few steps for any schedule
+        if getattr(trainer, "fast_dev_run", False):  # too few steps for any schedule
             self._total = max(self._total, self.tinit + self.tfinal + 1)
         self._check_schedule()
         holders = [o for o in trainer.optimizers if self._holds(o, pl_module)]

@@ -69,36 +69,37 @@ def combine(
     density: float | None = None,
     seed: int = 0,
 ) -> LowRankReport:
-    """Put a new adapter into ``model`` that is made of others: a LoRA, frozen, that waits for ``lp.set_active``.
+    """Combine adapters into a new one: a LoRA, added to ``model`` frozen and inactive until ``lp.set_active``.
 
-    The adapters may be of any weight method, and each of another one. A weight that one of them does not adapt counts
-    as not changed by it. Where all are low-rank products (``low_rank()`` returns factors) a weighted sum is exact:
-    the factors are put side by side. Everything else is decomposed by SVD, exactly unless ``r`` or ``energy`` cuts it.
+    The adapters may come from different weight methods. An adapter counts as a zero change of every weight that it does
+    not adapt. If all are low-rank products (``low_rank()`` returns factors), a weighted sum is exact, because their
+    factors are concatenated. Every other result is decomposed by SVD, exactly unless ``r`` or ``energy`` truncates it.
 
-    Heads, biases and statistics that an adapter brings in place of the base's (loaded ones do) are interpolated as
-    well, base + sum_i w_i (copy_i - base), by the sums only. What a method trained in the base itself is a part of the
-    base here. Where there is nothing but such copies (of :class:`lightning_peft.BitFit` for example), the result is
-    one more adapter of the first one's method.
+    A loaded adapter may override heads, biases and norm statistics of the base. ``"linear"``, ``"cat"`` and ``"svd"``
+    interpolate these too: base + sum_i w_i (override_i - base). Base parameters that a method trained in place count as
+    part of the base. If the adapters consist of overrides only (for example of :class:`lightning_peft.BitFit`), the
+    result is another adapter of the first one's method.
 
     Args:
         model: the adapted model; only the new adapter is added.
-        names: the adapters, at least one.
-        weights: a factor for each, of either sign; by default equal shares of 1.
-        name: what to call the new one.
-        how: see the table in :mod:`lightning_peft.methods.combine`. ``"cat"`` is ``"linear"`` for those that want
-            an error where the sum is not exactly low-rank; ``"svd"`` cuts to the largest rank among them by default.
-        r: the rank of the result, at most.
-        energy: the share of the squared norm that the result keeps at least, in (0, 1]. Without either nothing is lost.
-        density: the share of entries that are kept, in (0, 1], for all but the sums.
-        seed: of DARE's choice.
+        names: names of the adapters, at least one.
+        weights: one factor per adapter, positive or negative; None weights them equally, with a sum of 1.
+        name: name of the new adapter.
+        how: see the table in :mod:`lightning_peft.methods.combine`. ``"cat"`` is ``"linear"``, but raises an error if
+            the sum is not exactly low-rank; ``"svd"`` truncates to the largest rank among the adapters by default.
+        r: maximum rank of the result.
+        energy: minimum fraction of the squared norm to keep, in (0, 1]. If neither ``r`` nor ``energy`` is set, the
+            result is exact.
+        density: fraction of entries to keep, in (0, 1]; only for the methods that select entries.
+        seed: seed for DARE's random selection.
 
     Returns:
-        The ranks of the result, and what was lost.
+        The ranks of the result, and the error of the truncation.
 
     Raises:
-        ValueError: an adapter that is not there, is merged, or does not change weights that LoRA could express (an
-            activation or a sequence method, a change of biases); copies of other shapes; arguments that do not fit
-            together. All before anything is changed.
+        ValueError: if an adapter does not exist or is merged; if it does not change weights or changes more than
+            weights (activation and sequence methods, changed biases); if overrides differ in shape; if arguments
+            contradict each other. The model is then unchanged.
 
     Example::
 
@@ -188,16 +189,16 @@ def _check(
         raise ValueError(f"weights must be a finite number for each of {list(names)}, got {list(shares)!r}")
     check_unmerged(model)
     if r is not None and energy is not None:
-        raise ValueError(f"r={r} and energy={energy} both set the rank: give one of them")
+        raise ValueError(f"r={r} and energy={energy} both set the rank: remove one of them")
     if r is not None:
         positive_int.require("r", r)
     if how == "cat" and (r is not None or energy is not None):
         raise ValueError("how='cat' keeps the factors unchanged, so r and energy have no effect: use how='svd' instead")
     for argument, value, wanted in (("energy", energy, None), ("density", density, how not in _SUMS)):
         if wanted is not None and (value is not None) != wanted:
-            raise ValueError(f"how={how!r} {'needs' if wanted else 'takes no'} {argument}, got {value!r}")
+            raise ValueError(f"how={how!r} {'needs' if wanted else 'does not use'} {argument}, got {value!r}")
         if value is not None and not (isinstance(value, int | float) and 0 < value <= 1):
-            raise ValueError(f"{argument} must be a share in (0, 1], got {value!r}")
+            raise ValueError(f"{argument} must be a fraction in (0, 1], got {value!r}")
 
 
 @dataclass

@@ -1,10 +1,10 @@
-"""DyLoRA: one training, every rank up to r.
+"""DyLoRA: train once, use at any rank up to r.
 
     W' = W + (alpha / b) B[:, :b] A[:b, :],    b uniform in 1..r, drawn anew for each optimizer step
 
-The first rows of A and columns of B learn to do without the later ones, so that after training any b <= r can be cut
-off and used as a LoRA of rank b. r (in + out) parameters for each matrix, as in LoRA. In the ``frozen`` variant
-a step trains only row b of A and column b of B.
+The first b rows of A and columns of B learn to work without the later ones, so after training they can be used as a
+LoRA of rank b, for every b <= r. r (in + out) parameters train per matrix, as in LoRA. In the ``frozen`` variant, a
+step trains only row b of A and column b of B.
 
 Valipour et al. 2022, "DyLoRA: Parameter-Efficient Tuning of Pre-trained Models using Dynamic Search-Free Low-Rank
 Adaptation", arXiv:2210.07558.
@@ -32,27 +32,27 @@ __all__ = ["DyLoRA"]
 class DyLoRA(WeightMethod):
     """DyLoRA (Valipour et al. 2022, arXiv:2210.07558): a LoRA that can be cut to any lower rank after training.
 
-    Choose it when the rank has to be found, or when adapters of several sizes are wanted from one training. It costs
-    what LoRA of rank r costs. Each rank gets only a part of the steps, so a short run costs accuracy against a LoRA
-    trained at that rank alone: after 160 steps on the same data 23, 4, 1 and 5 points at ranks 1, 2, 4 and 8. Train
-    longer than a LoRA, and compare.
+    Choose it when you do not know the rank you need, or want adapters of several sizes from one training run. It costs
+    as much as LoRA at rank r. Each rank gets only some of the steps, so in a short run it is less accurate than a LoRA
+    trained at that rank alone: by 23, 4, 1 and 5 percentage points at ranks 1, 2, 4 and 8 after 160 steps on the same
+    data. Train it for more steps than a LoRA, and compare.
 
-    Training draws a rank for each optimizer step, the same on all ranks of a distributed run and in a resumed one.
-    Evaluation uses the full rank, or the one set with :meth:`truncate`. Cut to rank b it is a LoRA with r = b and the
-    same alpha.
+    Training draws one rank b per optimizer step; all processes of a distributed run draw the same one, and so does a
+    resumed run. Evaluation uses the full rank, or the one set with :meth:`truncate`. Truncated to rank b, the adapter
+    is a LoRA with r = b and the same alpha.
 
-    Without a Trainer: call ``method.sample(model, step)`` before each step.
+    Without a Trainer, call ``method.sample(model, step)`` before each step.
 
     Args:
-        r: the highest rank; r (in + out) parameters train for each matrix.
-        alpha: the update of rank b is scaled by alpha / b.
-        dropout: probability of dropping an element of the adapter's input while training.
-        frozen: train only the b-th row and column in a step, the paper's faster variant. The optimizer's momentum
-            and weight decay still move the others.
+        r: highest rank; r (in + out) parameters train per matrix.
+        alpha: the update at rank b is scaled by alpha / b.
+        dropout: probability of zeroing an element of the adapter's input during training.
+        frozen: train only row b and column b in a step (the paper's faster variant). The optimizer's momentum and
+            weight decay still change the others.
 
     Raises:
-        ValueError: a rank below 1 or above both sides of the matrix, a dropout outside [0, 1), or a dropout on a
-            weight that is not called with activations.
+        ValueError: if r is below 1 or above both sides of a matrix, or dropout is outside [0, 1), or set for a weight
+            that is not called with activations.
 
     Example::
 
@@ -80,17 +80,18 @@ class DyLoRA(WeightMethod):
         return f"DyLoRA r<={self.r} alpha={self.alpha:g}"
 
     def sample(self, model: nn.Module, step: int) -> int:
-        """Draw the rank that the adapters train at in ``step``, and set it; returns it."""
+        """Draw the rank for ``step``, set it in all adapters of this method, and return it."""
         rank = 1 + self.seed_for(step) % self.r
         for part in self.adapters_by_weight(model).values():
             cast(DyLoRAAdapter, part).train_at(rank)
         return rank
 
     def state_dict(self) -> dict[str, Any]:
-        return {"seed": self._seed()}  # a resumed run draws the same ranks under any seed of its environment
+        # stored, so that a resumed run draws the same ranks whatever seed its environment sets
+        return {"seed": self._seed()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._run_seed = state_dict.get("seed", self._run_seed)  # checkpoints of earlier releases have none
+        self._run_seed = state_dict.get("seed", self._run_seed)  # checkpoints of earlier releases do not have it
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -99,16 +100,16 @@ class DyLoRA(WeightMethod):
 
     @staticmethod
     def truncate(model: nn.Module, rank: int, name: str | None = None, cut: bool = False) -> None:
-        """Evaluate the DyLoRA adapters of ``model`` at a lower rank; merging folds that rank.
+        """Evaluate (and merge) the DyLoRA adapters of ``model`` at a lower rank.
 
         Args:
             model: a model with DyLoRA adapters.
-            rank: from 1 to r.
-            name: the adapter; by default all that are DyLoRA.
-            cut: throw the higher rows and columns away for good, so that they are not stored either.
+            rank: a rank between 1 and r.
+            name: name of the adapter; None truncates all DyLoRA adapters.
+            cut: permanently delete the higher rows and columns, so that they are not saved either.
 
         Raises:
-            ValueError: there is no such adapter, or it does not have that rank.
+            ValueError: if there is no such adapter, or ``rank`` is above its r.
         """
         record = injection_state(model)
         methods = [m for m in record.methods.values() if isinstance(m, DyLoRA)] if record is not None else []
@@ -118,7 +119,10 @@ class DyLoRA(WeightMethod):
         positive_int.require("rank", rank)
         for method in methods:
             if rank > method.r:
-                raise ValueError(f"rank={rank} is above r={method.r}, the highest rank that {method.name!r} has")
+                raise ValueError(
+                    f"rank={rank} is above r={method.r}, the highest rank of {method.name!r}: choose a "
+                    f"rank from 1 to {method.r}"
+                )
         for method in methods:
             for part in method.adapters_by_weight(model).values():
                 cast(DyLoRAAdapter, part).truncate(rank, cut)
@@ -126,13 +130,14 @@ class DyLoRA(WeightMethod):
 
 
 class DyLoRAAdapter(LoRAAdapter):
-    """A and B of one matrix, of which the first ``rank`` rows and columns run.
+    """A and B of one matrix; only the first ``rank`` rows of A and columns of B are used.
 
     Attributes:
-        rank: what evaluation uses.
-        gate: (r, 1), while training: r / b for the first b rows of A and 0 for the rest, so that the scale of
+        rank: the rank used in evaluation.
+        gate: factors (r, 1) during training: r / b for the first b rows of A and 0 for the rest, so that the scale
             alpha / r becomes alpha / b.
-        last: (r, 1), 1 for row b and 0 elsewhere. Tensors and no numbers: compiled code serves all ranks.
+        last: (r, 1), 1 for row b and 0 elsewhere. ``gate`` and ``last`` are tensors, so that one compiled graph serves
+            all ranks.
     """
 
     def __init__(self, site: Site, r: int, alpha: float, dropout: float = 0.0, frozen: bool = False) -> None:
@@ -147,13 +152,13 @@ class DyLoRAAdapter(LoRAAdapter):
     last: Tensor
 
     def train_at(self, rank: int) -> None:
-        """Train at ``rank`` from now on."""
+        """Train at ``rank`` until the next call."""
         rows = torch.arange(1, self.r + 1).view(-1, 1)
         self.gate.copy_((rows <= rank) * (self.r / rank))
         self.last.copy_(rows == rank)
 
     def truncate(self, rank: int, cut: bool = False) -> None:
-        """Evaluate at ``rank``; ``cut`` drops the rest."""
+        """Evaluate at ``rank``; with ``cut``, delete the higher rows and columns."""
         self.rank = rank
         if cut:
             self.lora_A = nn.Parameter(self.lora_A[..., :rank, :].detach().clone(), self.lora_A.requires_grad)
@@ -162,7 +167,7 @@ class DyLoRAAdapter(LoRAAdapter):
             self.gate, self.last = torch.ones_like(self.gate[:rank]), torch.ones_like(self.last[:rank])
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """A and B as they run: of the rank that trains, or that evaluation uses."""
+        """A and B at the current training rank, or at the evaluation rank."""
         a: Tensor = self.lora_A
         b: Tensor = self.lora_B
         if not self.training:
@@ -170,7 +175,7 @@ class DyLoRAAdapter(LoRAAdapter):
                 return a, b
             return a[..., : self.rank, :] * (self.r / self.rank), b[..., : self.rank]
         if self.frozen:
-            a = a.detach() + (a - a.detach()) * self.last  # the same values; gradients in row and column b alone
+            a = a.detach() + (a - a.detach()) * self.last  # the same values, but gradients only for row and column b
             b = b.detach() + (b - b.detach()) * self.last.mT
         return a * self.gate, b
 

@@ -84,9 +84,12 @@ class GradualUnfreezing(SelectionMethod):
         if self.schedule is None:
             return
         if not self.schedule or not all(is_int(time) and time >= 0 for time in self.schedule):
-            raise ValueError(f"schedule must be a list of {self.unit} numbers from 0 on, got {self.schedule!r}")
+            raise ValueError(f"schedule must be a list of {self.unit} numbers of at least 0, got {self.schedule!r}")
         if list(self.schedule) != sorted(self.schedule):
-            raise ValueError(f"schedule must not go back in time, from the output down; got {self.schedule!r}")
+            raise ValueError(
+                "schedule must be in ascending order, because blocks unfreeze from the output down; got "
+                f"{self.schedule!r}"
+            )
 
     def choose(self, model: nn.Module, plan: Plan) -> None:
         self.add_modules(model, tail_modules(model), plan)
@@ -155,7 +158,7 @@ class GradualUnfreezing(SelectionMethod):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._advance(trainer, pl_module)  # needed for runs that resume between two epochs: they skip the epoch start
+        self._advance(trainer, pl_module)  # also here, because runs that resume between two epochs skip the epoch start
 
     def _advance(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         now = trainer.current_epoch if self.unit == "epoch" else trainer.global_step

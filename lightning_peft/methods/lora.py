@@ -58,7 +58,7 @@ class LoRAAdapter(LowRankAdapter):
     lora_A0: Tensor | None
     lora_B0: Tensor | None
     lora_bias: Tensor | None
-    output_is_product = True  # without lora_bias, which batched_class asks for
+    output_is_product = True  # not with lora_bias; see batched_class
 
     def __init__(
         self,

@@ -1,10 +1,11 @@
 """MiSS: matrix shard sharing.
 
-    W' = W + [M^T M^T ... M^T],    M in R^{r x out}, cut off after in columns
+    W' = W + [M^T M^T ... M^T],    M in R^{r x out}, truncated to in columns
 
-The columns of the matrix are split into shards of r, and every shard gets the same trained update: r out parameters.
-On activations it is y + M^T (the sum of the shards of x). M starts at zero, so the adapted model starts as its base.
-Two variants change M; W_ij is the r x r block i of the rows and j of the columns of W:
+The columns of the matrix are split into shards of r columns, and all shards get the same trained update: r out
+parameters per matrix. On activations the layer computes y + M^T (sum of the shards of x). M starts at zero, so the
+adapted model initially computes what the base computes. There are two variants; W_ij is the r x r block of W in block
+row i and block column j:
 
     mini    M repeats a block in R^{r x mini_r} along its columns: r mini_r parameters
     bat     W'_ij = W_ij + W_ij B_i + B_i,    B_i in R^{r x r}: r out parameters, an update that depends on W
@@ -33,7 +34,7 @@ __all__ = ["MiSS"]
 
 
 class MiSSAdapter(LowRankAdapter):
-    """``miss_block`` (..., r, out), or (..., r, mini_r) in the variant mini."""
+    """Parameter ``miss_block`` (..., r, out), or (..., r, mini_r) in the mini variant."""
 
     def __init__(self, site: Site, r: int, width: int, dropout: float) -> None:
         super().__init__(site)
@@ -46,14 +47,14 @@ class MiSSAdapter(LowRankAdapter):
         r, width = m.shape[-2:]
         column = torch.arange(self.columns, device=m.device) % r
         shards = (column == torch.arange(r, device=m.device)[:, None]).to(m.dtype)  # sums the shards of x
-        # A view without groups: a copy would be kept for backward in every layer.
+        # Without groups, return a view: autograd would keep a copy for backward in every layer.
         up = m.mT if width == self.rows else m.mT.repeat(*[1] * (m.ndim - 2), self.rows // width, 1)
         return shards.expand(*m.shape[:-2], -1, -1), up
 
     def down(self, host: nn.Module, x: Tensor, a: Tensor) -> Tensor:
         if not self.layout.vectors:
             return super().down(host, x, a)
-        # A sum instead of a product: backward needs neither A nor x.
+        # A sum instead of a matrix product, because backward then needs neither A nor x.
         return F.pad(x, (0, -x.shape[-1] % a.shape[-2])).unflatten(-1, (-1, a.shape[-2])).sum(-2)
 
     def extra_repr(self) -> str:
@@ -61,7 +62,7 @@ class MiSSAdapter(LowRankAdapter):
 
 
 class BatAdapter(WeightAdapter):
-    """``miss_block`` (..., out / r, r, r)."""
+    """Parameter ``miss_block`` (..., out / r, r, r) of the bat variant."""
 
     def __init__(self, site: Site, r: int) -> None:
         super().__init__(site)
@@ -71,28 +72,28 @@ class BatAdapter(WeightAdapter):
     def delta(self, weight: Tensor) -> Tensor:
         b = self.miss_block[..., None, :, :]
         r = b.shape[-1]
-        # The weight comes in the type it is stored in, and may be half precision beside a float32 adapter.
+        # The weight has its stored dtype, which may be half precision while the adapter is float32.
         blocks = weight.to(b.dtype).unflatten(-1, (-1, r)).unflatten(-3, (-1, r)).transpose(-3, -2)
         return (blocks @ b + b).transpose(-3, -2).reshape(weight.shape)
 
 
 class MiSS(WeightMethod):
-    """One trained matrix that every shard of a weight's columns shares (arXiv:2409.15371).
+    """One trained matrix as the update of every shard of a weight's columns (arXiv:2409.15371).
 
-    Choose it when LoRA learns slowly: it has a single factor, which gets a gradient from the first step on, and half
-    of LoRA's parameters where in and out are alike. It costs what LoRA costs. The variant bat learns faster still and
-    forms the weight at full size in every training step. Merged, it costs nothing.
+    Choose it when LoRA learns slowly: its single factor gets a gradient from the first step, and square matrices need
+    half of LoRA's parameters. It costs as much compute as LoRA. The bat variant learns faster still, but computes the
+    full-size weight in every training step. Merged, it costs nothing.
 
     Args:
-        r: the width of a shard; r out parameters train for each matrix.
-        dropout: probability of dropping an element of the adapter's input while training. An embedding takes none.
-        variant: ``"standard"``; ``"mini"``, where groups of ``mini_r`` output features share one update as well; or
-            ``"bat"``, where the update depends on the weight. ``"bat"`` needs in and out to be multiples of r.
-        mini_r: the number of output features in a group of the variant mini; out must be a multiple of it.
+        r: width of a shard; r out parameters train per matrix.
+        dropout: probability of zeroing an element of the adapter's input during training; embeddings do not support it.
+        variant: ``"standard"``; ``"mini"``, in which groups of ``mini_r`` output features also share one update; or
+            ``"bat"``, in which the update depends on the weight. ``"bat"`` requires in and out to be multiples of r.
+        mini_r: number of output features per group in the mini variant; out must be a multiple of it.
 
     Raises:
-        ValueError: a rank below 1 or above the number of columns, a matrix that the variant cannot split evenly, a
-            dropout outside [0, 1), with ``"bat"``, or on a weight that is not called with activations.
+        ValueError: if r is below 1 or above the number of columns; if the variant cannot split a matrix evenly; if
+            dropout is outside [0, 1), or set with ``"bat"`` or for a weight that is not called with activations.
 
     Example::
 
@@ -110,8 +111,8 @@ class MiSS(WeightMethod):
     def check(self) -> None:
         if self.dropout and self.variant == "bat":
             raise ValueError(
-                f"dropout={self.dropout} has no effect with variant='bat', which changes the weight and has no input "
-                "of its own: set dropout=0"
+                f"dropout={self.dropout} is not supported with variant='bat', which changes the weight and never sees "
+                "the layer's input: set dropout=0"
             )
 
     def too_small(self, site: Site) -> str | None:
@@ -140,6 +141,6 @@ def _check_divides(argument: str, value: int, sides: dict[str, int], site: Site)
     for side, size in sides.items():
         if size % value:
             raise ValueError(
-                f"{argument}={value} does not divide the {size} {side} of {site.name!r}, which cannot be split "
-                f"evenly: choose a divisor of {size}, or exclude the layer and add a second MiSS for it"
+                f"{argument}={value} does not divide the {size} {side} of {site.name!r}, so it cannot be split evenly: "
+                f"choose a divisor of {size}, or exclude the layer and add a second MiSS for it"
             )

@@ -4,7 +4,8 @@
 
 T (keys + values) parameters train per attention layer, where keys and values are their widths. With
 ``bottleneck_size``, a small network computes the prefixes of all layers from one embedding E (T x e, where e is the key
-width of the first layer): [P_K, P_V]_l = U_l act(D E) + c_l. It stabilises training and is removed afterwards. With
+width of the first layer): [P_K, P_V]_l = U_l act(D E) + c_l. The network stabilises training and is removed afterwards.
+With
 ``gate``, attention to the prefix is computed separately and added: Attn(Q, K, V) + g Attn(Q, P_K, P_V), with g = 0 at
 the start.
 
@@ -175,8 +176,9 @@ class PrefixAdapter(Adapter):
         super().__init__()
         self.tokens = tokens
         self.widths = (site.key_width, site.value_width)
-        self.groups = max(1, site.query_width // site.key_width)  # query heads for each key head
-        self._source: tuple[PrefixSource, ...] = () if source is None else (source,)  # a tuple is not registered
+        self.groups = max(1, site.query_width // site.key_width)  # number of query heads per key head
+        # a tuple, so that the shared source is registered only once
+        self._source: tuple[PrefixSource, ...] = () if source is None else (source,)
         if source is None:
             self.prefix_keys = nn.Parameter(torch.randn(tokens, site.key_width) * std)
             self.prefix_values = nn.Parameter(torch.randn(tokens, site.value_width) * std)

@@ -51,7 +51,7 @@ class SharedProjection(nn.Module):
         r, columns, rows = shape
         generator = torch.Generator("cpu").manual_seed(seed)
         a, b = torch.empty(r, columns, dtype=torch.float32), torch.empty(rows, r, dtype=torch.float32)
-        for matrix in (a, b):  # He's uniform initialisation, for a gain of sqrt(2)
+        for matrix in (a, b):  # He's uniform initialisation with a gain of sqrt(2)
             bound = math.sqrt(6 / matrix.shape[1])
             matrix.uniform_(-bound, bound, generator=generator)
         dtype = torch.get_default_dtype()
@@ -86,7 +86,8 @@ class VeRAAdapter(LowRankAdapter):
         self.vera_lambda_b = nn.Parameter(torch.zeros(*batch, rows))
         if owner:
             self.projection = shared
-        self._shared = (shared,)  # a tuple is not registered as a child: checkpoints hold one copy, under one key
+        # a tuple, so that it is not registered as a child: checkpoints hold one copy, under one key
+        self._shared = (shared,)
         self._shape = site.shape[-2:]
 
     def factors(self) -> tuple[Tensor, Tensor]:
@@ -95,11 +96,11 @@ class VeRAAdapter(LowRankAdapter):
         device = self.vera_lambda_d.device
         a, b = shared.vera_A[:, :columns].to(device), shared.vera_B[:rows].to(device)
         # Both vectors scale the small B, so that backward needs no second product over the activations.
-        a = a.expand(*self.vera_lambda_d.shape[:-1], *a.shape)  # all experts share it
+        a = a.expand(*self.vera_lambda_d.shape[:-1], *a.shape)  # a leading dimension of 1, because all experts share it
         return a, b * (self.vera_lambda_b[..., None] * self.vera_lambda_d[..., None, :])
 
     def batched_class(self, host: nn.Module) -> type[BatchedAdapters] | None:
-        # Not LowRankAdapter's: it would copy the shared matrices, of a high rank, for every row of the batch.
+        # Disable LowRankAdapter's batched path, which would copy the large shared matrices for every row of the batch.
         return WeightAdapter.batched_class(self, host)
 
     def extra_repr(self) -> str:

@@ -49,8 +49,8 @@ class VisualPromptTuning(PEFTMethod):
     between its blocks contain the prompts.
 
     Choose it for a frozen vision transformer and little data; ``deep=True`` is the better variant in the paper, and
-    often comes close to full fine-tuning. It costs T more tokens in every block (quadratic in attention), and cannot be
-    merged.
+    often comes close to full fine-tuning. It costs T more tokens in every block (the cost of attention grows
+    quadratically), and cannot be merged.
 
     Args:
         num_virtual_tokens: number T of prompt tokens per block.
@@ -88,7 +88,8 @@ class VisualPromptTuning(PEFTMethod):
             width = token_width(name, block)
             prompt = None
             if self.deep or i == 0:
-                bound = math.sqrt(6 / (patch + width))  # as in the paper: Xavier with a patch and a token as fans
+                # as in the paper: Xavier initialisation; the fans are the size of a patch and of a token
+                bound = math.sqrt(6 / (patch + width))
                 with self.seeded_init(name):
                     prompt = (2 * torch.rand(self.num_virtual_tokens, width) - 1) * bound
             elif i < len(blocks) - 1:
@@ -102,7 +103,7 @@ class VisualPromptTuning(PEFTMethod):
                 dropout=self.dropout,
                 dim=1 if batch_first(block) else 0,
             )
-            what = f"{self.num_virtual_tokens} prompts of {width}" if prompt is not None else "takes the prompts out"
+            what = f"{self.num_virtual_tokens} prompts of {width}" if prompt is not None else "removes the prompts"
             plan.attach.append(Attachment(name, name, adapter, f"{what} on {original_class(block).__name__}"))
         return plan
 
@@ -123,8 +124,8 @@ class VisualPromptTuning(PEFTMethod):
         stacks = list(dict.fromkeys(owner_of(n) for n, _ in blocks))
         if len(stacks) != 1:
             raise TargetError(
-                f"the targeted blocks belong to several stacks, {stacks}, but prompts go into one: name it, for "
-                f"example targets='{(stacks or ['blocks'])[0]}.?'"
+                f"the targeted blocks belong to several stacks, {stacks}, but prompts go into a single stack: name it, "
+                f"for example targets='{(stacks or ['blocks'])[0]}.?'"
             )
         return blocks
 
@@ -169,7 +170,8 @@ class BlockPrompt(Adapter):
                 f"{original_class(host).__name__} was called with {got}: visual prompts need (batch, length, width) "
                 f"with at least {least} tokens before the patches. Check targets and leading_tokens"
             )
-        lengths = {x.shape[self.dim], x.shape[self.dim] - least}  # with and without the tokens before the patches
+        # the number of patches, with and without the tokens before them
+        lengths = {x.shape[self.dim], x.shape[self.dim] - least}
         for name, value in by_name(host, args, kwargs).items():
             parts = value if isinstance(value, tuple) else (value,)
             with_length = [tuple(t.shape) for t in parts if isinstance(t, Tensor) and lengths & {*t.shape}]

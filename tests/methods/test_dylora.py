@@ -201,7 +201,7 @@ class TestErrors:
 
     def test_truncation(self):
         model = moved(mlp(), lp.DyLoRA(r=3, targets=["0", "2"]))
-        with pytest.raises(ValueError, match="rank=4 is above r=3, the highest rank that 'default' has"):
+        with pytest.raises(ValueError, match="rank=4 is above r=3, the highest rank of 'default'"):
             lp.DyLoRA.truncate(model, 4)
         with pytest.raises(ValueError, match="rank must be an integer of at least 1"):
             lp.DyLoRA.truncate(model, 0)

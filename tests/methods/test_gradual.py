@@ -146,9 +146,9 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"schedule": []}, "schedule must be a list of epoch numbers from 0 on"),
-            ({"schedule": [1, -2]}, "schedule must be a list of epoch numbers from 0 on"),
-            ({"schedule": [3, 2]}, "must not go back in time"),
+            ({"schedule": []}, "schedule must be a list of epoch numbers of at least 0"),
+            ({"schedule": [1, -2]}, "schedule must be a list of epoch numbers of at least 0"),
+            ({"schedule": [3, 2]}, "schedule must be in ascending order"),
             ({"unit": "batch"}, "unit must be one of 'epoch', 'step'"),
             ({"every": 0}, "every must be an integer of at least 1"),
         ],

@@ -206,9 +206,13 @@ def test_lora_plus_is_the_two_rates_of_the_paper():
     [
         ({"init": "pizza"}, r"init must be one of 'kaiming', .* or 'pissa_niter_<iterations>' .*, got 'pizza'"),
         ({"init": "pissa_niter_"}, "init must be one of"),
-        ({"init": "orthogonal", "r": 3}, "r must be even; it is 3 at '0': take 4"),
-        ({"init": "pissa", "r": 9}, r"takes r=9 directions of '0' \(12x8\), which has 8: .* rank_pattern=\{'0': 8\}"),
-        ({"init": "olora", "alpha": -1}, "needs alpha above 0"),
+        ({"init": "orthogonal", "r": 3}, "r must be even, but it is 3 at '0': use 4"),
+        (
+            {"init": "pissa", "r": 9},
+            r"needs r=9 .* vectors of '0' \(12x8\), which has only 8: .* rank_pattern=\{'0': "
+            r"8\}",
+        ),
+        ({"init": "olora", "alpha": -1}, "set alpha above 0"),
         ({"lora_plus_ratio": 0}, "lora_plus_ratio must be a number above 0, got 0"),
         ({"lora_plus_ratio": 4, "freeze_A": True}, "remove one"),
         ({"rank_pattern": {"nope": 2}}, "rank_pattern: 'nope' matches nothing"),
@@ -223,7 +227,7 @@ def test_errors(options, message):
 def test_a_base_without_values():
     with torch.device("meta"):
         model = net()
-    with pytest.raises(ValueError, match="init='pissa' reads the weights, and '0' is on the meta device"):
+    with pytest.raises(ValueError, match="init='pissa' reads the weights, but '0' is on the meta device"):
         lp.apply(model, lora(init="pissa"))
 
 

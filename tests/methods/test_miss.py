@@ -98,7 +98,7 @@ def test_all_linear_leaves_out_layers_narrower_than_a_shard():
         ({"variant": "bat", "r": 5}, "r=5 does not divide the 12 rows of '0'.*choose a divisor of 12"),
         ({"variant": "bat", "r": 6, "targets": ["0"]}, "r=6 does not divide the 8 columns of '0'"),
         ({"variant": "mini", "mini_r": 5}, "mini_r=5 does not divide the 12 rows of '0'"),
-        ({"variant": "bat", "dropout": 0.1}, "dropout=0.1 has no effect with variant='bat'"),
+        ({"variant": "bat", "dropout": 0.1}, "dropout=0.1 is not supported with variant='bat'"),
     ],
 )
 def test_errors(options, message):

@@ -406,7 +406,7 @@ def test_bad_targets():
         lp.apply(nn.Sequential(nn.Linear(4, 4)), lp.PromptTuning())
     with pytest.raises(lp.TargetError, match=r"leave no room for text: 'transformer' \(GPT2Model\) has 64 positions"):
         lp.apply(gpt2(), lp.PromptTuning(64))
-    with pytest.raises(lp.TargetError, match="a prompt goes into one module: name one"):
+    with pytest.raises(lp.TargetError, match="a prompt is inserted into a single module: name one"):
         lp.apply(nn.Sequential(Block(), Block()), lp.PromptTuning(targets="type:Block"))
     with pytest.raises(lp.TargetError, match="set init='random'"):
         lp.apply(nn.ModuleDict({"b": Block()}), lp.PromptTuning(targets="b"))

@@ -44,17 +44,17 @@ class Declared:
                     f"{cls.__name__} declares fields, but {constructed_by.__name__} has a handwritten __init__, which "
                     "would not set them: declare every argument as a field instead"
                 )
-            # No fields: jsonargparse then reads this constructor and follows its **kwargs to those of its parents.
+            # Without fields, jsonargparse reads this constructor and follows its **kwargs to the parents' constructors.
             cls.__attrs_attrs__ = ()
             return
         # Applied here, because a subclass that forgot a decorator would silently lose its arguments.
         attrs.define(
             cls,
-            slots=False,  # with slots attrs would return a copy of the class
+            slots=False,  # with slots=True, attrs would return a copy of the class
             eq=False,
             repr=False,
             kw_only=True,
-            on_setattr=attrs.setters.NO_OP,  # so that attrs keeps this class's __setattr__
+            on_setattr=attrs.setters.NO_OP,  # otherwise attrs would replace this class's __setattr__
             field_transformer=_with_type_checks,
         )
 
@@ -150,5 +150,5 @@ def _patterns(value: Any, argument: Attribute[Any]) -> str | list[str]:
     return value if isinstance(value, str) else list(checked)
 
 
-#: converter for fields with target patterns; raises TargetError for a malformed pattern
+#: converter for fields that hold target patterns; raises TargetError for a malformed pattern
 target_patterns = Converter(_patterns, takes_field=True)  # type: ignore[misc]

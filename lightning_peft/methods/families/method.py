@@ -69,7 +69,7 @@ class PEFTMethod(Declared, Callback, ABC):
         trainer = L.Trainer(callbacks=methods)
     """
 
-    #: what trains per in x out weight at rank r, unless it says otherwise; shown in docs/methods.md
+    #: number of trained parameters, per in x out weight at rank r unless it says otherwise; shown in docs/methods.md
     parameter_count: ClassVar[str] = ""
     #: arguments that may differ between the run that saved a state and the run that loads it
     resume_may_differ: ClassVar[frozenset[str]] = frozenset(
@@ -85,7 +85,7 @@ class PEFTMethod(Declared, Callback, ABC):
     train_norm_stats: bool = False
     audit: Literal["error", "warn", "off"] = "error"
 
-    _run_seed = cast("int | None", None)  # the seed that the present fit began with; not an argument
+    _run_seed = cast("int | None", None)  # the seed that this fit began with; not an argument
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -113,7 +113,7 @@ class PEFTMethod(Declared, Callback, ABC):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage == "fit":
             self._run_seed = None
-            self._run_seed = self._seed()  # a resumed run gets that of the run that it continues, after this
+            self._run_seed = self._seed()  # a resumed run later replaces it by the seed of the run that it continues
         prepare_run(trainer, pl_module)
 
     def trainable_modules(self, model: nn.Module) -> list[str]:
@@ -154,11 +154,10 @@ class PEFTMethod(Declared, Callback, ABC):
         return Plan(train_modules=heads, train=dict.fromkeys(self.trained_parameters(model), "trains"))
 
     def seed_for(self, what: object) -> int:
-        """A seed for one thing that this method draws: of ``seed``, the adapter's name and ``what`` alone.
+        """A seed for one random draw of this method, derived only from ``seed``, the adapter's name and ``what``.
 
-        A method that draws during training calls it with the number of the step. A resumed run then draws as the run
-        that it continues would have, whatever seed its environment has, if the method stores ``_seed()`` in its state
-        as DyLoRA does.
+        A method that draws during training passes the step number. If it also stores ``_seed()`` in its state, as
+        DyLoRA does, a resumed run draws the same numbers as an uninterrupted one, whatever seed its environment sets.
         """
         return int.from_bytes(hashlib.sha256(f"{self._seed()}:{self.name}:{what}".encode()).digest()[:7], "big")
 

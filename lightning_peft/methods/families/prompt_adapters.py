@@ -1,14 +1,15 @@
-"""The family that puts virtual tokens into a module's token sequence, and takes them out of its output.
+"""Adapters that insert virtual tokens into a module's token sequence, and remove them from its output.
 
 Two kinds of module can carry a prompt:
 
-* one that takes ``input_ids`` and ``inputs_embeds`` and knows its embedding (``get_input_embeddings``), as the inner
-  models of Hugging Face do: ``LlamaModel``, ``BertModel``, an encoder or decoder stack. Masks, position ids, token
-  types, the KV cache and the labels of the causal model around it are taken care of;
+* a module that takes ``input_ids`` and ``inputs_embeds`` and has ``get_input_embeddings``, as the inner models of
+  Hugging Face do: ``LlamaModel``, ``BertModel``, an encoder or decoder stack. Masks, position ids, token types, the KV
+  cache and the labels of the enclosing causal model are extended accordingly;
 * any module whose first argument is a sequence (batch, length, width) and that returns one, such as an
-  ``nn.TransformerEncoder`` or a ``Sequential`` of blocks. Its masks may be named ``attention_mask`` (1 keeps),
-  ``key_padding_mask`` or ``src_key_padding_mask`` (True drops), ``mask``, ``src_mask`` or ``attn_mask``
-  (length, length; True drops). Virtual tokens get no position embedding, and are placed by column.
+  ``nn.TransformerEncoder`` or a ``Sequential`` of blocks. Masks are recognised by name: ``attention_mask`` (1 keeps a
+  token), ``key_padding_mask`` and ``src_key_padding_mask`` (True hides a token), ``mask``, ``src_mask`` and
+  ``attn_mask`` (length, length; True hides). Virtual tokens get no position embedding, and padding is ignored when they
+  are placed.
 """
 
 from __future__ import annotations
@@ -34,12 +35,12 @@ __all__ = ["PromptAdapter", "PromptLabels", "PromptMask", "PromptStrip", "TokenE
 
 
 class TokenError(RuntimeError):
-    """A call whose sequence cannot take virtual tokens."""
+    """Virtual tokens cannot be inserted into the sequence of this call."""
 
 
 _PADDING = ("key_padding_mask", "src_key_padding_mask")
 _SQUARE = ("mask", "src_mask", "attn_mask")
-# Of the calls that this thread is in: the prompts whose virtual tokens stay in the output.
+# The prompts whose virtual tokens stay in the output of the calls that this thread is running; set by PromptLabels.
 _CALLS = threading.local()
 
 
@@ -48,15 +49,15 @@ def _kept(prompt: nn.Module) -> bool:
 
 
 class PromptAdapter(Adapter):
-    """The virtual tokens of one module: ``prompt`` (T, width), or the ``encoder`` that makes it.
+    """The virtual tokens of one module: a parameter ``prompt`` (T, width), or an ``encoder`` that computes them.
 
     Args:
-        prompt: their start, (T, width), or a module that returns them.
-        token_template: where they stand.
-        limit: how many positions the host's table has; None without a table.
-        shorten: take them out of the output again; an encoder leaves them in for its decoder.
-        causal: the output at a token predicts the next one.
-        batch_first: sequences are (batch, length, width), not (length, batch, width).
+        prompt: initial values (T, width), or a module that returns the tokens.
+        token_template: the positions of the virtual tokens.
+        limit: number of positions in the host's position table; None without a table.
+        shorten: remove them from the output; False for an encoder, whose decoder attends to them.
+        causal: whether the output at a token predicts the next token.
+        batch_first: whether sequences are (batch, length, width) instead of (length, batch, width).
     """
 
     misfit_errors = (TokenError,)
@@ -106,19 +107,19 @@ class PromptAdapter(Adapter):
         embeds, ids, mask = (given.get(n) for n in ("inputs_embeds", "input_ids", "attention_mask"))
         if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
             raise TokenError(
-                f"{_kind(host)} got an attention mask that is not (batch, length), which takes no virtual tokens. "
-                "Pass the padding mask itself (and generate without a static cache)"
+                f"{_kind(host)} got an attention mask that is not (batch, length), so virtual tokens cannot be added "
+                "to it. Pass the padding mask itself (and generate without a static cache)"
             )
         tokens = self.token_template.tokens
-        if filled_cache(given.values()) is not None:  # the virtual tokens are in the cache already
+        if filled_cache(given.values()) is not None:  # the virtual tokens are already in the cache
             return call(**self._continued(host, given))
         if embeds is None:
             embeds = host.get_input_embeddings()(ids)
         batch, length = embeds.shape[:2]
         if self.limit is not None and length + tokens > self.limit:
             raise TokenError(
-                f"{length} tokens and {tokens} virtual ones are more than the {self.limit} positions of {_kind(host)}: "
-                f"truncate inputs to {self.limit - tokens}"
+                f"{length} tokens and {tokens} virtual tokens exceed the {self.limit} positions of {_kind(host)}: "
+                f"truncate inputs to {self.limit - tokens} tokens"
             )
         mask = self._mask(host, mask, embeds)
         layout, real = self.token_template.layout(batch, length, mask, embeds.device), embeds
@@ -139,7 +140,7 @@ class PromptAdapter(Adapter):
         return strip(out, layout, self.causal) if self.shorten and not _kept(self) else out
 
     def _continued(self, host: Any, given: dict[str, Any]) -> dict[str, Any]:
-        """The arguments of a call whose cache holds the virtual tokens already."""
+        """Adjust the arguments of a call whose cache already holds the virtual tokens."""
         mask, tokens = given.get("attention_mask"), self.token_template.tokens
         if mask is not None:
             start = TokenTemplate((("start", 0, tokens),)).layout(len(mask), mask.shape[1], mask, mask.device)
@@ -154,10 +155,10 @@ class PromptAdapter(Adapter):
         return mask
 
     def _note(self, layout: TokenLayout, given: dict[str, Any], out: Any) -> None:
-        """Remember what a later call with the same cache needs to know."""
+        """Remember the layout for later calls with the same cache; only batches of different prompts need it."""
 
     def _check_cache(self, host: Any, call: Callable[..., Any], given: dict[str, Any], real: Tensor, out: Any) -> None:
-        """Check once that a step from the cache in ``out`` is right (:class:`CacheError`)."""
+        """Check once that a step from the cache in ``out`` is correct."""
         if self.limit is not None and self.limit < self.token_template.tokens + 3:
             return
 
@@ -175,7 +176,8 @@ class PromptAdapter(Adapter):
         if not isinstance(x, Tensor) or x.ndim != 3 or not x.is_floating_point():
             got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
             raise TokenError(
-                f"{_kind(host)} was called with {got} first; a prompt needs embeddings (batch, length, width)"
+                f"the first argument of {_kind(host)} is {got}, but a prompt needs embeddings (batch, length, width): "
+                "name in targets a module that takes them"
             )
         x = x if self.batch_first else x.transpose(0, 1)
         batch, length = x.shape[:2]
@@ -190,11 +192,12 @@ class PromptAdapter(Adapter):
             elif name in _SQUARE and value.ndim == 2:
                 given[name] = layout.square(value)
                 if given.get("is_causal") is not None:
-                    given["is_causal"] = False  # a hint that the mask is triangular; it is not any more
+                    given["is_causal"] = False  # a hint that the mask is triangular, which is no longer true
             elif length in value.shape:
                 raise TokenError(
-                    f"{_kind(host)} got {name} of shape {tuple(value.shape)}, which takes no virtual tokens; a "
-                    f"prompt knows attention_mask, {', '.join(_PADDING)} and {', '.join(_SQUARE)} (length, length)"
+                    f"{_kind(host)} got {name} of shape {tuple(value.shape)}, to which virtual tokens cannot be added: "
+                    f"only attention_mask, {', '.join(_PADDING)} (batch, length) and {', '.join(_SQUARE)} (length, "
+                    "length) are supported. Pass the mask under one of these names, or none"
                 )
         longer = layout.insert(x, self.virtual())
         given[first] = longer if self.batch_first else longer.transpose(0, 1)
@@ -205,7 +208,7 @@ class PromptAdapter(Adapter):
         return strip(out, layout, self.causal)
 
     def batched_class(self, host: nn.Module) -> Callable[..., BatchedAdapters] | None:
-        # Elsewhere there is no mask to hide the padding of shorter prompts.
+        # Other modules have no padding mask that could hide the padding of shorter prompts.
         return BatchedPrompts if "inputs_embeds" in parameters_of(host) else None
 
     def extra_repr(self) -> str:
@@ -213,7 +216,7 @@ class PromptAdapter(Adapter):
 
 
 class BatchedPrompts(BatchedAdapters, PromptAdapter):
-    """The prompts of each row, padded to the longest; what is padding is masked."""
+    """The prompts of each row, padded to the longest one; the attention mask hides the padding."""
 
     def __init__(self, batch_layout: BatchLayout, adapters: Sequence[PromptAdapter | None]) -> None:
         nn.Module.__init__(self)
@@ -227,7 +230,8 @@ class BatchedPrompts(BatchedAdapters, PromptAdapter):
 
     @property
     def shorten(self) -> bool:  # type: ignore[override]
-        return all(adapter.shorten and not _kept(adapter) for adapter, _ in self.groups)  # labels around the model do
+        # PromptLabels removes them instead
+        return all(adapter.shorten and not _kept(adapter) for adapter, _ in self.groups)
 
     def virtual(self) -> Tensor:
         """The virtual tokens' embeddings, (rows, T, width)."""
@@ -238,13 +242,13 @@ class BatchedPrompts(BatchedAdapters, PromptAdapter):
 
     def _mask(self, host: Any, mask: Tensor | None, embeds: Tensor) -> Tensor | None:
         if len(embeds) % self.n:
-            row_dim(self.batch_layout, embeds, self.n)  # says what is wrong
+            row_dim(self.batch_layout, embeds, self.n)  # raises an error that names the sizes
         if mask is not None or not self.token_template.padded:
             return mask
         if "attention_mask" not in parameters_of(host):
             raise TokenError(
-                f"{_kind(host)} takes no attention_mask, so that rows with fewer virtual tokens than others cannot be "
-                "padded: give all rows prompts of one length"
+                f"{_kind(host)} does not take attention_mask, so rows with fewer virtual tokens than others cannot be "
+                "padded: use prompts of the same length in all rows"
             )
         return torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
 
@@ -265,8 +269,8 @@ class BatchedPrompts(BatchedAdapters, PromptAdapter):
         layout = getattr(cache, "_peft_layouts", {}).get(self._key())
         if layout is None or len(layout.there) != len(embeds):
             raise TokenError(
-                f"{_kind(host)} got a KV cache that was filled with other virtual tokens than its rows name: generate "
-                "within one lp.rows, from an empty cache"
+                f"{_kind(host)} got a KV cache that was filled with the virtual tokens of other adapters than those of "
+                "its rows: run the whole generation in one lp.rows, from an empty cache"
             )
         missing = (~layout.there).sum(1, keepdim=True)
         past, new = cache_length(cache), embeds.shape[1]
@@ -280,9 +284,9 @@ class BatchedPrompts(BatchedAdapters, PromptAdapter):
         elif self.token_template.padded:
             if "position_ids" not in parameters_of(host):
                 raise TokenError(
-                    f"{_kind(host)} takes no position_ids, so that rows with different numbers of virtual tokens "
-                    "cannot go on from one KV cache: call it with use_cache=False, or give all rows prompts "
-                    "of one length"
+                    f"{_kind(host)} does not take position_ids, so rows with different numbers of virtual tokens "
+                    "cannot continue from one KV cache: call it with use_cache=False, or use prompts of the same "
+                    "length in all rows"
                 )
             given["position_ids"] = past + torch.arange(new, device=embeds.device) - missing
         if given.get("cache_position") is not None:
@@ -291,14 +295,15 @@ class BatchedPrompts(BatchedAdapters, PromptAdapter):
 
 
 class PromptLabels(Adapter):
-    """Around a causal language model: its labels get -100 at the virtual positions.
+    """Runs around a causal language model: sets its labels to -100 at virtual positions.
 
-    The model inside is told to leave these positions in, so that the first real token is predicted, and counts, too.
+    The inner model keeps the virtual positions in its output during this call, so that the last virtual token predicts
+    the first real token and this prediction counts in the loss.
     """
 
     def __init__(self, *prompts: PromptAdapter, token_template: Any = None) -> None:
         super().__init__()
-        self._prompts = prompts  # a tuple is not registered
+        self._prompts = prompts  # a tuple, so that they are not registered as submodules a second time
         self.token_template = prompts[0].token_template if token_template is None else token_template
 
     def run(self, host: Any, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -325,7 +330,7 @@ class PromptLabels(Adapter):
 
 
 class PromptMask(Adapter):
-    """Around a decoder: its mask of the encoder's states grows by the encoder's virtual tokens."""
+    """Runs around a decoder: extends its mask of the encoder's states by the encoder's virtual tokens."""
 
     def __init__(self, token_template: TokenTemplate | PerRowTemplate) -> None:
         super().__init__()
@@ -346,7 +351,7 @@ class PromptMask(Adapter):
 
 
 class PromptStrip(Adapter):
-    """Around an encoder-decoder: the encoder's states in its output lose the virtual positions."""
+    """Runs around an encoder-decoder: removes the virtual positions from the encoder's states in its output."""
 
     names = ("encoder_last_hidden_state", "encoder_hidden_states", "encoder_attentions", "cross_attentions")
 
@@ -369,7 +374,7 @@ class PromptStrip(Adapter):
 
 
 def batched_template(adapters: Sequence[Any]) -> PerRowTemplate:
-    """Where the virtual tokens of each row stand."""
+    """The positions of the virtual tokens of each row."""
     return PerRowTemplate(tuple(None if adapter is None else adapter.token_template for adapter in adapters))
 
 

@@ -1,4 +1,4 @@
-"""The family of selection methods: they add nothing, and train chosen parameters of the base."""
+"""The family of selection methods: they train chosen parameters of the base and add none."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ class SelectionMethod(PEFTMethod):
     Args:
         layer_decay: discriminative learning rates (Howard & Ruder 2018, arXiv:1801.06146): the learning rate of a
             parameter is multiplied by ``layer_decay ** depth``. Depth is 0 after the last block, 1 in the last block,
-            increases by one per block towards the input, and is largest before the first block. 1 disables it. The
-            optimizer's groups are split, and learning-rate schedulers apply to all of them.
+            increases by one per block towards the input, and is largest before the first block. 1 gives all parameters
+            the same rate. The optimizer's groups are split, and learning-rate schedulers apply to all of them.
 
     Example::
 

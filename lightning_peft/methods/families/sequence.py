@@ -64,8 +64,8 @@ class PromptMethod(PEFTMethod):
         tokens = TokenTemplate.parse(self.template).tokens
         if self.num_virtual_tokens not in (None, tokens):
             raise ValueError(
-                f"num_virtual_tokens={self.num_virtual_tokens}, but template={self.template!r} has {tokens}: remove "
-                "num_virtual_tokens"
+                f"num_virtual_tokens={self.num_virtual_tokens}, but template={self.template!r} has {tokens} virtual "
+                "tokens: remove num_virtual_tokens"
             )
 
     def build(self, name: str, width: int, tokens: int, embedding: nn.Embedding | None) -> Tensor | nn.Module:
@@ -89,12 +89,13 @@ class PromptMethod(PEFTMethod):
         name, other = self.find(model)
         host: Any = model.get_submodule(name)
         tokens = "inputs_embeds" in parameters_of(host) and input_embedding(host) is not None
-        untouched = next(hosts(host), None) is None  # otherwise a trial would run the adapters that are there
+        # otherwise the trial forward would also run the adapters already attached
+        untouched = next(hosts(host), None) is None
         if tokens and untouched and (problem := embeddings_problem(host)) is not None:
             raise TargetError(
                 f"{name!r} ({original_class(host).__name__}) runs with input_ids but not with inputs_embeds "
-                f"({type(problem).__name__}): it computes something else from the ids, as Gemma 4 does for its "
-                "per-layer embeddings, and virtual tokens have no ids. Use a method that adapts weights, such as LoRA"
+                f"({type(problem).__name__}): it also reads the ids for something else, as Gemma 4 does for its "
+                "per-layer embeddings, but virtual tokens have no ids. Use a method that adapts weights, such as LoRA"
             )
         embedding = host.get_input_embeddings() if tokens else None
         if embedding is not None and not isinstance(embedding, nn.Embedding):
@@ -137,7 +138,7 @@ class PromptMethod(PEFTMethod):
         return plan
 
     def find(self, model: nn.Module) -> tuple[str, str | None]:
-        """The name of the module that gets the prompt, and that of its decoder (or encoder), if it has one.
+        """The names of the module that gets the prompt and of its decoder (or encoder), if there is one.
 
         Raises:
             TargetError: if no module or several modules match.
@@ -150,7 +151,8 @@ class PromptMethod(PEFTMethod):
             names = list(select({n: m for n, m in base_modules(model) if n}, self.targets, self.exclude))
             if len(names) != 1:
                 raise TargetError(
-                    f"targets={self.targets!r} matches {names[:4]}, but a prompt goes into one module: name one of them"
+                    f"targets={self.targets!r} matches {names[:4]}, but a prompt is inserted into a single module: "
+                    "name one of them"
                 )
             # A head or a loss around the model that takes the tokens expects outputs of the caller's length.
             models = {name: module for name, module in models.items() if name != names[0] and is_within(name, names[0])}

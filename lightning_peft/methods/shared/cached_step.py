@@ -1,8 +1,9 @@
-"""Check that a step with a KV cache computes what the whole sequence without one computes.
+"""Check that generating from a KV cache gives the same result as processing the whole sequence.
 
-An adapter that changes the token sequence or its positions depends on how a model hands over its cache. What it fails
-to recognise would change every generated token without an error, so the first call that returns a cache is followed by
-three short ones (two tokens, one more from the cache, and both without a cache), and a difference is an error.
+An adapter that changes the token sequence or its positions depends on how a model passes its cache on. If it does not
+recognise the cache, every generated token is wrong, without an error. Therefore the first call that returns a cache is
+followed by three short ones: two tokens, a third token from their cache, and all three without a cache. If the last two
+differ, an error is raised.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from lightning_peft.core.kv_cache import cache_length, is_cache, states_in
 
 __all__ = ["CacheError", "check_cached_step", "check_texts_do_not_grow"]
 
-# By module, the tokens of this thread's last call without a cache.
+# The tokens of this thread's last call without a cache, by module.
 _UNCACHED = threading.local()
 
-#: arguments of a call that go with its tokens
+#: arguments that have one value per token; the short calls below leave them out
 _BY_TOKEN = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache_position", "token_type_ids")
 
 
@@ -41,22 +42,22 @@ def check_cached_step(
     given: dict[str, Any],
     embeds: Callable[[], Tensor],
 ) -> None:
-    """Compare one cached step of an adapted module with the uncached computation, once for each adapter.
+    """Compare one step from a cache with the same computation without a cache, once per adapter.
 
-    The check runs at the first call in evaluation that returns a cache. It runs again after it failed.
+    The check runs after the first call in evaluation that returns a cache, and again after every failed check.
 
     Args:
-        adapter: its ``cache_checked`` remembers that the check has passed.
+        adapter: the adapter of ``host``; its ``cache_checked`` is set when the check passes.
         host: the adapted module.
-        run: calls it with its adapter.
-        whole: computes the same without a cache from the embeddings (batch, 2, width) of the first call and
-            (batch, 1, width) of the step.
-        output: of the call that was just made.
-        given: its arguments by name.
-        embeds: returns its embeddings, (batch, length, width).
+        run: calls ``host`` with its adapter.
+        whole: computes the same without a cache, from the embeddings of the first two tokens (batch, 2, width) and of
+            the third (batch, 1, width).
+        output: the output of the call that triggered the check.
+        given: the arguments of that call, by name.
+        embeds: returns the embeddings of that call, (batch, length, width).
 
     Raises:
-        CacheError: the two differ by more than rounding.
+        CacheError: if the two results differ by more than rounding.
     """
     if adapter.cache_checked or host.training or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return
@@ -87,42 +88,45 @@ def _compare(
             sample = tokens[:, torch.arange(3, device=tokens.device) % tokens.shape[1]]
             start, step = sample[:, :2], sample[:, 2:]
             first = run(**rest, inputs_embeds=start, use_cache=True)
-            before = cache_length(first[name]) if is_cache(first[name]) else 0  # which the step may change in place
+            # now, because the step may extend the cache in place
+            before = cache_length(first[name]) if is_cache(first[name]) else 0
             second = run(**rest, inputs_embeds=step, use_cache=True, **{name: first[name]})
             expected = _last(whole(start, step, **rest, use_cache=False))
     except Exception as error:
         warnings.warn(
-            f"cannot check whether steps of {original_class(host).__name__} with a KV cache are right: a short call of "
-            f"it failed with {type(error).__name__}: {error}. Compare a generation with one of use_cache=False",
+            f"cannot check that {original_class(host).__name__} generates correctly from its KV cache: a short test "
+            f"call failed with {type(error).__name__}: {error}. Compare a generated text with one generated with "
+            "use_cache=False",
             stacklevel=2,
         )
         return
     difference = float((_last(second) - expected).norm() / expected.norm().clamp_min(1e-30))
     grown = cache_length(second[name]) - before if before > 1 else 1
-    # Rounding alone may choose another expert of a mixture in half precision.
+    # In half precision, rounding alone may route a token to another expert of a mixture.
     allowed = 0.01 if torch.finfo(expected.dtype).bits >= 32 else 0.1
     if difference <= allowed and grown == 1:
         return
     kind = type(first[name]).__name__
     raise CacheError(
         f"a step of {original_class(host).__name__} with the cache {name!r} ({kind}) differs from the computation "
-        f"without it by {difference:.1%}, and adds {grown} tokens to the cache: this adapter does not understand how "
-        "the model continues from its cache. Call the model with use_cache=False"
+        f"without it by {difference:.1%}, and adds {grown} tokens to the cache: the adapter does not support this "
+        "model's cache. Call the model with use_cache=False"
     )
 
 
 def check_texts_do_not_grow(host: nn.Module, real: Tensor, output: Any) -> None:
-    """Refuse to generate without a cache with virtual tokens that stand after the text.
+    """Raise an error if a model generates without a cache although its virtual tokens follow the text.
 
-    Each call would put them after the tokens generated so far, while a cache keeps them before.
+    Without a cache, each call would insert them after the tokens generated so far; with one, they stay before these
+    tokens.
 
     Args:
         host: the adapted module.
         real: the tokens (batch, length) or embeddings (batch, length, width) of the call that was just made.
-        output: of that call.
+        output: the output of that call.
 
     Raises:
-        CacheError: the call repeats the last one in this thread and adds a token.
+        CacheError: if the call repeats the tokens of this thread's last call and adds one.
     """
     if host.training or states_in(output) or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return
@@ -134,10 +138,10 @@ def check_texts_do_not_grow(host: nn.Module, real: Tensor, output: Any) -> None:
     if start.shape == before.shape and torch.equal(start, before):
         del seen[host]
         raise CacheError(
-            f"{original_class(host).__name__} generates without a KV cache: a call repeats the text of the last one "
-            "and adds a token, so that virtual tokens at the end of the text would move behind every generated token. "
-            "Pass use_cache=True to generate (the configuration of some models turns it off), or to each call if these "
-            "are separate texts"
+            f"{original_class(host).__name__} generates without a KV cache: a call repeats the tokens of the last one "
+            "and adds one, so virtual tokens that follow the text would move behind every generated token. Pass "
+            "use_cache=True to generate (some model configurations disable it); if these are separate texts, pass it "
+            "to each call"
         )
 
 

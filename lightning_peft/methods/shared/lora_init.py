@@ -1,4 +1,4 @@
-"""Where LoRA's two factors start.
+"""Initial values of LoRA's two factors.
 
 | init | A | B | the product B A |
 |---|---|---|---|
@@ -31,10 +31,10 @@ _NITER = re.compile(r"pissa_niter_(\d+)")
 
 
 def check_init(init: Any) -> None:
-    """Refuse a name that is no initialisation.
+    """Check that ``init`` names an initialisation.
 
     Raises:
-        ValueError: names the known ones.
+        ValueError: if it does not; the message lists the known names.
     """
     known = ("kaiming", "gaussian", "orthogonal", "pissa", "olora")
     if not isinstance(init, str) or not (init in known or _NITER.fullmatch(init)):
@@ -45,7 +45,7 @@ def check_init(init: Any) -> None:
 
 
 def reads_weight(init: str) -> bool:
-    """Whether the factors start as a part of the weight, so that their first product is taken off again."""
+    """Whether the factors start as a part of the weight, so that their initial product must be subtracted from it."""
     return init.startswith("pissa") or init == "olora"
 
 
@@ -53,22 +53,27 @@ def values_of(site: Site, why: str) -> Tensor:
     """The matrix at ``site`` in float32 or wider.
 
     Raises:
-        ValueError: it has no values to read yet, or they are quantised.
+        ValueError: if the weight is on the meta device or quantised.
     """
     weight = site.weight
     if weight.is_meta:
-        raise ValueError(f"{why} reads the weights, and {site.name!r} is on the meta device: load the base first")
+        raise ValueError(
+            f"{why} reads the weights, but {site.name!r} is on the meta device and has no values yet: "
+            "load the base first"
+        )
     if not weight.is_floating_point():
-        raise ValueError(f"{why} reads the weights, and {site.name!r} is stored as {weight.dtype}: exclude it")
+        raise ValueError(
+            f"{why} reads the weights, but {site.name!r} is quantised (stored as {weight.dtype}): exclude it"
+        )
     wide = torch.promote_types(weight.dtype, torch.float32)
     return site.layout.matrix(weight.detach()).to(wide)
 
 
 def initial_factors(site: Site, r: int, scale: float, init: str) -> tuple[Tensor, Tensor]:
-    """A (..., r, in) and B (..., out, r) as ``init`` says; random numbers come from torch's global stream.
+    """Initial factors A (..., r, in) and B (..., out, r); random numbers come from torch's global generator.
 
     Raises:
-        ValueError: the initialisation does not fit this weight or this rank.
+        ValueError: if the initialisation does not support this weight or rank.
     """
     *batch, rows, columns = site.shape
     if init == "orthogonal":
@@ -77,7 +82,7 @@ def initial_factors(site: Site, r: int, scale: float, init: str) -> tuple[Tensor
         return _parts_of_weight(site, r, scale, init)
     a, b = torch.zeros(*batch, r, columns), torch.zeros(*batch, rows, r)
     if isinstance(site.layout, EmbeddingLayout):
-        return a, b.normal_()  # rows of A are looked up: they start at zero, and B does not
+        return a, b.normal_()  # a lookup reads columns of A; PEFT starts A at zero for embeddings, and B at random
     if init == "gaussian":
         return a.normal_(std=1 / r), b
     bound = 1 / math.sqrt(columns)  # kaiming_uniform_ with a = sqrt(5), for each matrix of a batch
@@ -88,8 +93,8 @@ def _orthogonal(site: Site, r: int) -> tuple[Tensor, Tensor]:
     *batch, rows, columns = site.shape
     if r % 2:
         raise ValueError(
-            f"init='orthogonal' gives each factor one half of an orthogonal matrix, so r must be even; it is {r} at "
-            f"{site.name!r}: take {r + 1}"
+            f"init='orthogonal' gives each factor one half of an orthogonal matrix, so r must be even, but it is {r} "
+            f"at {site.name!r}: use {r + 1}"
         )
     q = torch.linalg.qr(torch.randn(*batch, r, r)).Q
     a = torch.randn(*batch, columns, r // 2) @ q[..., 0::2, :] / 10
@@ -101,16 +106,19 @@ def _parts_of_weight(site: Site, r: int, scale: float, init: str) -> tuple[Tenso
     largest = min(weight.shape[-2:])
     if r > largest:
         raise ValueError(
-            f"init={init!r} takes r={r} directions of {site.name!r} ({'x'.join(map(str, site.shape))}), which has "
-            f"{largest}: lower r, exclude the layer, or give it its own: rank_pattern={{'{site.name}': {largest}}}"
+            f"init={init!r} needs r={r} singular or basis vectors of {site.name!r} ({'x'.join(map(str, site.shape))}), "
+            f"which has only {largest}: lower r, exclude the layer, or lower its rank alone: "
+            f"rank_pattern={{'{site.name}': {largest}}}"
         )
     if scale < 0:
-        raise ValueError(f"init={init!r} needs alpha above 0; the scale at {site.name!r} is {scale:g}")
+        raise ValueError(
+            f"init={init!r} takes the square root of the scale, which is {scale:g} at {site.name!r}: set alpha above 0"
+        )
     if init == "olora":
         q, upper = torch.linalg.qr(weight)
         return _own(upper[..., :r, :]), _own(q[..., :r])
     if niter := _NITER.fullmatch(init):
-        # On the CPU, where the random start follows the seed whatever the device.
+        # On the CPU, so that the seed gives the same random start on every device.
         u, s, v = torch.svd_lowrank(weight.cpu(), q=r, niter=int(niter[1]))
         vh = v.mT
     else:

@@ -1,4 +1,4 @@
-"""Prefixes of different adapters, or none, for the rows of one batch."""
+"""Prefixes for a batch whose rows use different adapters, or none."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["BatchedPrefixes"]
 
 
 class BatchedPrefixes(BatchedAdapters):
-    """The prefixes of each row, padded to the longest; what is padding is masked."""
+    """The prefix of each row, padded on the left to the longest one; the attention mask hides the padding."""
 
     def run(self, host: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         extending = [None if a is None or not a.extends else a for a in self.adapters]
@@ -81,6 +81,6 @@ class BatchedPrefixes(BatchedAdapters):
     def _check(self, t: Tensor) -> None:
         if len(t) % self.n:
             raise RowError(
-                f"{self.batch_layout} attends in a batch of {len(t)} for {self.n} rows: give as many names as the "
-                "batch has rows"
+                f"{self.batch_layout} runs attention on a batch of {len(t)}, which is not a multiple of the {self.n} "
+                "names: pass one name per row"
             )

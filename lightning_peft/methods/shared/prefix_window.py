@@ -1,4 +1,4 @@
-"""Prefixes of layers with a sliding window, out of which a prefix falls as any token does."""
+"""Prefixes in layers with a sliding window: a prefix leaves the window as any other token does."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["prefix_in_window", "sliding_window"]
 
 
 def sliding_window(attention: nn.Module) -> int | None:
-    """How many tokens an attention layer of Hugging Face looks back; None without a window."""
+    """Length in tokens of the sliding window of a Hugging Face attention layer; None without a window."""
     config = getattr(attention, "config", None)
     if hasattr(attention, "sliding_window"):
         window = attention.sliding_window
@@ -32,21 +32,22 @@ def sliding_window(attention: nn.Module) -> int | None:
 def prefix_in_window(
     prefix: KeysAndValues, windows: Sequence[int | None], tokens: int, host: Any, given: Iterable[Any]
 ) -> KeysAndValues:
-    """``prefix``, of which a query sees only the tokens in its window.
+    """Limit ``prefix`` so that each query attends only to the part of it within the query's window.
 
     Args:
-        prefix: what goes before the keys and values, (..., tokens + length, width).
-        windows: one for all rows of the batch, or one for each row or group of rows; None sees all.
-        tokens: the prefix's length.
+        prefix: adds prefix tokens before the keys and values, which become (..., tokens + length, width).
+        windows: window lengths: one for the whole batch, or one per row or per group of equally many rows; None means
+            no window.
+        tokens: length of the prefix.
         host: the attention module.
-        given: the arguments of its call: hidden states (batch, length, width), and the cache if there is one.
+        given: the arguments of its call: hidden states (batch, length, width), and the KV cache if there is one.
     """
     given = list(given)
     x = next((value for value in given if isinstance(value, Tensor) and value.ndim == 3), None)
     if x is None or not prefix.extends or not any(windows):
         return prefix
     cache, index = find_cache(given), getattr(host, "layer_idx", None)
-    # The layers before this one have the tokens of this call in the cache already.
+    # Ask for this layer's length: the layers before it have already added the tokens of this call to the cache.
     past = 0 if cache is None else cache_length(cache) if index is None else int(cache.get_seq_length(index))
     if past + x.shape[1] - 1 + tokens < min(window for window in windows if window):
         return prefix
@@ -59,7 +60,8 @@ def prefix_in_window(
 
 
 class _InWindow:
-    """A prefix with a mask of its own: ``hidden`` (..., queries, tokens) is True where a query does not see it."""
+    """A prefix with an additional mask: ``hidden`` (..., queries, tokens) is True where a query must not attend to
+    it."""
 
     extends = True
 

@@ -1,9 +1,9 @@
-"""Single rows of an embedding or an output head that train: those of new or special tokens.
+"""Train the vectors of chosen tokens, such as new or special ones, in an embedding and its tied output head.
 
-    W' = W with the rows of some tokens replaced by rows of the adapter's own
+    W' = W with the vectors of the chosen tokens replaced by trained ones
 
-n dim parameters for n tokens. The rows start as the embedding's own. Where the embedding is tied to the output head,
-the head uses the same rows.
+It trains n dim parameters for n tokens. The vectors start as copies of the base's. If the output head is tied to the
+embedding, it uses the same trained vectors.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ __all__ = ["TrainableTokens", "as_tokens", "plan_trainable_tokens", "token_embed
 
 
 class TrainableTokens(WeightAdapter):
-    """``rows`` (tokens, dim): the rows of some tokens, in rising order of their ids.
+    """Trained vectors ``rows`` (tokens, dim) for chosen tokens, in ascending order of their ids.
 
     Args:
         site: an embedding, or the output head that is tied to one.
-        tokens: the ids, rising.
-        rows: what to share with the adapter of a tied layer; by default the rows of the weight.
+        tokens: the token ids, in ascending order.
+        rows: the ``rows`` of the adapter of a tied layer, to share them; by default copies of the weight's vectors.
     """
 
     needs_its_tokens = True
@@ -69,18 +69,18 @@ class TrainableTokens(WeightAdapter):
 
 
 def as_tokens(tokens: Any) -> list[int] | dict[str, list[int]]:
-    """A list of token ids, or lists of them by pattern, as plain values.
+    """Convert ``trainable_tokens`` to plain values: a list of token ids, or a dict of such lists by pattern.
 
     Raises:
-        ValueError: says what was expected.
+        ValueError: if it is neither, or an id is negative or repeated.
     """
     lists = list(tokens.values()) if isinstance(tokens, Mapping) else [tokens]
     for ids in lists:
         good = isinstance(ids, Sequence) and not isinstance(ids, str)
         if not good or not all(type(i) is int and i >= 0 for i in ids) or len(set(ids)) != len(ids):
             raise ValueError(
-                "trainable_tokens must be a list of different token ids (whole numbers from 0 on), or such lists by "
-                f"pattern of the embedding, as in {{'embed_tokens': [5, 7]}}; got {tokens!r}"
+                "trainable_tokens must be a list of different token ids (integers of at least 0), or a dict of such "
+                f"lists by pattern, as in {{'embed_tokens': [5, 7]}}; got {tokens!r}"
             )
     if isinstance(tokens, Mapping):
         return {pattern: list(ids) for pattern, ids in tokens.items()}
@@ -88,43 +88,46 @@ def as_tokens(tokens: Any) -> list[int] | dict[str, list[int]]:
 
 
 def plan_trainable_tokens(plan: Plan, model: nn.Module, tokens: Any, default: Any) -> None:
-    """Add the rows of ``tokens`` to ``plan``.
+    """Add adapters that train the vectors of ``tokens`` to ``plan``.
 
     Args:
-        plan: of a method; changed in place.
+        plan: the plan of a method; changed in place.
         model: the model.
-        tokens: ids in the input embedding, or lists of ids by pattern.
-        default: a context in which tensors are made (:meth:`PEFTMethod.seeded_init`), given a name.
+        tokens: ids for the input embedding, or lists of ids by pattern of the embedding.
+        default: returns the context for initialising the adapter of a given name (:meth:`PEFTMethod.seeded_init`).
 
     Raises:
         TargetError: no embedding to tell, or a pattern that matches none.
         ValueError: an id beyond the vocabulary; an embedding that the method adapts or trains as well.
     """
     sites = weight_sites(model)
-    planned: dict[int, list[int]] = {}  # the ids by weight: of layers that are tied, one brings the others along
+    planned: dict[int, list[int]] = {}  # the ids by weight: adapting one of several tied layers adapts the others too
     for name, ids in token_embeddings(model, tokens).items():
         if planned.get(id(sites[name].weight)) == sorted(ids):
             continue
         planned[id(sites[name].weight)] = sorted(ids)
         vocabulary = sites[name].weight.shape[0]
         if max(ids) >= vocabulary:
-            raise ValueError(f"trainable_tokens: {name!r} has {vocabulary} rows, and no token {max(ids)}")
+            raise ValueError(
+                f"trainable_tokens: {name!r} has {vocabulary} entries, so token {max(ids)} does not "
+                f"exist: use ids below {vocabulary}, or resize the embedding first"
+            )
         rows: nn.Parameter | None = None
         for site in _tied(sites, name):
             if any(a.host == site.host for a in plan.attach) or is_within(site.host, *plan.train_modules):
                 raise ValueError(
-                    f"{site.name!r} is adapted or trained in full already, and trainable_tokens would train rows of "
-                    "it: drop one of them"
+                    f"{site.name!r} is already adapted or trained in full, so trainable_tokens cannot train single "
+                    "tokens of it: remove one of the two"
                 )
             with default(site.name):
                 adapter = TrainableTokens(site, sorted(ids), rows)
             rows = adapter.rows
-            what = f"{len(ids)} trainable rows" + ("" if site.name == name else f", those of {name}")
+            what = f"{len(ids)} trainable tokens" + ("" if site.name == name else f", those of {name}")
             plan.attach.append(Attachment(site.host, site.name, adapter, what))
 
 
 def token_embeddings(model: nn.Module, tokens: Any) -> dict[str, list[int]]:
-    """The embeddings that ``trainable_tokens`` means, by name, with the ids; output heads where a pattern names one.
+    """The ids of ``trainable_tokens`` by the name of the embedding, or of the output head if a pattern matches one.
 
     Raises:
         TargetError: no embedding to tell, or a pattern that matches none.
@@ -157,7 +160,7 @@ def _input_embedding(model: nn.Module, embeddings: Mapping[str, nn.Module]) -> s
 
 
 def _tied(sites: Mapping[str, Site], name: str) -> Iterator[Site]:
-    """The embedding, and the layers that hold the same weight."""
+    """The embedding, then the layers tied to it."""
     weight = sites[name].weight
     yield sites[name]
     yield from (s for n, s in sites.items() if n != name and s.module._parameters.get(s.parameter) is weight)

@@ -151,7 +151,10 @@ def test_a_cache_that_is_carried_on_by_hand():
         first = model(inputs[:, :5])
         close(model(inputs[:, 5:], past_key_values=first.past_key_values).logits[:, -1], want)
     first = model(inputs[:, :5])
-    with lp.rows(model, names), pytest.raises(RuntimeError, match="KV cache that was filled with other virtual tokens"):
+    with (
+        lp.rows(model, names),
+        pytest.raises(RuntimeError, match="KV cache that was filled with the virtual tokens of other adapters"),
+    ):
         model(inputs[:, 5:], past_key_values=first.past_key_values)
 
 

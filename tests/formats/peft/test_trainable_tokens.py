@@ -115,9 +115,9 @@ def test_rows_merge():
     ("tokens_", "said"),
     [
         ([1, 1], "different token ids"),
-        ([-1], "whole numbers"),
+        ([-1], "integers of at least 0"),
         ("12", "list"),
-        ([64], "has 64 rows, and no token 64"),
+        ([64], "has 64 entries, so token 64 does not exist"),
         ({"embed": [1]}, "nearest: .*embed_tokens"),
     ],
 )
