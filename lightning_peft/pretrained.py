@@ -13,6 +13,10 @@ NO_CODE = {"trust_remote_code": False}
 _TOKENIZER = ("tokenizer_config.json", "tokenizer.json", "config.json")
 
 
+class InputError(ValueError):
+    """A file, column, row or argument that a task or DataModule cannot use. The command line shows it as one line."""
+
+
 def locate(model: str, marks: tuple[str, ...] = ("config.json",)) -> str:
     """Resolve a model's name to an argument of ``from_pretrained``.
 
@@ -64,31 +68,62 @@ def load_model(auto_class: Any, model: str, pretrained: bool, dtype: str | None,
         dtype: The parameters' dtype (``"float32"``); ``None`` keeps the stored one.
         **config: Changes to the model's configuration.
 
+    Returns:
+        The model in train mode. :func:`fresh_modules` names its parts that ``model`` has no weights for.
+
     Raises:
-        ValueError: ``dtype`` is not the name of a torch dtype, or ``config`` or the model requires remote code.
+        InputError: ``dtype`` is not the name of a torch dtype, ``config`` requires remote code, or the weights are
+            those of another network.
+        ValueError: The model requires remote code.
     """
     import torch
     from transformers import AutoConfig
 
     if dtype is not None and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise ValueError(f"dtype={dtype!r} is not a torch dtype: use float32, bfloat16, float16 or None.")
+        raise InputError(f"dtype={dtype!r} is not a torch dtype: use float32, bfloat16, float16 or None.")
     if refused := sorted(config.keys() & {"trust_remote_code", "code_revision"}):
-        raise ValueError(f"config={refused}: code in model folders is never run; build the model in your own module")
+        raise InputError(f"config={refused}: code in model folders is never run; build the model in your own module")
     where = locate(model)
     configuration = AutoConfig.from_pretrained(where, **config, **NO_CODE)
     if pretrained:
-        network = auto_class.from_pretrained(where, config=configuration, **NO_CODE)
+        # A head of another width is expected: its stored weights are replaced by fresh ones.
+        network, loading = auto_class.from_pretrained(
+            where, config=configuration, output_loading_info=True, ignore_mismatched_sizes=True, **NO_CODE
+        )
+        fresh = {*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])}
+        stored = {name: parameter.numel() for name, parameter in network.named_parameters()}
+        if 2 * sum(stored.get(key, 0) for key in fresh) > sum(stored.values()):
+            raise InputError(
+                f"the weights of {model!r} do not fit {type(network).__name__}: {len(fresh)} of its {len(stored)} "
+                f"parameters are missing there ({', '.join(sorted(fresh)[:3])}, ...). Use another model, or "
+                "pretrained=False for random weights."
+            )
+        network.__dict__["_fresh_keys"] = sorted(fresh & stored.keys())
     else:
         network = auto_class.from_config(configuration)
     network.train()  # from_pretrained returns it in eval mode, in which Lightning would train it without dropout
     return network if dtype is None else network.to(getattr(torch, dtype))
 
 
+def fresh_modules(network: Any) -> list[str]:
+    """Names of the modules of a model from :func:`load_model` whose weights are random although it is pretrained."""
+    return list(dict.fromkeys(key.rpartition(".")[0] for key in network.__dict__.get("_fresh_keys", ())))
+
+
 def load_tokenizer(model: str) -> Any:
-    """Load a model's tokenizer. If it has no padding token, it pads with its end-of-text token."""
+    """Load a model's tokenizer. If it has no padding token, it pads with its end-of-text token.
+
+    Raises:
+        InputError: The tokenizer has neither token.
+    """
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(locate(model, _TOKENIZER), **NO_CODE)
     if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise InputError(
+                f"the tokenizer of {model!r} has no padding token and no end-of-text token, so texts of different "
+                "lengths cannot form a batch: set pad_token in its tokenizer_config.json."
+            )
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -23,6 +23,8 @@ from lightning_peft.cli.methods import methods
 from lightning_peft.cli.module import find_module
 from lightning_peft.cli.runs import LogConfig, check_checkpoint, check_model, files_first
 from lightning_peft.core.state.torch_file import read_torch_file
+from lightning_peft.pretrained import InputError
+from lightning_peft.tasks import PredictionWriter
 from lightning_peft.trainer.checkpoints.hyperparameters import saved_arguments
 from lightning_peft.trainer.logs import resume_wandb
 
@@ -50,13 +52,46 @@ USER_ERRORS = (
     lp.FormatError,
     lp.AuditError,
     lp.MergeError,
+    InputError,
     OSError,
     MisconfigurationException,
 )
 
 
 class PEFTTrainer(L.Trainer):
-    """Lightning's Trainer, with an additional ``inspect``."""
+    """Lightning's Trainer, with an additional ``inspect``, and a ``predict`` that writes a file."""
+
+    def predict(  # type: ignore[override]
+        self,
+        model: L.LightningModule,
+        datamodule: L.LightningDataModule | None = None,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+        output: str | None = None,
+        adapter_column: str | None = None,
+    ) -> None:
+        """Predict, and write the predictions to a file.
+
+        Args:
+            model: the module.
+            datamodule: the rows to predict; they need no label.
+            ckpt_path: the checkpoint of a fit.
+            weights_only: as for Lightning's ``predict``.
+            output: a .csv, .jsonl or .safetensors file; default: predictions.csv, or predictions.safetensors for
+                embeddings.
+            adapter_column: the column that names the adapter of each row.
+
+        Raises:
+            InputError: ``output`` has another ending, or the data have no adapter column.
+        """
+        if adapter_column is not None:
+            if not hasattr(datamodule, "adapter_column"):
+                raise InputError(f"--adapter_column needs a DataModule with this argument, not {type(datamodule)}.")
+            datamodule.adapter_column = adapter_column
+        self.callbacks.append(PredictionWriter(output))  # type: ignore[attr-defined]
+        super().predict(
+            model, datamodule=datamodule, return_predictions=False, ckpt_path=ckpt_path, weights_only=weights_only
+        )
 
     def inspect(
         self,
@@ -143,8 +178,13 @@ class PEFTCLI(LightningCLI):
         if not isinstance(checkpoint, dict):
             raise lp.StateError(f"{path} is not a checkpoint: it holds a {type(checkpoint).__name__}")
         given = self._given.get(f"{command}.model.init_args") or Namespace()
+        module_class = find_module(model.class_path)
         used = {name: _as_plain(model.init_args[name]) for name in vars(given)}
-        saved = saved_arguments(find_module(model.class_path), checkpoint, used, path)
+        # The configuration that a fit saved has every default, but the checkpoint has what the data determined.
+        for name in getattr(module_class, "from_data", ()):
+            if not used.get(name):
+                used.pop(name, None)
+        saved = saved_arguments(module_class, checkpoint, used, path)
         if saved:
             over = {"model": {"class_path": model.class_path, "dict_kwargs": saved}}
             self.config = self.parser.parse_object({command: over}, self.config)

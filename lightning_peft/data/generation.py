@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_peft.data.base import Example, TextDataModule
+from lightning_peft.pretrained import InputError
 
 
 class GenerationData(TextDataModule):
@@ -19,7 +20,7 @@ class GenerationData(TextDataModule):
     Args:
         source: The path of a txt, csv, tsv, json, jsonl or parquet file, or the id of a hub dataset.
         validation: If ``source`` is a file: another file. For a hub dataset: the split's name, if not ``"validation"``.
-        test: The same for the test split, which ``predict`` also uses.
+        test: The same for the test split.
         prompt: The column of prompts.
         target: The column of targets.
         separator: The text between prompt and target, if both are in one column (a line of a txt file). A row is split
@@ -31,9 +32,10 @@ class GenerationData(TextDataModule):
         num_workers: Worker processes per loader.
         adapter_column: The column that names each row's adapter; an empty value selects the base alone. Batches then
             contain ``"adapters"``, a list of names for :func:`lightning_peft.rows`.
+        **options: ``predict``, ``validation_fraction`` and ``group_by_length``, as for :class:`TextDataModule`.
 
     Raises:
-        ValueError: ``template`` does not contain ``{prompt}``, or a row does not contain ``separator``.
+        InputError: ``template`` does not contain ``{prompt}``, or a row does not contain ``separator``.
 
     Example::
 
@@ -56,47 +58,74 @@ class GenerationData(TextDataModule):
         max_length: int = 256,
         num_workers: int = 0,
         adapter_column: str | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(source, validation, test, tokenizer, batch_size, max_length, num_workers, adapter_column)
+        super().__init__(
+            source,
+            tokenizer,
+            max_length,
+            validation=validation,
+            test=test,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            adapter_column=adapter_column,
+            **options,
+        )
         if "{prompt}" not in template:
-            raise ValueError(f"template={template!r} has no '{{prompt}}', so every prompt would be the same: add it.")
+            raise InputError(f"template={template!r} has no '{{prompt}}', so every prompt would be the same: add it.")
         if separator == "":
-            raise ValueError("separator='' separates nothing: pass None if prompt and target are two columns.")
+            raise InputError("separator='' separates nothing: pass None if prompt and target are two columns.")
         self.prompt, self.target, self.separator, self.template = prompt, target, separator, template
         self.columns = (prompt, target) if separator is None else (prompt,)
-        self.save_hyperparameters()
+        self.targets = (target,) if separator is None else ()
+
+    def prompts(self, rows: list[dict[str, Any]]) -> list[str]:
+        """Return the formatted prompt of each row."""
+        texts = [str(row[self.prompt]) for row in rows]
+        if self.separator is not None:
+            texts = [text.partition(self.separator)[0] for text in texts]
+        return [self.template.replace("{prompt}", text.strip()) for text in texts]
 
     def pairs(self, rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
         """Return the formatted prompt and the target of each row."""
         if self.separator is None:
-            texts = [(row[self.prompt], row[self.target]) for row in rows]
+            for index, row in enumerate(rows):
+                for column in (self.prompt, self.target):
+                    if row[column] is None:
+                        raise InputError(f"row {index} has no text in the column {column!r}: fill or remove the row.")
+            targets = [str(row[self.target]) for row in rows]
         else:
             parts = [row[self.prompt].partition(self.separator) for row in rows]
             for index, (text, found, _) in enumerate(parts):
                 if not found:
-                    raise ValueError(f"row {index} has no separator {self.separator!r}: {text[:80]!r}")
-            texts = [(before, after) for before, _, after in parts]
-        return [(self.template.replace("{prompt}", before.strip()), after.strip()) for before, after in texts]
+                    raise InputError(f"row {index} has no separator {self.separator!r}: {text[:80]!r}")
+            targets = [after for _, _, after in parts]
+        return list(zip(self.prompts(rows), [target.strip() for target in targets]))
 
     def examples(self, rows: list[dict[str, Any]], split: str) -> list[Example]:
-        """Tokenize pairs. ``target`` is the number of predicted tokens at the end of an example."""
-        pairs = self.pairs(rows)
+        """Tokenize pairs, or prompts alone in ``predict``. ``target`` is the number of predicted tokens at the end."""
         end = self.tokenizer.eos_token_id
         ends = [] if end is None else [end]
+        pairs = [(prompt, "") for prompt in self.prompts(rows)] if split == "predict" else self.pairs(rows)
         prompts = self.tokenizer([prompt for prompt, _ in pairs])["input_ids"]
         targets = self.tokenizer([target for _, target in pairs], add_special_tokens=False)["input_ids"]
         examples = []
         for before, after in zip(prompts, targets):
-            before = (
-                before[:-1] if before[-1:] == ends and ends else before
-            )  # some tokenizers add an end-of-text token to each text
-            after = (after + ends)[: self.max_length]
+            if ends and before[-1:] == ends:  # some tokenizers add an end-of-text token to each text
+                before = before[:-1]
+            after = [] if split == "predict" else (after + ends)[: self.max_length]
             before = before[max(0, len(before) + len(after) - self.max_length) :]
             examples.append({"input_ids": before + after, "target": len(after)})
+        self.check_lengths([len(example["input_ids"]) for example in examples], split)
         return examples
 
     def collate(self, examples: list[Example], split: str) -> dict[str, Tensor]:
-        """``input_ids``, ``attention_mask``, ``labels``: ``(batch, longest)``; labels of -100 are ignored."""
+        """``input_ids``, ``attention_mask``, ``labels``: ``(batch, longest)``; labels of -100 are ignored.
+
+        In ``predict``, prompts are padded on the left and have no labels.
+        """
+        if split == "predict":
+            return self.pad(examples, "left")
         batch = self.pad(examples)
         labels = torch.full_like(batch["input_ids"], -100)
         labels[batch["attention_mask"].bool()] = torch.cat(

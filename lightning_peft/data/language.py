@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from lightning_peft.data.base import Example, TextDataModule
-from lightning_peft.data.sources import load_rows
+from lightning_peft.data.sources import load_table
+from lightning_peft.pretrained import InputError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 class LanguageModelData(TextDataModule):
@@ -18,7 +22,7 @@ class LanguageModelData(TextDataModule):
         source: ``"demo"`` (trains on the pretraining passages), the path of a txt, csv, tsv, json, jsonl or
             parquet file, or the id of a hub dataset.
         validation: If ``source`` is a file: another file. For a hub dataset: the split's name, if not ``"validation"``.
-        test: The same for the test split, which ``predict`` also uses.
+        test: The same for the test split.
         text: The column of texts.
         mask: The fraction of tokens to mask, for a masked language model (0.15 for BERT); ``None`` creates labels for
             a causal one. Of the selected tokens, 80% become the mask token, 10% a random one, and 10% do not change.
@@ -30,6 +34,7 @@ class LanguageModelData(TextDataModule):
         num_workers: Worker processes per loader.
         adapter_column: The column that names each row's adapter; an empty value selects the base alone. Batches then
             contain ``"adapters"``, a list of names for :func:`lightning_peft.rows`.
+        **options: ``predict``, ``validation_fraction`` and ``group_by_length``, as for :class:`TextDataModule`.
     """
 
     def __init__(
@@ -45,46 +50,59 @@ class LanguageModelData(TextDataModule):
         max_length: int = 128,
         num_workers: int = 0,
         adapter_column: str | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(source, validation, test, tokenizer, batch_size, max_length, num_workers, adapter_column)
+        super().__init__(
+            source,
+            tokenizer,
+            max_length,
+            validation=validation,
+            test=test,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            adapter_column=adapter_column,
+            **options,
+        )
         if mask is not None and not 0 < mask < 1:
-            raise ValueError(f"mask={mask}: it is the fraction of tokens to mask and must be between 0 and 1.")
+            raise InputError(f"mask={mask}: it is the fraction of tokens to mask and must be between 0 and 1.")
         if block_size is not None and block_size < 2:
-            raise ValueError(f"block_size={block_size}: it must be at least 2 tokens.")
+            raise InputError(f"block_size={block_size}: it must be at least 2 tokens.")
         self.columns = (text,)
         self.text, self.mask, self.block_size = text, mask, block_size
-        self.save_hyperparameters()
 
     def setup(self, stage: str | None = None) -> None:
         """Load the tokenizer.
 
         Raises:
-            ValueError: ``mask`` is set, but the tokenizer has no mask token.
+            InputError: ``mask`` is set, but the tokenizer has no mask token.
         """
         super().setup(stage)
         if self.mask is not None and self.tokenizer.mask_token_id is None:
-            raise ValueError(
+            raise InputError(
                 f"mask={self.mask}, but the tokenizer has no mask token: pass mask=None for a causal model."
             )
 
-    def rows(self, split: str) -> list[dict[str, Any]]:
-        """Return the rows of a split. For the demo, the training rows are the pretraining passages."""
-        if self.source == "demo" and split == "train":
-            return load_rows("demo", "pretrain", self.columns)
-        return super().rows(split)
+    def load(self, split: str) -> Dataset:
+        """Read a split. For the demo, the training rows are the pretraining passages."""
+        return load_table("demo", "pretrain") if self.source == "demo" and split == "train" else super().load(split)
 
     def examples(self, rows: list[dict[str, Any]], split: str) -> list[Example]:
         """Tokenize texts, and join them into blocks if ``block_size`` is set."""
-        texts = [row[self.text] for row in rows]
-        tokens = self.tokenizer(texts, truncation=True, max_length=self.max_length)["input_ids"]
+        tokens = self.tokenize([row[self.text] for row in rows], split)["input_ids"]
         if split == "train" and self.block_size is not None:
             stream = [token for ids in tokens for token in ids]
             starts = range(0, len(stream) - self.block_size + 1, self.block_size)
             tokens = [stream[start : start + self.block_size] for start in starts]
+            self.check_lengths([len(ids) for ids in tokens[:1]], split)
         return [{"input_ids": ids} for ids in tokens]
 
     def collate(self, examples: list[Example], split: str) -> dict[str, Tensor]:
-        """``input_ids``, ``attention_mask``, ``labels``: ``(batch, longest)``; labels of -100 are ignored."""
+        """``input_ids``, ``attention_mask``, ``labels``: ``(batch, longest)``; labels of -100 are ignored.
+
+        Texts that a causal model is to continue (``predict``) are padded on the left and have no labels.
+        """
+        if split == "predict" and self.mask is None:
+            return self.pad(examples, "left")
         batch = self.pad(examples)
         padding = batch["attention_mask"] == 0
         if self.mask is None:

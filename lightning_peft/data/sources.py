@@ -1,12 +1,17 @@
-"""Read rows of text from the demo corpus, local files or the Hugging Face hub, and check their columns."""
+"""Read tables from the demo corpus, local files or the Hugging Face hub, and check their columns."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning_peft import demo
 from lightning_peft.core.names import nearest
+from lightning_peft.pretrained import InputError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 _FORMATS = {
     ".csv": "csv",
@@ -18,40 +23,37 @@ _FORMATS = {
 }
 
 
-def load_rows(source: str, split: str, columns: tuple[str, ...]) -> list[dict[str, Any]]:
-    """Read some columns of one split.
+def load_table(source: str, split: str) -> Dataset:
+    """Read one split with all of its columns.
 
     Args:
         source: ``"demo"``, the path of a csv, tsv, json, jsonl, parquet or txt file, possibly compressed, or the id of
             a dataset on the Hugging Face hub.
         split: The split to read from ``"demo"`` or a hub dataset; ignored for a file.
-        columns: The columns to return.
-
-    Returns:
-        One dictionary per row, in the source's order.
 
     Raises:
         FileNotFoundError: ``source`` is written like a file path, but the file does not exist.
-        ValueError: The format is unknown, or the split or a column is missing.
+        InputError: The file cannot be read or has no rows, its format is unknown, or the split is missing.
     """
-    if source == "demo":
-        rows = demo.load(split)
-        _check_columns(list(rows[0]), columns, f"the demo corpus's {split!r} split")
-        return [{name: row[name] for name in columns} for row in rows]
-
     import datasets
 
-    if is_file(source):
-        path = Path(source).expanduser()
-        if not path.is_file():
-            siblings = [child.name for child in path.parent.glob("*")]
-            raise FileNotFoundError(f"there is no file {source!r}{_nearest(path.name, siblings)}.")
-        kind = next(_FORMATS[suffix] for suffix in path.suffixes if suffix in _FORMATS)
-        options = {"delimiter": "\t"} if ".tsv" in path.suffixes else {}
-        table = datasets.load_dataset(kind, data_files=str(path), split="train", **options)
-    else:
-        table = _from_hub(source, split)
-    _check_columns(table.column_names, columns, repr(source))
+    if source == "demo":
+        return datasets.Dataset.from_list(demo.load(split))
+    table = _from_file(source) if is_file(source) else _from_hub(source, split)
+    if not len(table):
+        raise InputError(f"the {split} split is empty: {source!r} has no rows.")
+    return table
+
+
+def load_rows(source: str, split: str, columns: Sequence[str]) -> list[dict[str, Any]]:
+    """Read some columns of one split, as one dictionary per row in the source's order.
+
+    Raises:
+        FileNotFoundError: As for :func:`load_table`.
+        InputError: As for :func:`load_table`, or a column is missing.
+    """
+    table = load_table(source, split)
+    check_columns(table.column_names, columns, source, split)
     return [dict(row) for row in table.select_columns(list(columns))]
 
 
@@ -59,30 +61,75 @@ def is_file(source: str) -> bool:
     """True if ``source`` is written like a file path instead of a dataset's name.
 
     Raises:
-        ValueError: It is a path, but its format is not supported.
+        InputError: It is a path, but its format is not supported.
     """
     if any(suffix in _FORMATS for suffix in Path(source).suffixes):
         return True
     if source.startswith((".", "/", "~")) or Path(source).exists():
-        raise ValueError(f"{source!r} has an unknown format: the file's name must end in one of {', '.join(_FORMATS)}.")
+        raise InputError(f"{source!r} has an unknown format: the file's name must end in one of {', '.join(_FORMATS)}.")
     return False
 
 
-def _from_hub(source: str, split: str) -> Any:
+def check_columns(present: Sequence[str], wanted: Sequence[str], source: str, split: str) -> None:
+    """Refuse a table that lacks a column.
+
+    Raises:
+        InputError: It names the closest column, or says that the file seems to have no header.
+    """
+    missing = [name for name in wanted if name not in present]
+    if not missing:
+        return
+    where = f"the demo corpus's {split!r} split" if source == "demo" else repr(source)
+    name, near = missing[0], nearest(missing[0], list(present), n=1, cutoff=0.5)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    shown = ", ".join(text if len(text) <= 40 else f"{text[:40]}..." for text in present)
+    tail = ""
+    if source != "demo" and {".csv", ".tsv"} & set(Path(source).suffixes) and len(missing) == len(wanted):
+        tail = " If this is the first row of the data, add a header line with the columns' names to the file."
+    raise InputError(f"{where} has no column {name!r}{hint}; it has {shown}.{tail}")
+
+
+def find_file(path: Path, shown: str | None = None) -> Path:
+    """Return ``path`` if it exists.
+
+    Raises:
+        FileNotFoundError: It does not; the error names the closest file of its folder.
+    """
+    if not path.exists():
+        near = nearest(path.name, [child.name for child in path.parent.glob("*")], n=1, cutoff=0.5)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise FileNotFoundError(f"there is no file {shown or str(path)!r}{hint}.")
+    return path
+
+
+def _from_file(source: str) -> Dataset:
     import datasets
 
-    splits = datasets.get_dataset_split_names(source)
+    path = find_file(Path(source).expanduser(), source)
+    kind = next(_FORMATS[suffix] for suffix in path.suffixes if suffix in _FORMATS)
+    options = {"delimiter": "\t"} if ".tsv" in path.suffixes else {}
+    if not path.stat().st_size:
+        raise InputError(f"{source!r} is empty.")
+    try:
+        return datasets.load_dataset(kind, data_files=str(path), split="train", **options)
+    except Exception as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        said = str(cause).strip().splitlines() or [type(cause).__name__]
+        raise InputError(f"{source!r} cannot be read as {kind}: {said[0]}") from error
+
+
+def _from_hub(source: str, split: str) -> Dataset:
+    import datasets
+
+    try:
+        splits = datasets.get_dataset_split_names(source)
+    except Exception as error:
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        raise InputError(
+            f"source={source!r} is neither a file nor a dataset of the Hugging Face hub that can be reached: {said[0]}"
+        ) from error
     if split not in splits:
-        raise ValueError(f"the dataset {source!r} has no split {split!r}; it has {', '.join(splits)}.")
+        raise InputError(f"the dataset {source!r} has no split {split!r}; it has {', '.join(splits)}.")
     return datasets.load_dataset(source, split=split)
-
-
-def _check_columns(present: list[str], wanted: tuple[str, ...], where: str) -> None:
-    for name in wanted:
-        if name not in present:
-            raise ValueError(f"{where} has no column {name!r}{_nearest(name, present)}; it has {', '.join(present)}.")
-
-
-def _nearest(name: str, others: list[str]) -> str:
-    near = nearest(name, others, n=1, cutoff=0.5)
-    return f" (did you mean {near[0]!r}?)" if near else ""

@@ -6,19 +6,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-from lightning_peft.core.switching.rows import rows
-from lightning_peft.pretrained import NO_CODE, load_model, load_tokenizer, locate
-from lightning_peft.tasks.optim import adamw
+from lightning_peft.pretrained import NO_CODE, InputError, load_model, locate
+from lightning_peft.tasks.base import Batch
+from lightning_peft.tasks.generation import Generator
+from lightning_peft.tasks.metrics import TEXT
 
 Objective = Literal["causal", "masked"]
 
 
-class LanguageModel(L.LightningModule):
+class LanguageModel(Generator):
     """A language model that predicts the next token (causal) or masked tokens (masked).
 
     A batch may name an adapter for each row, as ``"adapters"`` (see :func:`lightning_peft.rows`).
@@ -36,6 +36,10 @@ class LanguageModel(L.LightningModule):
         warmup: Fraction of the steps during which the rate rises to ``lr``; it then falls linearly to 0.
         export_dir: A folder to which ``fit`` writes the model and its tokenizer at its end, in Hugging Face's format.
         export_dtype: The dtype of the exported weights; ``None`` keeps the current one.
+        max_new_tokens: The maximum number of tokens that a causal model writes in validation and ``predict``.
+        samples: Log this many generated texts in each validation, if the data has prompts.
+        metrics: ``perplexity``, and for data with prompts ``bleu``, ``rouge`` and ``exact_match`` of the generated
+            texts; none by default, because generation is slow.
     """
 
     #: a checkpoint's hyperparameters must not set this, because fit writes to it
@@ -52,56 +56,83 @@ class LanguageModel(L.LightningModule):
         warmup: float = 0.1,
         export_dir: str | None = None,
         export_dtype: str | None = None,
+        max_new_tokens: int = 64,
+        samples: int = 0,
+        metrics: list[str] | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(max_new_tokens, samples, lr=lr, weight_decay=weight_decay, warmup=warmup, metrics=metrics)
         import transformers
 
-        self.save_hyperparameters()
         self.objective: Objective = objective or _objective_of(model)
         auto = {"causal": transformers.AutoModelForCausalLM, "masked": transformers.AutoModelForMaskedLM}
         if self.objective not in auto:
-            raise ValueError(f"objective={self.objective!r} is unknown: pass 'causal' or 'masked'.")
+            raise InputError(f"objective={self.objective!r} is unknown: pass 'causal' or 'masked'.")
         self.model = load_model(auto[self.objective], model, pretrained, dtype)
+        if self.objective == "masked" and (texts := [*filter(TEXT.__contains__, self.metrics)] or self.samples):
+            raise InputError(f"a masked language model writes no texts, as {texts!r} needs: use a causal model.")
+        self.build_metrics()
 
     def setup(self, stage: str) -> None:
         """Check that the data matches the objective: it masks tokens if and only if the model predicts masked tokens.
 
         Raises:
-            ValueError: The data is for the other objective.
+            InputError: The data is for the other objective.
         """
+        super().setup(stage)
         data: Any = getattr(self.trainer, "datamodule", None)
         if getattr(data, "objective", self.objective) != self.objective:
-            raise ValueError(
+            raise InputError(
                 f"{type(data).__name__} is for models whose objective is {data.objective!r}; this one's is "
                 f"{self.objective!r}: use another model, or LanguageModelData."
             )
         if hasattr(data, "mask") and (data.mask is None) == (self.objective == "masked"):
             fix = "pass mask=0.15, for example," if data.mask is None else "pass mask=None"
-            raise ValueError(
+            raise InputError(
                 f"the model's objective is {self.objective!r} and the data has mask={data.mask}: {fix} to "
                 f"{type(data).__name__}, or another objective to LanguageModel."
             )
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Tensor) -> Tensor:
         """Compute logits ``(batch, length, vocabulary)`` from token ids ``(batch, length)``."""
-        return self.model(input_ids=input_ids, attention_mask=attention_mask).logits
+        return self.model(input_ids=input_ids, attention_mask=attention_mask, **inputs).logits
 
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """Return the mean cross entropy of a batch ``{"input_ids", "attention_mask", "labels"}``."""
-        return self._loss(batch, "train")
+    def compute(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the mean cross entropy of a batch ``{"input_ids", "attention_mask", "labels"}``, and the logits."""
+        # Labels follow transformers: the model does the causal shift, and labels of -100 are ignored.
+        output = self.model(**{name: value for name, value in batch.items() if name != "adapters"})
+        return output.loss, output.logits
 
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Log ``val/loss``."""
-        self._loss(batch, "val")
+    def update(self, scores: Any, output: Tensor, batch: Batch) -> None:
+        """Update the metrics with logits ``(batch, length, vocabulary)``."""
+        shift = int(self.objective == "causal")
+        if len(scores):
+            scores.update(output[:, : output.shape[1] - shift].float(), batch["labels"][:, shift:])
 
-    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Log ``test/loss``."""
-        self._loss(batch, "test")
+    def weight(self, batch: Batch) -> int:
+        """The number of predicted tokens, so that the mean over batches is the mean over tokens."""
+        return int((batch["labels"][:, int(self.objective == "causal") :] != -100).sum())
 
-    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """Return the most likely token at each position, ``(batch, length)``."""
-        with rows(self, batch.get("adapters")):
+    def prompts_of(self, batch: Batch) -> list[list[int]]:
+        """The tokens before the first predicted one."""
+        prompts = []
+        for ids, mask, labels in zip(batch["input_ids"], batch["attention_mask"], batch["labels"]):
+            first = int((labels != -100).int().argmax())
+            prompts.append(ids[: max(1, first)][mask[: max(1, first)].bool()].tolist())
+        return prompts
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Any:
+        """Return the continuation of each text; of a masked model, the most likely token ids ``(batch, length)``."""
+        if self.objective == "causal":
+            return super().predict_step(batch, batch_idx)
+        with self.adapters_of(batch):
             return self(batch["input_ids"], batch["attention_mask"]).argmax(-1)
+
+    def prediction_columns(self, output: Any, batch: Batch) -> dict[str, Any]:
+        """``prediction``, the generated text; of a masked model, the text of the most likely tokens."""
+        if self.objective == "masked":
+            kept = [ids[mask.bool()] for ids, mask in zip(output, batch["attention_mask"])]
+            output = self.tokenizer.batch_decode(kept, skip_special_tokens=True)
+        return {"prediction": list(output)}
 
     def generate(
         self,
@@ -110,41 +141,14 @@ class LanguageModel(L.LightningModule):
         adapters: Sequence[str | Sequence[str] | None] | None = None,
         **options: Any,
     ) -> list[str]:
-        """Continue texts with a causal model, greedily by default.
-
-        Args:
-            prompts: One or more texts in the format of the training data; they are continued as one batch.
-            max_new_tokens: The maximum number of tokens to add to each prompt; the model may end its text earlier.
-            adapters: The adapter of each prompt, as for :func:`lightning_peft.rows`; ``None`` uses the active adapters.
-            **options: Options of transformers' ``generate`` (``do_sample=True``, ``num_beams=4``).
-
-        Returns:
-            The added text of each prompt, without special tokens.
+        """Continue texts with a causal model; see :meth:`Generator.generate`.
 
         Raises:
             ValueError: The objective is masked.
-            RowError: The adapters are invalid, as for :func:`lightning_peft.rows`.
         """
         if self.objective != "causal":
-            raise ValueError("a masked language model cannot continue texts: generate needs objective='causal'.")
-        tokenizer = load_tokenizer(self.hparams["model"])
-        tokenizer.padding_side = "left"  # generated tokens follow the prompt directly
-        batch = tokenizer(prompts, return_tensors="pt", padding=True).to(self.device)
-        known = {k: batch[k] for k in ("input_ids", "attention_mask")}
-        chosen = {"do_sample": False, "pad_token_id": tokenizer.pad_token_id, **options}
-        training = self.training
-        self.eval()
-        repeats = max(chosen.get("num_beams") or 1, chosen.get("num_return_sequences") or 1)
-        try:
-            with rows(self, adapters, repeats):
-                ids = self.model.generate(**known, max_new_tokens=max_new_tokens, **chosen)
-        finally:
-            self.train(training)
-        return tokenizer.batch_decode(ids[:, known["input_ids"].shape[1] :], skip_special_tokens=True)
-
-    def configure_optimizers(self) -> Any:
-        """AdamW over the trainable parameters, with a linear warmup and decay."""
-        return adamw(self, self.hparams["lr"], self.hparams["weight_decay"], self.hparams["warmup"])
+            raise InputError("a masked language model cannot continue texts: generate needs objective='causal'.")
+        return super().generate(prompts, max_new_tokens, adapters, **options)
 
     @rank_zero_only
     def on_fit_end(self) -> None:
@@ -168,16 +172,7 @@ class LanguageModel(L.LightningModule):
         if not (
             folder / "tokenizer_config.json"
         ).is_file():  # keep the tokenizer files that the model's own folder already has
-            load_tokenizer(self.hparams["model"]).save_pretrained(folder)
-
-    def _loss(self, batch: dict[str, Any], stage: str) -> Tensor:
-        # Labels follow transformers: the model does the causal shift, and labels of -100 are ignored.
-        with rows(self, batch.get("adapters")):
-            loss = self.model(**{name: value for name, value in batch.items() if name != "adapters"}).loss
-        # Weighted by predicted tokens, so that the mean over batches is the mean over tokens.
-        predicted = int((batch["labels"][:, int(self.objective == "causal") :] != -100).sum())
-        self.log(f"{stage}/loss", loss, prog_bar=True, batch_size=max(1, predicted))
-        return loss
+            self.tokenizer.save_pretrained(folder)
 
 
 def _objective_of(model: str) -> Objective:
@@ -188,7 +183,7 @@ def _objective_of(model: str) -> Objective:
         return "masked"
     if any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names):
         return "causal"
-    raise ValueError(
+    raise InputError(
         f"the configuration of {model!r} does not name a language model ({', '.join(names) or 'no architecture'}): "
         "pass objective='causal' or objective='masked'."
     )

@@ -1,34 +1,35 @@
-"""Text classification with any Hugging Face encoder or decoder."""
+"""Classification of texts and pairs of texts, and regression on them, with any Hugging Face encoder or decoder."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import lightning as L
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lightning_peft.core.switching.rows import rows
 from lightning_peft.pretrained import load_model
-from lightning_peft.tasks.optim import adamw
+from lightning_peft.tasks.base import Batch, Classifier, Task, inputs_of, label_loss
+from lightning_peft.tasks.metrics import CLASSES, REGRESSION
 
 
-class TextClassifier(L.LightningModule):
-    """A text classifier with one label per text.
+class TextClassifier(Classifier):
+    """A classifier of texts or pairs of texts, with one label or several labels each.
 
-    A batch may name an adapter for each row, as ``"adapters"`` (see :func:`lightning_peft.rows`).
-
-    Logs ``train/loss``, and ``loss``, ``acc`` (accuracy) and ``f1`` (macro F1) under ``val/`` and ``test/``.
+    Logs ``train/loss``, and ``loss`` and the metrics under ``val/`` and ``test/``.
 
     Args:
         model: ``"demo"`` (the embedded model), a Hugging Face folder, or a hub id.
-        num_labels: The number of classes; ``None`` uses the number in the model's configuration.
+        num_labels: The number of classes; ``None`` uses that of the data, or without data the number in the model's
+            configuration. A head of another width than the stored one starts from random weights.
         pretrained: ``False`` builds the same network with random weights, as a baseline for the effect of pretraining.
         dtype: The parameters' dtype; ``None`` keeps the stored one.
         config: Changes to the model's configuration. Biases that it adds start at zero.
+        labels: The names of the classes, in the order of the outputs; ``None`` uses those of the data.
+        multi_label: Whether a text may have several labels; a DataModule with several labels sets it.
         lr: Peak learning rate of AdamW.
         weight_decay: Decoupled weight decay, applied to matrices only.
         warmup: Fraction of the steps during which the rate rises to ``lr``; it then falls linearly to 0.
+        metrics: ``acc`` (accuracy), ``f1``, ``precision``, ``recall``, ``auroc`` (all macro) and ``mcc`` (Matthews
+            correlation); ``acc`` and ``f1`` by default.
 
     Example:
         >>> module = TextClassifier("demo")
@@ -38,6 +39,8 @@ class TextClassifier(L.LightningModule):
 
     #: a checkpoint's hyperparameters must not set this, because options of a transformers configuration can name code
     from_user = ("config",)
+    metric_names = ("acc", "f1")
+    known_metrics = CLASSES
 
     def __init__(
         self,
@@ -49,77 +52,111 @@ class TextClassifier(L.LightningModule):
         weight_decay: float = 0.01,
         warmup: float = 0.1,
         config: dict[str, Any] | None = None,
+        labels: list[str] | None = None,
+        multi_label: bool = False,
+        metrics: list[str] | None = None,
     ) -> None:
-        super().__init__()
-        from torchmetrics import MetricCollection
-        from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
+        super().__init__(lr, weight_decay, warmup, metrics)
+        self.multi_label = multi_label
+        self.build(num_labels, labels)
+
+    def create(self, num_labels: int | None) -> None:
+        """Load the network with ``num_labels`` outputs."""
         from transformers import AutoModelForSequenceClassification
 
-        self.save_hyperparameters()
-        changes = {**(config or {}), **({} if num_labels is None else {"num_labels": num_labels})}
-        self.model = load_model(AutoModelForSequenceClassification, model, pretrained, dtype, **changes)
+        given = self.hparams
+        changes = {**(given["config"] or {}), **({} if num_labels is None else {"num_labels": num_labels})}
+        self.model = None
+        self.model = load_model(
+            AutoModelForSequenceClassification, given["model"], given["pretrained"], given["dtype"], **changes
+        )
         if self.model.config.pad_token_id is None:  # decoders classify the last token that is not padding
             self.model.config.pad_token_id = self.model.config.eos_token_id
-        self.num_labels: int = self.model.config.num_labels
-        scores = MetricCollection(
-            {
-                "acc": MulticlassAccuracy(self.num_labels, average="micro"),
-                "f1": MulticlassF1Score(self.num_labels, average="macro"),
-            }
-        )
-        self.val_scores = scores.clone(prefix="val/")
-        self.test_scores = scores.clone(prefix="test/")
+        if self.multi_label:
+            self.model.config.problem_type = "multi_label_classification"
+        self.num_labels = self.model.config.num_labels
+        self.created()
 
-    def setup(self, stage: str) -> None:
-        """Check that the data has as many classes as the model.
-
-        Raises:
-            ValueError: The numbers differ.
-        """
-        labels = getattr(getattr(self.trainer, "datamodule", None), "labels", None)
-        if labels is not None and len(labels) != self.num_labels:
-            raise ValueError(
-                f"the model has {self.num_labels} classes, but the data has {len(labels)} "
-                f"({', '.join(map(str, labels[:5]))}{', …' if len(labels) > 5 else ''}): "
-                f"pass num_labels={len(labels)} to TextClassifier."
-            )
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, **inputs: Tensor) -> Tensor:
         """Compute logits ``(batch, num_labels)`` from token ids and their mask, both ``(batch, length)``."""
-        return self.model(input_ids=input_ids, attention_mask=attention_mask).logits
+        return self.model(input_ids=input_ids, attention_mask=attention_mask, **inputs).logits
 
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Return the mean cross entropy of a batch ``{"input_ids", "attention_mask", "labels"}``."""
-        loss, _ = self._loss(batch)
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["labels"]))
-        return loss
+    def compute(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the mean cross entropy of a batch ``{"input_ids", "attention_mask", "labels"}``, and the logits."""
+        logits = self(**inputs_of(batch))
+        return label_loss(logits, batch["labels"]), logits
 
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Update and log the ``val/`` metrics."""
-        self._evaluate(batch, "val", self.val_scores)
+    def update(self, scores: Any, output: Tensor, batch: Batch) -> None:
+        """Update the metrics with logits ``(batch, num_labels)``."""
+        scores.update(output, batch["labels"].long())
 
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Update and log the ``test/`` metrics."""
-        self._evaluate(batch, "test", self.test_scores)
-
-    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the probability of each class, ``(batch, num_labels)``."""
-        return self._logits(batch).softmax(-1)
+        with self.adapters_of(batch):
+            logits = self(**inputs_of(batch)).float()
+        return logits.sigmoid() if self.multi_label else logits.softmax(-1)
 
-    def configure_optimizers(self) -> Any:
-        """AdamW over the trainable parameters, with a linear warmup and decay."""
-        return adamw(self, self.hparams["lr"], self.hparams["weight_decay"], self.hparams["warmup"])
+    def prediction_columns(self, output: Tensor, batch: Batch) -> dict[str, Any]:
+        """``label``, the most likely one, and its ``probability``."""
+        return dict(self.label_columns(output))
 
-    def _logits(self, batch: dict[str, Any]) -> Tensor:
-        with rows(self, batch.get("adapters")):
-            return self(batch["input_ids"], batch["attention_mask"])
 
-    def _loss(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        logits = self._logits(batch)
-        return torch.nn.functional.cross_entropy(logits.float(), batch["labels"]), logits
+class TextRegressor(Task):
+    """Predicts a number for each text or pair of texts.
 
-    def _evaluate(self, batch: dict[str, Tensor], stage: str, scores: Any) -> None:
-        loss, logits = self._loss(batch)
-        scores.update(logits, batch["labels"])
-        self.log(f"{stage}/loss", loss, prog_bar=True, batch_size=len(logits))
-        self.log_dict(scores, prog_bar=True, batch_size=len(logits))
+    Logs ``train/loss``, and ``loss`` (the mean squared error) and the metrics under ``val/`` and ``test/``.
+
+    Args:
+        model: ``"demo"`` (the embedded model), a Hugging Face folder, or a hub id.
+        pretrained: ``False`` builds the same network with random weights.
+        dtype: The parameters' dtype; ``None`` keeps the stored one.
+        lr: Peak learning rate of AdamW.
+        weight_decay: Decoupled weight decay, applied to matrices only.
+        warmup: Fraction of the steps during which the rate rises to ``lr``; it then falls linearly to 0.
+        metrics: ``pearson``, ``spearman``, ``mae``, ``mse`` and ``r2``; ``pearson`` and ``mae`` by default.
+    """
+
+    metric_names = ("pearson", "mae")
+    known_metrics = REGRESSION
+
+    def __init__(
+        self,
+        model: str = "demo",
+        pretrained: bool = True,
+        dtype: str | None = "float32",
+        lr: float = 2e-3,
+        weight_decay: float = 0.01,
+        warmup: float = 0.1,
+        metrics: list[str] | None = None,
+    ) -> None:
+        super().__init__(lr, weight_decay, warmup, metrics)
+        from transformers import AutoModelForSequenceClassification
+
+        self.model = load_model(
+            AutoModelForSequenceClassification, model, pretrained, dtype, num_labels=1, problem_type="regression"
+        )
+        if self.model.config.pad_token_id is None:
+            self.model.config.pad_token_id = self.model.config.eos_token_id
+        self.build_metrics()
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, **inputs: Tensor) -> Tensor:
+        """Compute a number for each text, ``(batch,)``, from token ids and their mask, both ``(batch, length)``."""
+        return self.model(input_ids=input_ids, attention_mask=attention_mask, **inputs).logits.squeeze(-1).float()
+
+    def compute(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the mean squared error of a batch ``{"input_ids", "attention_mask", "labels"}``, and the numbers."""
+        numbers = self(**inputs_of(batch))
+        return nn.functional.mse_loss(numbers, batch["labels"].float()), numbers
+
+    def update(self, scores: Any, output: Tensor, batch: Batch) -> None:
+        """Update the metrics with numbers ``(batch,)``."""
+        scores.update(output, batch["labels"].float())
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Return the number of each text, ``(batch,)``."""
+        with self.adapters_of(batch):
+            return self(**inputs_of(batch))
+
+    def prediction_columns(self, output: Tensor, batch: Batch) -> dict[str, Any]:
+        """``prediction``, the number."""
+        return {"prediction": output.tolist()}

@@ -117,14 +117,17 @@ class PEFTMethod(Declared, Callback, ABC):
         prepare_run(trainer, pl_module)
 
     def trainable_modules(self, model: nn.Module) -> list[str]:
-        """The names of the modules that ``trainable`` trains in full.
+        """The names of the modules that ``trainable`` trains in full, and those without pretrained weights.
+
+        A model names the latter in an attribute ``fresh_modules``, as the tasks do. Frozen, they would stay random.
 
         Raises:
             TargetError: if a pattern of ``trainable`` matches neither a module nor a parameter.
         """
         patterns = as_patterns(self.trainable, "trainable")
         bare = set(self._of_parameters(model))
-        return list(match_modules(model, [pattern for pattern in patterns if pattern not in bare], "trainable"))
+        found = match_modules(model, [pattern for pattern in patterns if pattern not in bare], "trainable")
+        return list(dict.fromkeys([*found, *getattr(model, "fresh_modules", ())]))
 
     def trained_parameters(self, model: nn.Module) -> list[str]:
         """The names of the parameters matched by the patterns of ``trainable`` that match no module."""
