@@ -85,8 +85,9 @@ class PEFTTrainer(L.Trainer):
             InputError: ``output`` has another ending, or the data have no adapter column.
         """
         if adapter_column is not None:
-            if not hasattr(datamodule, "adapter_column"):
-                raise InputError(f"--adapter_column needs a DataModule with this argument, not {type(datamodule)}.")
+            if datamodule is None or not hasattr(datamodule, "adapter_column"):
+                kind = type(datamodule).__name__
+                raise InputError(f"--adapter_column needs a DataModule with an attribute adapter_column, not {kind}.")
             datamodule.adapter_column = adapter_column
         self.callbacks.append(PredictionWriter(output))  # type: ignore[attr-defined]
         super().predict(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
@@ -24,6 +24,7 @@ class Generator(Task):
     """
 
     known_metrics = (*TEXT, "perplexity")
+    model: Any
     joins_prompt = True
     """Whether a generated sequence begins with its prompt, as it does for a decoder alone."""
 
@@ -143,7 +144,7 @@ class Generator(Task):
     def _log_samples(self, samples: list[list[str]]) -> None:
         for prompt, text, wanted in samples:
             rank_zero_info(f"sample after step {self.global_step}: {prompt!r} -> {text!r} (expected {wanted!r})")
-        for logger in self.loggers:
+        for logger in cast("list[Any]", self.loggers):
             if hasattr(logger, "log_text"):
                 logger.log_text("val/samples", columns=["prompt", "generated", "expected"], data=samples)
             elif hasattr(logger.experiment, "add_text"):

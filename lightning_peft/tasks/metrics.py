@@ -29,6 +29,7 @@ def make_metrics(names: Sequence[str], num_labels: int | None = None, multi_labe
     """
     import torchmetrics as tm
     from torchmetrics import classification as c
+    from torchmetrics import text
 
     def classifier(name: str, **options: Any) -> Any:
         kind = getattr(c, f"Multilabel{name}" if multi_label else f"Multiclass{name}")
@@ -46,9 +47,9 @@ def make_metrics(names: Sequence[str], num_labels: int | None = None, multi_labe
         "mae": tm.MeanAbsoluteError,
         "mse": tm.MeanSquaredError,
         "r2": tm.R2Score,
-        "perplexity": lambda: tm.text.Perplexity(ignore_index=-100),
-        "bleu": tm.text.BLEUScore,
-        "rouge": lambda: tm.text.ROUGEScore(rouge_keys=("rouge1", "rouge2", "rougeL")),
+        "perplexity": lambda: text.Perplexity(ignore_index=-100),
+        "bleu": text.BLEUScore,
+        "rouge": lambda: text.ROUGEScore(rouge_keys=("rouge1", "rouge2", "rougeL")),
         "exact_match": _exact_match,
     }
     return tm.MetricCollection({name: makers[name]() for name in names})

@@ -66,7 +66,7 @@ class TextClassifier(Classifier):
 
         given = self.hparams
         changes = {**(given["config"] or {}), **({} if num_labels is None else {"num_labels": num_labels})}
-        self.model = None
+        self.model: Any = None
         self.model = load_model(
             AutoModelForSequenceClassification, given["model"], given["pretrained"], given["dtype"], **changes
         )
