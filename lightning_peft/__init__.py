@@ -25,6 +25,7 @@ from lightning_peft.core.switching.active import active, disabled, set_active
 from lightning_peft.core.switching.adapter_drop import adapter_drop
 from lightning_peft.core.switching.rows import rows
 from lightning_peft.core.targeting.linear_like import register_linear
+from lightning_peft.core.targeting.packed import register_quantized
 from lightning_peft.core.targeting.patterns import TargetError
 from lightning_peft.core.untrusted import FormatError
 from lightning_peft.formats.describe import describe
@@ -119,6 +120,7 @@ __all__ = [
     "load_from_checkpoint",
     "merge",
     "register_linear",
+    "register_quantized",
     "reset",
     "rows",
     "save_adapter",

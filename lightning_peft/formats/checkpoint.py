@@ -156,7 +156,10 @@ def _snapshot(name: str, entry: Mapping[str, Any], manifest: Mapping[str, Any], 
         heads=heads,
         trained={_inner(base, key): gather_to_cpu(value) for key, value in _trained(name, entry, state).items()},
         base=base,
-        fingerprint={"values": {_inner(base, n): v for n, v in values.items()}},
+        fingerprint={
+            "values": {_inner(base, n): v for n, v in values.items()},
+            "packed": manifest["fingerprint"].get("packed", {}),
+        },
         origin=entry.get("origin", {}),
     )
 

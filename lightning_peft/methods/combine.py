@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.adapters.base import BIASES, Adapter, WeightAdapter
-from lightning_peft.core.adapters.effective_weights import stored_tensor
+from lightning_peft.core.adapters.effective_weights import base_tensor, stored_tensor
 from lightning_peft.core.adapters.lookup import adapter_names, check_known, check_unmerged, stacks
 from lightning_peft.core.injection.apply import install
 from lightning_peft.core.injection.low_rank_factors import (
@@ -314,7 +314,7 @@ def _changes(root: nn.Module, names: Collection[str]) -> dict[str, tuple[Tensor,
                             f"{where} changes more than a matrix (a bias or a norm), so it cannot be combined or "
                             "converted to LoRA"
                         )
-                    weight = cast(Tensor, stored_tensor(host, parameter))
+                    weight = cast(Tensor, base_tensor(host, parameter))
                     found.setdefault(sites[host_name, parameter], (weight, {}))[1][name] = part
     return {site: (weight, {n: parts[n] for n in names if n in parts}) for site, (weight, parts) in found.items()}
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core.adapters.effective_weights import effective_weights, stored_tensor
+from lightning_peft.core.adapters.effective_weights import base_tensor, effective_weights, stored_tensor
 from lightning_peft.core.adapters.stack import Adapted
 from lightning_peft.core.class_swap import has_mixin
 from lightning_peft.core.targeting.sites import Site
@@ -54,7 +54,7 @@ class DoRAAdapter(LoRAAdapter):
 
     def output(self, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         z = super().output(host, x, y)
-        weight, bias, first = stored_tensor(host, self.parameter), stored_tensor(host, "bias"), True
+        weight, bias, first = base_tensor(host, self.parameter), stored_tensor(host, "bias"), True
         if before := host.adapters.running(before=self):  # type: ignore[union-attr, operator]
             now, first = effective_weights(host, before), False
             weight, bias = now.get(self.parameter, weight), now.get("bias", bias)

@@ -70,11 +70,12 @@ def audit_head(model: nn.Module) -> None:
     if (
         head is None
         or sites[head].is_computed
+        or sites[head].is_packed
         or sites[head].weight.requires_grad
         or hasattr(sites[head].module, "adapters")
     ):
         return
-    stored = [site for site in sites.values() if site.linear_like and not site.is_computed]
+    stored = [site for site in sites.values() if site.linear_like and not (site.is_computed or site.is_packed)]
     others = [site.weight for site in stored if site.name != head]
     if _looks_fresh(sites[head].weight) and others and not any(_looks_fresh(w, any_bound=True) for w in others):
         report(

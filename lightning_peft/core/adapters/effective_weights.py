@@ -7,13 +7,24 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lightning_peft.core.adapters.base import BIASES, Adapter
 from lightning_peft.core.adapters.reads import run_with_values
+from lightning_peft.core.targeting.packed import dequantized, is_packed
 from lightning_peft.ops.dense_gradient import dense_gradient
 
-__all__ = ["as_attributes", "effective_weights", "lost_input", "run_in_place", "stored_tensor"]
+__all__ = [
+    "as_attributes",
+    "base_tensor",
+    "effective_weights",
+    "lost_input",
+    "run_dequantized",
+    "run_in_place",
+    "stored_tensor",
+]
 
 
 def effective_weights(
@@ -37,7 +48,7 @@ def effective_weights(
     def current(name: str) -> Tensor | None:
         if name in now:
             return now[name]
-        stored = stored_tensor(host, name)
+        stored = base_tensor(host, name)
         return stored if stored is None or dtype is None else stored.to(dtype)
 
     def wanted(name: str) -> bool:
@@ -90,6 +101,27 @@ def stored_tensor(host: nn.Module, name: str) -> Tensor | None:
     for child in children:
         module = module._modules[child]  # type: ignore[assignment]  # the attribute may be a _Projection at this time
     return module._parameters[last] if last in module._parameters else module._buffers.get(last)
+
+
+def base_tensor(host: nn.Module, name: str) -> Tensor | None:
+    """Like :func:`stored_tensor`, but for the weight of a packed layer the matrix that it computes with."""
+    return dequantized(host) if name == "weight" and is_packed(host) else stored_tensor(host, name)
+
+
+def run_dequantized(host: nn.Module, adapters: Sequence[Adapter], x: Tensor) -> Tensor:
+    """Return the output of the packed layer ``host`` with adapters that change its matrix.
+
+    The dequantised matrix is never stored: backward computes it again.
+    """
+
+    def product(x: Tensor) -> Tensor:
+        weights = effective_weights(host, adapters)
+        bias = weights.get("bias", stored_tensor(host, "bias"))
+        return F.linear(x, weights["weight"].to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    if not torch.is_grad_enabled():
+        return product(x)
+    return checkpoint(product, x, use_reentrant=False)  # type: ignore[no-any-return]
 
 
 def run_in_place(

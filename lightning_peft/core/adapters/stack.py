@@ -29,6 +29,7 @@ from lightning_peft.core.adapters.effective_weights import (
     as_attributes,
     effective_weights,
     lost_input,
+    run_dequantized,
     run_in_place,
     stored_tensor,
 )
@@ -43,6 +44,7 @@ from lightning_peft.core.adapters.replaced_forward import set_forward
 from lightning_peft.core.adapters.switches import Switches, current, remember_switches, switched
 from lightning_peft.core.class_swap import original_class
 from lightning_peft.core.targeting.base_modules import AdapterContainer
+from lightning_peft.core.targeting.packed import is_packed
 
 __all__ = ["Adapted", "AdapterStack"]
 
@@ -176,7 +178,10 @@ class AdapterStack(AdapterContainer):
         if switches.weight_adapters:
             if (problem := lost_input([a for a in switches.weight_adapters if a.training])) is not None:
                 raise ValueError(problem)
-            call = functools.partial(run_in_place, host, effective_weights(host, switches.weight_adapters), forward)
+            if is_packed(host):
+                call = functools.partial(run_dequantized, host, switches.weight_adapters)
+            else:
+                call = functools.partial(run_in_place, host, effective_weights(host, switches.weight_adapters), forward)
         for adapter in switches.wrapping_adapters:
             call = functools.partial(adapter.run, host, call)
         return call(*args, **kwargs)

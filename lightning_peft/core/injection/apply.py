@@ -44,6 +44,7 @@ from lightning_peft.core.state.report import Report
 from lightning_peft.core.state.state_dict import fix_trained
 from lightning_peft.core.targeting.base_modules import base_modules
 from lightning_peft.core.targeting.frozen_parts import name_frozen_parts
+from lightning_peft.core.targeting.packed import count_parameters, keep_differentiable, packed_note
 from lightning_peft.core.targeting.storage import storage_problem
 from lightning_peft.core.targeting.ties import tie_notes, with_tied
 
@@ -192,7 +193,10 @@ def _install(model: nn.Module, plans: Mapping[str, tuple[Method, Plan]]) -> Repo
         frozen = freeze_norm_statistics(model)
         if frozen and first:
             record.report.notes.append(f"{len(frozen)} frozen norm layers keep their running statistics")
+    for _, module in base_modules(model):
+        keep_differentiable(module)
     record.report.count(model)
+    record.report.note(packed_note(model))
     watch_saving(model)
     if first:
         record.start = InitialValues.of(model)
@@ -216,7 +220,7 @@ def inspect(model: nn.Module, *methods: Method) -> Report:
     new = _not_yet_applied(wanted, record)
     _check_initialized(model)
     report = Report() if record is None else record.report.copy()
-    report.total = sum(p.numel() for p in model.parameters())
+    report.total = count_parameters(model)
     trained: dict[int, int] = {}
     plans = [_plan(model, method) for method in new]
     _check_order(model, plans)
@@ -234,6 +238,7 @@ def inspect(model: nn.Module, *methods: Method) -> Report:
         for name, what in dict.fromkeys(plan.deferred.values()):
             report.add(name, what, 0, method.name)
         report.note([*plan.notes, *tie_notes(model, plan)])
+    report.note(packed_note(model))
     report.trainable += sum(trained.values())
     return report
 

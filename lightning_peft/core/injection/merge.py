@@ -13,7 +13,7 @@ from lightning_peft.core.adapters.effective_weights import effective_weights, st
 from lightning_peft.core.adapters.lookup import adapter_names, check_known, hosts, stacks
 from lightning_peft.core.adapters.low_rank import LowRankAdapter, add_products
 from lightning_peft.core.adapters.stack import AdapterStack
-from lightning_peft.core.class_swap import restore_class
+from lightning_peft.core.class_swap import original_class, restore_class
 from lightning_peft.core.injection.attach import detach
 from lightning_peft.core.injection.low_rank_factors import evaluating
 from lightning_peft.core.names import canonical, join
@@ -21,6 +21,7 @@ from lightning_peft.core.record import injected_module, injection_state
 from lightning_peft.core.state.consistency import check_record
 from lightning_peft.core.state.state_dict import StateError
 from lightning_peft.core.targeting.layouts import WeightLayout
+from lightning_peft.core.targeting.packed import is_packed
 from lightning_peft.core.targeting.ties import tied_names
 from lightning_peft.ops.finite import is_finite
 
@@ -272,11 +273,11 @@ def _effective(host_name: str, host: nn.Module, adapters: Sequence[Adapter]) -> 
         MergeError: if a weight is quantised.
     """
     stored = {p: stored_tensor(host, p) for a in adapters for p in (*a.overrides(), *a.weights())}
-    for parameter in (p for adapter in adapters for p in adapter.weights()):
-        dtype = cast(torch.Tensor, stored[parameter]).dtype
-        if not (dtype.is_floating_point or dtype.is_complex):
-            full = join(host_name, parameter)
-            raise MergeError(f"{full} is stored as {dtype}: adapters cannot be merged exactly into a quantised weight")
+    if is_packed(host) and any("weight" in adapter.weights() for adapter in adapters):
+        raise MergeError(
+            f"{host_name!r} ({original_class(host).__name__}) has a quantised weight, which cannot hold the merged "
+            "values"
+        )
     dtype = torch.float32
     for tensor in stored.values():
         if tensor is not None and (tensor.is_floating_point() or tensor.is_complex()):

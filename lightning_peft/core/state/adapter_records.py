@@ -21,10 +21,12 @@ from lightning_peft.core.targeting.layouts import (
     NormLayout,
     OtherLinearLayout,
     OtherTransposedLayout,
+    PackedLayout,
     TransposedLayout,
     WeightLayout,
     weight_name,
 )
+from lightning_peft.core.targeting.packed import linear_sizes
 from lightning_peft.core.targeting.recurrent import RecurrentLayout
 
 __all__ = [
@@ -99,13 +101,11 @@ def adapter_records(
             adapter = cast(Adapter, stack[name])
             weights = adapter.weights()
             for parameter, part in weights.items():
-                stored = host.get_parameter(parameter)
+                shape = stored_shape(host, parameter, part.layout)
                 facts = {n: getattr(part, n) for n in ("r", "scale", "tokens") if hasattr(part, n)}
                 facts |= layer_facts(host, part.layout)
                 kind = layer_kind(host, part.layout)
-                yield AdapterRecord(
-                    canonical(host_name), parameter, kind, tuple(stored.shape), facts, _tensors(part, take)
-                )
+                yield AdapterRecord(canonical(host_name), parameter, kind, shape, facts, _tensors(part, take))
             if not weights and not adapter.overrides():
                 kind = original_class(host).__name__
                 yield AdapterRecord(canonical(host_name), "", kind, (), {}, _tensors(adapter, take))
@@ -115,6 +115,12 @@ def _tensors(adapter: Adapter, take: Callable[[Tensor], Tensor] | None) -> dict[
     if take is None:
         return {}
     return {key: take(value) for key, value in adapter.state_dict().items() if not key.startswith("replacement.")}
+
+
+def stored_shape(host: nn.Module, parameter: str, layout: WeightLayout) -> tuple[int, ...]:
+    """The stored shape of an adapted weight; of a packed layer, that of its matrix, as in the layer it replaced."""
+    packed = linear_sizes(host) if isinstance(layout, PackedLayout) else None
+    return tuple(host.get_parameter(parameter).shape) if packed is None else packed
 
 
 def layer_kind(host: nn.Module, layout: Any) -> str:
@@ -131,6 +137,7 @@ def layer_kind(host: nn.Module, layout: Any) -> str:
         ConvLayout: "Conv",
         ConvTransposeLayout: "ConvTranspose",
         NormLayout: "Norm",
+        PackedLayout: "Linear",
     }
     return kinds.get(type(layout), "Linear" if isinstance(host, nn.Linear) else "Parameter")
 

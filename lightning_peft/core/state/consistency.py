@@ -20,6 +20,7 @@ from lightning_peft.core.record import InjectionState, injected_module, injectio
 from lightning_peft.core.state.fingerprint import fingerprint
 from lightning_peft.core.state.moved_values import InitialValues
 from lightning_peft.core.state.state_dict import StateError
+from lightning_peft.core.targeting.packed import is_packed
 
 __all__ = ["check_record", "update_base"]
 
@@ -58,8 +59,8 @@ def _resized(record: InjectionState, name: str, host: str, module: nn.Module) ->
         return None
     for part in record.adapter_records.get(name, ()):
         stored = stored_tensor(module, part.parameter) if part.host == host and part.parameter else None
-        if stored is None or stored.ndim != len(part.shape) or not stored.numel():
-            continue  # a strategy that shards has flattened or split it
+        if stored is None or stored.ndim != len(part.shape) or not stored.numel() or is_packed(module):
+            continue  # a strategy that shards has flattened or split it; a packed layer stores no matrix
         if tuple(stored.shape) != tuple(part.shape):
             shapes = " to ".join("x".join(map(str, shape)) for shape in (part.shape, stored.shape))
             return f"{host!r} was resized from {shapes}"

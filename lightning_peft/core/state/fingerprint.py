@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -11,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.adapters.lookup import stacks
+from lightning_peft.core.class_swap import original_class
 from lightning_peft.core.names import canonical, nearest
 from lightning_peft.core.sharded_tensors import gather_full, is_sharded
 from lightning_peft.core.state.moved_values import extra_state
 from lightning_peft.core.state.state_dict import StateError, trainable_keys
+from lightning_peft.core.targeting.packed import packed_layers, plain_tensors
 
 __all__ = ["OtherBaseError", "check_fingerprint", "fingerprint", "fingerprint_now"]
 
@@ -30,6 +33,8 @@ def fingerprint(
 ) -> dict[str, Any]:
     """Return what identifies the frozen base: a digest of names and shapes, and a few values of some tensors.
 
+    Also the number of quantised layers by class, so that an error can say that a base is quantised and another is not.
+
     It stores values instead of a digest of them, so that a base loaded in another precision is still recognised.
 
     Args:
@@ -43,7 +48,7 @@ def fingerprint(
     names = list(frozen)
     chosen = names[:: max(1, len(names) // tensors)]
     values = {n: _sample(frozen[n], samples) for n in chosen if frozen[n].numel() and not frozen[n].is_meta}
-    return {"shapes": shapes, "values": _finite(values)}
+    return {"shapes": shapes, "values": _finite(values), "packed": _packed(model)}
 
 
 def check_fingerprint(model: nn.Module, saved: Mapping[str, Any], plain: bool = False) -> None:
@@ -59,6 +64,12 @@ def check_fingerprint(model: nn.Module, saved: Mapping[str, Any], plain: bool = 
     """
     if any(stack.merged is not None for stack in stacks(model).values()):
         raise StateError("adapters are merged into the base, so it cannot be compared: call lp.unmerge(model) first")
+    here, there = _packed(model), saved.get("packed")
+    if isinstance(there, Mapping) and bool(here) != bool(there):
+        raise OtherBaseError(
+            f"this is a different base model: it has {_listed(here)}, but the state was trained on a base with "
+            f"{_listed(there)}. Quantise the same layers in the same way first (lp.QuantizeBase)"
+        )
     trained = set() if plain else trainable_keys(model)
     frozen = _tensors_but(model, trained)
     for name, values in saved["values"].items():
@@ -113,7 +124,16 @@ def _same(here: list[float], there: list[float]) -> bool:
 
 def _tensors_but(model: nn.Module, without: set[str]) -> dict[str, Tensor]:
     state = {canonical(k): v for k, v in nn.Module.state_dict(model).items() if isinstance(v, Tensor)}
-    return {k: v for k, v in state.items() if k not in without}
+    return {n: t for k, v in state.items() if k not in without for n, t in plain_tensors(k, v)}
+
+
+def _packed(model: nn.Module) -> dict[str, int]:
+    """The number of packed layers of each class."""
+    return dict(Counter(original_class(layer).__name__ for layer in packed_layers(model)))
+
+
+def _listed(packed: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} quantised {kind}" for kind, count in packed.items()) or "no quantised layers"
 
 
 def _sample(tensor: Tensor, samples: int) -> list[float]:

@@ -20,6 +20,7 @@ from lightning_peft.core.adapters.lookup import hosts, stack_prefixes
 from lightning_peft.core.adapters.stack import AdapterStack
 from lightning_peft.core.names import canonical
 from lightning_peft.core.sharded_tensors import is_sharded, local_part
+from lightning_peft.core.targeting.packed import plain_tensors
 
 __all__ = ["InitialValues", "extra_state"]
 
@@ -162,6 +163,9 @@ def _sums(tensor: Tensor) -> tuple[int, ...] | None:
     """Sum the bits by row and by column, weighted by position; None if the values cannot be read."""
     if tensor.is_meta:
         return None
+    if len(parts := [*plain_tensors("", tensor)]) > 1:
+        found = [_sums(part) for _, part in parts]
+        return None if None in found else tuple(each for of_part in found for each in of_part or ())
     try:
         flat = tensor.contiguous().reshape(-1).view(torch.uint8)
     except (RuntimeError, NotImplementedError, TypeError):  # a tensor subclass that cannot be viewed as bytes

@@ -12,6 +12,7 @@ from rich.table import Table
 from torch import nn
 
 from lightning_peft.core.names import listed, numbers_as_stars
+from lightning_peft.core.targeting.packed import count_parameters
 
 __all__ = ["Entry", "Report"]
 
@@ -81,7 +82,7 @@ class Report:
     def count(self, model: nn.Module) -> None:
         """Recount the trainable and total parameters of ``model``."""
         self.trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        self.total = sum(p.numel() for p in model.parameters())
+        self.total = count_parameters(model)
 
     def copy(self) -> Report:
         """Return an independent copy."""

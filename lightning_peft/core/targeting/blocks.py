@@ -20,6 +20,7 @@ from lightning_peft.core.names import is_within, join, leaf, owner_of
 from lightning_peft.core.targeting.base_modules import base_modules
 from lightning_peft.core.targeting.frozen_parts import in_frozen_part
 from lightning_peft.core.targeting.linear_like import output_features
+from lightning_peft.core.targeting.packed import is_packed, linear_sizes
 from lightning_peft.core.targeting.sites import Site, output_head, weight_sites
 
 __all__ = ["Sublayer", "channels_first", "find_blocks", "find_sublayers", "input_width", "label", "output_width"]
@@ -160,6 +161,8 @@ def _own_width(module: nn.Module) -> int | None:
     shape = module.__dict__.get("normalized_shape")
     if isinstance(shape, tuple):
         return shape[-1]
+    if is_packed(module):
+        return (linear_sizes(module) or (None,))[0]
     if (width := output_features(module)) is not None:
         return width
     weight = module._parameters.get("weight")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lightning_peft.core.class_swap import original_class, own_forward
 from lightning_peft.core.names import join
 from lightning_peft.core.targeting.linear_like import linear_form, registered_form
+from lightning_peft.core.targeting.packed import is_packed
 
 __all__ = [
     "ConvLayout",
@@ -23,6 +24,7 @@ __all__ = [
     "NormLayout",
     "OtherLinearLayout",
     "OtherTransposedLayout",
+    "PackedLayout",
     "TransposedLayout",
     "WeightLayout",
     "layout_of",
@@ -102,6 +104,10 @@ class OtherLinearLayout(LinearLayout):
 
 class OtherTransposedLayout(TransposedLayout):
     """A linear layer of another class than ``nn.Linear`` that stores W^T."""
+
+
+class PackedLayout(LinearLayout):
+    """A linear layer with a quantised or packed weight: methods see the dequantised W."""
 
 
 def weight_name(host: str, parameter: str, bare: bool) -> str:
@@ -239,6 +245,8 @@ _FORWARDS: dict[type[nn.Module], type[WeightLayout]] = {
 def layout_of(module: nn.Module) -> tuple[WeightLayout, bool] | None:
     """Return the layout of the module's ``weight`` and whether ``all-linear`` includes it; None for other modules."""
     cls = original_class(module)
+    if is_packed(module):
+        return PackedLayout(), True
     for kind, made in _FORWARDS.items():
         if isinstance(module, kind):
             layout = ConvTransposeLayout(cast(int, module.groups)) if made is ConvTransposeLayout else made()

@@ -22,14 +22,16 @@ from lightning_peft.core.targeting.frozen_parts import in_frozen_part, why_froze
 from lightning_peft.core.targeting.layouts import (
     NormLayout,
     OtherLinearLayout,
+    PackedLayout,
     WeightLayout,
     layout_of,
 )
 from lightning_peft.core.targeting.output_head import find_output_head
+from lightning_peft.core.targeting.packed import dequantized, linear_sizes, own_tensors, packed_problem
 from lightning_peft.core.targeting.patterns import TargetError, match, no_match
 from lightning_peft.core.targeting.recurrent import RecurrentLayout, recurrent_weights
 from lightning_peft.core.targeting.selection import select
-from lightning_peft.core.targeting.storage import is_encoded_layer, storage_problem
+from lightning_peft.core.targeting.storage import storage_problem
 
 __all__ = ["Site", "check_stored", "find_sites", "matches_site", "norm_sites", "output_head", "weight_sites"]
 
@@ -56,19 +58,26 @@ class Site:
 
     @property
     def weight(self) -> Tensor:
-        """The stored weight.
+        """The stored weight; of a packed layer, its matrix, computed now.
 
         Raises:
             TargetError: if the weight is computed from other parameters.
         """
         check_stored([self])
-        return self.module.get_parameter(self.parameter)
+        return dequantized(self.module) if self.is_packed else self.module.get_parameter(self.parameter)
 
     @property
     def is_computed(self) -> bool:
         """Whether the module computes the weight from other parameters before each call (weight norm, pruning, ...)."""
+        if self.is_packed:
+            return False
         module = self.module.get_submodule(owner_of(self.parameter))
         return parametrize.is_parametrized(module) or module._parameters.get(leaf(self.parameter)) is None
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether the weight is quantised or packed, so that only its layer can compute with it."""
+        return isinstance(self.layout, PackedLayout)
 
     @property
     def is_bare(self) -> bool:
@@ -84,6 +93,8 @@ class Site:
     def bias(self) -> str | None:
         """The name of the bias that the layer adds, or could add, to the product with the weight; None if it cannot."""
         name = {"weight": "bias", "in_proj_weight": "in_proj_bias"}.get(leaf(self.parameter))
+        if self.is_packed:
+            return "bias"
         biases = self.module.get_submodule(owner_of(self.parameter))._parameters
         if name not in biases or not self.is_bare:
             return name if name in biases else None
@@ -93,6 +104,8 @@ class Site:
     @property
     def shape(self) -> torch.Size:
         """The matrix's shape: (out, in), or (batch, out, in) for stacked experts."""
+        if self.is_packed:
+            return torch.Size(linear_sizes(self.module) or ())
         return self.matrix.shape
 
     @property
@@ -116,15 +129,25 @@ def check_stored(sites: Iterable[Site]) -> None:
             f"any change. Exclude it (exclude={computed}), or remove the parametrization first: "
             "torch.nn.utils.parametrize.remove_parametrizations, remove_weight_norm, prune.remove"
         )
-    weights = {site.name: site.module.get_parameter(site.parameter) for site in sites}
-    problems = {name: why for name, weight in weights.items() if (why := storage_problem(weight)) is not None}
+    problems = {site.name: why for site in sites if (why := _unusable(site)) is not None}
     if problems:
         name, why = next(iter(problems.items()))
         raise TargetError(
-            f"the weight of {name!r} {why}. Adapters on such weights are not supported yet, because they could "
-            f"neither be computed exactly nor merged. Exclude it (exclude={list(problems)}), or load the model "
-            "unquantised"
+            f"the weight of {name!r} {why}. Adapters on it are not supported. Exclude it (exclude={list(problems)}), "
+            "or load the model unquantised"
         )
+
+
+def _unusable(site: Site) -> str | None:
+    """Why adapters cannot work on the stored weight; None if they can."""
+    if not site.is_packed:
+        return storage_problem(site.module.get_parameter(site.parameter))
+    problem = packed_problem(site.module)
+    if problem is None:
+        return None
+    tensors = (storage_problem(t) for _, t in own_tensors(site.module))
+    stored = next(filter(None, tensors), "is packed")
+    return f"{stored}, and its layer ({original_class(site.module).__name__}) cannot be adapted as it is: {problem}"
 
 
 def weight_sites(model: nn.Module) -> dict[str, Site]:
@@ -195,9 +218,6 @@ def find_sites(
     def all_linear() -> list[str]:
         left_alone, head = in_frozen_part(model), output_head(model, sites)
         heads.extend(name for name in sites if name == head)
-        _check_encoded(
-            {n: m for n, m in modules.items() if n not in sites and is_encoded_layer(m) and not left_alone(n)}
-        )
         linear = [n for n, site in free.items() if site.linear_like and n != head and not left_alone(n)]
         if not linear:
             raise TargetError(_no_linear(model, sites, heads))
@@ -219,15 +239,6 @@ def find_sites(
         missing=missing,
     )
     return {n: sites[n] for n in sites if n in chosen}, heads
-
-
-def _check_encoded(layers: Mapping[str, nn.Module]) -> None:
-    if layers:
-        kinds = ", ".join(sorted({original_class(layer).__name__ for layer in layers.values()}))
-        raise TargetError(
-            f"targets='all-linear': {', '.join(layers)} ({kinds}) hold quantised or packed weights, which are not "
-            "supported yet. Name the layers to adapt in targets, or load the model unquantised"
-        )
 
 
 def _no_linear(model: nn.Module, sites: dict[str, Site], heads: list[str]) -> str:
@@ -269,11 +280,6 @@ def _nothing_to_adapt(pattern: str, modules: Mapping[str, nn.Module], sites: dic
     if not hits:
         return no_match(pattern, {name: site.module for name, site in sites.items()})
     name, module = hits[0]
-    if is_encoded_layer(module):
-        return (
-            f"{pattern!r} matches {name!r} ({original_class(module).__name__}), whose weight is quantised or packed: "
-            "this is not supported yet, so load the model unquantised"
-        )
     kind = original_class(module).__name__
     inside = [n for n in sites if n != name and is_within(n, name)]
     if bare := [n for n in inside if sites[n].host == name]:

@@ -1,10 +1,10 @@
-"""Detect weights that are quantised, packed or otherwise encoded, which methods cannot change."""
+"""Detect weights that are quantised, packed or otherwise encoded, which methods cannot read as a matrix."""
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
-__all__ = ["is_encoded_layer", "storage_problem"]
+__all__ = ["storage_problem"]
 
 
 def storage_problem(tensor: Tensor) -> str | None:
@@ -18,15 +18,3 @@ def storage_problem(tensor: Tensor) -> str | None:
     if not isinstance(tensor, Tensor) or kind.__module__.partition(".")[0] == "torch":
         return None
     return f"is a {kind.__module__}.{kind.__name__}, a tensor subclass that may hold quantised values"
-
-
-def is_encoded_layer(module: nn.Module) -> bool:
-    """Whether ``module`` is another library's linear layer with a quantised or packed weight."""
-    sizes = [getattr(module, name, None) for name in ("in_features", "out_features")]
-    if not all(isinstance(size, int) for size in sizes):
-        return False
-    if any(p.ndim > 1 and (p.is_floating_point() or p.is_complex()) for p in module.parameters()):
-        return False
-    tensors = [*module.parameters(), *module.buffers()]
-    packed = any(hasattr(m, "_packed_params") for m in module.modules())
-    return packed or any(t.ndim > 1 and not t.is_floating_point() for t in tensors)

@@ -121,4 +121,4 @@ def _fingerprint(base: Base, record: InjectionState) -> dict[str, Any]:
     parts = [part for parts in record.adapter_records.values() for part in parts]
     now = fingerprint_now(record.fingerprint, state, adapted_names(parts))
     values = {base.inner(name): value for name, value in now["values"].items()}
-    return {"values": {name: value for name, value in values.items() if name}}
+    return {"values": {name: value for name, value in values.items() if name}, "packed": now.get("packed", {})}

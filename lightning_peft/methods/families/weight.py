@@ -19,6 +19,7 @@ from lightning_peft.core.targeting.frozen_parts import in_frozen_part
 from lightning_peft.core.targeting.layouts import layout_of, weight_name
 from lightning_peft.core.targeting.linear_like import linear_form, may_be_linear
 from lightning_peft.core.targeting.output_head import how_head_was_found
+from lightning_peft.core.targeting.packed import parameter_sizes
 from lightning_peft.core.targeting.patterns import TargetError, as_patterns
 from lightning_peft.core.targeting.sites import Site, check_stored, find_sites, matches_site, weight_sites
 from lightning_peft.methods.families.method import PEFTMethod
@@ -166,15 +167,15 @@ def _not_reached(model: nn.Module, reached: list[str]) -> list[str]:
     seen: set[int] = set()
     total = 0
     for name, module in base_modules(model):
-        own = [(join(name, k), p) for k, p in module._parameters.items() if p is not None]
-        for key, parameter in own:
-            if id(parameter) in seen:
+        for parameter, (identity, size) in parameter_sizes(module).items():
+            if identity in seen:
                 continue
-            seen.add(id(parameter))
-            total += parameter.numel()
+            seen.add(identity)
+            total += size
+            key = join(name, parameter)
             if not inside(key) and not is_within(key, *reached):
                 kind = original_class(module).__name__
-                sizes[kind] = sizes.get(kind, 0) + parameter.numel()
+                sizes[kind] = sizes.get(kind, 0) + size
     shares = {kind: 100 * size / max(total, 1) for kind, size in sorted(sizes.items(), key=lambda item: -item[1])}
     if sum(shares.values()) < 1:
         return []

@@ -58,7 +58,7 @@ def _no_weight() -> nn.Module:
     ("make", "message"),
     [
         (_tied, r"embed.weight is the same tensor as \['lm_head.weight'\].*untie=True\) gives it its own copy"),
-        (_quantised, "mid.weight is stored as torch.int8: adapters cannot be merged exactly"),
+        (_quantised, r"'mid' \(Linear\) has a quantised weight, which cannot hold the merged values"),
         (_infinite, "down.weight would hold NaN or infinity"),
         (_overflowing, "down.weight would hold NaN or infinity"),
         (_merged, "'up' already has merged adapters: call lp.unmerge"),
