@@ -306,7 +306,8 @@ def _try(module: nn.Module) -> str | None:
         try:
             return next(filter(None, (_linear_problem(module, training) for training in (True, False))), None)
         except Exception as error:  # the layer's own forward may raise anything
-            return f"its forward raised {type(error).__name__} in a trial call: {str(error).splitlines()[0][:200]}"
+            what = " ".join(f"{type(error).__name__}: {error}".split())
+            return f"its forward failed in a trial call ({what[:200]})"
 
 
 def _linear_problem(module: nn.Module, training: bool) -> str | None:

@@ -1,0 +1,189 @@
+"""Methods on bases that other packages quantised: like on a float base with the dequantised weights, and like PEFT."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+import lightning_peft as lp
+from lightning_peft.core.targeting.packed import dequantized, is_packed
+from tests.helpers import close, perturb
+
+bnb = pytest.importorskip("bitsandbytes")
+
+QUANTISED = (0, 2, 4)
+
+
+def mlp() -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 64, bias=False), nn.Tanh(), nn.Linear(64, 64), nn.Linear(64, 4)
+    return nn.Sequential(*layers)
+
+
+def four_bit(layer: nn.Linear) -> nn.Module:
+    return bnb.nn.Linear4bit(
+        layer.in_features,
+        layer.out_features,
+        bias=layer.bias is not None,
+        compute_dtype=torch.float32,
+        quant_type="nf4",
+    )
+
+
+def eight_bit(layer: nn.Linear) -> nn.Module:
+    bias = layer.bias is not None
+    return bnb.nn.Linear8bitLt(layer.in_features, layer.out_features, bias=bias, has_fp16_weights=False)
+
+
+KINDS = {"nf4": four_bit, "int8": eight_bit}
+
+
+def quantised(kind: str) -> nn.Sequential:
+    model = mlp()
+    for i in QUANTISED:
+        layer = KINDS[kind](model[i])
+        layer.load_state_dict(model[i].state_dict())
+        model[i] = layer.to("cpu")  # quantises
+    return model
+
+
+def dequantised(model: nn.Sequential) -> nn.Sequential:
+    plain = mlp()
+    for i in QUANTISED:
+        plain[i].weight.data = dequantized(model[i])
+    return plain
+
+
+def step(model: Any, x: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    y = model(x)
+    y.square().sum().backward()
+    return y, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+METHODS = {
+    "LoRA": lambda: lp.LoRA(r=2, lora_bias=True, bias="lora_only", trainable=["5"]),
+    "PiSSA": lambda: lp.LoRA(r=2, init="pissa"),
+    "VeRA": lambda: lp.VeRA(r=2),
+    "DoRA": lambda: lp.DoRA(r=2),
+    "LoKr": lambda: lp.LoKr(r=2),
+    "OFT": lambda: lp.OFT(),
+    "IA3": lambda: lp.IA3(targets=["0"], feedforward_targets=["4"]),
+    "SSF": lambda: lp.SSF(targets=["0", "4"]),
+    "BottleneckAdapter": lambda: lp.BottleneckAdapter(targets=["2"]),
+    "BitFit": lambda: lp.BitFit(),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("make", METHODS.values(), ids=METHODS)
+def test_outputs_and_gradients_are_those_on_the_dequantised_base(kind, make):
+    model, x = quantised(kind), torch.randn(5, 64)
+    plain = dequantised(model)
+    reports = [lp.apply(each, make()) for each in (model, plain)]
+    perturb(model)
+    perturb(plain)
+    (y, gradients), (expected, others) = step(model, x), step(plain, x)
+    close(y, expected)
+    assert gradients.keys() == others.keys() != set()
+    for name, gradient in gradients.items():
+        close(gradient, others[name], 1e-4)
+    assert reports[0].total == reports[1].total
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_evaluating_first_does_not_stop_the_gradient(training):
+    """On some CPUs bitsandbytes repacks a weight in evaluation mode for a kernel without a backward."""
+    model, x = quantised("nf4"), torch.randn(5, 64)
+    plain = dequantised(model)
+    for each in (model, plain):
+        lp.apply(each, lp.LoRA(r=2))
+        perturb(each)
+        each.eval()(x)
+        each.train(training)
+    (y, gradients), (expected, others) = step(model, x), step(plain, x)
+    close(y, expected)
+    assert gradients.keys() == others.keys()
+    for name, gradient in gradients.items():
+        close(gradient, others[name])
+
+
+def test_layers_that_are_not_quantised_yet_are_refused():
+    model = mlp()
+    model[0] = four_bit(model[0])
+    with pytest.raises(
+        lp.TargetError, match=r"'0' is a bitsandbytes\S*Params4bit, .* failed in a trial call \(AssertionError"
+    ):
+        lp.apply(model, lp.LoRA(r=2, targets=["0"]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_as_peft_has_it(kind, tmp_path):
+    peft = pytest.importorskip("peft")
+    x = torch.randn(5, 64)
+    model = quantised(kind)
+    theirs = peft.get_peft_model(
+        copy.deepcopy(model), peft.LoraConfig(r=4, lora_alpha=8, target_modules=["0", "2", "4"])
+    )
+    with torch.no_grad():
+        for p in theirs.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn_like(p), alpha=0.1)
+    theirs.save_pretrained(tmp_path / "theirs")
+    lp.load_adapter(model, tmp_path / "theirs", trainable=True)
+    (y, gradients), (expected, others) = step(model, x), step(theirs, x)
+    close(y, expected)
+    ours = sorted(p.float().norm().item() for p in gradients.values())
+    close(torch.tensor(ours), torch.tensor(sorted(p.float().norm().item() for p in others.values())), 1e-4)
+    lp.save_adapter(model, tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(quantised(kind), tmp_path / "ours")
+    close(again.train()(x), expected)  # in evaluation mode bitsandbytes rounds more
+
+
+class Regression(L.LightningModule):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.net = quantised(kind)
+
+    def forward(self, x):
+        return self.net(x)
+
+    def training_step(self, batch, index):
+        return self(batch).square().mean()
+
+    def validation_step(self, batch, index):
+        self.log("val", self(batch).square().mean())
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def fit(module: L.LightningModule, folder: Path, *callbacks: Any, **options: Any) -> L.Trainer:
+    data = DataLoader(torch.randn(12, 64, generator=torch.Generator().manual_seed(1)), 4)
+    options = {"max_epochs": 1, "accelerator": "cpu", "logger": False, "enable_progress_bar": False, **options}
+    saving = L.pytorch.callbacks.ModelCheckpoint(folder, filename="last")
+    trainer = L.Trainer(callbacks=[*callbacks, saving], enable_model_summary=False, **options)
+    trainer.fit(module, data, data)
+    return trainer
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_and_its_checkpoint(kind, tmp_path):
+    module = Regression(kind)
+    before = {k: v.clone() for k, v in module.state_dict().items() if isinstance(v, torch.Tensor)}
+    fit(module, tmp_path, lp.LoRA(r=2))
+    now = module.state_dict()
+    assert all(torch.equal(now[k], v) for k, v in before.items())
+    state = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+    assert {k.split(".")[2] for k in state} == {"adapters"}
+    x = torch.randn(3, 64)
+    again = lp.load_from_checkpoint(Regression, tmp_path / "last.ckpt")
+    close(again.eval()(x), module.eval()(x), 1e-6)
+    assert sum(map(is_packed, again.modules())) == 3
