@@ -27,6 +27,7 @@ from lightning_peft.trainer.checkpoints.trimming import trim_state
 from lightning_peft.trainer.optimizers import has_gradients
 from lightning_peft.trainer.packages import lightning_classes
 from lightning_peft.trainer.resume.dataloaders import TrainingLoaders
+from lightning_peft.trainer.resume.epoch_end import finish_epoch
 
 __all__ = ["adapt_strategy"]
 
@@ -59,7 +60,7 @@ def adapt_strategy(trainer: L.Trainer, loaders: TrainingLoaders) -> None:
             "result with lp.load_from_checkpoint, or train with strategy='ddp'"
         )
     full_state, process = strategy.lightning_module_state_dict, strategy.process_dataloader
-    step, end = strategy.optimizer_step, strategy.teardown
+    step, start, end = strategy.optimizer_step, strategy.on_train_start, strategy.teardown
     load, load_optimizers = strategy.load_checkpoint, strategy.load_optimizer_state_dict
 
     def lightning_module_state_dict() -> dict[str, Any]:
@@ -107,6 +108,10 @@ def adapt_strategy(trainer: L.Trainer, loaders: TrainingLoaders) -> None:
         loader = process(loader)
         return loaders.wrap(loader, trainer) if trainer.training else loader
 
+    def on_train_start() -> None:
+        start()
+        finish_epoch(trainer)
+
     def teardown() -> None:  # runs after every run; after an exception, it runs after callbacks that save on one
         loaders.release(trainer)
         end()
@@ -116,6 +121,7 @@ def adapt_strategy(trainer: L.Trainer, loaders: TrainingLoaders) -> None:
     strategy.load_optimizer_state_dict = load_optimizer_state_dict
     strategy.optimizer_step = optimizer_step
     strategy.process_dataloader = process_dataloader
+    strategy.on_train_start = on_train_start
     strategy.teardown = teardown
     save_in_one_step(strategy)
     if isinstance(strategy, lightning_classes("strategies.ModelParallelStrategy")):

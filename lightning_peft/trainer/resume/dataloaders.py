@@ -13,9 +13,7 @@ torchdata's ``StatefulDataLoader`` resumes by itself and is used as it is. This 
 with the same seed its order differs from that of ``DataLoader``, and because it does not restore the RNG states of
 workers, of iterable datasets, or of samplers other than ``RandomSampler``.
 
-Two cases are not covered. If the length of a pass is unknown and a checkpoint is saved after its last batch but before
-its validation, Lightning skips that validation on resume. A loader class that overrides the iteration resumes only if
-it has ``state_dict`` and ``load_state_dict``.
+A loader class that overrides the iteration resumes only if it has ``state_dict`` and ``load_state_dict``.
 """
 
 from __future__ import annotations
@@ -28,6 +26,7 @@ import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
+from lightning_peft.trainer.resume.epoch_end import saved_before_epoch_end
 from lightning_peft.trainer.resume.rng_recording import CollateWithRNGState, RecordedDraws, RNGStates, StartWorker
 from lightning_peft.trainer.resume.rng_state import SavedRNGState, gather_ranks, this_rank
 
@@ -189,9 +188,11 @@ class _Source:
         return resuming and self.trainer.current_epoch > 0 and not self.in_the_middle()
 
     def starts_twice(self) -> bool:
-        """Whether Lightning discards this first pass of a resumed run, as releases before 2.5.3 may."""
+        """Whether this first pass of a resumed run is discarded, by finish_epoch or by Lightning before 2.5.3."""
         fit = self.trainer.fit_loop
         first = fit._data_fetcher is not None and fit._data_fetcher.iterator is None
+        if first and saved_before_epoch_end(self.trainer):
+            return True
         done = fit.epoch_progress.current.processed  # trainer.current_epoch is restored later
         return first and done > 0 and not fit.epoch_loop.restarting and not hasattr(fit, "is_resuming")
 
