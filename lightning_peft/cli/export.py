@@ -36,12 +36,11 @@ def export(args: Sequence[str]) -> None:
     )
     add_model_option(parser, "the class of the trained module, if the checkpoint is not enough")
     options, arguments = parse(parser, args)
-    extra = {"fold_scale": True} if options.fold_scale else {}
     if options.model is None:
-        names = export_checkpoint(options.checkpoint, options.directory, options.name, **extra)
+        names = export_checkpoint(options.checkpoint, options.directory, options.name, fold_scale=options.fold_scale)
     else:
         module = load_module(options.checkpoint, options.model, arguments)
-        names = lp.save_adapter(module, options.directory, options.name, **extra)
+        names = lp.save_adapter(module, options.directory, options.name, fold_scale=options.fold_scale)
     print(f"{options.directory}: {', '.join(names)}", file=sys.stderr)
     for name in names:
         folder = Path(options.directory) / name if len(names) > 1 else Path(options.directory)

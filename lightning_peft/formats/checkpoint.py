@@ -34,14 +34,16 @@ from lightning_peft.trainer.module import adapt_module
 __all__ = ["export_checkpoint", "import_checkpoint"]
 
 
-def export_checkpoint(path: str | Path, directory: str | Path, name: str | None = None, **options: Any) -> list[str]:
+def export_checkpoint(
+    path: str | Path, directory: str | Path, name: str | None = None, *, fold_scale: bool = False
+) -> list[str]:
     """Write the adapters of a checkpoint as adapter directories.
 
     Args:
         path: A checkpoint of a run with methods attached.
         directory: The output directory. Several adapters are written to subdirectories with their names.
         name: The adapter to export; by default all of them.
-        **options: Options of the format, see :func:`lightning_peft.save_adapter`.
+        fold_scale: Multiply LoRA's B by the scale, for tools that ignore alpha and rsLoRA.
 
     Returns:
         The names of the exported adapters.
@@ -51,10 +53,10 @@ def export_checkpoint(path: str | Path, directory: str | Path, name: str | None 
         FormatError: if the directory cannot be written without the base model itself.
     """
     with naming(path):
-        return _export(read_checkpoint(path), path, directory, name, **options)
+        return _export(read_checkpoint(path), path, directory, name, fold_scale)
 
 
-def _export(checkpoint: Mapping[str, Any], path: Any, directory: Any, name: str | None, **options: Any) -> list[str]:
+def _export(checkpoint: Mapping[str, Any], path: Any, directory: Any, name: str | None, fold_scale: bool) -> list[str]:
     manifest = checkpoint[KEY]
     if "base" not in manifest:
         raise FormatError(
@@ -73,7 +75,7 @@ def _export(checkpoint: Mapping[str, Any], path: Any, directory: Any, name: str 
     for snapshot in snapshots.values():
         snapshot.metrics = scores(checkpoint)
     try:
-        write_snapshots(snapshots, directory, **options)
+        write_snapshots(snapshots, directory, fold_scale)
     # The outline has names and layer kinds only. A converter that reads more of the base fails with one of these.
     except (AttributeError, KeyError, StopIteration) as error:
         raise FormatError(

@@ -38,7 +38,7 @@ class NativeConverter(Converter):
     peft_type = NATIVE
     methods = ()
 
-    def write(self, snapshot: Snapshot, **options: Any) -> Writing:
+    def write(self, snapshot: Snapshot, fold_scale: bool = False) -> Writing:
         method, name = snapshot.method, snapshot.base.name
         tensors = {
             PREFIX + join(part.name, "adapters", key): tensor

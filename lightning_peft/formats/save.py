@@ -27,7 +27,9 @@ from lightning_peft.formats.registry import converter_for_method
 __all__ = ["save_adapter", "try_writing", "write_snapshots"]
 
 
-def save_adapter(model: nn.Module, directory: str | Path, name: str | None = None, **options: Any) -> list[str]:
+def save_adapter(
+    model: nn.Module, directory: str | Path, name: str | None = None, *, fold_scale: bool = False
+) -> list[str]:
     """Write an adapter to a directory: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
     The files are Hugging Face PEFT's if it can represent the adapter. Otherwise ``peft_type`` is ``LIGHTNING_PEFT``,
@@ -41,8 +43,7 @@ def save_adapter(model: nn.Module, directory: str | Path, name: str | None = Non
         directory: The output directory; created if it does not exist.
         name: The adapter to save; by default all of them. A single adapter is written to ``directory`` itself, several
             to subdirectories with their names.
-        **options: Options of the format. ``fold_scale=True`` multiplies LoRA's B by the scale, for tools that ignore
-            alpha and rsLoRA.
+        fold_scale: Multiply LoRA's B by the scale, for tools that ignore alpha and rsLoRA.
 
     Returns:
         The names of the saved adapters.
@@ -57,7 +58,7 @@ def save_adapter(model: nn.Module, directory: str | Path, name: str | None = Non
     snapshots = {each: take_snapshot(model, each) for each in names}
     if holds_shards(model):
         _check_gathered(snapshots.values())
-    write_snapshots(snapshots, directory, **options)
+    write_snapshots(snapshots, directory, fold_scale)
     return names
 
 
@@ -74,7 +75,7 @@ def _check_gathered(snapshots: Iterable[Snapshot]) -> None:
             )
 
 
-def write_snapshots(snapshots: Mapping[str, Snapshot], directory: str | Path, **options: Any) -> None:
+def write_snapshots(snapshots: Mapping[str, Snapshot], directory: str | Path, fold_scale: bool = False) -> None:
     """Write one adapter to ``directory`` itself, or several to subdirectories with their names.
 
     In a distributed run only rank 0 writes. There is no barrier, because rank 0 may be the only rank that calls this.
@@ -82,12 +83,12 @@ def write_snapshots(snapshots: Mapping[str, Snapshot], directory: str | Path, **
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     if not distributed or torch.distributed.get_rank() == 0:
         for name, snapshot in snapshots.items():
-            write_snapshot(snapshot, Path(directory) / name if len(snapshots) > 1 else Path(directory), **options)
+            write_snapshot(snapshot, Path(directory) / name if len(snapshots) > 1 else Path(directory), fold_scale)
 
 
-def write_snapshot(snapshot: Snapshot, directory: Path, **options: Any) -> None:
+def write_snapshot(snapshot: Snapshot, directory: Path, fold_scale: bool = False) -> None:
     """Write the snapshot of one adapter to ``directory``."""
-    config, tensors, metadata, card = _content(snapshot, **options)
+    config, tensors, metadata, card = _content(snapshot, fold_scale)
     write_files(directory, config, tensors, metadata, card)
 
 
@@ -111,7 +112,9 @@ def try_writing(model: nn.Module, name: str) -> str | None:
 saving_trials.append(try_writing)
 
 
-def _content(snapshot: Snapshot, **options: Any) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, str], str]:
+def _content(
+    snapshot: Snapshot, fold_scale: bool = False
+) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, str], str]:
     """Return the content of an adapter directory: configuration, tensors, metadata of their file, and model card."""
     converter = converter_for_method(snapshot.method)
     own: dict[str, Any]
@@ -123,7 +126,7 @@ def _content(snapshot: Snapshot, **options: Any) -> tuple[dict[str, Any], dict[s
             snapshot.base, [p.host for p in snapshot.adapter_records] + snapshot.heads
         ).items():
             raise NotInPeftError(f"{name!r} and {others} are the same module, and PEFT would adapt only one name of it")
-        writing = converter.write(snapshot, **options)
+        writing = converter.write(snapshot, fold_scale=fold_scale)
         peft_type, own = converter.peft_type, {"modules_to_save": modules_to_save(snapshot)}
     except NotInPeftError as reason:
         writing, peft_type, own = NativeConverter().write(snapshot), NATIVE, {"reason": str(reason)}

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core.adapters.effective_weights import base_tensor, effective_weights, stored_tensor
+from lightning_peft.core.adapters.effective_weights import effective_weights, stored_tensor, values_before
 from lightning_peft.core.adapters.stack import Adapted
 from lightning_peft.core.class_swap import has_mixin
 from lightning_peft.core.targeting.sites import Site
@@ -54,12 +54,10 @@ class DoRAAdapter(LoRAAdapter):
 
     def output(self, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         z = super().output(host, x, y)
-        weight, bias, first = base_tensor(host, self.parameter), stored_tensor(host, "bias"), True
-        if before := host.adapters.running(before=self):  # type: ignore[union-attr, operator]
-            now, first = effective_weights(host, before), False
-            weight, bias = now.get(self.parameter, weight), now.get("bias", bias)
+        weight, bias = values_before(host, self, self.parameter, "bias")
         assert weight is not None
-        gain = self.magnitude / self._remembered(weight, first)
+        stored = weight is stored_tensor(host, self.parameter)
+        gain = self.magnitude / self._remembered(weight, stored)
         by = self.layout.features(host, gain)
         if bias is None:
             return (z * by).to(z.dtype)
@@ -68,12 +66,12 @@ class DoRAAdapter(LoRAAdapter):
     def batched_class(self, host: nn.Module) -> None:
         return None  # the norms depend on the weight after the other adapters of each row
 
-    def _remembered(self, weight: Tensor, first: bool) -> Tensor:
+    def _remembered(self, weight: Tensor, stored: bool) -> Tensor:
         """The norms for ``weight``; a frozen adapter in evaluation computes them once and keeps them."""
         # Trainable parameters are never cached: weight averaging writes them through ``.data``, which does not
         # change ``_version``, so the cache could not see the change.
         fixed = not any(p.requires_grad for p in self.parameters()) and not self.training
-        if not fixed or not first or torch.compiler.is_compiling() or weight.is_inference():
+        if not fixed or not stored or torch.compiler.is_compiling() or weight.is_inference():
             return self._norm(self.layout.matrix(weight))
         key = tuple((id(t), t.data_ptr(), t._version) for t in (weight, self.lora_A, self.lora_B))
         if self._kept is None or self._kept[0] != key:

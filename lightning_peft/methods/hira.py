@@ -18,7 +18,7 @@ from attrs import field
 from torch import Tensor, nn
 
 from lightning_peft.core.adapters.base import WeightAdapter
-from lightning_peft.core.adapters.effective_weights import effective_weights, stored_tensor
+from lightning_peft.core.adapters.effective_weights import values_before
 from lightning_peft.core.targeting.layouts import ConvLayout, EmbeddingLayout
 from lightning_peft.core.targeting.sites import Site
 from lightning_peft.methods.families.arguments import positive_int, probability
@@ -56,8 +56,7 @@ class HiRAAdapter(WeightAdapter):
         return super().modifies_weight or not self.dropout  # without dropout one product is enough
 
     def output(self, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        before = host.adapters.running(before=self)  # type: ignore[union-attr, operator]
-        weight = effective_weights(host, before).get(self.parameter, stored_tensor(host, self.parameter))
+        (weight,) = values_before(host, self, self.parameter)
         assert weight is not None
         update = self.delta(self.layout.matrix(weight))
         product = partial(self.layout.down, host)

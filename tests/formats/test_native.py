@@ -219,3 +219,9 @@ def test_two_methods_with_the_same_class_name_are_told_apart(tmp_path):
             load_adapter(base, tmp_path)
     finally:
         del _METHODS["RowShift"]["elsewhere"]
+
+
+def test_an_option_that_does_not_exist_is_an_error(tmp_path):
+    lp.apply(model := nn.Sequential(nn.Linear(3, 3)), lp.SSF(targets=["0"]))
+    with pytest.raises(TypeError, match="format"):
+        lp.save_adapter(model, tmp_path, format="peft")

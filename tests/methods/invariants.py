@@ -20,7 +20,7 @@ import lightning_peft as lp
 from lightning_peft.core.adapters.effective_weights import effective_weights
 from lightning_peft.core.adapters.lookup import hosts
 from lightning_peft.core.state.state_dict import load_state
-from tests.helpers import close
+from tests.helpers import close, perturb
 
 CONVOLUTIONS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "plain": (lambda: nn.Conv2d(4, 6, 3), (2, 4, 7, 8)),
@@ -70,17 +70,6 @@ def _wide(layer: nn.Module) -> nn.Module:
 class _Scaled(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         return nn.functional.linear(x, self.weight / 2, self.bias) * 2
-
-
-def perturb(model: nn.Module, seed: int = 7, scale: float = 0.3, name: str | None = None) -> nn.Module:
-    """Move every adapter parameter that trains, as training would."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            if f".adapters.{name or ''}" in f".{key}" and parameter.requires_grad:
-                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-                parameter.add_(noise.to(parameter), alpha=scale)
-    return model
 
 
 def net(seed: int = 0) -> nn.Module:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import lightning_peft as lp
+from tests.helpers import close, perturb
 from tests.methods.invariants import (
     KINDS,
     check_against_matrix,
@@ -14,9 +15,7 @@ from tests.methods.invariants import (
     check_fit,
     check_invariants,
     check_parity,
-    close,
     net,
-    perturb,
 )
 
 R, COUNT = 2, 2 * (8 + 12 + 12 + 12 + 12 + 8) + 12 + 12 + 8

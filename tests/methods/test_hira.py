@@ -9,7 +9,7 @@ from torch import nn
 
 import lightning_peft as lp
 from tests.formats.models import llama, logits, made_by_peft, read_by_peft, tokens
-from tests.helpers import close
+from tests.helpers import close, perturb
 from tests.methods.invariants import (
     KINDS,
     check_against_matrix,
@@ -18,7 +18,6 @@ from tests.methods.invariants import (
     check_invariants,
     check_parity,
     net,
-    perturb,
 )
 
 

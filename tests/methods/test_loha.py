@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import lightning_peft as lp
+from tests.helpers import close, perturb
 from tests.methods.invariants import (
     KINDS,
     check_against_matrix,
@@ -12,9 +13,7 @@ from tests.methods.invariants import (
     check_fit,
     check_invariants,
     check_parity,
-    close,
     net,
-    perturb,
 )
 
 R, COUNT = 2, 2 * 2 * (8 + 12 + 12 + 12 + 12 + 8)

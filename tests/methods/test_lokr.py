@@ -8,6 +8,7 @@ from torch import nn
 
 import lightning_peft as lp
 from lightning_peft.methods.lokr import factorize
+from tests.helpers import close, perturb
 from tests.methods.invariants import (
     KINDS,
     check_against_matrix,
@@ -15,9 +16,7 @@ from tests.methods.invariants import (
     check_fit,
     check_invariants,
     check_parity,
-    close,
     net,
-    perturb,
 )
 
 # 12 x 8 is (3 x 2) (x) (4 x 4), 12 x 12 is (3 x 3) (x) (4 x 4), 8 x 12 is (2 x 3) (x) (4 x 4)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import lightning_peft as lp
+from tests.helpers import close, perturb
 from tests.methods.invariants import (
     KINDS,
     Task,
@@ -15,10 +16,8 @@ from tests.methods.invariants import (
     check_checkpointed_and_compiled,
     check_fit,
     check_invariants,
-    close,
     loader,
     net,
-    perturb,
     trainer,
 )
 

@@ -8,6 +8,7 @@ from torch import nn
 
 import lightning_peft as lp
 from tests.formats.models import llama, logits, made_by_peft, read_by_peft, tokens
+from tests.helpers import close, perturb
 from tests.methods.invariants import (
     KINDS,
     check_against_matrix,
@@ -15,9 +16,7 @@ from tests.methods.invariants import (
     check_fit,
     check_invariants,
     check_parity,
-    close,
     net,
-    perturb,
 )
 
 VARIANTS = {"standard": {"r": 3}, "mini": {"r": 3, "mini_r": 2}, "bat": {"r": 4}}

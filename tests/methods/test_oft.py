@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import lightning_peft as lp
+from tests.helpers import close, perturb
 from tests.methods.invariants import (
     KINDS,
     check_against_matrix,
@@ -15,9 +16,7 @@ from tests.methods.invariants import (
     check_fit,
     check_invariants,
     check_parity,
-    close,
     net,
-    perturb,
 )
 from tests.methods.tiny import Classifier, trainer
 

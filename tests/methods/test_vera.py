@@ -8,6 +8,7 @@ from torch import nn
 
 import lightning_peft as lp
 from lightning_peft.core.state.state_dict import load_state
+from tests.helpers import close, perturb
 from tests.methods.invariants import (
     KINDS,
     check_against_matrix,
@@ -15,9 +16,7 @@ from tests.methods.invariants import (
     check_fit,
     check_invariants,
     check_parity,
-    close,
     net,
-    perturb,
 )
 
 R, COUNT = 5, 3 * 5 + 12 + 12 + 8

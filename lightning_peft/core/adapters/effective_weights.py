@@ -24,6 +24,7 @@ __all__ = [
     "run_dequantized",
     "run_in_place",
     "stored_tensor",
+    "values_before",
 ]
 
 
@@ -92,6 +93,16 @@ def lost_input(adapters: Sequence[Adapter]) -> str | None:
                 "input. Apply the method with dropout last, or set its dropout=0"
             )
     return None
+
+
+def values_before(host: nn.Module, adapter: Adapter, *names: str) -> list[Tensor | None]:
+    """Return parameters of the host as they are after the adapters that run before ``adapter``; None if there is none.
+
+    An :meth:`WeightAdapter.output` that depends on the weight reads it here, so that it equals ``transform``.
+    """
+    before = host.adapters.running(before=adapter)  # type: ignore[union-attr, operator]
+    now = effective_weights(host, before) if before else {}
+    return [now[name] if name in now else base_tensor(host, name) for name in names]
 
 
 def stored_tensor(host: nn.Module, name: str) -> Tensor | None:

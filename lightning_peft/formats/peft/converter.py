@@ -71,8 +71,12 @@ class Converter(ABC):
     prefix: ClassVar[str] = PREFIX
 
     @abstractmethod
-    def write(self, snapshot: Snapshot, **options: Any) -> Writing:
+    def write(self, snapshot: Snapshot, fold_scale: bool = False) -> Writing:
         """Return PEFT's options and tensors for ``snapshot``, without its heads, which the caller writes.
+
+        Args:
+            snapshot: The adapter.
+            fold_scale: Multiply LoRA's B by the scale; the other types have no scale that tools ignore.
 
         Raises:
             NotInPeftError: if PEFT cannot represent the adapter; the message is the reason.

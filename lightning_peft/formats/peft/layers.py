@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,7 +14,7 @@ from lightning_peft.core.targeting.sites import Site, weight_sites
 from lightning_peft.core.untrusted import FormatError
 from lightning_peft.formats.directory.snapshot import Snapshot
 from lightning_peft.formats.peft.converter import PREFIX, Converter, NotInPeftError, Options, Reading, Tensors, Writing
-from lightning_peft.formats.peft.option_table import Option
+from lightning_peft.formats.peft.option_table import Option, read_options, written_options
 from lightning_peft.formats.peft.targets import resolve, target_modules
 from lightning_peft.methods.families.weight import WeightMethod
 
@@ -63,9 +62,10 @@ _LAYERS = frozenset({"Linear", "Conv1D", "Conv", "Embedding"})
 class LayerConverter(Converter):
     """Base class of converters for weight methods whose tensors differ from PEFT's in names and shapes only.
 
-    A subclass implements :meth:`config`, :meth:`method` and :meth:`place`.
+    A subclass gives :attr:`kinds` and :attr:`table`, and overrides the methods for what they cannot express.
     """
 
+    methods: ClassVar[tuple[type[WeightMethod], ...]]
     #: layer kinds that PEFT adapts, as in :class:`AdapterRecord`
     kinds: ClassVar[frozenset[str]]
     #: numbers of kernel dimensions of the convolutions that PEFT adapts
@@ -74,20 +74,23 @@ class LayerConverter(Converter):
     has_rank: ClassVar[bool] = False
     #: PEFT's options that correspond to arguments of the method, for both directions
     table: ClassVar[tuple[Option, ...]] = ()
+    #: PEFT's options that always have the same value, as this package writes them
+    constants: ClassVar[dict[str, Any]] = {"init_weights": True}
     #: our name -> PEFT's full key, for tensors that PEFT stores once per model
     shared: ClassVar[dict[str, str]] = {}
     #: our tensors that PEFT does not store
     not_in_peft: ClassVar[frozenset[str]] = frozenset()
 
-    @abstractmethod
     def config(self, snapshot: Snapshot) -> dict[str, Any]:
         """Return PEFT's options other than the targets.
 
         Raises:
             NotInPeftError: if PEFT cannot represent the method's arguments.
         """
+        transposed = any(part.kind == "Conv1D" for part in snapshot.adapter_records)
+        stored_as = {"fan_in_fan_out": transposed} if "Conv1D" in self.kinds else {}
+        return {**written_options(self.table, snapshot.method), **stored_as, **self.constants}
 
-    @abstractmethod
     def method(self, options: Options, names: list[str], base: Base, **arguments: Any) -> WeightMethod:
         """Return our method for PEFT's options.
 
@@ -97,6 +100,7 @@ class LayerConverter(Converter):
             base: The base.
             **arguments: ``targets``, ``name`` and the arguments that every method takes.
         """
+        return self.methods[0](**read_options(self.table, options), **arguments)
 
     def place(self, key: str, shape: tuple[int, ...], layer: Layer) -> tuple[str, tuple[int, ...]]:
         """Return PEFT's name (after the module's) and PEFT's shape for our tensor ``key`` of shape ``shape``."""
@@ -122,7 +126,7 @@ class LayerConverter(Converter):
                 f"{peft} pads with zeros, but {layer.name!r} has padding_mode={layer.host.padding_mode!r}"
             )
 
-    def write(self, snapshot: Snapshot, **options: Any) -> Writing:
+    def write(self, snapshot: Snapshot, fold_scale: bool = False) -> Writing:
         tensors: dict[str, Tensor] = {}
         for part in snapshot.adapter_records:
             layer = Layer.of(part, snapshot.base)

@@ -34,7 +34,7 @@ class AdaLoRAConverter(Converter):
     peft_type = "ADALORA"
     methods = (AdaLoRA,)
 
-    def write(self, snapshot: Snapshot, **options: Any) -> Writing:
+    def write(self, snapshot: Snapshot, fold_scale: bool = False) -> Writing:
         method = snapshot.method
         assert isinstance(method, AdaLoRA)
         if method.alpha <= 0:

@@ -15,7 +15,7 @@ from lightning_peft.core.targeting.base_model import Base
 from lightning_peft.formats.directory.snapshot import Snapshot
 from lightning_peft.formats.peft.converter import NotInPeftError, Options
 from lightning_peft.formats.peft.layers import Layer, LayerConverter
-from lightning_peft.formats.peft.option_table import Option, read_options, written_options
+from lightning_peft.formats.peft.option_table import Option
 from lightning_peft.methods.families.weight import WeightMethod
 from lightning_peft.methods.hira import HiRA
 
@@ -49,16 +49,11 @@ class HiRAConverter(LayerConverter):
         return key, shape
 
     def config(self, snapshot: Snapshot) -> dict[str, Any]:
-        ranks = {part.name: part.facts["r"] for part in snapshot.adapter_records}
-        if len(set(ranks.values())) > 1:
+        ranks = {part.facts["r"] for part in snapshot.adapter_records}
+        if len(ranks) > 1:
             raise NotInPeftError("PEFT's HIRA stores rank_pattern and does not apply it: use one r for all layers")
-        return {
-            **written_options(self.table, snapshot.method),
-            "r": next(iter(ranks.values())),
-            "fan_in_fan_out": any(part.kind == "Conv1D" for part in snapshot.adapter_records),
-            "init_weights": True,
-        }
+        return {**super().config(snapshot), "r": ranks.pop()}
 
     def method(self, options: Options, names: list[str], base: Base, **arguments: Any) -> WeightMethod:
         options.ignore("rank_pattern")  # PEFT stores it and does not apply it
-        return HiRA(**read_options(self.table, options), **arguments)
+        return super().method(options, names, base, **arguments)

@@ -40,7 +40,7 @@ class LoRAConverter(Converter):
     peft_type = "LORA"
     methods = (LoRA, DoRA)
 
-    def write(self, snapshot: Snapshot, fold_scale: bool = False, **options: Any) -> Writing:
+    def write(self, snapshot: Snapshot, fold_scale: bool = False) -> Writing:
         method = snapshot.method
         assert isinstance(method, LoRA)
         found = list(entries([part for part in snapshot.adapter_records if "tokens" not in part.facts], fold_scale))

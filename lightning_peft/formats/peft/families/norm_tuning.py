@@ -26,7 +26,7 @@ class NormTuningConverter(Converter):
     peft_type = "LN_TUNING"
     methods = (NormTuning,)
 
-    def write(self, snapshot: Snapshot, **options: Any) -> Writing:
+    def write(self, snapshot: Snapshot, fold_scale: bool = False) -> Writing:
         inner = map(snapshot.base.inner, snapshot.method.trainable_modules(snapshot.base.root))
         heads = [head for head in inner if head is not None]
         owners = dict.fromkeys(owner_of(name) for name in snapshot.trained)

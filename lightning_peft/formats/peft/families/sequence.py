@@ -45,7 +45,7 @@ class _PromptConverter(Converter):
 
     prefix = "base_model."
 
-    def write(self, snapshot: Snapshot, **options: Any) -> Writing:
+    def write(self, snapshot: Snapshot, fold_scale: bool = False) -> Writing:
         method = snapshot.method
         assert isinstance(method, PromptMethod)
         for option, value in (("position", "prefix"), ("template", None), ("side", "encoder"), ("targets", "inputs")):
@@ -131,7 +131,7 @@ class PrefixTuningConverter(Converter):
     prefix = "base_model."
     methods = (PrefixTuning,)
 
-    def write(self, snapshot: Snapshot, **options: Any) -> Writing:
+    def write(self, snapshot: Snapshot, fold_scale: bool = False) -> Writing:
         method = snapshot.method
         assert isinstance(method, PrefixTuning)
         if method.gate:

@@ -45,17 +45,7 @@ class VeRAConverter(LayerConverter):
         Option("projection_prng_key", 0, "projection_seed"),
         Option("save_projection", True),
     )
-
-    def config(self, snapshot: Snapshot) -> dict[str, Any]:
-        return {
-            **written_options(self.table, snapshot.method),
-            "fan_in_fan_out": any(part.kind == "Conv1D" for part in snapshot.adapter_records),
-            "bias": "none",
-            "init_weights": True,
-        }
-
-    def method(self, options: Options, names: list[str], base: Base, **arguments: Any) -> WeightMethod:
-        return VeRA(**read_options(self.table, options), **arguments)
+    constants: ClassVar[dict[str, Any]] = {"bias": "none", "init_weights": True}
 
 
 class _FactorConverter(LayerConverter):
