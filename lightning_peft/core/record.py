@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -62,6 +63,9 @@ class InjectionState:
         hosts: names of the modules that carry each method's adapters, by adapter name.
         adapter_records: the place and layer of each method's adapters, without tensors, by adapter name.
         origins: options from the files that adapters were loaded from, to be written again, by adapter name.
+        carried: the number of adapters on each module, by name.
+        shapes: how many adapters were created for a weight of some shape, by module, weight and shape.
+        sizes: the number of parameters of each adapter that train, and of all of its parameters, by adapter name.
     """
 
     methods: dict[str, Method]
@@ -76,6 +80,24 @@ class InjectionState:
     hosts: dict[str, tuple[str, ...]] = field(default_factory=dict)
     adapter_records: dict[str, list[AdapterRecord]] = field(default_factory=dict)
     origins: dict[str, dict[str, Any]] = field(default_factory=dict)
+    carried: Counter[str] = field(default_factory=Counter)
+    shapes: Counter[tuple[str, str, tuple[int, ...]]] = field(default_factory=Counter)
+    sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    def add_adapter(
+        self, name: str, hosts: tuple[str, ...], records: list[AdapterRecord], size: tuple[int, int]
+    ) -> None:
+        """Record where the adapter ``name`` is, and its size."""
+        self.hosts[name], self.adapter_records[name], self.sizes[name] = hosts, records, size
+        self.carried.update(hosts)
+        self.shapes.update((r.host, r.parameter, tuple(r.shape)) for r in records)
+
+    def remove_adapter(self, name: str) -> None:
+        """Forget where the adapter ``name`` is."""
+        self.sizes.pop(name, None)
+        self.carried -= Counter(self.hosts.pop(name, ()))
+        records = self.adapter_records.pop(name, ())
+        self.shapes -= Counter((r.host, r.parameter, tuple(r.shape)) for r in records)
 
     def trained_among(self, names: Iterable[str]) -> set[str]:
         """Return those of the base parameters ``names`` that train now, whether or not they require gradients."""

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = ["AllocationLimit", "FormatError", "check_regexes", "parse_json"]
@@ -148,13 +148,13 @@ class AllocationLimit(TorchDispatchMode):
     compared with the file's tensors. A hostile configuration could exhaust the memory.
 
     Args:
-        model: the model that the adapter is for.
+        parameters: the parameters of the model that the adapter is for.
         tensors: the tensors in the file.
     """
 
-    def __init__(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, parameters: Iterable[Tensor], tensors: Mapping[str, Tensor]) -> None:
         super().__init__()
-        known = (*model.parameters(), *(t for t in tensors.values() if isinstance(t, Tensor)))
+        known = (*parameters, *(t for t in tensors.values() if isinstance(t, Tensor)))
         self.most = 4 * max((t.numel() for t in known), default=0) + 2**20
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -22,6 +22,7 @@ from lightning_peft.core.state.plan import Method, Plan
 from lightning_peft.core.state.state_dict import StateError
 from lightning_peft.core.switching.active import deactivate
 from lightning_peft.core.targeting.base_model import Base, base_for_keys, base_of
+from lightning_peft.core.targeting.base_modules import base_modules, base_parameters
 from lightning_peft.core.untrusted import AllocationLimit, FormatError, check_regexes
 from lightning_peft.formats.directory.files import CONFIG, AdapterFiles, adapter_folders, read_files
 from lightning_peft.formats.directory.seal import check_options
@@ -176,7 +177,7 @@ def read_plan(
         check_fingerprint(base.module, facts["fingerprint"], plain=injection_state(root) is None)
     options, tensors = Options(config, ignored), Tensors(named)
     # Before any pattern is matched: a file's regular expression could take exponential time on these names.
-    check_regexes(files.config, [name for name, _ in (*root.named_modules(), *root.named_parameters())])
+    check_regexes(files.config, [name for name, _ in (*base_modules(root), *base_parameters(root))])
     converter = converter_for_type(options.get("peft_type"))
     ours = base_facts(files.metadata, files.directory)
     heads, own = take_base_values(
@@ -186,7 +187,7 @@ def read_plan(
     options.done()
     tensors.done()
     # Options such as r decide how much the plan allocates. The limit follows from the size of the file's tensors.
-    with AllocationLimit(root, files.tensors):
+    with AllocationLimit((p for _, p in base_parameters(root)), files.tensors):
         plan = reading.method.plan(root)
     if not ours:
         _check_shared(plan, base)

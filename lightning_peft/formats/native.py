@@ -14,10 +14,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_peft.core.names import is_adapter_key, join
+from lightning_peft.core.names import join
 from lightning_peft.core.registry import method_of_file
 from lightning_peft.core.targeting.base_model import Base
-from lightning_peft.core.targeting.base_modules import base_modules
+from lightning_peft.core.targeting.base_modules import base_modules, base_parameters
 from lightning_peft.core.targeting.patterns import match
 from lightning_peft.core.untrusted import FormatError
 from lightning_peft.formats.directory.snapshot import Snapshot
@@ -92,7 +92,7 @@ def _named(module: nn.Module, pattern: str) -> set[str]:
     """The names of the modules and parameters that a pattern matches by name."""
     if pattern.startswith("type:"):
         return set()
-    parameters = {name: None for name, _ in module.named_parameters() if not is_adapter_key(name)}
+    parameters = {name: None for name, _ in base_parameters(module)}
     return {name for name in (*dict(base_modules(module)), *parameters) if name and match(pattern, name)}
 
 

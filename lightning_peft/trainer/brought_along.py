@@ -22,6 +22,7 @@ from lightning_peft.core.injection.apply import after_injection
 from lightning_peft.core.injection.widen_record import widen_record
 from lightning_peft.core.record import injection_state
 from lightning_peft.core.state.state_dict import fix_trained
+from lightning_peft.core.targeting.base_modules import base_modules
 from lightning_peft.trainer.module import adapt_module
 from lightning_peft.trainer.prepare_run import prepare_run
 
@@ -56,7 +57,7 @@ def adapt_around(module: L.LightningModule) -> None:
     Raises:
         MisconfigurationException: if two submodules were adapted separately.
     """
-    parts = [name for name, part in module.named_modules() if "_peft_injection" in vars(part)]
+    parts = [name for name, part in base_modules(module) if "_peft_injection" in vars(part)]
     if len(parts) > 1:
         raise MisconfigurationException(
             f"{parts[0]!r} and {parts[1]!r} of {type(module).__name__} were adapted separately, but a checkpoint has "
@@ -81,7 +82,7 @@ def _injected(model: nn.Module) -> None:
     """Prepare the running Trainer whose module contains ``model``; called after every injection."""
     for trainer in list(_trainers):
         module = trainer.lightning_module if trainer.state.status == "running" else None
-        if module is not None and any(part is model for part in module.modules()):
+        if module is not None and any(part is model for _, part in base_modules(module)):
             _prepare(trainer)
 
 

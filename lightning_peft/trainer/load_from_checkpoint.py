@@ -105,10 +105,10 @@ def _install_saved(
         check_regexes({"config": method.config()}, names)
         record = injection_state(module)
         if trains and not copies:
-            with AllocationLimit(module, state):
+            with AllocationLimit(module.parameters(), state):
                 apply(module, method)
         elif record is None or method.name not in record.methods:
-            with AllocationLimit(module, state):
+            with AllocationLimit(module.parameters(), state):
                 plan = method.plan(module)
             override_trained(plan, module, saved_overrides(plan, module, method.name, state), trains)
             for attachment in plan.attach if not trains else ():

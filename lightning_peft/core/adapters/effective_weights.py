@@ -83,15 +83,16 @@ def lost_input(adapters: Sequence[Adapter]) -> str | None:
     An adapter that modifies the weight forces those before it to be applied to the weight as well. Dropout acts on the
     layer's input, so it cannot be applied there.
     """
-    for i, adapter in enumerate(adapters):
-        later = next((a for a in adapters[i + 1 :] if a.modifies_weight), None)
-        if adapter.needs_input is not None and later is not None:
+    later = None  # the adapter after ``adapter`` that modifies the weight
+    for adapter in reversed(adapters):
+        if later is not None and adapter.needs_input is not None:
             name = next(iter(adapter.weights().values())).site_name
             return (
                 f"{adapter.needs_input} of the {type(adapter).__name__} on {name!r} would be lost: the "
                 f"{type(later).__name__} after it modifies the weight itself, but dropout acts on the module's "
                 "input. Apply the method with dropout last, or set its dropout=0"
             )
+        later = adapter if adapter.modifies_weight else later
     return None
 
 

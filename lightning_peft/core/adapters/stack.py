@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from typing import Any, TypeVar, cast
 
 from torch import Tensor, nn
@@ -77,21 +77,83 @@ class AdapterStack(AdapterContainer):
         self.local = threading.local()
         self.merged: dict[str, Tensor | None] | None = None
         self.merged_names: tuple[str, ...] = ()
+        self.changed: frozenset[str] = frozenset()
+        self.attributes: frozenset[str] = frozenset()
         self.ever_routed: set[str] | None = None
+        self._changes: dict[str, frozenset[str]] = {}  # what each adapter changes, by name
+        self._order: dict[str, int] | None = None  # the position of each name; None if it must be computed again
         self.refresh()
 
     def forward(self, x: T) -> T:
         """Return ``x``: a ``Sequential`` runs every child, including this one, as one of its layers."""
         return x
 
+    def attach_adapter(self, name: str, adapter: Adapter) -> None:
+        """Add ``adapter`` after the others, active. An adapter of that name gets it as its parameter overrides."""
+        if name in self._modules:
+            cast(Any, self._modules[name]).replacement = adapter
+            self.refresh()
+        else:
+            self[name] = adapter
+            self._order = None
+            switches, parts = current(self), adapter.components()
+            switches.active = (*switches.active, name)
+            if any(part.modifies_weight for part in parts):
+                self.work_out(switches)
+            elif not switches.disabled and name not in switches.skipped:  # it runs around those that already run
+                switches.wrapping_adapters = (*switches.wrapping_adapters, *parts)
+        self._update_changes(name)
+
+    def detach_adapter(self, name: str) -> None:
+        """Remove the adapter ``name``."""
+        adapter = cast(Adapter, self._modules[name])
+        self.deactivate_adapter(name)
+        del self[name]
+        self._order = None
+        self._update_changes(name)
+        for switches in (self.shared, *self.open):
+            self._stop(adapter, switches)
+
+    def deactivate_adapter(self, name: str) -> None:
+        """Deactivate the adapter ``name``."""
+        switches = current(self)
+        switches.active = tuple([other for other in switches.active if other != name])
+        if name in self._modules:
+            self._stop(cast(Adapter, self._modules[name]), switches)
+
+    def _stop(self, adapter: Adapter, switches: Switches) -> None:
+        """Take ``adapter`` out of what runs with ``switches``, after it was removed from the active ones."""
+        parts = adapter.components()
+        if any(part.modifies_weight for part in parts):
+            self.work_out(switches)  # the adapters before it may run around the host now
+            return
+        switches.weight_adapters = tuple([part for part in switches.weight_adapters if part not in parts])
+        switches.wrapping_adapters = tuple([part for part in switches.wrapping_adapters if part not in parts])
+
+    def names_in_order(self, names: Collection[str]) -> tuple[str, ...]:
+        """Return those of ``names`` that the stack has, in order of application."""
+        known = [name for name in dict.fromkeys(names) if name in self._modules]
+        if len(known) > 1:
+            if self._order is None:
+                self._order = dict(zip(self._modules, range(len(self._modules))))
+            known.sort(key=self._order.__getitem__)
+        return tuple(known)
+
     def refresh(self) -> None:
-        """Recompute what runs, after the names, ``active``, ``disabled`` or ``merged`` have changed."""
+        """Recompute what runs, after the order, ``active``, ``disabled`` or ``merged`` have changed."""
+        self._order = None
         for switches in (self.shared, *self.open):
             self.work_out(switches)
-        parts = [part for adapter in self.values() for part in cast(Adapter, adapter).components()]
-        weights = {part.parameter for part in parts if isinstance(part, WeightAdapter)}
-        self.changed = frozenset(weights.union(*(part.changes() for part in parts)))
-        self.attributes = frozenset(name.partition(".")[0] for name in self.changed)
+
+    def _update_changes(self, name: str) -> None:
+        """Recompute which values of the host change, after the adapter ``name`` was added or removed."""
+        self._changes.pop(name, None)
+        if name in self._modules:
+            parts = cast(Adapter, self._modules[name]).components()
+            weights = {part.parameter for part in parts if isinstance(part, WeightAdapter)}
+            self._changes[name] = frozenset(weights.union(*(part.changes() for part in parts)))
+        self.changed = frozenset().union(*set(self._changes.values()))
+        self.attributes = frozenset(changed.partition(".")[0] for changed in self.changed)
 
     def work_out(self, switches: Switches) -> None:
         """Compute which adapters run with ``switches``, and store them there."""
@@ -101,7 +163,8 @@ class AdapterStack(AdapterContainer):
     @property
     def active(self) -> tuple[str, ...]:
         """Names of the active adapters; inside a context of this thread, those that the context activates."""
-        return tuple(n for n in current(self).active if n in self)  # an adapter may have been deleted in between
+        active = current(self).active
+        return tuple(n for n in active if n in self._modules)  # an adapter may have been deleted in between
 
     @active.setter
     def active(self, names: tuple[str, ...]) -> None:
@@ -127,14 +190,16 @@ class AdapterStack(AdapterContainer):
         """How the host sees the batch, for the dispatcher."""
         return current(self).batch_layout
 
-    def _parts(self, names: Iterable[str], skipped: tuple[str, ...]) -> tuple[tuple[Adapter, ...], tuple[Adapter, ...]]:
-        left = tuple(n for n in self if n in names and n not in self.merged_names and n not in skipped)
-        running = tuple(part for n in left for part in cast(Adapter, self[n]).components())
+    def _parts(
+        self, names: Collection[str], skipped: tuple[str, ...]
+    ) -> tuple[tuple[Adapter, ...], tuple[Adapter, ...]]:
+        left = tuple(n for n in self.names_in_order(names) if n not in self.merged_names and n not in skipped)
+        running = tuple(part for n in left for part in cast(Adapter, self._modules[n]).components())
         # If an adapter modifies the weight, all weight adapters before it must be applied to the weight too: running
         # them around the host would apply them after it and change the result.
         split = max((i for i, adapter in enumerate(running, 1) if adapter.modifies_weight), default=0)
         folded = tuple(adapter for adapter in running[:split] if adapter.changes())
-        return folded, tuple(adapter for adapter in running if adapter not in folded)
+        return folded, tuple(adapter for adapter in running if adapter not in folded) if folded else running
 
     def running(self, before: Adapter | None = None) -> tuple[Adapter, ...]:
         """Return the adapters that run, in order; only those before ``before`` if it is given."""
@@ -152,7 +217,7 @@ class AdapterStack(AdapterContainer):
 
     def run_as(
         self,
-        names: Iterable[str],
+        names: Collection[str],
         host: nn.Module,
         forward: Callable[..., Any],
         args: tuple[Any, ...],

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lightning_peft.core.class_swap import original_class
 from lightning_peft.core.module_io import tensors_in
 from lightning_peft.core.names import parents
+from lightning_peft.core.targeting.base_modules import base_modules
 from lightning_peft.core.targeting.layouts import layout_of
 
 __all__ = [
@@ -71,7 +72,7 @@ class BatchLayout:
 
 def batch_layouts(model: nn.Module, names: Iterable[str]) -> dict[str, BatchLayout]:
     """Return how the modules ``names`` see the batch, as far as their classes and their parents' show it."""
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = dict(base_modules(model, remove_duplicate=False))
     mixed = _sequence_first(model)
     found = {}
     for name in names:
@@ -113,7 +114,7 @@ def check_experts(batch_layout: BatchLayout, given: Iterable[Any], n: int) -> No
 
 
 def _sequence_first(module: nn.Module) -> bool:
-    return any(isinstance(m, nn.MultiheadAttention | nn.RNNBase) and not m.batch_first for m in module.modules())
+    return any(isinstance(m, nn.MultiheadAttention | nn.RNNBase) and not m.batch_first for _, m in base_modules(module))
 
 
 def batch_dims(batch_layout: BatchLayout, x: Tensor) -> tuple[int, ...]:

@@ -17,10 +17,11 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from lightning_peft.core.adapters.base import Adapter
 from lightning_peft.core.adapters.effective_weights import lost_input
 from lightning_peft.core.adapters.lookup import hosts, stacks
-from lightning_peft.core.adapters.stack import AdapterStack
-from lightning_peft.core.class_swap import check_mixin, original_class
+from lightning_peft.core.adapters.stack import Adapted, AdapterStack
+from lightning_peft.core.class_swap import check_mixin, has_mixin, original_class
 from lightning_peft.core.injection.attach import attach, check_host
 from lightning_peft.core.injection.check_forward import forward_problem
 from lightning_peft.core.injection.rollback import all_or_nothing
@@ -42,7 +43,7 @@ from lightning_peft.core.state.moved_values import InitialValues
 from lightning_peft.core.state.plan import Method, Plan
 from lightning_peft.core.state.report import Report
 from lightning_peft.core.state.state_dict import fix_trained
-from lightning_peft.core.targeting.base_modules import base_modules
+from lightning_peft.core.targeting.base_modules import base_buffers, base_modules, base_parameters
 from lightning_peft.core.targeting.frozen_parts import name_frozen_parts
 from lightning_peft.core.targeting.packed import count_parameters, keep_differentiable, packed_note
 from lightning_peft.core.targeting.storage import storage_problem
@@ -157,13 +158,17 @@ def _check_trial(model: nn.Module, plans: Mapping[str, tuple[Method, Plan]]) -> 
 
 def _check_order(model: nn.Module, plans: Iterable[Plan]) -> None:
     """Refuse methods if one would lose its dropout because of a later one on the same module."""
-    found = {id(host): list(cast(AdapterStack, host.adapters).running()) for _, host in hosts(model)}
+    new: dict[str, list[Adapter]] = {}
     for plan in plans:
         for a in plan.attach:
-            found.setdefault(id(model.get_submodule(a.host)), []).extend(a.adapter.components())
-    problem = next((why for adapters in found.values() if (why := lost_input(adapters)) is not None), None)
-    if problem is not None:
-        raise InjectionError(problem)
+            new.setdefault(a.host, []).extend(a.adapter.components())
+    for name, adapters in new.items():
+        if not any(adapter.modifies_weight for adapter in adapters):
+            continue
+        host = model.get_submodule(name)
+        before = cast(AdapterStack, host.adapters).running() if has_mixin(host, Adapted) else ()
+        if (problem := lost_input([*before, *adapters])) is not None:
+            raise InjectionError(problem)
 
 
 def _install(model: nn.Module, plans: Mapping[str, tuple[Method, Plan]]) -> Report:
@@ -182,9 +187,9 @@ def _install(model: nn.Module, plans: Mapping[str, tuple[Method, Plan]]) -> Repo
         adapters = any(p.requires_grad for a in plan.attach for p in a.adapter.parameters())
         modules, parameters = with_tied(model, plan.train_modules, plan.train)
         record.trained_base[name] = TrainedBase(modules, (*parameters, *plan.deferred), adapters)
-        record.adapter_records[name] = list(adapter_records(model, name, take=None))
         record.origins[name] = plan.origin
-        record.hosts[name] = tuple(dict.fromkeys(canonical(a.host) for a in plan.attach))
+        hosts_of = tuple(dict.fromkeys(canonical(a.host) for a in plan.attach))
+        record.add_adapter(name, hosts_of, list(adapter_records(model, name, take=None)), _size(plan))
     record.deferred = {
         n: v for n, v in record.deferred.items() if v is not None or not model.get_parameter(n).requires_grad
     }
@@ -195,7 +200,7 @@ def _install(model: nn.Module, plans: Mapping[str, tuple[Method, Plan]]) -> Repo
             record.report.notes.append(f"{len(frozen)} frozen norm layers keep their running statistics")
     for _, module in base_modules(model):
         keep_differentiable(module)
-    record.report.count(model)
+    record.report.count(model, record.sizes.values())
     record.report.note(packed_note(model))
     watch_saving(model)
     if first:
@@ -203,7 +208,7 @@ def _install(model: nn.Module, plans: Mapping[str, tuple[Method, Plan]]) -> Repo
         model.__dict__["_peft_injection"] = record
         record.fingerprint = fingerprint(model, leave_out=record.deferred)
     if any(record.trained_base.values()):
-        fix_trained(model)
+        fix_trained(model, plans)
     return record.report
 
 
@@ -220,7 +225,7 @@ def inspect(model: nn.Module, *methods: Method) -> Report:
     new = _not_yet_applied(wanted, record)
     _check_initialized(model)
     report = Report() if record is None else record.report.copy()
-    report.total = count_parameters(model)
+    report.total = count_parameters(model) + sum(total for _, total in (record.sizes if record else {}).values())
     trained: dict[int, int] = {}
     plans = [_plan(model, method) for method in new]
     _check_order(model, plans)
@@ -299,7 +304,7 @@ def check_injectable(model: nn.Module) -> None:
             f"{adapted[0] or 'the model'} carries adapters of a larger model that this is a part of: apply further "
             "methods to that model"
         )
-    for name, module in model.named_modules():
+    for name, module in base_modules(model):
         where = name or "the model"
         if isinstance(module, torch._dynamo.eval_frame.OptimizedModule) or module._compiled_call_impl is not None:
             raise InjectionError(
@@ -321,7 +326,7 @@ def check_injectable(model: nn.Module) -> None:
 
 
 def _check_initialized(model: nn.Module) -> None:
-    lazy = [name for name, p in [*model.named_parameters(), *model.named_buffers()] if is_lazy(p)]
+    lazy = [name for name, p in [*base_parameters(model), *base_buffers(model)] if is_lazy(p)]
     if lazy:
         raise InjectionError(
             f"{', '.join(lazy)} have no shape yet: a lazy module creates them in its first call, but a method must "
@@ -351,6 +356,12 @@ def _commit(model: nn.Module, method: Method, plan: Plan, report: Report) -> Non
         hold_statistics(model.get_submodule(name))
 
 
+def _size(plan: Plan) -> tuple[int, int]:
+    """Return the number of parameters in the adapters of ``plan`` that train, and of all of them."""
+    found = {p for a in plan.attach for p in a.adapter.parameters()}
+    return sum(p.numel() for p in found if p.requires_grad), sum(p.numel() for p in found)
+
+
 def _unfrozen(model: nn.Module, plan: Plan) -> list[tuple[str, list[nn.Parameter], str]]:
     """Return (name, parameters, description) for everything in the base that the plan trains."""
     full = [(n, _base_parameters(model.get_submodule(n)), "trains in full") for n in plan.train_modules]
@@ -366,6 +377,6 @@ def _base_parameters(module: nn.Module) -> list[nn.Parameter]:
 def _shared(model: nn.Module) -> set[int]:
     seen: set[int] = set()
     shared: set[int] = set()
-    for _, parameter in model.named_parameters(remove_duplicate=False):
+    for _, parameter in base_parameters(model, remove_duplicate=False):
         (shared if id(parameter) in seen else seen).add(id(parameter))
     return shared

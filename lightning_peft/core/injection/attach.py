@@ -32,12 +32,7 @@ def attach(model: nn.Module, host_name: str, name: str, adapter: Adapter) -> Non
         _keep_slow_paths(model, host_name, host)
     stack = cast(AdapterStack, host.adapters)
     adapter.train(host.training)
-    if name in stack:
-        cast(Any, stack[name]).replacement = adapter
-    else:
-        stack[name] = adapter
-        stack.active = (*stack.active, name)
-    stack.refresh()
+    stack.attach_adapter(name, adapter)
 
 
 def check_host(model: nn.Module, host_name: str, name: str, overrides: bool = False) -> None:
@@ -68,9 +63,7 @@ def detach(model: nn.Module, host_name: str, name: str | None = None) -> None:
     host = model.get_submodule(host_name)
     stack = cast(AdapterStack, host.adapters)
     for gone in [name] if name is not None else list(stack):
-        del stack[gone]
-        stack.active = tuple(n for n in stack.active if n != gone)
-    stack.refresh()
+        stack.detach_adapter(gone)
     if not len(stack):
         remove_mixin(host, Adapted)
         del host.adapters

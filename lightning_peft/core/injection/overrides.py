@@ -172,9 +172,7 @@ def _base_tensors(model: nn.Module) -> Iterator[tuple[str, _BaseTensor]]:
         hosts.setdefault(id(module), (name, ""))
         if isinstance(module, nn.MultiheadAttention):
             hosts[id(module.out_proj)] = (name, "out_proj.")  # its weight is read, but the module is never called
-    for name, module in model.named_modules(remove_duplicate=False):
-        if id(module) not in hosts:
-            continue  # an adapter
+    for name, module in base_modules(model, remove_duplicate=False):
         host, prefix = hosts[id(module)]
         buffers = {k: b for k, b in module._buffers.items() if k not in module._non_persistent_buffers_set}
         for key, tensor in {**module._parameters, **buffers}.items():

@@ -12,6 +12,7 @@ from lightning_peft.core.injection.attach import detach
 from lightning_peft.core.injection.merge import unload
 from lightning_peft.core.names import canonical
 from lightning_peft.core.record import TrainedBase, injected_module, injection_state
+from lightning_peft.core.targeting.base_modules import base_parameters
 
 __all__ = ["check_deletable", "delete_adapter", "uninstall"]
 
@@ -57,15 +58,14 @@ def uninstall(model: nn.Module, name: str) -> None:
     if record is not None:
         record.methods.pop(name, None)
         own = record.trained_base.pop(name, TrainedBase())
-        names = [canonical(n) for n, _ in injected_module(model).named_parameters(remove_duplicate=False)]
+        names = [canonical(n) for n, _ in base_parameters(injected_module(model), remove_duplicate=False)]
         record.also_trained |= replace(record, trained_base={name: own}).trained_among(
             names
         )  # base parameters that it trained continue to train
-        record.adapter_records.pop(name, None)
-        record.hosts.pop(name, None)
+        record.remove_adapter(name)
         record.origins.pop(name, None)
         record.report.entries = [entry for entry in record.report.entries if entry.adapter != name]
-        record.report.count(injected_module(model))
+        record.report.count(injected_module(model), record.sizes.values())
 
 
 def _fitting(module: Any) -> bool:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from lightning_peft.core.record import InjectionState, injection_state
+from lightning_peft.core.targeting.base_modules import AdapterContainer, base_modules, base_parameters
 
 __all__ = ["all_or_nothing"]
 
@@ -24,8 +25,8 @@ def all_or_nothing(model: nn.Module) -> Iterator[None]:
     record of the methods. Values that were changed in place are not restored.
     """
     # Collect every reference now, so that restoring does not run any code that could fail.
-    undo = [_restore_module(module) for module in model.modules()]
-    undo += [_restore_parameter(parameter) for parameter in model.parameters()]
+    undo = [_restore_module(module) for module in _changeable_modules(model)]
+    undo += [_restore_parameter(parameter) for _, parameter in base_parameters(model)]
     if (record := injection_state(model)) is not None:
         undo.append(_restore_record(record))
     try:
@@ -34,6 +35,14 @@ def all_or_nothing(model: nn.Module) -> Iterator[None]:
         for step in undo:
             step()
         raise
+
+
+def _changeable_modules(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield the modules of the base and the stacks; adapters that are already there do not change."""
+    for _, module in base_modules(model):
+        yield module
+        if isinstance(stack := module._modules.get("adapters"), AdapterContainer):
+            yield stack
 
 
 def _restore_module(module: nn.Module) -> Callable[[], None]:
@@ -66,9 +75,6 @@ def _restore_record(record: InjectionState) -> Callable[[], None]:
     own = vars(record)
     before = {name: copy.copy(value) for name, value in own.items()}
     before["report"] = record.report.copy()
-    before["adapter_records"] = {
-        name: [copy.copy(part) for part in parts] for name, parts in record.adapter_records.items()
-    }
 
     def restore() -> None:
         own.clear()

@@ -9,6 +9,7 @@ from torch import nn
 
 from lightning_peft.core.adapters.lookup import stacks
 from lightning_peft.core.class_swap import add_mixin
+from lightning_peft.core.targeting.base_modules import base_modules
 
 __all__ = ["watch_saving"]
 
@@ -30,5 +31,5 @@ class SavesBase:
 
 def watch_saving(model: nn.Module) -> None:
     """Make ``save_pretrained`` of every module in ``model`` warn about adapters that it does not save."""
-    for module in [m for m in model.modules() if callable(getattr(m, "save_pretrained", None))]:
+    for module in [m for _, m in base_modules(model) if callable(getattr(m, "save_pretrained", None))]:
         add_mixin(module, SavesBase)

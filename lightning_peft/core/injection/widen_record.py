@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import nn
 
 from lightning_peft.core.names import canonical, join
@@ -38,13 +40,15 @@ def widen_record(model: nn.Module, freeze: bool = True) -> None:
         adapter: TrainedBase(tuple(map(outer, trains.modules)), tuple(map(outer, trains.parameters)), trains.adapters)
         for adapter, trains in record.trained_base.items()
     }
-    record.hosts = {adapter: tuple(map(outer, found)) for adapter, found in record.hosts.items()}
-    for part in (part for parts in record.adapter_records.values() for part in parts):
-        part.host = outer(part.host)
+    for adapter in list(record.hosts):
+        found, size = record.hosts[adapter], record.sizes[adapter]
+        parts = [replace(part, host=outer(part.host)) for part in record.adapter_records[adapter]]
+        record.remove_adapter(adapter)
+        record.add_adapter(adapter, tuple(map(outer, found)), parts, size)
     record.report.entries = [entry._replace(module=outer(entry.module)) for entry in record.report.entries]
     record.also_trained, record.moved = set(map(outer, record.also_trained)), set(map(outer, record.moved))
     record.also_trained |= set() if freeze else others.keys()
     record.start = record.start.around(model, inner)
     model.__dict__["_peft_injection"] = inside.__dict__.pop("_peft_injection")
-    record.report.count(model)
+    record.report.count(model, record.sizes.values())
     record.fingerprint = fingerprint(model, leave_out=record.deferred)

@@ -7,19 +7,22 @@ are checked before a fit, a save, a load and a merge.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import cast
 
 from torch import nn
 
 from lightning_peft.core.adapters.effective_weights import stored_tensor
 from lightning_peft.core.adapters.lookup import stacks
-from lightning_peft.core.adapters.stack import Adapted
+from lightning_peft.core.adapters.stack import Adapted, AdapterStack
 from lightning_peft.core.class_swap import has_mixin
 from lightning_peft.core.names import canonical
 from lightning_peft.core.record import InjectionState, injected_module, injection_state
 from lightning_peft.core.state.fingerprint import fingerprint
 from lightning_peft.core.state.moved_values import InitialValues
 from lightning_peft.core.state.state_dict import StateError
+from lightning_peft.core.targeting.base_modules import base_modules
 from lightning_peft.core.targeting.packed import is_packed
 
 __all__ = ["check_record", "update_base"]
@@ -34,7 +37,9 @@ def check_record(model: nn.Module) -> None:
     record = injection_state(model)
     if record is None:
         return
-    modules = {canonical(name): module for name, module in injected_module(model).named_modules()}
+    modules = {canonical(name): module for name, module in base_modules(injected_module(model))}
+    if _is_complete(record, modules):
+        return
     lost: dict[str, list[str]] = {}
     for name, found in record.hosts.items():
         for host in found:
@@ -54,17 +59,36 @@ def check_record(model: nn.Module) -> None:
         )
 
 
+def _is_complete(record: InjectionState, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether every module carries as many adapters as recorded, on weights of the recorded shapes.
+
+    It takes no longer with many adapters than with one, and does not name what is lost.
+    """
+    if any(module not in modules for trains in record.trained_base.values() for module in trains.modules):
+        return False
+    for host, count in record.carried.items():
+        stack = modules[host]._modules.get("adapters") if host in modules else None
+        if not isinstance(stack, AdapterStack) or len(stack._modules) != count:
+            return False
+    return all(_new_shape(modules[host], parameter, shape) is None for host, parameter, shape in record.shapes)
+
+
 def _resized(record: InjectionState, name: str, host: str, module: nn.Module) -> str | None:
-    if module.adapters.merged is not None:  # type: ignore[union-attr]
-        return None
     for part in record.adapter_records.get(name, ()):
-        stored = stored_tensor(module, part.parameter) if part.host == host and part.parameter else None
-        if stored is None or stored.ndim != len(part.shape) or not stored.numel() or is_packed(module):
-            continue  # a strategy that shards has flattened or split it; a packed layer stores no matrix
-        if tuple(stored.shape) != tuple(part.shape):
-            shapes = " to ".join("x".join(map(str, shape)) for shape in (part.shape, stored.shape))
-            return f"{host!r} was resized from {shapes}"
+        new = _new_shape(module, part.parameter, tuple(part.shape)) if part.host == host else None
+        if new is not None:
+            return f"{host!r} was resized from {' to '.join('x'.join(map(str, s)) for s in (part.shape, new))}"
     return None
+
+
+def _new_shape(host: nn.Module, parameter: str, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Return the shape of a host's weight if it is not ``shape`` any more; None if it is, or cannot be compared."""
+    if not parameter or cast(AdapterStack, host._modules["adapters"]).merged is not None:
+        return None
+    stored = stored_tensor(host, parameter)
+    if stored is None or stored.ndim != len(shape) or not stored.numel() or is_packed(host):
+        return None  # a strategy that shards has flattened or split it; a packed layer stores no matrix
+    return None if tuple(stored.shape) == shape else tuple(stored.shape)
 
 
 def update_base(model: nn.Module) -> None:

@@ -16,7 +16,8 @@ from lightning_peft.core.class_swap import original_class
 from lightning_peft.core.names import canonical, nearest
 from lightning_peft.core.sharded_tensors import gather_full, is_sharded
 from lightning_peft.core.state.moved_values import extra_state
-from lightning_peft.core.state.state_dict import StateError, trainable_keys
+from lightning_peft.core.state.state_dict import StateError, trained_base_keys
+from lightning_peft.core.targeting.base_modules import base_state_dict
 from lightning_peft.core.targeting.packed import packed_layers, plain_tensors
 
 __all__ = ["OtherBaseError", "check_fingerprint", "fingerprint", "fingerprint_now"]
@@ -43,7 +44,7 @@ def fingerprint(
         samples: the number of values to take from each, spread evenly over the tensor.
         leave_out: names of parameters that are frozen now and train later.
     """
-    frozen = _tensors_but(model, trainable_keys(model) | set(leave_out) | extra_state(model).keys())
+    frozen = _tensors_but(model, trained_base_keys(model) | set(leave_out) | extra_state(model).keys())
     shapes = hashlib.sha256(repr([(n, tuple(t.shape)) for n, t in sorted(frozen.items())]).encode()).hexdigest()
     names = list(frozen)
     chosen = names[:: max(1, len(names) // tensors)]
@@ -70,7 +71,7 @@ def check_fingerprint(model: nn.Module, saved: Mapping[str, Any], plain: bool = 
             f"this is a different base model: it has {_listed(here)}, but the state was trained on a base with "
             f"{_listed(there)}. Quantise the same layers in the same way first (lp.QuantizeBase)"
         )
-    trained = set() if plain else trainable_keys(model)
+    trained = set() if plain else trained_base_keys(model)
     frozen = _tensors_but(model, trained)
     for name, values in saved["values"].items():
         if name in trained:
@@ -123,7 +124,7 @@ def _same(here: list[float], there: list[float]) -> bool:
 
 
 def _tensors_but(model: nn.Module, without: set[str]) -> dict[str, Tensor]:
-    state = {canonical(k): v for k, v in nn.Module.state_dict(model).items() if isinstance(v, Tensor)}
+    state = {canonical(k): v for k, v in base_state_dict(model).items() if isinstance(v, Tensor)}
     return {n: t for k, v in state.items() if k not in without for n, t in plain_tensors(k, v)}
 
 

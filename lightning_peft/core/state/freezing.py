@@ -174,4 +174,4 @@ def _after_unfreezing(root: nn.Module, record: InjectionState) -> None:
             module.train(getattr(module, "_mode_asked", root.training))
     if not any(method.train_norm_stats for method in record.methods.values()):
         freeze_norm_statistics(root)
-    record.report.count(root)
+    record.report.count(root, record.sizes.values())

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.adapters.effective_weights import stored_tensor
-from lightning_peft.core.adapters.lookup import hosts, stack_prefixes
+from lightning_peft.core.adapters.lookup import hosts
 from lightning_peft.core.adapters.stack import AdapterStack
 from lightning_peft.core.names import canonical
 from lightning_peft.core.sharded_tensors import is_sharded, local_part
+from lightning_peft.core.targeting.base_modules import base_buffers, base_parameters, base_state_dict
 from lightning_peft.core.targeting.packed import plain_tensors
 
 __all__ = ["InitialValues", "extra_state"]
@@ -47,24 +48,24 @@ class InitialValues:
     def of(cls, model: nn.Module) -> InitialValues:
         """Record the current values of ``model``, except parameters: :meth:`mark` records those later."""
         stored = model.state_dict().keys()
-        buffers = {canonical(name): b.detach() for name, b in model.named_buffers() if name in stored}
+        buffers = {canonical(name): b.detach() for name, b in base_buffers(model) if name in stored}
         return cls(
             buffers={name: b.clone() for name, b in buffers.items() if not _is_packed(b)},
             extra={key: _copy(value) for key, value in extra_state(model).items()},
             packed={name: _Digest.of(b) for name, b in buffers.items() if _is_packed(b)},
         )
 
-    def keep(self, model: nn.Module, owned: Container[str]) -> None:
-        """Copy the tensors in ``owned``, but not the base's if that would copy more than half of the base.
+    def keep(self, base: Mapping[str, Tensor], trained: Container[str], adapters: Mapping[str, Tensor]) -> None:
+        """Copy the tensors of ``adapters``, and those of ``base`` in ``trained`` unless that is more than half of it.
 
         Earlier copies are not replaced.
         """
-        state = {canonical(k): v for k, v in nn.Module.state_dict(model).items() if isinstance(v, Tensor)}
-        base = {name for name, _ in _base_parameters(model)}
-        most = 2 * sum(state[k].nbytes for k in base if k in owned) > sum(state[k].nbytes for k in base)
-        new = {k: v for k, v in state.items() if k in owned and k not in self.trained and not (most and k in base)}
-        copies = {k: v.detach().to("cpu", copy=True) for k, v in new.items() if not (v.is_meta or is_sharded(v))}
-        self.trained = self.trained | copies
+        sizes = {k: v.nbytes for k, v in base.items() if isinstance(v, nn.Parameter)}
+        most = 2 * sum(size for k, size in sizes.items() if k in trained) > sum(sizes.values())
+        new = {k: v for k, v in base.items() if k in trained and not (most and k in sizes)} | dict(adapters)
+        for key, value in new.items():
+            if not (key in self.trained or value.is_meta or is_sharded(value)):
+                self.trained[key] = value.detach().to("cpu", copy=True)
 
     def mark(self, model: nn.Module) -> None:
         """Compute digests of the base parameters that are not copied.
@@ -84,7 +85,7 @@ class InitialValues:
         merged = _merged(model)
         found = {
             name
-            for name, buffer in ((canonical(name), buffer) for name, buffer in model.named_buffers())
+            for name, buffer in ((canonical(name), buffer) for name, buffer in base_buffers(model))
             if name in self.buffers
             and id(buffer) not in merged
             and not self.buffers[name].is_meta  # the buffer got its values only later
@@ -98,7 +99,7 @@ class InitialValues:
     def moved_marks(self, model: nn.Module, without: Container[str]) -> list[str]:
         """Return the names of the parameters and packed buffers whose digest has changed."""
         marks, merged = {**(self.parameters or {}), **self.packed}, _merged(model)
-        buffers = ((canonical(name), buffer) for name, buffer in model.named_buffers())
+        buffers = ((canonical(name), buffer) for name, buffer in base_buffers(model))
         return [
             name
             for name, parameter in (*_base_parameters(model), *buffers)
@@ -130,11 +131,9 @@ def extra_state(model: nn.Module) -> dict[str, Any]:
 
     They come from ``get_extra_state``, from persistent states of torchmetrics, and from quantised layers.
     """
-    tensors = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    tensors |= {name for name, _ in model.named_buffers(remove_duplicate=False)}
-    inside = stack_prefixes(model)
-    state = nn.Module.state_dict(model)
-    return {canonical(k): v for k, v in state.items() if k not in tensors and not k.startswith(inside)}
+    tensors = {name for name, _ in base_parameters(model, remove_duplicate=False)}
+    tensors |= {name for name, _ in base_buffers(model, remove_duplicate=False)}
+    return {canonical(k): v for k, v in base_state_dict(model).items() if k not in tensors}
 
 
 @dataclass(frozen=True)
@@ -199,10 +198,8 @@ def _merged(model: nn.Module) -> set[int]:
 
 
 def _base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    inside = stack_prefixes(model)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if not name.startswith(inside):
-            yield canonical(name), parameter
+    for name, parameter in base_parameters(model, remove_duplicate=False):
+        yield canonical(name), parameter
 
 
 def _copy(value: Any) -> Any:

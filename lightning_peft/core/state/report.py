@@ -12,6 +12,7 @@ from rich.table import Table
 from torch import nn
 
 from lightning_peft.core.names import listed, numbers_as_stars
+from lightning_peft.core.targeting.base_modules import base_parameters
 from lightning_peft.core.targeting.packed import count_parameters
 
 __all__ = ["Entry", "Report"]
@@ -79,10 +80,10 @@ class Report:
         """Add notes, without duplicates."""
         self.notes += [note for note in dict.fromkeys(notes) if note not in self.notes]
 
-    def count(self, model: nn.Module) -> None:
-        """Recount the trainable and total parameters of ``model``."""
-        self.trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        self.total = count_parameters(model)
+    def count(self, model: nn.Module, adapters: Iterable[tuple[int, int]] = ()) -> None:
+        """Recount the parameters: those of the base, and of ``adapters``, given as pairs (trainable, total)."""
+        base = sum(p.numel() for _, p in base_parameters(model) if p.requires_grad), count_parameters(model)
+        self.trainable, self.total = (sum(column) for column in zip(base, *adapters))
 
     def copy(self) -> Report:
         """Return an independent copy."""

@@ -11,13 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from typing import cast
 
 from torch import Tensor, nn
 
 from lightning_peft.core.adapters.lookup import check_known, stack_prefixes
-from lightning_peft.core.names import canonical, join, nearest
+from lightning_peft.core.adapters.stack import Adapted, AdapterStack
+from lightning_peft.core.class_swap import has_mixin
+from lightning_peft.core.names import adapter_key, canonical, join, nearest
 from lightning_peft.core.record import injected_module, injected_name, injection_state
 from lightning_peft.core.state.moved_values import extra_state
+from lightning_peft.core.targeting.base_modules import base_modules, base_parameters, base_state_dict
 from lightning_peft.ops.finite import is_finite
 
 __all__ = [
@@ -30,6 +34,7 @@ __all__ = [
     "owned_keys",
     "state_keys",
     "trainable_keys",
+    "trained_base_keys",
 ]
 
 
@@ -44,10 +49,16 @@ def trainable_keys(model: nn.Module) -> set[str]:
 
 def owned_keys(model: nn.Module) -> set[str]:
     """Return the keys of adapters and of trained base parameters; a shared parameter under each of its keys."""
-    inside = stack_prefixes(model)
-    stored = nn.Module.state_dict(model, keep_vars=True)
+    of_base, every = base_state_dict(model, keep_vars=True), nn.Module.state_dict(model)
     trained = _trained(model)
-    return {canonical(key) for key, value in stored.items() if id(value) in trained or key.startswith(inside)}
+    return {canonical(key) for key in every if key not in of_base or id(of_base[key]) in trained}
+
+
+def trained_base_keys(model: nn.Module) -> set[str]:
+    """Return the keys of :func:`trainable_keys` that belong to the base."""
+    trained = _trained(model)
+    of_base = base_state_dict(model, keep_vars=True)
+    return {canonical(key) for key, value in of_base.items() if id(value) in trained} | moved_keys(model)
 
 
 def state_keys(model: nn.Module) -> set[str]:
@@ -60,7 +71,7 @@ def _trained(model: nn.Module) -> set[int]:
     record = injection_state(model)
     if record is None:
         return {id(p) for p in model.parameters() if p.requires_grad}
-    parameters = {canonical(n): p for n, p in injected_module(model).named_parameters(remove_duplicate=False)}
+    parameters = {canonical(n): p for n, p in base_parameters(injected_module(model), remove_duplicate=False)}
     return {id(parameters[name]) for name in record.trained_among(parameters)}
 
 
@@ -78,33 +89,50 @@ def _moved_before(model: nn.Module) -> set[str]:
     record, prefix = injection_state(model), canonical(injected_name(model))
     if record is None:
         return set()
-    stored = {canonical(key) for key in nn.Module.state_dict(model)}
+    stored = {canonical(key) for key in base_state_dict(model)}
     moved = {join(prefix, name) for name in record.moved}
     return moved & stored
 
 
-def fix_trained(model: nn.Module) -> None:
+def fix_trained(model: nn.Module, names: Iterable[str] | None = None) -> None:
     """Record that every parameter that requires gradients now trains, and remember the values of the others.
 
     Called at the start of a fit, so that parameters that the user unfroze before are included. Values that were
     remembered earlier are kept, unless they were cast or sharded since.
+
+    Args:
+        model: an adapted model.
+        names: the adapters to look at, beside the base; by default all.
     """
     record, root = injection_state(model), injected_module(model)
     if record is None:
         return
-    inside = stack_prefixes(root)
-    on = [name for name, p in root.named_parameters() if p.requires_grad]
-    base = [canonical(name) for name in on if not name.startswith(inside)]
+    base = [canonical(name) for name, p in base_parameters(root) if p.requires_grad]
     record.also_trained |= set(base) - record.trained_among(base)
-    for name, trains in record.trained_base.items():
-        if any(key.startswith(stack_prefixes(root, name)) for key in on):
-            record.trained_base[name] = replace(trains, adapters=True)
-    record.start.keep(root, owned_keys(root))
+    adapters: dict[str, Tensor] = {}
+    for name in record.trained_base if names is None else names:
+        own = _tensors_of(root, name)
+        adapters |= own
+        if any(value.requires_grad for value in own.values()):
+            record.trained_base[name] = replace(record.trained_base[name], adapters=True)
+    trained = _trained(root)
+    of_base = {canonical(k): v for k, v in base_state_dict(root, keep_vars=True).items() if isinstance(v, Tensor)}
+    record.start.keep(of_base, {k for k, v in of_base.items() if id(v) in trained}, adapters)
     record.start.mark(root)
 
 
+def _tensors_of(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """Return the parameters and buffers of the adapter ``name`` by canonical key, as ``state_dict`` stores them."""
+    found: dict[str, Tensor] = {}
+    for prefix, module in base_modules(model, remove_duplicate=False):
+        if has_mixin(module, Adapted) and name in (stack := cast(AdapterStack, module._modules["adapters"]))._modules:
+            stored = stack[name].state_dict(prefix=f"{adapter_key(prefix, name)}.", keep_vars=True)
+            found |= {canonical(key): value for key, value in stored.items()}
+    return found
+
+
 def _parameter_names(model: nn.Module) -> list[str]:
-    return [canonical(name) for name, _ in model.named_parameters(remove_duplicate=False)]
+    return [canonical(name) for name, _ in base_parameters(model, remove_duplicate=False)]
 
 
 def adapter_state(model: nn.Module, name: str | None = None) -> dict[str, Tensor]:

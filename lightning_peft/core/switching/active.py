@@ -22,15 +22,14 @@ def set_active(model: nn.Module, *names: str) -> None:
     check_known(model, *names)
     check_unmerged(model)
     for stack in stacks(model).values():
-        stack.active = tuple(n for n in stack if n in names)
+        stack.active = stack.names_in_order(names)
         stack.refresh()
 
 
 def deactivate(model: nn.Module, name: str) -> None:
     """Deactivate the adapter ``name``; other adapters are unchanged."""
     for stack in stacks(model).values():
-        stack.active = tuple(n for n in stack.active if n != name)
-        stack.refresh()
+        stack.deactivate_adapter(name)
 
 
 @contextmanager
@@ -42,7 +41,7 @@ def active(model: nn.Module, *names: str) -> Iterator[None]:
     """
     check_known(model, *names)
     check_unmerged(model)
-    with switched({stack: {"active": tuple(n for n in stack if n in names)} for stack in stacks(model).values()}):
+    with switched({stack: {"active": stack.names_in_order(names)} for stack in stacks(model).values()}):
         yield
 
 

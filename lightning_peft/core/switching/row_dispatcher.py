@@ -232,11 +232,12 @@ class RowDispatcher:
         return self._plans[key]
 
     def _plan(self, host: nn.Module, stack: AdapterStack) -> _Plan:
-        order = {name: i for i, name in enumerate(stack) if name not in stack.skipped}
-        here = [tuple(sorted((n for n in row if n in order), key=order.__getitem__)) for row in self.rows]
+        skipped = stack.skipped
+        ordered = {row: tuple(n for n in stack.names_in_order(row) if n not in skipped) for row in set(self.rows)}
+        here = [ordered[row] for row in self.rows]
         if len(set(here)) == 1:
             return _Plan(all=here[0])
-        names = sorted({name for row in here for name in row}, key=order.__getitem__)
+        names = stack.names_in_order({name for row in here for name in row})
         classes = {name: _batched_class(cast(Adapter, stack[name]), host) for name in names}
         spanning = {self.spanning.intersection(row) for row in here}
         if self.root is not None and len(spanning) > 1:

@@ -15,7 +15,7 @@ from typing import Any, cast
 from torch import nn
 
 from lightning_peft.core.adapters.base import Adapter
-from lightning_peft.core.adapters.lookup import stacks
+from lightning_peft.core.adapters.lookup import adapter_names, stacks
 from lightning_peft.core.adapters.stack import AdapterStack
 from lightning_peft.core.adapters.switches import current, switched
 from lightning_peft.core.batching.layout import BatchLayout, RowError, batch_layouts
@@ -70,7 +70,8 @@ def rows(model: nn.Module, names: Sequence[str | Sequence[str] | None] | None, r
         _add_around_hosts(module := model.get_submodule(name), next(iter(found.values())))
         dispatcher.around[module] = where[name]
     for stack in found.values():
-        stack.ever_routed = {*(stack.ever_routed or ()), *(name for row in wanted for name in row)}
+        stack.ever_routed = set() if stack.ever_routed is None else stack.ever_routed
+        stack.ever_routed.update(name for row in wanted for name in row)
     with ExitStack() as leave:
         leave.callback(_keep, found, dispatcher, where)
         leave.enter_context(
@@ -101,7 +102,7 @@ def _add_around_hosts(module: nn.Module, stack: AdapterStack) -> None:
 def _checked(model: nn.Module, names: Any, stacks: dict[str, AdapterStack]) -> Rows:
     if isinstance(names, str) or not isinstance(names, Sequence) or not len(names):
         raise RowError(f"names must be a list with one entry for each row of the batch, got {names!r}")
-    known = list(dict.fromkeys(name for stack in stacks.values() for name in stack))
+    known = {name for name in _named(names) if any(name in stack._modules for stack in stacks.values())}
     record = injection_state(model)
     rows = []
     for i, entry in enumerate(names):
@@ -115,9 +116,10 @@ def _checked(model: nn.Module, names: Any, stacks: dict[str, AdapterStack]) -> R
                     "which all rows share. Save it with lp.save_adapter and load it with lp.load_adapter: its loaded "
                     "copy can be used by row"
                 )
-            near = nearest(str(name), known, n=1)
+            there = list(adapter_names(model))
+            near = nearest(str(name), there, n=1)
             hint = f"; nearest: {near[0]!r}" if near else ""
-            raise RowError(f"row {i}: no adapter named {name!r}{hint}; the model has {known}, and None is the base")
+            raise RowError(f"row {i}: no adapter named {name!r}{hint}; the model has {there}, and None is the base")
         if len(set(row)) < len(row):
             raise RowError(f"row {i} names an adapter twice: {row}")
         rows.append(row)
@@ -129,12 +131,18 @@ def _checked(model: nn.Module, names: Any, stacks: dict[str, AdapterStack]) -> R
     return tuple(rows)
 
 
+def _named(names: Sequence[Any]) -> set[Any]:
+    """Return every name in ``names``, whose entries are names, sequences of names, or None."""
+    return {name for entry in names if entry is not None for name in ((entry,) if isinstance(entry, str) else entry)}
+
+
 def _spanning(model: nn.Module, found: dict[str, AdapterStack], rows: Rows) -> tuple[frozenset[str], str | None]:
     """Return the adapters that span hosts, if rows differ in them, and the name of the module around these hosts."""
     where: dict[str, list[str]] = {}
+    used = {name for row in rows for name in row}
     for host_name, stack in found.items():
-        for name, adapter in stack.items():
-            if cast(Adapter, adapter).spans_hosts:
+        for name in used:
+            if name in stack._modules and cast(Adapter, stack._modules[name]).spans_hosts:
                 where.setdefault(name, []).append(host_name)
     spanning = frozenset(name for row in rows for name in row if name in where)
     inside = {host for name in spanning for host in where[name]}

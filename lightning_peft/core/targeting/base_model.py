@@ -16,7 +16,7 @@ from torch import nn
 from lightning_peft.core.class_swap import original_class
 from lightning_peft.core.names import is_within, join, relative
 from lightning_peft.core.optional import config_value, input_embedding
-from lightning_peft.core.targeting.base_modules import base_modules
+from lightning_peft.core.targeting.base_modules import base_modules, base_state_dict
 from lightning_peft.core.targeting.patterns import exactly
 from lightning_peft.core.targeting.ties import seen_once
 
@@ -87,7 +87,7 @@ def base_of(root: nn.Module, used: Iterable[str] = ()) -> Base:
             return Base(root, name)
     name, module = "", root
     while _is(module, "LightningModule", "lightning.pytorch.core.module"):
-        children = {n: child for n, child in module.named_children() if child.state_dict()}
+        children = {n: child for n, child in module.named_children() if base_state_dict(child)}
         if len(children) != 1 or any(True for _ in module.parameters(recurse=False)):
             break
         child = next(iter(children))

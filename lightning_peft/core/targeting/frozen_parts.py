@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lightning_peft.core.names import is_within, join, parents
 from lightning_peft.core.record import injected_name, injection_state
-from lightning_peft.core.targeting.base_modules import base_modules
+from lightning_peft.core.targeting.base_modules import base_modules, base_parameters
 
 if TYPE_CHECKING:
     from lightning_peft.core.state.plan import Plan
@@ -66,7 +66,7 @@ def _trains_by_module(model: nn.Module) -> dict[str, bool]:
     """Whether any of a module's own parameters trains, or did before methods were applied, by module name."""
     record, root = injection_state(model), injected_name(model)
     before = {join(root, name) for name in record.trained_before} if record is not None else set()
-    every = dict(model.named_parameters(remove_duplicate=False))
+    every = dict(base_parameters(model, remove_duplicate=False))
     trained = {id(p) for name, p in every.items() if name in before}  # by identity: a tied weight has several names
     found: dict[str, bool] = {}
     for name, module in base_modules(model):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lightning_peft.core.class_swap import original_class
-from lightning_peft.core.targeting.base_modules import base_modules
+from lightning_peft.core.targeting.base_modules import base_modules, base_state_dict
 from lightning_peft.core.targeting.storage import storage_problem
 
 __all__ = [
@@ -102,7 +102,7 @@ def is_packed(module: nn.Module) -> bool:
     if any(tuple(t.shape) in (sizes, sizes[::-1]) for t in plain):
         return False
     stored = any(t.ndim > 1 and storage_problem(t) is not None for t in tensors)
-    return stored or any(hasattr(m, "_packed_params") for m in module.modules())
+    return stored or any(hasattr(m, "_packed_params") for _, m in base_modules(module))
 
 
 def plain_tensors(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -134,8 +134,8 @@ def parameter_sizes(module: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """The number of parameters of ``model``; a packed weight counts as the matrix that it stands for."""
-    return sum({key: size for m in model.modules() for key, size in parameter_sizes(m).values()}.values())
+    """The number of parameters of the base; a packed weight counts as the matrix that it stands for."""
+    return sum({key: size for _, m in base_modules(model) for key, size in parameter_sizes(m).values()}.values())
 
 
 def packed_note(model: nn.Module) -> list[str]:
@@ -148,8 +148,8 @@ def packed_note(model: nn.Module) -> list[str]:
     stored = [
         part.nbytes
         for layer in layers
-        for key, value in nn.Module.state_dict(layer).items()
-        if isinstance(value, Tensor) and key != "bias" and not key.startswith("adapters.")
+        for key, value in base_state_dict(layer).items()
+        if isinstance(value, Tensor) and key != "bias"
         for _, part in plain_tensors(key, value)
     ]
     return [f"{len(layers)} layers have quantised weights ({kinds}): {numbers:,} parameters in {sum(stored):,} bytes"]

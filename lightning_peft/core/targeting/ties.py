@@ -14,7 +14,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from lightning_peft.core.state.plan import Plan
 from lightning_peft.core.names import is_within, join, leaf, owner_of
-from lightning_peft.core.targeting.base_modules import base_modules
+from lightning_peft.core.targeting.base_modules import base_modules, base_parameters
 
 __all__ = ["seen_once", "shared_modules", "tie_notes", "tied_names", "under_all_names", "with_tied"]
 
@@ -22,9 +22,9 @@ __all__ = ["seen_once", "shared_modules", "tie_notes", "tied_names", "under_all_
 def tied_names(model: nn.Module) -> dict[str, list[str]]:
     """Map each name of a parameter held by several modules to all of its names, one per module."""
     names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    for name, parameter in base_parameters(model, remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
-    modules = {name: id(module) for name, module in model.named_modules(remove_duplicate=False)}
+    modules = {name: id(module) for name, module in base_modules(model, remove_duplicate=False)}
     found: dict[str, list[str]] = {}
     for group in names.values():
         owners = {modules[owner_of(name)]: name for name in reversed(group)}
@@ -37,8 +37,8 @@ def shared_modules(model: nn.Module) -> dict[str, list[str]]:
     """Map the first name of each base module that has several names to its other names."""
     first = {id(module): name for name, module in base_modules(model)}
     found: dict[str, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if id(module) in first and name != first[id(module)]:
+    for name, module in base_modules(model, remove_duplicate=False):
+        if name != first[id(module)]:
             found.setdefault(first[id(module)], []).append(name)
     return found
 

@@ -12,11 +12,12 @@ from lightning_peft.core.adapters.base import Adapter
 from lightning_peft.core.adapters.lookup import hosts, stack_prefixes, stacks
 from lightning_peft.core.names import canonical, is_within, join
 from lightning_peft.core.record import InjectionState, injected_module, injection_state
-from lightning_peft.core.state.adapter_records import AdapterRecord, adapted_names, adapter_records, gather_to_cpu
+from lightning_peft.core.state.adapter_records import AdapterRecord, adapter_records, gather_to_cpu
 from lightning_peft.core.state.consistency import check_record, update_base
 from lightning_peft.core.state.fingerprint import fingerprint_now
 from lightning_peft.core.state.state_dict import StateError, trainable_keys
 from lightning_peft.core.targeting.base_model import Base, base_of
+from lightning_peft.core.targeting.base_modules import base_state_dict
 from lightning_peft.methods.families.method import PEFTMethod
 
 __all__ = ["Snapshot", "take_snapshot"]
@@ -117,8 +118,7 @@ def _trained(base: Base, record: InjectionState, name: str) -> dict[str, Tensor]
 
 
 def _fingerprint(base: Base, record: InjectionState) -> dict[str, Any]:
-    state = {canonical(key): value for key, value in nn.Module.state_dict(base.root).items()}
-    parts = [part for parts in record.adapter_records.values() for part in parts]
-    now = fingerprint_now(record.fingerprint, state, adapted_names(parts))
+    state = {canonical(key): value for key, value in base_state_dict(base.root).items()}
+    now = fingerprint_now(record.fingerprint, state, {join(host, weight) for host, weight, _ in record.shapes})
     values = {base.inner(name): value for name, value in now["values"].items()}
     return {"values": {name: value for name, value in values.items() if name}, "packed": now.get("packed", {})}

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lightning_peft.core.names import is_within, leaf, owner_of
 from lightning_peft.core.targeting.base_model import Base
+from lightning_peft.core.targeting.base_modules import base_state_dict
 from lightning_peft.core.targeting.biases import is_bias_name
 from lightning_peft.core.targeting.ties import under_all_names, with_tied
 from lightning_peft.core.untrusted import FormatError
@@ -100,7 +101,7 @@ def take_base_values(
         FormatError: if a head is incomplete, or an embedding has another vocabulary size than the base's.
     """
     modules = base.modules()
-    state = {key: value for key, value in base.module.state_dict().items() if owner_of(key) in modules}
+    state = {key: value for key, value in base_state_dict(base.module).items() if owner_of(key) in modules}
     heads = [h for h in options.get("modules_to_save") or [] if h not in _PEFT_HEADS or h in _ends(base)]
     names = heads_of(heads, base)
     wanted = [key for key in state if is_within(key, *names)]

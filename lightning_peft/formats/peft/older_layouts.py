@@ -56,7 +56,7 @@ def in_current_layout(
 def _check_experts(tensors: Iterable[str], base: Base) -> None:
     single = re.compile(r"(^|\.)experts\.\d+(\.|$)")
     key = next(filter(single.search, tensors), None)
-    if key is None or any(single.search(name) for name, _ in base.module.named_modules()):
+    if key is None or any(single.search(name) for name in base.modules()):
         return
     raise FormatError(
         f"{key} belongs to a single expert, which was a module in transformers before release 5; "

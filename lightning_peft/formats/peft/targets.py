@@ -11,6 +11,7 @@ from torch import nn
 from lightning_peft.core.class_swap import original_class
 from lightning_peft.core.optional import output_embedding
 from lightning_peft.core.targeting.base_model import Base
+from lightning_peft.core.targeting.base_modules import base_parameters
 from lightning_peft.core.targeting.patterns import no_match
 from lightning_peft.core.untrusted import FormatError
 from lightning_peft.formats.peft.converter import NotInPeftError, Options
@@ -114,7 +115,7 @@ def target_parameters(names: Sequence[str], base: Base) -> list[str]:
     Raises:
         NotInPeftError: if one of them is the end of another parameter's name.
     """
-    for other, _ in base.module.named_parameters():
+    for other, _ in base_parameters(base.module):
         for name in names:
             if other.endswith(f".{name}") and other not in names:
                 raise NotInPeftError(f"PEFT would also adapt {other!r}, because its name ends in {name!r}")
