@@ -33,6 +33,10 @@ from lightning_peft.core.targeting.attention_sites import EAGER
 __all__ = ["AttentionError", "KeysAndValues", "call_with_prefix", "mask_columns"]
 
 
+#: sequence length from which causal attention to a prefix avoids a mask; below, the mask is cheaper
+LONG = 256
+
+
 class AttentionError(RuntimeError):
     """An adapted module computed attention in a way that does not accept a prefix."""
 
@@ -147,6 +151,17 @@ def _sdpa(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
+    if prefix.extends and is_causal and not dropout_p and LONG <= query.shape[-2] == key.shape[-2]:
+        keys, values, mask = prefix.extend(key, value, None)
+        if mask is None:
+            # Queries for the prefix, whose outputs are dropped, keep the flag correct: a mask would take memory and
+            # time that grow with the square of the length.
+            extra = keys.shape[-2] - key.shape[-2]
+            longer = F.pad(query, (0, 0, extra, 0))
+            out = F.scaled_dot_product_attention(
+                longer, keys, values, is_causal=True, scale=scale, enable_gqa=enable_gqa
+            )
+            return prefix.add(out[..., extra:, :], query, key, value, _scale(query, scale))
     if prefix.extends and is_causal:
         # The flag aligns the causal mask with the upper left corner. With a prefix in front of the keys it would hide
         # the wrong ones, so it is replaced by an explicit mask.
@@ -156,7 +171,11 @@ def _sdpa(
     out = F.scaled_dot_product_attention(
         query, keys, values, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )
-    return prefix.add(out, query, key, value, 1 / math.sqrt(query.shape[-1]) if scale is None else scale)
+    return prefix.add(out, query, key, value, _scale(query, scale))
+
+
+def _scale(query: Tensor, scale: float | None) -> float:
+    return 1 / math.sqrt(query.shape[-1]) if scale is None else scale
 
 
 def _multi_head(
@@ -335,8 +354,7 @@ def _around_eager(
     if kwargs.get("position_bias") is not None:  # the prefix has no distance to the queries, so its bias is zero
         kwargs["position_bias"] = F.pad(kwargs["position_bias"], (keys.shape[-2] - key.shape[-2], 0))
     out, weights = call(query, keys, values, mask, **kwargs)
-    scale = kwargs.get("scaling")
-    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    scale = _scale(query, kwargs.get("scaling"))
     heads = out.transpose(1, 2)  # the functions return (batch, length, heads, width)
     out = prefix.add(heads, query, key, value, scale).transpose(1, 2)
     return out, None if weights is None else weights[..., weights.shape[-1] - key.shape[-2] :]
