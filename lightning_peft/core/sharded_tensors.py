@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
-__all__ = ["gather_full", "holds_shards", "is_sharded", "local_part", "sharded_like"]
+__all__ = ["gather_elements", "gather_full", "holds_shards", "is_sharded", "local_part", "sharded_like"]
 
 
 def is_sharded(tensor: Any) -> bool:
@@ -29,6 +30,32 @@ def local_part(tensor: Tensor) -> Tensor:
 def gather_full(tensor: Tensor) -> Tensor:
     """Return the full tensor on every rank. All ranks must call this together."""
     return cast(Any, tensor).full_tensor() if is_sharded(tensor) else tensor
+
+
+def gather_elements(tensor: Tensor, positions: Tensor) -> Tensor:
+    """Return the elements at the flat ``positions`` of the full tensor, on every rank; all ranks must call it together.
+
+    Only these elements are exchanged. The tensor itself stays sharded, unless it is sharded in an unusual way.
+    """
+    mesh, placements = cast(Any, tensor).device_mesh, cast(Any, tensor).placements
+    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    if any(type(placement) not in (Replicate, Shard) for placement in placements):
+        return gather_full(tensor).detach().reshape(-1)[positions]
+    local = local_part(tensor).detach()
+    _, offset = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
+    places = (
+        torch.stack(torch.unravel_index(positions, tensor.shape)) - torch.tensor(offset, device=local.device)[:, None]
+    )
+    sizes = torch.tensor(local.shape, device=local.device)[:, None]
+    here = ((places >= 0) & (places < sizes)).all(0)
+    found = local.new_zeros(len(positions))
+    found[here] = local[tuple(places[:, here])]
+    for i, placement in enumerate(placements):
+        if placement.is_shard():  # every other rank adds zeros
+            torch.distributed.all_reduce(found, group=mesh.get_group(i))
+    return found
 
 
 def sharded_like(tensor: Tensor, like: Tensor) -> Tensor:

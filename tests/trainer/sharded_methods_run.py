@@ -13,11 +13,14 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_peft as lp
+from lightning_peft.core.state.fingerprint import fingerprint
 
 LAYERS: dict[str, Any] = {"targets": ["up", "down"], "trainable": ["head"]}
 METHODS = {
@@ -92,6 +95,22 @@ def fit(how: str, method: lp.PEFTMethod) -> dict[str, torch.Tensor]:
     return {n: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach() for n, p in module.named_parameters()}
 
 
+def fingerprint_of_shards() -> dict[str, Any]:
+    """The fingerprint of a sharded base compared with that of the whole, and the number of gathered tensors."""
+    torch.manual_seed(7)
+    model = nn.Sequential(Block(), nn.Linear(16, 3), nn.Conv1d(3, 5, 2))  # 3 and 5 do not divide by two ranks
+    lp.apply(model, lp.LoRA(r=2, targets=["up"]))
+    whole, gathered = fingerprint(model), []
+    fully_shard(model[0], mesh=init_device_mesh("cpu", (2,)))
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    full_tensor = DTensor.full_tensor
+    DTensor.full_tensor = lambda self: gathered.append(self) or full_tensor(self)  # type: ignore[method-assign]
+    try:
+        return {"same": fingerprint(model) == whole, "values": len(whole["values"]), "gathered": len(gathered)}
+    finally:
+        DTensor.full_tensor = full_tensor  # type: ignore[method-assign]
+
+
 def main(out: Path) -> None:
     found: dict[str, Any] = {}
     torch.manual_seed(7)
@@ -113,6 +132,7 @@ def main(out: Path) -> None:
     plain = fit("plain", lp.NormTuning(trainable=["head"]))
     tensor = fit("tensor", lp.NormTuning(trainable=["head"]))
     found["beside"] = max((plain[k] - tensor[k]).abs().max().item() for k in plain)
+    found["fingerprint"] = fingerprint_of_shards()
     if dist.get_rank() == 0:
         out.write_text(json.dumps(found))
     dist.barrier()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_peft.core.adapters.lookup import stacks
 from lightning_peft.core.class_swap import original_class
 from lightning_peft.core.names import canonical, nearest
-from lightning_peft.core.sharded_tensors import gather_full, is_sharded
+from lightning_peft.core.sharded_tensors import gather_elements, gather_full, is_sharded
 from lightning_peft.core.state.moved_values import extra_state
 from lightning_peft.core.state.state_dict import StateError, trained_base_keys
 from lightning_peft.core.targeting.base_modules import base_state_dict
@@ -138,9 +138,10 @@ def _listed(packed: Mapping[str, int]) -> str:
 
 
 def _sample(tensor: Tensor, samples: int) -> list[float]:
-    tensor = gather_full(tensor).detach()
-    flat = (torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor).reshape(-1)
-    steps = min(samples, flat.numel())
+    if tensor.is_complex():
+        tensor = torch.view_as_real(gather_full(tensor).detach().resolve_conj())
+    steps = min(samples, tensor.numel())
     # In float64, because float32 is exact only up to 2^24 and would step past the end of a large embedding.
-    index = torch.linspace(0, flat.numel() - 1, steps, dtype=torch.float64).long().to(flat.device)
-    return [float(v) for v in flat[index].to("cpu", torch.float32)]
+    index = torch.linspace(0, tensor.numel() - 1, steps, dtype=torch.float64).long().to(tensor.device)
+    values = gather_elements(tensor, index) if is_sharded(tensor) else tensor.detach().reshape(-1)[index]
+    return [float(v) for v in values.to("cpu", torch.float32)]
