@@ -41,17 +41,15 @@ def gather_elements(tensor: Tensor, positions: Tensor) -> Tensor:
     from torch.distributed.tensor import Replicate, Shard
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-    if any(type(placement) not in (Replicate, Shard) for placement in placements):
+    if not tensor.ndim or any(type(placement) not in (Replicate, Shard) for placement in placements):
         return gather_full(tensor).detach().reshape(-1)[positions]
     local = local_part(tensor).detach()
     _, offset = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
-    places = (
-        torch.stack(torch.unravel_index(positions, tensor.shape)) - torch.tensor(offset, device=local.device)[:, None]
-    )
-    sizes = torch.tensor(local.shape, device=local.device)[:, None]
-    here = ((places >= 0) & (places < sizes)).all(0)
+    start, sizes = (torch.tensor(each, device=local.device)[:, None] for each in (offset, local.shape))
+    here = torch.stack(torch.unravel_index(positions, tensor.shape)) - start
+    owned = ((here >= 0) & (here < sizes)).all(0)
     found = local.new_zeros(len(positions))
-    found[here] = local[tuple(places[:, here])]
+    found[owned] = local[tuple(here[:, owned])]
     for i, placement in enumerate(placements):
         if placement.is_shard():  # every other rank adds zeros
             torch.distributed.all_reduce(found, group=mesh.get_group(i))

@@ -18,7 +18,7 @@ def test_on_two_processes(tmp_path: Path) -> None:
     ran = subprocess.run([*launch, *script], env=environment, capture_output=True, text=True, timeout=300)
     assert (tmp_path / "out.json").exists(), ran.stderr[-4000:]
     found = json.loads((tmp_path / "out.json").read_text())
-    assert found.pop("fingerprint") == {"same": True, "values": 8, "gathered": 0}
+    assert found.pop("fingerprint") == {"same": True, "values": 10, "gathered": 0}
     refused = {name: said for name, said in found.items() if isinstance(said, str)}
     assert len(refused) == 6
     for said in refused.values():

@@ -40,7 +40,7 @@ from lightning_peft.core.state.freezing import (
     keep_full_precision,
 )
 from lightning_peft.core.state.moved_values import InitialValues
-from lightning_peft.core.state.plan import Method, Plan
+from lightning_peft.core.state.plan import Method, Plan, without_values
 from lightning_peft.core.state.report import Report
 from lightning_peft.core.state.state_dict import fix_trained
 from lightning_peft.core.targeting.base_modules import base_buffers, base_modules, base_parameters
@@ -227,7 +227,7 @@ def inspect(model: nn.Module, *methods: Method) -> Report:
     report = Report() if record is None else record.report.copy()
     report.total = count_parameters(model) + sum(total for _, total in (record.sizes if record else {}).values())
     trained: dict[int, int] = {}
-    plans = [_plan(model, method) for method in new]
+    plans = [_plan_counts(model, method) for method in new]
     _check_order(model, plans)
     _check_trial(model, {method.name: (method, plan) for method, plan in zip(new, plans)})
     for method, plan in zip(new, plans):
@@ -252,6 +252,15 @@ def _plan(model: nn.Module, method: Method) -> Plan:
     plan = method.plan(model)
     name_frozen_parts(model, plan)
     return plan
+
+
+def _plan_counts(model: nn.Module, method: Method) -> Plan:
+    """Plan without values, which would take as much memory as the adapters, if the method can."""
+    try:
+        with without_values():
+            return _plan(model, method)
+    except Exception:  # the method computes with values, or the error is the model's and is raised again
+        return _plan(model, method)
 
 
 def _callbacks_of(model: nn.Module) -> Sequence[Any]:

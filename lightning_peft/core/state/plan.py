@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -10,7 +13,24 @@ from torch import nn
 
 from lightning_peft.core.adapters.base import Adapter
 
-__all__ = ["Attachment", "Method", "Plan"]
+__all__ = ["Attachment", "Method", "Plan", "init_device", "without_values"]
+
+_WITHOUT_VALUES: ContextVar[bool] = ContextVar("without_values", default=False)
+
+
+@contextmanager
+def without_values() -> Iterator[None]:
+    """Inside the context, methods build adapters on the meta device: with shapes, but without memory or values."""
+    token = _WITHOUT_VALUES.set(True)
+    try:
+        yield
+    finally:
+        _WITHOUT_VALUES.reset(token)
+
+
+def init_device() -> torch.device:
+    """Return the device on which adapters are initialised: the CPU, or meta inside :func:`without_values`."""
+    return torch.device("meta" if _WITHOUT_VALUES.get() else "cpu")
 
 
 class Attachment(NamedTuple):

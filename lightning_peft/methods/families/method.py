@@ -17,7 +17,7 @@ from torch import nn
 
 from lightning_peft.core.names import check_name, listed
 from lightning_peft.core.registry import register_method
-from lightning_peft.core.state.plan import Plan
+from lightning_peft.core.state.plan import Plan, init_device
 from lightning_peft.core.targeting.base_modules import base_modules
 from lightning_peft.core.targeting.patterns import (
     TargetError,
@@ -173,10 +173,11 @@ class PEFTMethod(Declared, Callback, ABC):
     def seeded_init(self, where: str) -> Iterator[None]:
         """Seed torch while the adapter at ``where`` is initialised, and restore the global random state afterwards.
 
-        Inside, new tensors are on the CPU and in ``adapter_dtype``, even if a strategy has set other defaults.
+        Inside, new tensors are on the CPU and in ``adapter_dtype``, even if a strategy has set other defaults. If only
+        their number is asked for (:func:`lightning_peft.inspect`), they are on the meta device.
         """
         before = torch.get_default_dtype()
-        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        with torch.random.fork_rng(devices=[]), init_device():
             torch.random.default_generator.manual_seed(self.seed_for(where))
             torch.set_default_dtype(getattr(torch, self.adapter_dtype))
             try:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import lightning_peft as lp
 from lightning_peft.core.adapters.lookup import adapter_names, hosts
@@ -100,6 +102,28 @@ def test_inspect_changes_nothing_and_counts_what_is_shared_once():
     assert_same_bits(bits(model), before)
     assert [type(m) for m in model.modules()] == classes
     assert report.trainable == 2 * 2 * (18 + 22 + 18) + 27
+
+
+class AllocatedElements(TorchDispatchMode):
+    """Counts the elements of tensors that are not on the meta device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.count += sum(t.numel() for t in tree_leaves(out) if isinstance(t, Tensor) and not t.is_meta)
+        return out
+
+
+@pytest.mark.parametrize("method", [lp.LoRA, lp.LoHa, lp.MiSS, lp.OFT, lp.AdaLoRA], ids=lambda m: m.__name__)
+def test_inspect_counts_without_allocating(method):
+    with torch.device("meta"):
+        model = nn.Sequential(*(nn.Linear(4096, 4096) for _ in range(3)))
+    with AllocatedElements() as allocated:
+        report = lp.inspect(model, method(targets=["0", "1"]))
+    assert report.trainable > 0
+    assert allocated.count < 4096
+    assert lp.inspect(model.to_empty(device="cpu"), method(targets=["0", "1"])).parameters == report.parameters
 
 
 def test_the_table_groups_repeated_layers():
