@@ -51,7 +51,6 @@ def work(model: nn.Module, folder: Path) -> dict[str, int]:
         "switch": lambda: lp.set_active(model, "a1"),
         "active": enter_active,
         "rows": enter_rows,
-        "save": lambda: lp.save_adapter(model, folder.parent / "again", name="a0"),
         "merge": lambda: lp.merge(model, "a0"),
         "unmerge": lambda: lp.unmerge(model),
         "delete": lambda: lp.delete_adapter(model, "new"),
