@@ -1,8 +1,21 @@
-"""Ready-made LightningDataModules. They import transformers and datasets only in ``setup``."""
+"""Ready-made LightningDataModules. They import transformers and datasets only in ``setup``.
+
+Read ``base`` (splits, checks, loaders), then ``labelled`` (labels from the data), then one of the others.
+"""
 
 from lightning_peft.data.generation import GenerationData
 from lightning_peft.data.language import LanguageModelData
+from lightning_peft.data.seq2seq import SequenceToSequenceData
 from lightning_peft.data.text import TextClassificationData, TextRegressionData
+from lightning_peft.data.tokens import TokenClassificationData
 from lightning_peft.data.vision import ImageData
 
-__all__ = ["GenerationData", "ImageData", "LanguageModelData", "TextClassificationData", "TextRegressionData"]
+__all__ = [
+    "GenerationData",
+    "ImageData",
+    "LanguageModelData",
+    "SequenceToSequenceData",
+    "TextClassificationData",
+    "TextRegressionData",
+    "TokenClassificationData",
+]

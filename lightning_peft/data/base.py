@@ -94,7 +94,8 @@ class TableDataModule(L.LightningDataModule):
             FileNotFoundError: A file does not exist.
             InputError: A split is empty, or a column or a value in it is not usable.
         """
-        for split in _STAGES.get(str(stage), ()):
+        # The Trainer passes a member of an enumeration, which equals a string but does not hash as one.
+        for split in next((splits for name, splits in _STAGES.items() if name == stage), ()):
             if self.has(split):
                 self.check(self.table(split), split)
         for split in ("train", "validation") if stage == "fit" else ():

@@ -39,7 +39,7 @@ def load_table(source: str, split: str) -> Dataset:
 
     if source == "demo":
         return datasets.Dataset.from_list(demo.load(split))
-    table = _from_file(source) if is_file(source) else _from_hub(source, split)
+    table = _from_file(source, split) if is_file(source) else _from_hub(source, split)
     if not len(table):
         raise InputError(f"the {split} split is empty: {source!r} has no rows.")
     return table
@@ -102,7 +102,7 @@ def find_file(path: Path, shown: str | None = None) -> Path:
     return path
 
 
-def _from_file(source: str) -> Dataset:
+def _from_file(source: str, split: str) -> Dataset:
     import datasets
 
     path = find_file(Path(source).expanduser(), source)
@@ -117,6 +117,8 @@ def _from_file(source: str) -> Dataset:
         while cause.__cause__ is not None:
             cause = cause.__cause__
         said = str(cause).strip().splitlines() or [type(cause).__name__]
+        if "corresponds to no data" in said[0]:  # what datasets says of a table with a header alone
+            raise InputError(f"the {split} split is empty: {source!r} has no rows.") from error
         raise InputError(f"{source!r} cannot be read as {kind}: {said[0]}") from error
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,8 @@ from torch import Tensor
 
 from lightning_peft import demo
 from lightning_peft.data.base import Example, TextDataModule
-from lightning_peft.data.labels import find_labels, in_order_of, label_name, label_values, number_of, report_balance
+from lightning_peft.data.labelled import LabelledData
+from lightning_peft.data.labels import label_values, number_of, report_balance
 from lightning_peft.pretrained import InputError
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class _TextsWithTargets(TextDataModule):
         return batch if split == "predict" else {**batch, "labels": torch.tensor([e["label"] for e in examples])}
 
 
-class TextClassificationData(_TextsWithTargets):
+class TextClassificationData(LabelledData, _TextsWithTargets):
     """Texts, or pairs of texts, with one label or several labels each.
 
     Labels may be names or numbers. They are numbered in sorted order; the demo's labels are in the order of its model's
@@ -127,51 +127,36 @@ class TextClassificationData(_TextsWithTargets):
             **options,
         )
         self.label_separator = label_separator
-        self.labels: list[Any] = []
         self.multi_label = label_separator is not None
-        self._numbers: dict[str, int] = {}
-
-    def setup(self, stage: str | None = None) -> None:
-        """Find the labels: those that the module has, or those of the training split; then check every split."""
-        if not self.labels and stage != "predict":
-            named = getattr(self.module, "hparams", {}).get("labels")
-            if self.source == "demo":
-                self.labels = list(demo.labels())
-            elif named:
-                self.labels, self.multi_label = list(named), self.module.multi_label
-            else:
-                self.labels = in_order_of(self._find(), getattr(self.module, "labels", ()))
-        super().setup(stage)
 
     def check(self, table: Dataset, split: str) -> None:
         """Check that every label occurs in training."""
         if split == "predict":
             return
-        values = self._values(table, split)
-        numbers = self._number_by_name()
-        for i, value in enumerate(values):
+        numbers = self.numbers()
+        for i, value in enumerate(self._values(table, split)):
             for part in value if isinstance(value, list) else [value]:
                 number_of(part, numbers, split, i)
         if split == "train":
-            report_balance(list(chain(*values)) if self.multi_label else values, split)
+            report_balance(self.all_labels(table, split), split)
 
     def target(self, value: Any, split: str, row: int) -> Any:
         """A number, or 0 or 1 for each label if rows have several."""
-        numbers = self._number_by_name()
+        numbers = self.numbers()
         if not self.multi_label:
-            return number_of(self._name(value), numbers, split, row)
+            return number_of(self.named(value, self.label), numbers, split, row)
         present = {number_of(part, numbers, split, row) for part in self._parts(value)}
         return [float(i in present) for i in range(len(numbers))]
 
-    def _find(self) -> list[Any]:
-        table = self.table("train")
-        values = self._values(table, "train")
-        self.multi_label = self.label_separator is not None or any(isinstance(value, list) for value in values)
-        parts: Sequence[Any] = list(chain(*values)) if self.multi_label else values
-        if self.validation_fraction:
-            other = self._values(self.table("validation"), "validation")
-            parts = [*parts, *(chain(*other) if self.multi_label else other)]
-        return find_labels(parts, self.label, self.source)
+    def find_labels(self) -> list[Any]:
+        """The labels of the training split; the demo's are in the order of its model's outputs."""
+        return list(demo.labels()) if self.source == "demo" else super().find_labels()
+
+    def all_labels(self, table: Dataset, split: str) -> list[Any]:
+        """Every label of a split, as often as it occurs."""
+        values = self._values(table, split)
+        self.multi_label = self.multi_label or any(isinstance(value, list) for value in values)
+        return list(chain(*values)) if self.multi_label else values
 
     def _values(self, table: Dataset, split: str) -> list[Any]:
         if self.label_separator is None:
@@ -181,22 +166,9 @@ class TextClassificationData(_TextsWithTargets):
 
     def _parts(self, value: Any) -> list[Any]:
         if isinstance(value, list):
-            return [self._name(part) for part in value]
+            return [self.named(part, self.label) for part in value]
         parts = str("" if value is None else value).split(self.label_separator)
         return [part.strip() for part in parts if part.strip()]
-
-    def _name(self, value: Any) -> Any:
-        feature = self._tables["train"].features[self.label] if "train" in self._tables else None
-        names = getattr(getattr(feature, "feature", feature), "names", None)
-        return names[value] if names is not None and isinstance(value, int) else value
-
-    def _number_by_name(self) -> dict[str, int]:
-        if len(self._numbers) != len(self.labels):
-            self._numbers = {label_name(label): index for index, label in enumerate(self.labels)}
-        return self._numbers
-
-    def _prepared_with(self) -> str:
-        return f"{super()._prepared_with()} {self.labels}"
 
 
 class TextRegressionData(_TextsWithTargets):

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from lightning_peft.core.adapters.lookup import hosts
 from lightning_peft.core.names import nearest
 from lightning_peft.core.switching.rows import rows
-from lightning_peft.pretrained import InputError, fresh_modules
-from lightning_peft.tasks.metrics import logged_names, make_metrics
+from lightning_peft.pretrained import InputError, fresh_modules, load_model
+from lightning_peft.tasks.metrics import make_metrics
 from lightning_peft.tasks.optim import adamw
 
 Batch = dict[str, Any]
@@ -111,7 +111,7 @@ class Task(L.LightningModule):
 
     def logged(self) -> Sequence[str]:
         """The names under which the metrics are logged; a subclass that logs others adds them."""
-        return logged_names(self.metrics)
+        return self.metrics
 
     def compute(self, batch: Batch) -> tuple[Tensor, Any]:
         """Return the mean loss of a batch, and what :meth:`update` needs."""
@@ -164,7 +164,7 @@ class Task(L.LightningModule):
 class Classifier(Task):
     """A task with labels. Their number and names come from the data, unless the user gives them.
 
-    A subclass implements ``_build(labels, num_labels)``, which creates the network and the metrics.
+    A subclass names the ``auto_class`` of transformers that loads its network, or overrides :meth:`create`.
 
     Attributes:
         labels: The names of the labels in the order of the network's outputs; empty until they are known.
@@ -175,6 +175,7 @@ class Classifier(Task):
     #: arguments that the data determine; a default in a saved configuration does not override a checkpoint's value
     from_data = ("labels", "num_labels", "multi_label")
 
+    auto_class: ClassVar[str]
     labels: list[str]
     num_labels: int
     multi_label: bool = False
@@ -191,8 +192,16 @@ class Classifier(Task):
         self.create(len(labels) if labels else num_labels)
 
     def create(self, num_labels: int | None) -> None:
-        """Create the network with ``num_labels`` outputs (None for its own number), and call :meth:`created`."""
-        raise NotImplementedError
+        """Load the network with ``num_labels`` outputs (None for its own number), and call :meth:`created`."""
+        import transformers
+
+        given = self.hparams
+        changes = {**(given.get("config") or {}), **({} if num_labels is None else {"num_labels": num_labels})}
+        self.model: Any = None  # frees the former one
+        kind = getattr(transformers, self.auto_class)
+        self.model = load_model(kind, given["model"], given["pretrained"], given["dtype"], **changes)
+        self.num_labels = self.model.config.num_labels
+        self.created()
 
     def created(self) -> None:
         """Create the metrics; name the outputs, or take their names from the network's configuration."""
@@ -241,9 +250,13 @@ class Classifier(Task):
             config.id2label = dict(enumerate(self.labels))
             config.label2id = {label: number for number, label in enumerate(self.labels)}
 
+    def names(self) -> list[str]:
+        """The name of each output; its number if it has none."""
+        return self.labels or [str(number) for number in range(self.num_labels)]
+
     def label_columns(self, probabilities: Tensor) -> Mapping[str, list[Any]]:
         """The columns ``label`` and ``probability`` for probabilities ``(batch, labels)``."""
-        names = self.labels or [str(number) for number in range(self.num_labels)]
+        names = self.names()
         if self.multi_label:
             chosen = [[i for i, p in enumerate(row) if p >= 0.5] for row in probabilities.tolist()]
             return {
@@ -258,7 +271,7 @@ class Classifier(Task):
 
 def inputs_of(batch: Batch) -> dict[str, Tensor]:
     """What a batch holds for the network: everything but labels and adapters."""
-    return {name: value for name, value in batch.items() if name not in ("labels", "adapters")}
+    return {name: value for name, value in batch.items() if name not in ("labels", "adapters", "starts")}
 
 
 def label_loss(logits: Tensor, labels: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
@@ -12,6 +12,9 @@ from lightning_peft.core.switching.rows import rows
 from lightning_peft.pretrained import InputError, load_tokenizer
 from lightning_peft.tasks.base import Batch, Task
 from lightning_peft.tasks.metrics import TEXT, make_metrics
+
+#: the DataModule to suggest for each objective
+_DATA = {"causal": "GenerationData", "masked": "LanguageModelData", "seq2seq": "SequenceToSequenceData"}
 
 
 class Generator(Task):
@@ -25,6 +28,7 @@ class Generator(Task):
 
     known_metrics = (*TEXT, "perplexity")
     model: Any
+    objective: str
     joins_prompt = True
     """Whether a generated sequence begins with its prompt, as it does for a decoder alone."""
 
@@ -34,6 +38,20 @@ class Generator(Task):
             raise InputError(f"max_new_tokens={max_new_tokens} must be at least 1 and samples={samples} at least 0.")
         self.max_new_tokens, self.samples = max_new_tokens, samples
         self._tokenizer: Any = None
+
+    def setup(self, stage: str) -> None:
+        """Check before training that the data is for this kind of model.
+
+        Raises:
+            InputError: The data is for another one.
+        """
+        super().setup(stage)
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if getattr(data, "objective", self.objective) != self.objective:
+            raise InputError(
+                f"{type(data).__name__} is for models whose objective is {data.objective!r}; this one's is "
+                f"{self.objective!r}: use another model, or {_DATA[self.objective]}."
+            )
 
     def build_metrics(self, num_labels: int | None = None) -> None:
         """Create the metrics of the validation and of the test; those of texts are separate, as they need texts."""
@@ -72,7 +90,7 @@ class Generator(Task):
             InputError: A prompt leaves no position for a new token.
             RowError: The adapters are invalid, as for :func:`lightning_peft.rows`.
         """
-        batch = self.tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left").to(self.device)
+        batch = self.tokenizer(prompts, return_tensors="pt", padding=True, padding_side=self._side()).to(self.device)
         return self.write(batch["input_ids"], batch["attention_mask"], max_new_tokens, adapters, **options)
 
     def write(
@@ -122,13 +140,18 @@ class Generator(Task):
         super().test_step(batch, batch_idx)
         self._score_texts(batch, "test", 0)
 
+    def _side(self) -> Literal["left", "right"]:
+        return "left" if self.joins_prompt else "right"
+
     def _score_texts(self, batch: Batch, stage: str, samples: int) -> None:
         scores = getattr(self, f"{stage}_texts")
         count = len(batch["labels"]) if len(scores) else min(samples, len(batch["labels"]))
         if not count:
             return
         prompts = self.prompts_of(batch)[:count]
-        padded = self.tokenizer.pad({"input_ids": prompts}, return_tensors="pt", padding_side="left").to(self.device)
+        padded = self.tokenizer.pad({"input_ids": prompts}, return_tensors="pt", padding_side=self._side()).to(
+            self.device
+        )
         adapters = batch["adapters"][:count] if "adapters" in batch else None
         texts = self.write(padded["input_ids"], padded["attention_mask"], self.max_new_tokens, adapters)
         wanted = self.tokenizer.batch_decode(

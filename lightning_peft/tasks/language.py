@@ -38,8 +38,8 @@ class LanguageModel(Generator):
         export_dtype: The dtype of the exported weights; ``None`` keeps the current one.
         max_new_tokens: The maximum number of tokens that a causal model writes in validation and ``predict``.
         samples: Log this many generated texts in each validation, if the data has prompts.
-        metrics: ``perplexity``, and for data with prompts ``bleu``, ``rouge`` and ``exact_match`` of the generated
-            texts; none by default, because generation is slow.
+        metrics: ``perplexity``, and for data with prompts ``bleu``, ``rouge1``, ``rouge2``, ``rougeL`` and
+            ``exact_match`` of the generated texts; none by default, because generation is slow.
     """
 
     #: a checkpoint's hyperparameters must not set this, because fit writes to it
@@ -80,11 +80,6 @@ class LanguageModel(Generator):
         """
         super().setup(stage)
         data: Any = getattr(self.trainer, "datamodule", None)
-        if getattr(data, "objective", self.objective) != self.objective:
-            raise InputError(
-                f"{type(data).__name__} is for models whose objective is {data.objective!r}; this one's is "
-                f"{self.objective!r}: use another model, or LanguageModelData."
-            )
         if hasattr(data, "mask") and (data.mask is None) == (self.objective == "masked"):
             fix = "pass mask=0.15, for example," if data.mask is None else "pass mask=None"
             raise InputError(
@@ -178,7 +173,12 @@ class LanguageModel(Generator):
 def _objective_of(model: str) -> Objective:
     from transformers import AutoConfig
 
-    names = AutoConfig.from_pretrained(locate(model), **NO_CODE).architectures or []
+    config = AutoConfig.from_pretrained(locate(model), **NO_CODE)
+    names = config.architectures or []
+    if getattr(config, "is_encoder_decoder", False):
+        raise InputError(
+            f"{model!r} has an encoder and a decoder: use the task SequenceToSequence with SequenceToSequenceData."
+        )
     if any(name.endswith("ForMaskedLM") for name in names):
         return "masked"
     if any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names):

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 #: metrics of a classifier, of a regression, and of generated texts
 CLASSES = ("acc", "f1", "precision", "recall", "auroc", "mcc")
 REGRESSION = ("pearson", "spearman", "mae", "mse", "r2")
-TEXT = ("bleu", "rouge", "exact_match")
-
-
-def logged_names(names: Sequence[str]) -> list[str]:
-    """The names under which metrics are logged; ROUGE has several values."""
-    rouge = [f"rouge{kind}_{value}" for kind in "12L" for value in ("fmeasure", "precision", "recall")]
-    return [logged for name in names for logged in (rouge if name == "rouge" else [name])]
+TEXT = ("bleu", "rouge1", "rouge2", "rougeL", "exact_match")
 
 
 def make_metrics(names: Sequence[str], num_labels: int | None = None, multi_label: bool = False) -> Any:
@@ -35,7 +30,7 @@ def make_metrics(names: Sequence[str], num_labels: int | None = None, multi_labe
         kind = getattr(c, f"Multilabel{name}" if multi_label else f"Multiclass{name}")
         return kind(num_labels, **options)
 
-    makers = {
+    makers: dict[str, Any] = {
         "acc": lambda: classifier("Accuracy", average="micro"),
         "f1": lambda: classifier("F1Score", average="macro"),
         "precision": lambda: classifier("Precision", average="macro"),
@@ -49,10 +44,22 @@ def make_metrics(names: Sequence[str], num_labels: int | None = None, multi_labe
         "r2": tm.R2Score,
         "perplexity": lambda: text.Perplexity(ignore_index=-100),
         "bleu": text.BLEUScore,
-        "rouge": lambda: text.ROUGEScore(rouge_keys=("rouge1", "rouge2", "rougeL")),
+        **{name: partial(_rouge, name) for name in ("rouge1", "rouge2", "rougeL")},
         "exact_match": _exact_match,
     }
     return tm.MetricCollection({name: makers[name]() for name in names})
+
+
+def _rouge(name: str) -> Any:
+    from torchmetrics.text import ROUGEScore
+
+    class Rouge(ROUGEScore):
+        """The F-measure of one kind of ROUGE."""
+
+        def compute(self) -> Any:
+            return super().compute()[f"{name}_fmeasure"]
+
+    return Rouge(rouge_keys=name)
 
 
 def _exact_match() -> Any:

@@ -41,6 +41,7 @@ class TextClassifier(Classifier):
     from_user = ("config",)
     metric_names = ("acc", "f1")
     known_metrics = CLASSES
+    auto_class = "AutoModelForSequenceClassification"
 
     def __init__(
         self,
@@ -60,22 +61,13 @@ class TextClassifier(Classifier):
         self.multi_label = multi_label
         self.build(num_labels, labels)
 
-    def create(self, num_labels: int | None) -> None:
-        """Load the network with ``num_labels`` outputs."""
-        from transformers import AutoModelForSequenceClassification
-
-        given = self.hparams
-        changes = {**(given["config"] or {}), **({} if num_labels is None else {"num_labels": num_labels})}
-        self.model: Any = None
-        self.model = load_model(
-            AutoModelForSequenceClassification, given["model"], given["pretrained"], given["dtype"], **changes
-        )
+    def created(self) -> None:
+        """Create the metrics, and complete the network's configuration."""
         if self.model.config.pad_token_id is None:  # decoders classify the last token that is not padding
             self.model.config.pad_token_id = self.model.config.eos_token_id
         if self.multi_label:
             self.model.config.problem_type = "multi_label_classification"
-        self.num_labels = self.model.config.num_labels
-        self.created()
+        super().created()
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, **inputs: Tensor) -> Tensor:
         """Compute logits ``(batch, num_labels)`` from token ids and their mask, both ``(batch, length)``."""
