@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,10 +21,11 @@ from lightning_peft.cli.export import export
 from lightning_peft.cli.import_adapter import import_adapter
 from lightning_peft.cli.inspect import inspect_path, names_a_path
 from lightning_peft.cli.merge import merge
-from lightning_peft.cli.methods import methods
+from lightning_peft.cli.methods import exported, methods
 from lightning_peft.cli.module import find_module
 from lightning_peft.cli.runs import LogConfig, check_checkpoint, check_model, files_first
 from lightning_peft.core.state.torch_file import read_torch_file
+from lightning_peft.methods.families.unknown_arguments import advice
 from lightning_peft.pretrained import InputError
 from lightning_peft.tasks import PredictionWriter
 from lightning_peft.trainer.checkpoints.hyperparameters import saved_arguments
@@ -136,6 +139,12 @@ class Parser(LightningArgumentParser):
                 "\nModules are looked up in the folder where the command is started, and on PYTHONPATH: start it from "
                 "the folder that has the module, or set PYTHONPATH"
             )
+        refused = re.findall(r"class_path '[\w.]*?(\w+)':\s+Option '(\w+)' is not accepted", message)
+        known = {method.__name__: method for method in exported()}
+        for class_name, option in dict.fromkeys(refused):
+            if class_name in known:
+                names = list(inspect.signature(known[class_name]).parameters)
+                message += f"\n{class_name} does not have an argument {option!r}: {advice(option, names)}"
         return super().error(message, ex)
 
 

@@ -199,3 +199,16 @@ def test_a_checkpoint_that_would_run_code_is_refused():
     with pytest.raises(SystemExit, match=r"error: .*evil\.ckpt"):
         run("test", *RUN, *LORA, "--ckpt_path=evil.ckpt")
     assert not Path("it_ran").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--trainer.callbacks+=LoRA", "--trainer.callbacks.lora_alpha=8"],
+        ["--trainer.callbacks=[{class_path: lightning_peft.LoRA, init_args: {r: 4, lora_alpha: 8}}]"],
+    ],
+)
+def test_an_unknown_argument_of_a_method_names_the_one_that_was_meant(arguments, capsys):
+    with pytest.raises(SystemExit):
+        main(["fit", "--model=lightning.pytorch.demos.boring_classes.BoringModel", *arguments])
+    assert "LoRA does not have an argument 'lora_alpha': it is called alpha here" in capsys.readouterr().err

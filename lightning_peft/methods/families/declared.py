@@ -12,8 +12,10 @@ in :mod:`lightning_peft.methods.families.arguments`.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 import attrs
@@ -22,6 +24,7 @@ from typing_extensions import dataclass_transform
 
 from lightning_peft.core.targeting.patterns import as_patterns
 from lightning_peft.methods.families.arguments import Check, one_of
+from lightning_peft.methods.families.unknown_arguments import advice
 
 __all__ = ["Declared", "target_patterns"]
 
@@ -57,6 +60,7 @@ class Declared:
             on_setattr=attrs.setters.NO_OP,  # otherwise attrs would replace this class's __setattr__
             field_transformer=_with_type_checks,
         )
+        cls.__init__ = _naming_unknown(cls.__init__)  # type: ignore[method-assign]
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, _strip_numpy(value))
@@ -77,6 +81,22 @@ class Declared:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.config().items())})"
+
+
+def _naming_unknown(init: Callable[..., None]) -> Callable[..., None]:
+    """``init`` with an error for an unknown keyword that names the argument that was probably meant."""
+    known = list(inspect.signature(init).parameters)[1:]
+
+    @functools.wraps(init)  # its signature is read by jsonargparse and editors
+    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
+        for name, value in kwargs.items():
+            if name not in known:
+                raise TypeError(
+                    f"{type(self).__name__} does not have an argument {name!r}: {advice(name, known, value)}"
+                )
+        init(self, *args, **kwargs)
+
+    return checked
 
 
 def _arguments(cls: type) -> list[str]:

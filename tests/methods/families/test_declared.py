@@ -86,3 +86,33 @@ def test_fields_below_a_constructor_written_by_hand_are_refused():
 def test_methods_with_equal_arguments_are_not_equal():
     assert lp.LoRA() != lp.LoRA()
     assert len({lp.LoRA(), lp.LoRA()}) == 2
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "said"),
+    [
+        (lp.LoRA, {"rank": 8}, "LoRA does not have an argument 'rank': write r=8"),
+        (lp.LoRA, {"r": 8, "lora_alpha": 16}, "'lora_alpha': write alpha=16"),
+        (lp.DoRA, {"lora_dropout": 0.1}, "DoRA does not have an argument 'lora_dropout': write dropout=0.1"),
+        (lp.HiRA, {"hira_dropout": 0.1}, "'hira_dropout': write dropout=0.1"),
+        (lp.OFT, {"target_modules": ["q"]}, r"'target_modules': write targets=\['q'\]"),
+        (lp.BitFit, {"modules_to_save": ["head"]}, r"'modules_to_save': write trainable=\['head'\]"),
+        (lp.PrefixTuning, {"num_virtual_token": 3}, "'num_virtual_token': write num_virtual_tokens=3"),
+        (lp.LoRA, {"target_modules": ["q_proj"] * 9}, "it is called targets here"),
+        (lp.LoRA, {"use_dora": True}, "'use_dora': use lp.DoRA"),
+        (lp.SSF, {"rank": 8}, "SSF does not have an argument 'rank': its arguments are targets, init"),
+    ],
+)
+def test_an_unknown_argument_names_the_one_that_was_meant(method, given, said):
+    with pytest.raises(TypeError, match=said):
+        method(**given)
+
+
+def test_a_method_with_a_handwritten_constructor_names_it_too():
+    class Half(lp.LoRA):
+        def __init__(self, **options):
+            super().__init__(r=4, **options)
+
+    assert Half(alpha=2).config()["alpha"] == 2
+    with pytest.raises(TypeError, match="Half does not have an argument 'lora_alpha': write alpha=2"):
+        Half(lora_alpha=2)
