@@ -3,19 +3,25 @@
 Read ``base`` (splits, checks, loaders), then ``labelled`` (labels from the data), then one of the others.
 """
 
+from lightning_peft.data.chat import ChatData
 from lightning_peft.data.generation import GenerationData
 from lightning_peft.data.language import LanguageModelData
+from lightning_peft.data.pairs import TextPairData
+from lightning_peft.data.question import QuestionAnsweringData
 from lightning_peft.data.seq2seq import SequenceToSequenceData
 from lightning_peft.data.text import TextClassificationData, TextRegressionData
 from lightning_peft.data.tokens import TokenClassificationData
 from lightning_peft.data.vision import ImageData
 
 __all__ = [
+    "ChatData",
     "GenerationData",
     "ImageData",
     "LanguageModelData",
+    "QuestionAnsweringData",
     "SequenceToSequenceData",
     "TextClassificationData",
+    "TextPairData",
     "TextRegressionData",
     "TokenClassificationData",
 ]

@@ -243,7 +243,7 @@ class TableDataModule(L.LightningDataModule):
         if len(examples) != len(rows):
             raise InputError(
                 f"adapter_column={self.adapter_column!r}, but {len(rows)} rows became {len(examples)} examples, which "
-                "may contain texts of several adapters: pass block_size=None."
+                "may contain texts of several adapters: pass block_size=None or packing=False."
             )
         for i, row in enumerate(rows):
             if not isinstance(row[self.adapter_column], str | None):  # type: ignore[index]
@@ -304,20 +304,25 @@ class TextDataModule(TableDataModule):
             InputError: No tokenizer was requested and the module has no hyperparameter ``model``, or as for
                 :meth:`TableDataModule.setup`.
         """
-        if self.tokenizer is None:
-            model = self.tokenizer_name or getattr(self.module, "hparams", {}).get("model")
-            if model is None and self.source == "demo":
-                model = "demo"
-            if not isinstance(model, str):
-                raise InputError(
-                    f"{type(self).__name__} does not know which tokenizer to use: pass tokenizer=, a model's "
-                    "folder or hub id (the module has no hyperparameter 'model' to take it from)."
-                )
-            self.tokenizer = load_tokenizer(model)
+        self.load_tokenizer()
         super().setup(stage)
 
-    def tokenize(self, texts: Sequence[Any], split: str, **options: Any) -> dict[str, list[list[int]]]:
-        """Tokenize texts, cut to ``max_length``.
+    def load_tokenizer(self) -> None:
+        """Load the requested tokenizer or that of the Trainer's module, unless ``tokenizer`` is set already."""
+        if self.tokenizer is not None:
+            return
+        model = self.tokenizer_name or getattr(self.module, "hparams", {}).get("model")
+        if model is None and self.source == "demo":
+            model = "demo"
+        if not isinstance(model, str):
+            raise InputError(
+                f"{type(self).__name__} does not know which tokenizer to use: pass tokenizer=, a model's "
+                "folder or hub id (the module has no hyperparameter 'model' to take it from)."
+            )
+        self.tokenizer = load_tokenizer(model)
+
+    def tokenize(self, texts: Sequence[Any], split: str, **options: Any) -> Any:
+        """Tokenize texts into transformers' ``BatchEncoding``, cut to ``max_length``.
 
         Raises:
             InputError: A row has no text, or the model has fewer positions than a text has tokens.

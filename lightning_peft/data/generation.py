@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_peft.data.base import Example, TextDataModule
+from lightning_peft.data.packing import collate_packs, pack
 from lightning_peft.pretrained import InputError
 
 
@@ -25,7 +27,10 @@ class GenerationData(TextDataModule):
         target: The column of targets.
         separator: The text between prompt and target, if both are in one column (a line of a txt file). A row is split
             at its first separator, ``prompt`` names the column, and ``target`` is not read.
-        template: The format of the prompt for the model; ``"{prompt}"`` is replaced by the row's prompt.
+        template: The format of the prompt for the model; ``"{prompt}"`` is replaced by the row's prompt. It may name
+            columns instead: ``"{instruction}\\n{input}\\n"``. Empty cells become empty texts.
+        packing: Put several examples into one training example of ``max_length`` tokens. They do not see one another,
+            and no computation is spent on padding.
         tokenizer: A model's folder or hub id; ``None`` uses the tokenizer of the module being trained.
         batch_size: Examples per batch and process.
         max_length: The maximum number of tokens per example.
@@ -58,6 +63,7 @@ class GenerationData(TextDataModule):
         max_length: int = 256,
         num_workers: int = 0,
         adapter_column: str | None = None,
+        packing: bool = False,
         **options: Any,
     ) -> None:
         super().__init__(
@@ -71,26 +77,36 @@ class GenerationData(TextDataModule):
             adapter_column=adapter_column,
             **options,
         )
-        if "{prompt}" not in template:
+        self.fields = list(dict.fromkeys(re.findall(r"\{(\w+)\}", template)))
+        if not self.fields:
             raise InputError(f"template={template!r} has no '{{prompt}}', so every prompt would be the same: add it.")
         if separator == "":
             raise InputError("separator='' separates nothing: pass None if prompt and target are two columns.")
         self.prompt, self.target, self.separator, self.template = prompt, target, separator, template
-        self.columns = (prompt, target) if separator is None else (prompt,)
+        self.packing = packing
+        inputs = [prompt if field == "prompt" else field for field in self.fields]
+        self.columns = (*inputs, target) if separator is None else (prompt,)
         self.targets = (target,) if separator is None else ()
 
     def prompts(self, rows: list[dict[str, Any]]) -> list[str]:
         """Return the formatted prompt of each row."""
-        texts = [str(row[self.prompt]) for row in rows]
-        if self.separator is not None:
-            texts = [text.partition(self.separator)[0] for text in texts]
-        return [self.template.replace("{prompt}", text.strip()) for text in texts]
+        return [self._prompt(row) for row in rows]
+
+    def _prompt(self, row: dict[str, Any]) -> str:
+        prompt = self.template
+        for field in self.fields:
+            value = row[self.prompt if field == "prompt" else field]
+            text = "" if value is None else str(value)
+            if field == "prompt" and self.separator is not None:
+                text = text.partition(self.separator)[0]
+            prompt = prompt.replace(f"{{{field}}}", text.strip())
+        return prompt
 
     def pairs(self, rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
         """Return the formatted prompt and the target of each row."""
         if self.separator is None:
             for index, row in enumerate(rows):
-                for column in (self.prompt, self.target):
+                for column in {self.prompt, self.target} & row.keys():
                     if row[column] is None:
                         raise InputError(f"row {index} has no text in the column {column!r}: fill or remove the row.")
             targets = [str(row[self.target]) for row in rows]
@@ -117,15 +133,21 @@ class GenerationData(TextDataModule):
             before = before[max(0, len(before) + len(after) - self.max_length) :]
             examples.append({"input_ids": before + after, "target": len(after)})
         self.check_lengths([len(example["input_ids"]) for example in examples], split)
-        return examples
+        if not self.packing or split != "train":
+            return examples
+        unseen = [len(e["input_ids"]) - e["target"] for e in examples]
+        labelled = [{**e, "labels": [-100] * n + e["input_ids"][n:]} for e, n in zip(examples, unseen)]
+        return pack(labelled, self.max_length)
 
     def collate(self, examples: list[Example], split: str) -> dict[str, Tensor]:
         """``input_ids``, ``attention_mask``, ``labels``: ``(batch, longest)``; labels of -100 are ignored.
 
-        In ``predict``, prompts are padded on the left and have no labels.
+        In ``predict``, prompts are padded on the left and have no labels. Packs have ``position_ids`` and no mask.
         """
         if split == "predict":
             return self.pad(examples, "left")
+        if "position_ids" in examples[0]:
+            return collate_packs(examples, self.tokenizer.pad_token_id)
         batch = self.pad(examples)
         labels = torch.full_like(batch["input_ids"], -100)
         labels[batch["attention_mask"].bool()] = torch.cat(

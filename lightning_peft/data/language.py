@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_peft.data.base import Example, TextDataModule
+from lightning_peft.data.packing import collate_packs, pack
 from lightning_peft.data.sources import load_table
 from lightning_peft.pretrained import InputError
 
@@ -28,6 +29,8 @@ class LanguageModelData(TextDataModule):
             a causal one. Of the selected tokens, 80% become the mask token, 10% a random one, and 10% do not change.
         block_size: Join the training texts, including special tokens, and cut them into blocks of this many tokens. The
             rest is dropped. ``None`` keeps one text per example. Other splits are never joined.
+        packing: Put several texts into one training example of ``max_length`` tokens. Unlike the texts of a block, they
+            do not see one another.
         tokenizer: A model's folder or hub id; ``None`` uses the tokenizer of the module being trained.
         batch_size: Examples per batch and process.
         max_length: Longer texts are cut to this many tokens.
@@ -50,6 +53,7 @@ class LanguageModelData(TextDataModule):
         max_length: int = 128,
         num_workers: int = 0,
         adapter_column: str | None = None,
+        packing: bool = False,
         **options: Any,
     ) -> None:
         super().__init__(
@@ -67,7 +71,9 @@ class LanguageModelData(TextDataModule):
             raise InputError(f"mask={mask}: it is the fraction of tokens to mask and must be between 0 and 1.")
         if block_size is not None and block_size < 2:
             raise InputError(f"block_size={block_size}: it must be at least 2 tokens.")
-        self.columns = (text,)
+        if packing and (mask is not None or block_size is not None):
+            raise InputError("packing=True is for causal models, and replaces block_size: pass only one of the three.")
+        self.columns, self.packing = (text,), packing
         self.text, self.mask, self.block_size = text, mask, block_size
 
     def setup(self, stage: str | None = None) -> None:
@@ -94,6 +100,8 @@ class LanguageModelData(TextDataModule):
             starts = range(0, len(stream) - self.block_size + 1, self.block_size)
             tokens = [stream[start : start + self.block_size] for start in starts]
             self.check_lengths([len(ids) for ids in tokens[:1]], split)
+        if split == "train" and self.packing:
+            return pack([{"input_ids": ids, "labels": ids} for ids in tokens], self.max_length)
         return [{"input_ids": ids} for ids in tokens]
 
     def collate(self, examples: list[Example], split: str) -> dict[str, Tensor]:
@@ -103,6 +111,8 @@ class LanguageModelData(TextDataModule):
         """
         if split == "predict" and self.mask is None:
             return self.pad(examples, "left")
+        if "position_ids" in examples[0]:
+            return collate_packs(examples, self.tokenizer.pad_token_id)
         batch = self.pad(examples)
         padding = batch["attention_mask"] == 0
         if self.mask is None:

@@ -270,8 +270,8 @@ class Classifier(Task):
 
 
 def inputs_of(batch: Batch) -> dict[str, Tensor]:
-    """What a batch holds for the network: everything but labels and adapters."""
-    return {name: value for name, value in batch.items() if name not in ("labels", "adapters", "starts")}
+    """What a batch holds for the network: every tensor but the labels."""
+    return {name: value for name, value in batch.items() if isinstance(value, Tensor) and name != "labels"}
 
 
 def label_loss(logits: Tensor, labels: Tensor) -> Tensor:

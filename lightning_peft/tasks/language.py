@@ -44,6 +44,7 @@ class LanguageModel(Generator):
 
     #: a checkpoint's hyperparameters must not set this, because fit writes to it
     from_user = ("export_dir",)
+    _packs_are_separate = False
 
     def __init__(
         self,
@@ -93,9 +94,33 @@ class LanguageModel(Generator):
 
     def compute(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the mean cross entropy of a batch ``{"input_ids", "attention_mask", "labels"}``, and the logits."""
+        if "position_ids" in batch and not self._packs_are_separate:
+            self._check_packs(batch)
         # Labels follow transformers: the model does the causal shift, and labels of -100 are ignored.
-        output = self.model(**{name: value for name, value in batch.items() if name != "adapters"})
+        inputs = {name: value for name, value in batch.items() if name != "adapters"}
+        # With a cache, transformers would take the positions of packed texts for those of one text.
+        output = self.model(**inputs, **({"use_cache": False} if "position_ids" in batch else {}))
         return output.loss, output.logits
+
+    @torch.no_grad()
+    def _check_packs(self, batch: Batch) -> None:
+        """Refuse packed texts if the network lets them see one another: compare one with its output alone."""
+        starts = (batch["position_ids"][0] == 0).nonzero().flatten().tolist()
+        if len(starts) < 2:
+            return
+        first, last = starts[1], [*starts, batch["position_ids"].shape[1]][2]
+        ids, positions = batch["input_ids"][:1, :last], batch["position_ids"][:1, :last]
+        training = self.training
+        self.eval()
+        packed = self.model(input_ids=ids, position_ids=positions, use_cache=False).logits[0, first:].float()
+        alone = self.model(input_ids=ids[:, first:]).logits[0].float()
+        self.train(training)
+        if (packed - alone).abs().max() > 0.05 * alone.abs().max():
+            raise InputError(
+                f"{type(self.model).__name__} lets packed texts see one another, because it ignores that position_ids "
+                "start anew: pass packing=False to the data."
+            )
+        self._packs_are_separate = True
 
     def update(self, scores: Any, output: Tensor, batch: Batch) -> None:
         """Update the metrics with logits ``(batch, length, vocabulary)``."""

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-#: metrics of a classifier, of a regression, and of generated texts
+#: metrics of a classifier, of extracted answers, of a regression, and of generated texts
 CLASSES = ("acc", "f1", "precision", "recall", "auroc", "mcc")
+SQUAD = ("squad_exact_match", "squad_f1")
 REGRESSION = ("pearson", "spearman", "mae", "mse", "r2")
 TEXT = ("bleu", "rouge1", "rouge2", "rougeL", "exact_match")
 
@@ -44,32 +45,49 @@ def make_metrics(names: Sequence[str], num_labels: int | None = None, multi_labe
         "r2": tm.R2Score,
         "perplexity": lambda: text.Perplexity(ignore_index=-100),
         "bleu": text.BLEUScore,
-        **{name: partial(_rouge, name) for name in ("rouge1", "rouge2", "rougeL")},
-        "exact_match": _exact_match,
+        **{
+            name: partial(_one_of, text.ROUGEScore, f"{name}_fmeasure", rouge_keys=name)
+            for name in ("rouge1", "rouge2", "rougeL")
+        },
+        "exact_match": partial(make_fraction, exact_match=True),
+        "squad_exact_match": partial(_one_of, text.SQuAD, "exact_match"),
+        "squad_f1": partial(_one_of, text.SQuAD, "f1"),
     }
     return tm.MetricCollection({name: makers[name]() for name in names})
 
 
-def _rouge(name: str) -> Any:
-    from torchmetrics.text import ROUGEScore
+def _one_of(kind: Any, value: str, **options: Any) -> Any:
+    """A metric that computes one value of a metric with several."""
 
-    class Rouge(ROUGEScore):
-        """The F-measure of one kind of ROUGE."""
+    class OneOf(kind):  # type: ignore[misc]
+        def compute(self) -> Any:
+            return super().compute()[value]
+
+    return OneOf(**options)
+
+
+def make_fraction(exact_match: bool = False) -> Any:
+    """A metric of the fraction of hits; with ``exact_match``, of texts that equal one of their references."""
+    import torch
+    from torchmetrics import Metric
+
+    class Fraction(Metric):  # MeanMetric adds in place, which fails if validate ran in inference mode before a fit
+        hits: torch.Tensor
+        count: torch.Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.add_state("hits", torch.zeros(()), "sum")
+            self.add_state("count", torch.zeros(()), "sum")
+
+        def update(self, hits: Any, references: Any = None) -> None:
+            if exact_match:
+                pairs = zip(hits, references)
+                hits = torch.tensor([text.strip() in [other.strip() for other in wanted] for text, wanted in pairs])
+            self.hits = self.hits + hits.sum().to(self.hits.device)
+            self.count = self.count + len(hits)
 
         def compute(self) -> Any:
-            return super().compute()[f"{name}_fmeasure"]
+            return self.hits / self.count
 
-    return Rouge(rouge_keys=name)
-
-
-def _exact_match() -> Any:
-    from torchmetrics import MeanMetric
-
-    class ExactMatch(MeanMetric):
-        """The fraction of texts that equal one of their references."""
-
-        def update(self, texts: Sequence[str], references: Sequence[Sequence[str]]) -> None:  # type: ignore[override]
-            for text, wanted in zip(texts, references):
-                super().update(float(text.strip() in [other.strip() for other in wanted]))
-
-    return ExactMatch()
+    return Fraction()
