@@ -174,7 +174,7 @@ def test_experts_have_a_rank_each():
     with torch.no_grad():
         adapter.lora_E.normal_()
     model["experts"](torch.randn(2, 5)).square().sum().backward()
-    before = {k: p.grad.clone() for k, p in adapter.triplets().items()}
+    before = {k: p.grad.clone() for k, p in adapter.named_parameters()}
     method.regularize(model)
     norms = [torch.linalg.norm(a @ a.T - torch.eye(2)) for a in adapter.lora_A]
     norms += [torch.linalg.norm(b.T @ b - torch.eye(2)) for b in adapter.lora_B]
