@@ -97,15 +97,11 @@ class OutputScale(WeightAdapter):
     def __init__(self, site: Site) -> None:
         super().__init__(site)
         check_bias(site)
-        self.scales_bias = site.bias is not None
+        self.changes_bias = site.bias is not None
         self.ia3_l = nn.Parameter(torch.ones(*site.shape[:-1], 1))
 
     def transform(self, weight: Tensor) -> Tensor:
         return weight * self.ia3_l
-
-    @property
-    def changes_bias(self) -> bool:
-        return self.scales_bias
 
     def transform_bias(self, bias: Tensor | None) -> Tensor | None:
         return None if bias is None else bias * self.ia3_l.flatten()

@@ -75,6 +75,7 @@ class LoRAAdapter(LowRankAdapter):
         self.scale = scale
         self.looked_up = isinstance(site.layout, EmbeddingLayout)
         self.dropout = 0.0 if self.looked_up else dropout
+        self.changes_bias = bias
         a, b = initial_factors(site, r, scale, init)
         kept = reads_weight(init)
         self.register_buffer("lora_A0", a.clone() if kept else None)
@@ -100,10 +101,6 @@ class LoRAAdapter(LowRankAdapter):
     def batched_class(self, host: nn.Module) -> type[BatchedAdapters] | None:
         # The batched products compute B (A x) alone: they would skip the bias.
         return super().batched_class(host) if self.lora_bias is None else WeightAdapter.batched_class(self, host)
-
-    @property
-    def changes_bias(self) -> bool:
-        return self.lora_bias is not None
 
     def transform_bias(self, bias: Tensor | None) -> Tensor | None:
         if self.lora_bias is None:

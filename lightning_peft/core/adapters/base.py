@@ -178,6 +178,8 @@ class WeightAdapter(Adapter):
     has_output: ClassVar[bool] = False
     #: whether :meth:`transform` adds :meth:`delta`
     transform_is_sum: ClassVar[bool] = True
+    #: whether :meth:`transform_bias` changes anything; an instance may set it
+    changes_bias: bool = False
     #: whether :meth:`run` is the forward followed by :meth:`after`
     run_is_forward_and_after: ClassVar[bool] = True
 
@@ -188,6 +190,7 @@ class WeightAdapter(Adapter):
             {
                 "has_output": {"delta": False, "transform": False, "output": True},
                 "transform_is_sum": {"transform": False},
+                "changes_bias": {"transform_bias": True},
                 "run_is_forward_and_after": {"run": False},
             },
         )
@@ -205,11 +208,6 @@ class WeightAdapter(Adapter):
     def transform(self, weight: Tensor) -> Tensor:
         """Return the adapted matrix. Override it if the change is not additive."""
         return weight + self.delta(weight)
-
-    @property
-    def changes_bias(self) -> bool:
-        """Whether :meth:`transform_bias` changes anything."""
-        return type(self).transform_bias is not WeightAdapter.transform_bias
 
     def transform_bias(self, bias: Tensor | None) -> Tensor | None:
         """Return the adapted bias (out,), for methods that also change the bias; None if the layer has no bias."""

@@ -46,11 +46,11 @@ from lightning_peft.core.class_swap import original_class
 from lightning_peft.core.targeting.base_modules import AdapterContainer
 from lightning_peft.core.targeting.packed import is_packed
 
-__all__ = ["Adapted", "AdapterStack"]
+__all__ = ["TENSOR_PARALLEL", "Adapted", "AdapterStack"]
 
 T = TypeVar("T")
 
-_TENSOR_PARALLEL = (
+TENSOR_PARALLEL = (
     "Tensor parallelism splits a layer's weight and inputs, but an adapter needs them whole. Leave adapted layers out "
     "of the plan of parallelize_module, or exclude the layers of that plan from targets; FSDP2 works with every method"
 )
@@ -270,7 +270,7 @@ class AdapterStack(AdapterContainer):
 
     def __getattr__(self, name: str) -> Any:
         if name == "weight":  # parallelize_module reads it, because it treats every child of a layer as a layer
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute 'weight'. {_TENSOR_PARALLEL}")
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute 'weight'. {TENSOR_PARALLEL}")
         return super().__getattr__(name)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -315,7 +315,7 @@ class Adapted(nn.Module):
         if "." in name:  # parallelize_module treats parameters of children as the layer's own
             raise ValueError(
                 f"{name!r} cannot be registered: the {original_class(self).__name__} carries adapters. "
-                f"{_TENSOR_PARALLEL}"
+                f"{TENSOR_PARALLEL}"
             )
         super().register_parameter(name, param)
 

@@ -23,6 +23,7 @@ from lightning_peft.core.targeting.base_modules import base_modules
 from lightning_peft.core.targeting.layouts import layout_of
 
 __all__ = [
+    "SQUARE",
     "BatchLayout",
     "RowError",
     "assemble",
@@ -35,7 +36,7 @@ __all__ = [
 ]
 
 #: names of arguments that may be (length, length) masks, shared by all rows
-_SQUARE = ("mask", "src_mask", "tgt_mask", "memory_mask", "attn_mask")
+SQUARE = ("mask", "src_mask", "tgt_mask", "memory_mask", "attn_mask")
 _TRANSFORMERS = (
     nn.TransformerEncoderLayer,
     nn.TransformerDecoderLayer,

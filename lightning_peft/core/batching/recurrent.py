@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from lightning_peft.core.batching.layout import BatchLayout, RowError, assemble, row_dim, take
-from lightning_peft.core.batching.split import _map, _together
+from lightning_peft.core.batching.split import map_tensors, merge_outputs
 from lightning_peft.core.class_swap import original_class
 from lightning_peft.core.module_io import by_name
 
@@ -52,12 +52,12 @@ def split_recurrent(
         part: Any = take(x, where, rows, n)
         if packed is not None:
             part = pack_padded_sequence(part, take(lengths, 0, rows, n), batch_first, enforce_sorted=False)
-        outputs.append(call(i, (part, _map(partial(take, dim=1, rows=rows, n=n), hx)), {}))
+        outputs.append(call(i, (part, map_tensors(partial(take, dim=1, rows=rows, n=n), hx)), {}))
     hidden, states = ([output[i] for output in outputs] for i in (0, 1))
     if packed is not None:
         hidden = [pad_packed_sequence(h, batch_first, total_length=x.shape[1 - where])[0] for h in hidden]
     whole = assemble(list(zip(groups, hidden)), where)
-    last = _together(batch_layout, groups, states, 1)
+    last = merge_outputs(batch_layout, groups, states, 1)
     return (whole if packed is None else _packed_like(packed, whole, lengths, where)), last
 
 

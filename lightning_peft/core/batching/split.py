@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_peft.core.batching.layout import _SQUARE, BatchLayout, RowError, assemble, row_dim, take
+from lightning_peft.core.batching.layout import SQUARE, BatchLayout, RowError, assemble, row_dim, take
 from lightning_peft.core.kv_cache import find_cache
 from lightning_peft.core.module_io import parameters_of
 
-__all__ = ["split"]
+__all__ = ["map_tensors", "merge_outputs", "split"]
 
 
 def split(
@@ -52,12 +52,12 @@ def split(
     def part(value: Any, rows: Sequence[int], name: str) -> Any:
         def of(t: Tensor) -> Tensor:
             dim = where if t.ndim > 2 and name != "attn_mask" else 0
-            shared = t.ndim == 0 or (t.ndim == 2 and name in _SQUARE)
+            shared = t.ndim == 0 or (t.ndim == 2 and name in SQUARE)
             if shared or t.shape[dim] % n or (t.shape[dim] not in (size, n) and name != "attn_mask"):
                 return t
             return take(t, dim, rows, n)
 
-        return _map(of, value)
+        return map_tensors(of, value)
 
     outputs = []
     for i, rows in enumerate(groups):
@@ -67,11 +67,19 @@ def split(
         # Their second output (attention weights, hidden states) holds the batch in a different dimension.
         second = 0 if isinstance(module, nn.MultiheadAttention) else 1
         hidden, rest = ([o[i] for o in outputs] for i in (0, 1))
-        return _together(batch_layout, groups, hidden, where), _together(batch_layout, groups, rest, second)
-    return _together(batch_layout, groups, outputs, where)
+        return merge_outputs(batch_layout, groups, hidden, where), merge_outputs(batch_layout, groups, rest, second)
+    return merge_outputs(batch_layout, groups, outputs, where)
 
 
-def _together(batch_layout: BatchLayout, groups: Sequence[Sequence[int]], outputs: list[Any], where: int) -> Any:
+def merge_outputs(batch_layout: BatchLayout, groups: Sequence[Sequence[int]], outputs: list[Any], where: int) -> Any:
+    """Put the outputs of all groups, which may be nested, back into the order of the batch's rows.
+
+    Args:
+        batch_layout: the batch's layout.
+        groups: the rows of each group.
+        outputs: the output of each group.
+        where: the dimension of the rows in tensors of more than two dimensions.
+    """
     first = outputs[0]
     if isinstance(first, Tensor):
         dim = where if first.ndim > 2 else 0
@@ -91,19 +99,20 @@ def _together(batch_layout: BatchLayout, groups: Sequence[Sequence[int]], output
             "with the same shape for all rows"
         )
     if isinstance(first, Mapping):
-        merged = {key: _together(batch_layout, groups, [o[key] for o in outputs], where) for key in first}
+        merged = {key: merge_outputs(batch_layout, groups, [o[key] for o in outputs], where) for key in first}
         return merged if type(first) is dict else type(first)(**merged)
     if isinstance(first, tuple | list):
-        parts = [_together(batch_layout, groups, list(values), where) for values in zip(*outputs)]
+        parts = [merge_outputs(batch_layout, groups, list(values), where) for values in zip(*outputs)]
         return type(first)(*parts) if hasattr(first, "_fields") else type(first)(parts)
     return first
 
 
-def _map(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """``value`` with ``function`` applied to the tensors in it and in its tuples, lists and dictionaries."""
     if isinstance(value, Tensor):
         return function(value)
     if type(value) in (tuple, list):
-        return type(value)(_map(function, v) for v in value)
+        return type(value)(map_tensors(function, v) for v in value)
     if type(value) is dict:
-        return {k: _map(function, v) for k, v in value.items()}
+        return {k: map_tensors(function, v) for k, v in value.items()}
     return value
