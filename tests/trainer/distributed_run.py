@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -94,6 +96,31 @@ def full_state(module):
     return {n: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone() for n, p in tensors.items()}
 
 
+def damaged(root: Path, load: Any) -> dict[str, str]:
+    """The errors of checkpoints of which one file was changed, cut, removed or taken from another checkpoint."""
+    errors = {}
+    for how in ("bit", "cut", "removed", "mixed", "metadata"):
+        path = root / "damaged" / how
+        if dist.get_rank() == 0:
+            shutil.copytree(root / "full" / "step=2.ckpt", path)
+            file = path / ("__0_0.distcp" if how != "metadata" else ".metadata")
+            data = bytearray(file.read_bytes())
+            data[len(data) // 2] ^= 1
+            if how == "removed":
+                file.unlink()
+            elif how == "mixed":
+                shutil.copy(root / "full" / "step=3.ckpt" / file.name, file)
+            else:
+                file.write_bytes(data[: 100 if how == "cut" else None])
+        dist.barrier()
+        try:
+            load(path)
+            errors[how] = "no error"
+        except Exception as error:
+            errors[how] = f"{type(error).__name__}: {error}"
+    return errors
+
+
 def main(kind: str, root: Path) -> None:
     shard = kind.startswith("fsdp2")
     out = {}
@@ -160,6 +187,18 @@ def main(kind: str, root: Path) -> None:
         **({"ckpt_path": str(root / "full" / "step=6.ckpt")} if shard else {}),
     )
     out["expected"] = float(r.callback_metrics["val_loss"])
+
+    if kind == "fsdp2-shards":
+        out["damaged"] = damaged(root, lambda ckpt: fit("damaged", ckpt=ckpt, enable_checkpointing=False))
+        full, good = root / "full", root / "full" / "step=2.ckpt"
+        if dist.get_rank() == 0:  # as a kill between the two moves of a replacement leaves it
+            shutil.copytree(good, full / ".killed.ckpt.tmp")
+            shutil.copytree(full / "step=3.ckpt", full / ".killed.ckpt.old")
+        dist.barrier()
+        out["resumed"]["killed"] = [same(full_state(fit("k", ckpt=full / "killed.ckpt")[0]), expected), True]
+        run.save_checkpoint(good)  # over an existing one
+        left = sorted(p.name for p in full.iterdir() if p.name.startswith("."))
+        out["left"] = [left, sorted(p.name for p in good.iterdir())]
 
     for what, options in {"rank": {"method": lora(r=2)}, "base": {"module": Big(shard=shard, base_seed=8)}}.items():
         try:

@@ -73,7 +73,8 @@ def test_ranks_agree(run: tuple[str, Path, dict[str, Any]]) -> None:
 
 def test_resume_is_exact(run: tuple[str, Path, dict[str, Any]]) -> None:
     # Weights, optimizer, every rank's dropout and the sampler's order agree, although the seed differs on resume.
-    assert run[2]["resumed"] == {step: [True, True] for step in ("2", "3", "4")}
+    killed = {"killed": [True, True]} if run[0] == "fsdp2-shards" else {}
+    assert run[2]["resumed"] == {step: [True, True] for step in ("2", "3", "4")} | killed
     assert run[2]["resumed draws"]
 
 
@@ -90,3 +91,14 @@ def test_state_that_does_not_fit_is_an_error(run: tuple[str, Path, dict[str, Any
     assert out["uneven seed"].startswith("AuditError: rank 1")
     if kind == "ddp":
         assert "lora_A" in out["uneven weights"]
+
+
+def test_damaged_sharded_checkpoints_name_the_file(run: tuple[str, Path, dict[str, Any]]) -> None:
+    kind, folder, out = run
+    if kind == "fsdp2-shards":
+        assert set(out["damaged"]) == {"bit", "cut", "removed", "mixed", "metadata"}
+        for how, said in out["damaged"].items():
+            file = ".metadata" if how == "metadata" else "__0_0.distcp"
+            assert said.startswith(f"StateError: {folder}/damaged/{how}/{file} "), said
+            assert ("is missing" if how == "removed" else "has changed since it was saved") in said
+        assert out["left"] == [[], [".metadata", "__0_0.distcp", "__1_0.distcp", "meta.pt"]]

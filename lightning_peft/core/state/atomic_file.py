@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["new_file", "save_torch_file", "to_disk", "writing"]
+__all__ = ["new_file", "recover_folder", "replace_folder", "save_torch_file", "to_disk", "writing"]
 
 
 @contextmanager
@@ -35,6 +36,28 @@ def new_file(path: str | Path) -> Iterator[Path]:
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def replace_folder(new: Path, path: Path) -> None:
+    """Move the complete folder ``new`` to ``path``. :func:`recover_folder` finishes this if a kill interrupts it."""
+    old = path.with_name(f".{path.name}.old")
+    _remove(old)
+    if path.exists():
+        os.replace(path, old)
+    os.replace(new, path)
+    _remove(old)
+
+
+def recover_folder(new: Path, path: Path) -> None:
+    """Finish an interrupted :func:`replace_folder`; do nothing if there is none."""
+    old = path.with_name(f".{path.name}.old")
+    if old.exists() and not path.exists():
+        os.replace(new, path)
+        _remove(old)
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def save_torch_file(value: Any, path: str | Path) -> None:

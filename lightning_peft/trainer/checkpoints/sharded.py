@@ -18,13 +18,15 @@ from lightning_peft.core.sharded_tensors import gather_full, sharded_like
 from lightning_peft.core.state.state_dict import StateError, check_state, owned_keys, state_keys, trainable_keys
 from lightning_peft.core.state.torch_file import read_torch_file
 from lightning_peft.trainer.checkpoints.manifest import check_seal
+from lightning_peft.trainer.checkpoints.sharded_folder import META, check_files, recover_path, save_folder
 from lightning_peft.trainer.checkpoints.trimming import trim_state
 
 __all__ = ["adapt", "agreed_keys"]
 
 
 def adapt(strategy: Any) -> None:
-    """Replace the functions of this ``ModelParallelStrategy`` that collect and load the module's state."""
+    """Replace the functions of this ``ModelParallelStrategy`` that collect, save and load the module's state."""
+    save = strategy.save_checkpoint
 
     def lightning_module_state_dict() -> dict[str, Any]:
         module = strategy.lightning_module
@@ -35,12 +37,20 @@ def adapt(strategy: Any) -> None:
         full = {k: _gathered(v) for k, v in state.items()}  # a collective: every rank must call it for every key
         return full if strategy.is_global_zero else {}
 
+    def save_checkpoint(checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        if strategy._save_distributed_checkpoint and storage_options is None:
+            save_folder(strategy, checkpoint, Path(strategy.broadcast(filepath)))
+        else:
+            save(checkpoint, filepath, storage_options)
+
     def load_checkpoint(checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         path = Path(strategy.broadcast(checkpoint_path))
+        recover_path(strategy, path)
         weights_only = True if weights_only is None else weights_only
         return (_load_directory if path.is_dir() else _load_file)(strategy, path, weights_only)
 
     setattr(strategy, "lightning_module_state_dict", lightning_module_state_dict)  # noqa: B010 - mypy
+    setattr(strategy, "save_checkpoint", save_checkpoint)  # noqa: B010
     setattr(strategy, "load_checkpoint", load_checkpoint)  # noqa: B010
 
 
@@ -107,7 +117,8 @@ def _load_directory(strategy: Any, path: Path, weights_only: bool) -> dict[str, 
 
     from lightning_peft.trainer.checkpoints.distributed_files import PlainPlanner, check_metadata
 
-    metadata = _read(path / "meta.pt", weights_only)
+    metadata = _read(path / META, weights_only)
+    check_files(path, metadata)
     if weights_only:
         check_metadata(path)
     planner = PlainPlanner if weights_only else dcp.DefaultLoadPlanner
