@@ -3,8 +3,10 @@
 Read ``base`` (splits, checks, loaders), then ``labelled`` (labels from the data), then one of the others.
 """
 
+from lightning_peft.data.audio import AudioFolderData
 from lightning_peft.data.chat import ChatData
 from lightning_peft.data.generation import GenerationData
+from lightning_peft.data.images import ImageFolderData
 from lightning_peft.data.language import LanguageModelData
 from lightning_peft.data.pairs import TextPairData
 from lightning_peft.data.question import QuestionAnsweringData
@@ -14,9 +16,11 @@ from lightning_peft.data.tokens import TokenClassificationData
 from lightning_peft.data.vision import ImageData
 
 __all__ = [
+    "AudioFolderData",
     "ChatData",
     "GenerationData",
     "ImageData",
+    "ImageFolderData",
     "LanguageModelData",
     "QuestionAnsweringData",
     "SequenceToSequenceData",

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_peft.core.names import nearest
+from lightning_peft.pretrained import InputError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -41,7 +42,7 @@ class ImageData(L.LightningDataModule):
 
     Raises:
         FileNotFoundError: A file does not exist.
-        ValueError: An array is missing, or its shape or dtype is not as described above.
+        InputError: An array is missing, or its shape or dtype is not as described above.
     """
 
     def __init__(
@@ -61,9 +62,9 @@ class ImageData(L.LightningDataModule):
     ) -> None:
         super().__init__()
         if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size}: it must be at least 1.")
+            raise InputError(f"batch_size={batch_size}: it must be at least 1.")
         if crop < 0:
-            raise ValueError(f"crop={crop}: it is a number of pixels and must be at least 0.")
+            raise InputError(f"crop={crop}: it is a number of pixels and must be at least 0.")
         self.files = {"train": train, "validation": validation, "test": test}
         self.images, self.labels, self.adapters = images, labels, adapters
         self.mean, self.std = tuple(mean), tuple(std)
@@ -99,7 +100,7 @@ class ImageData(L.LightningDataModule):
             self._read(split),
             batch_size=self.batch_size,
             shuffle=split == "train",
-            collate_fn=_Batch(
+            collate_fn=ImageBatch(
                 self.mean, self.std, *((self.flip, self.crop) if split == "train" else (False, 0)), self._names
             ),
             num_workers=self.num_workers,
@@ -120,18 +121,18 @@ class ImageData(L.LightningDataModule):
         with np.load(path) as arrays:
             for name in filter(None, (self.images, self.labels, self.adapters)):
                 if name not in arrays:
-                    raise ValueError(f"{path.name} has no array {name!r}; it has {', '.join(arrays)}.")
+                    raise InputError(f"{path.name} has no array {name!r}; it has {', '.join(arrays)}.")
             images, labels = arrays[self.images], arrays[self.labels]
             adapters = arrays[self.adapters] if self.adapters is not None else None
             names = arrays["classes"].tolist() if "classes" in arrays else sorted(set(labels.tolist()))
         channels = len(self.mean)
         if images.ndim != 4 or images.dtype != np.uint8 or images.shape[-1] != channels or len(self.std) != channels:
-            raise ValueError(
+            raise InputError(
                 f"{path.name}: {self.images!r} is {images.dtype} {images.shape}; expected uint8 (N, height, width, "
                 f"{channels}), with as many channels as mean ({channels}) and std ({len(self.std)}) have numbers."
             )
         if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
-            raise ValueError(
+            raise InputError(
                 f"{path.name}: {self.labels!r} is {labels.dtype} {labels.shape}; expected integers ({len(images)},)."
             )
         if split == "train":
@@ -139,7 +140,7 @@ class ImageData(L.LightningDataModule):
         tensors = [torch.from_numpy(images), torch.from_numpy(labels.astype("int64"))]
         if adapters is not None:
             if adapters.shape != labels.shape or adapters.dtype.kind != "U":
-                raise ValueError(
+                raise InputError(
                     f"{path.name}: {self.adapters!r} is {adapters.dtype} {adapters.shape}; expected strings "
                     f"({len(images)},)."
                 )
@@ -150,7 +151,7 @@ class ImageData(L.LightningDataModule):
         return self._data[split]
 
 
-class _Batch:
+class ImageBatch:
     """Collate: stack, augment with torch's global generator, normalise. It can be pickled for worker processes."""
 
     def __init__(

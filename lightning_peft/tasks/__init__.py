@@ -3,6 +3,7 @@
 Read ``base`` (steps, optimizer, labels from the data), then one of the others.
 """
 
+from lightning_peft.tasks.audio import AudioClassifier
 from lightning_peft.tasks.embedding import TextEmbedder
 from lightning_peft.tasks.language import LanguageModel
 from lightning_peft.tasks.predictions import PredictionWriter
@@ -13,6 +14,7 @@ from lightning_peft.tasks.tokens import TokenClassifier
 from lightning_peft.tasks.vision import ImageClassifier
 
 __all__ = [
+    "AudioClassifier",
     "ImageClassifier",
     "LanguageModel",
     "PredictionWriter",

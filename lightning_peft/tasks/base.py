@@ -70,23 +70,23 @@ class Task(L.LightningModule):
         self.test_scores = scores.clone(prefix="test/")
 
     @property
-    def network(self) -> nn.Module:
+    def body(self) -> nn.Module:
         """The network that the methods adapt."""
         return self.get_submodule(self.network_name)
 
     @property
     def fresh_modules(self) -> list[str]:
         """Modules without pretrained weights, such as a new head. Methods train them in full."""
-        return [f"{self.network_name}.{name}" for name in fresh_modules(self.network) if name]
+        return [f"{self.network_name}.{name}" for name in fresh_modules(self.body) if name]
 
     @property
     def max_positions(self) -> int | None:
         """The number of tokens that the network has positions for; None if it has no limit."""
-        count = getattr(getattr(self.network, "config", None), "max_position_embeddings", None)
+        count = getattr(getattr(self.body, "config", None), "max_position_embeddings", None)
         if not isinstance(count, int) or count < 1:
             return None
         # RoBERTa numbers its positions from the padding index on, so it has fewer than its table has rows.
-        tables = [m for m in self.network.modules() if isinstance(m, nn.Embedding) and m.num_embeddings == count]
+        tables = [m for m in self.body.modules() if isinstance(m, nn.Embedding) and m.num_embeddings == count]
         first = max((m.padding_idx + 1 for m in tables if m.padding_idx is not None), default=0)
         return count - first
 
@@ -173,9 +173,12 @@ class Classifier(Task):
     """
 
     #: arguments that the data determine; a default in a saved configuration does not override a checkpoint's value
-    from_data = ("labels", "num_labels", "multi_label")
+    from_data: ClassVar[tuple[str, ...]] = ("labels", "num_labels", "multi_label")
 
     auto_class: ClassVar[str]
+    number_name: ClassVar[str] = "num_labels"
+    """The argument with the number of labels."""
+
     labels: list[str]
     num_labels: int
     multi_label: bool = False
@@ -187,7 +190,7 @@ class Classifier(Task):
             InputError: ``labels`` and ``num_labels`` differ in number.
         """
         if labels and num_labels is not None and len(labels) != num_labels:
-            raise InputError(f"num_labels={num_labels}, but labels names {len(labels)}: pass only labels.")
+            raise InputError(f"{self.number_name}={num_labels}, but labels names {len(labels)}: pass only labels.")
         self.labels = [str(label) for label in labels or ()]
         self.create(len(labels) if labels else num_labels)
 
@@ -206,7 +209,7 @@ class Classifier(Task):
     def created(self) -> None:
         """Create the metrics; name the outputs, or take their names from the network's configuration."""
         self.build_metrics(self.num_labels)
-        names = dict(getattr(getattr(self.network, "config", None), "id2label", None) or {})
+        names = dict(getattr(getattr(self.body, "config", None), "id2label", None) or {})
         if not self.labels and names and names != {i: f"LABEL_{i}" for i in names}:
             self.labels = [str(name) for name in names.values()]
         self.name_outputs()
@@ -219,33 +222,36 @@ class Classifier(Task):
         """
         super().setup(stage)
         data = getattr(self.trainer, "datamodule", None)
-        found = [str(label) for label in getattr(data, "labels", None) or ()]
+        labels = (
+            getattr(data, "classes", None) or getattr(data, "labels", None) or ()
+        )  # ImageData's labels are an array
+        found = [] if isinstance(labels, str) else [str(label) for label in labels]
         if not found or found == self.labels:
             return
         shown = f"{len(found)} ({', '.join(found[:5])}{', …' if len(found) > 5 else ''})"
         multi = bool(getattr(data, "multi_label", False))
-        named, number = self.hparams.get("labels"), self.hparams.get("num_labels")
+        named, number = self.hparams.get("labels"), self.hparams.get(self.number_name)
         # Labels of the network's configuration, which nobody asked for, give way to those of the data.
         if (number and len(found) != number) or (named and [str(label) for label in named] != found):
             raise InputError(
                 f"the model has {self.num_labels} classes, but the data has {shown}: "
-                f"pass num_labels={len(found)} to {type(self).__name__}."
+                f"pass {self.number_name}={len(found)} to {type(self).__name__}."
             )
         if len(found) != self.num_labels or multi != self.multi_label:
             if next(hosts(self), None) is not None:
                 raise InputError(
                     f"the data has {shown}, but the model has adapters and {self.num_labels} outputs already: "
-                    f"pass num_labels={len(found)} to {type(self).__name__} before applying methods."
+                    f"pass {self.number_name}={len(found)} to {type(self).__name__} before applying methods."
                 )
             self.multi_label, self.labels = multi, found
             self.create(len(found))
         self.labels = found
-        self.hparams.update(labels=found, num_labels=None, **({"multi_label": multi} if multi else {}))
+        self.hparams.update({"labels": found, self.number_name: None}, **({"multi_label": multi} if multi else {}))
         self.name_outputs()
 
     def name_outputs(self) -> None:
         """Write the labels' names into the network's configuration, so that an exported model answers with them."""
-        config = getattr(self.network, "config", None)
+        config = getattr(self.body, "config", None)
         if self.labels and config is not None and hasattr(config, "id2label"):
             config.id2label = dict(enumerate(self.labels))
             config.label2id = {label: number for number, label in enumerate(self.labels)}
