@@ -55,6 +55,11 @@ def assert_same_bits(now: dict[str, Tensor], before: dict[str, Tensor]) -> None:
     assert not changed, f"changed: {changed}"
 
 
+def classes(model: nn.Module) -> list[tuple]:
+    """The class of each module and its base classes; torch makes a class for each layer that it parametrizes."""
+    return [(type(m).__name__, *type(m).__mro__[1:]) for m in model.modules()]
+
+
 def close(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> None:
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 

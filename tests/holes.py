@@ -22,7 +22,8 @@ _NO_NORM = "no norm layers"
 _NOTHING_FIRST = "there is no head, so nothing would train before the first block unfreezes"
 
 _ATTEND = [name for name, kind in KINDS.items() if kind.keys]
-_LINEAR = ["linear", "linear_4d", "other_linear", "fused_qkv", "llama", "gpt2", "vit"]
+_MLPS = ["linear", "linear_4d", "other_linear", "weight_norm"]
+_LINEAR = [*_MLPS, "fused_qkv", "llama", "gpt2", "vit"]
 _READ = ["mha", "mha_batch_first", "mha_kdim", "encoder", "experts", "scaled"]
 _RECURRENT = ["recurrent", "cells"]
 _LOOKED_UP = ["embedding", "tied", "scaled"]
@@ -67,6 +68,11 @@ HOLES: dict[tuple[str, str, str], str] = {
     (ANY, "tied", "merge_float64"): _TIED,
     (ANY, "tied", "merge_two"): _TIED,
     (ANY, "tied", "merge_unload"): _TIED,
+    (
+        ANY,
+        "weight_norm",
+        "copies",
+    ): "torch does not pickle parametrized layers; tests/core/adapters/test_reads.py copies",
     **{(ANY, kind, "checkpointing_reentrant"): _IDS for kind in ("embedding", "tied", "scaled", "llama", "gpt2")},
     **{(method, "reads", ANY): _NOT_CALLED for method in ("lora_dropout", "bottleneck")},
     ("lora_dropout", ANY, "modes"): "random while training",
@@ -80,10 +86,7 @@ HOLES: dict[tuple[str, str, str], str] = {
     **{(method, "encoder", "autocast"): _FAST_PATH for method in _OUTSIDE_THE_LAYERS},
     ("last_layers", "encoder", "modes"): "torch's fast path looks at the first layer for what trains, and so fails",
     ("gradual", ANY, "count"): "counts what trains by now; what will is held in tests/methods/test_gradual.py",
-    **{
-        ("ssf", kind, "merge_unload"): _NEW_BIAS
-        for kind in ("linear", "linear_4d", "other_linear", "conv1d", "conv_transpose", "resnet", "llama")
-    },
+    **{("ssf", kind, "merge_unload"): _NEW_BIAS for kind in (*_MLPS, "conv1d", "conv_transpose", "resnet", "llama")},
     **{
         (method, kind, ANY): _MORE_THAN_PATCHES
         for method in ("visual_prompt", "visual_prompt_deep")

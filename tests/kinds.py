@@ -24,6 +24,7 @@ from tests.models import (
     FusedQKV,
     Logits,
     MixtureLM,
+    Normed,
     OtherLinear,
     Reads,
     Recurrent,
@@ -140,6 +141,7 @@ KINDS: dict[str, Kind] = {
     "linear": Kind(MLP, _noise(4, 5, 6), _MLP, head="head", last=("down", "head")),
     "linear_4d": Kind(MLP, _noise(2, 3, 2, 6), _MLP, head="head", last=("down", "head")),
     "other_linear": Kind(OtherLinear, _noise(2, 5, 6), _MLP, head="head", last=("down", "head")),
+    "weight_norm": Kind(Normed, _noise(4, 5, 6), _MLP, head="head", last=("down", "head")),
     "fused_qkv": Kind(
         FusedQKV,
         _noise(2, 5, 8),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from functools import partial
 
 import torch
@@ -22,6 +23,18 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(torch.tanh(self.down(torch.tanh(self.mid(torch.tanh(self.up(x)))))))
+
+
+class Normed(MLP):
+    """Layers under weight norm: by a parametrization, and by a hook."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        nn.utils.parametrizations.weight_norm(self.up)
+        nn.utils.parametrizations.weight_norm(self.down, dim=1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            nn.utils.weight_norm(self.mid)
 
 
 class FusedQKV(nn.Module):

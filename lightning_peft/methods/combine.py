@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.adapters.base import BIASES, Adapter, WeightAdapter
-from lightning_peft.core.adapters.effective_weights import base_tensor, stored_tensor
+from lightning_peft.core.adapters.effective_weights import base_tensor
 from lightning_peft.core.adapters.lookup import adapter_names, check_known, check_unmerged, stacks
 from lightning_peft.core.injection.apply import install
 from lightning_peft.core.injection.low_rank_factors import (
@@ -45,6 +45,7 @@ from lightning_peft.core.names import check_name, join
 from lightning_peft.core.record import injected_module, injection_state
 from lightning_peft.core.state.plan import Attachment, Method, Plan
 from lightning_peft.core.switching.active import deactivate
+from lightning_peft.core.targeting.computed_weights import steady_tensor
 from lightning_peft.core.targeting.patterns import exactly
 from lightning_peft.core.targeting.sites import weight_sites
 from lightning_peft.methods.families.arguments import one_of, positive_int
@@ -308,7 +309,7 @@ def _changes(root: nn.Module, names: Collection[str]) -> dict[str, tuple[Tensor,
                 if not (adapter.weights() or adapter.overrides() or adapter.is_passthrough):
                     raise ValueError(f"{where} does not change weights, so it cannot be combined or converted to LoRA")
                 for parameter, part in adapter.weights().items():
-                    bias = stored_tensor(host, BIASES[parameter]) if parameter in BIASES else None
+                    bias = steady_tensor(host, BIASES[parameter]) if parameter in BIASES else None
                     if (host_name, parameter) not in sites or part.transform_bias(bias) is not bias:
                         raise ValueError(
                             f"{where} changes more than a matrix (a bias or a norm), so it cannot be combined or "
@@ -329,7 +330,7 @@ def _interpolated(root: nn.Module, shares: Mapping[str, float]) -> dict[str, Ten
                 (k, c) for part in cast(Adapter, stack[name]).components() for k, c in part.overrides().items()
             ):
                 full = join(host_name, local)
-                base = cast(Tensor, stored_tensor(root.get_submodule(host_name), local)).detach()
+                base = cast(Tensor, steady_tensor(root.get_submodule(host_name), local)).detach()
                 if alone:
                     found[full] = copy.detach()
                 elif copy.shape != base.shape:

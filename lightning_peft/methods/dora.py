@@ -22,9 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core.adapters.effective_weights import effective_weights, stored_tensor, values_before
+from lightning_peft.core.adapters.effective_weights import effective_weights, values_before
 from lightning_peft.core.adapters.stack import Adapted
 from lightning_peft.core.class_swap import has_mixin
+from lightning_peft.core.targeting.computed_weights import stored_tensor
 from lightning_peft.core.targeting.sites import Site
 from lightning_peft.methods.lora import LoRA, LoRAAdapter
 from lightning_peft.methods.shared.lora_init import values_of
@@ -56,7 +57,7 @@ class DoRAAdapter(LoRAAdapter):
         z = super().output(host, x, y)
         weight, bias = values_before(host, self, self.parameter, "bias")
         assert weight is not None
-        stored = weight is stored_tensor(host, self.parameter)
+        stored = isinstance(weight, nn.Parameter) and weight is stored_tensor(host, self.parameter)
         gain = self.magnitude / self._remembered(weight, stored)
         by = self.layout.features(host, gain)
         if bias is None:

@@ -23,6 +23,7 @@ from lightning_peft.core.untrusted import AllocationLimit, check_regexes
 from lightning_peft.trainer.brought_along import adapt_around
 from lightning_peft.trainer.checkpoints.hyperparameters import saved_arguments
 from lightning_peft.trainer.checkpoints.manifest import KEY, read_checkpoint
+from lightning_peft.trainer.lazy_modules import create_lazy_parameters
 
 __all__ = ["load_from_checkpoint"]
 
@@ -64,11 +65,13 @@ def load_from_checkpoint(
     # A configure_model that calls lp.apply(self) without methods finds them here, as it would on a Trainer.
     module.__dict__["_peft_methods"] = [method for method, trains, copies in methods if trains and not copies]
     module.configure_model()
+    create_lazy_parameters(module)
     with naming(path):
         try:
             _install_saved(module, methods, checkpoint["state_dict"])
         except TargetError:  # the layers may be created in setup, which expects a Trainer and so is only tried now
             module.setup("predict")
+            create_lazy_parameters(module)
             _install_saved(module, methods, checkpoint["state_dict"])
         del module.__dict__["_peft_methods"]
         adapt_around(module)

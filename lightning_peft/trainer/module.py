@@ -28,6 +28,7 @@ from lightning_peft.trainer.averaging import start_averaging
 from lightning_peft.trainer.checkpoints.manifest import KEY, check_manifest, manifest, sealed
 from lightning_peft.trainer.checkpoints.trimming import check_complete
 from lightning_peft.trainer.checkpoints.unsafe_hparams import pickle_unsafe_hparams
+from lightning_peft.trainer.lazy_modules import create_lazy_parameters
 from lightning_peft.trainer.lifecycle import Lifecycle
 from lightning_peft.trainer.logs import continue_runs, run_ids
 from lightning_peft.trainer.optimizers import add_adapters, configured, drop_frozen
@@ -57,6 +58,7 @@ class AdaptedModule(_LightningModule):
         _check_precision(self._trainer)
         super().configure_model()
         if _methods_of(self._trainer) or injection_state(self) is None:
+            create_lazy_parameters(self)
             apply(self)
         update_base(self)
         audit_ranks(self)  # DDP later copies rank 0's adapters to the other ranks, which would hide a difference

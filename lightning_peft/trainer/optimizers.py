@@ -16,11 +16,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_peft.core.adapters.base import Adapter
-from lightning_peft.core.adapters.effective_weights import stored_tensor
 from lightning_peft.core.adapters.lookup import hosts
 from lightning_peft.core.adapters.stack import AdapterStack
 from lightning_peft.core.names import canonical, is_adapter_key, listed, parents
 from lightning_peft.core.record import deferred_parameters, injected_module, injection_state
+from lightning_peft.core.targeting.computed_weights import stored_tensor
 
 __all__ = ["add_adapters", "configured", "drop_frozen", "has_gradients"]
 

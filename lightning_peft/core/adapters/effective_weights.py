@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_peft.core.adapters.base import BIASES, Adapter
 from lightning_peft.core.adapters.reads import run_with_values
+from lightning_peft.core.targeting.computed_weights import stored_tensor
 from lightning_peft.core.targeting.packed import dequantized, is_packed
 from lightning_peft.ops.dense_gradient import dense_gradient
 
@@ -23,7 +24,6 @@ __all__ = [
     "lost_input",
     "run_dequantized",
     "run_in_place",
-    "stored_tensor",
     "values_before",
 ]
 
@@ -106,15 +106,6 @@ def values_before(host: nn.Module, adapter: Adapter, *names: str) -> list[Tensor
     return [now[name] if name in now else base_tensor(host, name) for name in names]
 
 
-def stored_tensor(host: nn.Module, name: str) -> Tensor | None:
-    """Return a stored parameter or buffer of the host or of a child, by dotted name; None if it does not exist."""
-    *children, last = name.split(".")
-    module = host
-    for child in children:
-        module = module._modules[child]  # type: ignore[assignment]  # the attribute may be a _Projection at this time
-    return module._parameters[last] if last in module._parameters else module._buffers.get(last)
-
-
 def base_tensor(host: nn.Module, name: str) -> Tensor | None:
     """Like :func:`stored_tensor`, but for the weight of a packed layer the matrix that it computes with."""
     return dequantized(host) if name == "weight" and is_packed(host) else stored_tensor(host, name)
@@ -156,7 +147,7 @@ def as_attributes(host: Any, weights: Mapping[str, Tensor]) -> dict[str, Any]:
         child, _, _ = name.rpartition(".")
         if child:
             values[child] = _Projection(
-                *(weights.get(f"{child}.{n}", host._modules[child]._parameters[n]) for n in ("weight", "bias"))
+                *(weights.get(n, stored_tensor(host, n)) for n in (f"{child}.weight", f"{child}.bias"))
             )
         else:
             values[name] = weight
@@ -166,6 +157,6 @@ def as_attributes(host: Any, weights: Mapping[str, Tensor]) -> dict[str, Any]:
 class _Projection:
     """Replaces ``out_proj`` of an ``nn.MultiheadAttention``, which only reads its weight and bias."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, weight: Tensor | None, bias: Tensor | None) -> None:
         self.weight = weight
         self.bias = bias

@@ -11,19 +11,31 @@ There are three cases:
 
 from __future__ import annotations
 
+import copyreg
+import functools
 import sys
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lightning_peft.core.checkpoint_frame import in_backward
+from lightning_peft.core.class_swap import original_class
+from lightning_peft.core.targeting.computed_weights import computed_value
 
-__all__ = ["AttributeOfCall", "computing", "forward_values", "run_with_values", "unreadable_tensor"]
+__all__ = [
+    "AttributeOfCall",
+    "ComputedReads",
+    "computed_reads",
+    "computing",
+    "forward_values",
+    "run_with_values",
+    "unreadable_tensor",
+]
 
 # The values that each running module reads, by id of the module. Each call sets a new mapping, so that one model can
 # serve several threads.
@@ -88,6 +100,59 @@ class AttributeOfCall:
     def _place(self, host: Any) -> Any:
         values = forward_values(host)
         return host.__dict__ if values is None or self.name not in values else values
+
+
+class ComputedReads(nn.Module):
+    """Base class of the mixins of :func:`computed_reads`: a read of a computed weight returns the adapted value.
+
+    The weight is a property of the class, or an attribute of the instance, so ``__getattr__`` alone would not see it.
+    """
+
+    _computed_names: tuple[str, ...] = ()
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self._computed_names and (value := computed_value(self, name)) is not None:
+            return value
+        return super().__getattr__(name)
+
+
+class _Picklable(type):
+    """The class of these mixins, which are made when they are needed and cannot be imported."""
+
+    _computed_names: tuple[str, ...] = ()
+
+
+@functools.cache
+def computed_reads(names: tuple[str, ...]) -> type[ComputedReads]:
+    """Return a mixin for a module that computes the tensors ``names`` from its parameters."""
+    return cast(
+        type[ComputedReads],
+        _Picklable("ComputedReads", (ComputedReads,), {"_computed_names": names, **{n: _read(n) for n in names}}),
+    )
+
+
+def _reduce(mixin: _Picklable) -> tuple:
+    return computed_reads, (mixin._computed_names,)
+
+
+copyreg.pickle(_Picklable, _reduce)
+
+
+def _read(name: str) -> property:
+    def __getattr__(host: Any) -> Any:  # the name tells ``computing`` that this is no forward
+        return host.__getattr__(name)
+
+    def write(host: Any, value: Any) -> None:
+        computed = getattr(original_class(host), name, None)
+        if isinstance(computed, property):
+            computed.fset(host, value)  # type: ignore[misc]
+        else:
+            vars(host)[name] = value
+
+    def delete(host: Any) -> None:
+        del vars(host)[name]
+
+    return property(__getattr__, write, delete)
 
 
 def computing() -> bool:

@@ -31,7 +31,6 @@ from lightning_peft.core.adapters.effective_weights import (
     lost_input,
     run_dequantized,
     run_in_place,
-    stored_tensor,
 )
 from lightning_peft.core.adapters.reads import (
     AttributeOfCall,
@@ -44,6 +43,7 @@ from lightning_peft.core.adapters.replaced_forward import set_forward
 from lightning_peft.core.adapters.switches import Switches, current, remember_switches, switched
 from lightning_peft.core.class_swap import original_class
 from lightning_peft.core.targeting.base_modules import AdapterContainer
+from lightning_peft.core.targeting.computed_weights import stored_tensor
 from lightning_peft.core.targeting.packed import is_packed
 
 __all__ = ["TENSOR_PARALLEL", "Adapted", "AdapterStack"]

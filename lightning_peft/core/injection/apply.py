@@ -49,7 +49,7 @@ from lightning_peft.core.targeting.packed import count_parameters, keep_differen
 from lightning_peft.core.targeting.storage import storage_problem
 from lightning_peft.core.targeting.ties import tie_notes, with_tied
 
-__all__ = ["InjectionError", "after_injection", "apply", "check_injectable", "inspect", "install"]
+__all__ = ["InjectionError", "after_injection", "apply", "check_injectable", "inspect", "install", "lazy_parameters"]
 
 #: called with the model after each injection; the trainer package registers functions here
 after_injection: list[Callable[[nn.Module], None]] = []
@@ -334,13 +334,18 @@ def check_injectable(model: nn.Module) -> None:
             )
 
 
+def lazy_parameters(model: nn.Module) -> list[str]:
+    """Return the names of the parameters and buffers of lazy modules that do not have a shape yet."""
+    return [name for name, p in [*base_parameters(model), *base_buffers(model)] if is_lazy(p)]
+
+
 def _check_initialized(model: nn.Module) -> None:
-    lazy = [name for name, p in [*base_parameters(model), *base_buffers(model)] if is_lazy(p)]
-    if lazy:
+    if lazy := lazy_parameters(model):
         raise InjectionError(
             f"{', '.join(lazy)} have no shape yet: a lazy module creates them in its first call, but a method must "
             "know the parameters that it freezes, adapts and saves. Run one batch through the model first, in __init__ "
-            "or configure_model, or use layers with explicit sizes (nn.Linear instead of nn.LazyLinear)"
+            "or configure_model; set example_input_array, which a Trainer then runs; or use layers with explicit sizes "
+            "(nn.Linear instead of nn.LazyLinear)"
         )
 
 

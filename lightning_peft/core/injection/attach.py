@@ -8,9 +8,12 @@ from torch import nn
 
 from lightning_peft.core.adapters.base import Adapter
 from lightning_peft.core.adapters.lookup import hosts
+from lightning_peft.core.adapters.reads import ComputedReads, computed_reads
 from lightning_peft.core.adapters.stack import TENSOR_PARALLEL, Adapted, AdapterStack
 from lightning_peft.core.class_swap import add_mixin, check_mixin, has_mixin, original_class, remove_mixin
 from lightning_peft.core.names import parents
+from lightning_peft.core.state.freezing import FrozenNorm
+from lightning_peft.core.targeting.computed_weights import computed_names, refresh
 
 __all__ = ["attach", "check_host", "detach"]
 
@@ -26,12 +29,15 @@ def attach(model: nn.Module, host_name: str, name: str, adapter: Adapter) -> Non
     check_host(model, host_name, name, overrides=bool(adapter.overrides()))
     host = model.get_submodule(host_name)
     if not has_mixin(host, Adapted):
+        if names := computed_names(host):
+            add_mixin(host, computed_reads(tuple(names)))  # under Adapted, whose reads of these names come first
+            refresh(host)  # what it depends on is frozen now
         add_mixin(host, Adapted)  # the only step that can fail comes first
         host.adapters = AdapterStack()
-        host.adapters.train(host.training)
+        host.adapters.train(bool(host._mode_asked) if has_mixin(host, FrozenNorm) else host.training)
         _keep_slow_paths(model, host_name, host)
     stack = cast(AdapterStack, host.adapters)
-    adapter.train(host.training)
+    adapter.train(stack.training)
     stack.attach_adapter(name, adapter)
 
 
@@ -66,6 +72,8 @@ def detach(model: nn.Module, host_name: str, name: str | None = None) -> None:
         stack.detach_adapter(gone)
     if not len(stack):
         remove_mixin(host, Adapted)
+        for mixin in [c for c in type(host).__mro__ if issubclass(c, ComputedReads) and has_mixin(host, c)]:
+            remove_mixin(host, mixin)
         del host.adapters
         for key in [k for k, hook in host._forward_pre_hooks.items() if hook is _slow_path]:
             del host._forward_pre_hooks[key]

@@ -9,17 +9,24 @@ import torch
 from torch import nn
 
 from lightning_peft.core.adapters.base import Adapter
-from lightning_peft.core.adapters.effective_weights import effective_weights, stored_tensor
+from lightning_peft.core.adapters.effective_weights import effective_weights
 from lightning_peft.core.adapters.lookup import adapter_names, check_known, hosts, stacks
 from lightning_peft.core.adapters.low_rank import LowRankAdapter, add_products
 from lightning_peft.core.adapters.stack import AdapterStack
 from lightning_peft.core.class_swap import original_class, restore_class
 from lightning_peft.core.injection.attach import detach
 from lightning_peft.core.injection.low_rank_factors import evaluating
-from lightning_peft.core.names import canonical, join
+from lightning_peft.core.injection.write_back import shared_source, write_back
+from lightning_peft.core.names import canonical, is_adapter_key, join
 from lightning_peft.core.record import injected_module, injection_state
 from lightning_peft.core.state.consistency import check_record
 from lightning_peft.core.state.state_dict import StateError
+from lightning_peft.core.targeting.computed_weights import (
+    is_computed,
+    refresh,
+    steady,
+    stored_tensor,
+)
 from lightning_peft.core.targeting.layouts import WeightLayout
 from lightning_peft.core.targeting.packed import is_packed
 from lightning_peft.core.targeting.ties import tied_names
@@ -131,6 +138,10 @@ class _MergePlan:
         parts = [part for name in names for part in cast(Adapter, self.stack[name]).components()]
         touched = sorted({p for part in parts for p in _changed_tensors(part) or ()})
         self.parameters = {p: join(host_name, p) for p in touched}
+        self.computed = [p for p in touched if is_computed(host, p)]
+        for p in self.computed:
+            if (problem := shared_source(host_name, host, p, shared)) is not None:
+                raise MergeError(problem)
         # The new values of shared tensors are computed before any host is written: they are compared between hosts, and
         # all must start from the original value.
         self._weights = None if shared.keys().isdisjoint(self.parameters.values()) else self._compute()
@@ -149,10 +160,17 @@ class _MergePlan:
         share it are unaffected.
 
         Raises:
-            MergeError: if a value is not finite; nothing was changed.
+            MergeError: if a value is not finite, or no value of the parameters that a weight is computed from results
+                in it; nothing was changed.
         """
         weights = self.weights()
         self.stack.merged, self.stack.merged_names = {}, self.names
+        try:
+            for name in self.computed:
+                self.stack.merged |= write_back(self.host_name, self.host, name, weights.pop(name))
+        except ValueError as error:
+            _restore(self.host)
+            raise MergeError(str(error)) from error
         for name, weight in weights.items():
             stored = stored_tensor(self.host, name)
             # A bias that the layer does not have yet, a tied weight and a weight of another shape need a new parameter.
@@ -282,7 +300,7 @@ def _effective(host_name: str, host: nn.Module, adapters: Sequence[Adapter]) -> 
     for tensor in stored.values():
         if tensor is not None and (tensor.is_floating_point() or tensor.is_complex()):
             dtype = torch.promote_types(dtype, tensor.dtype)
-    with evaluating(*adapters):
+    with evaluating(*adapters), steady(host):
         return _plain_sums(host, adapters, dtype) or effective_weights(host, adapters, dtype)
 
 
@@ -307,7 +325,7 @@ def _plain_sums(host: nn.Module, adapters: Iterable[Adapter], dtype: torch.dtype
 
 
 def _dtype(host: nn.Module) -> torch.dtype:
-    return next(p.dtype for p in host.parameters(recurse=False))
+    return next(p.dtype for name, p in host.named_parameters() if not is_adapter_key(name))
 
 
 def _set(host: nn.Module, name: str, value: torch.Tensor | None) -> None:
@@ -332,11 +350,16 @@ def unmerge(model: nn.Module) -> None:
     """Restore the weights that :func:`merge` replaced, bit for bit; the adapters run unmerged again."""
     # In reverse order, because for a shared tensor only the host that was merged first kept the original value.
     for _, host in reversed([*hosts(model)]):
-        stack = cast(AdapterStack, host.adapters)
-        for parameter, weight in (stack.merged or {}).items():
-            _set(host, parameter, weight)
-        stack.merged, stack.merged_names = None, ()
-        stack.refresh()
+        _restore(host)
+
+
+def _restore(host: nn.Module) -> None:
+    stack = cast(AdapterStack, host.adapters)
+    for parameter, weight in (stack.merged or {}).items():
+        _set(host, parameter, weight)
+    refresh(host)
+    stack.merged, stack.merged_names = None, ()
+    stack.refresh()
 
 
 def unload(model: nn.Module, merge: bool = False) -> nn.Module:

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lightning_peft.core.adapters.base import Adapter
-from lightning_peft.core.adapters.effective_weights import stored_tensor
 from lightning_peft.core.class_swap import original_class
 from lightning_peft.core.names import adapter_key, join, nearest
 from lightning_peft.core.state.plan import Attachment, Plan
 from lightning_peft.core.state.state_dict import StateError
 from lightning_peft.core.targeting.base_modules import base_modules
+from lightning_peft.core.targeting.computed_weights import stored_tensor
 from lightning_peft.ops.finite import is_finite
 
 __all__ = ["ParameterOverride", "override_trained", "parameter_overrides", "saved_overrides"]

@@ -14,6 +14,7 @@ from lightning_peft.core.adapters.stack import AdapterStack
 from lightning_peft.core.class_swap import original_class
 from lightning_peft.core.names import canonical
 from lightning_peft.core.sharded_tensors import gather_full
+from lightning_peft.core.targeting.computed_weights import steady_tensor
 from lightning_peft.core.targeting.layouts import (
     ConvLayout,
     ConvTransposeLayout,
@@ -120,7 +121,7 @@ def _tensors(adapter: Adapter, take: Callable[[Tensor], Tensor] | None) -> dict[
 def stored_shape(host: nn.Module, parameter: str, layout: WeightLayout) -> tuple[int, ...]:
     """The stored shape of an adapted weight; of a packed layer, that of its matrix, as in the layer it replaced."""
     packed = linear_sizes(host) if isinstance(layout, PackedLayout) else None
-    return tuple(host.get_parameter(parameter).shape) if packed is None else packed
+    return tuple(cast(Tensor, steady_tensor(host, parameter)).shape) if packed is None else packed
 
 
 def layer_kind(host: nn.Module, layout: Any) -> str:

@@ -13,7 +13,6 @@ from typing import cast
 
 from torch import nn
 
-from lightning_peft.core.adapters.effective_weights import stored_tensor
 from lightning_peft.core.adapters.lookup import stacks
 from lightning_peft.core.adapters.stack import Adapted, AdapterStack
 from lightning_peft.core.class_swap import has_mixin
@@ -23,6 +22,7 @@ from lightning_peft.core.state.fingerprint import fingerprint
 from lightning_peft.core.state.moved_values import InitialValues
 from lightning_peft.core.state.state_dict import StateError
 from lightning_peft.core.targeting.base_modules import base_modules
+from lightning_peft.core.targeting.computed_weights import steady_tensor
 from lightning_peft.core.targeting.packed import is_packed
 
 __all__ = ["check_record", "update_base"]
@@ -85,7 +85,7 @@ def _new_shape(host: nn.Module, parameter: str, shape: tuple[int, ...]) -> tuple
     """Return the shape of a host's weight if it is not ``shape`` any more; None if it is, or cannot be compared."""
     if not parameter or cast(AdapterStack, host._modules["adapters"]).merged is not None:
         return None
-    stored = stored_tensor(host, parameter)
+    stored = steady_tensor(host, parameter)
     if stored is None or stored.ndim != len(shape) or not stored.numel() or is_packed(host):
         return None  # a strategy that shards has flattened or split it; a packed layer stores no matrix
     return None if tuple(stored.shape) == shape else tuple(stored.shape)

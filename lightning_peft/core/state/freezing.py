@@ -7,7 +7,7 @@ are frozen again at their base values.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lightning_peft.core.class_swap import add_mixin, has_mixin, remove_mixin
 from lightning_peft.core.record import InjectionState, injected_module, injection_state
 from lightning_peft.core.targeting.base_modules import base_modules
+from lightning_peft.core.targeting.computed_weights import moving_parts
 
 __all__ = [
     "FrozenNorm",
@@ -30,14 +31,20 @@ __all__ = [
 
 
 class FrozenNorm(nn.Module):
-    """Mixin for a norm layer with running statistics: it stays in eval mode when its parents are set to train."""
+    """Mixin for a module with running statistics: it stays in eval mode when its parents are set to train.
+
+    The adapters of a norm layer follow its parents.
+    """
 
     _mode_asked: bool  # the mode that was last requested; restored when the layer is unfrozen
     _hold_statistics = False  # True: stay in eval mode even while the layer's parameters train
 
     def train(self, mode: bool = True) -> Any:
         self._mode_asked = mode
-        return super().train(False)
+        super().train(False)
+        if (adapters := self._modules.get("adapters")) is not None:
+            adapters.train(mode)
+        return self
 
 
 class FullPrecision(nn.Module):
@@ -77,24 +84,32 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
 
 
 def freeze_norm_statistics(model: nn.Module) -> list[str]:
-    """Keep every norm layer that has running statistics and does not train in full in eval mode.
+    """Keep every module that has running statistics and does not train in full in eval mode.
 
+    These are norm layers, and layers under spectral norm, whose weight is divided by a running estimate of its norm.
     Otherwise every training batch would change the statistics of the frozen base, even if only the layer's bias
     trains. Returns the names of the layers.
     """
-    frozen = []
-    for name, module in base_modules(model):
-        has_statistics = isinstance(getattr(module, "running_mean", None), Tensor)
-        if has_statistics and not _trains_in_full(module):
+    frozen: dict[str, None] = {}
+    for name, module, own in _with_statistics(model):
+        if not _all_train(own):
             mode = bool(module._mode_asked) if has_mixin(module, FrozenNorm) else module.training
             add_mixin(module, FrozenNorm)
             module.train(mode)
-            frozen.append(name)
-    return frozen
+            frozen[name] = None
+    return list(frozen)
 
 
-def _trains_in_full(module: nn.Module) -> bool:
-    own = list(module.parameters(recurse=False))
+def _with_statistics(model: nn.Module) -> Iterator[tuple[str, nn.Module, list[Tensor]]]:
+    """Yield each layer with statistics: its name, the module that changes them, and the parameters they belong to."""
+    for name, module in base_modules(model):
+        if isinstance(getattr(module, "running_mean", None), Tensor):
+            yield name, module, list(module.parameters(recurse=False))
+        for part, sources in moving_parts(module):
+            yield name, part, sources
+
+
+def _all_train(own: list[Tensor]) -> bool:
     return bool(own) and all(p.requires_grad for p in own)
 
 
@@ -168,8 +183,8 @@ def set_unfrozen(model: nn.Module, names: Iterable[str]) -> None:
 
 def _after_unfreezing(root: nn.Module, record: InjectionState) -> None:
     """Update norm layers and the report's counts after a change of what trains."""
-    for module in root.modules():
-        if has_mixin(module, FrozenNorm) and _trains_in_full(module) and not module._hold_statistics:
+    for _, module, own in _with_statistics(root):
+        if has_mixin(module, FrozenNorm) and _all_train(own) and not module._hold_statistics:
             remove_mixin(module, FrozenNorm)
             module.train(getattr(module, "_mode_asked", root.training))
     if not any(method.train_norm_stats for method in record.methods.values()):

@@ -15,12 +15,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core.adapters.effective_weights import stored_tensor
 from lightning_peft.core.adapters.lookup import hosts
 from lightning_peft.core.adapters.stack import AdapterStack
 from lightning_peft.core.names import canonical
 from lightning_peft.core.sharded_tensors import is_sharded, local_part
 from lightning_peft.core.targeting.base_modules import base_buffers, base_parameters, base_state_dict
+from lightning_peft.core.targeting.computed_weights import stored_tensor
 from lightning_peft.core.targeting.packed import plain_tensors
 
 __all__ = ["InitialValues", "extra_state"]

@@ -7,7 +7,7 @@ import inspect
 import warnings
 import weakref
 from collections.abc import Callable
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_peft.core.class_swap import original_class, own_forward
+from lightning_peft.core.targeting.computed_weights import computed_names, effective_tensors, plain_class, sources_of
 
 __all__ = ["LinearForm", "linear_form", "may_be_linear", "output_features", "register_linear", "registered_form"]
 
@@ -64,28 +65,32 @@ def register_linear(cls: M, transposed: bool = False) -> M:
 
 def registered_form(module: nn.Module) -> LinearForm | None:
     """The form that a class of ``module`` was registered with; None if none was or it has no matrix ``weight``."""
-    if not _has_matrix(module):
+    if not _is_matrix(effective_tensors(module).get("weight")):
         return None
     return next((_REGISTERED[c] for c in original_class(module).__mro__ if c in _REGISTERED), None)
 
 
 def may_be_linear(module: nn.Module) -> bool:
     """Whether ``module`` has the state of a linear layer: a floating-point matrix ``weight`` and maybe a bias."""
-    if not _has_matrix(module) or module._buffers or any(name != "adapters" for name in module._modules):
+    own = effective_tensors(module)
+    of_weight = sources_of(module, "weight") if own.keys() - module._parameters.keys() else []
+    children = module._modules.keys() - {"adapters", "parametrizations"}
+    if not _is_matrix(own.get("weight")) or children or module._buffers.keys() - of_weight:
         return False
-    bias = module._parameters.get("bias")
-    return module._parameters.keys() <= {"weight", "bias"} and (bias is None or bias.ndim == 1)
+    bias = own.get("bias")
+    return own.keys() <= {"weight", "bias"} and (bias is None or bias.ndim == 1)
 
 
-def _has_matrix(module: nn.Module) -> bool:
-    weight = module._parameters.get("weight")
+def _is_matrix(weight: Tensor | None) -> bool:
     return weight is not None and not is_lazy(weight) and weight.ndim == 2 and weight.is_floating_point()
 
 
 def output_features(module: nn.Module) -> int | None:
     """The number of output features of a linear layer that does not derive from ``nn.Linear``; None otherwise."""
     form = registered_form(module) or linear_form(module)
-    return None if form is None else module.get_parameter("weight").shape[0 if form == "linear" else 1]
+    return (
+        None if form is None else cast(Tensor, effective_tensors(module)["weight"]).shape[0 if form == "linear" else 1]
+    )
 
 
 def linear_form(module: nn.Module) -> LinearForm | None:
@@ -95,7 +100,7 @@ def linear_form(module: nn.Module) -> LinearForm | None:
     magnitudes and dimensions, in training and in evaluation mode, so a forward that clips, scales, masks, normalises or
     adds noise is not taken for a linear layer. ``module``, its random numbers and its counters stay as they are.
     """
-    if not may_be_linear(module) or own_forward(module) is not None or not _takes_one_argument(original_class(module)):
+    if not may_be_linear(module) or own_forward(module) is not None or not _takes_one_argument(plain_class(module)):
         return None
     key = _kind(module)
     if key is None:
@@ -117,12 +122,19 @@ def _takes_one_argument(cls: Any) -> bool:
 
 def _kind(module: nn.Module) -> Any:
     """What the result of a trial depends on, if that is plain values only; None otherwise."""
-    cls: Any = original_class(module)
-    state = {k: v for k, v in vars(module).items() if k not in vars(_PLAIN) and not k.startswith("_peft")}
+    cls: Any = plain_class(module)
+    own = effective_tensors(module)
+    state = {k: v for k, v in _attributes(module).items() if k not in vars(_PLAIN) and not k.startswith("_peft")}
     if not all(isinstance(v, int | float | str | bool | type(None)) for v in state.values()):
         return None
-    shapes = tuple((name, None if p is None else p.shape) for name, p in module._parameters.items())
+    shapes = tuple((name, None if p is None else p.shape) for name, p in own.items())
     return cls, cls.forward, shapes, tuple(state.items())
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    """The attributes of ``module`` without the weights that a hook has stored."""
+    computed = computed_names(module)
+    return {name: value for name, value in vars(module).items() if name not in computed}
 
 
 #: a module without state: its attributes are those that torch gives every module
@@ -131,8 +143,9 @@ _PLAIN = nn.Module()
 
 @torch.no_grad()
 def _try(module: nn.Module) -> LinearForm | None:
-    cls: Any = original_class(module)
-    parameters = {name: None if p is None else nn.Parameter(_values(p.shape)) for name, p in module._parameters.items()}
+    cls: Any = plain_class(module)
+    own = effective_tensors(module)
+    parameters = {name: None if p is None else nn.Parameter(_values(p.shape)) for name, p in own.items()}
     weight, bias = parameters["weight"], parameters.get("bias")
     assert weight is not None
     forms: dict[LinearForm, Callable[[Tensor], Tensor]] = {
@@ -166,8 +179,8 @@ def _values(shape: tuple[int, ...]) -> Tensor:
 def _equal(cls: Any, module: nn.Module, parameters: dict, training: bool, x: Tensor, expected: Tensor) -> bool:
     twin = cls.__new__(cls)
     # A forward may write into containers, which a shallow copy would share.
-    vars(twin).update({k: copy.copy(v) if type(v) in (list, dict, set) else v for k, v in vars(module).items()})
-    vars(twin).update(_modules={}, _parameters=dict(parameters), training=training)
+    vars(twin).update({k: copy.copy(v) if type(v) in (list, dict, set) else v for k, v in _attributes(module).items()})
+    vars(twin).update(_modules={}, _buffers={}, _parameters=dict(parameters), training=training)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:

@@ -9,15 +9,16 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch.nn.utils.parametrize import ParametrizationList
 
 from lightning_peft.core.class_swap import original_class
 from lightning_peft.core.names import is_within, join, leaf, owner_of
 from lightning_peft.core.targeting.base_modules import base_modules
+from lightning_peft.core.targeting.computed_weights import effective_tensors, is_computed, steady_tensor
 from lightning_peft.core.targeting.frozen_parts import in_frozen_part, why_frozen
 from lightning_peft.core.targeting.layouts import (
     NormLayout,
@@ -58,21 +59,18 @@ class Site:
 
     @property
     def weight(self) -> Tensor:
-        """The stored weight; of a packed layer, its matrix, computed now.
+        """The stored weight; of a packed layer, or one that computes its weight from parameters, its value now.
 
         Raises:
-            TargetError: if the weight is computed from other parameters.
+            TargetError: if the weight is quantised or packed.
         """
         check_stored([self])
-        return dequantized(self.module) if self.is_packed else self.module.get_parameter(self.parameter)
+        return dequantized(self.module) if self.is_packed else cast(Tensor, steady_tensor(self.module, self.parameter))
 
     @property
     def is_computed(self) -> bool:
-        """Whether the module computes the weight from other parameters before each call (weight norm, pruning, ...)."""
-        if self.is_packed:
-            return False
-        module = self.module.get_submodule(owner_of(self.parameter))
-        return parametrize.is_parametrized(module) or module._parameters.get(leaf(self.parameter)) is None
+        """Whether the module computes the weight from other parameters (weight norm, spectral norm, pruning, ...)."""
+        return is_computed(self.module, self.parameter)
 
     @property
     def is_packed(self) -> bool:
@@ -115,20 +113,11 @@ class Site:
 
 
 def check_stored(sites: Iterable[Site]) -> None:
-    """Refuse weights that are computed from other parameters, quantised or packed.
+    """Refuse weights that are quantised or packed.
 
     Raises:
         TargetError: if there are any; the message lists all of them.
     """
-    sites = list(sites)
-    computed = [site.name for site in sites if site.is_computed]
-    if computed:
-        raise TargetError(
-            f"{', '.join(map(repr, computed))}: the weight is not a parameter. Weight norm, spectral norm, "
-            "pruning or another parametrization computes it from other parameters before each call and would undo "
-            f"any change. Exclude it (exclude={computed}), or remove the parametrization first: "
-            "torch.nn.utils.parametrize.remove_parametrizations, remove_weight_norm, prune.remove"
-        )
     problems = {site.name: why for site in sites if (why := _unusable(site)) is not None}
     if problems:
         name, why = next(iter(problems.items()))
@@ -141,7 +130,8 @@ def check_stored(sites: Iterable[Site]) -> None:
 def _unusable(site: Site) -> str | None:
     """Why adapters cannot work on the stored weight; None if they can."""
     if not site.is_packed:
-        return storage_problem(site.module.get_parameter(site.parameter))
+        weight = steady_tensor(site.module, site.parameter)
+        return "has no value" if weight is None else storage_problem(weight)
     problem = packed_problem(site.module)
     if problem is None:
         return None
@@ -184,7 +174,9 @@ def _sites_of(name: str, module: nn.Module) -> list[Site]:
         return []  # a container would run the adapter as another layer
     if getattr(module, "max_norm", None) is not None:
         return []  # the embedding rescales its entries when it runs, so frozen entries would not stay frozen
-    bare = {p: t for p, t in module._parameters.items() if t is not None and t.ndim in (2, 3)}
+    if isinstance(module, ParametrizationList):
+        return []  # its parameters are no weights: what is computed from them is
+    bare = {p: t for p, t in effective_tensors(module).items() if t is not None and t.ndim in (2, 3)}
     return [Site(join(name, p), name, module, p, WeightLayout()) for p, t in bare.items() if t.is_floating_point()]
 
 

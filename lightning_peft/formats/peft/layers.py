@@ -50,7 +50,7 @@ class Layer:
     @classmethod
     def at(cls, site: Site, name: str) -> Layer:
         """The layer of ``site``, called ``name`` in the base."""
-        kind, weight = layer_kind(site.module, site.layout), site.module.get_parameter(site.parameter)
+        kind, weight = layer_kind(site.module, site.layout), site.weight
         own_forward = kind in _LAYERS and not site.layout.has_activation
         return cls(name, kind, site.parameter, tuple(weight.shape), site.module, own_forward)
 

@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_peft.core.adapters.base import WeightAdapter
-from lightning_peft.core.adapters.effective_weights import stored_tensor
 from lightning_peft.core.names import is_within
 from lightning_peft.core.optional import input_embedding
 from lightning_peft.core.state.plan import Attachment, Plan
 from lightning_peft.core.targeting.base_modules import base_modules
+from lightning_peft.core.targeting.computed_weights import stored_tensor
 from lightning_peft.core.targeting.layouts import EmbeddingLayout
 from lightning_peft.core.targeting.patterns import TargetError, match, no_match
 from lightning_peft.core.targeting.sites import Site, weight_sites

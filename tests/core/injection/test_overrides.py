@@ -32,7 +32,11 @@ class Norms(nn.Module):
         return self.out(self.batch(self.norm(self.inner(x)[0])) * self.weights)
 
 
-ALL = {**KINDS, "norms": Kind(Norms, lambda: (torch.randn(3, 4, 6),), {})}
+# Parameters that a weight is computed from cannot be overridden.
+ALL = {
+    **{n: k for n, k in KINDS.items() if n != "weight_norm"},
+    "norms": Kind(Norms, lambda: (torch.randn(3, 4, 6),), {}),
+}
 
 
 class Copies(lp.PEFTMethod):

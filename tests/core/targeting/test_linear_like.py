@@ -108,7 +108,8 @@ class Two(Own):
         (nn.EmbeddingBag(4, 4), None),
         (nn.Bilinear(4, 4, 4), None),
         (nn.LayerNorm(4), None),
-        (nn.utils.parametrizations.weight_norm(Own()), None),
+        (nn.utils.parametrizations.weight_norm(Own()), "linear"),
+        (nn.utils.spectral_norm(Own(3, 5)), "linear"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else str(value),
 )
@@ -149,10 +150,9 @@ def test_a_registered_layer_is_adapted_in_its_own_forward(monkeypatch: pytest.Mo
 
 
 def test_a_hint_names_only_what_can_be_adapted():
-    norm = nn.utils.parametrizations.weight_norm
-    model = nn.ModuleDict({"a": norm(nn.Conv1d(2, 2, 1)), "b": nn.Conv1d(2, 2, 1)})
+    model = nn.ModuleDict({"a": nn.Conv1d(2, 2, 1).to(torch.float8_e4m3fn), "b": nn.Conv1d(2, 2, 1)})
     with pytest.raises(lp.TargetError, match="targets='b'"):
         lp.inspect(model, lp.LoRA(r=2))
     with pytest.raises(lp.TargetError) as error:
-        lp.inspect(nn.ModuleDict({"a": norm(nn.Conv1d(2, 2, 1))}), lp.LoRA(r=2))
+        lp.inspect(nn.ModuleDict({"a": model["a"]}), lp.LoRA(r=2))
     assert "for example" not in str(error.value)

@@ -275,7 +275,7 @@ def take_parameter(tensors: Tensors, site: Site, outside: int, r: int) -> dict[s
         FormatError: if one is missing or misshapen.
     """
     key = site.host + ".base_layer" * outside
-    stored = site.module.get_parameter(site.parameter)
+    stored = site.weight
     experts = len(stored) if stored.ndim == 3 else 1
     transposed = getattr(site.module, "is_transposed", False) if stored.ndim == 3 else False
     rows, columns = stored.shape[-2:] if not transposed else reversed(stored.shape[-2:])
