@@ -143,7 +143,7 @@ class LayerConverter(Converter):
 
     def read(self, options: Options, tensors: Tensors, base: Base, name: str, **common: Any) -> Reading:
         names = resolve(options, base)
-        options.ignore("init_weights", "fan_in_fan_out", "bias")
+        options.ignore(*self.constants, "init_weights", "fan_in_fan_out", "bias")
         sites = weight_sites(base.root)
         for module in names:
             if base.outer(module) not in sites:

@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning_peft.core.targeting.base_model import Base
 
-__all__ = ["clean", "most_common", "our_pattern", "pattern_keys", "pattern_value"]
+__all__ = ["clean", "most_common", "our_pattern", "pattern_value", "ranks_and_alphas"]
 
 
 def pattern_value(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
@@ -27,6 +27,19 @@ def pattern_keys(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
     special = any(re.escape(name).replace("\\.", ".") != name for name in others)
     # Plain names are used unless one would match another's end, because other tools can read plain names only.
     return {f"^{re.escape(name)}": value for name, value in others.items()} if clash or special else others
+
+
+def ranks_and_alphas(ranks: Mapping[str, int], alphas: Mapping[str, float], alpha: str = "alpha") -> dict[str, Any]:
+    """PEFT's options for the rank and the alpha of each layer.
+
+    Args:
+        ranks: The ranks by the layer's name.
+        alphas: The alphas by the layer's name.
+        alpha: PEFT's name of the option.
+    """
+    r, common = most_common(ranks.values()), most_common(alphas.values())
+    patterns = {"rank_pattern": pattern_keys(ranks, r), "alpha_pattern": pattern_keys(alphas, common)}
+    return {"r": r, alpha: common, **patterns}
 
 
 def our_pattern(values: Mapping[str, Any], default: Any, base: Base) -> dict[str, Any]:

@@ -20,12 +20,24 @@ from lightning_peft.formats.directory.snapshot import Snapshot
 from lightning_peft.formats.peft.base_values import bias_option
 from lightning_peft.formats.peft.converter import PREFIX, Converter, NotInPeftError, Options, Reading, Tensors, Writing
 from lightning_peft.formats.peft.layers import Layer
+from lightning_peft.formats.peft.option_table import Option, read_options, written_options
 from lightning_peft.formats.peft.targets import resolve, target_modules
 from lightning_peft.methods.adalora import AdaLoRA
 
 __all__ = ["AdaLoRAConverter"]
 
-_SCHEDULE = {"tinit": 0, "tfinal": 0, "deltaT": 1, "beta1": 0.85, "beta2": 0.85, "orth_reg_weight": 0.5}
+_TABLE = (
+    Option("tinit", 0),
+    Option("tfinal", 0),
+    Option("deltaT", 1),
+    Option("beta1", 0.85),
+    Option("beta2", 0.85),
+    Option("orth_reg_weight", 0.5),
+    Option("target_r", 8),
+    Option("init_r", 12),
+    Option("lora_alpha", 8, "alpha"),
+    Option("lora_dropout", 0.0, "dropout"),
+)
 
 
 class AdaLoRAConverter(Converter):
@@ -50,11 +62,7 @@ class AdaLoRAConverter(Converter):
             kept[f"{part.host}.lora_E"] = mask.tolist()
         modules = [part.host for part in snapshot.adapter_records]
         config = {
-            **{option: getattr(method, option) for option in _SCHEDULE},
-            "target_r": method.target_r,
-            "init_r": method.init_r,
-            "lora_alpha": method.alpha,
-            "lora_dropout": method.dropout,
+            **written_options(_TABLE, method),
             "total_step": method.total_step or max(method.step, method.tinit + method.tfinal + 1),
             "rank_pattern": kept if not all(all(mask) for mask in kept.values()) else None,
             "fan_in_fan_out": any(part.kind == "Conv1D" for part in snapshot.adapter_records),
@@ -65,7 +73,8 @@ class AdaLoRAConverter(Converter):
 
     def read(self, options: Options, tensors: Tensors, base: Base, name: str, **common: Any) -> Reading:
         sites = weight_sites(base.module)
-        init_r, masks = options.get("init_r", 12), options.get("rank_pattern") or {}
+        given, masks = read_options(_TABLE, options), options.get("rank_pattern") or {}
+        init_r = given["init_r"]
         if isinstance(init_r, bool) or not isinstance(init_r, int) or init_r < 1:
             raise FormatError(f"init_r must be an integer of at least 1, got {init_r!r}")
         found = {}
@@ -79,17 +88,7 @@ class AdaLoRAConverter(Converter):
         options.ignore("fan_in_fan_out", "total_step", "init_lora_weights", "bias", "r", "megatron_config")
         options.ignore("megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config")
         options.ignore("runtime_config", "qalora_group_size", "ensure_weight_tying")
-        method = AdaLoRA(
-            target_r=options.number("target_r", 8),
-            init_r=init_r,
-            alpha=options.number("lora_alpha", 8),
-            dropout=options.number("lora_dropout", 0.0),
-            targets=base.patterns(found),
-            name=name,
-            **{option: options.number(option, default) for option, default in _SCHEDULE.items()},
-            **common,
-        )
-        return Reading(method, found)
+        return Reading(AdaLoRA(targets=base.patterns(found), name=name, **given, **common), found)
 
 
 def _check(layer: Layer) -> None:

@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, ClassVar
 
 from lightning_peft.core.state.adapter_records import AdapterRecord
 from lightning_peft.core.targeting.base_model import Base
@@ -30,6 +30,7 @@ class IA3Converter(LayerConverter):
     methods = (IA3,)
     kinds = frozenset({"Linear", "Conv1D", "Conv"})
     dimensions = frozenset({2, 3})
+    constants: ClassVar[dict[str, Any]] = {"init_ia3_weights": True}
 
     def place(self, key: str, shape: tuple[int, ...], layer: Layer) -> tuple[str, tuple[int, ...]]:
         if layer.kind != "Conv":
@@ -46,12 +47,10 @@ class IA3Converter(LayerConverter):
         return {
             "target_modules": targets,
             "feedforward_modules": "|".join(map(re.escape, sorted(at_input))) if clash else sorted(at_input),
-            "fan_in_fan_out": any(part.kind == "Conv1D" for part in snapshot.adapter_records),
-            "init_ia3_weights": True,
+            **super().config(snapshot),
         }
 
     def method(self, options: Options, names: list[str], base: Base, **arguments: Any) -> WeightMethod:
-        options.ignore("init_ia3_weights")
         patterns = options.get("feedforward_modules") or []
         at_input = [name for name in names if _is_feedforward(patterns, name)]
         arguments["targets"] = base.patterns(name for name in names if name not in at_input)

@@ -25,7 +25,7 @@ from lightning_peft.formats.peft.families.lora_tensors import (
     within_rank,
 )
 from lightning_peft.formats.peft.older_layouts import check_not_renamed
-from lightning_peft.formats.peft.patterns import clean, most_common, our_pattern, pattern_keys, pattern_value
+from lightning_peft.formats.peft.patterns import clean, most_common, our_pattern, pattern_value, ranks_and_alphas
 from lightning_peft.formats.peft.targets import parameters_of, resolve, target_modules, target_parameters
 from lightning_peft.formats.peft.trainable_tokens import take_tokens, write_tokens
 from lightning_peft.methods.dora import DoRA
@@ -47,14 +47,10 @@ class LoRAConverter(Converter):
         rslora = method.use_rslora and not fold_scale
         ranks = {entry.name: entry.r for entry in found}
         alphas = {entry.name: clean(entry.scale * _divisor(entry.r, rslora)) for entry in found}
-        r, alpha = most_common(ranks.values()), most_common(alphas.values())
         modules = [entry.name for entry in found if not entry.is_parameter]
         parameters = [entry.name for entry in found if entry.is_parameter]
         config = {
-            "r": r,
-            "lora_alpha": alpha,
-            "rank_pattern": pattern_keys(ranks, r),
-            "alpha_pattern": pattern_keys(alphas, alpha),
+            **ranks_and_alphas(ranks, alphas, "lora_alpha"),
             "lora_dropout": method.dropout,
             "use_rslora": rslora,
             "use_dora": isinstance(method, DoRA),

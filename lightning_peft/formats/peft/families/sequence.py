@@ -10,7 +10,7 @@ attention mask keeps. The outputs agree except for rows that are padded on the l
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -44,6 +44,8 @@ class _PromptConverter(Converter):
     """The common part of prompt tuning and P-tuning."""
 
     prefix = "base_model."
+    #: the options that only this type has, as this package writes them
+    constants: ClassVar[dict[str, str]]
 
     def write(self, snapshot: Snapshot, fold_scale: bool = False) -> Writing:
         method = snapshot.method
@@ -68,11 +70,7 @@ class _PromptConverter(Converter):
             "num_attention_heads": _heads(snapshot.base),
             "num_layers": layers,
         }
-        return Writing({**config, **self.own()}, {"prompt_embeddings": prompt})
-
-    def own(self) -> dict[str, Any]:
-        """Options that only this type has."""
-        return {}
+        return Writing({**config, **self.constants}, {"prompt_embeddings": prompt})
 
     def make(self, tokens: int, name: str, **common: Any) -> PromptMethod:
         """Return our method with a prompt of ``tokens`` virtual tokens."""
@@ -103,9 +101,7 @@ class PromptTuningConverter(_PromptConverter):
 
     peft_type = "PROMPT_TUNING"
     methods = (PromptTuning,)
-
-    def own(self) -> dict[str, Any]:
-        return {"prompt_tuning_init": "RANDOM"}
+    constants: ClassVar[dict[str, str]] = {"prompt_tuning_init": "RANDOM"}
 
     def make(self, tokens: int, name: str, **common: Any) -> PromptMethod:
         return PromptTuning(tokens, name=name, init="random", **common)
@@ -116,9 +112,7 @@ class PTuningConverter(_PromptConverter):
 
     peft_type = "P_TUNING"
     methods = (PTuning,)
-
-    def own(self) -> dict[str, Any]:
-        return {"encoder_reparameterization_type": "MLP"}
+    constants: ClassVar[dict[str, str]] = {"encoder_reparameterization_type": "MLP"}
 
     def make(self, tokens: int, name: str, **common: Any) -> PromptMethod:
         return PTuning(tokens, name=name, folded_prompt=True, **common)

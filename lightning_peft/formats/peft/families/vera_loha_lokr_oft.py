@@ -19,7 +19,7 @@ from lightning_peft.formats.directory.snapshot import Snapshot
 from lightning_peft.formats.peft.converter import NotInPeftError, Options
 from lightning_peft.formats.peft.layers import Layer, LayerConverter
 from lightning_peft.formats.peft.option_table import Option, read_options, written_options
-from lightning_peft.formats.peft.patterns import clean, most_common, our_pattern, pattern_keys, pattern_value
+from lightning_peft.formats.peft.patterns import clean, our_pattern, pattern_value, ranks_and_alphas
 from lightning_peft.methods.families.weight import WeightMethod
 from lightning_peft.methods.loha import LoHa
 from lightning_peft.methods.lokr import LoKr
@@ -62,15 +62,7 @@ class _FactorConverter(LayerConverter):
     def config(self, snapshot: Snapshot) -> dict[str, Any]:
         ranks = {part.name: part.facts["r"] for part in snapshot.adapter_records}
         alphas = {part.name: clean(part.facts["scale"] * part.facts["r"]) for part in snapshot.adapter_records}
-        r, alpha = (most_common(values.values()) for values in (ranks, alphas))
-        return {
-            "r": r,
-            "alpha": alpha,
-            "rank_pattern": pattern_keys(ranks, r),
-            "alpha_pattern": pattern_keys(alphas, alpha),
-            **written_options(self.table, snapshot.method),
-            "init_weights": True,
-        }
+        return {**ranks_and_alphas(ranks, alphas), **super().config(snapshot)}
 
     def common(self, options: Options, names: list[str], base: Base) -> dict[str, Any]:
         """The arguments that LoHa and LoKr share."""
