@@ -2,12 +2,14 @@
 
 For ``project(dropout(x), w)``, plain autograd stores the dropped-out copy of ``x`` to compute the gradient of ``w``.
 The copy is as large as ``x``, once for every adapted layer. :func:`dropped` instead stores ``x``, which several layers
-share, and a mask with one byte per element, and recomputes the copy in backward.
+share, and a mask with one byte per element, and recomputes the copy in backward. If the projection is ``F.linear``,
+only the copy is computed again, not the projection.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +31,7 @@ def dropped(project: Project, x: Tensor, weight: Tensor, p: float) -> Tensor:
     """Return ``project(dropout(x, p), weight)`` for a ``project`` that is linear in its first argument.
 
     Args:
-        project: a function of the input and the weight; called again in backward.
+        project: a function of the input and the weight. Other functions than ``F.linear`` are called again in backward.
         x: the input, of any shape.
         weight: the weight of the projection.
         p: the probability of zeroing an element, in [0, 1).
@@ -37,7 +39,37 @@ def dropped(project: Project, x: Tensor, weight: Tensor, p: float) -> Tensor:
     if torch.compiler.is_compiling():
         return dropped_reference(project, x, weight, p)  # the compiler itself decides what to store
     scale = 1 / (1 - p)  # applied to the projection, which is smaller than x
+    if project is F.linear:
+        out: Tensor = _DroppedLinear.apply(x, weight, _keep_mask(x, p), scale)
+        return out
     return recomputed(lambda x, weight, keep: project(x * keep, weight) * scale, x, weight, _keep_mask(x, p))
+
+
+class _DroppedLinear(torch.autograd.Function):
+    """``scale * F.linear(x * keep, weight)``, computed in the dtype of ``x``, or of autocast.
+
+    Backward is written in differentiable operations, so it has a backward too.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, keep: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(x, weight, keep)
+        ctx.scale = scale
+        casts = torch.is_autocast_enabled(x.device.type)
+        return F.linear(x * keep, weight if casts else weight.to(x.dtype)) * scale
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight, keep = ctx.saved_tensors
+        of_x = of_weight = None
+        with torch.autocast(x.device.type, enabled=False):  # the dtype of ``grad`` is that of the products
+            grad = grad * ctx.scale
+            if ctx.needs_input_grad[0]:
+                of_x = (grad @ weight.to(grad.dtype)).to(x.dtype) * keep
+            if ctx.needs_input_grad[1]:
+                dropped_out = (x * keep).to(grad.dtype).reshape(-1, x.shape[-1])
+                of_weight = (grad.reshape(-1, grad.shape[-1]).t() @ dropped_out).to(weight.dtype)
+        return of_x, of_weight, None, None
 
 
 def _keep_mask(x: Tensor, p: float) -> Tensor:

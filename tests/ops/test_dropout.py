@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_peft.ops.dropout import dropped, dropped_reference
 from tests.helpers import close
@@ -17,6 +18,16 @@ PROJECTS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], tuple[int, ...], t
     "conv": (lambda x, w: F.conv2d(x, w, stride=2, padding=1, groups=2), (2, 4, 5, 5), (6, 2, 3, 3)),
     "reflect": (lambda x, w: F.conv1d(F.pad(x, (2, 2), mode="reflect"), w), (2, 4, 7), (3, 4, 3)),
 }
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm)
+        return func(*args, **(kwargs or {}))
 
 
 def _seeded(x: Tensor, w: Tensor, project: Callable[[Tensor, Tensor], Tensor], p: float = 0.4) -> Tensor:
@@ -34,6 +45,21 @@ def test_finite_differences(project: str):
     x = torch.randn(x_shape, dtype=torch.float64, requires_grad=True)
     w = torch.randn(w_shape, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x, w: _seeded(x, w, function), (x, w))
+
+
+@pytest.mark.parametrize("project", PROJECTS)
+def test_second_derivatives(project: str):
+    function, x_shape, w_shape = PROJECTS[project]
+    x = torch.randn(x_shape, dtype=torch.float64, requires_grad=True)
+    w = torch.randn(w_shape, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda x, w: _seeded(x, w, function), (x, w))
+
+
+def test_a_linear_projection_is_not_repeated_in_backward():
+    x, w = torch.randn(8, 6, requires_grad=True), torch.randn(2, 6, requires_grad=True)
+    with Products() as products:
+        dropped(F.linear, x, w, 0.4).sum().backward()
+    assert products.count == 3  # one in forward, and one for each gradient
 
 
 @pytest.mark.parametrize("project", PROJECTS)

@@ -7,10 +7,12 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_peft.core.adapters.base import WeightAdapter, derive_flags
 from lightning_peft.core.batching.batched import BatchedAdapters, BatchedLowRank, PerGroupOutput
+from lightning_peft.core.targeting.layouts import LinearLayout
 from lightning_peft.ops.dropout import dropped
 
 __all__ = ["LowRankAdapter", "add_products"]
@@ -100,9 +102,12 @@ class LowRankAdapter(WeightAdapter):
         return self.layout.down(host, x, a)
 
     def output(self, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        down = partial(self.down, host)
         a, b = self.factors()
-        h = dropped(down, x, a, self.dropout) if self.dropout and self.training else down(x, a)
+        if self.dropout and self.training:
+            plain = type(self).down is LowRankAdapter.down and type(self.layout).down is LinearLayout.down
+            h = dropped(F.linear if plain else partial(self.down, host), x, a, self.dropout)
+        else:
+            h = self.down(host, x, a)
         return self.layout.up(host, h, b, y, self.scale)
 
     def batched_class(self, host: nn.Module) -> type[BatchedAdapters] | None:
