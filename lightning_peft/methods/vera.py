@@ -90,14 +90,27 @@ class VeRAAdapter(LowRankAdapter):
         self._shared = (shared,)
         self._shape = site.shape[-2:]
 
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """A (..., r, in) and diag(b) B diag(d) (..., out, r)."""
+    def _projections(self) -> tuple[Tensor, Tensor]:
         (shared,), (rows, columns) = self._shared, self._shape
         device = self.vera_lambda_d.device
-        a, b = shared.vera_A[:, :columns].to(device), shared.vera_B[:rows].to(device)
+        return shared.vera_A[:, :columns].to(device), shared.vera_B[:rows].to(device)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A (..., r, in) and diag(b) B diag(d) (..., out, r)."""
+        a, b = self._projections()
         # Both vectors scale the small B, so that backward needs no second product over the activations.
         a = a.expand(*self.vera_lambda_d.shape[:-1], *a.shape)  # a leading dimension of 1, because all experts share it
         return a, b * (self.vera_lambda_b[..., None] * self.vera_lambda_d[..., None, :])
+
+    def output(self, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        r = self.vera_lambda_d.shape[-1]
+        if not self.layout.vectors or self.vera_lambda_d.ndim > 1 or x.numel() > r * x.shape[-1]:
+            return super().output(host, x, y)
+        # With fewer tokens than r, the vectors are smaller work on the activations than on B, and B needs no gradient.
+        a, b = self._projections()
+        h = self.project(host, x, a) * self.vera_lambda_d
+        z = self.layout.down(host, h.to(y.dtype), b)
+        return torch.addcmul(y, z, self.vera_lambda_b).to(y.dtype)
 
     def batched_class(self, host: nn.Module) -> type[BatchedAdapters] | None:
         # Disable LowRankAdapter's batched path, which would copy the large shared matrices for every row of the batch.

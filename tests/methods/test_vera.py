@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lightning_peft as lp
 from lightning_peft.core.state.state_dict import load_state
@@ -20,6 +21,20 @@ from tests.methods.invariants import (
 )
 
 R, COUNT = 5, 3 * 5 + 12 + 12 + 8
+
+
+class Shapes(TorchDispatchMode):
+    """Records the shapes of the results of matrix products."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
+            self.seen.add(out.shape)
+        return out
 
 
 def vera(**options):
@@ -149,3 +164,32 @@ def test_the_update_is_the_papers():
         lp.merge(model)
         close(model[i].weight.detach(), (before + update).detach())
         lp.unmerge(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_few_and_many_tokens_give_the_same(dtype):
+    """Up to r tokens the vectors multiply activations, with more they multiply the matrix."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8)).to(dtype)
+    lp.apply(model, vera(targets=["0"]))
+    perturb(model)
+    x = torch.randn(3 * R, 6, dtype=dtype, requires_grad=True)
+    parameters = lp.trainable_parameters(model)
+    many = model(x)
+    few = torch.cat([model(part) for part in x.split(R)])
+    tolerance = 1e-6 if dtype == torch.float64 else 0.05
+    assert few.dtype == many.dtype == dtype
+    close(few.float(), many.float(), tolerance)
+    grad = torch.randn_like(many)
+    got, expected = (torch.autograd.grad(y, [x, *parameters], grad) for y in (few, many))
+    for ours, theirs in zip(got, expected, strict=True):
+        close(ours.float(), theirs.float(), tolerance * 4)
+
+
+def test_few_tokens_need_no_gradient_of_the_matrix():
+    model = nn.Sequential(nn.Linear(6, 8))
+    lp.apply(model, vera(targets=["0"]))
+    out = model(torch.randn(R, 6))
+    with Shapes() as shapes:
+        out.sum().backward()
+    assert torch.Size([8, R]) not in shapes.seen

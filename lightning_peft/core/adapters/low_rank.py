@@ -101,14 +101,16 @@ class LowRankAdapter(WeightAdapter):
         """A x; override it if the product with this A can be computed more cheaply."""
         return self.layout.down(host, x, a)
 
+    def project(self, host: nn.Module, x: Tensor, a: Tensor) -> Tensor:
+        """A dropout(x)."""
+        if not (self.dropout and self.training):
+            return self.down(host, x, a)
+        plain = type(self).down is LowRankAdapter.down and type(self.layout).down is LinearLayout.down
+        return dropped(F.linear if plain else partial(self.down, host), x, a, self.dropout)
+
     def output(self, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         a, b = self.factors()
-        if self.dropout and self.training:
-            plain = type(self).down is LowRankAdapter.down and type(self.layout).down is LinearLayout.down
-            h = dropped(F.linear if plain else partial(self.down, host), x, a, self.dropout)
-        else:
-            h = self.down(host, x, a)
-        return self.layout.up(host, h, b, y, self.scale)
+        return self.layout.up(host, self.project(host, x, a), b, y, self.scale)
 
     def batched_class(self, host: nn.Module) -> type[BatchedAdapters] | None:
         batched = super().batched_class(host)
