@@ -57,6 +57,7 @@ from lightning_peft.methods.oft import OFT
 from lightning_peft.methods.p_tuning import PTuning
 from lightning_peft.methods.prefix_tuning import PrefixTuning
 from lightning_peft.methods.prompt_tuning import PromptTuning
+from lightning_peft.methods.quantize_base import QuantizeBase
 from lightning_peft.methods.ssf import SSF
 from lightning_peft.methods.vera import VeRA
 from lightning_peft.methods.visual_prompt_tuning import VisualPromptTuning
@@ -97,6 +98,7 @@ __all__ = [
     "PTuning",
     "PrefixTuning",
     "PromptTuning",
+    "QuantizeBase",
     "Report",
     "RowError",
     "SelectionMethod",

@@ -23,6 +23,7 @@ __all__ = [
     "injected_module",
     "injected_name",
     "injection_state",
+    "preparations",
     "trainable_parameters",
 ]
 
@@ -120,6 +121,11 @@ def injected_module(model: nn.Module) -> nn.Module:
 def injected_name(model: nn.Module) -> str:
     """Return the name of the module that methods were applied to: ``""`` for ``model`` itself, or one inside it."""
     return next((name for name, module in model.named_modules() if "_peft_injection" in vars(module)), "")
+
+
+def preparations(model: nn.Module) -> list[dict[str, Any]]:
+    """Return what was done to the base before methods were applied: the class and the arguments of each preparation."""
+    return [entry for module in model.modules() for entry in vars(module).get("_peft_prepared", ())]
 
 
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:

@@ -161,6 +161,7 @@ def _snapshot(name: str, entry: Mapping[str, Any], manifest: Mapping[str, Any], 
         fingerprint={
             "values": {_inner(base, n): v for n, v in values.items()},
             "packed": manifest["fingerprint"].get("packed", {}),
+            "prepared": manifest["fingerprint"].get("prepared", []),
         },
         origin=entry.get("origin", {}),
     )

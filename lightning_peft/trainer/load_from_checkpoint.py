@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
@@ -59,20 +59,24 @@ def load_from_checkpoint(
         methods = [
             (_method(entry), entry.get("trains", True), _has_overrides(entry)) for entry in checkpoint[KEY]["methods"]
         ]
+        steps = [_method(entry) for entry in checkpoint[KEY]["fingerprint"].get("prepared", ())]
     arguments = saved_arguments(module_class, checkpoint, kwargs, path, trusted=not weights_only)
     with naming(path) if arguments else nullcontext():
         module = module_class(**arguments, **kwargs)
     # A configure_model that calls lp.apply(self) without methods finds them here, as it would on a Trainer.
-    module.__dict__["_peft_methods"] = [method for method, trains, copies in methods if trains and not copies]
+    module.__dict__["_peft_methods"] = [
+        *steps,
+        *(method for method, trains, copies in methods if trains and not copies),
+    ]
     module.configure_model()
     create_lazy_parameters(module)
     with naming(path):
         try:
-            _install_saved(module, methods, checkpoint["state_dict"])
+            _install_saved(module, steps, methods, checkpoint["state_dict"])
         except TargetError:  # the layers may be created in setup, which expects a Trainer and so is only tried now
             module.setup("predict")
             create_lazy_parameters(module)
-            _install_saved(module, methods, checkpoint["state_dict"])
+            _install_saved(module, steps, methods, checkpoint["state_dict"])
         del module.__dict__["_peft_methods"]
         adapt_around(module)
         if _in_double(checkpoint["state_dict"]) - _in_double(module.state_dict()):
@@ -98,10 +102,16 @@ def _has_overrides(entry: dict[str, Any]) -> bool:
 
 
 def _install_saved(
-    module: L.LightningModule, methods: Iterable[tuple[Method, bool, bool]], state: dict[str, Tensor]
+    module: L.LightningModule,
+    steps: Sequence[Any],
+    methods: Iterable[tuple[Method, bool, bool]],
+    state: dict[str, Tensor],
 ) -> None:
-    """Inject the methods in order, each as in the run: training base parameters in place, or as overrides."""
+    """Prepare the base, and inject the methods in order, each as in the run: training in place, or with overrides."""
     names = [name for name, _ in (*module.named_modules(), *module.named_parameters())]
+    for step in steps:
+        check_regexes({"config": step.config()}, names)
+        apply(module, step)
     for method, trains, copies in methods:
         # The file's configuration decides how much is allocated and which patterns run, so both are limited: sizes by
         # the tensors that the file really has, patterns to those that cannot take exponential time.

@@ -24,6 +24,7 @@ from lightning_peft.core.adapters.stack import Adapted, AdapterStack
 from lightning_peft.core.class_swap import check_mixin, has_mixin, original_class
 from lightning_peft.core.injection.attach import attach, check_host
 from lightning_peft.core.injection.check_forward import forward_problem
+from lightning_peft.core.injection.prepare import Preparation, is_preparation, not_yet_prepared, prepared
 from lightning_peft.core.injection.rollback import all_or_nothing
 from lightning_peft.core.injection.saving_base import watch_saving
 from lightning_peft.core.injection.saving_trial import saving_problem
@@ -59,7 +60,7 @@ class InjectionError(ValueError):
     """Methods cannot be applied to this model. Nothing was changed."""
 
 
-def apply(model: nn.Module, *methods: Method) -> Report:
+def apply(model: nn.Module, *methods: Method | Preparation) -> Report:
     """Freeze ``model`` and apply ``methods`` to it, without a Trainer or inside ``configure_model``.
 
     Applying the same methods again changes nothing. A later call with other methods adds them, and parameters that
@@ -68,7 +69,9 @@ def apply(model: nn.Module, *methods: Method) -> Report:
 
     Args:
         model: any module; changed in place.
-        *methods: the methods, in order of application. Without any, the callbacks of the attached Trainer.
+        *methods: the methods, in order of application. Without any, the callbacks of the attached Trainer. A
+            :class:`lightning_peft.QuantizeBase` among them changes the base before the methods are planned; alone, it
+            freezes nothing.
 
     Returns:
         A report of what was done to each module, and the parameter counts.
@@ -84,17 +87,36 @@ def apply(model: nn.Module, *methods: Method) -> Report:
         report = lp.apply(model, lp.LoRA(r=8, trainable=["classifier"]))
         optimizer = torch.optim.AdamW(lp.trainable_parameters(model), lr=1e-3)
     """
-    wanted: Sequence[Method] = methods or _callbacks_of(model)
+    steps, wanted = _split(methods or _callbacks_of(model))
     record = injection_state(model)
     check_record(model)
-    new = _not_yet_applied(wanted, record)
-    if not new and record is not None:
+    new, steps = _not_yet_applied(wanted, record), _not_yet_prepared(model, steps)
+    if not (new or steps) and record is not None:
         return record.report
     check_injectable(model)
-    plans = {method.name: (method, _plan(model, method)) for method in new}
-    _check_order(model, [plan for _, plan in plans.values()])
-    _check_trial(model, plans)
-    return install(model, plans, try_saving=True)
+    with prepared(model, steps) as notes:
+        if not new:
+            report = Report(notes=notes)
+            report.count(model)
+            return report
+        plans = {method.name: (method, _plan(model, method)) for method in new}
+        _check_order(model, [plan for _, plan in plans.values()])
+        _check_trial(model, plans)
+        report = install(model, plans, try_saving=True)
+        report.note(notes)
+    return report
+
+
+def _split(wanted: Iterable[Method | Preparation]) -> tuple[list[Preparation], list[Method]]:
+    steps = [cast(Preparation, each) for each in wanted if is_preparation(each)]
+    return steps, [cast(Method, each) for each in wanted if not is_preparation(each)]
+
+
+def _not_yet_prepared(model: nn.Module, steps: Iterable[Preparation]) -> list[Preparation]:
+    try:
+        return not_yet_prepared(model, steps)
+    except ValueError as error:
+        raise InjectionError(str(error)) from error
 
 
 def install(model: nn.Module, plans: Mapping[str, tuple[Method, Plan]], try_saving: bool = False) -> Report:
@@ -212,7 +234,7 @@ def _install(model: nn.Module, plans: Mapping[str, tuple[Method, Plan]]) -> Repo
     return record.report
 
 
-def inspect(model: nn.Module, *methods: Method) -> Report:
+def inspect(model: nn.Module, *methods: Method | Preparation) -> Report:
     """Report what :func:`apply` would do: the match table and the counts. Nothing is changed.
 
     Raises:
@@ -220,7 +242,7 @@ def inspect(model: nn.Module, *methods: Method) -> Report:
         InjectionError: if two methods have the same name, a module cannot take an adapter, parameters do not have a
             shape yet, or there is no method.
     """
-    wanted: Sequence[Method] = methods or _callbacks_of(model)
+    steps, wanted = _split(methods or _callbacks_of(model))
     record = injection_state(model)
     new = _not_yet_applied(wanted, record)
     _check_initialized(model)
@@ -244,6 +266,7 @@ def inspect(model: nn.Module, *methods: Method) -> Report:
             report.add(name, what, 0, method.name)
         report.note([*plan.notes, *tie_notes(model, plan)])
     report.note(packed_note(model))
+    report.note(step.prepare(model, preview=True) for step in _not_yet_prepared(model, steps))
     report.trainable += sum(trained.values())
     return report
 
@@ -266,8 +289,8 @@ def _plan_counts(model: nn.Module, method: Method) -> Plan:
 def _callbacks_of(model: nn.Module) -> Sequence[Any]:
     trainer = getattr(model, "_trainer", None)
     callbacks: Any = model.__dict__.get("_peft_methods") or getattr(trainer, "callbacks", ())
-    found = [c for c in callbacks if hasattr(c, "plan") and hasattr(c, "config")]
-    if not found:
+    found = [c for c in callbacks if (hasattr(c, "plan") and hasattr(c, "config")) or is_preparation(c)]
+    if all(map(is_preparation, found)):
         raise InjectionError(
             "no method to apply: pass one, as in lp.apply(model, lp.LoRA(r=8)), or attach it to the Trainer "
             "as a callback"

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lightning_peft.core.adapters.lookup import stacks
 from lightning_peft.core.class_swap import original_class
 from lightning_peft.core.names import canonical, nearest
+from lightning_peft.core.record import preparations
 from lightning_peft.core.sharded_tensors import gather_elements, gather_full, is_sharded
 from lightning_peft.core.state.moved_values import extra_state
 from lightning_peft.core.state.state_dict import StateError, trained_base_keys
@@ -49,7 +50,7 @@ def fingerprint(
     names = list(frozen)
     chosen = names[:: max(1, len(names) // tensors)]
     values = {n: _sample(frozen[n], samples) for n in chosen if frozen[n].numel() and not frozen[n].is_meta}
-    return {"shapes": shapes, "values": _finite(values), "packed": _packed(model)}
+    return {"shapes": shapes, "values": _finite(values), "packed": _packed(model), "prepared": preparations(model)}
 
 
 def check_fingerprint(model: nn.Module, saved: Mapping[str, Any], plain: bool = False) -> None:
@@ -69,7 +70,7 @@ def check_fingerprint(model: nn.Module, saved: Mapping[str, Any], plain: bool = 
     if isinstance(there, Mapping) and bool(here) != bool(there):
         raise OtherBaseError(
             f"this is a different base model: it has {_listed(here)}, but the state was trained on a base with "
-            f"{_listed(there)}. Quantise the same layers in the same way first (lp.QuantizeBase)"
+            f"{_listed(there)}. {_advice(saved)}"
         )
     trained = set() if plain else trained_base_keys(model)
     frozen = _tensors_but(model, trained)
@@ -131,6 +132,16 @@ def _tensors_but(model: nn.Module, without: set[str]) -> dict[str, Tensor]:
 def _packed(model: nn.Module) -> dict[str, int]:
     """The number of packed layers of each class."""
     return dict(Counter(original_class(layer).__name__ for layer in packed_layers(model)))
+
+
+def _advice(saved: Mapping[str, Any]) -> str:
+    calls = [
+        f"lp.{entry['method']}({', '.join(f'{k}={v!r}' for k, v in entry['config'].items())})"
+        for entry in saved.get("prepared") or ()
+    ]
+    if not calls:
+        return "Load the base that it was trained on"
+    return f"Quantise this base in the same way first: lp.apply(model, {', '.join(calls)})"
 
 
 def _listed(packed: Mapping[str, int]) -> str:

@@ -33,6 +33,7 @@ __all__ = [
     "parameter_sizes",
     "plain_tensors",
     "register_quantized",
+    "size_in_bytes",
 ]
 
 Dequantize = Callable[[Any], Tensor]
@@ -145,14 +146,18 @@ def packed_note(model: nn.Module) -> list[str]:
         return []
     kinds = ", ".join(sorted({original_class(layer).__name__ for layer in layers}))
     numbers = sum(math.prod(linear_sizes(layer) or ()) for layer in layers)
-    stored = [
+    stored = sum(map(size_in_bytes, layers))
+    return [f"{len(layers)} layers have quantised weights ({kinds}): {numbers:,} parameters in {stored:,} bytes"]
+
+
+def size_in_bytes(layer: nn.Module) -> int:
+    """The size of the stored weight of ``layer`` with its scales, without its bias and adapters."""
+    return sum(
         part.nbytes
-        for layer in layers
         for key, value in base_state_dict(layer).items()
         if isinstance(value, Tensor) and key != "bias"
         for _, part in plain_tensors(key, value)
-    ]
-    return [f"{len(layers)} layers have quantised weights ({kinds}): {numbers:,} parameters in {sum(stored):,} bytes"]
+    )
 
 
 def packed_problem(module: nn.Module) -> str | None:

@@ -121,4 +121,8 @@ def _fingerprint(base: Base, record: InjectionState) -> dict[str, Any]:
     state = {canonical(key): value for key, value in base_state_dict(base.root).items()}
     now = fingerprint_now(record.fingerprint, state, {join(host, weight) for host, weight, _ in record.shapes})
     values = {base.inner(name): value for name, value in now["values"].items()}
-    return {"values": {name: value for name, value in values.items() if name}, "packed": now.get("packed", {})}
+    return {
+        "values": {name: value for name, value in values.items() if name},
+        "packed": now.get("packed", {}),
+        "prepared": now.get("prepared", []),
+    }

@@ -187,3 +187,88 @@ def test_a_run_and_its_checkpoint(kind, tmp_path):
     again = lp.load_from_checkpoint(Regression, tmp_path / "last.ckpt")
     close(again.eval()(x), module.eval()(x), 1e-6)
     assert sum(map(is_packed, again.modules())) == 3
+
+
+class Floats(L.LightningModule):
+    """A module with a float base, which a callback quantises."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = mlp()
+
+    forward = Regression.forward
+    training_step = Regression.training_step
+    validation_step = Regression.validation_step
+    configure_optimizers = Regression.configure_optimizers
+
+
+BASES = {
+    "nf4": lambda: lp.QuantizeBase("nf4"),
+    "fp4": lambda: lp.QuantizeBase("fp4", options={"compress_statistics": False}),
+    "int8": lambda: lp.QuantizeBase("int8"),
+    "torchao int8": lambda: lp.QuantizeBase("int8", backend="torchao"),
+    "torchao int4": lambda: lp.QuantizeBase("int4", options={"group_size": 16}),
+    "torchao float8": lambda: lp.QuantizeBase("float8"),
+}
+
+
+def base(name: str) -> lp.QuantizeBase:
+    made = BASES[name]()
+    if "torchao" in name:
+        pytest.importorskip("torchao")
+    return made
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_quantize_base(name, tmp_path):
+    module, x = Floats(), torch.randn(3, 64)
+    exact, layer = module(x).detach(), module.net[0]
+    fit(module, tmp_path, base(name), lp.LoRA(r=2))
+    assert [i for i, m in enumerate(module.net) if is_packed(m)] == [0, 2, 4]
+    assert module.net[0] is layer
+    error = (Floats()(x) - lp.unload(copy.deepcopy(module)).train()(x)).abs().max() / exact.abs().max()
+    assert 0 < error < 0.2
+    again = lp.load_from_checkpoint(Floats, tmp_path / "last.ckpt")
+    assert torch.equal(again.eval()(x), module.eval()(x))
+    fit(Floats(), tmp_path, base(name), lp.LoRA(r=2), max_epochs=1)
+    trainer = L.Trainer(accelerator="cpu", logger=False, callbacks=[lp.LoRA(r=2)], enable_progress_bar=False)
+    with pytest.raises(
+        lp.StateError, match=r"no quantised layers, .* same way first: lp.apply\(model, lp.QuantizeBase\("
+    ):
+        trainer.validate(Floats(), DataLoader(torch.randn(4, 64)), ckpt_path=tmp_path / "last.ckpt")
+    lp.save_adapter(module, tmp_path / "adapter")
+    with pytest.raises(lp.StateError, match=r"lp.QuantizeBase\("):
+        lp.load_adapter(Floats(), tmp_path / "adapter")
+    other = Floats()
+    report = lp.apply(other, base(name))
+    assert "QuantizeBase: 3 layers quantised to" in report.notes[0]
+    lp.load_adapter(other, tmp_path / "adapter")
+    assert torch.equal(other.eval()(x), module(x))
+
+
+def test_quantize_base_is_planned_and_undone():
+    model = mlp()
+    before = [*model.named_parameters()]
+    report = lp.inspect(model, lp.QuantizeBase("nf4"), lp.LoRA(r=2))
+    assert "QuantizeBase: 3 layers would be quantised to nf4 (now 32,768 bytes)" in report.notes
+    with pytest.raises(lp.TargetError, match="no_such"):
+        lp.apply(model, lp.QuantizeBase("nf4"), lp.LoRA(targets=["no_such"]))
+    assert all(a[0] == b[0] and a[1] is b[1] for a, b in zip(before, model.named_parameters(), strict=True))
+    assert not any(map(is_packed, model))
+    lp.apply(model, lp.QuantizeBase("nf4"), lp.LoRA(r=2))
+    lp.apply(model, lp.QuantizeBase("nf4"), lp.LoRA(r=2))
+    with pytest.raises(ValueError, match="already prepared by a QuantizeBase with other arguments"):
+        lp.apply(model, lp.QuantizeBase("fp4"))
+    adapted = mlp()
+    lp.apply(adapted, lp.LoRA(r=2))
+    with pytest.raises(ValueError, match="methods were already applied"):
+        lp.apply(adapted, lp.QuantizeBase("nf4"))
+    with pytest.raises(lp.TargetError, match=r"'1' is not a plain nn.Linear \(Conv1d\)"):
+        lp.apply(nn.Sequential(nn.Linear(8, 8), nn.Conv1d(8, 8, 1)), lp.QuantizeBase("nf4", targets=["1"]))
+
+
+def test_arguments_that_no_backend_has():
+    with pytest.raises(ValueError, match="backend='torchao' does not have kind='nf4'; bitsandbytes do"):
+        lp.QuantizeBase("nf4", backend="torchao")
+    with pytest.raises(ValueError, match="bitsandbytes has no option 'group_size' for kind='nf4'"):
+        lp.QuantizeBase("nf4", options={"group_size": 4})

@@ -1,0 +1,70 @@
+"""Change the base before methods are planned, as :class:`lightning_peft.QuantizeBase` does.
+
+A preparation runs once, at the moment of injection: the weights of the base are there, and no adapter is yet. The model
+remembers it, so that its states say on which base they were trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, Protocol
+
+from torch import nn
+
+from lightning_peft.core.injection.rollback import all_or_nothing
+from lightning_peft.core.record import injection_state, preparations
+
+__all__ = ["Preparation", "is_preparation", "not_yet_prepared", "prepared"]
+
+
+class Preparation(Protocol):
+    """What :func:`apply` needs from an object that changes the base first."""
+
+    def config(self) -> dict[str, Any]: ...
+
+    def prepare(self, model: nn.Module, preview: bool = False) -> str:
+        """Change ``model`` in place, or with ``preview`` only plan to; return a sentence for the report."""
+        ...
+
+
+def is_preparation(candidate: Any) -> bool:
+    """Whether ``candidate`` changes the base instead of adding parameters to it."""
+    return hasattr(candidate, "prepare") and hasattr(candidate, "config") and not hasattr(candidate, "plan")
+
+
+def not_yet_prepared(model: nn.Module, wanted: Iterable[Preparation]) -> list[Preparation]:
+    """Return the preparations that ``model`` has not had.
+
+    Raises:
+        ValueError: if methods were already applied to ``model``, or the base was prepared in another way.
+    """
+    there, new = preparations(model), []
+    for step in wanted:
+        kind = type(step).__name__
+        if _entry(step) in there:
+            continue
+        if any(entry["method"] == kind for entry in there):
+            raise ValueError(f"the base was already prepared by a {kind} with other arguments: use the same ones")
+        if injection_state(model) is not None:
+            raise ValueError(
+                f"{kind} changes the base, but methods were already applied to it: pass it to the first lp.apply, or "
+                "call lp.unload(model) before"
+            )
+        new.append(step)
+    return new
+
+
+@contextmanager
+def prepared(model: nn.Module, steps: Sequence[Preparation]) -> Iterator[list[str]]:
+    """Run ``steps``, yield their sentences for the report, and undo everything if the context ends in an exception."""
+    with all_or_nothing(model) if steps else nullcontext():
+        notes = [step.prepare(model) for step in steps]
+        if steps:
+            own = vars(model)
+            own["_peft_prepared"] = [*own.get("_peft_prepared", ()), *map(_entry, steps)]
+        yield notes
+
+
+def _entry(step: Preparation) -> dict[str, Any]:
+    return {"method": type(step).__name__, "config": step.config()}
