@@ -25,6 +25,7 @@ from lightning_peft.core.state.state_dict import StateError, load_state, trainab
 from lightning_peft.core.state.torch_file import naming
 from lightning_peft.trainer.audit import audit_methods, audit_ranks
 from lightning_peft.trainer.averaging import start_averaging
+from lightning_peft.trainer.bitsandbytes_precision import convert_layers, creating_layers
 from lightning_peft.trainer.checkpoints.manifest import KEY, check_manifest, manifest, sealed
 from lightning_peft.trainer.checkpoints.trimming import check_complete
 from lightning_peft.trainer.checkpoints.unsafe_hparams import pickle_unsafe_hparams
@@ -55,8 +56,10 @@ class AdaptedModule(_LightningModule):
         # parameters. Earlier, layers may not exist; later, new parameters would be neither sharded nor trained.
         # fit, validate, test and the tuner all call configure_model, so apply does nothing if it already ran.
         audit_methods(_methods_of(self._trainer))
-        _check_precision(self._trainer)
-        super().configure_model()
+        with creating_layers(self._trainer, self):
+            super().configure_model()
+        if injection_state(self) is None:
+            convert_layers(self._trainer, self)
         if _methods_of(self._trainer) or injection_state(self) is None:
             create_lazy_parameters(self)
             apply(self)
@@ -133,20 +136,6 @@ class AdaptedModule(_LightningModule):
             if self._trainer is not None and self._trainer.precision == "64-true":
                 self.double()  # Lightning converts after loading, when the values are already rounded to float32
             set_unfrozen(self, checkpoint[KEY].get("thawed", ()))
-
-
-def _check_precision(trainer: Any) -> None:
-    """Refuse a precision plugin that replaces layers after injection.
-
-    Raises:
-        MisconfigurationException: if the Trainer uses BitsandbytesPrecision.
-    """
-    plugin = getattr(trainer, "precision_plugin", None)
-    if any(c.__name__ == "BitsandbytesPrecision" for c in type(plugin).__mro__):
-        raise MisconfigurationException(
-            "BitsandbytesPrecision is not supported with PEFT methods yet: it replaces linear layers by quantised ones "
-            "after injection, which would remove the adapters. Use another precision, such as bf16-true"
-        )
 
 
 def _methods_of(trainer: Any) -> list[Any]:

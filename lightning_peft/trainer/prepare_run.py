@@ -7,6 +7,7 @@ from typing import Any
 import lightning as L
 
 from lightning_peft.trainer.averaging import adapt_averaging
+from lightning_peft.trainer.bitsandbytes_precision import defer_class_replacement
 from lightning_peft.trainer.lifecycle import Lifecycle
 from lightning_peft.trainer.module import adapt_module
 from lightning_peft.trainer.packages import check_packages
@@ -31,4 +32,5 @@ def prepare_run(trainer: L.Trainer, module: L.LightningModule) -> None:
         callbacks.insert(methods[0] + 1 if methods else len(callbacks), there[0])
     adapt_averaging(callbacks)
     adapt_module(module)
+    defer_class_replacement(trainer)
     adapt_strategy(trainer, there[0]._loaders)

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 import lightning_peft as lp
-from lightning_peft.trainer.module import _check_precision
 from tests.helpers import close, perturb
 
 
@@ -68,9 +67,3 @@ def test_complex_weights_are_adapted_and_merged():
     close(model(x), expected)
     lp.unmerge(model)
     assert torch.equal(model[0].weight, stored)
-
-
-def test_a_precision_that_replaces_layers_is_refused():
-    plugin = type("BitsandbytesPrecision", (), {})()
-    with pytest.raises(Exception, match="BitsandbytesPrecision is not supported"):
-        _check_precision(type("Trainer", (), {"precision_plugin": plugin})())

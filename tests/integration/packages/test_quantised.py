@@ -272,3 +272,39 @@ def test_arguments_that_no_backend_has():
         lp.QuantizeBase("nf4", backend="torchao")
     with pytest.raises(ValueError, match="bitsandbytes has no option 'group_size' for kind='nf4'"):
         lp.QuantizeBase("nf4", options={"group_size": 4})
+
+
+class BuiltLate(Floats):
+    def __init__(self) -> None:
+        super().__init__()
+        del self.net
+
+    def configure_model(self) -> None:
+        self.net = self.__dict__.get("_modules", {}).get("net") or mlp()
+
+
+def bf16(module: L.LightningModule) -> L.LightningModule:
+    return module.to(torch.bfloat16)
+
+
+@pytest.mark.parametrize("ignored", [None, {"net.0", "net.5"}])
+@pytest.mark.parametrize("make", [Floats, BuiltLate])
+@pytest.mark.parametrize("method", [lambda: lp.LoRA(r=2), lambda: lp.GatedLoRA(r=2)], ids=["LoRA", "GatedLoRA"])
+def test_precision_of_lightning(make, ignored, method, tmp_path, monkeypatch):
+    """Lightning refuses this plugin without a GPU, but the layers of bitsandbytes work there."""
+    connector = L.pytorch.trainer.connectors.accelerator_connector._AcceleratorConnector
+    monkeypatch.setattr(connector, "_validate_precision_choice", lambda self: None)
+    plugin = L.pytorch.plugins.BitsandbytesPrecision("nf4", dtype=torch.bfloat16, ignore_modules=ignored)
+    module = bf16(make())
+    if make is BuiltLate and ignored:
+        with pytest.raises(RuntimeError, match="not supported when used with"):
+            fit(module, tmp_path, method(), plugins=[plugin])
+        return
+    fit(module, tmp_path, method(), plugins=[plugin])
+    quantised = {0, 2, 4, 5} if ignored is None else {2, 4}
+    assert {i for i, m in enumerate(module.net) if is_packed(m)} == quantised
+    assert {i for i, m in enumerate(module.net) if hasattr(m, "adapters")} == {0, 2, 4}
+    before = module.net[2].weight.clone()
+    state = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+    module.load_state_dict(state)
+    assert torch.equal(module.net[2].weight, before)
