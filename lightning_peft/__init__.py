@@ -14,10 +14,11 @@ from lightning_peft.core.adapters.base import Adapter, WeightAdapter
 from lightning_peft.core.adapters.low_rank import LowRankAdapter
 from lightning_peft.core.batching.layout import RowError
 from lightning_peft.core.injection.apply import InjectionError, apply, inspect
-from lightning_peft.core.injection.merge import MergeError, merge, unload, unmerge
+from lightning_peft.core.injection.merge import MergeError, merge, unmerge
 from lightning_peft.core.injection.remove import delete_adapter
 from lightning_peft.core.injection.remove_reparameterization import fold
 from lightning_peft.core.injection.reset import reset
+from lightning_peft.core.injection.unload import unload
 from lightning_peft.core.record import trainable_parameters
 from lightning_peft.core.state.report import Report
 from lightning_peft.core.state.state_dict import StateError, adapter_state

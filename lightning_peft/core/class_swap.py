@@ -32,6 +32,7 @@ __all__ = [
     "original_class",
     "own_forward",
     "remove_mixin",
+    "replace_class",
     "restore_class",
 ]
 
@@ -115,6 +116,12 @@ def restore_class(obj: object) -> None:
     for mixin in _mixins(obj):
         if has_mixin(obj, mixin):  # OwnForward is removed together with the last mixin that needs it
             remove_mixin(obj, mixin)
+
+
+def replace_class(obj: object, original: type) -> None:
+    """Make ``obj`` an instance of another class; its mixins stay."""
+    mixins = _mixins(obj)
+    obj.__class__ = _swapped(original, mixins) if mixins else original
 
 
 def _mixins(obj: object) -> tuple[type, ...]:

@@ -65,6 +65,7 @@ class AdapterStack(AdapterContainer):
         local: the switches of this thread's contexts, for compiled code.
         merged: original weights and biases by name while adapters are merged into them; None otherwise.
         merged_names: the adapters that are merged.
+        packed: what the host was before merging replaced its packed weight by a plain one; None otherwise.
         changed: names of the host's parameters and buffers that any of the adapters changes.
         attributes: the names of the host's attributes through which these are read.
         ever_routed: the adapters used by rows of any batch so far; None if no batch was routed by row.
@@ -79,6 +80,7 @@ class AdapterStack(AdapterContainer):
         self.merged_names: tuple[str, ...] = ()
         self.changed: frozenset[str] = frozenset()
         self.attributes: frozenset[str] = frozenset()
+        self.packed: tuple[type, dict[str, Any]] | None = None
         self.ever_routed: set[str] | None = None
         self._changes: dict[str, frozenset[str]] = {}  # what each adapter changes, by name
         self._order: dict[str, int] | None = None  # the position of each name; None if it must be computed again

@@ -9,16 +9,15 @@ import torch
 from torch import nn
 
 from lightning_peft.core.adapters.base import Adapter
-from lightning_peft.core.adapters.effective_weights import effective_weights
+from lightning_peft.core.adapters.effective_weights import base_tensor, effective_weights
 from lightning_peft.core.adapters.lookup import adapter_names, check_known, hosts, stacks
 from lightning_peft.core.adapters.low_rank import LowRankAdapter, add_products
 from lightning_peft.core.adapters.stack import AdapterStack
-from lightning_peft.core.class_swap import original_class, restore_class
-from lightning_peft.core.injection.attach import detach
+from lightning_peft.core.class_swap import original_class, own_forward
 from lightning_peft.core.injection.low_rank_factors import evaluating
+from lightning_peft.core.injection.plain_layer import make_packed, make_plain, plain_dtype
 from lightning_peft.core.injection.write_back import shared_source, write_back
-from lightning_peft.core.names import canonical, is_adapter_key, join
-from lightning_peft.core.record import injected_module, injection_state
+from lightning_peft.core.names import is_adapter_key, join
 from lightning_peft.core.state.consistency import check_record
 from lightning_peft.core.state.state_dict import StateError
 from lightning_peft.core.targeting.computed_weights import (
@@ -32,7 +31,7 @@ from lightning_peft.core.targeting.packed import is_packed
 from lightning_peft.core.targeting.ties import tied_names
 from lightning_peft.ops.finite import is_finite
 
-__all__ = ["MergeError", "merge", "unload", "unmerge"]
+__all__ = ["MergeError", "merge", "unmerge"]
 
 
 class MergeError(ValueError):
@@ -40,7 +39,13 @@ class MergeError(ValueError):
 
 
 @torch.no_grad()
-def merge(model: nn.Module, name: str | None = None, partial: bool = False, untie: bool = False) -> list[str]:
+def merge(
+    model: nn.Module,
+    name: str | None = None,
+    partial: bool = False,
+    untie: bool = False,
+    dequantize: bool = False,
+) -> list[str]:
     """Merge the active adapters, or the adapter ``name``, into the base weights.
 
     New weights are computed in float32 in eval mode (no dropout), and rounded once to the weight's dtype, one module
@@ -53,6 +58,8 @@ def merge(model: nn.Module, name: str | None = None, partial: bool = False, unti
         untie: allow merging into a weight that several modules share (an embedding tied to the output head) when it
             changes in only one of them. That module then gets its own copy, and :func:`unmerge` ties the weight again.
             By default, this is an error. If all modules change in the same way, the weight stays shared.
+        dequantize: replace a quantised layer by a plain ``nn.Linear`` with the merged weight, which takes more memory;
+            :func:`unmerge` restores the quantised one. By default, merging into a quantised weight is an error.
 
     Returns:
         The adapters that stay unmerged, each with its place and the reason; empty unless ``partial``.
@@ -77,6 +84,7 @@ def merge(model: nn.Module, name: str | None = None, partial: bool = False, unti
     plans: list[_MergePlan] = []
     left: dict[str, list[str]] = {}  # why, by adapter
     shared = tied_names(model)
+    dtype = plain_dtype(model) if dequantize else None
     for host_name, host in hosts(model):
         stack = cast(AdapterStack, host.adapters)
         if stack.merged is not None:
@@ -84,7 +92,8 @@ def merge(model: nn.Module, name: str | None = None, partial: bool = False, unti
         names, reasons = _mergeable(host_name, host, name)
         try:
             if names:
-                plans.append(_MergePlan(host_name, host, names, shared))
+                _check_packed(host_name, host, names, dequantize)
+                plans.append(_MergePlan(host_name, host, names, shared, dtype))
         except MergeError as error:
             reasons |= {n: str(error) for n in names}
         for n, reason in reasons.items():
@@ -127,13 +136,21 @@ class _MergePlan:
 
     Attributes:
         parameters: the full name of each tensor that changes, by its name in the host.
+        dtype: the dtype of a plain weight in place of a packed one, if the layer itself does not tell.
 
     Raises:
         MergeError: if a weight that is shared with other modules would not be finite.
     """
 
-    def __init__(self, host_name: str, host: nn.Module, names: tuple[str, ...], shared: Mapping[str, Any]) -> None:
-        self.host_name, self.host, self.names = host_name, host, names
+    def __init__(
+        self,
+        host_name: str,
+        host: nn.Module,
+        names: tuple[str, ...],
+        shared: Mapping[str, Any],
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.host_name, self.host, self.names, self.dtype = host_name, host, names, dtype
         self.stack = cast(AdapterStack, host.adapters)
         parts = [part for name in names for part in cast(Adapter, self.stack[name]).components()]
         touched = sorted({p for part in parts for p in _changed_tensors(part) or ()})
@@ -165,6 +182,10 @@ class _MergePlan:
         """
         weights = self.weights()
         self.stack.merged, self.stack.merged_names = {}, self.names
+        if is_packed(self.host) and "weight" in weights:
+            self.stack.merged = dict.fromkeys(weights)
+            self.stack.packed = make_plain(self.host, weights, self.dtype)
+            weights = {}
         try:
             for name in self.computed:
                 self.stack.merged |= write_back(self.host_name, self.host, name, weights.pop(name))
@@ -197,6 +218,24 @@ def _tied(shared: Mapping[str, list[str]], plans: Iterable[_MergePlan]) -> dict[
         if first is None or any(value is None or not torch.equal(first, value) for value in values):
             found[name] = [other for other in shared[name] if other != name]
     return found
+
+
+def _check_packed(host_name: str, host: nn.Module, names: Iterable[str], dequantize: bool) -> None:
+    """Check that the adapters ``names`` do not change a packed weight, unless it may become a plain one.
+
+    Raises:
+        MergeError: if they do.
+    """
+    stack = cast(AdapterStack, host.adapters)
+    if not is_packed(host) or all("weight" not in cast(Adapter, stack[n]).changes() for n in names):
+        return
+    what = (
+        f"{host_name!r} ({original_class(host).__name__}) has a quantised weight, which cannot hold the merged values"
+    )
+    if not dequantize:
+        raise MergeError(f"{what}: lp.merge(model, dequantize=True) replaces the layer by a float one")
+    if own_forward(host) is not None:
+        raise MergeError(f"{what}, and its forward was replaced on the instance, so it cannot become a plain layer")
 
 
 def _mergeable(host_name: str, host: nn.Module, name: str | None) -> tuple[tuple[str, ...], dict[str, str]]:
@@ -278,24 +317,18 @@ def _merged_weights(host_name: str, host: nn.Module, names: Iterable[str]) -> di
     rounded: dict[str, torch.Tensor] = {}
     for parameter, weight in weights.items():
         current = stored_tensor(host, parameter)
-        rounded[parameter] = weight.detach().to(_dtype(host) if current is None else current.dtype)
+        if (parameter == "weight" or current is None) and is_packed(host):
+            rounded[parameter] = weight.detach()  # rounded when the plain layer is made
+        else:
+            rounded[parameter] = weight.detach().to(_dtype(host) if current is None else current.dtype)
         if not is_finite(rounded[parameter]):
             raise MergeError(f"{host_name}.{parameter} would hold NaN or infinity after the merge")
     return rounded
 
 
 def _effective(host_name: str, host: nn.Module, adapters: Sequence[Adapter]) -> dict[str, torch.Tensor]:
-    """Return the host's weights after ``adapters`` in order, in eval mode and before rounding to the stored dtype.
-
-    Raises:
-        MergeError: if a weight is quantised.
-    """
-    stored = {p: stored_tensor(host, p) for a in adapters for p in (*a.overrides(), *a.weights())}
-    if is_packed(host) and any("weight" in adapter.weights() for adapter in adapters):
-        raise MergeError(
-            f"{host_name!r} ({original_class(host).__name__}) has a quantised weight, which cannot hold the merged "
-            "values"
-        )
+    """Return the host's weights after ``adapters`` in order, in eval mode and before rounding to the stored dtype."""
+    stored = {p: base_tensor(host, p) for a in adapters for p in (*a.overrides(), *a.weights())}
     dtype = torch.float32
     for tensor in stored.values():
         if tensor is not None and (tensor.is_floating_point() or tensor.is_complex()):
@@ -320,7 +353,7 @@ def _plain_sums(host: nn.Module, adapters: Iterable[Adapter], dtype: torch.dtype
                 return {}
             pairs.setdefault(parameter, []).append(pair)
             layouts[parameter] = part.layout
-    stored = {p: cast(torch.Tensor, stored_tensor(host, p)).detach() for p in pairs}
+    stored = {p: cast(torch.Tensor, base_tensor(host, p)).detach() for p in pairs}
     return {p: layouts[p].stored(add_products(layouts[p].matrix(stored[p]), pairs[p], dtype), stored[p]) for p in pairs}
 
 
@@ -342,9 +375,6 @@ def _set(host: nn.Module, name: str, value: torch.Tensor | None) -> None:
         cast(torch.Tensor, stored_tensor(owner, last)).copy_(value)
 
 
-_merge = merge  # ``unload`` has an argument called ``merge``
-
-
 @torch.no_grad()
 def unmerge(model: nn.Module) -> None:
     """Restore the weights that :func:`merge` replaced, bit for bit; the adapters run unmerged again."""
@@ -355,53 +385,11 @@ def unmerge(model: nn.Module) -> None:
 
 def _restore(host: nn.Module) -> None:
     stack = cast(AdapterStack, host.adapters)
-    for parameter, weight in (stack.merged or {}).items():
-        _set(host, parameter, weight)
-    refresh(host)
-    stack.merged, stack.merged_names = None, ()
+    if stack.packed is not None:
+        make_packed(host, *stack.packed)
+    else:
+        for parameter, weight in (stack.merged or {}).items():
+            _set(host, parameter, weight)
+        refresh(host)
+    stack.merged, stack.merged_names, stack.packed = None, (), None
     stack.refresh()
-
-
-def unload(model: nn.Module, merge: bool = False) -> nn.Module:
-    """Return the plain model: original classes and keys, and the original ``requires_grad`` of every parameter.
-
-    Args:
-        model: the adapted model; changed in place and returned.
-        merge: merge the active adapters into the weights first. By default, the original base weights are restored.
-
-    Raises:
-        MergeError: if ``merge=True`` and an active adapter cannot be merged, or was left out of an earlier merge.
-    """
-    found = stacks(model).values()
-    if merge and not any(stack.merged for stack in found):
-        try:
-            _merge(model)
-        except MergeError as error:
-            raise MergeError(
-                f"{error}; to unload without it, first activate the adapters to keep with lp.set_active(model, ...)"
-            ) from None
-    elif merge:
-        beside = {n for stack in found for n, a in stack.items() if a in stack.running() and not a.is_passthrough}
-        if beside:
-            raise MergeError(
-                f"{sorted(beside)} are active but not merged, and would be lost: call lp.unmerge(model), activate the "
-                "adapters to keep with lp.set_active(model, ...), and unload again"
-            )
-    if not merge:
-        unmerge(model)
-    record, injected = injection_state(model), injected_module(model)
-    for name, _ in list(hosts(model)):
-        detach(model, name)
-    for module in model.modules():
-        restore_class(module)
-        module.__dict__.pop("_peft_injection", None)
-        module.__dict__.pop("_hold_statistics", None)
-        module.__dict__.pop("_peft_rows_stack", None)
-        if (dtype := module.__dict__.pop("_compute_dtype", None)) is not None:
-            module.to(dtype)
-        if (mode := module.__dict__.pop("_mode_asked", None)) is not None:
-            module.train(mode)
-    if record is not None:
-        for name, parameter in injected.named_parameters():
-            parameter.requires_grad_(canonical(name) in record.trained_before)
-    return model

@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_peft.core.adapters.lookup import check_known, stacks
 from lightning_peft.core.injection.attach import detach
-from lightning_peft.core.injection.merge import unload
+from lightning_peft.core.injection.unload import unload
 from lightning_peft.core.names import canonical
 from lightning_peft.core.record import TrainedBase, injected_module, injection_state
 from lightning_peft.core.targeting.base_modules import base_parameters

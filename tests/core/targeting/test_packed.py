@@ -170,3 +170,34 @@ def test_an_adapter_moves_between_packed_models_but_not_to_a_float_one(tmp_path)
     plain = dequantised(packed())
     lp.load_adapter(plain, tmp_path, check_base=False)
     close(plain(x), model(x))
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: lp.LoRA(r=2, lora_bias=True), lambda: lp.DoRA(r=2), lambda: lp.OFT(block_size=4)]
+)
+def test_merge_dequantizes_if_asked_and_unmerge_packs_again(make):
+    model, x = packed(), torch.randn(4, 16)
+    lp.apply(model, make())
+    perturb(model)
+    expected, layer = model(x), model[0]
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    attributes = {k: id(v) for k, v in vars(layer).items()}
+    with pytest.raises(lp.MergeError, match=r"lp.merge\(model, dequantize=True\) replaces the layer by a float one"):
+        lp.merge(model)
+    lp.merge(model, dequantize=True)
+    assert type(layer) is not GPTQLinear
+    assert isinstance(layer, nn.Linear)
+    close(model(x), expected)
+    lp.unmerge(model)
+    assert isinstance(layer, GPTQLinear)
+    assert {k: id(v) for k, v in vars(layer).items()} == attributes | {
+        k: id(vars(layer)[k]) for k in ("_parameters", "_buffers")
+    }
+    now = model.state_dict()
+    assert now.keys() == before.keys()
+    assert all(torch.equal(now[k], v) for k, v in before.items())
+    assert torch.equal(model(x), expected)
+    lp.unload(model, merge=True, dequantize=True)
+    assert [type(m) for m in model] == [nn.Linear, nn.Tanh, nn.Linear, nn.Tanh, nn.Linear]
+    assert not hasattr(layer, "qweight")
+    close(model(x), expected)
