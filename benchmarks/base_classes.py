@@ -14,6 +14,7 @@ import collections
 import copy
 import json
 import random
+import re
 import signal
 import tempfile
 import traceback
@@ -29,11 +30,13 @@ from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 import lightning_peft as lp
+from benchmarks.measure import versions
 
 Outcomes = dict[str, dict[str, str]]  # outcome and detail by class
 REFUSALS = (lp.StateError, lp.FormatError, lp.TargetError, lp.InjectionError)
 LIMIT = 20  #: seconds of the processor for one class
 LARGEST = 80_000_000  #: parameters of a model that is built
+_PROBLEMS = ("refused", "failed", "too slow")
 _LAYERS = ("layers", "layer", "blocks", "depth", "depths", "repeats")
 _WIDTHS = ("hidden", "dim", "width", "d_model", "d_ff", "ffn", "embd", "inner", "channels", "features", "intermediate")
 _KEPT = ("vocab", "image", "patch", "kernel", "window", "stride", "label", "rope", "factor", "num_channels", "_in_")
@@ -114,7 +117,8 @@ def exchange(model: nn.Module) -> str:
     try:
         lp.apply(model, lp.LoRA(r=2))
     except lp.TargetError:  # no linear layer
-        lp.apply(model, lp.LoRA(r=2, targets="type:Conv2d"))
+        kinds = {type(module).__name__ for module in model.modules()} & {"Conv1d", "Conv2d", "Conv3d"}
+        lp.apply(model, lp.LoRA(r=2, targets=[f"type:{kind}" for kind in sorted(kinds)]))
     with torch.no_grad():
         for parameter in lp.trainable_parameters(model):
             parameter.normal_()
@@ -150,6 +154,42 @@ def outcome(config_class: type, cls: Any) -> dict[str, str]:
         return {"outcome": "failed", "detail": f"{type(error).__name__} at {place}: {error}"}
 
 
+def markdown(found: Outcomes) -> str:
+    """The page for ``benchmarks/results``: the numbers, and the classes whose outcome is not ``ok``."""
+    names: dict[tuple[str, str], list[str]] = collections.defaultdict(list)
+    for name, result in sorted(found.items()):
+        detail = " ".join(result.get("detail", "").split())
+        if result["outcome"] == "ok" and not detail.startswith("own form"):
+            detail = "saved as PEFT's"
+        # Classes with the same reason share a line, whatever names of modules and models it contains.
+        reason = re.sub(r"( but it was not found)? in your environment.*", "", detail)
+        reason = re.sub(r"'[\w.]*\.[\w.]*'|\b\w+(?= as an expert)", "...", reason)
+        names[result["outcome"], reason[:150]].append(name)
+    numbers = collections.Counter(result["outcome"] for result in found.values())
+    built = sum(numbers[outcome] for outcome in ("ok", *_PROBLEMS))
+    lines = [
+        "# Base classes of transformers",
+        "",
+        "`python -m benchmarks.base_classes --out classes.json --markdown benchmarks/results/base_classes.md`",
+        "",
+        ", ".join(f"{package} {version}" for package, version in versions().items()),
+        "",
+        "A small random model of each class gets LoRA on all linear layers, or on its convolutions if it has none. The",
+        "adapter is saved, unloaded, and loaded again; every tensor must be the same.",
+        "",
+        "| tried | built | ok | refused | failed | too slow |",
+        "|---|---|---|---|---|---|",
+        f"| {len(found)} | {built} | {' | '.join(str(numbers[each]) for each in ('ok', *_PROBLEMS))} |",
+        "",
+        "| outcome | reason | classes |",
+        "|---|---|---|",
+    ]
+    for (outcome, reason), members in sorted(names.items(), key=lambda item: (item[0][0], -len(item[1]))):
+        listed = str(len(members)) if outcome == "ok" and reason == "saved as PEFT's" else ", ".join(members)
+        lines.append(f"| {outcome} | {reason.replace('|', '/')} | {listed} |")
+    return "\n".join(lines) + "\n"
+
+
 @contextmanager
 def limited(seconds: int) -> Iterator[None]:
     """Raise a TimeoutError in the body after so many seconds of the processor."""
@@ -171,6 +211,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="classes to test; default: all")
     parser.add_argument("--out", type=Path, help="write the outcome of each class to this JSON file")
+    parser.add_argument("--markdown", type=Path, help="write the page of the outcomes to this file")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
@@ -187,6 +228,8 @@ def main() -> None:
         if arguments.out:
             arguments.out.write_text(json.dumps(found, indent=1))
     print(dict(collections.Counter(result["outcome"] for result in found.values())))
+    if arguments.markdown:
+        arguments.markdown.write_text(markdown(found))
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ def add_mixin(obj: object, mixin: type, name: str = "") -> None:
     # Only the first mixin with a forward moves the instance's own forward aside; later ones find it there.
     owns_forward = "forward" in vars(obj) and _forwarding(mixins) == [mixin]
     try:
-        obj.__class__ = _swapped(original, (*mixins, OwnForward) if owns_forward else mixins)
+        _set_class(obj, _swapped(original, (*mixins, OwnForward) if owns_forward else mixins))
     except Exception as error:  # a metaclass can raise anything
         what = f"{name!r} ({original.__name__})" if name else original.__name__
         raise SwapError(
@@ -108,7 +108,11 @@ def remove_mixin(obj: object, mixin: type) -> None:
     if _forwarding(left) == [OwnForward]:
         vars(obj)["forward"] = vars(obj).pop("_own_forward")
         left = tuple(m for m in left if m is not OwnForward)
-    obj.__class__ = _swapped(original_class(obj), left) if left else original_class(obj)
+    _set_class(obj, _swapped(original_class(obj), left) if left else original_class(obj))
+
+
+def _set_class(obj: object, cls: type) -> None:
+    object.__setattr__(obj, "__class__", cls)  # not the class's own __setattr__, which may refuse unknown names
 
 
 def restore_class(obj: object) -> None:

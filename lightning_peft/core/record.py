@@ -115,7 +115,8 @@ def injection_state(model: nn.Module) -> InjectionState | None:
 
 def injected_module(model: nn.Module) -> nn.Module:
     """Return the module that methods were applied to, whose names the record uses; ``model`` if there is none."""
-    return model.get_submodule(injected_name(model))
+    name = injected_name(model)
+    return model.get_submodule(name) if name else model
 
 
 def injected_name(model: nn.Module) -> str:

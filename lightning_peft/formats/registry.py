@@ -6,7 +6,6 @@ import importlib
 import pkgutil
 from collections.abc import Iterator
 
-from lightning_peft.core.names import nearest
 from lightning_peft.core.untrusted import FormatError
 from lightning_peft.formats.native import NativeConverter
 from lightning_peft.formats.peft import families
@@ -46,9 +45,8 @@ def converter_for_type(peft_type: str) -> Converter:
     if peft_type not in known:
         if peft_type in _INSTEAD:
             raise FormatError(f"peft_type {peft_type!r} is not supported: {_INSTEAD[peft_type]}")
-        near = nearest(str(peft_type).upper(), known, n=1)
-        hint = f"; nearest: {near[0]!r}" if near else ""
-        raise FormatError(f"peft_type {peft_type!r} is not supported; supported are {sorted(known)}{hint}")
+        # Without the nearest name: HRA and HiRA are different methods, not two spellings of one.
+        raise FormatError(f"peft_type {peft_type!r} is not supported; supported are {sorted(known)}")
     return known[peft_type]
 
 

@@ -305,7 +305,8 @@ def _changes(root: nn.Module, names: Collection[str]) -> dict[str, tuple[Tensor,
         host = root.get_submodule(host_name)
         for name in (n for n in names if n in stack):
             for adapter in cast(Adapter, stack[name]).components():
-                where = f"{name!r} at {host_name!r} ({type(adapter).__name__})"
+                place = repr(host_name) if host_name else "the model itself"
+                where = f"{name!r} at {place} ({type(adapter).__name__})"
                 if not (adapter.weights() or adapter.overrides() or adapter.is_passthrough):
                     raise ValueError(f"{where} does not change weights, so it cannot be combined or converted to LoRA")
                 for parameter, part in adapter.weights().items():

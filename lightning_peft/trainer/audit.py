@@ -324,8 +324,9 @@ class GradientAudit:
             if ran:
                 self._report(
                     sorted(ran),
-                    "their modules ran, but were cut off from the loss by no_grad, detach, or gradient checkpointing "
-                    "with use_reentrant=True (a frozen base needs use_reentrant=False)",
+                    "their modules ran, but the loss does not depend on them: it ignores their output, or no_grad, "
+                    "detach or gradient checkpointing with use_reentrant=True cuts it off (a frozen base needs "
+                    "use_reentrant=False)",
                     routing=False,
                 )
         if self.done == self.steps:
@@ -341,7 +342,7 @@ class GradientAudit:
                 routing=False,
             )
         if self.waiting and self.done:
-            self._report(sorted(self.waiting), "their modules were not called")
+            self._report(sorted(self.waiting), "their modules were not called, or the loss ignores their output")
         self.waiting = set()
 
     def _report(self, names: list[str], why: str, routing: bool = True) -> None:

@@ -147,13 +147,19 @@ def first_bases() -> list[type]:
     class SlottedItself(nn.Linear):
         __slots__ = ("tag",)
 
+    class Locked(nn.Linear):
+        def __setattr__(self, name, value):
+            if name not in ("in_features", "out_features", "training") and not isinstance(value, nn.Parameter):
+                raise AttributeError(f"{name!r} cannot be set")
+            super().__setattr__(name, value)
+
     class Plain(nn.Linear, Empty):
         pass
 
     class Listed(Registered, nn.Linear, key="listed"):
         pass
 
-    return [Abstract, Parametrised, Slotted, WithSlot, SlottedItself, Plain, Listed]
+    return [Abstract, Parametrised, Slotted, WithSlot, SlottedItself, Locked, Plain, Listed]
 
 
 @pytest.mark.parametrize("cls", first_bases(), ids=lambda cls: cls.__name__)

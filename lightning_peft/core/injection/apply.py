@@ -164,7 +164,8 @@ def _check_hosts(model: nn.Module, plans: Mapping[str, tuple[Method, Plan]]) -> 
             for name_of, parameters, _ in _unfrozen(model, plan):
                 for parameter in parameters:
                     if (problem := storage_problem(parameter)) is not None:
-                        raise ValueError(f"{name_of!r} cannot train, because it {problem}. Exclude it from trainable")
+                        what = repr(name_of) if name_of else "a parameter of the model itself"
+                        raise ValueError(f"{what} cannot train, because it {problem}. Exclude it from trainable")
             for trained in filter(None, plan.train_modules):
                 check_mixin(model.get_submodule(trained), FullPrecision, trained)
         except ValueError as error:
@@ -330,6 +331,11 @@ def check_injectable(model: nn.Module) -> None:
         InjectionError: if it is compiled, sharded or wrapped for distributed training, contains layers of PEFT or
             parameters without a shape, or is part of an adapted model.
     """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise InjectionError(
+            "the model is compiled by torch.jit, and compiled code would not run the adapters: apply methods to the "
+            "Python module that was compiled"
+        )
     _check_initialized(model)
     if injection_state(model) is None and (adapted := next(hosts(model), None)) is not None:
         raise InjectionError(

@@ -33,8 +33,8 @@ def attach(model: nn.Module, host_name: str, name: str, adapter: Adapter) -> Non
             add_mixin(host, computed_reads(tuple(names)))  # under Adapted, whose reads of these names come first
             refresh(host)  # what it depends on is frozen now
         add_mixin(host, Adapted)  # the only step that can fail comes first
-        host.adapters = AdapterStack()
-        host.adapters.train(bool(host._mode_asked) if has_mixin(host, FrozenNorm) else host.training)
+        stack = AdapterStack().train(bool(host._mode_asked) if has_mixin(host, FrozenNorm) else host.training)
+        nn.Module.__setattr__(host, "adapters", stack)  # a class may refuse unknown attributes in its own
         _keep_slow_paths(model, host_name, host)
     stack = cast(AdapterStack, host.adapters)
     adapter.train(stack.training)

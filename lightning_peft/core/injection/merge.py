@@ -245,7 +245,7 @@ def _mergeable(host_name: str, host: nn.Module, name: str | None) -> tuple[tuple
     reasons: dict[str, str] = {}
     for n in stack.active if name is None else [n for n in stack if n == name]:
         adapter = cast(Adapter, stack[n])
-        where = f"{n!r} at {host_name!r} ({type(adapter).__name__})"
+        where = f"{n!r} at {repr(host_name) if host_name else 'the model itself'} ({type(adapter).__name__})"
         if adapter.is_passthrough:
             continue
         if any(_changed_tensors(part) is None for part in adapter.components()):

@@ -149,6 +149,8 @@ def _listed(packed: Mapping[str, int]) -> str:
 
 
 def _sample(tensor: Tensor, samples: int) -> list[float]:
+    if tensor.layout is not torch.strided:
+        tensor = tensor.detach().to_sparse().coalesce().values()
     if tensor.is_complex():
         tensor = torch.view_as_real(gather_full(tensor).detach().resolve_conj())
     steps = min(samples, tensor.numel())

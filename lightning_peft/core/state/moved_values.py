@@ -60,7 +60,8 @@ class InitialValues:
 
         Earlier copies are not replaced.
         """
-        sizes = {k: v.nbytes for k, v in base.items() if isinstance(v, nn.Parameter)}
+        # Sparse tensors do not have nbytes.
+        sizes = {k: v.numel() * v.element_size() for k, v in base.items() if isinstance(v, nn.Parameter)}
         most = 2 * sum(size for k, size in sizes.items() if k in trained) > sum(sizes.values())
         new = {k: v for k, v in base.items() if k in trained and not (most and k in sizes)} | dict(adapters)
         for key, value in new.items():
@@ -89,7 +90,7 @@ class InitialValues:
             if name in self.buffers
             and id(buffer) not in merged
             and not self.buffers[name].is_meta  # the buffer got its values only later
-            and not torch.equal(self.buffers[name].to(buffer), buffer)
+            and not _equal(self.buffers[name].to(buffer), buffer)
         }
         found |= {
             key for key, value in extra_state(model).items() if key not in self.extra or _differ(self.extra[key], value)
@@ -152,6 +153,16 @@ class _Digest:
     def comparable(self, parameter: Tensor) -> bool:
         local = local_part(parameter)
         return self.sums is not None and (self.dtype, self.shape) == (local.dtype, local.shape)
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    """Like ``torch.equal``, which does not compare sparse tensors such as the adjacency matrix of a graph model."""
+    if one.layout is other.layout is torch.strided:
+        return torch.equal(one, other)
+    if one.layout is not other.layout or one.shape != other.shape:
+        return False
+    a, b = one.to_sparse().coalesce(), other.to_sparse().coalesce()
+    return torch.equal(a.indices(), b.indices()) and torch.equal(a.values(), b.values())
 
 
 _COLUMNS = 1024

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.names import join
@@ -26,7 +27,13 @@ class AdapterContainer(nn.ModuleDict):
 
 
 def base_modules(model: nn.Module, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module]]:
-    """Like ``model.named_modules()``, but without the adapters that methods have inserted."""
+    """Like ``model.named_modules()``, but without inserted adapters and without what ``torch.jit`` has compiled."""
+    for name, module in _all_modules(model, remove_duplicate):
+        if not isinstance(module, torch.jit.ScriptModule):
+            yield name, module
+
+
+def _all_modules(model: nn.Module, remove_duplicate: bool) -> Iterator[tuple[str, nn.Module]]:
     seen: set[int] = set()
     waiting = [("", model)]
     while waiting:
@@ -41,7 +48,7 @@ def base_modules(model: nn.Module, remove_duplicate: bool = True) -> Iterator[tu
 def base_parameters(model: nn.Module, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
     """Like ``model.named_parameters()``, but without the parameters of adapters."""
     seen: set[int] = set()
-    for name, module in base_modules(model, remove_duplicate):
+    for name, module in _all_modules(model, remove_duplicate):
         for key, parameter in module._parameters.items():
             if parameter is not None and not (remove_duplicate and id(parameter) in seen):
                 seen.add(id(parameter))
@@ -51,7 +58,7 @@ def base_parameters(model: nn.Module, remove_duplicate: bool = True) -> Iterator
 def base_buffers(model: nn.Module, remove_duplicate: bool = True) -> Iterator[tuple[str, Tensor]]:
     """Like ``model.named_buffers()``, but without the buffers of adapters."""
     seen: set[int] = set()
-    for name, module in base_modules(model, remove_duplicate):
+    for name, module in _all_modules(model, remove_duplicate):
         for key, buffer in module._buffers.items():
             if buffer is not None and not (remove_duplicate and id(buffer) in seen):
                 seen.add(id(buffer))

@@ -123,7 +123,7 @@ def check_stored(sites: Iterable[Site]) -> None:
         name, why = next(iter(problems.items()))
         raise TargetError(
             f"the weight of {name!r} {why}. Adapters on it are not supported. Exclude it (exclude={list(problems)}), "
-            "or load the model unquantised"
+            "or load the model with plain dense weights"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 __all__ = ["storage_problem"]
@@ -13,6 +14,8 @@ def storage_problem(tensor: Tensor) -> str | None:
         return f"is stored as {tensor.dtype}, which is quantised or packed"
     if tensor.dtype.itemsize == 1:
         return f"is stored as {tensor.dtype}, which is quantised"
+    if tensor.layout is not torch.strided:
+        return f"is stored as {tensor.layout}, not as a dense tensor"
     kind = type(tensor)
     # torch's own subclasses (parameters, buffers, sharded tensors) hold plain numbers.
     if not isinstance(tensor, Tensor) or kind.__module__.partition(".")[0] == "torch":

@@ -27,7 +27,7 @@ def tied_names(model: nn.Module) -> dict[str, list[str]]:
     modules = {name: id(module) for name, module in base_modules(model, remove_duplicate=False)}
     found: dict[str, list[str]] = {}
     for group in names.values():
-        owners = {modules[owner_of(name)]: name for name in reversed(group)}
+        owners = {modules.get(owner_of(name), name): name for name in reversed(group)}  # absent: compiled by jit
         if len(owners) > 1:
             found |= {name: list(owners.values()) for name in owners.values()}
     return found

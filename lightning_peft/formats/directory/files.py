@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -383,6 +384,8 @@ def _check_tensors(tensors: Mapping[str, Tensor], where: str, values: bool = Tru
         raise FormatError(f"{where} holds no tensors")
     for key, tensor in tensors.items():
         _check_key(key, where)
+        if tensor.layout is not torch.strided:
+            raise FormatError(f"{where}: {key!r} is stored as {tensor.layout}, which the file format cannot hold")
         if tensor.is_meta and values:
             raise FormatError(f"{where}: {key!r} is on the meta device and has no values: materialize the model first")
         if values and (tensor.is_floating_point() or tensor.is_complex()) and not is_finite(tensor):

@@ -38,6 +38,7 @@ REFUSED = {
     "rank too high": (MLP, [lp.LoRA(r=13)], r"r=13 is above both sides of 'up' \(12x6\).*rank_pattern=\{'up': 6\}"),
     "compiled": (lambda: torch.compile(MLP(), backend="eager"), [LORA], "the model is already compiled"),
     "compiled inside": (_compiled_inside, [LORA], "mid is already compiled.*apply methods first"),
+    "compiled by jit": (lambda: torch.jit.script(nn.Sequential(nn.Linear(4, 4))), [LORA], "compiled by torch.jit"),
     "sharded": (_sharded, [lp.LoRA(r=1, targets="a")], "a is already sharded.*before fully_shard"),
     "no method": (MLP, [], r"no method to apply: pass one, as in lp.apply\(model, lp.LoRA\(r=8\)\)"),
 }
@@ -54,6 +55,17 @@ def test_what_cannot_be_applied_is_refused_and_changes_nothing(case: str):
     assert [type(m) for m in model.modules()] == classes
     assert all(p.requires_grad for p in model.parameters())
     assert injection_state(model) is None
+
+
+def test_a_part_that_torch_jit_compiled_is_left_alone():
+    model = nn.Sequential(torch.jit.script(nn.Linear(4, 4)), nn.Linear(4, 4), nn.Linear(4, 2))
+    x = torch.randn(3, 4)
+    base = model(x)
+    assert list(lp.apply(model, lp.LoRA(r=2)).modules) == ["1"]
+    assert not model[0].weight.requires_grad
+    torch.testing.assert_close(model(x), base)
+    lp.unload(model)
+    torch.testing.assert_close(model(x), base)
 
 
 def test_another_configuration_under_the_same_name_is_refused_by_its_difference():

@@ -49,6 +49,18 @@ def test_an_empty_and_a_cast_parameter_have_not_moved():
     assert start.moved(model, ()) == {"1"}
 
 
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+def test_sparse_buffers(layout: torch.layout):
+    """Graph models keep an adjacency matrix, which torch.equal does not compare."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    model.register_buffer("adjacency", torch.eye(4).to_sparse(layout=layout))
+    model.fixed = nn.Parameter(torch.eye(4).to_sparse(layout=layout), requires_grad=False)
+    lp.apply(model, lp.LoRA(r=2))
+    assert set(lp.adapter_state(model)) == {"0.adapters.default.lora_A", "0.adapters.default.lora_B"}
+    model.adjacency = (2 * torch.eye(4)).to_sparse(layout=layout)
+    assert "adjacency" in lp.adapter_state(model)
+
+
 def test_merged_adapters_do_not_count_as_movement():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
     lp.apply(model, lp.LoRA(r=2, targets=["0"]))

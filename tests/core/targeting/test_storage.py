@@ -24,6 +24,7 @@ CASES = {
     "int8": (lambda: _stored(torch.zeros(8, 8, dtype=torch.int8)), "'1' is stored as torch.int8"),
     "nf4": (lambda: _stored(torch.zeros(32, 1, dtype=torch.uint8)), "'1' is stored as torch.uint8"),
     "fp8": (lambda: _stored(torch.zeros(8, 8).to(torch.float8_e4m3fn)), "'1' is stored as torch.float8_e4m3fn"),
+    "sparse": (lambda: _stored(torch.eye(8).to_sparse()), "'1' is stored as torch.sparse_coo, not as a dense tensor"),
 }
 
 

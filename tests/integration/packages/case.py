@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -69,6 +69,36 @@ class Case:
         """Build a new module from the checkpoint."""
         module = self.module()
         return lp.load_from_checkpoint(Wrapped, path, model=module.model, result=self.result)
+
+
+@dataclass(frozen=True)
+class Own(Case):
+    """A LightningModule of a package, with its own steps and optimizer.
+
+    Attributes:
+        batches: makes three batches for its ``training_step``.
+        arguments: the arguments of the class that are objects, which files never build.
+    """
+
+    batches: Callable[[], Iterable[Any]] = list
+    arguments: Callable[[Any], Mapping[str, Any]] = lambda module: {}
+
+    def module(self) -> Any:
+        return seeded(self.build)
+
+    def loader(self) -> DataLoader:
+        return DataLoader(list(self.batches()), batch_size=None)
+
+    @torch.no_grad()
+    def output(self, module: nn.Module) -> Tensor:
+        torch.manual_seed(0)
+        batch = self.batch()
+        return self.result(module.eval()(**batch) if isinstance(batch, dict) else module.eval()(*batch))
+
+    def load(self, path: Path) -> Any:
+        new = self.arguments(self.module())
+        plain = self.plain_hyperparameters
+        return seeded(lambda: lp.load_from_checkpoint(type(self.module()), path, weights_only=plain, **new))
 
 
 class Wrapped(pl.LightningModule):

@@ -53,6 +53,7 @@ def test_model(name: str, method: str, tmp_path: Path) -> None:
     case = CASES[name]
     installed(case.package)
     base, module = case.module(), case.module()
+    before_classes = classes(module)
     if method in case.refused:
         with pytest.raises(lp.TargetError, match=case.refused[method]):
             lp.apply(module, case.method(method))
@@ -76,7 +77,7 @@ def test_model(name: str, method: str, tmp_path: Path) -> None:
         close(case.output(module), trained, 1e-4)
         lp.unmerge(module)
     lp.unload(module)
-    assert classes(module) == classes(base)
+    assert classes(module) == before_classes
     assert_same_bits(bits(module, frozen), {k: before[k] for k in frozen})
     assert module.state_dict().keys() == before.keys()
 
