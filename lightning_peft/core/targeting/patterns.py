@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from torch import nn
 
@@ -107,8 +107,16 @@ def bare_parameters(model: nn.Module) -> dict[str, nn.Module]:
     return {join(n, k): m for n, m in around for k, p in m._parameters.items() if p is not None}
 
 
-def no_match(pattern: str, candidates: Mapping[str, nn.Module]) -> str:
-    """Return the error text for a pattern that matched none of ``candidates``, with the closest valid names."""
+def no_match(
+    pattern: str, candidates: Mapping[str, nn.Module], accepts: Callable[[str], bool] = lambda hint: True
+) -> str:
+    """Return the error text for a pattern that matched none of ``candidates``, with the closest valid names.
+
+    Args:
+        pattern: the pattern.
+        candidates: what it was compared with, by name.
+        accepts: whether a suggested pattern would be accepted.
+    """
     kind, text = ("type:", pattern[5:]) if pattern.startswith("type:") else ("", pattern)
     if kind:
         words = {original_class(module).__name__ for module in candidates.values()}
@@ -116,7 +124,8 @@ def no_match(pattern: str, candidates: Mapping[str, nn.Module]) -> str:
         words = {suffix for name in candidates for suffix in _suffixes(name)}
     near = nearest(text, sorted(words), n=4, cutoff=0.5)
     near = near or sorted(set(map(leaf, candidates)) if not kind else words)[:12]
-    hint = f"; nearest: {', '.join(kind + word for word in near)}" if near else "; the model has none to match"
+    near = [kind + word for word in near if accepts(kind + word)]
+    hint = f"; nearest: {', '.join(near)}" if near else "" if words else "; the model has none to match"
     return f"{pattern!r} matches nothing{hint}"
 
 

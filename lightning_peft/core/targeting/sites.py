@@ -34,7 +34,16 @@ from lightning_peft.core.targeting.recurrent import RecurrentLayout, recurrent_w
 from lightning_peft.core.targeting.selection import select
 from lightning_peft.core.targeting.storage import storage_problem
 
-__all__ = ["Site", "check_stored", "find_sites", "matches_site", "norm_sites", "output_head", "weight_sites"]
+__all__ = [
+    "Site",
+    "accepted_hint",
+    "check_stored",
+    "find_sites",
+    "matches_site",
+    "norm_sites",
+    "output_head",
+    "weight_sites",
+]
 
 
 @dataclass(frozen=True)
@@ -212,7 +221,7 @@ def find_sites(
         heads.extend(name for name in sites if name == head)
         linear = [n for n, site in free.items() if site.linear_like and n != head and not left_alone(n)]
         if not linear:
-            raise TargetError(_no_linear(model, sites, heads))
+            raise TargetError(_no_linear(model, sites, heads, free))
         return linear
 
     def missing(pattern: str) -> str:
@@ -233,27 +242,32 @@ def find_sites(
     return {n: sites[n] for n in sites if n in chosen}, heads
 
 
-def _no_linear(model: nn.Module, sites: dict[str, Site], heads: list[str]) -> str:
+def _no_linear(model: nn.Module, sites: dict[str, Site], heads: list[str], free: dict[str, Site]) -> str:
     besides = f" besides the output head {heads[0]!r}" if heads else ""
     if not sites:
         kinds = sorted({original_class(m).__name__ for n, m in base_modules(model) if n})
         return f"targets='all-linear' finds no linear layer, and no other weight to adapt, in {kinds[:12]}"
-    # A hint is offered only if it matches: a bare parameter is named, never its module's type.
     hints = [f"type:{original_class(site.module).__name__}" for site in sites.values()] + [*sites]
-    others = [site for name, site in sites.items() if name not in heads]
-    hint = next((h for h in hints if _can_adapt([site for site in others if matches_site(h, site)])), None)
+    hint = accepted_hint(hints, {name: site for name, site in free.items() if name not in heads})
     example = f": name what to adapt, for example targets={hint!r}" if hint else ""
     kinds = sorted({original_class(site.module).__name__ for site in sites.values()})
     return f"targets='all-linear' finds no linear layer{besides}; this model has {kinds}{example}{why_frozen(model)}"
 
 
-def _can_adapt(sites: list[Site]) -> bool:
-    """Whether a pattern that matches ``sites`` would be accepted."""
-    try:
-        check_stored(sites)
-    except TargetError:
-        return False
-    return bool(sites)
+def accepted_hint(patterns: Iterable[str], sites: Mapping[str, Site]) -> str | None:
+    """Return the first of ``patterns`` that :func:`find_sites` accepts; a message suggests no others.
+
+    A parameter that is no known layer's must be named, for example; its module's type does not match it.
+    """
+    for pattern in dict.fromkeys(patterns):
+        hits = [site for site in sites.values() if matches_site(pattern, site)]
+        try:
+            check_stored(hits)
+        except TargetError:
+            continue
+        if hits:
+            return pattern
+    return None
 
 
 def matches_site(pattern: str, site: Site) -> bool:
@@ -270,14 +284,17 @@ def matches_site(pattern: str, site: Site) -> bool:
 def _nothing_to_adapt(pattern: str, modules: Mapping[str, nn.Module], sites: dict[str, Site]) -> str:
     hits = [(name, module) for name, module in modules.items() if match(pattern, name, module)]
     if not hits:
-        return no_match(pattern, {name: site.module for name, site in sites.items()})
+        owners = {name: site.module for name, site in sites.items()}
+        return no_match(pattern, owners, lambda hint: accepted_hint([hint], sites) is not None)
     name, module = hits[0]
     kind = original_class(module).__name__
     inside = [n for n in sites if n != name and is_within(n, name)]
     if bare := [n for n in inside if sites[n].host == name]:
         return f"{pattern!r} matches {name!r} ({kind}); only its parameters can be adapted: {', '.join(bare)}"
     if inside:
-        return f"{pattern!r} matches {name!r} ({kind}), which contains layers but is not one; nearest: '{pattern}.*'"
+        hint = accepted_hint([f"{pattern}.*", f"{name}.*", *inside], sites)
+        nearest = f"; nearest: {hint!r}" if hint else ""
+        return f"{pattern!r} matches {name!r} ({kind}), which contains layers but is not one{nearest}"
     if isinstance(module, nn.Embedding):
         return f"{pattern!r} matches {name!r}, an Embedding with max_norm, which rescales its own weight when it runs"
     return (

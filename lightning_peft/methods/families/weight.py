@@ -16,8 +16,8 @@ from lightning_peft.core.state.adapter_records import layer_kind
 from lightning_peft.core.state.plan import Attachment, Plan
 from lightning_peft.core.targeting.base_modules import base_modules
 from lightning_peft.core.targeting.frozen_parts import in_frozen_part
-from lightning_peft.core.targeting.layouts import layout_of, weight_name
-from lightning_peft.core.targeting.linear_like import linear_form, may_be_linear
+from lightning_peft.core.targeting.layouts import weight_name
+from lightning_peft.core.targeting.left_out import left_out_notes
 from lightning_peft.core.targeting.output_head import how_head_was_found
 from lightning_peft.core.targeting.packed import parameter_sizes
 from lightning_peft.core.targeting.patterns import TargetError, as_patterns
@@ -99,7 +99,7 @@ class WeightMethod(PEFTMethod):
                     "to train it"
                 )
         if "all-linear" in as_patterns(self.targets, "targets"):
-            plan.notes += _not_recognised(model)
+            plan.notes += left_out_notes(model)
             plan.notes += _not_reached(model, [*sites, *left_out, *heads, *plan.train])
         built: dict[str, dict[str, WeightAdapter]] = {}
         for name, adapter_at in self.build_all(sites).items():
@@ -136,28 +136,6 @@ def _empty(site: Site) -> str | None:
     return (
         None if all(site.shape) else f"{site.name!r} has a weight of {'x'.join(map(str, site.shape))}, without elements"
     )
-
-
-def _not_recognised(model: nn.Module) -> list[str]:
-    """A note of the layers that ``all-linear`` leaves out although they hold what a linear layer holds."""
-    left_alone = in_frozen_part(model)
-    found: dict[str, list[str]] = {}
-    for name, module in base_modules(model):
-        cls = original_class(module)
-        own = name and may_be_linear(module) and not cls.__module__.startswith("torch.") and not left_alone(name)
-        if own and layout_of(module) is None:
-            found.setdefault(cls.__name__, []).append(name)
-    notes = []
-    for kind, names in found.items():
-        if linear_form(model.get_submodule(names[0])) == "transposed":
-            why, call = "it stores W as (in, out)", f"register it: lp.register_linear({kind}, transposed=True)"
-        else:
-            why = "a trial call did not compute F.linear(x, weight, bias)"
-            call = f"register it if it is a linear layer: lp.register_linear({kind})"
-        notes.append(
-            f"all-linear leaves out {listed(names)} ({kind}): {why}. Name '{names[0]}.weight' in targets, or {call}"
-        )
-    return notes
 
 
 def _not_reached(model: nn.Module, reached: list[str]) -> list[str]:

@@ -156,3 +156,41 @@ def test_a_hint_names_only_what_can_be_adapted():
     with pytest.raises(lp.TargetError) as error:
         lp.inspect(nn.ModuleDict({"a": model["a"]}), lp.LoRA(r=2))
     assert "for example" not in str(error.value)
+
+
+class Typed(nn.Module):
+    """A matrix for each type, as PyTorch Geometric's HeteroLinear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 4, 6))
+        self.positions = nn.Parameter(torch.randn(1, 4, 6))
+
+    def forward(self, x: Tensor, kinds: Tensor) -> Tensor:
+        return torch.einsum("bi,bio->bo", x, self.weight[kinds])
+
+
+def test_all_linear_names_stacked_matrices_and_how_to_adapt_them():
+    model = nn.ModuleDict({"a": nn.Linear(4, 4), "typed": Typed(), "head": nn.Linear(4, 4)})
+    (note,) = [note for note in lp.inspect(model, lp.LoRA(r=2, trainable=["head"])).notes if "leaves out" in note]
+    assert note.startswith("all-linear leaves out typed.weight (Typed): it holds one matrix per expert or type")
+    hint = note.split("for example '")[1].rstrip("'")
+    assert list(lp.inspect(model, lp.LoRA(r=2, targets=[hint])).modules) == ["typed.weight"]
+
+
+@pytest.mark.parametrize(
+    ("targets", "found"),
+    [("type:Sequential", ["body.0", "body.1"]), ("body", ["body.0", "body.1"]), ("re:bod.", ["body.0", "body.1"])],
+)
+def test_a_suggested_pattern_is_accepted(targets: str, found: list[str]):
+    model = nn.ModuleDict({"body": nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), "typed": Typed()})
+    with pytest.raises(lp.TargetError) as error:
+        lp.inspect(model, lp.LoRA(r=1, targets=targets))
+    hint = str(error.value).split("nearest: '")[1].rstrip("'")
+    assert list(lp.inspect(model, lp.LoRA(r=1, targets=hint)).modules) == found
+
+
+def test_a_type_that_holds_bare_parameters_is_not_suggested():
+    with pytest.raises(lp.TargetError) as error:
+        lp.inspect(nn.ModuleDict({"typed": Typed()}), lp.LoRA(r=1, targets="type:Type"))
+    assert "nearest: type:Typed" not in str(error.value)

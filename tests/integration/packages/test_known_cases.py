@@ -78,6 +78,23 @@ def test_linear_layers_of_graphs_are_found(targets: str) -> None:
     assert "model.convs.0.lin_l" in report.modules
 
 
+def test_a_typed_linear_layer_is_named_and_adapted_per_type() -> None:
+    installed("torch-geometric")
+    from torch_geometric.nn import HeteroLinear
+
+    model = nn.ModuleDict({"typed": HeteroLinear(4, 6, 3), "other": nn.Linear(4, 4), "head": nn.Linear(4, 4)}).double()
+    notes = lp.inspect(model, lp.LoRA(r=2)).notes
+    assert any("leaves out typed.weight (HeteroLinear)" in note for note in notes)
+    lp.apply(model, lp.LoRA(r=2, alpha=4, targets="typed.weight", adapter_dtype="float64"))
+    perturb(model, scale=0.5)
+    x, kinds = torch.randn(5, 4, dtype=torch.float64), torch.tensor([0, 0, 1, 2, 2])
+    layer = model["typed"]
+    adapter = layer.adapters["default"].weights()["weight"]
+    weight = layer.adapters.get_parameter("default.weight.lora_B") @ adapter.lora_A
+    dense = (layer._parameters["weight"] + 2 * weight)[kinds]
+    close(layer(x, kinds), torch.einsum("bi,bio->bo", x, dense) + layer.bias[kinds], 1e-12)
+
+
 class Mixed(nn.Module):
     """Mixes the outputs of its blocks with weights in a ``ParameterList``, as COMET's encoders do."""
 
