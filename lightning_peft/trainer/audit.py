@@ -6,10 +6,9 @@ Each raises :class:`AuditError` or warns, depending on the methods' ``audit`` ar
 from __future__ import annotations
 
 import math
-import os
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 import torch
@@ -19,10 +18,9 @@ from lightning_peft.core.adapters.lookup import hosts, stacks
 from lightning_peft.core.adapters.reads import computing
 from lightning_peft.core.adapters.stack import AdapterStack
 from lightning_peft.core.class_swap import add_mixin, remove_mixin
-from lightning_peft.core.names import adapter_key, canonical, host_of, is_adapter_key, is_within, listed
+from lightning_peft.core.names import adapter_key, host_of, is_adapter_key, is_within, listed
 from lightning_peft.core.record import deferred_parameters, injection_state
-from lightning_peft.core.sharded_tensors import is_sharded, local_part
-from lightning_peft.core.state.state_dict import owned_keys
+from lightning_peft.core.sharded_tensors import local_part
 from lightning_peft.core.targeting.sites import output_head, weight_sites
 from lightning_peft.ops.finite import is_finite
 from lightning_peft.trainer.checkpoints.unsafe_hparams import unreadable
@@ -37,9 +35,7 @@ __all__ = [
     "audit_head",
     "audit_hyperparameters",
     "audit_loss",
-    "audit_methods",
     "audit_optimizers",
-    "audit_ranks",
     "audit_scaler",
     "report",
 ]
@@ -369,49 +365,6 @@ def _took_part(model: nn.Module, parameter: str) -> bool:
 
 def _finite(gradient: Tensor) -> bool:
     return is_finite(local_part(gradient))
-
-
-def audit_ranks(model: nn.Module) -> None:
-    """Check that all ranks of a distributed run hold the same adapters; sharded tensors are skipped.
-
-    Raises:
-        AuditError: if a rank differs; the message names the tensors.
-    """
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return
-    own, full = owned_keys(model), {canonical(k): v for k, v in nn.Module.state_dict(model).items()}
-    state = {k: full[k] for k in own if not full[k].is_meta and not is_sharded(full[k])}
-    digest = {k: (tuple(v.shape), float(v.double().sum()), float(v.double().norm())) for k, v in state.items()}
-    for rank, keys in _differences(digest):
-        raise AuditError(
-            f"rank {rank} holds other adapters than rank 0: {listed(keys)}. Apply the same methods with the same "
-            "seed on every rank"
-        )
-
-
-def audit_methods(methods: Iterable[Any]) -> None:
-    """Check that all ranks of a distributed run attach the same methods and initialise them from the same seed.
-
-    If a module shards itself, no later step copies the adapters of one rank to another, so each would train its own.
-
-    Raises:
-        AuditError: if a rank differs; the message names the settings.
-    """
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return
-    said = {f"{type(m).__name__} {m.name!r}: {k}": v for m in methods for k, v in m.config().items()}
-    said["seed_everything"] = os.environ.get("PL_GLOBAL_SEED")
-    for rank, keys in _differences(said):
-        raise AuditError(f"rank {rank} has other settings than rank 0: {listed(keys)}. Use the same on every rank")
-
-
-def _differences(mine: dict[str, Any]) -> Iterator[tuple[int, list[str]]]:
-    everywhere: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everywhere, mine)
-    for rank, other in enumerate(everywhere):
-        keys = sorted(k for k in {**other, **everywhere[0]} if other.get(k) != everywhere[0].get(k))
-        if keys:
-            yield rank, keys
 
 
 def _examples_of_each_kind(missed: list[str], others: list[str]) -> bool:

@@ -34,6 +34,7 @@ from lightning_peft.core.record import injection_state
 from lightning_peft.core.state.consistency import check_record, update_base
 from lightning_peft.core.state.state_dict import fix_trained
 from lightning_peft.trainer import audit, logs
+from lightning_peft.trainer.audit_ranks import audit_ranks
 from lightning_peft.trainer.averaging import adapt_averaging
 from lightning_peft.trainer.missing_callbacks import audit_callbacks
 from lightning_peft.trainer.modes import TrainingMode
@@ -89,7 +90,7 @@ class Lifecycle(Callback):
             logs.log_start(trainer, record)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        audit.audit_ranks(pl_module)
+        audit_ranks(pl_module)
         self._loaders.saved.restore(trainer)
         # Not in on_load_checkpoint: the module may not be on its device yet.
         for name, parameter in pl_module.named_parameters():
@@ -107,7 +108,7 @@ class Lifecycle(Callback):
             self._stop_watching("training")
         if not self._ranks_checked and trainer.global_step > 0:
             self._ranks_checked = True
-            audit.audit_ranks(pl_module)
+            audit_ranks(pl_module)
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: torch.Tensor) -> None:
         audit.audit_loss(pl_module, loss, trainer.optimizers)

@@ -23,7 +23,7 @@ from lightning_peft.core.state.fingerprint import check_fingerprint
 from lightning_peft.core.state.freezing import set_unfrozen
 from lightning_peft.core.state.state_dict import StateError, load_state, trainable_keys
 from lightning_peft.core.state.torch_file import naming
-from lightning_peft.trainer.audit import audit_methods, audit_ranks
+from lightning_peft.trainer.audit_ranks import audit_methods, audit_ranks
 from lightning_peft.trainer.averaging import start_averaging
 from lightning_peft.trainer.bitsandbytes_precision import convert_layers, creating_layers
 from lightning_peft.trainer.checkpoints.manifest import KEY, check_manifest, manifest, sealed

@@ -226,7 +226,7 @@ def _multi_head(
     q, k, v = (F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases))
     length, batch, source = q.shape[0], q.shape[1], k.shape[0]
     width = embed_dim // num_heads
-    extra = 0
+    extra = 0  # keys that do not come from the input
     if bias_k is not None and bias_v is not None:
         k, v = (torch.cat([t, b.expand(1, batch, embed_dim)]) for t, b in ((k, bias_k), (v, bias_v)))
         extra += 1
@@ -235,27 +235,12 @@ def _multi_head(
         extra += 1
     q, k, v = (t.reshape(t.shape[0], batch, num_heads, width).permute(1, 2, 0, 3) for t in (q, k, v))
 
-    mask = _additive(attn_mask, q)
-    if mask is not None and mask.ndim == 3:
-        mask = mask.view(batch, num_heads, length, source)
-    padding = _additive(key_padding_mask, q)
-    if padding is not None:
-        padding = padding.view(batch, 1, 1, source)
-        mask = padding if mask is None else mask + padding
+    mask = _joined_mask(attn_mask, key_padding_mask, q, source)
     if mask is not None and extra:
         mask = F.pad(mask, (0, extra))
     keys, values, mask = prefix.extend(k, v, mask)
-    scale = 1 / math.sqrt(width)
-    dropout_p = dropout_p if training else 0.0
-    attention = None
-    if need_weights:
-        scores = (q * scale) @ keys.transpose(-2, -1)
-        attention = (scores if mask is None else scores + mask).softmax(-1)
-        attention = F.dropout(attention, dropout_p) if dropout_p else attention
-        out = attention @ values
-    else:
-        out = F.scaled_dot_product_attention(q, keys, values, mask, dropout_p)
-    out = prefix.add(out, q, k, v, scale)
+    out, attention = _attend(q, keys, values, mask, dropout_p if training else 0.0, need_weights)
+    out = prefix.add(out, q, k, v, 1 / math.sqrt(width))
     out = F.linear(out.permute(2, 0, 1, 3).reshape(length, batch, embed_dim), out_weight, out_bias)
     if attention is not None:
         # Return the columns of the user's own keys. They sum to less than 1: the prefix received the rest.
@@ -264,6 +249,31 @@ def _multi_head(
     if not batched:
         out, attention = out.squeeze(1), None if attention is None else attention.squeeze(0)
     return out, attention
+
+
+def _joined_mask(attn_mask: Tensor | None, key_padding_mask: Tensor | None, q: Tensor, source: int) -> Tensor | None:
+    """Both masks as one that is added to the scores of ``q`` (batch, heads, length, width); None if there is none."""
+    batch, num_heads, length, _ = q.shape
+    mask = _additive(attn_mask, q)
+    if mask is not None and mask.ndim == 3:
+        mask = mask.view(batch, num_heads, length, source)
+    padding = _additive(key_padding_mask, q)
+    if padding is not None:
+        padding = padding.view(batch, 1, 1, source)
+        mask = padding if mask is None else mask + padding
+    return mask
+
+
+def _attend(
+    q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, dropout_p: float, need_weights: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The output of an attention, and its weights if they are needed."""
+    if not need_weights:
+        return F.scaled_dot_product_attention(q, keys, values, mask, dropout_p), None
+    scores = (q * (1 / math.sqrt(q.shape[-1]))) @ keys.transpose(-2, -1)
+    attention = (scores if mask is None else scores + mask).softmax(-1)
+    attention = F.dropout(attention, dropout_p) if dropout_p else attention
+    return attention @ values, attention
 
 
 def _additive(mask: Tensor | None, like: Tensor) -> Tensor | None:

@@ -174,18 +174,9 @@ def check_manifest(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
         StateError: if the checkpoint has no manifest, a newer manifest version, or lost tensors; or if a method is
             missing, is of another class, or has another configuration.
     """
-    record, saved, state = injection_state(model), checkpoint.get(KEY), checkpoint.get("state_dict", {})
+    record, state = injection_state(model), checkpoint.get("state_dict", {})
     assert record is not None
-    if saved is None:
-        raise StateError(
-            "this checkpoint was saved without adapters: it has no 'lightning_peft' manifest. To start from its "
-            "weights, load them in your module (torch.load and load_state_dict); ckpt_path= resumes an adapted run"
-        )
-    if saved["version"] > VERSION:
-        raise StateError(
-            f"this checkpoint has manifest version {saved['version']}, but this release reads versions up to "
-            f"{VERSION}: update lightning_peft"
-        )
+    saved = _readable(checkpoint.get(KEY))
     # Loading checks the keys that every model needs. This finds the others, such as moved buffers, that were saved
     # and are gone. A distributed checkpoint stores its tensors in other files.
     said = set(saved.get("state", ())) if "state_dict" in checkpoint else set()
@@ -197,42 +188,62 @@ def check_manifest(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
         )
     there = {entry["config"]["name"]: entry for entry in saved["methods"]}
     for name, entry in there.items():
-        if name not in record.methods:
-            if not entry.get("trains", True):
-                for key in [k for k in state if is_adapter_key(k, name)]:
-                    del state[key]
-                continue
+        if name in record.methods:
+            continue
+        if entry.get("trains", True):
             raise StateError(
                 f"the checkpoint holds a {entry['method']} named {name!r}, but this run attaches only "
                 f"{list(record.methods)}: attach it too"
             )
+        for key in [k for k in state if is_adapter_key(k, name)]:
+            del state[key]
     for name, method in record.methods.items():
-        kind = type(method).__name__
-        if name not in there:
-            if not is_trained(model, name):
-                state.update(adapter_state(model, name))
-                continue
+        if name in there:
+            _check_method(model, name, method, there[name])
+        elif is_trained(model, name):
             raise StateError(
-                f"this run attaches a {kind} named {name!r}, but the checkpoint holds only {list(there)}: remove it, "
-                "or use the name it was saved under"
+                f"this run attaches a {type(method).__name__} named {name!r}, but the checkpoint holds only "
+                f"{list(there)}: remove it, or use the name it was saved under"
             )
-        if there[name]["method"] != kind:
+        else:
+            state.update(adapter_state(model, name))
+
+
+def _readable(saved: Any) -> Mapping[str, Any]:
+    """``saved``, checked to be a manifest of a version that this release reads."""
+    if saved is None:
+        raise StateError(
+            "this checkpoint was saved without adapters: it has no 'lightning_peft' manifest. To start from its "
+            "weights, load them in your module (torch.load and load_state_dict); ckpt_path= resumes an adapted run"
+        )
+    if saved["version"] > VERSION:
+        raise StateError(
+            f"this checkpoint has manifest version {saved['version']}, but this release reads versions up to "
+            f"{VERSION}: update lightning_peft"
+        )
+    return saved
+
+
+def _check_method(model: nn.Module, name: str, method: Any, entry: Mapping[str, Any]) -> None:
+    """Check that the method called ``name`` is the one that ``entry`` of a manifest describes."""
+    kind = type(method).__name__
+    if entry["method"] != kind:
+        raise StateError(
+            f"{name!r} is a {entry['method']} in the checkpoint, but a {kind} in this run: attach the "
+            "method that was saved"
+        )
+    if entry.get("copies", False) != has_overrides(model, name) and is_trained(model, name):
+        # The keys of the two differ: a method trains heads and biases in place, an adapter holds its own values.
+        ways = ["as a method", "by lp.load_adapter(..., trainable=True), with its own copy of heads and biases"]
+        here, then = ways if entry.get("copies") else ways[::-1]
+        raise StateError(
+            f"{name!r} was attached {then} in the run that saved this checkpoint, but {here} in this run: attach "
+            "it as that run did, or convert its directory to a checkpoint (lightning-peft export, import)"
+        )
+    config, fixed = entry["config"], method.config().keys() - type(method).resume_may_differ
+    for option in sorted(fixed & config.keys()):
+        if config[option] != method.config()[option]:
             raise StateError(
-                f"{name!r} is a {there[name]['method']} in the checkpoint, but a {kind} in this run: attach the "
-                "method that was saved"
+                f"{kind} {name!r} was saved with {option}={config[option]!r}, but this run has "
+                f"{option}={method.config()[option]!r}: use the saved value"
             )
-        if there[name].get("copies", False) != has_overrides(model, name) and is_trained(model, name):
-            # The keys of the two differ: a method trains heads and biases in place, an adapter holds its own values.
-            ways = ["as a method", "by lp.load_adapter(..., trainable=True), with its own copy of heads and biases"]
-            here, then = ways if there[name].get("copies") else ways[::-1]
-            raise StateError(
-                f"{name!r} was attached {then} in the run that saved this checkpoint, but {here} in this run: attach "
-                "it as that run did, or convert its directory to a checkpoint (lightning-peft export, import)"
-            )
-        config, fixed = there[name]["config"], method.config().keys() - type(method).resume_may_differ
-        for option in sorted(fixed & config.keys()):
-            if config[option] != method.config()[option]:
-                raise StateError(
-                    f"{kind} {name!r} was saved with {option}={config[option]!r}, but this run has "
-                    f"{option}={method.config()[option]!r}: use the saved value"
-                )
