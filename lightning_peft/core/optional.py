@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["config_value", "input_embedding", "output_embedding"]
+__all__ = ["config_value", "input_embedding", "label_names", "output_embedding"]
 
 
 def input_embedding(module: nn.Module) -> nn.Module | None:
@@ -30,6 +30,18 @@ def config_value(config: object, name: str, default: Any = None) -> Any:
     except Exception:  # a property of the user's or transformers' configuration may raise anything
         return default
     return default if value is None else value
+
+
+def label_names(config: object) -> list[str] | None:
+    """Return the names of a classifier's outputs in order; None if the configuration has none but transformers' own."""
+    names = config_value(config, "id2label")
+    if (
+        not isinstance(names, dict)
+        or not names
+        or any(names.get(i, f"LABEL_{i}") == f"LABEL_{i}" for i in range(len(names)))
+    ):
+        return None
+    return [str(names[i]) for i in range(len(names))]
 
 
 def _call_or_none(module: nn.Module, method: str) -> nn.Module | None:

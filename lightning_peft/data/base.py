@@ -29,6 +29,12 @@ _STAGES = {
 }
 
 
+#: arguments that choose rows or batches, but do not change the examples that rows become
+_WITHOUT_EFFECT = frozenset(
+    {"source", "validation", "test", "predict", "validation_fraction", "batch_size", "num_workers", "group_by_length"}
+)
+
+
 class TableDataModule(L.LightningDataModule):
     """Reads tables, checks them before training, and serves batches. The base class of the DataModules.
 
@@ -232,7 +238,8 @@ class TableDataModule(L.LightningDataModule):
         from datasets.fingerprint import Hasher
 
         code = [inspect.getsource(c) for c in type(self).__mro__ if issubclass(c, TableDataModule) and _has_source(c)]
-        arguments = json.dumps(dict(self.hparams), default=str, sort_keys=True)
+        chosen = {name: value for name, value in self.hparams.items() if name not in _WITHOUT_EFFECT}
+        arguments = json.dumps(chosen, default=str, sort_keys=True)
         return Hasher.hash([table._fingerprint, split, code, arguments, self._prepared_with()])
 
     def _prepared_with(self) -> str:

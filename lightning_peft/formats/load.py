@@ -15,6 +15,7 @@ from lightning_peft.core.class_swap import original_class
 from lightning_peft.core.injection.apply import check_injectable, install
 from lightning_peft.core.injection.overrides import override_trained
 from lightning_peft.core.names import check_name
+from lightning_peft.core.optional import config_value, label_names
 from lightning_peft.core.record import injected_module, injection_state
 from lightning_peft.core.state.consistency import check_record
 from lightning_peft.core.state.fingerprint import OtherBaseError, check_fingerprint
@@ -108,6 +109,7 @@ def load_adapter(
             what = str(error) if isinstance(error, ValueError) else f"an option has an invalid value: {error!r}"
             raise FormatError(f"{_describe_load(files, root)}: {what}") from error
     install(root, plans)
+    _name_labels(root, files)
     if trainable and isinstance(model, L.LightningModule):
         adapt_module(model)  # gives its checkpoints a manifest, without which they could not be resumed
         # Called in setup or configure_model, the Trainer has already collected the callbacks, so ours is added here.
@@ -124,6 +126,17 @@ def load_adapter(
         for called in plans:
             deactivate(root, called)
     return list(plans)
+
+
+def _name_labels(root: nn.Module, files: AdapterFiles) -> None:
+    """Give a classifier the names of its outputs that the adapter was trained with, unless it has names of its own."""
+    labels = base_facts(files.metadata, files.directory).get("labels")
+    config = getattr(base_of(root).module, "config", None)
+    if not isinstance(labels, list) or not labels or not all(isinstance(label, str) for label in labels):
+        return
+    if isinstance(config_value(config, "id2label"), dict) and label_names(config) is None:
+        config.id2label = dict(enumerate(labels))  # type: ignore[union-attr]
+        config.label2id = {label: number for number, label in enumerate(labels)}  # type: ignore[union-attr]
 
 
 def _describe_load(files: AdapterFiles, root: nn.Module) -> str:

@@ -10,6 +10,7 @@ import torch
 import yaml
 
 import lightning_peft as lp
+from lightning_peft import demo
 from lightning_peft.cli.main import main
 from lightning_peft.data import TextClassificationData, TextRegressionData
 from lightning_peft.pretrained import InputError
@@ -111,3 +112,25 @@ def test_pairs_with_a_number():
     tokens = data.tokenizer.decode(data.prepared("train")[0]["input_ids"])
     assert tokens.count("[SEP]") == 2
     assert "open it now" in tokens
+
+
+def test_an_adapter_brings_the_names_of_its_labels():
+    from transformers import AutoModelForSequenceClassification
+
+    module = TextClassifier("demo")
+    trainer = fit(module, TextClassificationData(requests(), tokenizer="demo"))
+    trainer.save_checkpoint("run.ckpt")
+    lp.save_adapter(module, "adapter")
+    main(["export", "run.ckpt", "exported"])
+    for folder in ("adapter", "exported"):
+        plain = AutoModelForSequenceClassification.from_pretrained(
+            demo.MODEL, id2label={0: "LABEL_0", 1: "LABEL_1"}, ignore_mismatched_sizes=True
+        )
+        lp.load_adapter(plain, folder)
+        assert plain.config.id2label == {0: "polite", 1: "rude"}
+        assert plain.config.num_labels == 2
+        named = AutoModelForSequenceClassification.from_pretrained(
+            demo.MODEL, id2label={0: "a", 1: "b"}, ignore_mismatched_sizes=True
+        )
+        lp.load_adapter(named, folder)
+        assert named.config.id2label == {0: "a", 1: "b"}, "a model's own names are kept"

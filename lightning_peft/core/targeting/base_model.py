@@ -15,7 +15,7 @@ from torch import nn
 
 from lightning_peft.core.class_swap import original_class
 from lightning_peft.core.names import is_within, join, relative
-from lightning_peft.core.optional import config_value, input_embedding
+from lightning_peft.core.optional import config_value, input_embedding, label_names
 from lightning_peft.core.targeting.base_modules import base_modules, base_state_dict
 from lightning_peft.core.targeting.patterns import exactly
 from lightning_peft.core.targeting.ties import seen_once
@@ -68,6 +68,7 @@ class Base:
             "embedding": next((n for n, m in base_modules(self.module) if m is embedding), None),
             "shared": seen_once(self.module),
             "tied": bool(config_value(config, "tie_word_embeddings", False)),
+            "labels": label_names(config),
             "pretrained": _is(self.module, "PreTrainedModel", "transformers.modeling_utils"),
         }
 
