@@ -103,7 +103,7 @@ class Module(L.LightningModule):
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
 
-def _inside_net(kind: Kind) -> Kind:
+def inside_net(kind: Kind) -> Kind:
     """``kind`` with the names that its weights have in :class:`Module`."""
     return replace(kind, matrices={f"net.{name}": shape for name, shape in kind.matrices.items()})
 
@@ -144,7 +144,7 @@ def train(folder: Path, row: str, kind: str) -> dict[str, str]:
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[METHODS[row].make(_inside_net(KINDS[kind]), audit="warn"), Progress(folder), *saves],
+        callbacks=[METHODS[row].make(inside_net(KINDS[kind]), audit="warn"), Progress(folder), *saves],
     )
     trainer.fit(module, ckpt_path=last if last.exists() else None)
     state = {"step": trainer.global_step, "weights": module.state_dict()}

@@ -24,7 +24,7 @@ from lightning_peft.cli.methods import command_name, exported
 from lightning_peft.core.adapters.base import Adapter
 from lightning_peft.core.adapters.lookup import hosts
 from lightning_peft.core.batching.batched import BatchedLowRank, PerGroupOutput
-from tests import features
+from tests import features, strategies
 from tests.holes import REFUSED
 from tests.kinds import KINDS
 from tests.table import METHODS, Row
@@ -191,6 +191,7 @@ LISTS = {
     "many.md": {"exact sums": exact_sums},
     "methods.md": {"methods": choice},
     "rows.md": {"served rows": served_rows},
+    "strategies.md": {"strategies and precisions": strategies.table},
 }
 
 

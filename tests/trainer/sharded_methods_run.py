@@ -1,4 +1,4 @@
-"""Methods under FSDP2 and tensor parallelism on two CPU processes, started by test_sharded_methods.py."""
+"""Every method under DDP and FSDP2, and tensor parallelism, on two CPU processes; test_sharded_methods.py starts it."""
 
 from __future__ import annotations
 
@@ -11,31 +11,76 @@ from typing import Any
 import lightning as L
 import torch
 import torch.distributed as dist
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_peft as lp
+from benchmarks.faults import Module, inside_net, kind_of
 from lightning_peft.core.state.fingerprint import fingerprint
+from tests.kinds import KINDS
+from tests.strategies import ROWS, STRATEGIES
+from tests.table import METHODS as TABLE
 
 LAYERS: dict[str, Any] = {"targets": ["up", "down"], "trainable": ["head"]}
-METHODS = {
-    "LoRA": lambda: lp.LoRA(r=2, **LAYERS),
-    "LoRA PiSSA": lambda: lp.LoRA(r=2, init="pissa", **LAYERS),
-    "DoRA": lambda: lp.DoRA(r=2, **LAYERS),
-    "AdaLoRA": lambda: lp.AdaLoRA(target_r=1, init_r=3, **LAYERS),
-    "VeRA": lambda: lp.VeRA(r=4, **LAYERS),
-    "LoHa": lambda: lp.LoHa(r=2, **LAYERS),
-    "LoKr": lambda: lp.LoKr(r=2, **LAYERS),
-    "OFT": lambda: lp.OFT(**LAYERS),
-    "SSF": lambda: lp.SSF(**LAYERS),
-    "BottleneckAdapter": lambda: lp.BottleneckAdapter(bottleneck_size=2, **LAYERS),
-    "BitFit": lambda: lp.BitFit(),
-}
+
+
+class Sharded(Module):
+    """The module of the fault tests, which shards itself if it is told to."""
+
+    def __init__(self, kind: str, shard: bool) -> None:
+        super().__init__(kind)
+        self.shard = shard
+
+    def configure_model(self) -> None:
+        if self.shard and not isinstance(self, FSDPModule):
+            lp.apply(self)
+            for part in [*(m for m in self.net.children() if type(m) is not nn.ModuleList), self]:
+                fully_shard(part, mesh=self.device_mesh["data_parallel"])
+
+
+def fit_method(method: str, how: str) -> dict[str, torch.Tensor]:
+    """Fit the same batches on both ranks; return all parameters."""
+    kind = kind_of(ROWS[method])
+    options: dict[str, Any] = {"devices": 1 if how == "plain" else 2}
+    if how != "plain":
+        gloo = {"process_group_backend": "gloo"}
+        options["strategy"] = DDPStrategy(**gloo) if how == "DDP" else ModelParallelStrategy(2, 1, **gloo)
+    L.seed_everything(3, verbose=False)
+    module = Sharded(kind, how == "FSDP2")
+    made = TABLE[ROWS[method]].make(inside_net(KINDS[kind]))
+    quick_trainer(made, max_epochs=1, limit_val_batches=0, **options).fit(module)
+    return full_values(module)
+
+
+def quick_trainer(method: lp.PEFTMethod, **options: Any) -> L.Trainer:
+    quiet = {f"enable_{what}": False for what in ("checkpointing", "progress_bar", "model_summary")}
+    return L.Trainer(
+        accelerator="cpu", callbacks=[method], logger=False, use_distributed_sampler=False, **quiet, **options
+    )
+
+
+def full_values(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {n: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach() for n, p in module.named_parameters()}
+
+
+def every_method() -> dict[str, Any]:
+    """The largest difference of each method from one device, by method and strategy; or its error."""
+    found: dict[str, Any] = {}
+    for method in ROWS:
+        plain = fit_method(method, "plain")
+        for how in STRATEGIES:
+            try:
+                values = fit_method(method, how)
+                assert plain.keys() == values.keys()
+                found[f"{method}, {how}"] = max((plain[k] - values[k]).abs().max().item() for k in plain)
+            except Exception as error:
+                found[f"{method}, {how}"] = f"{type(error).__name__}: {error}"
+    return found
 
 
 class Block(nn.Module):
@@ -59,10 +104,7 @@ class Net(L.LightningModule):
         self.blocks, self.head = nn.ModuleList([Block(), Block()]), nn.Linear(16, 2)
         if self.how != "tensor first":
             lp.apply(self)
-        if self.how == "fsdp2":
-            for part in [*self.blocks, self]:
-                fully_shard(part, mesh=self.device_mesh["data_parallel"])
-        elif self.how != "plain":
+        if self.how != "plain":
             for block in self.blocks:
                 plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
                 parallelize_module(block, self.device_mesh["tensor_parallel"], plan)
@@ -83,16 +125,11 @@ def fit(how: str, method: lp.PEFTMethod) -> dict[str, torch.Tensor]:
     x = torch.randn(8, 16, generator=torch.Generator().manual_seed(1))
     options: dict[str, Any] = {"devices": 1}
     if how != "plain":
-        sizes = (2, 1) if how == "fsdp2" else (1, 2)
-        options = {"devices": 2, "strategy": ModelParallelStrategy(*sizes, process_group_backend="gloo")}
-    quiet = {f"enable_{what}": False for what in ("checkpointing", "progress_bar", "model_summary")}
-    trainer = L.Trainer(
-        max_epochs=6, accelerator="cpu", callbacks=[method], logger=False, use_distributed_sampler=False,
-        **options, **quiet,
-    )  # fmt: skip
+        options = {"devices": 2, "strategy": ModelParallelStrategy(1, 2, process_group_backend="gloo")}
     module = Net(how)
-    trainer.fit(module, DataLoader(TensorDataset(x, torch.arange(8) % 2), batch_size=8))  # the same on both ranks
-    return {n: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach() for n, p in module.named_parameters()}
+    data = DataLoader(TensorDataset(x, torch.arange(8) % 2), batch_size=8)  # the same on both ranks
+    quick_trainer(method, max_epochs=6, **options).fit(module, data)
+    return full_values(module)
 
 
 def fingerprint_of_shards() -> dict[str, Any]:
@@ -112,18 +149,10 @@ def fingerprint_of_shards() -> dict[str, Any]:
 
 
 def main(out: Path) -> None:
-    found: dict[str, Any] = {}
-    torch.manual_seed(7)
-    head = nn.Sequential(Block(), Block(), nn.Linear(16, 2))[2].weight.detach()  # as it starts
-    for name, make in METHODS.items():
-        plain = fit("plain", make())
-        sharded = fit("fsdp2", make())
-        assert plain.keys() == sharded.keys()
-        assert name == "BitFit" or (plain["head.weight"] - head).abs().max() > 1e-3
-        found[name] = max((plain[k] - sharded[k]).abs().max().item() for k in plain)
-    lokr = {"split": lambda: METHODS["LoKr"](), "one": lambda: lp.LoKr(r=2, targets=["down"], trainable=["head"])}
+    found = every_method()
+    lokr = {"split": lambda: lp.LoKr(r=2, **LAYERS), "one": lambda: lp.LoKr(r=2, targets=["down"], trainable=["head"])}
     for how in ("tensor", "tensor first"):
-        for name, make in {**lokr, "bottleneck": METHODS["BottleneckAdapter"]}.items():
+        for name, make in {**lokr, "bottleneck": lambda: lp.BottleneckAdapter(bottleneck_size=2, **LAYERS)}.items():
             try:
                 fit(how, make())
                 found[f"{how}, {name}"] = "no error"

@@ -1,4 +1,4 @@
-"""Every method family trains under FSDP2 as on one device; tensor parallelism of adapted layers is refused."""
+"""Every method trains under DDP and FSDP2 as on one device; tensor parallelism of adapted layers is refused."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+
+from tests.strategies import ROWS, STRATEGIES
 
 ROOT = Path(__file__).parents[2]
 
@@ -25,4 +27,4 @@ def test_on_two_processes(tmp_path: Path) -> None:
         assert "Leave adapted layers out of the plan of parallelize_module" in said
     apart = {name: difference for name, difference in found.items() if name not in refused and difference > 1e-5}
     assert not apart
-    assert len(found) - len(refused) == 12
+    assert found.keys() - refused == {"beside", *(f"{method}, {how}" for method in ROWS for how in STRATEGIES)}

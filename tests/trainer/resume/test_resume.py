@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import nn
 from torch.utils.data import BatchSampler, RandomSampler, TensorDataset, WeightedRandomSampler
 
@@ -173,3 +174,20 @@ def test_plain_lightning_is_not_changed_by_the_loader_mixin(tmp_path: Path) -> N
         run = trainer(tmp_path, method=lora(dropout=0.0) if adapted else False, enable_checkpointing=False)
         run.fit(Watching(), loader(Noisy(), num_workers=1), val_loader())
     assert same(seen[True], seen[False])
+
+
+class Preempted(Callback):
+    """Sends SIGTERM to this process in the middle of a step, as a cluster does before it takes the machine away."""
+
+    def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+        if trainer.global_step == 3:
+            signal.raise_signal(signal.SIGTERM)
+
+
+def test_sigterm_saves_and_the_run_resumes(tmp_path: Path) -> None:
+    expected = fit(tmp_path / "a", loader, {})
+    save = ModelCheckpoint(tmp_path, every_n_train_steps=100, save_last=True, save_on_exception=True)
+    with pytest.raises(SystemExit):
+        fit(tmp_path, loader, {}, save, Preempted())
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 4  # the step ends first
+    assert same(fit(tmp_path / "b", loader, {}, ckpt=tmp_path / "last.ckpt"), expected)
