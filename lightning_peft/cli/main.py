@@ -6,8 +6,10 @@ import inspect
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import lightning as L
@@ -206,6 +208,24 @@ class PEFTCLI(LightningCLI):
             # jsonargparse lists one error for each type that it tried; the first is the method's own message.
             reasons = [line.strip(" -") for line in str(error).partition("Errors:")[2].splitlines() if line.strip()]
             raise MisconfigurationException(reasons[0] if reasons else str(error)) from error
+
+    def _add_configure_optimizers_method_to_model(self, subcommand: str | None) -> None:
+        """Build the optimizer of the command line when the Trainer asks for it.
+
+        Lightning builds it together with the module, before the layers that depend on the data exist.
+        """
+        add = super()._add_configure_optimizers_method_to_model
+        if not self._get(self.config_init, "optimizer"):
+            add(subcommand)
+            return
+
+        def configure_optimizers(module: L.LightningModule) -> Any:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", ".*will be overridden by")  # as the user asks for
+                add(subcommand)
+            return vars(module).pop("configure_optimizers")()
+
+        self.model.configure_optimizers = MethodType(configure_optimizers, self.model)
 
     def before_fit(self) -> None:
         # Before the loggers start, so that a resumed run keeps its id.

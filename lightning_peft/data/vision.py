@@ -42,7 +42,8 @@ class ImageData(L.LightningDataModule):
 
     Raises:
         FileNotFoundError: A file does not exist.
-        InputError: An array is missing, or its shape or dtype is not as described above.
+        InputError: An array is missing, or its shape or dtype is not as described above, or
+            a label is not one of the training file's classes.
     """
 
     def __init__(
@@ -76,8 +77,10 @@ class ImageData(L.LightningDataModule):
         self.save_hyperparameters()
 
     def setup(self, stage: str | None = None) -> None:
-        """Read the training file and the class names."""
-        self._read("train")
+        """Read the class names and every file, so that a bad one is refused before training."""
+        for split, path in self.files.items():
+            if path is not None:
+                self._read(split)
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled, augmented batches of the training file."""
@@ -137,6 +140,12 @@ class ImageData(L.LightningDataModule):
             )
         if split == "train":
             self.classes = names
+        outside = np.flatnonzero((labels < 0) | (labels >= len(self.classes)))
+        if len(outside):
+            raise InputError(
+                f"{path.name}: image {outside[0]} has the label {labels[outside[0]]}, outside the range 0 to "
+                f"{len(self.classes) - 1}: number the {len(self.classes)} classes of {self.files['train']!r} from 0."
+            )
         tensors = [torch.from_numpy(images), torch.from_numpy(labels.astype("int64"))]
         if adapters is not None:
             if adapters.shape != labels.shape or adapters.dtype.kind != "U":

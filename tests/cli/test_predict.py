@@ -98,3 +98,19 @@ def test_other_modules_and_endings(monkeypatch):
         run("predict", "--model=answers.Mine", *flags, "--output=x.xls")
     with pytest.raises(SystemExit, match="adapter_column needs a DataModule"):
         run("predict", "--model=answers.Mine", *flags, "--adapter_column=who")
+
+
+def test_another_optimizer_and_schedule_from_yaml():
+    config = {
+        "model": {"class_path": "lightning_peft.tasks.TextClassifier", "init_args": {"model": "demo"}},
+        "data": {"class_path": "lightning_peft.data.TextClassificationData", "init_args": {"source": requests()}},
+        "trainer": TRAINER,
+        "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.5}},
+        "lr_scheduler": {"class_path": "torch.optim.lr_scheduler.ExponentialLR", "init_args": {"gamma": 0.1}},
+    }
+    Path("run.yaml").write_text(yaml.safe_dump(config))
+    run("fit", "--config=run.yaml")
+    (checkpoint,) = Path("checkpoints").glob("*.ckpt")
+    saved = torch.load(checkpoint, weights_only=True)
+    assert [group["lr"] for group in saved["optimizer_states"][0]["param_groups"]] == pytest.approx([0.05])
+    assert saved["lr_schedulers"][0]["gamma"] == 0.1

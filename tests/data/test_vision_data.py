@@ -71,3 +71,14 @@ def test_files_that_do_not_fit_are_named(tmp_path):
         ImageData(write(tmp_path / "b.npz", labels=np.zeros(6))).setup()
     with pytest.raises(ValueError, match="crop=-1"):
         ImageData(path, crop=-1)
+
+
+def test_a_label_outside_the_classes_is_refused_before_training(tmp_path):
+    good = write(tmp_path / "good.npz")
+    bad = write(tmp_path / "bad.npz", labels=np.array([0, 1, 0, 2, 0, 1]))
+    with pytest.raises(
+        ValueError, match=r"bad.npz: image 3 has the label 2, outside the range 0 to 1: number the 2 cl"
+    ):
+        ImageData(good, test=bad).setup()
+    with pytest.raises(ValueError, match=r"from1.npz: image 1 has the label 2, outside the range 0 to 1"):
+        ImageData(write(tmp_path / "from1.npz", classes=None, labels=np.array([1, 2] * 3))).setup()
