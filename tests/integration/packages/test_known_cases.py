@@ -90,8 +90,7 @@ def test_a_typed_linear_layer_is_named_and_adapted_per_type() -> None:
     x, kinds = torch.randn(5, 4, dtype=torch.float64), torch.tensor([0, 0, 1, 2, 2])
     layer = model["typed"]
     adapter = layer.adapters["default"].weights()["weight"]
-    weight = layer.adapters.get_parameter("default.weight.lora_B") @ adapter.lora_A
-    dense = (layer._parameters["weight"] + 2 * weight)[kinds]
+    dense = (layer._parameters["weight"] + 2 * adapter.lora_B @ adapter.lora_A)[kinds]
     close(layer(x, kinds), torch.einsum("bi,bio->bo", x, dense) + layer.bias[kinds], 1e-12)
 
 
