@@ -13,6 +13,7 @@ from torch import nn
 
 import lightning_peft as lp
 from tests.helpers import assert_same_bits, bits, close, differ, trained_parameters
+from tests.integration.packages import probe
 from tests.integration.packages.case import MERGED, METHODS, Case
 from tests.integration.packages.page import ROOT, page, versions
 from tests.integration.packages.table import CASES
@@ -90,3 +91,15 @@ def test_the_page_is_made_from_the_table() -> None:
 @pytest.mark.parametrize("package", sorted({case.package for case in CASES.values()}))
 def test_the_page_names_the_release_that_is_tested(package: str) -> None:
     assert installed(package) == versions()[package], "update .ci/packages.txt and write the page again"
+
+
+def test_all_linear_includes_every_linear_layer_of_these_packages() -> None:
+    for package in probe.PACKAGES:
+        installed(package)
+    text = (ROOT / "docs/linear_layers.md").read_text()
+    assert text == probe.page(), "python -m tests.integration.packages.probe > docs/linear_layers.md"
+    for package in probe.PACKAGES:
+        layers, _ = probe.probe(package)
+        assert not [layer.name for layer in layers if layer.linear and not layer.included]
+        several = [layer.name for layer in layers if layer.included and not layer.linear]
+        assert all(name.startswith(("RNN", "LSTM", "GRU", "MultiheadAttention")) for name in several)
