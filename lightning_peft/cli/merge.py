@@ -20,6 +20,7 @@ from lightning_peft.core.record import injection_state
 from lightning_peft.core.state.atomic_file import save_torch_file, writing
 from lightning_peft.core.state.state_dict import StateError
 from lightning_peft.core.targeting.sites import output_head
+from lightning_peft.formats.load import saved_preparations
 
 __all__ = ["merge"]
 
@@ -64,6 +65,11 @@ def merge(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--untie", action="store_true", help="give a tied weight its own tensor if only one of its modules changes"
     )
+    parser.add_argument(
+        "--dequantize",
+        action="store_true",
+        help="replace the adapted quantised layers by float ones with merged weights",
+    )
     given, of_model = parse(parser, arguments)
     if given.out.exists() and (given.out.is_file() or any(given.out.iterdir())):
         raise StateError(f"{given.out} already exists: name a new folder or file")
@@ -79,7 +85,7 @@ def merge(arguments: Sequence[str]) -> None:
     names = list(record.methods) if record is not None else []
     active = active_names(model)
     idle = [n for n in adapter_names(model) if n not in active]
-    lp.merge(model, untie=given.untie)
+    lp.merge(model, untie=given.untie, dequantize=given.dequantize)
     lp.unload(model, merge=True)
     merged = ", ".join(n for n in names if n not in idle)
     left = f" ({', '.join(idle)} left out: not active)" if idle else ""
@@ -94,6 +100,8 @@ def _from_directory(directory: Path, base: str | None, name: str | None, of_mode
     if base is not None and name is not None:
         raise StateError("--base and --model both name the base of the adapter: give only one of them")
     model: nn.Module = _base(directory, base) if name is None else build_module(name, of_model)
+    for step in saved_preparations(directory):
+        lp.apply(model, step)
     lp.load_adapter(model, directory)
     return model
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -17,6 +18,7 @@ from lightning_peft.core.injection.overrides import override_trained
 from lightning_peft.core.names import check_name
 from lightning_peft.core.optional import config_value, label_names
 from lightning_peft.core.record import injected_module, injection_state
+from lightning_peft.core.registry import method_of_file
 from lightning_peft.core.state.consistency import check_record
 from lightning_peft.core.state.fingerprint import OtherBaseError, check_fingerprint
 from lightning_peft.core.state.plan import Method, Plan
@@ -37,7 +39,7 @@ from lightning_peft.trainer.brought_along import is_registered
 from lightning_peft.trainer.module import adapt_module
 from lightning_peft.trainer.prepare_run import prepare_run
 
-__all__ = ["load_adapter", "read_plan", "saved_name"]
+__all__ = ["load_adapter", "read_plan", "saved_name", "saved_preparations"]
 
 
 def load_adapter(
@@ -145,6 +147,21 @@ def _describe_load(files: AdapterFiles, root: nn.Module) -> str:
     made_for = " of ".join(str(n) for n in (facts.get("base"), files.config.get("base_model_name_or_path")) if n)
     kind = original_class(base_of(root).module).__name__
     return f"{files.directory}{f', made for {made_for!a},' if made_for else ''} onto {kind}"
+
+
+def saved_preparations(directory: str | Path) -> list[Any]:
+    """What the base of an adapter directory was prepared with, such as a ``QuantizeBase``, to apply to a plain base.
+
+    Raises:
+        FormatError: if the file's description of it is not valid.
+    """
+    root = Path(directory)
+    files = read_files(root if (root / CONFIG).exists() else adapter_folders(root)[0])
+    entries = base_facts(files.metadata, files.directory).get("fingerprint", {}).get("prepared") or []
+    try:
+        return [method_of_file(entry["method"], entry["config"]) for entry in entries]
+    except (TypeError, ValueError, KeyError) as error:
+        raise FormatError(f"{files.directory}: the preparation of the base has an invalid value: {error!r}") from error
 
 
 def saved_name(files: AdapterFiles) -> str:

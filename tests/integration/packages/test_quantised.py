@@ -308,3 +308,42 @@ def test_precision_of_lightning(make, ignored, method, tmp_path, monkeypatch):
     state = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
     module.load_state_dict(state)
     assert torch.equal(module.net[2].weight, before)
+
+
+def test_the_merge_command_quantises_the_base_and_dequantises(tmp_path):
+    from lightning_peft.cli.merge import merge
+    from lightning_peft.core.injection.merge import MergeError
+
+    module, x = Floats(), torch.randn(3, 64)
+    fit(module, tmp_path, lp.QuantizeBase("nf4"), lp.LoRA(r=2))
+    lp.save_adapter(module, tmp_path / "adapter")
+    name = f"{__name__}.Floats"
+    for source in (tmp_path / "last.ckpt", tmp_path / "adapter"):
+        with pytest.raises(MergeError, match="has a quantised weight"):
+            merge([str(source), str(tmp_path / "out.pt"), "--model", name])
+        out = tmp_path / f"{source.name}.pt"
+        merge([str(source), str(out), "--model", name, "--dequantize"])
+        plain = Floats()
+        plain.load_state_dict(torch.load(out, weights_only=True))
+        close(plain(x), module(x), 1e-4)
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_merge_dequantizes_and_unmerge_restores(name):
+    model, x = mlp(), torch.randn(3, 64)
+    lp.apply(model, base(name), lp.LoRA(r=2))
+    perturb(model)
+    expected, kind = model(x), type(model[0])
+    before = {k: v.clone() for k, v in model.state_dict().items() if isinstance(v, torch.Tensor)}
+    lp.merge(model, dequantize=True)
+    assert not any(map(is_packed, model))
+    close(model(x), expected, 1e-4)
+    lp.unmerge(model)
+    assert type(model[0]) is kind
+    assert torch.equal(model(x), expected)
+    now = model.state_dict()
+    assert all(torch.equal(now[k], v) for k, v in before.items() if type(v) is torch.Tensor)
+    lp.unload(model, merge=True, dequantize=True)
+    close(model(x), expected, 1e-4)
+    lp.apply(model, base(name), lp.LoRA(r=2))  # the plain model can be quantised again
+    assert is_packed(model[0])
