@@ -45,7 +45,16 @@ from lightning_peft.methods.families.arguments import (
     probability,
 )
 from lightning_peft.methods.families.weight import WeightMethod
-from lightning_peft.methods.shared.rotations import cayley, cayley_neumann, skew_symmetric, upper_places
+from lightning_peft.methods.shared.rotations import (
+    block_side,
+    cayley,
+    cayley_neumann,
+    in_ball,
+    rotate_columns,
+    rotate_rows,
+    skew_symmetric,
+    upper_places,
+)
 
 __all__ = ["OFT"]
 
@@ -72,11 +81,7 @@ class OFTAdapter(WeightAdapter):
 
     def constrained(self) -> Tensor:
         """``oft_R`` with each block projected onto its ball; the gradient passes through the projection unchanged."""
-        # sqrt(2): each entry occurs twice in the skew-symmetric Q.
-        norm = math.sqrt(2) * torch.linalg.vector_norm(self.oft_R.detach(), dim=-1, keepdim=True)
-        radius = self.eps / math.sqrt(self.oft_R.shape[-2])
-        inside = self.oft_R.detach() * (radius / norm.clamp_min(radius))
-        return self.oft_R + (inside - self.oft_R.detach())
+        return in_ball(self.oft_R, self.eps / math.sqrt(self.oft_R.shape[-2]))
 
     @torch.no_grad()
     def constrain(self) -> None:
@@ -99,12 +104,7 @@ class OFTAdapter(WeightAdapter):
 
     def transform(self, weight: Tensor) -> Tensor:
         r = self.rotation()
-        dtype = torch.promote_types(weight.dtype, r.dtype)
-        weight, r = weight.to(dtype), r.to(dtype)
-        if self.on_rows:
-            return (r.mT @ weight.unflatten(-2, (self.blocks, -1))).flatten(-3, -2)
-        turned = weight.unflatten(-1, (self.blocks, -1)).transpose(-2, -3) @ r.mT
-        return turned.transpose(-2, -3).flatten(-2)
+        return rotate_rows(weight, r.mT) if self.on_rows else rotate_columns(weight, r.mT)
 
     @property
     def modifies_weight(self) -> bool:
@@ -198,20 +198,9 @@ class OFT(WeightMethod):
         return site.shape[-2 if isinstance(site.layout, EmbeddingLayout) else -1]
 
     def build(self, site: Site) -> OFTAdapter:
-        side = self._side(site)
-        sizes = [d for d in range(2, side + 1) if side % d == 0]  # a 1x1 block cannot rotate
-        wanted = self.block_size or 32
-        if self.r is not None:
-            wanted = max(1, side // self.r)
-            size = min(sizes, key=lambda d: (abs(side // d - (self.r or 1)), side // d), default=0)
-        else:
-            size = min(sizes, key=lambda d: (abs(d - wanted), d), default=0)
-        if not size or (size > 4 * wanted and size > 32):
-            raise ValueError(
-                f"{site.name!r} ({'x'.join(map(str, site.shape))}) cannot be divided into blocks of about {wanted}: "
-                f"the possible block sizes for {side} are {', '.join(map(str, sizes[:8])) or 'none'}. "
-                "Exclude it, or set block_size to one of these"
-            )
+        size = block_side(
+            f"{site.name!r} ({'x'.join(map(str, site.shape))})", self._side(site), self.block_size, self.r
+        )
         terms = self.num_cayley_neumann_terms if self.use_cayley_neumann else 0
         return OFTAdapter(site, size, self.block_share, terms, self.dropout, self.eps if self.coft else math.inf)
 
@@ -227,14 +216,11 @@ class OFT(WeightMethod):
         for adapter in (a.adapter for a in plan.attach):
             for part in adapter.weights().values():
                 assert isinstance(part, OFTAdapter)
-                wanted, got = (
-                    (f"r={self.r}", part.blocks != self.r)
-                    if self.r is not None
-                    else (f"block_size={self.block_size or 32}", part.block_size != (self.block_size or 32))
-                )
-                if got:
+                argument, got = ("r", part.blocks) if self.r is not None else ("block_size", part.block_size)
+                if got != (wanted := self.r or self.block_size or 32):
                     plan.notes.append(
-                        f"{part.site_name}: {part.blocks} blocks of {part.block_size}, since {wanted} does not divide"
+                        f"{part.site_name}: {part.blocks} blocks of {part.block_size}, since {argument}={wanted} does "
+                        "not divide"
                     )
         return plan
 

@@ -1,11 +1,72 @@
-"""Orthogonal matrices as functions of skew-symmetric ones."""
+"""Block-diagonal rotations: blocks as functions of skew-symmetric matrices, their size, and their product with W."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
 
-__all__ = ["cayley", "cayley_neumann", "skew_symmetric", "upper_places"]
+__all__ = [
+    "block_side",
+    "cayley",
+    "cayley_neumann",
+    "in_ball",
+    "rotate_columns",
+    "rotate_rows",
+    "skew_symmetric",
+    "upper_places",
+]
+
+
+def block_side(where: str, side: int, size: int | None, blocks: int | None) -> int:
+    """Return the divisor of ``side`` nearest to the wanted size of a block, or to the wanted number of blocks.
+
+    Args:
+        where: the name of the matrix, for errors.
+        side: the side of the matrix.
+        size: the wanted size; None means 32.
+        blocks: the wanted number of blocks; overrides ``size`` if it is not None.
+
+    Raises:
+        ValueError: if no divisor is near.
+    """
+    sizes = [d for d in range(2, side + 1) if side % d == 0]  # a 1x1 block cannot rotate
+    if blocks is None:
+        wanted = size or 32
+        found = min(sizes, key=lambda d: (abs(d - wanted), d), default=0)
+    else:
+        wanted = max(1, side // blocks)
+        found = min(sizes, key=lambda d: (abs(side // d - blocks), side // d), default=0)
+    if not found or (found > 4 * wanted and found > 32):
+        raise ValueError(
+            f"{where} cannot be divided into blocks of about {wanted}: the possible block sizes for {side} are "
+            f"{', '.join(map(str, sizes[:8])) or 'none'}. Exclude it, or set block_size to one of these"
+        )
+    return found
+
+
+def rotate_columns(weight: Tensor, r: Tensor) -> Tensor:
+    """``weight`` (..., rows, columns) times the block-diagonal matrix of ``r`` (..., blocks, b, b)."""
+    dtype = torch.promote_types(weight.dtype, r.dtype)
+    parts = weight.to(dtype).unflatten(-1, (r.shape[-3], -1)).transpose(-2, -3)
+    return (parts @ r.to(dtype)).transpose(-2, -3).flatten(-2)
+
+
+def rotate_rows(weight: Tensor, r: Tensor) -> Tensor:
+    """The block-diagonal matrix of ``r`` (..., blocks, b, b) times ``weight`` (..., rows, columns)."""
+    dtype = torch.promote_types(weight.dtype, r.dtype)
+    return (r.to(dtype) @ weight.to(dtype).unflatten(-2, (r.shape[-3], -1))).flatten(-3, -2)
+
+
+def in_ball(entries: Tensor, radius: float) -> Tensor:
+    """``entries`` (..., size (size - 1) / 2) of skew-symmetric matrices, each projected onto ||Q||_F <= ``radius``.
+
+    The gradient passes through the projection unchanged.
+    """
+    fixed = entries.detach()
+    norm = math.sqrt(2) * torch.linalg.vector_norm(fixed, dim=-1, keepdim=True)  # each entry is in Q twice
+    return entries + (fixed * (radius / norm.clamp_min(radius)) - fixed)
 
 
 def upper_places(size: int) -> Tensor:
