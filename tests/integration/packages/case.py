@@ -87,7 +87,7 @@ class Own(Case):
         return seeded(self.build)
 
     def loader(self) -> DataLoader:
-        return DataLoader(list(self.batches()), batch_size=None)
+        return DataLoader(list(self.batches()), batch_size=None, collate_fn=lambda batch: batch)
 
     @torch.no_grad()
     def output(self, module: nn.Module) -> Tensor:

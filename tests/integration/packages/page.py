@@ -14,9 +14,9 @@ from tests.integration.packages.table import CASES
 ROOT = Path(__file__).parents[3]
 
 
-def versions() -> dict[str, str]:
-    """The release of each package that CI tests."""
-    lines = (ROOT / ".ci/packages.txt").read_text().splitlines()
+def versions(file: str) -> dict[str, str]:
+    """The releases in a file of ``.ci``: those that CI tests, or those that were tested by hand."""
+    lines = (ROOT / ".ci" / file).read_text().splitlines()
     return dict(line.split("==") for line in lines if line and not line.startswith("#"))
 
 
@@ -31,7 +31,8 @@ def arguments(case: Case) -> str:
 
 def page() -> str:
     """The documentation page."""
-    known = versions()
+    by_hand = {package: f"{version} *(by hand)*" for package, version in versions("packages_by_hand.txt").items()}
+    known = by_hand | versions("packages.txt")
 
     def works(case: Case, methods: Iterable[str] = METHODS) -> str:
         return ", ".join(method for method in methods if method not in case.refused)
@@ -50,7 +51,8 @@ def page() -> str:
                 "It runs one method of each of three families: `LoRA(r=2)` on `all-linear`, `SSF()` and `BitFit()`.",
                 "The last column has the arguments that a model needs. `pip install lightning_peft[integrations]`",
                 "installs the packages, `pytest tests/integration/packages` runs the tests, and",
-                "`python -m tests.integration.packages.page > docs/packages.md` writes this page.",
+                "`python -m tests.integration.packages.page > docs/packages.md` writes this page. CI does not install",
+                "the packages that are marked *by hand*: their tests were run with the releases in the table.",
                 "",
                 "| package | model | inject | train | checkpoint | merge | arguments |",
                 "|---|---|---|---|---|---|---|",

@@ -90,7 +90,8 @@ def test_the_page_is_made_from_the_table() -> None:
 
 @pytest.mark.parametrize("package", sorted({case.package for case in CASES.values()}))
 def test_the_page_names_the_release_that_is_tested(package: str) -> None:
-    assert installed(package) == versions()[package], "update .ci/packages.txt and write the page again"
+    known = versions("packages_by_hand.txt") | versions("packages.txt")
+    assert installed(package) == known[package], "update .ci/packages.txt and write the page again"
 
 
 def test_all_linear_includes_every_linear_layer_of_these_packages() -> None:

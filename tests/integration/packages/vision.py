@@ -1,4 +1,4 @@
-"""Vision models: torchvision, timm, segmentation-models-pytorch, MONAI, diffusers, open_clip."""
+"""Vision models: torchvision, timm, segmentation-models-pytorch, MONAI, diffusers, open_clip, kornia, lightly."""
 
 from __future__ import annotations
 
@@ -37,6 +37,18 @@ def open_clip() -> nn.Module:
         {**tower, "heads": 2, "vocab_size": 32},
     )
     return import_module("open_clip").CLIP(8, vision, {**text, "context_length": 6})
+
+
+class SimCLR(nn.Module):
+    """A small backbone with a projection head of lightly."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = import_module("lightly.models").ResNetGenerator("resnet-9", width=0.125)
+        self.head = import_module("lightly.models.modules.heads").SimCLRProjectionHead(10, 16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.backbone(x).flatten(1))
 
 
 CONVOLUTIONS = {"LoRA": {"targets": "type:Conv2d"}}
@@ -169,4 +181,18 @@ CASES = {
         lambda: (*images(3, 16, 16)(), torch.arange(12).view(2, 6)),
         result=lambda out: out[0] @ out[1].T * out[2],
     ),
+    "kornia VisionTransformer": Case(
+        "kornia",
+        of(
+            "kornia.models.vit",
+            "VisionTransformer",
+            image_size=16,
+            patch_size=8,
+            embed_dim=16,
+            depth=2,
+            num_heads=2,
+        ),
+        images(3, 16, 16),
+    ),
+    "lightly SimCLR": Case("lightly", SimCLR, images(3, 32, 32), CONVOLUTIONS),
 }
