@@ -69,6 +69,7 @@ class AdapterStack(AdapterContainer):
         changed: names of the host's parameters and buffers that any of the adapters changes.
         attributes: the names of the host's attributes through which these are read.
         ever_routed: the adapters used by rows of any batch so far; None if no batch was routed by row.
+        row_plans: how the host served the last mixes of rows, kept by the dispatchers while the adapters are the same.
     """
 
     def __init__(self) -> None:
@@ -83,6 +84,7 @@ class AdapterStack(AdapterContainer):
         self.packed: tuple[type, dict[str, Any]] | None = None
         self.ever_routed: set[str] | None = None
         self._changes: dict[str, frozenset[str]] = {}  # what each adapter changes, by name
+        self.row_plans: dict[Any, Any] = {}
         self._order: dict[str, int] | None = None  # the position of each name; None if it must be computed again
         self.refresh()
 
@@ -149,6 +151,7 @@ class AdapterStack(AdapterContainer):
 
     def _update_changes(self, name: str) -> None:
         """Recompute which values of the host change, after the adapter ``name`` was added or removed."""
+        self.row_plans.clear()
         self._changes.pop(name, None)
         if name in self._modules:
             parts = cast(Adapter, self._modules[name]).components()
@@ -279,7 +282,8 @@ class AdapterStack(AdapterContainer):
         # A copy starts with the adapters that run now, but outside of any lp.rows context.
         shared = current(self).changed(dispatcher=None)
         self.work_out(shared)
-        return {**{k: v for k, v in self.__dict__.items() if k != "local"}, "shared": shared, "open": []}
+        kept = {k: v for k, v in self.__dict__.items() if k != "local"}
+        return {**kept, "shared": shared, "open": [], "row_plans": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

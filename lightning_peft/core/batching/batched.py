@@ -7,6 +7,7 @@ adapter instead (:mod:`~lightning_peft.core.batching.split`).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -38,6 +39,9 @@ class BatchedAdapters:
             (adapter, tuple(i for i in self.rows if self.adapters[i] is adapter))
             for adapter in dict.fromkeys(self.adapters[i] for i in self.rows)
         ]
+
+    def close(self) -> None:
+        """Free what is kept between the calls of one context."""
 
     def run(self, host: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Return the host's output, like :meth:`lightning_peft.core.adapters.base.Adapter.run`."""
@@ -80,7 +84,17 @@ class BatchedLowRank(BatchedAdapters):
     def __init__(self, batch_layout: BatchLayout, adapters: Sequence[Any]) -> None:
         super().__init__(batch_layout, adapters)
         self._kept: tuple[Any, tuple[Tensor, Tensor]] | None = None
-        self._state = [t for adapter, _ in self.groups for t in (*adapter.parameters(), *adapter.buffers())]
+        self._ran = False  # whether it ran in the current context
+        position = {adapter: i for i, (adapter, _) in enumerate(self.groups)}
+        self.slots = tuple(position[self.adapters[i]] for i in self.rows)  # the place of each row's adapter in groups
+
+    @functools.cached_property
+    def _state(self) -> list[Tensor]:
+        return [t for adapter, _ in self.groups for t in (*adapter.parameters(), *adapter.buffers())]
+
+    def close(self) -> None:
+        self._kept, self._ran = None, False
+        vars(self).pop("_state", None)  # the parameters may be replaced before the next context
 
     def run(self, host: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         y = call(*args, **kwargs)
@@ -120,24 +134,31 @@ class BatchedLowRank(BatchedAdapters):
         """
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
         # Never cache trained factors: writing through ``.data`` (weight averaging does) does not increase the version
-        # counter that the cache relies on.
-        if torch.compiler.is_compiling() or any(t.requires_grad for t in self._state):
+        # counter that the cache relies on. The first run does not cache either: in many contexts it is the only one.
+        first, self._ran = not self._ran, True
+        if torch.compiler.is_compiling() or first or any(t.requires_grad for t in self._state):
             return self._stacked(dtype)
         key = (
             (dtype, x.device, torch.is_inference_mode_enabled()),
             [-1 if t.is_inference() else t._version for t in self._state],
             [adapter.training for adapter, _ in self.groups],
         )
-        if self._kept is None or self._kept[0] != key:
-            self._kept = key, self._stacked(dtype)
-        return self._kept[1]
+        kept = self._kept
+        if kept is None or kept[0] != key:
+            kept = self._kept = key, self._stacked(dtype)
+        return kept[1]
 
     def _stacked(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        pairs = {}
-        for adapter, _ in self.groups:
-            a, b = adapter.factors()
-            pairs[adapter] = a.mT.to(dtype), (b.mT * adapter.scale).to(dtype)
-        r = max(a.shape[-1] for a, _ in pairs.values())
-        padded = {k: (F.pad(a, (0, r - a.shape[-1])), F.pad(b, (0, 0, 0, r - len(b)))) for k, (a, b) in pairs.items()}
-        rows = [padded[self.adapters[i]] for i in self.rows]
-        return torch.stack([a for a, _ in rows]), torch.stack([b for _, b in rows])
+        pairs = [adapter.factors() for adapter, _ in self.groups]
+        r = max(len(a) for a, _ in pairs)
+        if any(len(a) < r for a, _ in pairs):
+            pairs = [(F.pad(a, (0, 0, 0, r - len(a))), F.pad(b, (0, r - b.shape[-1]))) for a, b in pairs]
+        a, b = (torch.stack(factors) for factors in zip(*pairs))
+        scales = [adapter.scale for adapter, _ in self.groups]
+        one_scale = len(set(scales)) == 1
+        b = b * scales[0] if one_scale else torch.stack([each * scale for each, scale in zip(b, scales)])
+        a, b = a.to(dtype), b.to(dtype)
+        if len(self.groups) < len(self.rows):
+            slots = entries(self.slots, 1, a.device)
+            a, b = a.index_select(0, slots), b.index_select(0, slots)
+        return a.mT, b.mT

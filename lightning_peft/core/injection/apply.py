@@ -25,7 +25,7 @@ from lightning_peft.core.class_swap import check_mixin, has_mixin, original_clas
 from lightning_peft.core.injection.attach import attach, check_host
 from lightning_peft.core.injection.check_forward import forward_problem
 from lightning_peft.core.injection.prepare import Preparation, is_preparation, not_yet_prepared, prepared
-from lightning_peft.core.injection.rollback import all_or_nothing
+from lightning_peft.core.injection.rollback import all_or_nothing, gc_held
 from lightning_peft.core.injection.saving_base import watch_saving
 from lightning_peft.core.injection.saving_trial import saving_problem
 from lightning_peft.core.injection.widen_record import widen_record
@@ -60,6 +60,7 @@ class InjectionError(ValueError):
     """Methods cannot be applied to this model. Nothing was changed."""
 
 
+@gc_held()
 def apply(model: nn.Module, *methods: Method | Preparation) -> Report:
     """Freeze ``model`` and apply ``methods`` to it, without a Trainer or inside ``configure_model``.
 
@@ -119,6 +120,7 @@ def _not_yet_prepared(model: nn.Module, steps: Iterable[Preparation]) -> list[Pr
         raise InjectionError(str(error)) from error
 
 
+@gc_held()
 def install(model: nn.Module, plans: Mapping[str, tuple[Method, Plan]], try_saving: bool = False) -> Report:
     """Carry out the plans that :func:`apply` made.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -11,10 +12,22 @@ from torch import nn
 from lightning_peft.core.record import InjectionState, injection_state
 from lightning_peft.core.targeting.base_modules import AdapterContainer, base_modules, base_parameters
 
-__all__ = ["all_or_nothing"]
+__all__ = ["all_or_nothing", "gc_held"]
 
 #: the dictionaries that every module has: parameters, buffers, children, hooks
 _DICTS = tuple(name for name, value in vars(nn.Module()).items() if isinstance(value, dict))
+
+
+@contextmanager
+def gc_held() -> Iterator[None]:
+    """Hold garbage collection: the many new objects stay, and each collection would look at all of them."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from lightning_peft.core.adapters.base import Adapter
 from lightning_peft.core.adapters.stack import AdapterStack
+from lightning_peft.core.batching.batched import BatchedAdapters
 from lightning_peft.core.batching.layout import BatchLayout, RowError, batch_dims, check_experts, row_dim, take
 from lightning_peft.core.batching.recurrent import is_recurrent, split_recurrent
 from lightning_peft.core.batching.split import split
@@ -23,6 +24,8 @@ from lightning_peft.core.module_io import tensors_in
 __all__ = ["AroundHosts", "RowDispatcher"]
 
 Rows = tuple[tuple[str, ...], ...]
+#: the number of mixes of rows whose plans a host keeps after their contexts
+_MIXES = 8
 
 
 @dataclass
@@ -63,7 +66,7 @@ class RowDispatcher:
         # True after a forward in train mode without gradients: reentrant checkpointing runs its first pass like that,
         # and leaves no frame from which a recomputation could recall its rows.
         self.saw_no_grad_forward = False
-        self._plans: dict[tuple[BatchLayout, Rows, tuple[str, ...]], _Plan] = {}
+        self._plans: dict[Any, _Plan] = {}  # those in use, with what they keep between calls
 
     def run(self, host: Any, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         """Return the output of an adapted module, with its adapters applied to each row."""
@@ -114,7 +117,11 @@ class RowDispatcher:
     def close(self) -> None:
         """Exit the context: from now on, only recomputations of forwards that ran inside it are routed."""
         self.open = False
-        self._plans.clear()  # frees the cached factors
+        for plan in self._plans.values():
+            for batched in plan.batched:
+                if isinstance(batched, BatchedAdapters):
+                    batched.close()
+        self._plans.clear()
 
     @contextmanager
     def inside(self, rows: Rows) -> Iterator[None]:
@@ -228,7 +235,14 @@ class RowDispatcher:
     def _planned(self, host: nn.Module, stack: AdapterStack) -> _Plan:
         key = stack.batch_layout, self.rows, stack.skipped
         if key not in self._plans:
-            self._plans[key] = self._plan(host, stack)
+            # The stack keeps the plans of its last mixes of rows, because each decoding step may enter its own context.
+            known = stack.row_plans if not torch.compiler.is_compiling() else {}
+            full = (*key, self.spanning, self.root)
+            if full not in known:
+                if len(known) >= _MIXES:
+                    known.clear()
+                known[full] = self._plan(host, stack)
+            self._plans[key] = known[full]
         return self._plans[key]
 
     def _plan(self, host: nn.Module, stack: AdapterStack) -> _Plan:

@@ -18,6 +18,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from lightning_peft.core.class_swap import original_class
 from lightning_peft.core.names import join, leaf, owner_of
+from lightning_peft.core.targeting.base_modules import base_modules
 
 __all__ = [
     "computed_names",
@@ -130,7 +131,7 @@ def steady(module: nn.Module) -> Iterator[None]:
 
     The results of hooks are computed again when the context is entered.
     """
-    computing = [part for part in module.modules() if computed_names(part)]
+    computing = [part for _, part in base_modules(module) if computed_names(part)]
     steps = [step for part in computing if parametrize.is_parametrized(part) for step in _steps(part)]
     modes = {part: part.training for part in (*computing, *steps)}
     for part in modes:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -136,6 +138,17 @@ def test_inspect_counts_without_allocating(method):
     assert report.trainable > 0
     assert allocated.count < 4096
     assert lp.inspect(model.to_empty(device="cpu"), method(targets=["0", "1"])).parameters == report.parameters
+
+
+def test_garbage_collection_is_held_during_injection_and_restored():
+    model, runs = nn.Sequential(*(nn.Linear(2, 2) for _ in range(300))), []
+    gc.callbacks.append(note := lambda phase, info: runs.append(phase))
+    try:
+        lp.apply(model, lp.LoRA(r=1, targets="type:Linear"))
+    finally:
+        gc.callbacks.remove(note)
+    assert len(runs) <= 2  # none inside, perhaps one after it
+    assert gc.isenabled()
 
 
 def test_the_table_groups_repeated_layers():
