@@ -84,16 +84,16 @@ class BatchedLowRank(BatchedAdapters):
     def __init__(self, batch_layout: BatchLayout, adapters: Sequence[Any]) -> None:
         super().__init__(batch_layout, adapters)
         self._kept: tuple[Any, tuple[Tensor, Tensor]] | None = None
-        self._ran = False  # whether it ran in the current context
         position = {adapter: i for i, (adapter, _) in enumerate(self.groups)}
         self.slots = tuple(position[self.adapters[i]] for i in self.rows)  # the place of each row's adapter in groups
 
     @functools.cached_property
     def _state(self) -> list[Tensor]:
-        return [t for adapter, _ in self.groups for t in (*adapter.parameters(), *adapter.buffers())]
+        parts = [part for adapter, _ in self.groups for part in adapter.modules()]
+        return [t for p in parts for t in (*p._parameters.values(), *p._buffers.values()) if t is not None]
 
     def close(self) -> None:
-        self._kept, self._ran = None, False
+        self._kept = None
         vars(self).pop("_state", None)  # the parameters may be replaced before the next context
 
     def run(self, host: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -134,9 +134,8 @@ class BatchedLowRank(BatchedAdapters):
         """
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
         # Never cache trained factors: writing through ``.data`` (weight averaging does) does not increase the version
-        # counter that the cache relies on. The first run does not cache either: in many contexts it is the only one.
-        first, self._ran = not self._ran, True
-        if torch.compiler.is_compiling() or first or any(t.requires_grad for t in self._state):
+        # counter that the cache relies on.
+        if torch.compiler.is_compiling() or any(t.requires_grad for t in self._state):
             return self._stacked(dtype)
         key = (
             (dtype, x.device, torch.is_inference_mode_enabled()),
