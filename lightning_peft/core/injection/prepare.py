@@ -39,7 +39,8 @@ def not_yet_prepared(model: nn.Module, wanted: Iterable[Preparation]) -> list[Pr
     Raises:
         ValueError: if methods were already applied to ``model``, or the base was prepared in another way.
     """
-    there, new = preparations(model), []
+    wanted, new = list(wanted), []
+    there = preparations(model) if wanted else []  # it looks at every module, adapters included
     for step in wanted:
         kind = type(step).__name__
         if _entry(step) in there:
