@@ -26,6 +26,7 @@ from lightning_peft.cli.merge import merge
 from lightning_peft.cli.methods import exported, methods
 from lightning_peft.cli.module import find_module
 from lightning_peft.cli.runs import LogConfig, check_checkpoint, check_model, files_first
+from lightning_peft.cli.serve import serve
 from lightning_peft.core.state.torch_file import read_torch_file
 from lightning_peft.methods.families.unknown_arguments import advice
 from lightning_peft.pretrained import InputError
@@ -47,6 +48,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
         import_adapter,
         "Create a checkpoint from an adapter directory of this package or of Hugging Face PEFT.",
     ),
+    "serve": (serve, "Answer HTTP requests with one base model and a folder of adapters."),
 }
 
 #: errors that a user can fix by changing a setting; shown as one line instead of a traceback

@@ -1,0 +1,19 @@
+"""The one exception that becomes an answer to a client."""
+
+from __future__ import annotations
+
+__all__ = ["RequestError"]
+
+
+class RequestError(Exception):
+    """A request that gets an error instead of an answer.
+
+    Args:
+        status: the HTTP status, such as 404.
+        message: what is wrong and what to do, for the client. It never contains a path of the server.
+        retry_after: after how many seconds the same request may succeed (only with status 503).
+    """
+
+    def __init__(self, status: int, message: str, retry_after: int | None = None) -> None:
+        super().__init__(status, message, retry_after)
+        self.status, self.message, self.retry_after = status, message, retry_after
