@@ -201,3 +201,13 @@ def test_merge_dequantizes_if_asked_and_unmerge_packs_again(make):
     assert [type(m) for m in model] == [nn.Linear, nn.Tanh, nn.Linear, nn.Tanh, nn.Linear]
     assert not hasattr(layer, "qweight")
     close(model(x), expected)
+
+
+def test_the_rows_of_a_batch_use_different_adapters():
+    x, found = torch.randn(3, 16), []
+    for model in (packed(), dequantised(packed())):
+        lp.apply(model, lp.LoRA(r=2, name="a", targets=["0", "2"]), lp.DoRA(r=2, name="b", targets=["0", "2"]))
+        perturb(model)
+        with lp.rows(model, ["a", "b", None]):
+            found.append(model(x))
+    close(*found)
