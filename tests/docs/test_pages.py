@@ -137,6 +137,7 @@ PAGES: dict[str, Callable[[], dict[str, Any]]] = {
     "docs/methods.md": of_methods,
     "docs/new_method.md": dict,
     "docs/rows.md": of_rows,
+    "docs/strategies.md": dict,
 }
 
 
