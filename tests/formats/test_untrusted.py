@@ -271,6 +271,7 @@ SITES = {
     ("tasks/vision.py", "pkgutil.resolve_name"): "ImageClassifier.network, which is from_user",
     ("formats/registry.py", "importlib.import_module"): "the converters of this package, in one of its folders",
     ("formats/registry.py", "pkgutil.iter_modules"): "the converters of this package, in one of its folders",
+    ("methods/shared/quantizers.py", "importlib.import_module"): "bitsandbytes or torchao, checked by QuantizeBase",
     ("trainer/packages.py", "importlib.import_module"): "the two packages of Lightning",
     (
         "trainer/checkpoints/hyperparameters.py",
