@@ -40,7 +40,7 @@ def adapt_strategy(trainer: L.Trainer, loaders: TrainingLoaders) -> None:
         loaders: Wraps the training loaders during a fit, to make them resumable.
 
     Raises:
-        MisconfigurationException: if FSDP is set to write sharded checkpoints.
+        MisconfigurationException: if FSDP is set to write sharded checkpoints, or with DeepSpeed stage 3.
     """
     strategy: Any = trainer.strategy
     if "_peft_adapted" in strategy.__dict__:
@@ -50,6 +50,11 @@ def adapt_strategy(trainer: L.Trainer, loaders: TrainingLoaders) -> None:
             "FSDPStrategy(state_dict_type='sharded') is not supported with PEFT methods: it requires the frozen base "
             "in a checkpoint, which holds trainable state only. Use state_dict_type='full', or FSDP2 with "
             "ModelParallelStrategy"
+        )
+    if getattr(strategy, "zero_stage_3", False):
+        raise MisconfigurationException(
+            "DeepSpeed stage 3 is not supported with PEFT methods yet: it partitions parameters as they are created, "
+            "so adapters would get empty ones. Use stage 2, or FSDP2 with ModelParallelStrategy"
         )
     strategy.__dict__["_peft_adapted"] = True
     spawning = lightning_classes("strategies.launchers.multiprocessing._MultiProcessingLauncher")
