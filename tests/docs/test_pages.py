@@ -136,6 +136,7 @@ PAGES: dict[str, Callable[[], dict[str, Any]]] = {
     "docs/many.md": of_many,
     "docs/methods.md": of_methods,
     "docs/new_method.md": dict,
+    "docs/quantised.md": dict,
     "docs/rows.md": of_rows,
     "docs/strategies.md": dict,
 }
