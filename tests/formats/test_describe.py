@@ -48,10 +48,10 @@ def test_adapters_of_peft_in_several_folders(tmp_path):
     assert "cannot be loaded" in str(found)
 
 
-def test_an_unknown_type_suggests_the_nearest(tmp_path, monkeypatch):
+def test_an_unknown_type_lists_the_supported_ones(tmp_path, monkeypatch):
     (tmp_path / "hostile_method.py").write_text("open('ran', 'w')\n")
     monkeypatch.syspath_prepend(tmp_path)
-    for peft_type, hint in (("LORRA", "nearest: 'LORA'"), ("hostile_method.Evil", "is not supported")):
+    for peft_type, hint in (("LORRA", "is not supported; supported are"), ("hostile_method.Evil", "is not supported")):
         write_files(tmp_path / "a", {"peft_type": peft_type}, {"a": torch.ones(1)}, {}, None)
         assert hint in describe(tmp_path / "a").adapters[0].note
         with pytest.raises(FormatError, match=hint):
