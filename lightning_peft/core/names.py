@@ -28,6 +28,7 @@ __all__ = [
     "owner_of",
     "parents",
     "relative",
+    "reserve",
 ]
 
 
@@ -97,6 +98,13 @@ def nearest(word: str, words: Iterable[str], n: int = 1, cutoff: float = 0.6) ->
 
 _ADAPTERS = "adapters"  # the child of an adapted module that holds its adapters
 
+_RESERVED = set(dir(nn.ModuleDict()))
+
+
+def reserve(names: Iterable[str]) -> None:
+    """Refuse ``names`` as adapter names; called with the attributes of the container that stores adapters."""
+    _RESERVED.update(names)
+
 
 def check_name(name: str) -> None:
     """Check that ``name`` can name an adapter, so that it can be part of a key.
@@ -104,10 +112,10 @@ def check_name(name: str) -> None:
     Raises:
         ValueError: if it contains other characters, or is an attribute of the container that stores adapters.
     """
-    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(nn.ModuleDict(), name):
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name) or name in _RESERVED:
         raise ValueError(
-            f"name={name!r} cannot name an adapter: use letters, digits, '_' and '-', and not a name that "
-            "torch.nn.ModuleDict uses itself (such as 'keys' or 'train')"
+            f"name={name!r} cannot name an adapter: use letters, digits, '_' and '-', and not a name that the "
+            "container of adapters uses itself (such as 'keys' or 'train')"
         )
 
 

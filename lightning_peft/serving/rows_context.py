@@ -14,7 +14,7 @@ __all__ = ["RowsContext"]
 
 
 class RowsContext:
-    """Keeps one ``lp.rows`` context open while the rows stay the same, because entering it is dear.
+    """Keeps one ``lp.rows`` context open while the rows stay the same, because entering it takes time.
 
     Args:
         model: the module that holds the adapters.

@@ -123,7 +123,7 @@ class _EngineLoop(LitLoop):
 
 
 def _receive(request_queue: Any, inbox: queue.SimpleQueue[Any]) -> None:
-    """Move requests from LitServe's queue, each of whose reads asks another process, into a local one."""
+    """Move requests from LitServe's queue to a local one, because each read of LitServe's asks another process."""
     try:
         while True:
             inbox.put(request_queue.get())

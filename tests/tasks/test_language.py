@@ -43,11 +43,13 @@ def test_causal_training_lowers_the_loss(gpt2):
     assert trainer.callback_metrics["train/loss"] < math.log(4096) - 1
 
 
-def test_masked_model_wants_masked_data_and_causal_does_not(gpt2):
+def test_masked_model_wants_masked_data_and_causal_does_not(gpt2, tmp_path):
+    texts = tmp_path / "texts.csv"
+    texts.write_text("text\nopen a file\nread a line\n")
     with pytest.raises(ValueError, match=r"objective is 'masked' and the data has mask=None: pass mask=0.15"):
-        L.Trainer(max_steps=1, **QUIET).fit(LanguageModel("demo"), LanguageModelData("demo"))
+        L.Trainer(max_steps=1, **QUIET).fit(LanguageModel("demo"), LanguageModelData(str(texts)))
     with pytest.raises(ValueError, match=r"objective is 'causal' and the data has mask=0.2: pass mask=None"):
-        L.Trainer(max_steps=1, **QUIET).fit(LanguageModel(gpt2), LanguageModelData("demo", mask=0.2))
+        L.Trainer(max_steps=1, **QUIET).fit(LanguageModel(gpt2), LanguageModelData(str(texts), mask=0.2))
 
 
 def test_fast_dev_run_exports_nothing(tmp_path):

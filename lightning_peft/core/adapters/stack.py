@@ -42,6 +42,7 @@ from lightning_peft.core.adapters.reads import (
 from lightning_peft.core.adapters.replaced_forward import set_forward
 from lightning_peft.core.adapters.switches import Switches, current, remember_switches, switched
 from lightning_peft.core.class_swap import original_class
+from lightning_peft.core.names import reserve
 from lightning_peft.core.targeting.base_modules import AdapterContainer
 from lightning_peft.core.targeting.computed_weights import stored_tensor
 from lightning_peft.core.targeting.packed import is_packed
@@ -335,3 +336,6 @@ class Adapted(nn.Module):
 def _adapted_attributes(host: nn.Module) -> frozenset[str]:
     stack = host.__dict__.get("_modules", {}).get("adapters")  # a module has no attributes yet while it is unpickled
     return frozenset() if stack is None else stack.attributes
+
+
+reserve((*dir(AdapterStack), *vars(AdapterStack())))

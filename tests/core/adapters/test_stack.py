@@ -48,7 +48,9 @@ class TimesMethod(lp.WeightMethod):
         return TimesWeight(site, 3.0)
 
 
-@pytest.mark.parametrize("name", ["keys", "train", "a.b", "", "a b", "values", None, "forward", "ä"])
+@pytest.mark.parametrize(
+    "name", ["keys", "train", "a.b", "", "a b", "values", None, "forward", "ä", "shared", "merged", "open"]
+)
 def test_names_that_could_not_be_keys_are_refused(name):
     with pytest.raises(ValueError, match="cannot name an adapter: use letters, digits"):
         check_name(name)
