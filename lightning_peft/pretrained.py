@@ -106,8 +106,14 @@ def load_model(auto_class: Any, model: str, pretrained: bool, dtype: str | None,
 
 
 def fresh_modules(network: Any) -> list[str]:
-    """Names of the modules of a model from :func:`load_model` whose weights are random although it is pretrained."""
-    return list(dict.fromkeys(key.rpartition(".")[0] for key in network.__dict__.get("_fresh_keys", ())))
+    """Names of the modules of a model from :func:`load_model` whose weights are random although it is pretrained.
+
+    A module with stored weights is not one of them, even if the configuration added a bias to it, which starts at zero.
+    """
+    fresh = set(network.__dict__.get("_fresh_keys", ()))
+    owners = dict.fromkeys(key.rpartition(".")[0] for key in sorted(fresh))
+    own = {name: dict(network.get_submodule(name).named_parameters(prefix=name, recurse=False)) for name in owners}
+    return [name for name, parameters in own.items() if parameters.keys() <= fresh]
 
 
 def load_tokenizer(model: str) -> Any:

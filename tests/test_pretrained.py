@@ -8,6 +8,7 @@ import torch
 
 from lightning_peft import demo
 from lightning_peft.pretrained import load_model, load_tokenizer, locate
+from lightning_peft.tasks import TextClassifier
 
 
 def test_locate_demo_folder_and_hub_id(gpt2):
@@ -53,3 +54,8 @@ def test_tasks_and_data_import_without_transformers_and_datasets():
         "import lightning_peft.tasks, lightning_peft.data\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_bias_that_the_configuration_adds_does_not_make_its_module_a_fresh_one():
+    module = TextClassifier("demo", config={"attention_bias": True, "mlp_bias": True, "norm_bias": True})
+    assert module.fresh_modules == TextClassifier("demo").fresh_modules == ["model.classifier"]
