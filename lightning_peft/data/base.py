@@ -143,7 +143,11 @@ class TableDataModule(L.LightningDataModule):
             return self.splits["predict"] is not None or self.has("test")
         if split == "train" or (split == "validation" and self.validation_fraction > 0):
             return True
-        return not is_file(self.source) or self.splits[split] is not None
+        return self.brings_splits() or self.splits[split] is not None
+
+    def brings_splits(self) -> bool:
+        """Whether the source itself has a validation and a test split, as the demo and datasets of the hub do."""
+        return not is_file(self.source)
 
     def where(self, split: str) -> str:
         """The file or dataset that a split is read from, for messages."""

@@ -28,13 +28,9 @@ class ClassFolderData(LabelledData):
     columns = ("file", "label")
     targets = ("label",)
 
-    def has(self, split: str) -> bool:
-        """Whether the split exists."""
-        if split == "predict":
-            return self.splits["predict"] is not None or self.has("test")
-        if split == "train" or (split == "validation" and self.validation_fraction > 0):
-            return True
-        return self.splits[split] is not None
+    def brings_splits(self) -> bool:
+        """False: every split is a folder of its own."""
+        return False
 
     def where(self, split: str) -> str:
         """The folder of a split."""

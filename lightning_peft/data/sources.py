@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lightning_peft import demo
 from lightning_peft.core.names import nearest
@@ -43,18 +43,6 @@ def load_table(source: str, split: str) -> Dataset:
     if not len(table):
         raise InputError(f"the {split} split is empty: {source!r} has no rows.")
     return table
-
-
-def load_rows(source: str, split: str, columns: Sequence[str]) -> list[dict[str, Any]]:
-    """Read some columns of one split, as one dictionary per row in the source's order.
-
-    Raises:
-        FileNotFoundError: As for :func:`load_table`.
-        InputError: As for :func:`load_table`, or a column is missing.
-    """
-    table = load_table(source, split)
-    check_columns(table.column_names, columns, source, split)
-    return [dict(row) for row in table.select_columns(list(columns))]
 
 
 def is_file(source: str) -> bool:

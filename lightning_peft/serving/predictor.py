@@ -53,7 +53,7 @@ class DataInputs:
     def answers(self, output: Any, batch: Any, count: int) -> list[Any]:
         name_columns: Any = getattr(self._module, "prediction_columns", None)
         columns = output if name_columns is None else name_columns(output, batch)
-        return TensorInputs(self._module).answers(columns, batch, count)
+        return _by_row(columns, count)
 
     def _row(self, value: Any) -> dict[str, Any]:
         if not isinstance(value, Mapping) and len(self._columns) == 1:
@@ -85,21 +85,7 @@ class TensorInputs:
         return self._tensor(inputs)
 
     def answers(self, output: Any, batch: Any, count: int) -> list[Any]:
-        if isinstance(output, Tensor):
-            if output.ndim == 0 or len(output) != count:
-                raise RequestError(
-                    500,
-                    f"predict_step returned {tuple(output.shape)} for {count} inputs: its first size must be theirs",
-                )
-            return output.tolist()
-        if isinstance(output, Mapping):
-            columns = {name: self.answers(value, batch, count) for name, value in output.items()}
-            return [{name: values[i] for name, values in columns.items()} for i in range(count)]
-        if isinstance(output, tuple) or (isinstance(output, list) and output and isinstance(output[0], Tensor)):
-            return [list(row) for row in zip(*(self.answers(value, batch, count) for value in output))]
-        if isinstance(output, list) and len(output) == count:
-            return output
-        raise RequestError(500, f"predict_step returned {type(output).__name__}, which has no entry for each input")
+        return _by_row(output, count)
 
     def _tensor(self, values: Sequence[Any]) -> Tensor:
         try:
@@ -131,3 +117,22 @@ class Predictor:
         batch = self.module.transfer_batch_to_device(self.inputs.batch(inputs), self.module.device, 0)
         self._context.enter(adapters)
         return self.inputs.answers(self.module.predict_step(batch, 0), batch, len(inputs))
+
+
+def _by_row(output: Any, count: int) -> list[Any]:
+    """Return the entry of each row as JSON values."""
+    if isinstance(output, Tensor):
+        if output.ndim == 0 or len(output) != count:
+            raise RequestError(
+                500,
+                f"predict_step returned {tuple(output.shape)} for {count} inputs: its first size must be theirs",
+            )
+        return output.tolist()
+    if isinstance(output, Mapping):
+        columns = {name: _by_row(value, count) for name, value in output.items()}
+        return [{name: values[i] for name, values in columns.items()} for i in range(count)]
+    if isinstance(output, tuple) or (isinstance(output, list) and output and isinstance(output[0], Tensor)):
+        return [list(row) for row in zip(*(_by_row(value, count) for value in output))]
+    if isinstance(output, list) and len(output) == count:
+        return output
+    raise RequestError(500, f"predict_step returned {type(output).__name__}, which has no entry for each input")

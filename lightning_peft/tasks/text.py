@@ -63,8 +63,7 @@ class TextClassifier(Classifier):
 
     def created(self) -> None:
         """Create the metrics, and complete the network's configuration."""
-        if self.model.config.pad_token_id is None:  # decoders classify the last token that is not padding
-            self.model.config.pad_token_id = self.model.config.eos_token_id
+        _pad(self.model)
         if self.multi_label:
             self.model.config.problem_type = "multi_label_classification"
         super().created()
@@ -127,8 +126,7 @@ class TextRegressor(Task):
         self.model = load_model(
             AutoModelForSequenceClassification, model, pretrained, dtype, num_labels=1, problem_type="regression"
         )
-        if self.model.config.pad_token_id is None:
-            self.model.config.pad_token_id = self.model.config.eos_token_id
+        _pad(self.model)
         self.build_metrics()
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, **inputs: Tensor) -> Tensor:
@@ -152,3 +150,9 @@ class TextRegressor(Task):
     def prediction_columns(self, output: Tensor, batch: Batch) -> dict[str, Any]:
         """``prediction``, the number."""
         return {"prediction": output.tolist()}
+
+
+def _pad(model: Any) -> None:
+    """Give a model a padding token: decoders classify the last token that is not padding."""
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = model.config.eos_token_id
