@@ -142,7 +142,9 @@ def _swapped(original: type, mixins: tuple[type, ...]) -> type:
     namespace = {
         "__slots__": (),  # keeps the memory layout of the original
         "__module__": original.__module__,
-        "__qualname__": original.__qualname__,  # transformers looks a model's class up by str(class)
+        # As in any class made in a function. jsonargparse, which finds a class by its name among all subclasses, then
+        # leaves this one out. str(class) stays the original's; see _metaclass.
+        "__qualname__": f"add_mixin.<locals>.{original.__qualname__}",
         "__doc__": original.__doc__,
         "__reduce_ex__": _reduce_ex,
         "_swapped_from": original,
@@ -150,14 +152,20 @@ def _swapped(original: type, mixins: tuple[type, ...]) -> type:
     }
     if (first := _forwarding(mixins)[:1]) and hasattr(original, "forward"):
         namespace["forward"] = _with_signature(first[0].__dict__["forward"], original.forward)
-    # The subclass has the original's name, because transformers writes class names to config.json and compares them.
+    # The subclass has the original's name and str(class), because transformers writes class names to config.json,
+    # compares them, and looks up by str(class) what a model records.
     return _metaclass(type(original))(original.__name__, (original,), namespace)
 
 
 @functools.cache
 def _metaclass(original: type) -> type:
     """Return a metaclass derived from ``original`` whose classes resolve attributes in their mixins first."""
-    return type(original)(original.__name__, (original,), {"__module__": original.__module__, "mro": _resolution_order})
+
+    def represent(cls: type) -> str:
+        return original.__repr__(vars(cls).get("_swapped_from", cls))
+
+    namespace = {"__module__": original.__module__, "mro": _resolution_order, "__repr__": represent}
+    return type(original)(original.__name__, (original,), namespace)
 
 
 def _resolution_order(cls: type) -> list[type]:

@@ -9,6 +9,8 @@ from typing import ClassVar, Generic, TypeVar
 
 import pytest
 import torch
+from jsonargparse import ArgumentParser
+from lightning.pytorch import LightningModule
 from torch import nn
 
 from lightning_peft.core.class_swap import (
@@ -20,6 +22,7 @@ from lightning_peft.core.class_swap import (
     remove_mixin,
     restore_class,
 )
+from lightning_peft.tasks import TextClassifier
 
 
 class Loud(nn.Module):
@@ -70,6 +73,16 @@ def test_classes_are_cached_and_no_other_object_changes():
     add_mixin(one, Loud)
     add_mixin(two, Loud)
     assert type(one) is type(two) is not type(three) is Own
+
+
+def test_the_class_has_the_original_name_and_jsonargparse_finds_the_original():
+    module = TextClassifier("demo")
+    add_mixin(module, Loud)
+    assert (type(module).__name__, str(type(module))) == ("TextClassifier", str(TextClassifier))
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--model", type=LightningModule)
+    # "Multiple subclasses with name TextClassifier", if the swapped class counted as another one
+    assert parser.parse_args(["--model=TextClassifier"]).model.class_path == "lightning_peft.tasks.TextClassifier"
 
 
 def test_inheriting_is_not_having_been_given():
