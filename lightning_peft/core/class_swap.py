@@ -162,7 +162,7 @@ def _metaclass(original: type) -> type:
     """Return a metaclass derived from ``original`` whose classes resolve attributes in their mixins first."""
 
     def represent(cls: type) -> str:
-        return original.__repr__(vars(cls).get("_swapped_from", cls))
+        return original.__repr__(vars(cls).get("_swapped_from", cls))  # type: ignore[call-arg]  # unbound
 
     namespace = {"__module__": original.__module__, "mro": _resolution_order, "__repr__": represent}
     return type(original)(original.__name__, (original,), namespace)
