@@ -46,10 +46,14 @@ class AdapterFolder:
             raise FileNotFoundError(f"--adapters {path}: there is no such folder")
         if (self.path / CONFIG).is_file():
             raise FileNotFoundError(f"--adapters {path} is an adapter itself: give the folder that contains it")
+        self._known: set[str] = (
+            set()
+        )  # listing a folder of 1000 adapters for each request takes longer than a small model
 
     def names(self) -> list[str]:
         """Return the names of all adapters, sorted."""
-        return sorted(self._folders())
+        inside = (p for p in self.path.iterdir() if not p.name.startswith("."))
+        return sorted(p.name for p in inside if p.is_dir() and not p.is_symlink() and (p / CONFIG).is_file())
 
     def find(self, name: str) -> tuple[Path, Version]:
         """Return the folder of an adapter and the version of its files.
@@ -58,18 +62,16 @@ class AdapterFolder:
             RequestError: 404, if there is no adapter of that name.
         """
         for last in (False, True):
-            folder = self._folders().get(name)
-            if folder is not None and (version := _version(folder)) is not None:
+            if name not in self._known:
+                self._known = set(self.names())
+            folder = self.path / name if name in self._known else None
+            if folder is not None and not folder.is_symlink() and (version := _version(folder)) is not None:
                 return folder, version
             if not last:
                 time.sleep(0.05)  # while an adapter is replaced, its configuration is absent for a moment
         near = nearest(name[:100], self.names(), n=1)
         hint = f"; the nearest name is {near[0]!r}" if near else ""
         raise RequestError(404, f"there is no adapter {name[:100]!r}{hint}")
-
-    def _folders(self) -> dict[str, Path]:
-        inside = (p for p in self.path.iterdir() if not p.name.startswith(".") and p.is_dir() and not p.is_symlink())
-        return {p.name: p for p in inside if (p / CONFIG).is_file()}
 
 
 def _version(folder: Path) -> Version | None:

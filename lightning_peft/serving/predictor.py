@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import lightning as L
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_peft.serving.errors import RequestError
 from lightning_peft.serving.rows_context import RowsContext
@@ -67,7 +67,8 @@ class TensorInputs:
     """For any module: an input is a number, a list (of lists) of numbers, or an object of these by name.
 
     Whole numbers become int64, others the module's dtype. The batch is a tensor, or a dictionary of tensors by name.
-    An output may be a tensor, or a dictionary, list or tuple of tensors, each with one entry for each row.
+    An output may be a tensor, or a dictionary, list or tuple of tensors, each with one entry for each row. A number
+    that an ``nn.Embedding`` has no row for is refused.
 
     Args:
         module: the served module.
@@ -75,6 +76,9 @@ class TensorInputs:
 
     def __init__(self, module: L.LightningModule) -> None:
         self._dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+        for part in module.modules():
+            if isinstance(part, nn.Embedding):
+                part.register_forward_pre_hook(_check_indices)
 
     def batch(self, inputs: Sequence[Any]) -> Any:
         if all(isinstance(value, Mapping) for value in inputs):
@@ -117,6 +121,15 @@ class Predictor:
         batch = self.module.transfer_batch_to_device(self.inputs.batch(inputs), self.module.device, 0)
         self._context.enter(adapters)
         return self.inputs.answers(self.module.predict_step(batch, 0), batch, len(inputs))
+
+
+def _check_indices(embedding: nn.Embedding, args: tuple[Any, ...]) -> None:
+    # On a GPU, one number out of range would stop the process and all its requests: CUDA cannot go on after it.
+    if args and isinstance(args[0], Tensor) and args[0].numel():
+        low, high = (int(end) for end in args[0].aminmax())
+        if low < 0 or high >= embedding.num_embeddings:
+            wrong = low if low < 0 else high
+            raise RequestError(422, f"inputs: {wrong} is out of range: expected 0 to {embedding.num_embeddings - 1}")
 
 
 def _by_row(output: Any, count: int) -> list[Any]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
+from torch import Tensor, nn
 
 import lightning_peft as lp
 from lightning_peft.data import TextClassificationData
@@ -25,6 +27,15 @@ METHODS = {
     "dora": lp.DoRA(r=2, targets="all-linear", exclude=()),
     "bias": lp.BitFit(),
 }
+
+
+class Tokens(L.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(8, 2)
+
+    def predict_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return self.embed(batch).sum(1)
 
 
 def engine_of(module: Any, folder: Path, texts: Any = None, data: Any = None, rows: int = 8) -> Engine:
@@ -70,6 +81,15 @@ class TestPredictions:
         assert events["wrong"].error.status == 500
         assert events["words"].error.status == 422
         assert not any(loaded.users for loaded in engine.pool._current.values())
+
+    @pytest.mark.parametrize("token", [-1, 8, 10**6])
+    def test_a_number_that_the_embedding_has_no_row_for_is_refused(self, token: int, tmp_path: Path):
+        engine = engine_of(Tokens(), tmp_path)
+        jobs = {"good": PredictJob(None, [[1, 7]], 0), "bad": PredictJob(None, [[1, token]], 0)}
+        events = {event.uid: event for event in run(engine, jobs)}
+        assert events["good"].error is None
+        assert events["bad"].error.status == 422
+        assert f"{token} is out of range: expected 0 to 7" in events["bad"].error.message
 
     def test_texts_go_in_and_label_names_come_out(self, tmp_path: Path):
         save_adapters(tmp_path, {"lora": lp.LoRA(r=2)}, lambda: TextClassifier("demo"))

@@ -95,6 +95,16 @@ def test_no_name_reaches_outside_of_the_folder(folder: Path, name: str):
     refused(lambda: pool_of(folder).acquire(name), 404)
 
 
+def test_adapters_that_come_and_go_later_are_noticed(folder: Path):
+    pool = pool_of(folder)
+    refused(lambda: pool.acquire("d"), 404)
+    shutil.copytree(folder / "a", folder / "d")
+    assert pool.acquire("d").name == "d"
+    shutil.move(folder / "d", folder.parent / "d")
+    (folder / "d").symlink_to(folder.parent / "d")
+    refused(lambda: pool.acquire("d"), 404)
+
+
 def test_files_that_link_out_of_the_folder_are_refused(folder: Path):
     save_adapters(folder.parent / "outside", {"x": lp.LoRA(r=2, targets="all-linear", exclude=())})
     file = folder / "a" / "adapter_model.safetensors"
