@@ -103,7 +103,7 @@ def build_module(name: str, arguments: Mapping[str, Any]) -> L.LightningModule:
     try:
         module = find_module(name)(**arguments)
     except TypeError as error:
-        raise StateError(f"{name} cannot be built ({error}): give --model.<argument>=<value>") from error
+        raise StateError(f"{name} cannot be built ({error}): pass --model.<argument>=<value>") from error
     module.configure_model()
     return module
 

@@ -33,7 +33,8 @@ def config_value(config: object, name: str, default: Any = None) -> Any:
 
 
 def label_names(config: object) -> list[str] | None:
-    """Return the names of a classifier's outputs in order; None if the configuration has none but transformers' own."""
+    """Return the names of a classifier's outputs in order; None if they are missing, or only transformers'
+    ``LABEL_0``."""
     names = config_value(config, "id2label")
     if (
         not isinstance(names, dict)

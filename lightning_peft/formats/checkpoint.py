@@ -60,7 +60,7 @@ def _export(checkpoint: Mapping[str, Any], path: Any, directory: Any, name: str 
     manifest = checkpoint[KEY]
     if "base" not in manifest:
         raise FormatError(
-            f"{path} was saved by an earlier release, whose manifest does not describe the base: give --model"
+            f"{path} was saved by an earlier release, whose manifest does not describe the base: pass --model"
         )
     entries = {entry["config"]["name"]: entry for entry in manifest["methods"]}
     if name is not None and name not in entries:
@@ -79,8 +79,8 @@ def _export(checkpoint: Mapping[str, Any], path: Any, directory: Any, name: str 
     # The outline has names and layer kinds only. A converter that reads more of the base fails with one of these.
     except (AttributeError, KeyError, StopIteration) as error:
         raise FormatError(
-            f"the directory of this method cannot be written from the checkpoint alone, because it depends on the base "
-            f"model: give --model ({error!r})"
+            "the directory of this method cannot be written from the checkpoint alone, because it depends on the base "
+            f"model: pass --model ({error!r})"
         ) from error
     return list(snapshots)
 

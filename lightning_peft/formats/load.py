@@ -114,7 +114,8 @@ def load_adapter(
     _name_labels(root, files)
     if trainable and isinstance(model, L.LightningModule):
         adapt_module(model)  # gives its checkpoints a manifest, without which they could not be resumed
-        # Called in setup or configure_model, the Trainer has already collected the callbacks, so ours is added here.
+        # If this runs in setup or configure_model, the Trainer has already collected its callbacks, so ours is added
+        # here.
         if (trainer := model._trainer) is not None:
             prepare_run(trainer, model)
     elif trainable and not is_registered():
@@ -150,7 +151,8 @@ def _describe_load(files: AdapterFiles, root: nn.Module) -> str:
 
 
 def saved_preparations(directory: str | Path) -> list[Any]:
-    """What the base of an adapter directory was prepared with, such as a ``QuantizeBase``, to apply to a plain base.
+    """Return what to apply to a plain base before the adapter is loaded, such as the ``QuantizeBase`` it was trained
+    with.
 
     Raises:
         FormatError: if the file's description of it is not valid.

@@ -28,7 +28,7 @@ def _converters() -> Iterator[Converter]:
 CONVERTERS: tuple[Converter, ...] = (*_converters(), NativeConverter())
 
 
-#: types that PEFT has as a method and this package only as a part of another method
+#: PEFT types that are only an option of another method in this package
 _INSTEAD = {
     "TRAINABLE_TOKENS": "this package trains single embedding vectors only together with LoRA. Train it with "
     "LoraConfig(trainable_token_indices=..., target_modules=...), which can be loaded"

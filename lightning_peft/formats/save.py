@@ -145,7 +145,7 @@ def _facts(snapshot: Snapshot) -> dict[str, Any]:
         "method": type(method).__name__,
         "config": method.config(),
         "base": snapshot.base.facts()["class"],
-        "labels": snapshot.base.facts().get("labels"),  # absent in checkpoints written before
+        "labels": snapshot.base.facts().get("labels"),  # absent in checkpoints of earlier releases
         "fingerprint": snapshot.fingerprint,
         "metrics": snapshot.metrics,
     }

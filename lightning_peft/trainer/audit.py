@@ -46,7 +46,7 @@ class AuditError(RuntimeError):
 
 
 def report(model: nn.Module, message: str) -> None:
-    """Raise or warn, by the strictest ``audit`` argument among the methods on ``model``.
+    """Raise or warn with ``message``; the strictest ``audit`` argument among the methods on ``model`` decides.
 
     Raises:
         AuditError: if a method has ``audit="error"``, or if no method is attached.
@@ -210,7 +210,7 @@ class UnfrozenAudit:
 
 
 def audit_active(model: nn.Module) -> None:
-    """Warn about trainable adapters that are inactive and that lp.rows has not named: they would not learn."""
+    """Warn about trainable adapters that would not learn, because they are inactive and lp.rows has not used them."""
     idle = {
         name
         for stack in stacks(model).values()

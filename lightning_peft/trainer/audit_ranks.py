@@ -30,7 +30,7 @@ def audit_ranks(model: nn.Module) -> None:
     digest = {k: (tuple(v.shape), float(v.double().sum()), float(v.double().norm())) for k, v in state.items()}
     for rank, keys in _differences(digest):
         raise AuditError(
-            f"rank {rank} holds other adapters than rank 0: {listed(keys)}. Apply the same methods with the same "
+            f"rank {rank} holds different adapters from rank 0: {listed(keys)}. Apply the same methods with the same "
             "seed on every rank"
         )
 
@@ -48,7 +48,9 @@ def audit_methods(methods: Iterable[Any]) -> None:
     said = {f"{type(m).__name__} {m.name!r}: {k}": v for m in methods for k, v in m.config().items()}
     said["seed_everything"] = os.environ.get("PL_GLOBAL_SEED")
     for rank, keys in _differences(said):
-        raise AuditError(f"rank {rank} has other settings than rank 0: {listed(keys)}. Use the same on every rank")
+        raise AuditError(
+            f"rank {rank} has different settings from rank 0: {listed(keys)}. Use the same settings on every rank"
+        )
 
 
 def _differences(mine: dict[str, Any]) -> Iterator[tuple[int, list[str]]]:

@@ -34,7 +34,7 @@ class TrainableAveraging(WeightAveraging):
 
     @property
     def state_key(self) -> str:
-        return original_class(self).__qualname__  # the same key in checkpoints as without methods
+        return original_class(self).__qualname__  # checkpoints keep the key that they have without methods
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         pass  # too early: adapters do not exist yet. See start

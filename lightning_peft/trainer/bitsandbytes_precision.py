@@ -1,4 +1,4 @@
-"""Lightning's ``BitsandbytesPrecision``, which replaces linear layers by quantised ones: before injection, not after.
+"""Make Lightning's ``BitsandbytesPrecision`` replace linear layers by quantised ones before injection, not after.
 
 Lightning replaces the layers when the strategy is set up, which would remove the adapters, and it replaces the class
 ``torch.nn.Linear`` itself while ``configure_model`` runs, adapters included. Here the layers are replaced and quantised
@@ -44,12 +44,12 @@ def creating_layers(trainer: Any, module: nn.Module) -> Iterator[None]:
 
 
 def convert_layers(trainer: Any, module: nn.Module) -> None:
-    """Replace and quantise the layers that the plugin is for; those of ``ignore_modules`` stay as they are."""
+    """Replace linear layers by quantised ones, except those in ``ignore_modules``."""
     if (plugin := _plugin(trainer)) is None:
         return
     plugin.convert_module(module)
     for layer in module.modules():
         if is_packed(layer):
-            layer.to(trainer.strategy.root_device)  # quantises, if that was not done yet
-            # Lightning quantises on loading whatever key ends in "weight", which may be one of an adapter.
+            layer.to(trainer.strategy.root_device)  # quantises the weight, unless it is quantised already
+            # When a state is loaded, Lightning quantises every key that ends in "weight", including an adapter's.
             layer._load_state_dict_pre_hooks.clear()

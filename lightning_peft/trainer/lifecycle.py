@@ -1,4 +1,4 @@
-"""A callback that does, once per Trainer, what all attached methods share: checks, RNG states, logging.
+"""The callback for everything that all attached methods share: checks, RNG states, logging.
 
 The ``setup`` of the first method adds one :class:`Lifecycle` to ``trainer.callbacks``.
 
@@ -61,9 +61,9 @@ class Lifecycle(Callback):
         self._calls: audit.CallAudit | None = None
         self._called: set[str] | None = None
         self._modes: TrainingMode | None = None
-        self._watched: set[str] = set()  # which stages had their first batch watched
+        self._watched: set[str] = set()  # stages whose first batch was watched by a CallAudit
         self._ranks_checked = False
-        self._went_backward = False  # since the last optimizer step
+        self._went_backward = False  # whether backward ran since the last optimizer step
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         adapt_averaging(trainer.callbacks)  # type: ignore[attr-defined]

@@ -140,7 +140,7 @@ SEQUENCES = [lp.PromptTuning(3), lp.PrefixTuning(3, shift_positions=True), lp.PT
 @pytest.mark.parametrize("method", SEQUENCES, ids=lambda m: type(m).__name__)
 def test_exporting_a_prompt_asks_for_the_model(method, tmp_path):
     path = train(Trained("llama"), method)
-    with pytest.raises(lp.FormatError, match="give --model"):
+    with pytest.raises(lp.FormatError, match="pass --model"):
         export_checkpoint(path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

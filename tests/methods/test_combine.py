@@ -317,7 +317,7 @@ TWO = (lp.LoRA(r=2, name="a"), lp.LoKr(r=2, name="b"))
         (lambda: _with(*TWO), {"r": 0}, "r must be an integer of at least 1"),
         (lambda: _with(*TWO), {"r": 2, "energy": 0.5}, "both set the rank"),
         (lambda: _with(*TWO), {"energy": 1.5}, r"energy must be a fraction in \(0, 1\], got 1.5"),
-        (_merged, {"names": ["a"]}, r"merged into the base: lp.unmerge\(model\) first"),
+        (_merged, {"names": ["a"]}, r"merged into the base: call lp.unmerge\(model\) first"),
         (_activation, {"names": ["a", "add"]}, r"'add' at 'up' \(Add\) does not change weights"),
         (
             lambda: _with(lp.LoRA(r=2, name="a", targets=["up"]), lp.SSF(name="b", targets=["down"])),

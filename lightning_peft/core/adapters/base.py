@@ -66,7 +66,8 @@ class Adapter(nn.Module):
 
     @property
     def needs_input(self) -> str | None:
-        """What the adapter does to the host's input while training, such as dropout, which a weight cannot express."""
+        """What the adapter does to the host's input in training that no weight can express, such as ``"dropout"``; else
+        None."""
         return next((what for part in self.weights().values() if (what := part.needs_input) is not None), None)
 
     @property
@@ -83,7 +84,8 @@ class Adapter(nn.Module):
         """Whether the host must run with the adapted weight in place, instead of the adapter running around it."""
         return False
 
-    #: True if its parts on several hosts work on the same sequence, so that the hosts must not be split separately
+    #: True if the adapters on several hosts share one token sequence: a mixed batch must then be split around all of
+    #: them
     spans_hosts = False
     #: adapters on other modules that capture their input for this one
     captures: tuple[Any, ...] = ()

@@ -107,7 +107,7 @@ def values_before(host: nn.Module, adapter: Adapter, *names: str) -> list[Tensor
 
 
 def base_tensor(host: nn.Module, name: str) -> Tensor | None:
-    """Like :func:`stored_tensor`, but for the weight of a packed layer the matrix that it computes with."""
+    """Like :func:`stored_tensor`; for the weight of a packed layer, return the dequantised matrix."""
     return dequantized(host) if name == "weight" and is_packed(host) else stored_tensor(host, name)
 
 

@@ -63,4 +63,4 @@ def check_unmerged(model: nn.Module) -> None:
         ValueError: if some are.
     """
     if any(stack.merged is not None for stack in stacks(model).values()):
-        raise ValueError("adapters are merged into the base: lp.unmerge(model) first")
+        raise ValueError("adapters are merged into the base: call lp.unmerge(model) first")

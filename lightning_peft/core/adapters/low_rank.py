@@ -66,7 +66,8 @@ class LowRankAdapter(WeightAdapter):
     dropout: float = 0.0
     #: whether :meth:`delta` is s B A of :meth:`factors`
     delta_is_product: ClassVar[bool] = True
-    #: whether :meth:`output` adds s B (A x) and nothing else; an override that does must state it again
+    #: whether :meth:`output` adds s B (A x) and nothing else; a subclass that overrides it and still does must set it
+    #: again
     output_is_product: ClassVar[bool] = True
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -98,11 +99,11 @@ class LowRankAdapter(WeightAdapter):
         return a, b * self.scale
 
     def down(self, host: nn.Module, x: Tensor, a: Tensor) -> Tensor:
-        """A x; override it if the product with this A can be computed more cheaply."""
+        """Compute A x; override it if there is a cheaper product with this A."""
         return self.layout.down(host, x, a)
 
     def project(self, host: nn.Module, x: Tensor, a: Tensor) -> Tensor:
-        """A dropout(x)."""
+        """Compute A dropout(x)."""
         if not (self.dropout and self.training):
             return self.down(host, x, a)
         plain = type(self).down is LowRankAdapter.down and type(self.layout).down is LinearLayout.down

@@ -22,7 +22,8 @@ __all__ = ["set_forward"]
 
 
 def set_forward(host: nn.Module, forward: Callable[..., Any]) -> None:
-    """Set ``forward`` on ``host``, to run around its adapters; setting the class's own removes an earlier one."""
+    """Set ``forward`` on ``host``, to run around its adapters. Setting the class's own forward removes the present
+    one."""
     classes = [
         c.__dict__["forward"].__code__ for c in type(host).__mro__ if hasattr(c.__dict__.get("forward"), "__code__")
     ]
@@ -63,7 +64,7 @@ class _UnverifiedForward:
         try:
             output = self.forward(*args, **kwargs)
         finally:
-            vars(stack).pop("run", None)  # a forward that calls its module again has taken it away already
+            vars(stack).pop("run", None)  # already gone if ``forward`` called the module again
         if not called:
             raise RuntimeError(
                 f"the adapters of a {type(self.host).__name__} did not run: its forward was replaced on the instance "

@@ -127,7 +127,7 @@ class AdapterStack(AdapterContainer):
             self._stop(cast(Adapter, self._modules[name]), switches)
 
     def _stop(self, adapter: Adapter, switches: Switches) -> None:
-        """Take ``adapter`` out of what runs with ``switches``, after it was removed from the active ones."""
+        """Update what runs with ``switches`` after ``adapter`` was deactivated there."""
         parts = adapter.components()
         if any(part.modifies_weight for part in parts):
             self.work_out(switches)  # the adapters before it may run around the host now

@@ -136,7 +136,7 @@ class _MergePlan:
 
     Attributes:
         parameters: the full name of each tensor that changes, by its name in the host.
-        dtype: the dtype of a plain weight in place of a packed one, if the layer itself does not tell.
+        dtype: the dtype of the plain weight that replaces a packed one, if the layer itself does not determine it.
 
     Raises:
         MergeError: if a weight that is shared with other modules would not be finite.

@@ -24,7 +24,7 @@ class Preparation(Protocol):
     def config(self) -> dict[str, Any]: ...
 
     def prepare(self, model: nn.Module, preview: bool = False) -> str:
-        """Change ``model`` in place, or with ``preview`` only plan to; return a sentence for the report."""
+        """Change ``model`` in place, and return a sentence for the report; with ``preview``, change nothing."""
         ...
 
 
@@ -34,7 +34,7 @@ def is_preparation(candidate: Any) -> bool:
 
 
 def not_yet_prepared(model: nn.Module, wanted: Iterable[Preparation]) -> list[Preparation]:
-    """Return the preparations that ``model`` has not had.
+    """Return those of the ``wanted`` preparations that were not applied to ``model`` yet.
 
     Raises:
         ValueError: if methods were already applied to ``model``, or the base was prepared in another way.

@@ -44,7 +44,7 @@ def check_deletable(model: nn.Module, name: str) -> None:
     check_known(model, name)
     found = [stack for stack in stacks(model).values() if name in stack]
     if any(name in stack.merged_names for stack in found):
-        raise ValueError(f"{name!r} is merged into the base: lp.unmerge(model) first")
+        raise ValueError(f"{name!r} is merged into the base: call lp.unmerge(model) first")
     trains = any(p.requires_grad for stack in found for p in cast(nn.Module, stack[name]).parameters())
     if trains and (_fitting(model) or _fitting(injected_module(model))):
         raise ValueError(f"{name!r} is in training, and the optimizer holds its parameters: delete it after the fit")

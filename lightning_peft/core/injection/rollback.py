@@ -20,7 +20,7 @@ _DICTS = tuple(name for name, value in vars(nn.Module()).items() if isinstance(v
 
 @contextmanager
 def gc_held() -> Iterator[None]:
-    """Hold garbage collection: the many new objects stay, and each collection would look at all of them."""
+    """Suspend garbage collection: the many new objects stay alive, and every collection would traverse all of them."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

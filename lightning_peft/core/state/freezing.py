@@ -33,7 +33,7 @@ __all__ = [
 class FrozenNorm(nn.Module):
     """Mixin for a module with running statistics: it stays in eval mode when its parents are set to train.
 
-    The adapters of a norm layer follow its parents.
+    The adapters of a norm layer follow the mode of its parents.
     """
 
     _mode_asked: bool  # the mode that was last requested; restored when the layer is unfrozen

@@ -76,7 +76,7 @@ def is_computed(host: nn.Module, name: str) -> bool:
 def computed_value(module: nn.Module, name: str) -> Tensor | None:
     """Return the tensor ``name`` that ``module`` computes; None if it does not compute one.
 
-    That of a hook is the result of the last call.
+    A tensor that a hook computes is the one of the module's last call.
     """
     parametrizations = module._modules.get("parametrizations")
     if isinstance(parametrizations, nn.ModuleDict) and name in parametrizations:
@@ -147,7 +147,7 @@ def steady(module: nn.Module) -> Iterator[None]:
 
 
 def refresh(module: nn.Module) -> None:
-    """Compute again what hooks of ``module`` compute, after the parameters that it depends on have changed."""
+    """Recompute the tensors that hooks of ``module`` compute, after their parameters have changed."""
     with steady(module):
         pass
 

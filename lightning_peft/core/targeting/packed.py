@@ -107,7 +107,7 @@ def is_packed(module: nn.Module) -> bool:
 
 
 def plain_tensors(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """``tensor`` under its name; of a tensor subclass of another library, the plain tensors that it consists of."""
+    """Yield ``tensor`` with its name, or the plain tensors inside it if it is a tensor subclass of another library."""
     if is_traceable_wrapper_subclass(tensor) and storage_problem(tensor) is not None:
         for part in tensor.__tensor_flatten__()[0]:
             yield from plain_tensors(f"{name}.{part}", getattr(tensor, part))
@@ -121,7 +121,7 @@ def packed_layers(model: nn.Module) -> list[nn.Module]:
 
 
 def parameter_sizes(module: nn.Module) -> dict[str, tuple[int, int]]:
-    """The size of each parameter of ``module`` itself, after the id of the object that holds it, by name.
+    """Map each parameter of ``module`` itself to (id, number of elements); the id is equal for tied parameters.
 
     A packed weight, which may be stored in several tensors or buffers, counts as the matrix that it stands for.
     """
@@ -151,7 +151,7 @@ def packed_note(model: nn.Module) -> list[str]:
 
 
 def size_in_bytes(layer: nn.Module) -> int:
-    """The size of the stored weight of ``layer`` with its scales, without its bias and adapters."""
+    """The bytes that ``layer`` stores for its weight and scales, without its bias and adapters."""
     return sum(
         part.nbytes
         for key, value in base_state_dict(layer).items()

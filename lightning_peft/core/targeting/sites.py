@@ -184,7 +184,7 @@ def _sites_of(name: str, module: nn.Module) -> list[Site]:
     if getattr(module, "max_norm", None) is not None:
         return []  # the embedding rescales its entries when it runs, so frozen entries would not stay frozen
     if isinstance(module, ParametrizationList):
-        return []  # its parameters are no weights: what is computed from them is
+        return []  # the weight is what it computes from its parameters, not the parameters
     bare = {p: t for p, t in effective_tensors(module).items() if t is not None and t.ndim in (2, 3)}
     return [Site(join(name, p), name, module, p, WeightLayout()) for p, t in bare.items() if t.is_floating_point()]
 
@@ -255,9 +255,10 @@ def _no_linear(model: nn.Module, sites: dict[str, Site], heads: list[str], free:
 
 
 def accepted_hint(patterns: Iterable[str], sites: Mapping[str, Site]) -> str | None:
-    """Return the first of ``patterns`` that :func:`find_sites` accepts; a message suggests no others.
+    """Return the first of ``patterns`` that :func:`find_sites` accepts, so that messages suggest only patterns that
+    work.
 
-    A parameter that is no known layer's must be named, for example; its module's type does not match it.
+    A bare parameter, for example, is matched by its name only, not by the type of its module.
     """
     for pattern in dict.fromkeys(patterns):
         hits = [site for site in sites.values() if matches_site(pattern, site)]

@@ -101,7 +101,8 @@ def _upstream(nodes: Iterable[Any], marked: Mapping[Any, str], past: bool = Fals
 
 
 def try_forward(model: nn.Module, prepare: Callable[[nn.Module], None] | None = None) -> list[Tensor] | None:
-    """Return the output tensors of ``model`` on a meta input; None if no input is known that it accepts.
+    """Return the output tensors of ``model`` on a meta input; None if it accepts none of the inputs that can be
+    guessed.
 
     Args:
         model: any module; it is not changed.

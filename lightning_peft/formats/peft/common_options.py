@@ -45,7 +45,7 @@ def common_options(snapshot: Snapshot, peft_type: str) -> dict[str, Any]:
 
 
 def shared_modules_of(base: Base, modules: Iterable[str]) -> dict[str, list[str]]:
-    """Those of ``modules`` that the base also has under other names -> these names, under which PEFT adapts nothing."""
+    """Map each of ``modules`` that has several names in the base to the other names, which PEFT does not adapt."""
     shared = base.facts().get("shared", {})
     return {name: shared[name] for name in modules if name in shared}
 

@@ -64,7 +64,10 @@ class PlainPlanner(DefaultLoadPlanner):
             torch.load(value, weights_only=True)
         except Exception as error:  # a damaged pickle can raise any exception
             key = read_item.dest_index.fqn
-            raise StateError(f"{key!r} in the checkpoint is not a plain value, and was not read") from error
+            raise StateError(
+                f"{key!r} in the checkpoint is not a plain value, so it was not read: use a checkpoint "
+                "that the Trainer wrote"
+            ) from error
         value.seek(0)  # the base class reads the same bytes again, with weights_only=False
         super().load_bytes(read_item, value)
 

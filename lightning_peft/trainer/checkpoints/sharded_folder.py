@@ -18,7 +18,7 @@ from lightning_peft.core.state.state_dict import StateError
 __all__ = ["META", "check_files", "recover_path", "save_folder"]
 
 META = "meta.pt"  #: the file for everything that is not sharded
-FILES = "lightning_peft_files"  #: the key in it of the digests of the other files
+FILES = "lightning_peft_files"  #: its key for the digests of the other files
 
 
 def save_folder(strategy: Any, checkpoint: dict[str, Any], path: Path) -> None:
@@ -43,7 +43,7 @@ def save_folder(strategy: Any, checkpoint: dict[str, Any], path: Path) -> None:
         strategy.barrier()
         try:
             dcp.save(state, checkpoint_id=new)
-        except CheckpointException as error:  # a BaseException that holds the errors by rank
+        except CheckpointException as error:  # torch collects the errors of all ranks in this BaseException
             raise next(iter(error.failures.values()))[0] from error
         if strategy.is_global_zero:
             checkpoint[FILES] = {file.name: _file_digest(file) for file in sorted(new.iterdir())}

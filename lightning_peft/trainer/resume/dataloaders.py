@@ -180,7 +180,8 @@ class _Pass:
         if self.source.indexed and workers:
             batch, rng_states = batch
             record["reported"][given] = self.source.persistent_workers[given % workers] = rng_states
-            record["reported"].pop(given - 2 * workers - 1, None)  # two rounds of workers cover what is fetched ahead
+            # two rounds of workers cover the batches that are fetched ahead
+            record["reported"].pop(given - 2 * workers - 1, None)
         record["given"] += 1
         if self.order is not None:
             record["asked"] = self.order.asks.count

@@ -16,7 +16,7 @@ def finish_epoch(trainer: Any) -> None:
     """
     fit = trainer.fit_loop
     epoch = fit.epoch_loop
-    # While it is set, plateau schedulers are not stepped at the end of the epoch in which the run resumed.
+    # Lightning clears this flag only after the resumed epoch, and steps no plateau scheduler while it is set.
     fit._restarting = False
     if not _before_epoch_end(fit):
         return

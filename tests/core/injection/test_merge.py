@@ -114,7 +114,7 @@ def test_merging_into_bfloat16_rounds_once():
 @pytest.mark.parametrize("verb", [lp.set_active, lambda model: lp.disabled(model).__enter__()])
 def test_adapters_of_a_merged_model_cannot_be_disabled(verb):
     model = _merged()
-    with pytest.raises(ValueError, match=r"merged into the base: lp.unmerge\(model\) first"):
+    with pytest.raises(ValueError, match=r"merged into the base: call lp.unmerge\(model\) first"):
         verb(model)
 
 

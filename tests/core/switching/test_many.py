@@ -89,7 +89,7 @@ def test_what_cannot_be_deleted():
     with pytest.raises(ValueError, match=r"no adapter named 'b'; the model has \['default'\]"):
         lp.delete_adapter(model, "b")
     lp.merge(model)
-    with pytest.raises(ValueError, match=r"'default' is merged into the base: lp.unmerge"):
+    with pytest.raises(ValueError, match=r"'default' is merged into the base: call lp.unmerge"):
         lp.delete_adapter(model, "default")
 
 

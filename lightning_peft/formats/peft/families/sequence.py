@@ -92,7 +92,10 @@ class _PromptConverter(Converter):
             )
         inner = base.inner(outer)
         if inner is None:
-            raise FormatError(f"the module that takes the tokens, {outer!r}, is outside the base: load onto the base")
+            raise FormatError(
+                f"the module that takes the tokens, {outer!r}, is outside the base model: load the "
+                "adapter onto the base model itself"
+            )
         return Reading(method, {inner: {"prompt": prompt[:tokens].clone()}})
 
 
@@ -129,10 +132,10 @@ class PrefixTuningConverter(Converter):
         method = snapshot.method
         assert isinstance(method, PrefixTuning)
         if method.gate:
-            raise NotInPeftError("PEFT's prefixes have no gate. For PEFT to read it, train with gate=False")
+            raise NotInPeftError("PEFT's prefixes have no gate. To save for PEFT, train with gate=False")
         if not method.shift_positions:
             raise NotInPeftError(
-                "PEFT counts positions from the end of the prefix. For PEFT to read it, train with shift_positions=True"
+                "PEFT counts positions from the end of the prefix. To save for PEFT, train with shift_positions=True"
             )
         (task, heads), adapters = task_of(snapshot.base), _adapters(snapshot, PrefixAdapter)
         everywhere = find_attention(snapshot.base.module, "all-attention", (), method.kv_dim)
