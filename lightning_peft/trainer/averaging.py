@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -91,18 +90,8 @@ def _renamed(state: Mapping[str, torch.Tensor], old: str, new: str) -> dict[str,
 
 
 def adapt_averaging(callbacks: list[Callback]) -> None:
-    """Adapt all weight averaging callbacks, at any position in the list, to modules with adapters.
-
-    Raises:
-        MisconfigurationException: if one is a StochasticWeightAveraging.
-    """
+    """Adapt all weight averaging callbacks, at any position in the list, to modules with adapters."""
     for callback in callbacks:
-        if isinstance(callback, lightning_classes("callbacks.StochasticWeightAveraging")):
-            raise MisconfigurationException(
-                "StochasticWeightAveraging is not supported with PEFT methods: it copies the model before the adapters "
-                "are injected, and resets the statistics of frozen norm layers. Use "
-                "lightning.pytorch.callbacks.WeightAveraging or EMAWeightAveraging"
-            )
         if isinstance(callback, lightning_classes("callbacks.WeightAveraging")):
             add_mixin(callback, TrainableAveraging)
             callback._average_model = None

@@ -38,6 +38,7 @@ from lightning_peft.trainer.audit_ranks import audit_ranks
 from lightning_peft.trainer.averaging import adapt_averaging
 from lightning_peft.trainer.missing_callbacks import audit_callbacks
 from lightning_peft.trainer.modes import TrainingMode
+from lightning_peft.trainer.refused_callbacks import refuse_callbacks
 from lightning_peft.trainer.resume.dataloaders import TrainingLoaders
 from lightning_peft.trainer.resume.rng_state import gather_ranks, rng_state, this_rank
 from lightning_peft.trainer.saving_trial import try_saving
@@ -66,6 +67,7 @@ class Lifecycle(Callback):
         self._went_backward = False  # whether backward ran since the last optimizer step
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        refuse_callbacks(trainer.callbacks)  # type: ignore[attr-defined]
         adapt_averaging(trainer.callbacks)  # type: ignore[attr-defined]
         adapt_strategy(trainer, self._loaders)
 

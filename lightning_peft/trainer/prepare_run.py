@@ -11,6 +11,7 @@ from lightning_peft.trainer.bitsandbytes_precision import defer_class_replacemen
 from lightning_peft.trainer.lifecycle import Lifecycle
 from lightning_peft.trainer.module import adapt_module
 from lightning_peft.trainer.packages import check_packages
+from lightning_peft.trainer.refused_callbacks import refuse_callbacks
 from lightning_peft.trainer.strategy import adapt_strategy
 
 __all__ = ["prepare_run"]
@@ -25,6 +26,7 @@ def prepare_run(trainer: L.Trainer, module: L.LightningModule) -> None:
     """
     check_packages(trainer, module)
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    refuse_callbacks(callbacks)
     methods = [i for i, c in enumerate(callbacks) if hasattr(c, "plan") and hasattr(c, "resume_may_differ")]
     there = [c for c in callbacks if isinstance(c, Lifecycle)]
     if not there:
