@@ -223,7 +223,7 @@ class PEFTCLI(LightningCLI):
 
         def configure_optimizers(module: L.LightningModule) -> Any:
             with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", ".*will be overridden by")  # as the user asks for
+                warnings.filterwarnings("ignore", ".*will be overridden by")  # with the user's schedule
                 add(subcommand)
             return vars(module).pop("configure_optimizers")()
 
@@ -262,8 +262,9 @@ def main(args: Sequence[str] | None = None) -> None:
 
     given = list(sys.argv[1:] if args is None else args)
     if os.getcwd() not in sys.path:
-        # Find modules in the current folder, but after all installed packages, since the folder may contain anything.
-        # Not "": jsonargparse changes the folder while it parses a file.
+        # Find modules in the current folder, but only after all installed packages, because the folder may hold a
+        # module of the same name. The absolute path is used instead of "", because jsonargparse changes the current
+        # folder while it parses a file.
         sys.path.append(os.getcwd())
     try:
         if given[:1] == ["inspect"] and names_a_path(given[1:]):

@@ -98,7 +98,7 @@ def _from_directory(directory: Path, base: str | None, name: str | None, of_mode
             f"{directory} is a sharded checkpoint, which cannot be merged: save one file with a full state dict"
         )
     if base is not None and name is not None:
-        raise StateError("--base and --model both name the base of the adapter: give only one of them")
+        raise StateError("--base and --model both name the base of the adapter: pass only one of them")
     model: nn.Module = _base(directory, base) if name is None else build_module(name, of_model)
     for step in saved_preparations(directory):
         lp.apply(model, step)
@@ -119,7 +119,7 @@ def _base(directory: Path, base: str | None) -> nn.Module:
     found = getattr(transformers, str(architecture), None)
     if not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):
         raise StateError(
-            f"the config.json of {where} does not name a model class of transformers: give the class with --model"
+            f"the config.json of {where} does not name a model class of transformers: pass the class with --model"
         )
     return load_model(found, where, pretrained=True, dtype=None)
 

@@ -90,7 +90,7 @@ def find_module(name: str) -> type[L.LightningModule]:
     except (ImportError, AttributeError) as error:
         raise StateError(f"--model {name}: {error}") from error
     if not isinstance(found, type) or not issubclass(found, lightning_classes("LightningModule")):
-        raise StateError(f"--model {name} is not a LightningModule: give my.package.Module, or one of {tasks.__all__}")
+        raise StateError(f"--model {name} is not a LightningModule: pass my.package.Module, or one of {tasks.__all__}")
     return found
 
 
@@ -147,6 +147,6 @@ def load_module(checkpoint: str | Path, name: str | None, arguments: Mapping[str
         return lp.load_from_checkpoint(module_class, checkpoint, **arguments)
     except TypeError as error:
         raise StateError(
-            f"{name} cannot be built from the hyperparameters in the checkpoint ({error}): give the missing ones as "
+            f"{name} cannot be built from the hyperparameters in the checkpoint ({error}): pass the missing ones as "
             "--model.<argument>=<value>, or call self.save_hyperparameters() in its __init__ before training"
         ) from error

@@ -41,7 +41,10 @@ def serve(args: Sequence[str]) -> None:
     )
     add_model_option(parser, "the class of the base, a LightningModule", required=True)
     parser.add_argument(
-        "--adapters", required=True, metavar="DIR", help="a folder; each adapter directory in it is served by its name"
+        "--adapters",
+        required=True,
+        metavar="DIR",
+        help="the folder of adapter directories; the name of a subfolder is the name of its adapter",
     )
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 accepts other machines; default: %(default)s")
     parser.add_argument("--port", type=int, default=8000, help="default: %(default)s")
@@ -50,20 +53,26 @@ def serve(args: Sequence[str]) -> None:
         "--data", metavar="CLASS", help="a DataModule that prepares texts or other rows, such as TextClassificationData"
     )
     parser.add_argument("--data_args", default="{}", help="its arguments as YAML, such as '{text: question}'")
-    parser.add_argument("--tokenizer", help="of a language model: a folder or hub id; default: that of the model")
+    parser.add_argument(
+        "--tokenizer", help="the tokenizer of a language model, a folder or hub id; default: the model's own"
+    )
     parser.add_argument("--accelerator", default="auto", choices=["auto", "cpu", "cuda", "mps"])
-    parser.add_argument("--max_batch_size", type=int, default=32, help="rows that run together; default: %(default)s")
+    parser.add_argument(
+        "--max_batch_size", type=int, default=32, help="maximum number of rows that run together; default: %(default)s"
+    )
     parser.add_argument(
         "--max_memory", type=_bytes, help="memory for loaded adapters, such as 500MB or 2GB; default: no limit"
     )
-    parser.add_argument("--max_queue", type=int, default=256, help="requests that may wait; default: %(default)s")
+    parser.add_argument(
+        "--max_queue", type=int, default=256, help="maximum number of requests that run or wait; default: %(default)s"
+    )
     parser.add_argument("--max_body", type=_bytes, default="4MB", help="largest request; default: %(default)s")
     parser.add_argument("--timeout", type=float, default=60, help="seconds for a request; default: %(default)s")
     parser.add_argument("--max_new_tokens", type=int, default=256, help="longest text; default: %(default)s")
     parser.add_argument(
         "--api_key",
         default=os.environ.get(_KEY),
-        help=f"refuse requests without this key; better set as ${_KEY}, which other users of the machine cannot see",
+        help=f"refuse requests without this key; safer as the variable {_KEY}, which other users cannot see",
     )
     options, arguments = parse(parser, args)
     try:
@@ -128,7 +137,7 @@ def _build(
 
 
 def _tokenizer(module: Any, name: str, wanted: str | None) -> Any:
-    """Return the tokenizer of a module: the one that the user names, that of its model, or its own."""
+    """Return the tokenizer that the user names, or else that of the module or of its model."""
     from lightning_peft.pretrained import load_tokenizer
 
     model = wanted or getattr(module, "hparams", {}).get("model")

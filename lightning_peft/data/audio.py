@@ -25,11 +25,11 @@ class AudioFolderData(ClassFolderData):
     need ``soundfile``. In ``predict``, the folder may hold recordings directly, and ``labels`` are absent.
 
     Args:
-        source: A folder with a folder of recordings for each class.
-        validation: Another one, or ``None``.
-        test: Another one, or ``None``.
+        source: A folder with a subfolder of recordings for each class.
+        validation: The folder of the validation split, or ``None``.
+        test: The folder of the test split, or ``None``.
         sampling_rate: Samples per second that the model expects. A file with another rate is refused.
-        max_seconds: Longer recordings lose their end.
+        max_seconds: Longer recordings are cut at the end.
         **options: ``predict`` (a folder), ``validation_fraction``, ``batch_size`` and ``num_workers``, as for
             :class:`TableDataModule`.
 
@@ -56,7 +56,7 @@ class AudioFolderData(ClassFolderData):
         self.sampling_rate, self.max_seconds = sampling_rate, max_seconds
 
     def check_file(self, path: Path) -> None:
-        """Check that the file has sound at the expected rate."""
+        """Check that the file is sound with the expected sampling rate."""
         samples, rate = _read(path, 1)
         if rate != self.sampling_rate:
             raise InputError(
@@ -83,7 +83,7 @@ def _read(path: Path, samples: int) -> tuple[Tensor, int]:
             if bits in _INTEGERS:
                 data = bytearray(file.readframes(samples))
                 found = torch.frombuffer(data, dtype=_INTEGERS[bits]).float() if data else torch.zeros(0)
-                # Integers of 8 bits have no sign; their middle is silence.
+                # Samples of 8 bits are unsigned, and silence is in the middle of their range.
                 return ((found - (128 if bits == 8 else 0)) / 2 ** (bits - 1)).view(-1, channels).mean(1), rate
     try:
         import soundfile

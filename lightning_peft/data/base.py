@@ -29,7 +29,7 @@ _STAGES = {
 }
 
 
-#: arguments that choose rows or batches, but do not change the examples that rows become
+#: arguments that choose rows or batches, but do not change the example that a row becomes
 _WITHOUT_EFFECT = frozenset(
     {"source", "validation", "test", "predict", "validation_fraction", "batch_size", "num_workers", "group_by_length"}
 )
@@ -155,7 +155,7 @@ class TableDataModule(L.LightningDataModule):
         return self.source if wanted is None or not is_file(self.source) else wanted
 
     def table(self, split: str) -> Dataset:
-        """Return a split with all of its columns, after checking that it has those that are needed.
+        """Return a split with all of its columns, after checking that none of the needed columns is missing.
 
         Raises:
             FileNotFoundError: The file does not exist.
@@ -247,7 +247,7 @@ class TableDataModule(L.LightningDataModule):
         return Hasher.hash([table._fingerprint, split, code, arguments, self._prepared_with()])
 
     def _prepared_with(self) -> str:
-        """What else the examples depend on."""
+        """Further values that the examples depend on."""
         return ""
 
     def _check_adapters(self, examples: Sequence[Example], rows: list[dict[str, Any]]) -> None:
@@ -264,7 +264,7 @@ class TableDataModule(L.LightningDataModule):
                 )
 
     def sampler(self, split: str) -> Sampler[int] | None:
-        """The order of a split; None shuffles the training split and keeps the order of the others."""
+        """A sampler for the split; None shuffles the training split and keeps the order of the others."""
         return None
 
     def _loader(self, split: str) -> DataLoader[Example]:
@@ -308,7 +308,7 @@ class TextDataModule(TableDataModule):
         self.tokenizer: Any = None
 
     def setup(self, stage: str | None = None) -> None:
-        """Load the tokenizer, the requested one or that of the Trainer's module, and check the splits.
+        """Load the tokenizer (the requested one, or that of the Trainer's module), and check the splits.
 
         Raises:
             FileNotFoundError: A file does not exist.
@@ -394,5 +394,5 @@ class _Collate:
 def _has_source(kind: type) -> bool:
     try:
         return bool(inspect.getsource(kind))
-    except (OSError, TypeError):  # defined in an interactive session
+    except (OSError, TypeError):  # a class that is defined in an interactive session has no file
         return False

@@ -24,11 +24,11 @@ _ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "ass
 
 
 class ChatData(TextDataModule):
-    """Conversations, of which the model learns the assistant's messages only.
+    """Conversations; the loss is on the assistant's messages only.
 
     A row is a list of messages ``{"role": ..., "content": ...}`` with the roles ``system``, ``user`` and ``assistant``.
-    The tokenizer's chat template turns it into text. The loss is on the assistant's messages and on what the template
-    writes after them to end them.
+    The tokenizer's chat template turns it into text. The loss is on the assistant's messages, including the tokens with
+    which the template ends them.
 
     Args:
         source: The path of a json, jsonl or parquet file, or the id of a hub dataset.
@@ -39,10 +39,10 @@ class ChatData(TextDataModule):
         content: The entry with its text (``"value"`` in ShareGPT files).
         chat_template: ``None`` for the tokenizer's own, ``"plain"`` for lines such as ``User: ...``, or the path of a
             file with a Jinja template.
-        packing: Put several conversations into one training example of ``max_length`` tokens. They do not see one
+        packing: Put several conversations into one training example of ``max_length`` tokens. They do not attend to one
             another, and no computation is spent on padding.
         batch_size: Conversations, or packs, per batch and process.
-        max_length: Longer conversations lose their end.
+        max_length: Longer conversations are cut at the end.
         **options: ``tokenizer``, ``predict``, ``validation_fraction`` and the others of :class:`TextDataModule`.
             ``predict`` answers the last message that is not the assistant's.
 
@@ -108,8 +108,8 @@ class ChatData(TextDataModule):
             found = []
         if not found:
             raise InputError(
-                f"row {row} of {self.where(split)!r} has no list of messages with {self.role!r} and {self.content!r} "
-                f"in the column {self.messages!r}, but {str(value)[:80]!r}."
+                f"row {row} of {self.where(split)!r} does not have a list of messages with {self.role!r} and "
+                f"{self.content!r} in the column {self.messages!r}, but {str(value)[:80]!r}."
             )
         return [{**message, "role": _ROLES.get(message["role"], message["role"])} for message in found]
 
@@ -120,8 +120,8 @@ class ChatData(TextDataModule):
         return pack(found, self.max_length) if self.packing and split == "train" else found
 
     def collate(self, examples: list[Example], split: str) -> dict[str, Tensor]:
-        """``input_ids``, ``attention_mask`` and ``labels``, ``(batch, longest)``; packs have ``position_ids`` instead
-        of a mask. In ``predict``, prompts are padded on the left and have no labels."""
+        """``input_ids``, ``attention_mask`` and ``labels``, ``(batch, longest)``; packed examples have ``position_ids``
+        instead of a mask. In ``predict``, prompts are padded on the left and have no labels."""
         if split == "predict":
             return self.pad(examples, "left")
         if "position_ids" in examples[0]:
@@ -154,7 +154,8 @@ class ChatData(TextDataModule):
         return {"input_ids": ids[: self.max_length], "labels": labels[: self.max_length]}
 
     def _pieces(self, messages: list[dict[str, str]], split: str, row: int) -> list[tuple[str, bool]]:
-        """The text of a conversation up to its last answer in pieces; True marks an answer with its end."""
+        """The text of a conversation up to its last answer, in pieces; True marks an answer, including its end
+        tokens."""
         pieces: list[tuple[str, bool]] = []
         done = ""
         for i, message in enumerate(messages):

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class ClassFolderData(LabelledData):
-    """Files in one folder per class; the folders' names are the labels. A base class.
+    """Base class for files in one folder per class; the folders' names are the labels.
 
     A subclass sets ``suffixes`` and ``kind``, and implements :meth:`check_file` and ``collate``.
     """

@@ -29,8 +29,8 @@ class GenerationData(TextDataModule):
             at its first separator, ``prompt`` names the column, and ``target`` is not read.
         template: The format of the prompt for the model; ``"{prompt}"`` is replaced by the row's prompt. It may name
             columns instead: ``"{instruction}\\n{input}\\n"``. Empty cells become empty texts.
-        packing: Put several examples into one training example of ``max_length`` tokens. They do not see one another,
-            and no computation is spent on padding.
+        packing: Put several examples into one training example of ``max_length`` tokens. They do not attend to one
+            another, and no computation is spent on padding.
         tokenizer: A model's folder or hub id; ``None`` uses the tokenizer of the module being trained.
         batch_size: Examples per batch and process.
         max_length: The maximum number of tokens per example.
@@ -81,7 +81,9 @@ class GenerationData(TextDataModule):
         if not self.fields:
             raise InputError(f"template={template!r} has no '{{prompt}}', so every prompt would be the same: add it.")
         if separator == "":
-            raise InputError("separator='' separates nothing: pass None if prompt and target are two columns.")
+            raise InputError(
+                "separator='' cannot separate a prompt from its target: pass None if they are two columns."
+            )
         self.prompt, self.target, self.separator, self.template = prompt, target, separator, template
         self.packing = packing
         inputs = [prompt if field == "prompt" else field for field in self.fields]
@@ -142,7 +144,8 @@ class GenerationData(TextDataModule):
     def collate(self, examples: list[Example], split: str) -> dict[str, Tensor]:
         """``input_ids``, ``attention_mask``, ``labels``: ``(batch, longest)``; labels of -100 are ignored.
 
-        In ``predict``, prompts are padded on the left and have no labels. Packs have ``position_ids`` and no mask.
+        In ``predict``, prompts are padded on the left and have no labels. Packed examples have ``position_ids`` and no
+        mask.
         """
         if split == "predict":
             return self.pad(examples, "left")

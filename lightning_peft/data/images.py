@@ -27,9 +27,9 @@ class ImageFolderData(ClassFolderData):
     may hold images directly, and ``labels`` are absent.
 
     Args:
-        source: A folder with a folder of images for each class.
-        validation: Another one, or ``None``.
-        test: Another one, or ``None``.
+        source: A folder with a subfolder of images for each class.
+        validation: The folder of the validation split, or ``None``.
+        test: The folder of the test split, or ``None``.
         size: Images are resized to this many pixels in height and width.
         mean: The mean to subtract from each channel, for values in [0, 1]; ImageNet's by default.
         std: The standard deviation to divide each channel by.

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class LabelledData(TableDataModule):
-    """A DataModule whose rows have labels; name it before the other base class.
+    """Mixin for a DataModule whose rows have labels; list it before the other base class.
 
     Labels may be names or numbers, and are numbered in sorted order. A subclass implements :meth:`all_labels`.
 
@@ -27,7 +27,7 @@ class LabelledData(TableDataModule):
     _numbers: dict[str, int] = {}
 
     def setup(self, stage: str | None = None) -> None:
-        """Find the labels, those that the module names or those of the training split, and check every split.
+        """Find the labels (those that the module names, or else those of the training split), and check every split.
 
         Raises:
             InputError: There is only one label, a row has none, or a split has one that never occurs in training.
@@ -51,13 +51,13 @@ class LabelledData(TableDataModule):
         raise NotImplementedError
 
     def numbers(self) -> dict[str, int]:
-        """The number of each label's name."""
+        """Map each label's name to its number."""
         if len(self._numbers) != len(self.labels):
             self._numbers = {label_name(label): number for number, label in enumerate(self.labels)}
         return self._numbers
 
     def named(self, value: Any, column: str) -> Any:
-        """The name of a number of a hub dataset that names its numbers; any other value as it is."""
+        """The name of a label that a hub dataset stores as a number; any other value unchanged."""
         feature = self._tables["train"].features[column] if "train" in self._tables else None
         names = getattr(getattr(feature, "feature", feature), "names", None)
         return names[value] if names is not None and isinstance(value, int) else value

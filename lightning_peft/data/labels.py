@@ -86,7 +86,7 @@ def number_of(value: Any, numbers: dict[str, int], split: str, row: int | None =
 
 
 def label_name(value: Any) -> str:
-    """A label's name: numbers that a file stores as ``3.0`` because a row is empty are ``"3"``."""
+    """A label as a string. ``3.0`` becomes ``"3"``, because an empty row turns a column of integers into floats."""
     return str(int(value)) if isinstance(value, float) and value == int(value) else str(value)
 
 

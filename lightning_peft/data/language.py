@@ -30,7 +30,7 @@ class LanguageModelData(TextDataModule):
         block_size: Join the training texts, including special tokens, and cut them into blocks of this many tokens. The
             rest is dropped. ``None`` keeps one text per example. Other splits are never joined.
         packing: Put several texts into one training example of ``max_length`` tokens. Unlike the texts of a block, they
-            do not see one another.
+            do not attend to one another.
         tokenizer: A model's folder or hub id; ``None`` uses the tokenizer of the module being trained.
         batch_size: Examples per batch and process.
         max_length: Longer texts are cut to this many tokens.

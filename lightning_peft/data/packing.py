@@ -1,4 +1,4 @@
-"""Pack several texts into one training example, in which they do not see one another."""
+"""Pack several texts into one training example, in which they do not attend to one another."""
 
 from __future__ import annotations
 
@@ -33,7 +33,10 @@ def pack(examples: Sequence[Example], size: int) -> list[Example]:
 
 
 def collate_packs(packs: Sequence[Example], pad_token_id: int) -> dict[str, Tensor]:
-    """``input_ids``, ``labels`` and ``position_ids``, ``(batch, longest)``; each padding token is a text of its own."""
+    """``input_ids``, ``labels`` and ``position_ids``, ``(batch, longest)``.
+
+    Each padding token counts as a text of its own, so no real token attends to it.
+    """
     fill = {"input_ids": pad_token_id, "labels": -100, "position_ids": 0}
     return {
         name: pad_sequence([torch.tensor(pack[name]) for pack in packs], batch_first=True, padding_value=value)

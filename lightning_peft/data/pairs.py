@@ -12,7 +12,7 @@ from lightning_peft.data.base import Example, TextDataModule
 class TextPairData(TextDataModule):
     """Pairs of texts that should have similar embeddings: a question and its answer, a text and its paraphrase.
 
-    A batch should not contain two pairs that also belong together, because the model learns to tell them apart.
+    The loss treats the other texts of a batch as negatives, so a batch should not contain two pairs that also match.
 
     Args:
         source: The path of a csv, tsv, json, jsonl or parquet file, or the id of a hub dataset.

@@ -24,7 +24,8 @@ class QuestionAnsweringData(TextDataModule):
         question: The column of questions.
         context: The column of contexts; the end of a long one is cut.
         answer: The column of answers: texts that occur in the context (the first occurrence counts), or SQuAD's
-            ``{"text": [...], "answer_start": [...]}``. An empty answer means that the context has none.
+            ``{"text": [...], "answer_start": [...]}``. An empty answer means that the context does not contain the
+            answer.
         max_length: The maximum number of tokens of a question and its context.
         **options: ``tokenizer``, ``batch_size``, ``predict`` and the others of :class:`TextDataModule`.
     """
@@ -95,7 +96,7 @@ class QuestionAnsweringData(TextDataModule):
         """``input_ids`` and ``attention_mask``, ``(batch, longest)``; ``offsets`` and ``contexts``, lists.
 
         Except in ``predict``, also ``labels``, ``(batch, 2)``, the first and the last token of each answer, and
-        ``answers``, a list of texts. The answer of a context that has none is its first token.
+        ``answers``, a list of texts. If the context does not contain the answer, both are the first token.
         """
         batch: dict[str, Any] = self.pad(examples)
         batch |= {"offsets": [e["offsets"] for e in examples], "contexts": [e["context"] for e in examples]}

@@ -14,7 +14,7 @@ class SequenceToSequenceData(GenerationData):
     """Texts with the texts that T5, BART or a similar model should write for them: summaries, translations.
 
     The arguments are those of :class:`GenerationData`: ``prompt`` and ``target`` name the columns, ``template`` may add
-    what the model expects before a text (``"summarize: {prompt}"``). Both texts are cut to ``max_length`` tokens.
+    an instruction that the model expects (``"summarize: {prompt}"``). Both texts are cut to ``max_length`` tokens.
 
     Example::
 

@@ -105,7 +105,7 @@ def _from_file(source: str, split: str) -> Dataset:
         while cause.__cause__ is not None:
             cause = cause.__cause__
         said = str(cause).strip().splitlines() or [type(cause).__name__]
-        if "corresponds to no data" in said[0]:  # what datasets says of a table with a header alone
+        if "corresponds to no data" in said[0]:  # the error of datasets for a table that has only a header
             raise InputError(f"the {split} split is empty: {source!r} has no rows.") from error
         raise InputError(f"{source!r} cannot be read as {kind}: {said[0]}") from error
 

@@ -161,7 +161,7 @@ class TextClassificationData(LabelledData, _TextsWithTargets):
     def _values(self, table: Dataset, split: str) -> list[Any]:
         if self.label_separator is None:
             return label_values(table, self.label, self.where(split))
-        # In a file with several labels per row, an empty cell is a row without any.
+        # If rows have several labels, an empty cell means a row without labels.
         return [self._parts(value) for value in table[self.label][:]]
 
     def _parts(self, value: Any) -> list[Any]:

@@ -66,7 +66,7 @@ class TokenClassificationData(LabelledData, TextDataModule):
             report_balance(list(chain(*values)), split)
 
     def words(self, value: Any, split: str, row: int) -> list[str]:
-        """The words of a row.
+        """The words of a row, as a list.
 
         Raises:
             InputError: There are none.
@@ -94,7 +94,7 @@ class TokenClassificationData(LabelledData, TextDataModule):
         for i, row in enumerate(rows):
             of_token = tokens.word_ids(i)
             first = [w if w is not None and w not in of_token[:at] else None for at, w in enumerate(of_token)]
-            if split == "predict":  # the words themselves are predicted, those that were cut too
+            if split == "predict":  # keep the words, including those cut off, because predictions are written per word
                 starts = [of_token.index(word) if word in of_token else -1 for word in range(len(words[i]))]
                 examples.append({"input_ids": tokens["input_ids"][i], "starts": starts})
                 continue

@@ -27,8 +27,8 @@ class ImageData(L.LightningDataModule):
 
     Args:
         train: The path of an ``.npz`` file.
-        validation: Another one, or ``None``.
-        test: Another one, which ``predict`` also uses, or ``None``.
+        validation: The file of the validation split, or ``None``.
+        test: The file of the test split, which ``predict`` also uses, or ``None``.
         images: The name of the array of images.
         labels: The name of the array of labels.
         mean: The mean to subtract from each channel, for values in [0, 1]; ImageNet's by default.

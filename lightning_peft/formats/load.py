@@ -91,7 +91,7 @@ def load_adapter(
     if name is not None and len(folders) > 1:
         raise ValueError(
             f"{directory} holds several adapters ({', '.join(f.name for f in folders)}), which cannot all be called "
-            f"{name!r}: give the folder of one, such as {folders[0]}, or leave out name"
+            f"{name!r}: pass the folder of one, such as {folders[0]}, or leave out name"
         )
     taken = [*adapter_names(root), *(record.methods if (record := injection_state(root)) is not None else ())]
     plans: dict[str, tuple[Method, Plan]] = {}

@@ -57,14 +57,14 @@ class GenerateJob:
 
 @dataclass
 class Event:
-    """What a request gets.
+    """A message for a request: a part of its answer, or an error.
 
     Attributes:
-        uid: of the request.
-        content: of a prediction: ``{"predictions": [...]}``. Of texts: ``{"index", "text", "finish_reason",
+        uid: the id of the request.
+        content: for a prediction, ``{"predictions": [...]}``; for a text, ``{"index", "text", "finish_reason",
             "prompt_tokens", "completion_tokens"}``.
-        last: whether nothing follows.
-        error: the refusal, instead of ``content``.
+        last: whether this is the request's last message.
+        error: the error, if the request failed; ``content`` is then empty.
     """
 
     uid: Any
@@ -78,11 +78,11 @@ class _Running:
     """A request that has been accepted.
 
     Attributes:
-        uid: of the request.
+        uid: the id of the request.
         job: the request.
         loaded: its adapter in memory.
-        answers: of a prediction: the answers so far.
-        texts: of texts: all that are not complete, with their index.
+        answers: for a prediction, the answers so far.
+        texts: the texts that are not complete, with their index.
         parts: the parts of each text so far, if they are not sent one by one.
     """
 
@@ -103,8 +103,8 @@ class Engine:
 
     Args:
         pool: the adapters.
-        predictor: for predictions; None if the module has no ``predict_step``.
-        generator: for texts; None if the model does not generate.
+        predictor: runs predictions; None if the module has no ``predict_step``.
+        generator: generates texts; None if the model cannot.
         max_batch_size: the largest number of rows that run together.
     """
 
@@ -127,18 +127,18 @@ class Engine:
         return bool(self._running)
 
     def submit(self, uid: Any, job: PredictJob | GenerateJob) -> list[Event]:
-        """Accept a request. Returns the refusal, if it cannot be answered."""
+        """Accept a request. Returns the error if it cannot be answered; None otherwise."""
         try:
             if isinstance(job, PredictJob):
                 self._accept_prediction(uid, job)
             else:
                 self._accept_texts(uid, job)
-        except Exception as error:  # a text may make the tokenizer raise anything
+        except Exception as error:  # a tokenizer can raise any exception
             return [Event(uid, {}, True, _refusal(error))]
         return []
 
     def cancel(self, uid: Any) -> None:
-        """Drop a request whose client has left."""
+        """Drop a request whose client has disconnected."""
         request = self._running.get(uid)
         if request is None:
             return
@@ -181,8 +181,8 @@ class Engine:
                 raise RequestError(400, "the model's tokenizer has no chat template: use /v1/completions")
             try:
                 ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
-            except Exception as error:  # a template is code of the model's author, and may raise anything
-                raise RequestError(400, f"messages: the chat template refuses them: {error}") from error
+            except Exception as error:  # a template is code of the model's author, and can raise any exception
+                raise RequestError(400, f"the chat template does not accept these messages: {error}") from error
         else:
             ids = tokenizer(prompt)["input_ids"]
         if not ids:

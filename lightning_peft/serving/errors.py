@@ -1,4 +1,4 @@
-"""The one exception that becomes an answer to a client."""
+"""The exception whose message is sent to the client."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ __all__ = ["RequestError"]
 
 
 class RequestError(Exception):
-    """A request that gets an error instead of an answer.
+    """Raised for a request that cannot be answered.
 
     Args:
         status: the HTTP status, such as 404.
         message: what is wrong and what to do, for the client. It never contains a path of the server.
-        retry_after: after how many seconds the same request may succeed (only with status 503).
+        retry_after: the number of seconds after which the client may try again (only with status 503).
     """
 
     def __init__(self, status: int, message: str, retry_after: int | None = None) -> None:

@@ -32,7 +32,7 @@ class _Batch:
 
     Attributes:
         texts: one for each row.
-        cache: of their tokens but the last.
+        cache: the KV cache of all their tokens except the last one.
         mask: (rows, length of the cache), 1 for visible tokens.
         joins: whether other texts can join.
     """
@@ -48,8 +48,8 @@ class Generator:
 
     Args:
         network: the model.
-        context: of the module that holds its adapters.
-        tokenizer: of the model.
+        context: the :class:`RowsContext` of the module that holds its adapters.
+        tokenizer: the model's tokenizer.
     """
 
     def __init__(self, network: Any, context: RowsContext, tokenizer: Any) -> None:
@@ -57,12 +57,12 @@ class Generator:
         self._takes = inspect.signature(network.forward).parameters.keys()
         self._waiting: list[GeneratedText] = []
         self._batches: list[_Batch] = []
-        self._joins: dict[str | None, bool] = {}  # by adapter, known from its first text
+        self._joins: dict[str | None, bool] = {}  # whether caches can be joined, by adapter; known after its first text
         self._cache_name = ""
         ends = network.generation_config.eos_token_id
         self.end = frozenset([ends] if isinstance(ends, int) else ends or ())
         config = network.config.get_text_config(decoder=True)
-        #: the largest number of tokens of a prompt and its text; None if the configuration does not say
+        #: the maximum number of tokens of a prompt with its text; None if the configuration does not have it
         self.positions: int | None = getattr(config, "max_position_embeddings", None)
         self._can_join = self._check_joined()
 
@@ -70,7 +70,7 @@ class Generator:
         return len(self._waiting) + sum(len(batch.texts) for batch in self._batches)
 
     def new(self, prompt: Sequence[int], adapter: str | None, sampling: Sampling, seed: int | None) -> GeneratedText:
-        """Return a text that has not started."""
+        """Return a new text, of which no token is generated yet."""
         return GeneratedText(prompt, adapter, replace(sampling, seed=seed), self.tokenizer, self.end)
 
     def add(self, text: GeneratedText) -> None:
@@ -82,7 +82,7 @@ class Generator:
         self._waiting, self._batches = [], []
 
     def remove(self, text: GeneratedText) -> None:
-        """Drop a text that nobody waits for any more."""
+        """Drop a text whose client has disconnected."""
         text.finish = "cancelled"
         self._waiting = [other for other in self._waiting if other is not text]
 
@@ -127,7 +127,7 @@ class Generator:
         mask = torch.tensor(real, device=self.network.device)
         logits, cache = self._run(texts, torch.tensor(ids, device=mask.device), mask, None)
         joins = self._can_join and can_join(cache, length)
-        if len(self._joins) > 10_000:  # adapters that were deleted since
+        if len(self._joins) > 10_000:  # forget adapters that were deleted since
             self._joins.clear()
         self._joins.setdefault(texts[0].adapter, joins)
         return _Batch(texts, cache, mask, joins), logits
@@ -167,7 +167,7 @@ class Generator:
 
     @torch.inference_mode()
     def _check_joined(self) -> bool:
-        """Whether two texts of different lengths, joined, continue as each does alone; tried before serving starts."""
+        """Whether two joined texts of different lengths continue as each does alone; called before serving starts."""
         tokens = torch.arange(6, device=self.network.device) % self.network.get_input_embeddings().num_embeddings
         prompts: list[Tensor] = [tokens[None, :5], tokens[None, :3]]
         step = tokens[None, 5:]

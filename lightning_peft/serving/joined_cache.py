@@ -18,8 +18,8 @@ __all__ = ["can_join", "join", "select"]
 def can_join(cache: Any, length: int) -> bool:
     """Whether a cache of ``length`` tokens can be padded and joined.
 
-    That holds if each of its layers has only keys and values (batch, heads, length, width), of all tokens. It does not
-    hold for sliding windows, recurrent states and caches with virtual tokens.
+    This is possible if each of its layers has only keys and values (batch, heads, length, width), of all tokens. It is
+    not possible with sliding windows, recurrent states, or virtual tokens in the cache.
     """
     layers = getattr(cache, "layers", None)
     if not layers:
@@ -37,7 +37,7 @@ def join(caches: list[Any], masks: list[Tensor]) -> tuple[Any, Tensor]:
     """Join caches into one; their rows follow each other.
 
     Args:
-        caches: each fulfils :func:`can_join`.
+        caches: :func:`can_join` must be true for each.
         masks: the attention mask (rows, length) of each, 1 for visible tokens.
 
     Returns:

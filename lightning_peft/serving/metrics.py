@@ -1,4 +1,4 @@
-"""What the server counts, for Prometheus."""
+"""The server's metrics, for Prometheus."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Metrics:
         self._seconds.labels(route).observe(seconds)
 
     def engine(self, batch_rows: int, adapters: int, nbytes: int) -> None:
-        """Take over what the model's process reports with each answer."""
+        """Add the numbers that the model's process sends with each answer."""
         if batch_rows:
             self._rows.observe(batch_rows)
         self._loaded.set(adapters)

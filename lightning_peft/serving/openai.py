@@ -12,7 +12,7 @@ __all__ = ["TextAnswer", "error_body", "models"]
 
 
 class TextAnswer:
-    """One answer, which is filled part by part.
+    """An answer that is built from the engine's events.
 
     Args:
         model: the name that the client gave.
@@ -28,14 +28,14 @@ class TextAnswer:
         self._tokens: dict[int, tuple[int, int]] = {}
 
     def add(self, content: dict[str, Any]) -> None:
-        """Take over an event of the engine."""
+        """Add an event of the engine."""
         index, text = content["index"], content["text"]
         body: dict[str, Any] = {"message": {"role": "assistant", "content": text}} if self._chat else {"text": text}
         self._choices[index] = {"index": index, **body, "logprobs": None, "finish_reason": content["finish_reason"]}
         self._tokens[index] = content["prompt_tokens"], content["completion_tokens"]
 
     def chunk(self, content: dict[str, Any], first: bool) -> dict[str, Any]:
-        """Return what is streamed for an event of the engine; ``first`` for the first of a text."""
+        """Return the chunk to stream for an event of the engine; ``first`` is True for the first event of a text."""
         self._tokens[content["index"]] = content["prompt_tokens"], content["completion_tokens"]
         text = content["text"]
         role = {"role": "assistant"} if first else {}
@@ -53,7 +53,7 @@ class TextAnswer:
         return {**self._head, **self._tail, "choices": choices, "usage": self.usage(per_prompt)}
 
     def usage(self, per_prompt: int) -> dict[str, int]:
-        """Return the counts of tokens. A prompt counts once, however many texts continue it."""
+        """Return the token counts. A prompt counts once, even if several texts continue it."""
         prompts = sum(prompt for i, (prompt, _) in self._tokens.items() if i % per_prompt == 0)
         texts = sum(tokens for _, tokens in self._tokens.values())
         return {"prompt_tokens": prompts, "completion_tokens": texts, "total_tokens": prompts + texts}

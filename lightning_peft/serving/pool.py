@@ -23,7 +23,7 @@ __all__ = ["AdapterFolder", "AdapterPool", "Loaded"]
 
 _LOG = logging.getLogger(__name__)
 
-#: of the files of an adapter: (inode, size, time of the last change in ns) of each
+#: the version of an adapter's files: (inode, size, modification time in ns) of each
 Version = tuple[tuple[int, int, int], ...]
 
 
@@ -45,7 +45,7 @@ class AdapterFolder:
         if not self.path.is_dir():
             raise FileNotFoundError(f"--adapters {path}: there is no such folder")
         if (self.path / CONFIG).is_file():
-            raise FileNotFoundError(f"--adapters {path} is an adapter itself: give the folder that contains it")
+            raise FileNotFoundError(f"--adapters {path} is an adapter itself: pass the folder that contains it")
         self._known: set[str] = (
             set()
         )  # listing a folder of 1000 adapters for each request takes longer than a small model
@@ -88,9 +88,9 @@ class Loaded:
 
     Attributes:
         name: its name for clients.
-        internal: its name in the model; every load has another one, so that a new version of its files can be loaded
+        internal: its name in the model. Every load gets a new name, so that a new version of the files can be loaded
             while requests still use the old one.
-        version: of the files that it was loaded from.
+        version: the version of the files that it was loaded from.
         nbytes: the memory that it takes.
         users: how many running requests use it.
     """
@@ -120,8 +120,8 @@ class AdapterPool:
         before_change: Callable[[], object] = lambda: None,
     ) -> None:
         self.model, self.folder, self.max_bytes, self._before_change = model, folder, max_bytes, before_change
-        self._current: OrderedDict[str, Loaded] = OrderedDict()  # the least recently used first
-        self._outdated: list[Loaded] = []  # in use, but their files have changed
+        self._current: OrderedDict[str, Loaded] = OrderedDict()  # in order of use, the least recently used first
+        self._outdated: list[Loaded] = []  # adapters that are still in use, although their files have changed
         self._refused: dict[str, tuple[Version, RequestError]] = {}
         self._counter = itertools.count()
 
@@ -152,7 +152,7 @@ class AdapterPool:
         return loaded
 
     def release(self, loaded: Loaded) -> None:
-        """Say that one request no longer uses an adapter."""
+        """Tell the pool that a request no longer uses an adapter."""
         loaded.users -= 1
         if loaded.users == 0 and loaded in self._outdated:
             self._outdated.remove(loaded)
@@ -170,7 +170,7 @@ class AdapterPool:
         except RequestError:
             raise
         except Exception as error:
-            if _version(folder) != version:  # its files were being replaced
+            if _version(folder) != version:  # its files were being replaced while they were read
                 return self._load(name, *self.folder.find(name))
             _LOG.warning("adapter %r cannot be loaded: %s", name, error)
             refusal = RequestError(500, f"adapter {name!r} cannot be loaded: the server's log says why")
@@ -183,7 +183,7 @@ class AdapterPool:
         if self.max_bytes is None:
             return
         if expected > self.max_bytes:
-            raise RequestError(500, f"adapter {name!r} is larger than all the memory for adapters (--max_memory)")
+            raise RequestError(500, f"adapter {name!r} needs more memory than all adapters may take (--max_memory)")
         for other in [loaded for loaded in self._current.values() if not loaded.users]:
             if self.nbytes + expected <= self.max_bytes:
                 return

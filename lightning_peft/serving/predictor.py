@@ -16,7 +16,7 @@ __all__ = ["DataInputs", "Inputs", "Predictor", "TensorInputs"]
 
 
 class Inputs(Protocol):
-    """Turns what clients send into batches, and outputs of ``predict_step`` into what they get."""
+    """Converts the clients' inputs to batches, and outputs of ``predict_step`` to JSON values."""
 
     def batch(self, inputs: Sequence[Any]) -> Any:
         """Return the batch for ``predict_step``, one row for each input.
@@ -32,7 +32,8 @@ class Inputs(Protocol):
 class DataInputs:
     """For a module with a DataModule that prepares its rows: an input is a row, an object with the columns' values.
 
-    If only one column is needed, its value is enough. An answer has the columns that ``lightning-peft predict`` writes.
+    If the data needs only one column, an input may be its value alone. An answer has the columns that ``lightning-peft
+    predict`` writes.
 
     Args:
         module: the served module.
@@ -108,8 +109,8 @@ class Predictor:
 
     Args:
         module: the module, with its adapters.
-        context: of the module.
-        inputs: how inputs become batches; by default :class:`TensorInputs`.
+        context: the :class:`RowsContext` of the module.
+        inputs: converts inputs to batches; by default :class:`TensorInputs`.
     """
 
     def __init__(self, module: L.LightningModule, context: RowsContext, inputs: Inputs | None = None) -> None:
@@ -138,7 +139,8 @@ def _by_row(output: Any, count: int) -> list[Any]:
         if output.ndim == 0 or len(output) != count:
             raise RequestError(
                 500,
-                f"predict_step returned {tuple(output.shape)} for {count} inputs: its first size must be theirs",
+                f"predict_step returned {tuple(output.shape)} for {count} inputs: its first dimension must have one "
+                "entry for each",
             )
         return output.tolist()
     if isinstance(output, Mapping):

@@ -1,4 +1,4 @@
-"""What clients may send: the fields of each request, their types and limits."""
+"""The requests that clients may send: fields, types and limits."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["ChatRequest", "CompletionRequest", "PredictRequest", "TextRequest", 
 Name = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 _MAX_INPUTS = 1024
 
-#: fields of OpenAI's API that change nothing in an answer
+#: fields of OpenAI's API that are ignored, because they do not change an answer
 _WITHOUT_EFFECT = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
 
 Request = TypeVar("Request", bound=BaseModel)
@@ -50,14 +50,14 @@ class TextRequest(BaseModel):
     stream_options: dict[str, bool] | None = None
 
     def sampling(self, default_tokens: int, most_tokens: int) -> Sampling:
-        """Return how to choose tokens.
+        """Return the sampling options of this request.
 
         Args:
-            default_tokens: ``max_tokens`` of a request that does not say it.
-            most_tokens: the largest number that a request may ask for.
+            default_tokens: the value of ``max_tokens`` if the request does not have it.
+            most_tokens: the maximum value of ``max_tokens``.
 
         Raises:
-            RequestError: 400, if it asks for more.
+            RequestError: 400, if ``max_tokens`` is larger than ``most_tokens``.
         """
         tokens = default_tokens if self.max_tokens is None else self.max_tokens
         if tokens > most_tokens:

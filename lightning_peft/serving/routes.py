@@ -30,7 +30,7 @@ __all__ = ["Limits", "Routes"]
 
 @dataclass(frozen=True)
 class Limits:
-    """What one client, and all together, may ask for.
+    """Limits for each request, and for the queue.
 
     Attributes:
         max_body: the largest body of a request, in bytes.
@@ -46,12 +46,12 @@ class Limits:
 
 
 class Routes(LitSpec):
-    """All routes. They live in the HTTP process; the model lives in another one.
+    """All routes. They run in the HTTP process, and the model runs in another one.
 
     Args:
         folder: the adapters.
         base: the name of the base among the models.
-        limits: what clients may ask for.
+        limits: the limits for each request and for the queue.
     """
 
     def __init__(self, folder: AdapterFolder, base: str, limits: Limits) -> None:
@@ -68,11 +68,11 @@ class Routes(LitSpec):
 
     @property
     def stream(self) -> bool:
-        """True, so that LitServe accepts several messages for one request."""
+        """True, because LitServe then accepts several messages for one request."""
         return True
 
     def __getstate__(self) -> dict[str, Any]:
-        # The model's process gets a copy without what cannot be pickled and is of no use there.
+        # The model's process gets a copy without the attributes that cannot be pickled, which it does not use.
         return {**super().__getstate__(), "_metrics": None, "_endpoints": []}
 
     async def predict(self, request: Request) -> Response:
@@ -154,7 +154,7 @@ class Routes(LitSpec):
                 self._counts.tokens.inc(event.content["completion_tokens"])
                 answer.add(event.content)
             return _json(answer.body(job.count))
-        first = await anext(events)  # so that a refusal gets its status
+        first = await anext(events)  # so that an error is sent with its own status
         usage = bool((asked.stream_options or {}).get("include_usage"))
 
         async def chunks() -> AsyncIterator[str]:
@@ -175,17 +175,18 @@ class Routes(LitSpec):
                 status = error.status
                 yield _sse(openai.error_body(error))
             finally:
-                await events.aclose()  # type: ignore[attr-defined]  # tells the model's process if the client has left
+                await events.aclose()  # type: ignore[attr-defined]  # cancels the job if the client has disconnected
                 self._counts.tokens.inc(answer.usage(job.count)["completion_tokens"])
                 finished(status)
 
         return StreamingResponse(chunks(), media_type="text/event-stream")
 
     async def _ask(self, job: PredictJob | GenerateJob, request: Request) -> AsyncIterator[Event]:
-        """Send a job to the model's process, and yield what it answers.
+        """Send a job to the model's process, and yield its events.
 
         Raises:
-            RequestError: 503, if too many requests wait; 504, if the time is up; as the process refuses it.
+            RequestError: 503, if too many requests wait; 504, if the request took too long; other statuses if the
+                model's process refuses the job.
         """
         if self._active >= self._limits.max_queue:
             raise RequestError(503, "too many requests are waiting: try again", retry_after=1)
@@ -216,7 +217,7 @@ class Routes(LitSpec):
         self.request_queue.put((self.response_queue_id, uid, time.monotonic(), job))  # type: ignore[attr-defined]
 
     async def _wait(self, item: ResponseBufferItem, until: float, request: Request) -> None:
-        """Wait until the item has something new, the time is up, or the client has left."""
+        """Wait until the item has a new event, the time is up, or the client has disconnected."""
         while True:
             left = until - time.monotonic()
             if left <= 0:
@@ -225,7 +226,7 @@ class Routes(LitSpec):
                 await asyncio.wait_for(item.event.wait(), min(left, 1.0))
             except asyncio.TimeoutError:
                 if await request.is_disconnected():
-                    raise RequestError(499, "the client has left") from None
+                    raise RequestError(499, "the client has disconnected") from None
                 continue
             item.event.clear()
             return

@@ -26,7 +26,7 @@ class RowsContext:
         self._stack = ExitStack()
 
     def enter(self, names: Sequence[str | None]) -> None:
-        """From now on, the rows of a batch have the adapters ``names``."""
+        """Use the adapters ``names`` for the rows of the next batches."""
         if self._names == list(names):
             return
         self.close()
@@ -35,6 +35,6 @@ class RowsContext:
         self._names = list(names)
 
     def close(self) -> None:
-        """Leave the context; needed before adapters are loaded or deleted."""
+        """Exit the context; call this before adapters are loaded or deleted."""
         self._stack.close()
         self._names = None

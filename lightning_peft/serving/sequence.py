@@ -1,4 +1,4 @@
-"""One text that is being generated: how its next token is chosen, when it ends, and which part of it can be shown."""
+"""One text that is being generated: choose its next token, detect its end, and return the part that is final."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ __all__ = ["GeneratedText", "Sampling"]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen. The defaults are greedy.
+    """The options for choosing tokens. By default, the most likely token is chosen.
 
     Attributes:
-        max_tokens: the largest number of tokens to generate.
+        max_tokens: the maximum number of tokens to generate.
         temperature: divides the logits; 0 takes the most likely token.
         top_p: sample from the most likely tokens whose probabilities sum to this.
         top_k: sample from this number of most likely tokens; 0 for all.
-        seed: of the text's own random generator, so that the other texts of a batch do not change its draws.
+        seed: the seed of the text's own random generator, so that other texts of the batch do not change its draws.
         stop: strings that end the text; they are not part of it.
     """
 
@@ -40,7 +40,7 @@ class GeneratedText:
         prompt: token ids.
         adapter: the internal name of its adapter; None for the base.
         sampling: how to choose tokens.
-        tokenizer: of the model.
+        tokenizer: the model's tokenizer.
         end: the ids of the tokens that end a text.
     """
 
@@ -60,7 +60,7 @@ class GeneratedText:
             self._draws.manual_seed(sampling.seed)
 
     def add(self, logits: Tensor) -> str:
-        """Choose the next token from ``logits`` (vocabulary), and return the text that can be shown now.
+        """Choose the next token from ``logits`` (vocabulary), and return the new text that is final.
 
         A part that may still change is held back: an incomplete character, or the possible start of a stop string.
         """
@@ -95,12 +95,12 @@ class GeneratedText:
         return int(torch.multinomial(scores[0].softmax(-1), 1, generator=self._draws))
 
     def _may_change(self, text: str) -> int:
-        """The number of characters at the end of ``text`` that later tokens may change or remove."""
+        """The number of characters at the end of ``text`` that may still change when further tokens come."""
         if text.endswith("\ufffd"):  # the first bytes of a character
             return len(text) - len(text.rstrip("\ufffd"))
         return max((_overlap(text, stop) for stop in self.sampling.stop), default=0)
 
 
 def _overlap(text: str, stop: str) -> int:
-    """The length of the longest end of ``text`` that is a start of ``stop``."""
+    """The length of the longest suffix of ``text`` that is a prefix of ``stop``."""
     return next((n for n in range(min(len(text), len(stop)), 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,4 +1,4 @@
-"""Start the server: one process for HTTP, one that owns the model, and queues between them (LitServe).
+"""Start the server: a process for HTTP, a process that owns the model, and queues between them (LitServe).
 
 The HTTP process checks requests (``routes``) and puts jobs into LitServe's queue. The model's process takes all jobs
 that have come, gives them to the ``engine``, and lets it run one step after the other. Each step's events go back
@@ -41,13 +41,13 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass
 class Served:
-    """What is served.
+    """The module to serve, and how.
 
     Attributes:
         module: the base, a LightningModule.
         network: the causal language model in it that generates; None if it does not.
-        tokenizer: of ``network``.
-        inputs: how the inputs of ``/predict`` become batches; None for tensors.
+        tokenizer: the tokenizer of ``network``.
+        inputs: converts the inputs of ``/predict`` to batches; None for tensors.
     """
 
     module: L.LightningModule
@@ -69,12 +69,12 @@ class _API(ls.LitAPI):
     def __init__(self, build: Callable[[], Served], folder: AdapterFolder, routes: Routes, options: _Options) -> None:
         super().__init__(spec=routes, loop=_EngineLoop())
         self._build, self._folder, self._options = build, folder, options
-        #: why the model's process could not start, for the process that started it
+        #: the error if the model's process could not start, read by the process that started it
         self.failure = multiprocessing.get_context("spawn").SimpleQueue()
 
     def setup(self, device: str) -> None:
         """Build the model; LitServe calls it once in the model's process."""
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the first one ends this one
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes, but the main process ends this one
         try:
             self.engine = _engine(self._build(), device, self._folder, self._options)
         except BaseException as error:
@@ -92,7 +92,7 @@ class _API(ls.LitAPI):
 
 
 class _EngineLoop(LitLoop):
-    """The life of the model's process: take all jobs that have come, run one step, send its events."""
+    """The loop of the model's process: take all new jobs, run one step, send its events."""
 
     def run(self, lit_api: Any, device: str, worker_id: int, request_queue: Any, transport: Any, *_: Any) -> None:
         engine: Engine = lit_api.engine
@@ -119,11 +119,11 @@ class _EngineLoop(LitLoop):
             data = event, rows, len(engine.pool), engine.pool.nbytes
             status = LitAPIStatus.FINISH_STREAMING if event.last else LitAPIStatus.OK
             self.put_response(transport, queue_id, event.uid, data, status, LoopResponseType.STREAMING)
-            rows = 0  # one step counts once
+            rows = 0  # the numbers of a step are sent with one event only
 
 
 def _receive(request_queue: Any, inbox: queue.SimpleQueue[Any]) -> None:
-    """Move requests from LitServe's queue to a local one, because each read of LitServe's asks another process."""
+    """Move requests from LitServe's queue, which is slow to read because another process holds it, to a local one."""
     try:
         while True:
             inbox.put(request_queue.get())
@@ -132,7 +132,7 @@ def _receive(request_queue: Any, inbox: queue.SimpleQueue[Any]) -> None:
 
 
 def _messages(inbox: queue.SimpleQueue[Any], wait: bool) -> Iterator[Any]:
-    """Yield all messages that are there; if ``wait``, at least one."""
+    """Yield all messages in the queue; with ``wait``, wait until there is at least one."""
     if wait:
         yield inbox.get()
     while not inbox.empty():
@@ -156,7 +156,7 @@ def _engine(served: Served, device: str, folder: AdapterFolder, options: _Option
 
 
 def _stop(main: int, *_: Any) -> None:
-    """End the server in order: LitServe does so at a KeyboardInterrupt in its main process, ``main``."""
+    """Shut down cleanly: LitServe does so at a KeyboardInterrupt in its main process, ``main``."""
     raise KeyboardInterrupt if os.getpid() == main else SystemExit(0)
 
 
@@ -172,19 +172,19 @@ def serve(
     api_key: str | None = None,
     limits: Limits | None = None,
 ) -> None:
-    """Serve a model until the process gets SIGTERM or SIGINT; requests that run are finished then.
+    """Serve a model until the process gets SIGTERM or SIGINT; running requests are finished first.
 
     Args:
-        build: returns what is served. It can be pickled, and is called in the model's process.
+        build: returns the :class:`Served` module. It must be picklable, because it is called in the model's process.
         adapters: the folder of adapters.
         host: the address to listen on: ``127.0.0.1`` (this machine alone), ``0.0.0.0`` or ``::``.
         port: the port to listen on.
         base: the name of the base among the models.
         accelerator: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"mps"``; one device is used.
         max_batch_size: the largest number of rows that run together.
-        max_memory: the largest number of bytes that loaded adapters take; None sets no limit.
-        api_key: what clients must send as ``Authorization: Bearer KEY``; None asks for nothing.
-        limits: of each request, and of the queue.
+        max_memory: the maximum number of bytes for loaded adapters; None sets no limit.
+        api_key: the key that clients must send as ``Authorization: Bearer KEY``; None requires no key.
+        limits: the limits for each request and for the queue.
 
     Raises:
         FileNotFoundError: the folder of adapters does not exist.

@@ -100,7 +100,8 @@ class Task(L.LightningModule):
         for callback in self.trainer.callbacks if stage == "fit" else ():  # type: ignore[attr-defined]
             name = getattr(callback, "monitor", None)
             name = name.removesuffix("_epoch").removesuffix("_step") if isinstance(name, str) else None
-            # Subclasses and callbacks may log further names; those under our prefixes are surely a mistake.
+            # Subclasses and callbacks may log further names, but an unknown name under one of our prefixes is a
+            # mistake.
             if name is not None and name not in logged and name.startswith(("train/", "val/", "test/")):
                 near = nearest(name, sorted(logged), n=1)
                 hint = f" (did you mean {near[0]!r}?)" if near else ""
@@ -121,7 +122,8 @@ class Task(L.LightningModule):
         """Update the metrics with a batch."""
 
     def weight(self, batch: Batch) -> int:
-        """The number of predictions that the loss of a batch is a mean of, so that the mean over batches is exact."""
+        """The number of predictions that the loss of a batch averages over; it weights the batch in the mean over
+        batches."""
         return len(batch["labels"])
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -200,7 +202,7 @@ class Classifier(Task):
 
         given = self.hparams
         changes = {**(given.get("config") or {}), **({} if num_labels is None else {"num_labels": num_labels})}
-        self.model: Any = None  # frees the former one
+        self.model: Any = None  # frees the memory of the earlier network
         kind = getattr(transformers, self.auto_class)
         self.model = load_model(kind, given["model"], given["pretrained"], given["dtype"], **changes)
         self.num_labels = self.model.config.num_labels
@@ -231,7 +233,7 @@ class Classifier(Task):
         shown = f"{len(found)} ({', '.join(found[:5])}{', …' if len(found) > 5 else ''})"
         multi = bool(getattr(data, "multi_label", False))
         named, number = self.hparams.get("labels"), self.hparams.get(self.number_name)
-        # Labels of the network's configuration, which nobody asked for, give way to those of the data.
+        # Labels that only the network's configuration has are replaced; labels that the user gave must agree.
         if (number and len(found) != number) or (named and [str(label) for label in named] != found):
             raise InputError(
                 f"the model has {self.num_labels} classes, but the data has {shown}: "
@@ -276,7 +278,7 @@ class Classifier(Task):
 
 
 def inputs_of(batch: Batch) -> dict[str, Tensor]:
-    """What a batch holds for the network: every tensor but the labels."""
+    """The arguments of the network in a batch: every tensor except the labels."""
     return {name: value for name, value in batch.items() if isinstance(value, Tensor) and name != "labels"}
 
 

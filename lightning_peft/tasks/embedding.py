@@ -16,7 +16,8 @@ class TextEmbedder(Task):
     """Embeds texts so that the two texts of a pair are close, and texts of different pairs are far apart.
 
     An embedding is the mean over the tokens, scaled to length 1. The loss is the cross entropy of finding each text's
-    partner among the partners of the batch, in both directions (InfoNCE, arXiv:1807.03748); larger batches are harder.
+    partner among the partners of the batch, in both directions (InfoNCE, arXiv:1807.03748); larger batches make the
+    task harder.
 
     Logs ``train/loss``, and ``loss`` and ``acc`` (how often the partner is the closest in its batch) under ``val/`` and
     ``test/``. Use :class:`lightning_peft.data.TextPairData`.

@@ -54,7 +54,8 @@ class Generator(Task):
             )
 
     def build_metrics(self, num_labels: int | None = None) -> None:
-        """Create the metrics of the validation and of the test; those of texts are separate, as they need texts."""
+        """Create the validation and test metrics; metrics of generated texts are kept apart, because they need
+        generation."""
         for stage in ("val", "test"):
             texts = make_metrics([name for name in self.metrics if name in TEXT])
             others = make_metrics([name for name in self.metrics if name not in TEXT])

@@ -98,13 +98,13 @@ class LanguageModel(Generator):
             self._check_packs(batch)
         # Labels follow transformers: the model does the causal shift, and labels of -100 are ignored.
         inputs = {name: value for name, value in batch.items() if name != "adapters"}
-        # With a cache, transformers would take the positions of packed texts for those of one text.
+        # With a cache, transformers would treat the packed texts as one text.
         output = self.model(**inputs, **({"use_cache": False} if "position_ids" in batch else {}))
         return output.loss, output.logits
 
     @torch.no_grad()
     def _check_packs(self, batch: Batch) -> None:
-        """Refuse packed texts if the network lets them see one another: compare one with its output alone."""
+        """Refuse packed texts if they influence one another; one text's output is compared with its output alone."""
         starts = (batch["position_ids"][0] == 0).nonzero().flatten().tolist()
         if len(starts) < 2:
             return
@@ -117,8 +117,8 @@ class LanguageModel(Generator):
         self.train(training)
         if (packed - alone).abs().max() > 0.05 * alone.abs().max():
             raise InputError(
-                f"{type(self.model).__name__} lets packed texts see one another, because it ignores that position_ids "
-                "start anew: pass packing=False to the data."
+                f"{type(self.model).__name__} lets packed texts attend to one another, because it ignores that "
+                "position_ids restart at 0: pass packing=False to the data."
             )
         self._packs_are_separate = True
 

@@ -57,7 +57,7 @@ def make_metrics(names: Sequence[str], num_labels: int | None = None, multi_labe
 
 
 def _one_of(kind: Any, value: str, **options: Any) -> Any:
-    """A metric that computes one value of a metric with several."""
+    """One value of a metric that returns several."""
 
     class OneOf(kind):  # type: ignore[misc]
         def compute(self) -> Any:
@@ -67,7 +67,7 @@ def _one_of(kind: Any, value: str, **options: Any) -> Any:
 
 
 def make_fraction(exact_match: bool = False) -> Any:
-    """A metric of the fraction of hits; with ``exact_match``, of texts that equal one of their references."""
+    """The fraction of hits; with ``exact_match``, of texts that equal one of their references."""
     import torch
     from torchmetrics import Metric
 

@@ -23,9 +23,9 @@ class PredictionWriter(BasePredictionWriter):
     """Writes predictions to a file at the end of ``predict``, in the order of the rows.
 
     A task names its columns with ``prediction_columns(output, batch)`` (``label`` and ``probability`` of a classifier,
-    ``prediction`` of the others). Of another module, a tensor or list with one entry per row becomes the column
-    ``prediction``, and a dictionary of these several columns. Before them come the input's columns, if the DataModule
-    has ``prediction_inputs()``. A predicted column of the same name is then written as ``predicted_<name>``.
+    ``prediction`` of the others). For any other module, a tensor or list with one entry per row becomes the column
+    ``prediction``, and a dictionary of them becomes one column per key. Before them come the input's columns, if the
+    DataModule has ``prediction_inputs()``. A predicted column of the same name is then written as ``predicted_<name>``.
 
     Args:
         output: A path that ends in ``.csv``, ``.jsonl``, or ``.safetensors`` for tensors alone; ``None`` for

@@ -12,7 +12,7 @@ from lightning_peft.tasks.generation import Generator
 
 
 class SequenceToSequence(Generator):
-    """A model with an encoder and a decoder, such as T5 or BART, that writes a text for a text.
+    """A model with an encoder and a decoder, such as T5 or BART, that writes a text for each input text.
 
     Logs ``train/loss``, and ``loss`` (the mean cross entropy per token, in nats) and the metrics under ``val/`` and
     ``test/``. Use :class:`lightning_peft.data.SequenceToSequenceData`.

@@ -202,7 +202,7 @@ def test_what_a_selection_method_trained_is_there_without_folding():
         (["run.ckpt", "out", "--model=modules.Modul"], r"--model modules.Modul: module 'modules' has no attribute"),
         (
             ["run.ckpt", "out", "--model=modules.Data"],
-            r"modules.Data is not a LightningModule: give my.package.Module, or one of",
+            r"modules.Data is not a LightningModule: pass my.package.Module, or one of",
         ),
         (["run.ckpt", "out", "--model=Module"], r"Module is not a LightningModule"),
         (["run.ckpt", "taken", "--model=modules.Module"], r"taken already exists: name a new folder or file"),

@@ -77,7 +77,7 @@ def test_a_long_prompt_loses_its_beginning_and_a_long_target_its_end(lines, endi
 def test_bad_arguments_and_rows_are_named(lines):
     with pytest.raises(ValueError, match=r"template='Say:' has no '\{prompt\}'"):
         GenerationData(lines, template="Say:")
-    with pytest.raises(ValueError, match="separator='' separates nothing"):
+    with pytest.raises(ValueError, match="separator='' cannot separate a prompt"):
         GenerationData(lines, separator="")
     data = GenerationData(lines, prompt="text", separator="=>")
     with pytest.raises(ValueError, match=r"row 0 has no separator '=>': 'name : file"):

@@ -61,7 +61,7 @@ def test_chats_that_cannot_be_used(gpt2):
     questions = write("questions.jsonl", [{"messages": [{"role": "user", "content": "why"}]}])
     with pytest.raises(InputError, match=r"row 0 of '.*' has no message of the assistant"):
         chat(gpt2, questions)
-    with pytest.raises(InputError, match=r"row 0 of '.*' has no list of messages with 'from' and 'value'"):
+    with pytest.raises(InputError, match=r"row 0 of '.*' does not have a list of messages with 'from' and 'value'"):
         chat(gpt2, chats(), role="from", content="value")
     with pytest.raises(InputError, match=r"its first answer begins after \d+ tokens, beyond max_length=4"):
         chat(gpt2, chats(), max_length=4)
@@ -106,5 +106,5 @@ def test_a_network_that_ignores_the_packs_is_refused(gpt2, monkeypatch):
         return plain(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), **rest)
 
     monkeypatch.setattr(module.model, "forward", blind)
-    with pytest.raises(InputError, match="lets packed texts see one another"):
+    with pytest.raises(InputError, match="lets packed texts attend to one another"):
         L.Trainer(max_steps=1, callbacks=[lp.LoRA(r=2)], **QUIET).fit(module, data_of("texts", gpt2, True))
