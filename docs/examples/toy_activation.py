@@ -1,4 +1,4 @@
-"""An activation method of one's own: a trained shift of what each feed-forward layer gives."""
+"""An example of an activation method: a trained shift of each feed-forward layer's output."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import lightning_peft as lp
 
 
 class Shift(lp.ActivationMethod):
-    """One number added to each feature."""
+    """Adds one number to each feature."""
 
     def build(self, site) -> lp.ActivationAdapter:
         return ShiftAdapter(site)

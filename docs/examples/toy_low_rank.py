@@ -1,4 +1,4 @@
-"""A low-rank method of one's own: a plain LoRA, W' = W + B A, as its two factors."""
+"""An example of a low-rank method: a plain LoRA, W' = W + B A, given by its two factors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A selection method of one's own: the parameters with the fewest elements train."""
+"""An example of a selection method: train the parameters with the fewest elements."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import lightning_peft as lp
 
 
 class Smallest(lp.SelectionMethod):
-    """Trains every parameter of the base that has at most so many elements."""
+    """Trains every parameter of the base that has at most ``elements`` entries."""
 
     elements: int = 64
 

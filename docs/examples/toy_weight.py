@@ -1,4 +1,4 @@
-"""A weight method of one's own: every output row of a matrix gets a trained factor, W' = diag(1 + g) W."""
+"""An example of a weight method: a trained factor for each output feature, W' = diag(1 + g) W."""
 
 from __future__ import annotations
 

@@ -154,8 +154,7 @@ class ChatData(TextDataModule):
         return {"input_ids": ids[: self.max_length], "labels": labels[: self.max_length]}
 
     def _pieces(self, messages: list[dict[str, str]], split: str, row: int) -> list[tuple[str, bool]]:
-        """The text of a conversation up to its last answer, in pieces; True marks an answer, including its end
-        tokens."""
+        """The text of a conversation up to its last answer, in pieces; True marks an answer with its end tokens."""
         pieces: list[tuple[str, bool]] = []
         done = ""
         for i, message in enumerate(messages):

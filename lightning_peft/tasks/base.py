@@ -122,8 +122,7 @@ class Task(L.LightningModule):
         """Update the metrics with a batch."""
 
     def weight(self, batch: Batch) -> int:
-        """The number of predictions that the loss of a batch averages over; it weights the batch in the mean over
-        batches."""
+        """The number of predictions in a batch; it weights the batch's loss in the mean over batches."""
         return len(batch["labels"])
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:

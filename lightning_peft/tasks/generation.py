@@ -54,7 +54,7 @@ class Generator(Task):
             )
 
     def build_metrics(self, num_labels: int | None = None) -> None:
-        """Create the validation and test metrics; metrics of generated texts are kept apart, because they need
+        """Create the validation and test metrics. Metrics of generated texts are separate, because they need
         generation."""
         for stage in ("val", "test"):
             texts = make_metrics([name for name in self.metrics if name in TEXT])

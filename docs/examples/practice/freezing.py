@@ -9,7 +9,8 @@ class Frozen(L.LightningModule):
     def __init__(self):
         super().__init__()
         self.net = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 8))
-        self.judge = nn.Linear(8, 1).requires_grad_(False)  # frozen before: all-linear does not reach it
+        # frozen before the method is applied, so all-linear skips it
+        self.judge = nn.Linear(8, 1).requires_grad_(False)
 
     def training_step(self, batch, batch_idx):
         return self.judge(self.net(batch[0])).pow(2).mean()
