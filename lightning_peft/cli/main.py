@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 
 import lightning_peft as lp
+from lightning_peft.cli.compare import compare
 from lightning_peft.cli.export import export
 from lightning_peft.cli.import_adapter import import_adapter
 from lightning_peft.cli.inspect import inspect_path, names_a_path
@@ -47,6 +48,10 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "import": (
         import_adapter,
         "Create a checkpoint from an adapter directory of this package or of Hugging Face PEFT.",
+    ),
+    "compare": (
+        lambda args: compare(args, PEFTCLI),
+        "Train several methods under equal conditions, and recommend one.",
     ),
     "serve": (serve, "Answer HTTP requests with one base model and a folder of adapters."),
 }
