@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.adapters.lookup import hosts, stacks
+from lightning_peft.core.adapters.raw_reads import RawReads
 from lightning_peft.core.adapters.reads import computing
 from lightning_peft.core.adapters.stack import AdapterStack
 from lightning_peft.core.class_swap import add_mixin, remove_mixin
-from lightning_peft.core.names import adapter_key, host_of, is_adapter_key, is_within, listed
+from lightning_peft.core.names import adapter_key, host_of, is_adapter_key, is_within, join, listed
 from lightning_peft.core.record import deferred_parameters, injection_state
 from lightning_peft.core.sharded_tensors import local_part
 from lightning_peft.core.targeting.sites import output_head, weight_sites
@@ -232,6 +233,9 @@ class CallAudit:
     only if its module is called. If the module's weight is read but the module is not called, a parent computes with
     the weight directly and bypasses the adapter. A module with neither is not used by this batch.
 
+    Code that gets the stored weight by another way than an attribute bypasses weight adapters too; :class:`RawReads`
+    finds it.
+
     This swaps classes instead of registering hooks, because some modules (nn.TransformerEncoderLayer, for example)
     take another code path if hooks are present.
     """
@@ -244,9 +248,12 @@ class CallAudit:
         for host in self.watched.values():
             host.__dict__["_peft_seen"] = set()
             add_mixin(host, _Watched)
+        self.raw_reads = RawReads(model, self.watched)
+        self.raw_reads.__enter__()  # until finish, because the batch runs in the Trainer
 
     def finish(self) -> tuple[set[str], list[str]]:
         """Stop watching. Returns the names of the modules that were called, and of those that were bypassed."""
+        self.raw_reads.__exit__(None, None, None)
         called, bypassed = set(), []
         for name, host in self.watched.items():
             remove_mixin(host, _Watched)
@@ -267,6 +274,14 @@ class CallAudit:
                 f"the adapters of {listed(bypassed)} did not run in {where}: a parent module reads the weights of "
                 "these modules without calling them, so their activations cannot be adapted. Exclude them, adapt the "
                 "parent module, or use a method that changes weights, such as lp.LoRA",
+            )
+        for read, (function, place) in self.raw_reads.found.items():
+            report(
+                self.model,
+                f"the adapters of {read.host_name!r} have no effect in {place}: it calls {function} with the stored "
+                f"{join(read.host_name, read.name)!r}, which it got from parameters(), _parameters or a list made "
+                "earlier, so merging would change the output. Read the weight as an attribute of its module where it "
+                "is used, or exclude the module from targets",
             )
         return called
 

@@ -135,6 +135,7 @@ class Lifecycle(Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._leave_modes()
+        self._abandon_watch()  # if the fit ended with a batch that a hook skipped
         if self._gradient_audit is not None:
             self._gradient_audit.finish()
 
@@ -163,6 +164,11 @@ class Lifecycle(Callback):
             self._watched.add(stage)
             self._called = calls.report(stage)
 
+    def _abandon_watch(self) -> None:
+        if self._calls is not None:
+            self._calls.finish()
+            self._calls = None
+
     def _leave_modes(self) -> None:
         if self._modes is not None:
             self._modes.leave()
@@ -170,9 +176,7 @@ class Lifecycle(Callback):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self._leave_modes()
-        if self._calls is not None:
-            self._calls.finish()
-            self._calls = None
+        self._abandon_watch()
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.is_global_zero and injection_state(pl_module) is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,56 @@ def test_gradients(tmp_path: Path) -> None:
         fit(tmp_path, Reentrant(), max_steps=1)
     with pytest.raises(lp.AuditError, match=r"body.\{0,4\}.adapters.default.lora_A.* not finite in the first step"):
         fit(tmp_path, NotFinite(), max_steps=1)
+
+
+class Collected(Toy):
+    """Computes with weights that it does not read as attributes in its forward."""
+
+    how = ""
+
+    def build(self) -> None:
+        super().build()
+        self.weights = [self.body[0].weight]
+        self.start = [self.body[0].weight.detach().clone()]
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = {
+            "list": lambda: self.weights[0],
+            "named": lambda: dict(self.named_parameters())["body.0.weight"].detach(),
+            "stored": lambda: torch.cat([self.body[0]._parameters["weight"]]),
+        }[self.how]()
+        return self.head(self.body[1:](x @ weight.t()))
+
+
+class Regularised(Collected):
+    """Uses stored weights without applying them to the batch."""
+
+    def loss(self, batch: Any) -> Tensor:
+        like = next(self.parameters())
+        far = sum(((p - start) ** 2).mean() for p, start in zip(self.weights, self.start))
+        decay = sum(p.pow(2).sum() for p in self.parameters())
+        return super().loss([batch[0].to(like) + like.new_zeros(16), batch[1]]) + 1e-3 * (far + decay)
+
+    forward = Toy.forward
+
+
+@pytest.mark.parametrize("how", ["list", "named", "stored"])
+def test_stored_weights(tmp_path: Path, how: str) -> None:
+    module = Collected()
+    module.how = how
+    methods = [lp.LoRA(r=2, targets=["body.0"], trainable=["head"]), lp.DoRA(r=2, targets=["body.0", "body.4"])]
+    for method in methods:
+        with pytest.raises(
+            lp.AuditError, match=r"adapters of 'body.0' have no effect in Collected.forward .*linear|mat"
+        ):
+            fit(tmp_path, copy.deepcopy(module), method, max_steps=1, num_sanity_val_steps=0)
+    with pytest.raises(lp.AuditError, match=r"adapters of 'body.0' have no effect"):
+        trainer(tmp_path, method=methods[0]).test(module, val_loader(), verbose=False)
+    assert not torch.overrides._len_torch_function_stack()
+
+
+def test_stored_weights_in_penalties(tmp_path: Path) -> None:
+    assert fit(tmp_path, Regularised(), lora(), max_steps=2, num_sanity_val_steps=0) == []
 
 
 def test_evaluation(tmp_path: Path) -> None:
