@@ -64,6 +64,7 @@ from lightning_peft.methods.vera import VeRA
 from lightning_peft.methods.visual_prompt_tuning import VisualPromptTuning
 from lightning_peft.trainer.audit import AuditError
 from lightning_peft.trainer.load_from_checkpoint import load_from_checkpoint
+from lightning_peft.trainer.retention import Retention
 
 __version__ = "0.1.0"
 
@@ -101,6 +102,7 @@ __all__ = [
     "PromptTuning",
     "QuantizeBase",
     "Report",
+    "Retention",
     "RowError",
     "SelectionMethod",
     "StateError",
