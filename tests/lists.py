@@ -97,14 +97,15 @@ def choice() -> str:
 def recipe(method: type[lp.PEFTMethod]) -> str:
     """A recipe to start from: that of LoRA's family on the embedded model, with the method's default arguments."""
     name, first = command_name(method), (inspect.getdoc(method) or "").partition("\n")[0]
-    start = (ROOT / "recipes" / "miss.yaml").read_text().partition("  callbacks:\n")[0].replace("miss", name)
-    _, _, rest = start.partition("\n")
-    lines = [f"    - class_path: lightning_peft.{method.__name__}", "      init_args:"]
+    before, _, rest = (ROOT / "recipes" / "miss.yaml").read_text().replace("miss", name).partition("\nmethod:\n")
+    _, _, before = before.partition("\n")
+    _, _, after = rest.partition("\n\n")
+    lines = [f"  class_path: {method.__name__}", "  init_args:"]
     if issubclass(method, lp.WeightMethod):
-        lines.append("        targets: all-linear             # every linear layer but the output head")
-    lines.append("        trainable: [head, classifier]   # trained in full: they start from random weights")
+        lines.append("    targets: all-linear                 # every linear layer but the output head")
+    lines.append("    trainable: [head, classifier]       # trained in full: they start from random weights")
     summary = re.sub(r" \([^()]*\)\.$", ".", first)
-    return "\n".join([f"# {method.__name__}: {summary}", f"{rest}  callbacks:", *lines, ""])
+    return "\n".join([f"# {method.__name__}: {summary}", before, "method:", *lines, "", after])
 
 
 _FAMILIES = {

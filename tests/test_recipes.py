@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -40,4 +41,4 @@ def test_recipe_states_its_command(recipe):
 @pytest.mark.parametrize("method", exported(), ids=command_name)
 def test_every_method_has_a_recipe_of_its_name(method):
     (recipe,) = [path for path in RECIPES if path.stem == command_name(method)]
-    assert f"lightning_peft.{method.__name__}\n" in recipe.read_text()
+    assert re.search(rf"(class_path|method): {method.__name__}\b", recipe.read_text())

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
 import os
-import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import MethodType
-from typing import Any
+from typing import Any, Union
 
 import lightning as L
 from jsonargparse import Namespace
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
@@ -24,12 +23,12 @@ from lightning_peft.cli.export import export
 from lightning_peft.cli.import_adapter import import_adapter
 from lightning_peft.cli.inspect import inspect_path, names_a_path
 from lightning_peft.cli.merge import merge
-from lightning_peft.cli.methods import exported, methods
+from lightning_peft.cli.methods import methods
 from lightning_peft.cli.module import find_module
-from lightning_peft.cli.runs import LogConfig, check_checkpoint, check_model, files_first
+from lightning_peft.cli.parser import Parser
+from lightning_peft.cli.runs import LogConfig, check_checkpoint, check_method, check_model, files_first
 from lightning_peft.cli.serve import serve
 from lightning_peft.core.state.torch_file import read_torch_file
-from lightning_peft.methods.families.unknown_arguments import advice
 from lightning_peft.pretrained import InputError
 from lightning_peft.tasks import PredictionWriter
 from lightning_peft.trainer.checkpoints.hyperparameters import saved_arguments
@@ -37,8 +36,7 @@ from lightning_peft.trainer.logs import resume_wandb
 
 __all__ = ["PEFTCLI", "PEFTTrainer", "main"]
 
-DESCRIPTION = """Fine-tune any LightningModule. Methods are callbacks of the trainer:
---trainer.callbacks+=LoRA --trainer.callbacks.r=8."""
+DESCRIPTION = "Fine-tune any LightningModule: --model my.Module --data my.Data --method LoRA --method.r=8."
 
 #: our own commands: the function that runs each, and its help text
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
@@ -134,31 +132,8 @@ class PEFTTrainer(L.Trainer):
         Console().print(report)
 
 
-class Parser(LightningArgumentParser):
-    """A parser that lets :class:`PEFTCLI` report a missing class, and explains where modules are looked up."""
-
-    def add_lightning_class_args(
-        self, lightning_class: Any, nested_key: str, subclass_mode: bool = False, required: bool = True
-    ) -> list[str]:
-        return super().add_lightning_class_args(lightning_class, nested_key, subclass_mode, not subclass_mode)
-
-    def error(self, message: str, ex: Exception | None = None) -> Any:
-        if "No module named" in message:
-            message += (
-                "\nModules are looked up in the folder where the command is started, and on PYTHONPATH: start it from "
-                "the folder that has the module, or set PYTHONPATH"
-            )
-        refused = re.findall(r"class_path '[\w.]*?(\w+)':\s+Option '(\w+)' is not accepted", message)
-        known = {method.__name__: method for method in exported()}
-        for class_name, option in dict.fromkeys(refused):
-            if class_name in known:
-                names = list(inspect.signature(known[class_name]).parameters)
-                message += f"\n{class_name} does not have an argument {option!r}: {advice(option, names)}"
-        return super().error(message, ex)
-
-
 class PEFTCLI(LightningCLI):
-    """LightningCLI for any ``--model`` and ``--data`` on the Python path. Methods are callbacks of the trainer."""
+    """LightningCLI for any ``--model`` and ``--data`` on the Python path, with a key ``method`` for the methods."""
 
     def __init__(self, args: Any = None, **kwargs: Any) -> None:
         super().__init__(
@@ -174,6 +149,14 @@ class PEFTCLI(LightningCLI):
             parser_class=Parser,
             args=args,
             **kwargs,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--method",
+            type=Union[lp.PEFTMethod, list[lp.PEFTMethod], None],  # noqa: UP007 - a type that jsonargparse reads
+            default=None,
+            help="The method, such as LoRA; its arguments are given as --method.r=8. A list trains several together.",
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -216,6 +199,11 @@ class PEFTCLI(LightningCLI):
             reasons = [line.strip(" -") for line in str(error).partition("Errors:")[2].splitlines() if line.strip()]
             raise MisconfigurationException(reasons[0] if reasons else str(error)) from error
 
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> L.Trainer:
+        methods = _as_list(self._get(self.config_init, "method"))
+        config["callbacks"] = [*methods, *_as_list(config.get("callbacks")), *callbacks]
+        return super()._instantiate_trainer(config, [])
+
     def _add_configure_optimizers_method_to_model(self, subcommand: str | None) -> None:
         """Build the optimizer of the command line when the Trainer asks for it.
 
@@ -235,6 +223,7 @@ class PEFTCLI(LightningCLI):
         self.model.configure_optimizers = MethodType(configure_optimizers, self.model)
 
     def before_fit(self) -> None:
+        check_method(self.trainer, self.model)
         # Before the loggers start, so that a resumed run keeps its id.
         resume_wandb(self.trainer.loggers, self._get(self.config, "ckpt_path"))
 
@@ -253,6 +242,10 @@ class PEFTCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         return {**LightningCLI.subcommands(), "inspect": {"model", "datamodule"}}
+
+
+def _as_list(value: Any) -> list[Any]:
+    return [] if value is None else value if isinstance(value, list) else [value]
 
 
 def _as_plain(value: Any) -> Any:

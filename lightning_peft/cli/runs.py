@@ -15,8 +15,9 @@ from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 import lightning_peft as lp
+from lightning_peft.core.record import injection_state
 
-__all__ = ["LogConfig", "check_checkpoint", "check_model", "files_first"]
+__all__ = ["LogConfig", "check_checkpoint", "check_method", "check_model", "files_first"]
 
 _CONFIG = "config.yaml"
 
@@ -91,6 +92,31 @@ def check_model(config: Namespace) -> None:
         f"{command}: --model is missing. A checkpoint is only data and never decides which code is imported: add {way} "
         "or --model my.package.Module and --data my.package.Data"
     )
+
+
+def check_method(trainer: L.Trainer, module: L.LightningModule) -> None:
+    """Refuse a fit without a method.
+
+    A module of the user's own may apply methods or load adapters while it is set up, so it is checked again when the
+    fit starts; a task of this package is refused at once.
+
+    Raises:
+        StateError: no method is given.
+    """
+    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    if not any(isinstance(callback, lp.PEFTMethod) for callback in callbacks):
+        callbacks.append(_NeedsMethod())
+        if type(module).__module__.startswith("lightning_peft."):
+            _NeedsMethod().on_fit_start(trainer, module)
+
+
+class _NeedsMethod(L.Callback):
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if injection_state(pl_module) is None:
+            raise lp.StateError(
+                "fit: no method is given, so nothing would be adapted. Add one, such as --method LoRA "
+                "(`lightning-peft methods` lists all), or --method FullFineTuning to train every parameter"
+            )
 
 
 def _find_config(checkpoint: Path) -> Path | None:

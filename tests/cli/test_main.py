@@ -12,7 +12,9 @@ import pytest
 import torch
 import yaml
 from console import run
+from modules import Module
 
+import lightning_peft as lp
 from lightning_peft.cli.main import COMMANDS, main
 from lightning_peft.cli.methods import command_name, exported
 
@@ -26,7 +28,7 @@ RUN = [
     "--trainer.enable_progress_bar=false",
     "--trainer.default_root_dir=.",
 ]
-LORA = ["--trainer.callbacks+=LoRA", "--trainer.callbacks.r=4", "--trainer.callbacks.trainable=[head]"]
+LORA = ["--method=LoRA", "--method.r=4", "--method.trainable=[head]"]
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +60,7 @@ def test_flags_fit_and_save_the_trainable_state():
 
 def test_a_printed_config_runs_again_resumes_and_tests():
     Path("run.yaml").write_text(printed_config(*RUN, *LORA))
-    assert yaml.safe_load(Path("run.yaml").read_text())["trainer"]["callbacks"][0]["init_args"]["r"] == 4
+    assert yaml.safe_load(Path("run.yaml").read_text())["method"]["init_args"]["r"] == 4
     run("fit", "--config=run.yaml")
     first = checkpoint()
     run("fit", "--config=run.yaml", "--trainer.max_epochs=3", f"--ckpt_path={first}")
@@ -95,9 +97,9 @@ def test_inspect_of_a_path_needs_no_model():
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("--trainer.callbacks.targets=bodi.0", "'bodi.0' matches nothing; nearest: body.0"),
-        ("--trainer.callbacks.r=0", "r must be an integer of at least 1, got 0"),
-        ("--trainer.callbacks.dropout=1.5", "dropout must be a probability in [0, 1), got 1.5"),
+        ("--method.targets=bodi.0", "'bodi.0' matches nothing; nearest: body.0"),
+        ("--method.r=0", "r must be an integer of at least 1, got 0"),
+        ("--method.dropout=1.5", "dropout must be a probability in [0, 1), got 1.5"),
     ],
 )
 def test_a_user_error_prints_one_line_and_exits_with_an_error(argument, message):
@@ -107,9 +109,61 @@ def test_a_user_error_prints_one_line_and_exits_with_an_error(argument, message)
     assert message in str(stop.value.code)
 
 
+def test_a_flag_changes_the_method_of_a_file_or_replaces_or_extends_it():
+    Path("run.yaml").write_text("method: {class_path: LoRA, init_args: {r: 4, trainable: [head]}}")
+
+    def methods(*flags: str) -> list[tuple[str, dict]]:
+        method = yaml.safe_load(printed_config("--config=run.yaml", *RUN, *flags))["method"]
+        found = method if isinstance(method, list) else [method]
+        return [(m["class_path"].rpartition(".")[2], m["init_args"]) for m in found]
+
+    ((name, arguments),) = methods("--method.r=16")
+    assert (name, arguments["r"], arguments["trainable"]) == ("LoRA", 16, ["head"])
+    ((name, _),) = methods("--method=BitFit")
+    assert name == "BitFit"
+    (lora, (name, arguments)) = methods("--method+=BottleneckAdapter", "--method.name=top")
+    assert (lora[1]["r"], name, arguments["name"]) == (4, "BottleneckAdapter", "top")
+
+
+def test_a_list_of_methods_trains_together_and_is_tested():
+    Path("run.yaml").write_text(
+        "method:\n- {class_path: LoRA, init_args: {name: lora, trainable: [head]}}\n- BitFit\n"
+        "trainer: {callbacks: [{class_path: LoHa, init_args: {name: third}}]}\n"
+    )
+    assert "LoHa" in run("fit", "--config=run.yaml", *RUN)
+    manifest = torch.load(checkpoint(), weights_only=True)["lightning_peft"]
+    assert [entry["method"] for entry in manifest["methods"]] == ["LoRA", "BitFit", "LoHa"]
+    assert "test/loss" in run("test", "--config=config.yaml", f"--ckpt_path={checkpoint()}")
+    assert "BitFit" in run("inspect", "--config=config.yaml")
+
+
+class Prepared(Module):
+    """A module that applies its method itself."""
+
+    def configure_model(self):
+        lp.apply(self, lp.LoRA(trainable=["head"]))
+
+
+@pytest.mark.parametrize(
+    ("model", "data"),
+    [
+        (["--model=modules.Module"], ["--data=modules.Data"]),
+        (["--model=TextClassifier", "--model.model=demo"], ["--data=TextClassificationData", "--data.source=demo"]),
+    ],
+)
+def test_a_fit_without_a_method_is_refused(model, data):
+    with pytest.raises(SystemExit, match=r"no method is given.*--method LoRA.*--method FullFineTuning"):
+        run("fit", *RUN, *model, *data)
+    assert not Path("checkpoints").exists()
+
+
+def test_a_module_that_applies_a_method_itself_needs_none():
+    run("fit", *RUN, f"--model={__name__}.Prepared")
+
+
 def test_two_methods_under_one_name():
     with pytest.raises(SystemExit, match="give each its own name"):
-        run("fit", *RUN, *LORA, "--trainer.callbacks+=LoRA")
+        run("fit", *RUN, *LORA, "--method+=LoRA")
 
 
 def test_methods_lists_and_explains():
@@ -179,7 +233,8 @@ def test_module_and_own_script_in_a_fresh_process():
         return ran.stdout
 
     assert "fit" in python("-m", "lightning_peft", "--help")
-    out = python(str(HERE / "modules.py"), "fit", *RUN[2:], *LORA)
+    callbacks = [flag.replace("--method", "--trainer.callbacks").replace("callbacks=", "callbacks+=") for flag in LORA]
+    out = python(str(HERE / "modules.py"), "fit", *RUN[2:], *callbacks)
     assert "LoRA r=4" in out
     assert checkpoint().is_file()
 
@@ -203,13 +258,28 @@ def test_a_checkpoint_that_would_run_code_is_refused():
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    ("arguments", "message"),
     [
-        ["--trainer.callbacks+=LoRA", "--trainer.callbacks.lora_alpha=8"],
-        ["--trainer.callbacks=[{class_path: lightning_peft.LoRA, init_args: {r: 4, lora_alpha: 8}}]"],
+        (["--method=LoRA", "--method.lora_alpha=8"], "LoRA does not have an argument 'lora_alpha': it is called alpha"),
+        (["--method=[{class_path: LoRA, init_args: {lora_alpha: 8}}]"], "it is called alpha here"),
+        (["--trainer.callbacks+=LoRA", "--trainer.callbacks.lora_alpha=8"], "it is called alpha here"),
+        (["--method.r=8"], "--method.r is given, but no method: add --method LoRA"),
+        (["--method=Lora"], "no method is called 'Lora'; nearest: LoRA. `lightning-peft methods` lists all"),
+        (["--method=prefix-tuning"], "nearest: PrefixTuning"),
+        (
+            ["--method=LoRA", "--method.r=x"],
+            "'lightning_peft.LoRA': Parser key \"r\": Expected a <class 'int'>. Got value: x",
+        ),
+        (
+            ["--data=modules.Data", "--data.batch=8"],
+            "Data does not have an argument 'batch': it is called batch_size here",
+        ),
     ],
 )
-def test_an_unknown_argument_of_a_method_names_the_one_that_was_meant(arguments, capsys):
+def test_a_wrong_argument_is_answered_in_one_line(arguments, message, capsys):
     with pytest.raises(SystemExit):
         main(["fit", "--model=lightning.pytorch.demos.boring_classes.BoringModel", *arguments])
-    assert "LoRA does not have an argument 'lora_alpha': it is called alpha here" in capsys.readouterr().err
+    tip, error = capsys.readouterr().err.splitlines()
+    assert tip.startswith("tip: ")
+    assert error.startswith("error: ")
+    assert message in error
