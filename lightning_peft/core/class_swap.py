@@ -94,6 +94,8 @@ def add_mixin(obj: object, mixin: type, name: str = "") -> None:
 def check_mixin(obj: object, mixin: type, name: str = "") -> None:
     """Check that ``mixin`` can be added to ``obj``, by adding and removing it.
 
+    Only a trial can tell, because a metaclass may run any code when a subclass is created.
+
     Raises:
         SwapError: if :func:`add_mixin` raises it.
     """
@@ -105,6 +107,7 @@ def check_mixin(obj: object, mixin: type, name: str = "") -> None:
 def remove_mixin(obj: object, mixin: type) -> None:
     """Remove ``mixin``; without any mixin, the object has its original class again."""
     left = tuple(m for m in _mixins(obj) if m is not mixin)
+    # If no other mixin has a forward, nothing would be hidden, so the instance's own forward goes back to its place.
     if _forwarding(left) == [OwnForward]:
         vars(obj)["forward"] = vars(obj).pop("_own_forward")
         left = tuple(m for m in left if m is not OwnForward)

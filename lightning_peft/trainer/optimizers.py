@@ -92,7 +92,7 @@ def add_adapters(optimizers: Iterable[Optimizer], module: nn.Module) -> None:
             if adapted and all(id(p) in groups for p in adapted):
                 group = groups[id(adapted[0])]
                 group["params"] += missing
-                if "param_names" in group:
+                if "param_names" in group:  # the optimizer was built from named_parameters(), and saves the names
                     group["param_names"] += [names[id(p)] for p in missing]
                 groups |= {id(p): group for p in missing}
 
@@ -101,6 +101,7 @@ def _adapted(module: nn.Module, host_name: str, host: nn.Module, adapter: Adapte
     """The base parameters that an adapter belongs to: its weights, or else those of the nearest enclosing module."""
     names = [name for part in adapter.components() for name in (*part.weights(), *part.overrides())]
     weights = [p for name in names if isinstance(p := stored_tensor(host, name), nn.Parameter)]
+    # An adapter on activations may sit on a module without parameters (a residual sum): look further out.
     for around in reversed([*parents(host_name), host_name]):
         if weights:
             break

@@ -86,7 +86,7 @@ def call_with_prefix(host: Any, prefix: KeysAndValues, call: Callable[..., Any],
         _CALLS.modes = before
         if eager:
             _route(host, -1)
-    if not mode.calls:
+    if not mode.calls:  # the output would be that of the base, without an error
         raise AttentionError(
             f"{original_class(host).__name__} ran without calling scaled_dot_product_attention, "
             "multi_head_attention_forward or a transformers attention function, so its prefix was not used: exclude "
@@ -116,6 +116,7 @@ class _Mode(TorchFunctionMode):
         self.calls = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # torch disables the mode while this method runs, so _sdpa and _multi_head can call the original functions.
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             self.calls += 1
@@ -322,7 +323,7 @@ class _PrefixedConfig:
 
 def _route(host: Any, users: int) -> None:
     """Count the calls of ``host`` in progress; during any, replace its configuration by a :class:`_PrefixedConfig`."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():  # torch.compile cannot trace a lock
         return _count(host, users)
     with _LOCK:
         return _count(host, users)

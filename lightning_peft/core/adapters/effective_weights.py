@@ -70,6 +70,8 @@ def effective_weights(
                 # A sparse embedding produces a sparse gradient, which the operations of ``transform`` cannot take.
                 sparse = getattr(host, "sparse", False) is True
                 now[parameter] = dense_gradient(weight) if sparse else weight
+            # A method that scales or shifts the output changes the bias too. It starts from the bias after earlier
+            # adapters, and may add one to a layer without.
             if parameter in BIASES and part.changes_bias and wanted(BIASES[parameter]):
                 bias = part.transform_bias(current(BIASES[parameter]))
                 if bias is not None:

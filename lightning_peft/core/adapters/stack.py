@@ -231,7 +231,7 @@ class AdapterStack(AdapterContainer):
     ) -> Any:
         """Return the host's output with the adapters ``names`` instead of the active ones."""
         switches = current(self)
-        if switches is self.shared:
+        if switches is self.shared:  # other threads use them too, so change a copy that only this thread sees
             with switched({self: {}}):
                 return self.run_as(names, host, forward, args, kwargs)
         before = switches.weight_adapters, switches.wrapping_adapters
@@ -253,7 +253,7 @@ class AdapterStack(AdapterContainer):
                 call = functools.partial(run_dequantized, host, switches.weight_adapters)
             else:
                 call = functools.partial(run_in_place, host, effective_weights(host, switches.weight_adapters), forward)
-        for adapter in switches.wrapping_adapters:
+        for adapter in switches.wrapping_adapters:  # the first one becomes the innermost call, so it runs first
             call = functools.partial(adapter.run, host, call)
         return call(*args, **kwargs)
 
@@ -308,9 +308,12 @@ class Adapted(nn.Module):
         # self.adapters would go through __getattr__ below, which first looks for an adapted value.
         stack = cast(AdapterStack, self._modules["adapters"])
         run = functools.partial(stack.run, self, super().forward)
+        # With no values, the host's own code reads stored parameters: its adapters run around it, and adapted values
+        # would apply them a second time. run_in_place sets values for adapters that modify the weight.
         return run_with_values(self, {}, run, (args, kwargs), {})
 
     def __getattr__(self, name: str) -> Any:
+        # Parameters are not instance attributes, so every read of one arrives here.
         values = forward_values(self)
         if values is None and name in _adapted_attributes(self) and computing():
             values = self.adapters.values_to_read(self, name)

@@ -57,7 +57,7 @@ class Switches:
         return Switches(**{**{name: getattr(self, name) for name in names}, **changes})
 
 
-# By id of the stack. A copy for each context.
+# By id of the stack. Each context sets a new mapping, because threads and tasks may hold the earlier one.
 _OWN: ContextVar[Mapping[int, Switches]] = ContextVar("switches", default=MappingProxyType({}))
 
 
@@ -71,7 +71,7 @@ def switched(changes: Mapping[AdapterStack, Mapping[str, Any]]) -> Iterator[None
     own = {stack: current(stack).changed(**change) for stack, change in changes.items()}
     for stack, switches in own.items():
         stack.work_out(switches)
-        stack.open.append(switches)
+        stack.open.append(switches)  # so that attaching and deleting an adapter updates these switches as well
         stack.local.entered = (*getattr(stack.local, "entered", ()), switches)
     token = _OWN.set({**_OWN.get(), **{id(stack): switches for stack, switches in own.items()}})
     try:

@@ -75,6 +75,7 @@ class TokenTemplate:
             # If a row has fewer real tokens than the template names, its virtual tokens are placed at its ends.
             least = torch.minimum(first + offset, end) if anchor == "start" else torch.maximum(end - offset, least)
             columns += [least] * count
+        # With a mask, a row may begin with padding, and its virtual tokens come after that.
         ahead = mask is None and self.slots[0] == ("start", 0, self.tokens)
         return TokenLayout(torch.stack(columns, 1), length, first, ahead=ahead)
 
@@ -141,12 +142,14 @@ class TokenLayout:
         columns = torch.arange(length, device=before.device)
         virtual = torch.arange(tokens, device=before.device)
         self.before, self.length, self.tokens, self.first, self.ahead = before, length, tokens, first, ahead
+        # (batch, L): how many virtual tokens come before each real one
         self.passed = (before[:, None] <= columns[None, :, None]).sum(-1)
         #: (batch, L): positions of the real tokens in the longer sequence
         self.keep = columns + self.passed
         self.there = torch.ones_like(before, dtype=torch.bool) if there is None else there
         #: (batch, L): the last position before the next real token; the output there predicts that token
         self.predicts = columns + ((before[:, None] <= columns[None, :, None] + 1) & self.there[:, None]).sum(-1)
+        # For each column of the longer sequence, its index in [real tokens, virtual tokens]: one gather inserts them.
         order = torch.zeros(before.shape[0], length + tokens, dtype=torch.long, device=before.device)
         order = order.scatter(1, self.keep, columns.expand_as(self.keep))
         self.order = order.scatter(1, before + virtual, (length + virtual).expand_as(before))
@@ -199,6 +202,7 @@ class TokenLayout:
         right = torch.where(self.before[0] > 0, mask[:, row], zero)
         wide = torch.cat([mask, right], 1)
         wide = torch.cat([wide, wide[row]], 0)
+        # All virtual tokens see one another.
         virtual = torch.arange(len(wide), device=mask.device) >= self.length
         wide = torch.where(virtual[:, None] & virtual, zero, wide)
         return wide[self.order[0]][:, self.order[0]]

@@ -202,6 +202,7 @@ def _install(model: nn.Module, plans: Mapping[str, tuple[Method, Plan]]) -> Repo
     if record is not None:
         widen_record(model)
     if record is None:
+        # Freeze everything first. Each method then unfreezes what it trains, so their order does not matter.
         trained = frozenset(canonical(name) for name, p in model.named_parameters() if p.requires_grad)
         model.requires_grad_(False)
         record = InjectionState({}, Report(), {}, InitialValues(), trained)
@@ -215,6 +216,7 @@ def _install(model: nn.Module, plans: Mapping[str, tuple[Method, Plan]]) -> Repo
         record.origins[name] = plan.origin
         hosts_of = tuple(dict.fromkeys(canonical(a.host) for a in plan.attach))
         record.add_adapter(name, hosts_of, list(adapter_records(model, name, take=None)), _size(plan))
+    # A parameter that one method defers and another one trains is not deferred: it trains from the start.
     record.deferred = {
         n: v for n, v in record.deferred.items() if v is not None or not model.get_parameter(n).requires_grad
     }
@@ -383,6 +385,7 @@ def _check_initialized(model: nn.Module) -> None:
 def _commit(model: nn.Module, method: Method, plan: Plan, report: Report) -> None:
     for a in plan.attach:
         owners = (model.get_submodule(a.host), model)
+        # A host without parameters (an activation, a norm without weights) gets its adapters on the model's device.
         reference = next((p for owner in owners for p in owner.parameters()), None)
         if reference is not None and not reference.is_meta:
             a.adapter.to(reference.device)

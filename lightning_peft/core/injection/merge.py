@@ -181,6 +181,7 @@ class _MergePlan:
                 in it; nothing was changed.
         """
         weights = self.weights()
+        # Recorded before each tensor is written, so that _restore undoes a write that is interrupted.
         self.stack.merged, self.stack.merged_names = {}, self.names
         if is_packed(self.host) and "weight" in weights:
             self.stack.merged = dict.fromkeys(weights)

@@ -61,6 +61,7 @@ def _changeable_modules(model: nn.Module) -> Iterator[nn.Module]:
 def _restore_module(module: nn.Module) -> Callable[[], None]:
     own, cls = vars(module), type(module)
     attributes = dict(own)
+    # ``attributes`` refers to these dictionaries, which a change fills in place, so their contents are saved as well.
     contents = [(own[name], own[name].copy()) for name in _DICTS if own.get(name) is not None]
 
     def restore() -> None:
@@ -75,7 +76,7 @@ def _restore_module(module: nn.Module) -> Callable[[], None]:
 
 
 def _restore_parameter(parameter: nn.Parameter) -> Callable[[], None]:
-    data, trains = parameter.data, parameter.requires_grad
+    data, trains = parameter.data, parameter.requires_grad  # a cast replaces ``data`` and leaves this tensor unchanged
 
     def restore() -> None:
         parameter.data = data

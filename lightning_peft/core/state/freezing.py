@@ -176,7 +176,7 @@ def set_unfrozen(model: nn.Module, names: Iterable[str]) -> None:
             parameter = root.get_parameter(name)
             parameter.copy_(before.to(parameter.device))
             parameter.requires_grad_(False)
-            parameter.grad = None
+            parameter.grad = None  # an optimizer that holds the parameter would still step with an old gradient
             record.deferred[name] = None
     unfreeze(model, wanted)
 

@@ -180,7 +180,7 @@ def _sums(tensor: Tensor) -> tuple[int, ...] | None:
         flat = tensor.contiguous().reshape(-1).view(torch.uint8)
     except (RuntimeError, NotImplementedError, TypeError):  # a tensor subclass that cannot be viewed as bytes
         return None
-    if flat.storage_offset() % 8:
+    if flat.storage_offset() % 8:  # a view as 8-byte words must be aligned
         flat = flat.clone()
     even = flat.numel() - flat.numel() % 8
     words = flat[:even].view(torch.int64)
@@ -214,6 +214,7 @@ def _base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def _copy(value: Any) -> Any:
+    # Pickled, because extra state can be any object: its bytes can be compared, and do not change with the object.
     return value.detach().clone() if isinstance(value, Tensor) else pickle.dumps(value)
 
 

@@ -66,7 +66,8 @@ class RowDispatcher:
         # True after a forward in train mode without gradients: reentrant checkpointing runs its first pass like that,
         # and leaves no frame from which a recomputation could recall its rows.
         self.saw_no_grad_forward = False
-        self._plans: dict[Any, _Plan] = {}  # those in use, with what they keep between calls
+        #: the plans that this context has used, so that close() frees the stacked factors that they keep between calls
+        self._plans: dict[Any, _Plan] = {}
 
     def run(self, host: Any, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         """Return the output of an adapted module, with its adapters applied to each row."""
@@ -140,6 +141,7 @@ class RowDispatcher:
             return stack.run_as(plan.all, host, forward, args, kwargs)
         check_experts(stack.batch_layout, (*args, *kwargs.values()), len(self.rows))
         if plan.groups:
+            # _route again, now with the rows of one group: they have equal adapters, or can be batched.
             return self.split(
                 stack.batch_layout, host, plan.groups, functools.partial(self._route, host, forward), args, kwargs
             )
@@ -260,6 +262,7 @@ class RowDispatcher:
                 f"different adapters must run separately, which happens in the forward of {self.root}. It was not "
                 "called: call it instead of modules inside it"
             )
+        # Rows whose adapters can all be batched form one group, whatever their adapters; each other mix is a group.
         apart: dict[tuple[str, ...], list[int]] = {}
         for i, row in enumerate(here):
             apart.setdefault(row if any(classes[name] is None for name in row) else (), []).append(i)

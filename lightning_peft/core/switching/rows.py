@@ -72,6 +72,7 @@ def rows(model: nn.Module, names: Sequence[str | Sequence[str] | None] | None, r
     for stack in found.values():
         stack.ever_routed = set() if stack.ever_routed is None else stack.ever_routed
         stack.ever_routed.update(name for row in wanted for name in row)
+    # Exits run in reverse order: close the dispatcher, restore the switches, then keep the dispatcher for backward.
     with ExitStack() as leave:
         leave.callback(_keep, found, dispatcher, where)
         leave.enter_context(

@@ -162,6 +162,7 @@ class PromptAdapter(Adapter):
         if self.limit is not None and self.limit < self.token_template.tokens + 3:
             return
 
+        # Insert the virtual tokens around ``start`` only: in the cached run, they were placed before ``step`` came.
         def whole(start: Tensor, step: Tensor, **rest: Any) -> Any:
             layout = self.token_template.layout(len(start), 2, None, start.device)
             return call(inputs_embeds=torch.cat([layout.insert(start, self.virtual()), step], 1), **rest)
@@ -254,6 +255,7 @@ class BatchedPrompts(BatchedAdapters, PromptAdapter):
 
     def _note(self, layout: TokenLayout, given: dict[str, Any], out: Any) -> None:
         values = out.values() if isinstance(out, dict) else out if isinstance(out, tuple) else ()
+        # On the cache itself: later calls bring it back, and the layout is freed with it.
         for cache in (v for v in (*given.values(), *values) if is_cache(v) and hasattr(v, "__dict__")):
             vars(cache).setdefault("_peft_layouts", {})[self._key()] = layout
 
@@ -272,6 +274,7 @@ class BatchedPrompts(BatchedAdapters, PromptAdapter):
                 f"{_kind(host)} got a KV cache that was filled with the virtual tokens of other adapters than those of "
                 "its rows: run the whole generation in one lp.rows, from an empty cache"
             )
+        # A row with fewer virtual tokens has padding in the cache, which must not count in its positions.
         missing = (~layout.there).sum(1, keepdim=True)
         past, new = cache_length(cache), embeds.shape[1]
         if mask is None and self.token_template.padded:
@@ -313,6 +316,9 @@ class PromptLabels(Adapter):
             return call(*args, **kwargs)
         layout = self.token_template.layout(len(labels), labels.shape[1], given.get("attention_mask"), labels.device)
         given["labels"] = layout.fill(labels, -100)
+        # The model computes its loss inside ``call``, from logits that must be as long as the labels. So the prompts of
+        # the inner model leave their positions in, and they are removed below. Per thread, because others may run the
+        # same model without labels.
         before = getattr(_CALLS, "kept", ())
         _CALLS.kept = (*before, *self._prompts)
         try:
@@ -320,6 +326,7 @@ class PromptLabels(Adapter):
         finally:
             _CALLS.kept = before
         if isinstance(out, dict):
+            # Logits are taken where the next real token is predicted, states where the real tokens are.
             strip(out, layout, True, ("logits",))
             return strip(out, layout, False, ("hidden_states", "attentions"))
         loss, *rest = out

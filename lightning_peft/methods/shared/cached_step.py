@@ -61,57 +61,58 @@ def check_cached_step(
     """
     if adapter.cache_checked or host.training or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return
-    if not states_in(output):
+    name, cache = next(iter(states_in(output).items()), ("", None))
+    if not name:
         return
-    adapter.cache_checked = True  # the calls of the comparison are not checked themselves
-    try:
-        _compare(host, run, whole, output, given, embeds)
-    except BaseException:
-        adapter.cache_checked = False
-        raise
-
-
-def _compare(
-    host: nn.Module,
-    run: Callable[..., Any],
-    whole: Callable[..., Any],
-    output: Any,
-    given: dict[str, Any],
-    embeds: Callable[[], Tensor],
-) -> None:
-    name = next(iter(states_in(output)))
-    rest = {n: v for n, v in given.items() if n not in (*_BY_TOKEN, name, "use_cache", "return_dict")}
-    rest = {n: v for n, v in rest.items() if not is_cache(v) and (n.startswith("encoder_") or not _holds_tensor(v))}
+    adapter.cache_checked = True  # the short calls below are not checked themselves
+    kind = original_class(host).__name__
     try:
         with torch.no_grad():
-            tokens = embeds()
-            sample = tokens[:, torch.arange(3, device=tokens.device) % tokens.shape[1]]
-            start, step = sample[:, :2], sample[:, 2:]
-            first = run(**rest, inputs_embeds=start, use_cache=True)
-            # now, because the step may extend the cache in place
-            before = cache_length(first[name]) if is_cache(first[name]) else 0
-            second = run(**rest, inputs_embeds=step, use_cache=True, **{name: first[name]})
-            expected = _last(whole(start, step, **rest, use_cache=False))
+            cached, expected, grown = _short_calls(run, whole, embeds(), name, _other_arguments(given, name))
     except Exception as error:
         warnings.warn(
-            f"cannot check that {original_class(host).__name__} generates correctly from its KV cache: a short test "
-            f"call failed with {type(error).__name__}: {error}. Compare a generated text with one generated with "
-            "use_cache=False",
+            f"cannot check that {kind} generates correctly from its KV cache: a short test call failed with "
+            f"{type(error).__name__}: {error}. Compare a generated text with one generated with use_cache=False",
             stacklevel=2,
         )
         return
-    difference = float((_last(second) - expected).norm() / expected.norm().clamp_min(1e-30))
-    grown = cache_length(second[name]) - before if before > 1 else 1
+    except BaseException:  # interrupted, so nothing is known yet
+        adapter.cache_checked = False
+        raise
+    adapter.cache_checked = False
+    difference = float((cached - expected).norm() / expected.norm().clamp_min(1e-30))
     # In half precision, rounding alone may route a token to another expert of a mixture.
     allowed = 0.01 if torch.finfo(expected.dtype).bits >= 32 else 0.1
-    if difference <= allowed and grown == 1:
+    adapter.cache_checked = difference <= allowed and grown == 1
+    if adapter.cache_checked:
         return
-    kind = type(first[name]).__name__
     raise CacheError(
-        f"a step of {original_class(host).__name__} with the cache {name!r} ({kind}) differs from the computation "
-        f"without it by {difference:.1%}, and adds {grown} tokens to the cache: the adapter does not support this "
-        "model's cache. Call the model with use_cache=False"
+        f"a step of {kind} with the cache {name!r} ({type(cache).__name__}) differs from the computation without it by "
+        f"{difference:.1%}, and adds {grown} tokens to the cache: the adapter does not support this model's cache. "
+        "Call the model with use_cache=False"
     )
+
+
+def _other_arguments(given: dict[str, Any], cache: str) -> dict[str, Any]:
+    """Return the arguments that the short calls share with the call ``given``: no caches, and no values per token."""
+    left = {n: v for n, v in given.items() if n not in (*_BY_TOKEN, cache, "use_cache", "return_dict")}
+    # A tensor with an unknown name may have values per token as well, unless it belongs to the encoder's text.
+    return {n: v for n, v in left.items() if not is_cache(v) and (n.startswith("encoder_") or not _holds_tensor(v))}
+
+
+def _short_calls(
+    run: Callable[..., Any], whole: Callable[..., Any], tokens: Tensor, name: str, rest: dict[str, Any]
+) -> tuple[Tensor, Tensor, int]:
+    """Return the output for a third token from the cache of two, the same without a cache, and the cache's growth."""
+    sample = tokens[:, torch.arange(3, device=tokens.device) % tokens.shape[1]]  # a shorter text is repeated
+    start, step = sample[:, :2], sample[:, 2:]
+    first = run(**rest, inputs_embeds=start, use_cache=True)
+    before = cache_length(first[name]) if is_cache(first[name]) else 0  # now, as the step may extend it in place
+    second = run(**rest, inputs_embeds=step, use_cache=True, **{name: first[name]})
+    expected = whole(start, step, **rest, use_cache=False)
+    # A recurrent state does not count tokens: its length is 1 as soon as it is filled.
+    grown = cache_length(second[name]) - before if before > 1 else 1
+    return _last(second), _last(expected), grown
 
 
 def check_texts_do_not_grow(host: nn.Module, real: Tensor, output: Any) -> None:

@@ -49,10 +49,13 @@ def prefix_in_window(
     cache, index = find_cache(given), getattr(host, "layer_idx", None)
     # Ask for this layer's length: the layers before it have already added the tokens of this call to the cache.
     past = 0 if cache is None else cache_length(cache) if index is None else int(cache.get_seq_length(index))
+    # The prefix has positions 0 to T - 1 and the text follows, so query q is q + T - j positions after prefix token j.
+    # If even the last query is close enough to token 0, no mask is needed.
     if past + x.shape[1] - 1 + tokens < min(window for window in windows if window):
         return prefix
     query = past + torch.arange(x.shape[1], device=x.device)[:, None]
     distance = query + tokens - torch.arange(tokens, device=x.device)
+    # A row without a window gets a bound that is larger than any distance.
     hidden = torch.stack([distance >= (window or len(distance) + past + tokens) for window in windows])
     if len(windows) > 1:
         hidden = hidden.repeat_interleave(len(x) // len(windows), 0)[:, None]

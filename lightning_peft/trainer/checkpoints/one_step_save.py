@@ -40,5 +40,6 @@ def save_in_one_step(strategy: Any) -> None:
     innermost = strategy.checkpoint_io
     while getattr(innermost, "checkpoint_io", None) is not None:  # such as AsyncCheckpointIO
         innermost = innermost.checkpoint_io
+    # By name, because Lightning's two packages each have this class. A subclass may write the file in its own way.
     if original_class(innermost).__name__ == "TorchCheckpointIO":
         add_mixin(innermost, _OneStepSave)

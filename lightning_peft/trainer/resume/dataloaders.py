@@ -167,6 +167,7 @@ class _Pass:
         # the same global RNGs, in the order of the loaders.
         late = [each for each in ours if each.late] if self in ours else [self]
         if self in ours:
+            # The uninterrupted run fetched a batch of its first, discarded pass too; its draws must be repeated.
             for each in late:
                 if each.batches is not None and each.source.looks_ahead(0):
                     next(each.batches, None)
@@ -252,6 +253,7 @@ class _Pass:
             # workers, an index is drawn together with its batch.
             self.order.set(record["asks"], record.get("asked", skip) if source.loader.num_workers else skip, skip)
         twin = source.open(running, self.order, record["first"], workers)
+        # iter() draws the workers' base seed, so a resumed pass draws it with the states before the saved pass.
         if now is not None:
             rng_states.set(record["start"])
         batches = iter(twin)

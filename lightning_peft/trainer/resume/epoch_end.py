@@ -23,13 +23,15 @@ def finish_epoch(trainer: Any) -> None:
     for progress in (fit.epoch_progress.total, fit.epoch_progress.current):
         progress.processed -= 1  # fit.reset() has counted the epoch as finished
         progress.completed -= 1
+    # The checkpoint was saved in a hook of the batch's end, before Lightning counted the batch as completed.
     epoch.batch_progress.increment_completed()
+    # The validation and the hooks below were not begun in the saved run, so no loop may treat them as resumed.
     for loop in (epoch, epoch.val_loop):
         loop._restarting = False
         loop.reset_restart_stage()
-    epoch.on_advance_end(fit._data_fetcher)
+    epoch.on_advance_end(fit._data_fetcher)  # runs the validation
     epoch.on_iteration_done()
-    fit.on_advance_end()
+    fit.on_advance_end()  # runs the hooks of the epoch's end
     fit.on_iteration_done()
 
 
