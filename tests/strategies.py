@@ -1,7 +1,7 @@
-"""The table of docs/strategies.md: methods under Lightning's strategies and precisions.
+"""The table of docs/strategies.md: methods under Lightning's strategies and precisions, compiled and checkpointed.
 
-``python -m tests.lists`` writes it. ``test_sharded_methods.py`` and ``test_precisions.py`` in ``tests/trainer`` test
-every cell on the CPU; gradient checkpointing is tested over ``tests/table.py``.
+``python -m tests.lists`` writes it. ``test_sharded_methods.py``, ``test_precisions.py`` and ``test_compile_fits.py`` in
+``tests/trainer`` test every cell on the CPU; gradient checkpointing is tested over ``tests/table.py``.
 """
 
 from __future__ import annotations
@@ -35,6 +35,11 @@ STRATEGIES = {
     "FSDP2": "`ModelParallelStrategy(data_parallel_size=2)`; the module calls `lp.apply(self)`, then `fully_shard`",
 }
 
+MEMORY = {
+    "compile": "`torch.compile(fullgraph=True)` of the network: one graph for training and one for validation",
+    "checkpointing": "`torch.utils.checkpoint` with either value of `use_reentrant` gives equal gradients",
+}
+
 PRECISIONS = {
     "32-true": torch.float32,
     "16-mixed": torch.float32,
@@ -54,8 +59,11 @@ def precision(name: str) -> dict[str, Any]:
 
 _BASE = "it trains parameters of the base in the base's dtype, and warns; bf16-mixed keeps them in float32"
 
-#: (method, column) -> a remark on a cell that works; what trains is then in the precision's own dtype
+_AGAIN = "compiled again each time that more parameters train"
+
+#: (method, column) -> a remark on a cell that works; what trains under a precision is then in the precision's own dtype
 REMARKS = {(method, "bf16-true"): _BASE for method in ("FullFineTuning", "BitFit")}
+REMARKS[("GradualUnfreezing", "compile")] = _AGAIN
 
 _FLOAT16 = "it would train the base's float16 parameters, where AdamW's eps of 1e-8 is zero; a warning says so"
 #: (method, column) -> why the combination does not work; a warning says what to do, because other optimizers may work
@@ -69,7 +77,7 @@ def trained_dtype(method: str, name: str) -> torch.dtype:
 
 def table() -> str:
     """The table of the page, with its footnotes."""
-    columns = [*STRATEGIES, *PRECISIONS, "checkpointing"]
+    columns = [*STRATEGIES, *PRECISIONS, "compile", "checkpointing"]
     remarks = list(dict.fromkeys([*REMARKS.values(), *WARNED.values()]))
 
     def cell(method: str, column: str) -> str:
@@ -87,7 +95,7 @@ def table() -> str:
             f"|---|{'---|' * len(columns)}",
             *(f"| `{method}` | {' | '.join(cell(method, column) for column in columns)} |" for method in ROWS),
             "",
-            *(f"- **{name}**: {meaning}." for name, meaning in STRATEGIES.items()),
+            *(f"- **{name}**: {meaning}." for name, meaning in [*STRATEGIES.items(), *MEMORY.items()]),
             "",
             *(f"{i}. {remark}" for i, remark in enumerate(remarks, 1)),
         ]

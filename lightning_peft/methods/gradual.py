@@ -21,7 +21,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from lightning_peft.core.class_swap import original_class
-from lightning_peft.core.names import owner_of
+from lightning_peft.core.names import canonical, owner_of
 from lightning_peft.core.record import injection_state
 from lightning_peft.core.state.freezing import unfreeze
 from lightning_peft.core.state.plan import Plan
@@ -113,7 +113,8 @@ class GradualUnfreezing(SelectionMethod):
             found = depths(model, self.trainable_modules(model))
             lowest = [name for name, depth in found.items() if depth == len(stages) + 1]
             stages |= {"before the first block": lowest} if lowest else {}
-        return {k: [n for n in names if not excluded(owner_of(n))] for k, names in stages.items()}
+        # The record has the names at injection; a part that was compiled since has others.
+        return {k: [canonical(n) for n in names if not excluded(owner_of(n))] for k, names in stages.items()}
 
     def times(self, model: nn.Module) -> list[int]:
         """The time at which each stage unfreezes.

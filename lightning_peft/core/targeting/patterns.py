@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from torch import nn
 
 from lightning_peft.core.class_swap import original_class
-from lightning_peft.core.names import join, leaf, nearest
+from lightning_peft.core.names import canonical, join, leaf, nearest
 from lightning_peft.core.targeting.base_modules import base_modules
 
 __all__ = [
@@ -71,6 +71,7 @@ def match(pattern: str, name: str, module: nn.Module | None = None) -> bool:
     """Whether ``pattern`` matches ``name``; a ``type:`` pattern is compared with the class of ``module``."""
     if pattern.startswith("type:"):
         return module is not None and any(c.__name__ == pattern[5:] for c in original_class(module).__mro__)
+    name = canonical(name)
     if pattern.startswith("re:"):
         return re.fullmatch(pattern[3:], name) is not None
     if any(character in pattern for character in "*?["):
