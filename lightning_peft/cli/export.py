@@ -1,18 +1,30 @@
-"""``lightning-peft export``: write the adapters of a checkpoint as adapter directories, which PEFT also reads."""
+"""``lightning-peft export``: write trained adapters as directories that PEFT reads, or as files of other software."""
 
 from __future__ import annotations
 
 import sys
-from argparse import ArgumentParser
-from collections.abc import Sequence
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
+
+from torch import nn
 
 import lightning_peft as lp
+from lightning_peft.cli.adapted import activate, add_base_option, load_adapted
+from lightning_peft.cli.merge import check_new, write_plain
 from lightning_peft.cli.module import add_model_option, load_module, parse
+from lightning_peft.core.adapters.lookup import active_names, adapter_names
+from lightning_peft.core.state.state_dict import StateError
 from lightning_peft.formats.checkpoint import export_checkpoint
 from lightning_peft.formats.directory.files import read_files
 
 __all__ = ["export"]
+
+EXAMPLE = """examples:
+  lightning-peft export run.ckpt adapter/                            for Hugging Face PEFT and this package
+  lightning-peft export run.ckpt out/ --for vllm                     a plain LoRA, checked against vLLM's rules
+  lightning-peft export run.ckpt out/ --for vllm --merged            the merged model as a Hugging Face folder"""
 
 
 def export(args: Sequence[str]) -> None:
@@ -20,29 +32,99 @@ def export(args: Sequence[str]) -> None:
 
     Args:
         args: the command-line arguments after ``export``.
+
+    Raises:
+        StateError: the source cannot be read, or cannot be exported for that software. Nothing is written.
     """
     parser = ArgumentParser(
         prog="lightning-peft export",
-        description="Write the adapters of a checkpoint as adapter directories, in Hugging Face PEFT's format if "
-        "PEFT has the method. Most methods need only the checkpoint; others also need the trained class (--model).",
+        description="Write the adapters of a checkpoint as adapter directories, in Hugging Face PEFT's format if\n"
+        "PEFT has the method. Most methods need only the checkpoint; others also need the trained class (--model).\n"
+        "With --for, write what other software runs.",
+        epilog=EXAMPLE,
+        formatter_class=RawDescriptionHelpFormatter,
     )
-    parser.add_argument("checkpoint", help="the checkpoint of a run that used methods of this package")
+    parser.add_argument("source", type=Path, help="the checkpoint of a run; with --for also an adapter directory")
     parser.add_argument(
-        "directory", help="the output folder; several adapters are written to subfolders with their names"
+        "out", type=Path, help="the output folder or file; several adapters are written to subfolders with their names"
     )
-    parser.add_argument("--name", help="export only this adapter; default: all adapters")
+    parser.add_argument("--name", help="export only this adapter; default: all adapters, or with --for the active one")
     parser.add_argument(
         "--fold-scale", action="store_true", help="LoRA: bake the scale into B, for tools that ignore alpha"
     )
+    parser.add_argument("--for", dest="software", choices=sorted(SOFTWARE), help="the software that will run the model")
+    parser.add_argument("--merged", action="store_true", help="vllm: write the merged model, not a LoRA")
+    parser.add_argument("--rank", type=int, help="the rank of the LoRA; default: the smallest that keeps the error")
+    parser.add_argument(
+        "--max-error",
+        type=float,
+        default=0.01,
+        help="the largest relative error of the update in the Frobenius norm (default: %(default)s)",
+    )
+    add_base_option(parser)
     add_model_option(parser, "the class of the trained module, if the checkpoint is not enough")
-    options, arguments = parse(parser, args)
-    if options.model is None:
-        names = export_checkpoint(options.checkpoint, options.directory, options.name, fold_scale=options.fold_scale)
+    given, arguments = parse(parser, args)
+    if given.software is not None:
+        check_new(given.out)
+        model = load_adapted(given.source, given.model, arguments, given.base).eval()
+        if given.name is not None:
+            activate(model, given.name, given.source)
+        SOFTWARE[given.software](model, given)
     else:
-        module = load_module(options.checkpoint, options.model, arguments)
-        names = lp.save_adapter(module, options.directory, options.name, fold_scale=options.fold_scale)
-    print(f"{options.directory}: {', '.join(names)}", file=sys.stderr)
+        _as_directories(given, arguments)
+
+
+def _as_directories(given: Any, arguments: dict[str, Any]) -> None:
+    if given.model is None:
+        names = export_checkpoint(given.source, given.out, given.name, fold_scale=given.fold_scale)
+    else:
+        module = load_module(given.source, given.model, arguments)
+        names = lp.save_adapter(module, given.out, given.name, fold_scale=given.fold_scale)
+    print(f"{given.out}: {', '.join(names)}", file=sys.stderr)
     for name in names:
-        folder = Path(options.directory) / name if len(names) > 1 else Path(options.directory)
+        folder = given.out / name if len(names) > 1 else given.out
         if (reason := read_files(folder).config.get("reason")) is not None:
             print(f"{folder}: only this package can read it, Hugging Face PEFT cannot: {reason}", file=sys.stderr)
+
+
+def _only_adapter(model: nn.Module, given: Any) -> str:
+    """The name of the adapter to export.
+
+    Raises:
+        StateError: there is not exactly one.
+    """
+    active = [name for name in adapter_names(model) if name in active_names(model)]
+    if len(active) != 1:
+        raise StateError(
+            f"{given.source} has the active adapters {active}, but one LoRA replaces one adapter: choose it with "
+            "--name, or export the merged model (--merged)"
+        )
+    return active[0]
+
+
+def _write_merged(model: nn.Module, out: Path) -> Path:
+    lp.merge(model)
+    lp.unload(model, merge=True)
+    return write_plain(model, out)
+
+
+def _for_vllm(model: nn.Module, given: Any) -> None:
+    from lightning_peft.formats.deploy.plain_lora import plain_lora
+    from lightning_peft.formats.deploy.vllm import MAX_RANK, check_adapter, server_rank
+
+    if given.merged:
+        print(f"{_write_merged(model, given.out)}: the merged model\nvllm serve {given.out}")
+        return
+    name = _only_adapter(model, given)
+    lora = plain_lora(model, name, "vLLM", given.max_error, given.rank, MAX_RANK)
+    check_adapter(lora.config, lora.tensors)
+    lora.write(given.out)
+    base = lora.config["base_model_name_or_path"] or "BASE"
+    print(
+        f"{given.out}: a LoRA of rank {lora.rank}, relative error {lora.error:.3g}\n"
+        f"vllm serve {base} --enable-lora --max-lora-rank {server_rank(lora.rank)} --lora-modules {name}={given.out}"
+    )
+
+
+#: software -> the function that writes a model for it
+SOFTWARE: dict[str, Callable[[nn.Module, Any], None]] = {"vllm": _for_vllm}

@@ -13,16 +13,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import lightning_peft as lp
-from lightning_peft.cli.module import add_model_option, build_module, load_module, parse
+from lightning_peft.cli.adapted import activate, add_base_option, load_adapted
+from lightning_peft.cli.module import add_model_option, parse
 from lightning_peft.core.adapters.lookup import active_names, adapter_names
 from lightning_peft.core.optional import config_value, input_embedding, output_embedding
 from lightning_peft.core.record import injection_state
 from lightning_peft.core.state.atomic_file import save_torch_file, writing
 from lightning_peft.core.state.state_dict import StateError
 from lightning_peft.core.targeting.sites import output_head
-from lightning_peft.formats.load import saved_preparations
 
-__all__ = ["merge"]
+__all__ = ["check_new", "merge", "write_plain"]
 
 EXAMPLE = """examples:
   lightning-peft merge run.ckpt out/                       the base was built by a task of this package
@@ -57,10 +57,7 @@ def merge(arguments: Sequence[str]) -> None:
     parser.add_argument("source", type=Path, help="the checkpoint of a run, or an adapter directory")
     parser.add_argument("out", type=Path, help="a new folder, or a new .safetensors or .pt file for a state dict")
     add_model_option(parser, "the class of the trained module (not needed for a task of this package)")
-    parser.add_argument(
-        "--base",
-        help="the base of an adapter directory: 'demo', a folder, or a hub id; default: the base that it names",
-    )
+    add_base_option(parser)
     parser.add_argument("--name", help="merge only this adapter; default: the active adapters")
     parser.add_argument(
         "--untie", action="store_true", help="give a tied weight its own tensor if only one of its modules changes"
@@ -71,16 +68,10 @@ def merge(arguments: Sequence[str]) -> None:
         help="replace the adapted quantised layers by float ones with merged weights",
     )
     given, of_model = parse(parser, arguments)
-    if given.out.exists() and (given.out.is_file() or any(given.out.iterdir())):
-        raise StateError(f"{given.out} already exists: name a new folder or file")
-    if given.source.is_dir():
-        model = _from_directory(given.source, given.base, given.model, of_model)
-    else:
-        model = load_module(given.source, given.model, of_model)
+    check_new(given.out)
+    model = load_adapted(given.source, given.model, of_model, given.base)
     if given.name is not None:
-        if given.name not in adapter_names(model):
-            raise StateError(f"no adapter named {given.name!r}; {given.source} has {list(adapter_names(model))}")
-        lp.set_active(model, given.name)
+        activate(model, given.name, given.source)
     record = injection_state(model)
     names = list(record.methods) if record is not None else []
     active = active_names(model)
@@ -89,42 +80,16 @@ def merge(arguments: Sequence[str]) -> None:
     lp.unload(model, merge=True)
     merged = ", ".join(n for n in names if n not in idle)
     left = f" ({', '.join(idle)} left out: not active)" if idle else ""
-    print(f"merged {merged} into {_write(model, given.out)}{left}")
+    print(f"merged {merged} into {write_plain(model, given.out)}{left}")
 
 
-def _from_directory(directory: Path, base: str | None, name: str | None, of_model: dict[str, Any]) -> nn.Module:
-    if (directory / "meta.pt").is_file():
-        raise StateError(
-            f"{directory} is a sharded checkpoint, which cannot be merged: save one file with a full state dict"
-        )
-    if base is not None and name is not None:
-        raise StateError("--base and --model both name the base of the adapter: pass only one of them")
-    model: nn.Module = _base(directory, base) if name is None else build_module(name, of_model)
-    for step in saved_preparations(directory):
-        lp.apply(model, step)
-    lp.load_adapter(model, directory)
-    return model
+def check_new(out: Path) -> None:
+    """Refuse an output that exists already, unless it is an empty folder."""
+    if out.exists() and (out.is_file() or any(out.iterdir())):
+        raise StateError(f"{out} already exists: name a new folder or file")
 
 
-def _base(directory: Path, base: str | None) -> nn.Module:
-    import transformers
-
-    from lightning_peft.formats.directory.files import adapter_folders, read_config
-    from lightning_peft.pretrained import NO_CODE, load_model, locate
-
-    where = base or read_config(adapter_folders(directory)[0]).get("base_model_name_or_path")
-    if not where:
-        raise StateError(f"{directory} does not name its base: add --base path/to/base, or --model my.Module")
-    [architecture] = transformers.AutoConfig.from_pretrained(locate(where), **NO_CODE).architectures or [None]
-    found = getattr(transformers, str(architecture), None)
-    if not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):
-        raise StateError(
-            f"the config.json of {where} does not name a model class of transformers: pass the class with --model"
-        )
-    return load_model(found, where, pretrained=True, dtype=None)
-
-
-def _write(model: nn.Module, out: Path) -> Path:
+def write_plain(model: nn.Module, out: Path) -> Path:
     """Write a plain model, completely or not at all."""
     with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -24,7 +24,7 @@ from lightning_peft.formats.peft.common_options import METADATA, common_options,
 from lightning_peft.formats.peft.converter import PREFIX, NotInPeftError
 from lightning_peft.formats.registry import converter_for_method
 
-__all__ = ["save_adapter", "try_writing", "write_snapshots"]
+__all__ = ["adapter_content", "save_adapter", "try_writing", "write_snapshots"]
 
 
 def save_adapter(
@@ -88,7 +88,7 @@ def write_snapshots(snapshots: Mapping[str, Snapshot], directory: str | Path, fo
 
 def write_snapshot(snapshot: Snapshot, directory: Path, fold_scale: bool = False) -> None:
     """Write the snapshot of one adapter to ``directory``."""
-    config, tensors, metadata, card = _content(snapshot, fold_scale)
+    config, tensors, metadata, card = adapter_content(snapshot, fold_scale)
     write_files(directory, config, tensors, metadata, card)
 
 
@@ -102,7 +102,7 @@ def try_writing(model: nn.Module, name: str) -> str | None:
         Exception: any exception that saving would raise.
     """
     snapshot = take_snapshot(model, name, uncopied)
-    config, tensors, _, _ = _content(snapshot)
+    config, tensors, _, _ = adapter_content(snapshot)
     check_content(config, tensors, values=False)
     if config["peft_type"] != NATIVE or converter_for_method(snapshot.method) is None:
         return None
@@ -112,7 +112,7 @@ def try_writing(model: nn.Module, name: str) -> str | None:
 saving_trials.append(try_writing)
 
 
-def _content(
+def adapter_content(
     snapshot: Snapshot, fold_scale: bool = False
 ) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, str], str]:
     """Return the content of an adapter directory: configuration, tensors, metadata of their file, and model card."""

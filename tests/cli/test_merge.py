@@ -95,6 +95,18 @@ def test_a_task_of_the_package_becomes_a_hugging_face_folder():
     assert AutoTokenizer.from_pretrained("out")("hello")["input_ids"]
 
 
+@pytest.mark.parametrize("source", ["run.ckpt", "adapter"])
+def test_a_pipeline_answers_with_the_names_of_the_labels(source: str):
+    from transformers import pipeline
+
+    module = TextClassifier("demo", labels=["polite", "rude"])
+    checkpoint(module, lp.LoRA(r=4, trainable=["classifier"]))
+    lp.save_adapter(module, "adapter")  # its base is a masked language model with 17 labels of its own
+    run(source, "out")
+    [answer] = pipeline("text-classification", model="out")("please sit")
+    assert answer["label"] in ("polite", "rude")
+
+
 def test_saving_an_adapted_hugging_face_model_names_its_own_architecture(tmp_path: Path):
     model = tiny.bert()
     lp.apply(model, lp.LoRA(r=2), lp.PromptTuning(num_virtual_tokens=2, name="prompt"))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_peft.core.adapters.base import WeightAdapter
 
-__all__ = ["Factors", "LowRankReport", "evaluating", "low_rank_factors", "weight_delta"]
+__all__ = ["Factors", "LowRankReport", "evaluating", "low_rank_factors", "singular_values", "weight_delta"]
 
 Factors = tuple[Tensor, Tensor]  # A (..., k, in) and B (..., out, k)
 
@@ -118,6 +118,12 @@ def low_rank_factors(
     norm = float(total.sum().sqrt())
     error = float(squares[..., rank:].sum().sqrt()) / norm if norm else 0.0
     return (root[..., :, None] * vh[..., :rank, :], u[..., :rank] * root[..., None, :]), error, norm
+
+
+@torch.no_grad()
+def singular_values(a: Tensor, b: Tensor) -> Tensor:
+    """Return the singular values (..., r) of the product of A (..., r, in) and B (..., out, r), largest first."""
+    return torch.linalg.svdvals(_core(a, b)[1])
 
 
 def _core(a: Tensor, b: Tensor) -> tuple[Factors, Tensor]:
