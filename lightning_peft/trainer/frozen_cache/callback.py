@@ -63,6 +63,7 @@ class CacheFrozen(L.Callback):
             raise ValueError(f"max_gb must be positive or None, got {max_gb}")
         self.folder, self.max_gb, self.exact = Path(folder), max_gb, exact
         self._first: FirstBatch | None = None
+        self._first_keys: list[str] = []
         self._replay: Replay | None = None
         self._trains: frozenset[int] = frozenset()
         self._versions: list[int] = []
@@ -105,16 +106,17 @@ class CacheFrozen(L.Callback):
         if self._replay is not None and _training(pl_module) != self._trains:
             self._close()  # a method has unfrozen more layers, so another part of the model is the same in each epoch
         if self._replay is None:
-            self._first = FirstBatch(pl_module, len(_keys(batch)))
+            self._first_keys = _keys(batch)
+            self._first = FirstBatch(pl_module, len(self._first_keys))
             self._first.__enter__()
         else:
             self._begin("train", trainer, pl_module, batch)
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
-        self._look_at_first(pl_module)
+        self._look_at_first(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self._look_at_first(pl_module)
+        self._look_at_first(trainer, pl_module)
         self._end()
 
     def on_validation_batch_start(
@@ -148,14 +150,22 @@ class CacheFrozen(L.Callback):
         self._leave_first()
         self._close()
 
-    def _look_at_first(self, module: nn.Module) -> None:
-        """End the watch over the first batch."""
+    def _look_at_first(self, trainer: Any, module: nn.Module) -> None:
+        """End the watch over the first batch, and store its rows."""
         first = self._first
         if first is None:
             return
         self._leave_first()
-        self._replay = Replay(module, first.skippable(), first.counts)
+        calls = first.skippable()
+        self._replay = Replay(module, calls, first.counts)
         self._trains, self._versions = _training(module), _frozen_versions(module)
+        found = Activations()
+        for call in calls:
+            if any(call.tensors[i][0]._version != call.tensors[i][1] for i in call.used):
+                return  # an operation has changed it in place since, so these rows are stored in the next epoch
+            found.add(call, [tensor for tensor, _ in call.tensors])
+            call.tensors = []
+        self._add(self._store(trainer, module), self._first_keys, found)
 
     def _leave_first(self) -> None:
         if self._first is not None:
@@ -186,6 +196,9 @@ class CacheFrozen(L.Callback):
         if stored is not None:
             self._compare(stored, found)
             return
+        self._add(store, keys, found)
+
+    def _add(self, store: Store, keys: list[str], found: Activations) -> None:
         empty = not len(store)
         store.add(keys, found)
         if empty:

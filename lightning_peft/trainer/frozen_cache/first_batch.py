@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_peft.core.adapters.stack import Adapted
+from lightning_peft.core.class_swap import has_mixin
 from lightning_peft.core.module_io import tensors_in
 from lightning_peft.core.names import listed
 from lightning_peft.trainer.resume.rng_state import rng_state
@@ -55,6 +57,7 @@ class Call:
         module: the qualified name of the module.
         index: how many calls of this module came before in the batch.
         output: what it returned, with a :class:`Slot` in place of each tensor.
+        tensors: these tensors, in the first batch, with their versions then.
         used: the positions of the tensors that something other than a skipped call reads.
         obstacle: why the call cannot be skipped, if so.
     """
@@ -62,6 +65,7 @@ class Call:
     module: str
     index: int
     output: Any = None
+    tensors: list[tuple[Tensor, int]] = field(default_factory=list)
     used: set[int] = field(default_factory=set)
     obstacle: str | None = None
 
@@ -80,9 +84,10 @@ def with_slots(output: Any) -> tuple[Any, list[Tensor]]:
 class FirstBatch(TorchDispatchMode):
     """A context around one training step. Afterwards, :meth:`skippable` returns the calls that can be skipped.
 
-    A call can be skipped if it ends before any operation reads a tensor that requires a gradient: until then, nothing
-    that trains has had an effect. What skipped calls return has to be stored only if something other than a skipped
-    call reads it. Operations are watched below autograd, where those of custom functions are visible too.
+    A call can be skipped if it ends before a module with parameters that train starts, and before any operation reads
+    a tensor that requires a gradient: until then, nothing that trains has had an effect. What skipped calls return has
+    to be stored only if something other than a skipped call reads it. Operations are watched below autograd, where
+    those of custom functions are visible too.
 
     Args:
         model: the module that trains.
@@ -95,7 +100,7 @@ class FirstBatch(TorchDispatchMode):
         self.counts: dict[str, int] = {}  #: how often each frozen module was called, other than by a frozen module
         self._calls: list[Call] = []  # those that ended before the cut
         self._running: Call | None = None  # the outermost frozen module that runs now
-        self._made: dict[int, tuple[Call, int, Tensor]] = {}  # by id; the tensor is kept, so that its id stays its own
+        self._made: dict[int, tuple[Call, int]] = {}  # by id; calls keep the tensors, so that an id stays its own
         self._reads: list[
             tuple[Call, int, Call | None]
         ] = []  # of the tensor at a position of a call, and by which call
@@ -107,8 +112,12 @@ class FirstBatch(TorchDispatchMode):
     def __enter__(self) -> FirstBatch:
         for name, module in self._model.named_modules():
             parameters = list(module.parameters())
-            if name and parameters and not any(p.requires_grad for p in parameters):
+            trains = any(p.requires_grad for p in parameters)
+            if name and parameters and not trains:
                 self._handles += self._watch(name, module)
+            # An adapter's dropout draws random numbers before any operation reads a parameter that trains.
+            elif trains and (has_mixin(module, Adapted) or any(p.requires_grad for p in module.parameters(False))):
+                self._handles.append(module.register_forward_pre_hook(lambda *_: self._cut_here()))
         self._leaving.__enter__()
         return super().__enter__()
 
@@ -121,9 +130,8 @@ class FirstBatch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for tensor in tensors_in((args, kwargs or {})):
             self._read(tensor)
-            if tensor.requires_grad and not self._cut:
-                self._check_random("code outside of frozen modules")
-                self._cut = True
+            if tensor.requires_grad:
+                self._cut_here()
         return func(*args, **(kwargs or {}))
 
     def skippable(self) -> list[Call]:
@@ -148,7 +156,7 @@ class FirstBatch(TorchDispatchMode):
         return [call for call in self._calls if call in skipped]
 
     def _watch(self, name: str, module: nn.Module) -> Iterator[Any]:
-        running: list[tuple[Call, list[int]]] = []
+        running: list[tuple[Call, list[int], list[tuple[Tensor, int]]]] = []
 
         def before(module: nn.Module, args: Any, kwargs: Any) -> None:
             if self._running is not None:
@@ -161,12 +169,13 @@ class FirstBatch(TorchDispatchMode):
                 call.obstacle = _may_change(odd)
             if not self._cut:
                 self._check_random("code outside of frozen modules")
-            running.append((call, _versions(module)))
+            inputs = [(tensor, tensor._version) for tensor in tensors_in((args, kwargs)) if not tensor.is_inference()]
+            running.append((call, _versions(module), inputs))
 
         def after(module: nn.Module, args: Any, output: Any) -> None:
             if not running or running[-1][0] is not self._running:
                 return
-            call, versions = running.pop()
+            call, versions, inputs = running.pop()
             self._running = None
             if not self._cut:
                 self._check_random(repr(name), module)
@@ -175,10 +184,17 @@ class FirstBatch(TorchDispatchMode):
                         f"{name!r} changes its own buffers in each step (batch norm in training mode?), so its output "
                         "is not the same in each epoch: call .eval() on it before the fit"
                     )
+                if any(tensor._version != version for tensor, version in inputs):
+                    call.obstacle = "changes its input in place"
                 self._ended(call, output)
 
         yield module.register_forward_pre_hook(before, with_kwargs=True)
         yield module.register_forward_hook(after)
+
+    def _cut_here(self) -> None:
+        if not self._cut:
+            self._check_random("code outside of frozen modules")
+            self._cut = True
 
     def _ended(self, call: Call, output: Any) -> None:
         self._calls.append(call)
@@ -186,8 +202,9 @@ class FirstBatch(TorchDispatchMode):
             call.obstacle = f"returns a {type(odd).__name__}"
             return
         call.output, tensors = with_slots(output)
+        call.tensors = [(tensor, tensor._version) for tensor in tensors]
         for position, tensor in enumerate(tensors):
-            self._made[id(tensor)] = call, position, tensor
+            self._made[id(tensor)] = call, position
             if tensor.ndim == 0 or len(tensor) != self._rows:
                 call.obstacle = f"returns a tensor of {tuple(tensor.shape)} for {self._rows} rows"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,19 +17,26 @@ from lightning_peft.trainer.frozen_cache.first_batch import Call, CannotCache, S
 __all__ = ["Activations", "Replay"]
 
 
+@dataclass
 class Activations:
-    """What the skipped calls of a batch returned.
+    """What the calls of a batch returned, as far as it is needed to skip them.
 
     Attributes:
         shapes: for each call, the shape of each tensor without its rows.
         used: for each call, the tensors that are read, by position.
     """
 
-    def __init__(self, shapes: list[list[tuple[int, ...]]], used: list[dict[int, Tensor]]) -> None:
-        self.shapes, self.used = shapes, used
+    shapes: list[list[tuple[int, ...]]] = field(default_factory=list)
+    used: list[dict[int, Tensor]] = field(default_factory=list)
+
+    def add(self, call: Call, tensors: Sequence[Tensor]) -> None:
+        """Append what one call returned."""
+        self.shapes.append([tuple(tensor.shape[1:]) for tensor in tensors])
+        # A copy, because an operation after the call may change the tensor in place.
+        self.used.append({i: tensors[i].detach().clone() for i in sorted(call.used)})
 
     def tensors(self) -> list[Tensor]:
-        """Return all stored tensors, in one order."""
+        """Return all tensors that are read, in one order."""
         return [tensor for call in self.used for _, tensor in sorted(call.items())]
 
 
@@ -55,7 +63,7 @@ class Replay:
         self._seen: dict[str, int] = {}
         self._nested = False
         self._given: Activations | None = None
-        self._taken: list[tuple[list[tuple[int, ...]], dict[int, Tensor]] | None] | None = None
+        self._taken: Activations | None = None
         for name, module in self.modules.items():
             vars(module)["_frozen_replay"] = (self, name)
             add_mixin(module, Replayed, name)
@@ -68,7 +76,7 @@ class Replay:
 
     def record(self) -> None:
         """Run the calls of the next batch, and keep what they return for :meth:`end`."""
-        self._seen, self._given, self._taken = {}, None, [None] * len(self.calls)
+        self._seen, self._given, self._taken = {}, None, Activations()
 
     def skip(self, activations: Activations, rows: int) -> None:
         """Skip the calls of the next batch."""
@@ -83,10 +91,9 @@ class Replay:
         taken, self._given, self._taken = self._taken, None, None
         if taken is None or not self._seen:
             return None
-        if self._seen != self._counts or None in taken:
+        if self._seen != self._counts or len(taken.used) != len(self.calls):
             raise CannotCache("the frozen modules were called in another way than in the first batch")
-        found = [one for one in taken if one is not None]
-        return Activations([shapes for shapes, _ in found], [used for _, used in found])
+        return taken
 
     def call(self, name: str, forward: Any, args: Any, kwargs: Any) -> Any:
         """Answer one call of a module."""
@@ -107,15 +114,12 @@ class Replay:
         finally:
             self._nested = False
         if self._taken is not None and which is not None:
-            self._taken[which] = self._take(self.calls[which], output)
+            call = self.calls[which]
+            template, tensors = with_slots(output)
+            if template != call.output or which != len(self._taken.used):
+                raise CannotCache(f"{name!r} returned {template}, but {call.output} in the first batch")
+            self._taken.add(call, tensors)
         return output
-
-    def _take(self, call: Call, output: Any) -> tuple[list[tuple[int, ...]], dict[int, Tensor]]:
-        template, tensors = with_slots(output)
-        if template != call.output:
-            raise CannotCache(f"{call.module!r} returned {template}, but {call.output} in the first batch")
-        shapes = [tuple(tensor.shape[1:]) for tensor in tensors]
-        return shapes, {i: tensors[i].detach() for i in sorted(call.used)}
 
     def _output(self, call: Call, given: Activations, which: int) -> Any:
         device = next(self.modules[call.module].parameters()).device
