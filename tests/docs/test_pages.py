@@ -138,6 +138,7 @@ PAGES: dict[str, Callable[[], dict[str, Any]]] = {
     "docs/new_method.md": dict,
     "docs/quantised.md": dict,
     "docs/rows.md": of_rows,
+    "docs/frozen_cache.md": dict,
     "docs/strategies.md": dict,
 }
 
