@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["gather_elements", "gather_full", "holds_shards", "is_sharded", "local_part", "sharded_like"]
+__all__ = [
+    "distribute_like",
+    "distributed_like",
+    "gather_elements",
+    "gather_full",
+    "holds_shards",
+    "is_sharded",
+    "local_part",
+    "on_full_values",
+    "sharded_like",
+    "with_whole_blocks",
+]
 
 
 def is_sharded(tensor: Any) -> bool:
@@ -64,3 +77,56 @@ def sharded_like(tensor: Tensor, like: Tensor) -> Tensor:
 
     mesh = cast(Any, like)
     return distribute_tensor(tensor.to(like.device), mesh.device_mesh, mesh.placements)
+
+
+def distribute_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """Return ``tensor``, which is equal on all ranks, as a DTensor that is replicated on the mesh of ``like``.
+
+    Return it unchanged if it is a DTensor already, or ``like`` is not. In backward, its gradient is summed over the
+    ranks of the mesh where each has only a part.
+    """
+    if is_sharded(tensor) or not is_sharded(like):
+        return tensor
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = cast(Any, like).device_mesh
+    return DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
+
+
+@contextmanager
+def distributed_like(like: Tensor, module: nn.Module) -> Iterator[None]:
+    """Inside the context, the parameters and buffers of ``module`` are those of :func:`distribute_like`."""
+    if not is_sharded(like):
+        yield
+        return
+    tensors: list[dict[str, Any]] = [each for m in module.modules() for each in (m._parameters, m._buffers)]
+    before = [dict(each) for each in tensors]
+    for each in tensors:
+        each.update((name, distribute_like(value, like)) for name, value in each.items() if value is not None)
+    try:
+        yield
+    finally:
+        for each, values in zip(tensors, before):
+            each.update(values)
+
+
+def on_full_values(function: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+    """Return ``function(tensor)``; a DTensor is gathered before, and the result is distributed like it.
+
+    For operations that DTensors lack. ``function`` must return equal values on all ranks.
+    """
+    return distribute_like(function(gather_full(tensor)), tensor)
+
+
+def with_whole_blocks(tensor: Tensor, blocks: int, dim: int = -1) -> Tensor:
+    """Return ``tensor`` such that no shard of it splits one of ``blocks`` equal parts of the dimension ``dim``."""
+    if not is_sharded(tensor):
+        return tensor
+    from torch.distributed.tensor import Replicate
+
+    mesh, placements = cast(Any, tensor).device_mesh, cast(Any, tensor).placements
+    whole = [
+        Replicate() if placement.is_shard(dim % tensor.ndim) and blocks % mesh.size(i) else placement
+        for i, placement in enumerate(placements)
+    ]
+    return cast(Tensor, cast(Any, tensor).redistribute(placements=whole))

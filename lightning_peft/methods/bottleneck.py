@@ -26,6 +26,7 @@ from attrs.converters import pipe
 from torch import Tensor, nn
 
 from lightning_peft.core.adapters.activation import ActivationAdapter
+from lightning_peft.core.sharded_tensors import distribute_like
 from lightning_peft.core.state.plan import Plan
 from lightning_peft.core.targeting.activation_sites import ActivationSite
 from lightning_peft.core.targeting.patterns import TargetError, match, no_match
@@ -279,7 +280,7 @@ class Bottleneck(ActivationAdapter):
             h = _run(self.norm_after, h)
         if self.training and self.stochastic_depth:
             kept = torch.rand(h.shape[0], *[1] * (h.ndim - 1), device=h.device) >= self.stochastic_depth
-            h = h * kept.to(h.dtype) / (1 - self.stochastic_depth)
+            h = h * distribute_like(kept.to(h.dtype), h) / (1 - self.stochastic_depth)
         if self.gate is not None:
             h = h * torch.sigmoid(_run(self.gate, z))
         return F.dropout(h * self.scale, self.dropout, self.training)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from lightning_peft.core.adapters.effective_weights import effective_weights, values_before
 from lightning_peft.core.adapters.stack import Adapted
 from lightning_peft.core.class_swap import has_mixin
+from lightning_peft.core.sharded_tensors import is_sharded
 from lightning_peft.core.targeting.computed_weights import stored_tensor
 from lightning_peft.core.targeting.sites import Site
 from lightning_peft.methods.lora import LoRA, LoRAAdapter
@@ -72,7 +73,7 @@ class DoRAAdapter(LoRAAdapter):
         # Trainable parameters are never cached: weight averaging writes them through ``.data``, which does not
         # change ``_version``, so the cache could not see the change.
         fixed = not any(p.requires_grad for p in self.parameters()) and not self.training
-        if not fixed or not stored or torch.compiler.is_compiling() or weight.is_inference():
+        if not fixed or not stored or torch.compiler.is_compiling() or weight.is_inference() or is_sharded(weight):
             return self._norm(self.layout.matrix(weight))
         key = tuple((id(t), t.data_ptr(), t._version) for t in (weight, self.lora_A, self.lora_B))
         if self._kept is None or self._kept[0] != key:

@@ -19,13 +19,13 @@ from torch import Tensor, nn
 
 from lightning_peft.core.adapters.base import WeightAdapter
 from lightning_peft.core.adapters.effective_weights import values_before
+from lightning_peft.core.adapters.low_rank import dropped_input
 from lightning_peft.core.targeting.layouts import ConvLayout, EmbeddingLayout
 from lightning_peft.core.targeting.sites import Site
 from lightning_peft.methods.families.arguments import positive_int, probability
 from lightning_peft.methods.families.ranked import RankOnlyMethod
 from lightning_peft.methods.families.weight import check_low_rank
 from lightning_peft.methods.shared.kernel_factors import uniform
-from lightning_peft.ops.dropout import dropped
 from lightning_peft.ops.recompute import recomputed
 
 __all__ = ["HiRA"]
@@ -60,7 +60,7 @@ class HiRAAdapter(WeightAdapter):
         assert weight is not None
         update = self.delta(self.layout.matrix(weight))
         product = partial(self.layout.down, host)
-        z = dropped(product, x, update, self.dropout) if self.training else product(x, update)
+        z = dropped_input(product, x, update, self.dropout) if self.training else product(x, update)
         return y + z.to(y.dtype)
 
     def batched_class(self, host: nn.Module) -> None:

@@ -25,6 +25,7 @@ from attrs import field
 from torch import Tensor, nn
 
 from lightning_peft.core.adapters.base import WeightAdapter
+from lightning_peft.core.sharded_tensors import with_whole_blocks
 from lightning_peft.core.targeting.sites import Site
 from lightning_peft.methods.families.arguments import Check, is_int
 from lightning_peft.methods.families.ranked import RankDropAdapter, RowDropMethod
@@ -94,9 +95,10 @@ class LoKrAdapter(RankDropAdapter):
 
     def output(self, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         def product(x: Tensor, first: Tensor, second: Tensor) -> Tensor:
-            h = self.layout.down(host, x.unflatten(-1, self.sides), second)
+            h = self.layout.down(host, with_whole_blocks(x, self.sides[0]).unflatten(-1, self.sides), second)
             # Without ``expand``, matmul copies h to fold its batch dimensions into one product.
-            return (first.to(h.dtype).expand(*h.shape[:-2], *first.shape) @ h).flatten(-2)
+            z = (first.to(h.dtype).expand(*h.shape[:-2], *first.shape) @ h).flatten(-2)
+            return with_whole_blocks(z, first.shape[-2])  # for the gradient, which backward divides into these blocks
 
         first, second = self.factors()
         z = recomputed(product, x, first * self.scale, second)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from lightning_peft.core.adapters.base import WeightAdapter
 from lightning_peft.core.adapters.low_rank import LowRankAdapter
+from lightning_peft.core.sharded_tensors import with_whole_blocks
 from lightning_peft.core.targeting.layouts import EmbeddingLayout
 from lightning_peft.core.targeting.sites import Site
 from lightning_peft.methods.families.arguments import positive_int, probability
@@ -55,6 +56,7 @@ class MiSSAdapter(LowRankAdapter):
         if not self.layout.vectors:
             return super().down(host, x, a)
         # A sum instead of a matrix product, because backward then needs neither A nor x.
+        x = with_whole_blocks(x, x.shape[-1] // a.shape[-2])
         return F.pad(x, (0, -x.shape[-1] % a.shape[-2])).unflatten(-1, (-1, a.shape[-2])).sum(-2)
 
     def extra_repr(self) -> str:

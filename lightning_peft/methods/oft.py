@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -33,6 +34,7 @@ from torch import Tensor, nn
 
 from lightning_peft.core.adapters.base import WeightAdapter
 from lightning_peft.core.module_io import with_input
+from lightning_peft.core.sharded_tensors import distribute_like, on_full_values, with_whole_blocks
 from lightning_peft.core.state.plan import Plan
 from lightning_peft.core.targeting.layouts import EmbeddingLayout
 from lightning_peft.core.targeting.sites import Site
@@ -95,11 +97,12 @@ class OFTAdapter(WeightAdapter):
             entries = self.constrained() if self.eps < math.inf else self.oft_R
             entries = entries.to(torch.promote_types(entries.dtype, torch.float32))
             q = skew_symmetric(entries, self.places, b)
-            r = cayley_neumann(q, self.terms) if self.terms else cayley(q)
+            r = on_full_values(partial(cayley_neumann, terms=self.terms) if self.terms else cayley, q)
             r = r.expand(*r.shape[:-3], self.blocks, b, b)
             if self.dropout and self.training:
                 left = torch.rand(*r.shape[:-2], 1, 1, device=r.device) < self.dropout
-                r = torch.where(left, torch.eye(b, dtype=r.dtype, device=r.device), r)
+                eye = torch.eye(b, dtype=r.dtype, device=r.device)
+                r = torch.where(distribute_like(left, r), distribute_like(eye, r), r)
         return r
 
     def transform(self, weight: Tensor) -> Tensor:
@@ -118,7 +121,7 @@ class OFTAdapter(WeightAdapter):
 
     def _rotate(self, x: Tensor) -> Tensor:
         """x R for vectors ``x``."""
-        parts = x.reshape(-1, self.blocks, self.block_size).transpose(0, 1)
+        parts = with_whole_blocks(x, self.blocks).reshape(-1, self.blocks, self.block_size).transpose(0, 1)
         return (parts @ self.rotation().to(x.dtype)).transpose(0, 1).reshape(x.shape)
 
     def extra_repr(self) -> str:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from lightning_peft.core.adapters.base import WeightAdapter
 from lightning_peft.core.adapters.low_rank import LowRankAdapter
 from lightning_peft.core.batching.batched import BatchedAdapters
+from lightning_peft.core.sharded_tensors import distribute_like
 from lightning_peft.core.targeting.layouts import EmbeddingLayout
 from lightning_peft.core.targeting.sites import Site
 from lightning_peft.methods.families.arguments import integer, nonzero, positive_int, probability
@@ -93,7 +94,9 @@ class VeRAAdapter(LowRankAdapter):
     def _projections(self) -> tuple[Tensor, Tensor]:
         (shared,), (rows, columns) = self._shared, self._shape
         device = self.vera_lambda_d.device
-        return shared.vera_A[:, :columns].to(device), shared.vera_B[:rows].to(device)
+        # They are not parameters of this module, so they are not distributed with it.
+        a, b = shared.vera_A[:, :columns].to(device), shared.vera_B[:rows].to(device)
+        return distribute_like(a, self.vera_lambda_d), distribute_like(b, self.vera_lambda_d)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A (..., r, in) and diag(b) B diag(d) (..., out, r)."""

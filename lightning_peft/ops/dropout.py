@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lightning_peft.ops.recompute import recomputed
 
-__all__ = ["dropped", "dropped_reference"]
+__all__ = ["dropped", "dropped_reference", "keep_mask"]
 
 Project = Callable[[Tensor, Tensor], Tensor]
 
@@ -27,7 +27,7 @@ def dropped_reference(project: Project, x: Tensor, weight: Tensor, p: float) -> 
     return project(F.dropout(x, p), weight)
 
 
-def dropped(project: Project, x: Tensor, weight: Tensor, p: float) -> Tensor:
+def dropped(project: Project, x: Tensor, weight: Tensor, p: float, keep: Tensor | None = None) -> Tensor:
     """Return ``project(dropout(x, p), weight)`` for a ``project`` that is linear in its first argument.
 
     Args:
@@ -35,14 +35,16 @@ def dropped(project: Project, x: Tensor, weight: Tensor, p: float) -> Tensor:
         x: the input, of any shape.
         weight: the weight of the projection.
         p: the probability of zeroing an element, in [0, 1).
+        keep: a mask that broadcasts to ``x``, False for the elements to zero; by default it is drawn here.
     """
     if torch.compiler.is_compiling():
         return dropped_reference(project, x, weight, p)  # the compiler itself decides what to store
     scale = 1 / (1 - p)  # applied to the projection, which is smaller than x
+    keep = keep_mask(x.shape, x.device, p) if keep is None else keep
     if project is F.linear:
-        out: Tensor = _DroppedLinear.apply(x, weight, _keep_mask(x, p), scale)
+        out: Tensor = _DroppedLinear.apply(x, weight, keep, scale)
         return out
-    return recomputed(lambda x, weight, keep: project(x * keep, weight) * scale, x, weight, _keep_mask(x, p))
+    return recomputed(lambda x, weight, keep: project(x * keep, weight) * scale, x, weight, keep)
 
 
 class _DroppedLinear(torch.autograd.Function):
@@ -72,11 +74,11 @@ class _DroppedLinear(torch.autograd.Function):
         return of_x, of_weight, None, None
 
 
-def _keep_mask(x: Tensor, p: float) -> Tensor:
-    """Return a mask in the shape of ``x``; each element is False with probability ``p``."""
-    if x.device.type != "cpu":
-        return torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - p)
+def keep_mask(shape: torch.Size, device: torch.device, p: float) -> Tensor:
+    """Return a mask of this shape; each element is False with probability ``p``."""
+    if device.type != "cpu":
+        return torch.empty(shape, dtype=torch.bool, device=device).bernoulli_(1 - p)
     # Split each 64-bit draw into four 16-bit draws, because the generator is the main cost of dropout on a CPU. The
     # resulting probability is exact to 1/65536.
-    draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
-    return (draws.view(torch.int16)[: x.numel()] >= round(p * 65536) - 32768).view(x.shape)
+    draws = torch.empty((shape.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+    return (draws.view(torch.int16)[: shape.numel()] >= round(p * 65536) - 32768).view(shape)

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_peft.core.adapters.base import BIASES, Adapter
 from lightning_peft.core.adapters.reads import run_with_values
+from lightning_peft.core.sharded_tensors import distributed_like
 from lightning_peft.core.targeting.computed_weights import stored_tensor
 from lightning_peft.core.targeting.packed import dequantized, is_packed
 from lightning_peft.ops.dense_gradient import dense_gradient
@@ -65,7 +66,8 @@ def effective_weights(
             stored = current(parameter)
             assert stored is not None
             if wanted(parameter):
-                matrix = part.transform(part.layout.matrix(stored)).to(stored.dtype)
+                with distributed_like(stored, part):
+                    matrix = part.transform(part.layout.matrix(stored)).to(stored.dtype)
                 weight = part.layout.stored(matrix, stored)
                 # A sparse embedding produces a sparse gradient, which the operations of ``transform`` cannot take.
                 sparse = getattr(host, "sparse", False) is True
@@ -73,7 +75,8 @@ def effective_weights(
             # A method that scales or shifts the output changes the bias too. It starts from the bias after earlier
             # adapters, and may add one to a layer without.
             if parameter in BIASES and part.changes_bias and wanted(BIASES[parameter]):
-                bias = part.transform_bias(current(BIASES[parameter]))
+                with distributed_like(stored, part):
+                    bias = part.transform_bias(current(BIASES[parameter]))
                 if bias is not None:
                     now[BIASES[parameter]] = bias.to(stored.dtype)
     return now

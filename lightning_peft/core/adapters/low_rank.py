@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, ClassVar
 
@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from lightning_peft.core.adapters.base import WeightAdapter, derive_flags
 from lightning_peft.core.batching.batched import BatchedAdapters, BatchedLowRank, PerGroupOutput
+from lightning_peft.core.sharded_tensors import distribute_like, is_sharded
 from lightning_peft.core.targeting.layouts import LinearLayout
-from lightning_peft.ops.dropout import dropped
+from lightning_peft.ops.dropout import dropped, keep_mask
 
-__all__ = ["LowRankAdapter", "add_products"]
+__all__ = ["LowRankAdapter", "add_products", "dropped_input"]
 
 #: number of elements per block; small enough for a CPU cache
 _BLOCK = 1 << 18
@@ -107,7 +108,7 @@ class LowRankAdapter(WeightAdapter):
         if not (self.dropout and self.training):
             return self.down(host, x, a)
         plain = type(self).down is LowRankAdapter.down and type(self.layout).down is LinearLayout.down
-        return dropped(F.linear if plain else partial(self.down, host), x, a, self.dropout)
+        return dropped_input(F.linear if plain else partial(self.down, host), x, a, self.dropout)
 
     def output(self, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         a, b = self.factors()
@@ -117,6 +118,16 @@ class LowRankAdapter(WeightAdapter):
         batched = super().batched_class(host)
         together = self.output_is_product and self.layout.vectors and batched is PerGroupOutput
         return BatchedLowRank if together else batched
+
+
+def dropped_input(project: Callable[[Tensor, Tensor], Tensor], x: Tensor, weight: Tensor, p: float) -> Tensor:
+    """Like :func:`dropped`, also for an input ``x`` that tensor parallelism has distributed.
+
+    Every rank then draws the mask of the whole input and uses its own part of it, so that the masks are those of one
+    device.
+    """
+    keep = distribute_like(keep_mask(x.shape, x.device, p), x) if is_sharded(x) else None
+    return dropped(project, x, weight, p, keep)
 
 
 def add_products(matrix: Tensor, pairs: Iterable[tuple[Tensor, Tensor]], dtype: torch.dtype) -> Tensor:

@@ -43,17 +43,18 @@ from lightning_peft.core.adapters.replaced_forward import set_forward
 from lightning_peft.core.adapters.switches import Switches, current, remember_switches, switched
 from lightning_peft.core.class_swap import original_class
 from lightning_peft.core.names import reserve
+from lightning_peft.core.sharded_tensors import distributed_like, is_sharded
 from lightning_peft.core.targeting.base_modules import AdapterContainer
 from lightning_peft.core.targeting.computed_weights import stored_tensor
 from lightning_peft.core.targeting.packed import is_packed
 
-__all__ = ["TENSOR_PARALLEL", "Adapted", "AdapterStack"]
+__all__ = ["Adapted", "AdapterStack"]
 
 T = TypeVar("T")
 
-TENSOR_PARALLEL = (
-    "Tensor parallelism splits a layer's weight and inputs, but an adapter needs them whole. Leave adapted layers out "
-    "of the plan of parallelize_module, or exclude the layers of that plan from targets; FSDP2 works with every method"
+_TENSOR_PARALLEL = (
+    "parallelize_module splits every parameter inside a layer in one way, which is wrong for those of its adapters. "
+    "Call parallelize_module first, in configure_model, and lp.apply(self) after it or not at all"
 )
 
 
@@ -218,6 +219,11 @@ class AdapterStack(AdapterContainer):
         switches = current(self)
         remember_switches(self, switches)
         if switches.dispatcher is not None and not switches.disabled:
+            if any(map(is_sharded, (*args, *kwargs.values()))):
+                raise ValueError(
+                    f"lp.rows is not supported on a {original_class(host).__name__} whose input is distributed by "
+                    "tensor parallelism: it computes with plain tensors. Run one batch for each adapter with lp.active"
+                )
             return switches.dispatcher.run(host, forward, args, kwargs)
         return self.run_active(host, forward, args, kwargs)
 
@@ -253,8 +259,10 @@ class AdapterStack(AdapterContainer):
                 call = functools.partial(run_dequantized, host, switches.weight_adapters)
             else:
                 call = functools.partial(run_in_place, host, effective_weights(host, switches.weight_adapters), forward)
+        distributed = next(filter(is_sharded, (*args, *kwargs.values())), None)  # inputs in tensor parallelism
         for adapter in switches.wrapping_adapters:  # the first one becomes the innermost call, so it runs first
-            call = functools.partial(adapter.run, host, call)
+            run = adapter.run if distributed is None else functools.partial(_run_distributed, distributed, adapter)
+            call = functools.partial(run, host, call)
         return call(*args, **kwargs)
 
     def values_to_read(self, host: nn.Module, name: str) -> dict[str, Any]:
@@ -276,7 +284,7 @@ class AdapterStack(AdapterContainer):
 
     def __getattr__(self, name: str) -> Any:
         if name == "weight":  # parallelize_module reads it, because it treats every child of a layer as a layer
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute 'weight'. {TENSOR_PARALLEL}")
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute 'weight'. {_TENSOR_PARALLEL}")
         return super().__getattr__(name)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -294,6 +302,11 @@ class AdapterStack(AdapterContainer):
         replica = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
         replica.shared, replica.open = current(self), []  # replicas run in threads that do not see this context
         return replica
+
+
+def _run_distributed(x: Tensor, adapter: Adapter, *args: Any, **kwargs: Any) -> Any:
+    with distributed_like(x, adapter):
+        return adapter.run(*args, **kwargs)
 
 
 class Adapted(nn.Module):
@@ -325,7 +338,7 @@ class Adapted(nn.Module):
         if "." in name:  # parallelize_module treats parameters of children as the layer's own
             raise ValueError(
                 f"{name!r} cannot be registered: the {original_class(self).__name__} carries adapters. "
-                f"{TENSOR_PARALLEL}"
+                f"{_TENSOR_PARALLEL}"
             )
         super().register_parameter(name, param)
 

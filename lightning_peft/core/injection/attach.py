@@ -9,7 +9,7 @@ from torch import nn
 from lightning_peft.core.adapters.base import Adapter
 from lightning_peft.core.adapters.lookup import hosts
 from lightning_peft.core.adapters.reads import ComputedReads, computed_reads
-from lightning_peft.core.adapters.stack import TENSOR_PARALLEL, Adapted, AdapterStack
+from lightning_peft.core.adapters.stack import Adapted, AdapterStack
 from lightning_peft.core.class_swap import add_mixin, check_mixin, has_mixin, original_class, remove_mixin
 from lightning_peft.core.names import parents
 from lightning_peft.core.state.freezing import FrozenNorm
@@ -55,8 +55,6 @@ def check_host(model: nn.Module, host_name: str, name: str, overrides: bool = Fa
                 f"{host_name!r} ({original_class(host).__name__}) already has an attribute 'adapters'; "
                 "exclude it, or rename that attribute"
             )
-        if any(hasattr(p, "placements") for p in host.parameters(recurse=False)):
-            raise ValueError(f"{host_name!r} has a weight that is already distributed. {TENSOR_PARALLEL}")
         check_mixin(host, Adapted, host_name)
     elif name in (stack := cast(AdapterStack, host.adapters)):
         if overrides and not any(part.overrides() for part in cast(Adapter, stack[name]).components()):

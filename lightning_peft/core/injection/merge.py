@@ -18,6 +18,7 @@ from lightning_peft.core.injection.low_rank_factors import evaluating
 from lightning_peft.core.injection.plain_layer import make_packed, make_plain, plain_dtype
 from lightning_peft.core.injection.write_back import shared_source, write_back
 from lightning_peft.core.names import is_adapter_key, join
+from lightning_peft.core.sharded_tensors import is_sharded
 from lightning_peft.core.state.consistency import check_record
 from lightning_peft.core.state.state_dict import StateError
 from lightning_peft.core.targeting.computed_weights import (
@@ -355,6 +356,8 @@ def _plain_sums(host: nn.Module, adapters: Iterable[Adapter], dtype: torch.dtype
             pairs.setdefault(parameter, []).append(pair)
             layouts[parameter] = part.layout
     stored = {p: cast(torch.Tensor, base_tensor(host, p)).detach() for p in pairs}
+    if any(map(is_sharded, stored.values())):
+        return {}
     return {p: layouts[p].stored(add_products(layouts[p].matrix(stored[p]), pairs[p], dtype), stored[p]) for p in pairs}
 
 

@@ -11,6 +11,7 @@ from attrs import field
 from torch import Tensor, nn
 
 from lightning_peft.core.adapters.base import WeightAdapter
+from lightning_peft.core.sharded_tensors import distribute_like
 from lightning_peft.core.state.plan import Plan
 from lightning_peft.core.targeting.patterns import TargetError, match, no_match
 from lightning_peft.core.targeting.sites import Site
@@ -136,4 +137,4 @@ class RankDropAdapter(WeightAdapter):
                 keep = keep / keep.mean().clamp_min(1 / self.rows)
         if self.module_dropout:
             keep = keep * (torch.rand((), device=like.device) >= self.module_dropout)
-        return keep
+        return distribute_like(keep, like)

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_peft.core.sharded_tensors import gather_full
 from lightning_peft.core.targeting.layouts import EmbeddingLayout
 from lightning_peft.core.targeting.sites import Site
 
@@ -66,7 +67,7 @@ def values_of(site: Site, why: str) -> Tensor:
             f"{why} reads the weights, but {site.name!r} is quantised (stored as {weight.dtype}): exclude it"
         )
     wide = torch.promote_types(weight.dtype, torch.float32)
-    return site.layout.matrix(weight.detach()).to(wide)
+    return site.layout.matrix(gather_full(weight.detach())).to(wide)
 
 
 def initial_factors(site: Site, r: int, scale: float, init: str) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from lightning_peft.core.sharded_tensors import with_whole_blocks
+
 __all__ = [
     "block_side",
     "cayley",
@@ -49,14 +51,15 @@ def block_side(where: str, side: int, size: int | None, blocks: int | None) -> i
 def rotate_columns(weight: Tensor, r: Tensor) -> Tensor:
     """``weight`` (..., rows, columns) times the block-diagonal matrix of ``r`` (..., blocks, b, b)."""
     dtype = torch.promote_types(weight.dtype, r.dtype)
-    parts = weight.to(dtype).unflatten(-1, (r.shape[-3], -1)).transpose(-2, -3)
+    parts = with_whole_blocks(weight.to(dtype), r.shape[-3]).unflatten(-1, (r.shape[-3], -1)).transpose(-2, -3)
     return (parts @ r.to(dtype)).transpose(-2, -3).flatten(-2)
 
 
 def rotate_rows(weight: Tensor, r: Tensor) -> Tensor:
     """The block-diagonal matrix of ``r`` (..., blocks, b, b) times ``weight`` (..., rows, columns)."""
     dtype = torch.promote_types(weight.dtype, r.dtype)
-    return (r.to(dtype) @ weight.to(dtype).unflatten(-2, (r.shape[-3], -1))).flatten(-3, -2)
+    parts = with_whole_blocks(weight.to(dtype), r.shape[-3], dim=-2).unflatten(-2, (r.shape[-3], -1))
+    return (r.to(dtype) @ parts).flatten(-3, -2)
 
 
 def in_ball(entries: Tensor, radius: float) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from lightning_peft.core.names import canonical
 from lightning_peft.core.record import injection_state
@@ -74,8 +75,6 @@ def _gathered(value: Any) -> Any:
 
 
 def _load_file(strategy: Any, path: Path, weights_only: bool) -> dict[str, Any]:
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
-
     checkpoint = _read(path, weights_only)
     module = strategy.lightning_module
     module.on_load_checkpoint(checkpoint)
@@ -88,27 +87,32 @@ def _load_file(strategy: Any, path: Path, weights_only: bool) -> dict[str, Any]:
         sharded[name] = sharded_like(value, here)
     nn.Module.load_state_dict(module, sharded, strict=False)
     if module.trainer.state.fn == "fit":
-        options = StateDictOptions(full_state_dict=True, strict=False)
         for optimizer, saved in zip(strategy.optimizers, checkpoint["optimizer_states"]):
-            set_optimizer_state_dict(module, optimizer, optim_state_dict=_by_name(saved, module), options=options)
+            _load_optimizer(optimizer, saved)
     return checkpoint
+
+
+def _load_optimizer(optimizer: Optimizer, saved: dict[str, Any]) -> None:
+    """Load the full state of an optimizer, and shard each tensor like its parameter.
+
+    As in torch, parameters are matched by their order in the groups. The checkpoint of one device numbers the trained
+    parameters, and that of ``ModelParallelStrategy`` all parameters of the module, so numbers do not identify them.
+    """
+    parameters = (p for group in optimizer.param_groups for p in group["params"])
+    like = dict(zip((key for group in saved["param_groups"] for key in group["params"]), parameters))
+    state = {key: {n: _like(v, like[key]) for n, v in values.items()} for key, values in saved["state"].items()}
+    optimizer.load_state_dict({**saved, "state": state})
+
+
+def _like(value: Any, parameter: nn.Parameter) -> Any:
+    same = isinstance(value, torch.Tensor) and value.shape == parameter.shape
+    return sharded_like(value, parameter) if same else value
 
 
 def _read(path: Path, weights_only: bool) -> dict[str, Any]:
     found = read_torch_file(path) if weights_only else torch.load(path, map_location="cpu", weights_only=False)
     check_seal(found, path)
     return found
-
-
-def _by_name(saved: dict[str, Any], module: nn.Module) -> dict[str, Any]:
-    """Return optimizer state keyed by parameter names, which torch's functions expect; Lightning writes indices."""
-    names = [name for name, _ in module.named_parameters()]
-
-    def name(key: int | str) -> str:
-        return names[key] if isinstance(key, int) else key
-
-    groups = [{**group, "params": [name(k) for k in group["params"]]} for group in saved["param_groups"]]
-    return {"state": {name(k): v for k, v in saved["state"].items()}, "param_groups": groups}
 
 
 def _load_directory(strategy: Any, path: Path, weights_only: bool) -> dict[str, Any]:
