@@ -1,6 +1,6 @@
 """Mutate files and read them: each must give equal numbers, or an error of this package that names the file.
 
-    python -m benchmarks.fuzz --mutations 2000
+    python -m benchmarks.fuzz --mutations 2000 --markdown benchmarks/results/fuzz.md
 
 Bytes are flipped, cut, zeroed, moved; values inside are exchanged, deleted and replaced. Kinds that end in ``, old``
 have no digests, as files of earlier releases and PEFT's: there a changed value may go unseen, and is counted as such.
@@ -20,18 +20,23 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 import lightning_peft as lp
 from lightning_peft.formats.directory.files import CONFIG, WEIGHTS
 from lightning_peft.formats.directory.seal import KEY as DIGESTS
 from lightning_peft.trainer.checkpoints.manifest import KEY, manifest, sealed
+from lightning_peft.trainer.checkpoints.sharded import _load_directory
+from lightning_peft.trainer.checkpoints.sharded_folder import FILES, META, save_folder
 from lightning_peft.trainer.module import adapt_module
 
 OURS = (lp.StateError, lp.FormatError, lp.TargetError, lp.InjectionError)
@@ -81,6 +86,7 @@ class Subject:
     def __init__(self, folder: Path) -> None:
         torch.manual_seed(0)
         self.folder, self.x = folder, torch.randn(4, 8)
+        self.trainer = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
         module = Module()
         lp.apply(module, lp.LoRA(r=2, dropout=0.1, trainable=["head"]))
         with torch.no_grad():
@@ -93,6 +99,7 @@ class Subject:
         self.checkpoint |= {"pytorch-lightning_version": L.__version__, "epoch": 1, "global_step": 2}
         lp.save_adapter(module, folder / "saved")
         torch.save(self.checkpoint, folder / "saved.ckpt")
+        self.save_shards(module)
 
     def output(self, module: nn.Module) -> torch.Tensor:
         with torch.no_grad():
@@ -105,6 +112,41 @@ class Subject:
         module = Module()
         lp.load_adapter(module, self.folder / "x")
         return self.output(module)
+
+    def save_shards(self, module: nn.Module) -> None:
+        """Write a sharded checkpoint as ``ModelParallelStrategy`` does, of one process and so of one shard."""
+        optimizer = torch.optim.AdamW(lp.trainable_parameters(module), lr=0.25)
+        module(self.x).square().sum().backward()
+        optimizer.step()
+        state = {name: value.clone() for name, value in lp.adapter_state(module).items()}
+        checkpoint = {**self.checkpoint, "state_dict": state, KEY: {**sealed(manifest(module), {})}}
+        del checkpoint[KEY]["digests"]["tensors"]  # no process of several has a whole tensor
+        checkpoint["optimizer_states"] = [get_optimizer_state_dict(module, optimizer)]
+        strategy = SimpleNamespace(is_global_zero=True, barrier=lambda: None)
+        save_folder(strategy, checkpoint, self.folder / "saved.shards")
+        self.sharded = self.numbers(module, optimizer)
+
+    def numbers(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> torch.Tensor:
+        """The output, and the optimizer's averages."""
+        averages = [optimizer.state[p]["exp_avg"].flatten() for p in lp.trainable_parameters(module)]
+        return torch.cat([self.output(module).flatten(), *averages])
+
+    def read_shards(self) -> torch.Tensor:
+        """Load the sharded checkpoint for a fit."""
+        module = Module()
+        lp.apply(module, lp.LoRA(r=2, dropout=0.1, trainable=["head"]))
+        adapt_module(module)
+        module.trainer = self.trainer
+        self.trainer.ckpt_path = str(self.folder / "x")
+        self.trainer.state.fn = TrainerFn.FITTING
+        optimizer = torch.optim.AdamW(lp.trainable_parameters(module), lr=0.25)
+        strategy = SimpleNamespace(lightning_module=module, optimizers=[optimizer])
+        _load_directory(strategy, self.folder / "x", weights_only=True)
+        return self.numbers(module, optimizer)
+
+    def copy_shards(self) -> Path:
+        shutil.rmtree(self.folder / "x", ignore_errors=True)
+        return Path(shutil.copytree(self.folder / "saved.shards", self.folder / "x"))
 
     def copy_directory(self) -> Path:
         shutil.rmtree(self.folder / "x", ignore_errors=True)
@@ -226,6 +268,23 @@ def config_values(subject: Subject, draw: random.Random, old: bool = False) -> t
     return subject.read_directory()
 
 
+def shard_bytes(subject: Subject, draw: random.Random, old: bool = False) -> torch.Tensor:
+    folder = subject.copy_shards()
+    if old:
+        meta = torch.load(folder / META, weights_only=True)
+        del meta[FILES]
+        torch.save(meta, folder / META)
+    path = draw.choice(sorted(p for p in folder.iterdir() if not old or p.name != META))
+    path.write_bytes(flip(path.read_bytes(), draw))
+    return subject.read_shards()
+
+
+def shard_values(subject: Subject, draw: random.Random) -> torch.Tensor:
+    folder = subject.copy_shards()
+    torch.save(change(_listed(torch.load(folder / META, weights_only=True)), draw), folder / META)
+    return subject.read_shards()
+
+
 KINDS: dict[str, Callable[[Subject, random.Random], torch.Tensor]] = {
     "checkpoint, bytes": checkpoint_bytes,
     "checkpoint, values": checkpoint_values,
@@ -236,6 +295,9 @@ KINDS: dict[str, Callable[[Subject, random.Random], torch.Tensor]] = {
     "config, bytes": config_bytes,
     "config, values": config_values,
     "config, values, old": lambda subject, draw: config_values(subject, draw, old=True),
+    "shards, bytes": shard_bytes,
+    "shards, values": shard_values,
+    "shards, bytes, old": lambda subject, draw: shard_bytes(subject, draw, old=True),
 }
 
 
@@ -246,7 +308,8 @@ def outcome(subject: Subject, kind: str, seed: int) -> str:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             found = KINDS[kind](subject, random.Random(f"{kind}{seed}"))
-        if found.shape == subject.expected.shape and torch.equal(found, subject.expected):
+        expected = subject.sharded if kind.startswith("shards") else subject.expected
+        if found.shape == expected.shape and torch.equal(found, expected):
             return "equal"
         return "differs, no digest" if kind.endswith("old") else "WRONG NUMBERS"
     except OURS as error:
@@ -257,20 +320,44 @@ def outcome(subject: Subject, kind: str, seed: int) -> str:
         faulthandler.cancel_dump_traceback_later()
 
 
+def table(found: dict[str, collections.Counter[str]], mutations: int) -> str:
+    """The page of results."""
+
+    def row(kind: str, counts: collections.Counter[str]) -> str:
+        bad = sum(n for what, n in counts.items() if what not in GOOD)
+        return f"| {kind} | {' | '.join(f'{counts[what]:,}' for what in GOOD)} | {bad} |"
+
+    lines = [
+        "# Mutated files",
+        "",
+        f"`python -m benchmarks.fuzz --mutations {mutations}` (see its docstring) wrote this page (torch",
+        f"{torch.__version__.partition('+')[0]}, Lightning {L.__version__}). Refused: an error of this package that names the",
+        "file. Equal: the mutation changed nothing that is read. Bad: a wrong load, another error, or one without the name.",
+        "",
+        f"| kind of file | {' | '.join(GOOD)} | bad |",
+        "|---|---|---|---|---|",
+        *(row(kind, counts) for kind, counts in found.items()),
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     """Print a line for each kind of file; exit with 1 if an outcome is one that must not be."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mutations", type=int, default=2000, help="number of mutations of each kind")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first mutation")
+    parser.add_argument("--markdown", type=Path, help="write the page of results to this file")
     options = parser.parse_args()
-    bad = 0
+    bad, found = 0, {}
     with tempfile.TemporaryDirectory() as folder:
         subject = Subject(Path(folder).resolve())
         for kind in KINDS:
             seeds = range(options.seed, options.seed + options.mutations)
-            counts = collections.Counter(outcome(subject, kind, seed) for seed in seeds)
+            found[kind] = counts = collections.Counter(outcome(subject, kind, seed) for seed in seeds)
             print(f"{kind}: " + ", ".join(f"{n:,} {what}" for what, n in counts.most_common()), flush=True)
-            bad += sum(n for what, n in counts.items() if what.isupper() or what.split()[0].isupper())
+            bad += sum(n for what, n in counts.items() if what not in GOOD)
+            if options.markdown:
+                options.markdown.write_text(table(found, options.mutations))
     print(
         f"{bad:,} bad outcomes; at most {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB of memory"
     )

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import uuid
 from collections.abc import Mapping
@@ -25,6 +24,7 @@ from torch import Tensor
 from lightning_peft.core.names import nearest
 from lightning_peft.core.state.atomic_file import to_disk, writing
 from lightning_peft.core.untrusted import FormatError, parse_json
+from lightning_peft.formats.directory.replace import CARD, CONFIG, WEIGHTS, complete_replacement, replace_files
 from lightning_peft.formats.directory.seal import check_tensors, seal
 from lightning_peft.ops.finite import is_finite
 
@@ -43,7 +43,6 @@ __all__ = [
     "write_files",
 ]
 
-CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
 MAX_JSON = 16 * 2**20  #: maximum size of a configuration, or of the header of a tensor file, in bytes
 MAX_KEY = 1024  #: maximum length of a tensor's name, in characters
 _BYTES = {
@@ -88,7 +87,10 @@ def adapter_folders(directory: str | Path) -> list[Path]:
         FormatError: if there is none, or if a subdirectory links out of ``directory``.
     """
     directory = _folder(directory)
-    inside = sorted(p for p in directory.iterdir() if (p / CONFIG).is_file() and not p.name.startswith("."))
+    inside = []
+    for folder in sorted(p for p in directory.iterdir() if not p.name.startswith(".")):
+        complete_replacement(folder)
+        inside += [folder] if (folder / CONFIG).is_file() else []
     for folder in inside:
         _stays_inside(folder, directory)
     found = [directory] * (directory / CONFIG).is_file() + inside
@@ -184,9 +186,9 @@ def write_files(
 ) -> None:
     """Write an adapter into ``directory``: either all files or, on any error, none.
 
-    The files are first written to a temporary directory and then moved. A reader during replacement, or after a crash
-    in the middle of it, finds no configuration rather than a mix of two adapters. Other files in ``directory`` are
-    kept.
+    The files are first written to a temporary directory and then moved. A reader during the moves finds no
+    configuration rather than a mix of two adapters; after a crash between them, it completes them. Other files in
+    ``directory`` are kept.
 
     Args:
         directory: Created with its parents if it does not exist.
@@ -208,6 +210,7 @@ def write_files(
     # file systems is not atomic.
     beside = (directory if directory.exists() else directory.parent) / f".{directory.name}.{uuid.uuid4().hex[:8]}"
     with writing(directory):
+        complete_replacement(directory)
         beside.mkdir(parents=True)
         try:
             own = _unshared(tensors)
@@ -219,7 +222,7 @@ def write_files(
             for file in beside.iterdir():
                 to_disk(file)
             if beside.parent == directory:
-                _replace(directory, beside)
+                replace_files(directory, beside)
             else:
                 beside.rename(directory)
         finally:
@@ -256,28 +259,6 @@ def json_text(value: Any, **options: Any) -> str:
         ) from error
 
 
-def _replace(directory: Path, beside: Path) -> None:
-    """Move the files in ``beside`` over those in ``directory``; if a move fails, put the old files back."""
-    new = [name for name in (CARD, WEIGHTS, CONFIG) if (beside / name).exists()]
-    old = beside / "old"
-    old.mkdir()
-    try:
-        # The old configuration is moved away first and the new one comes last, so at no time does a configuration lie
-        # next to the tensors of another adapter.
-        for name in reversed(new):
-            if os.path.lexists(directory / name):
-                os.replace(directory / name, old / name)
-        for name in new:
-            os.replace(beside / name, directory / name)
-    except BaseException:
-        for name in new:
-            if os.path.lexists(old / name):
-                os.replace(old / name, directory / name)
-            elif not (beside / name).exists():
-                (directory / name).unlink()
-        raise
-
-
 def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Copy the tensors to the CPU so that no two share memory, which safetensors refuses to write."""
     out: dict[str, Tensor] = {}
@@ -301,7 +282,9 @@ def _folder(directory: str | Path) -> Path:
     if not path.is_dir():
         hint = f"; convert a checkpoint with `lightning-peft export {path} out/`" if path.suffix == ".ckpt" else ""
         raise FormatError(f"{path} is a file, but an adapter is a directory with {CONFIG} and {WEIGHTS}{hint}")
-    return path.resolve()
+    path = path.resolve()
+    complete_replacement(path)
+    return path
 
 
 def _file(directory: Path, name: str) -> Path:

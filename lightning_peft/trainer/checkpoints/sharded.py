@@ -138,12 +138,28 @@ def _load_directory(strategy: Any, path: Path, weights_only: bool) -> dict[str, 
         )
     # The keys in the file, not only the trainable ones: values that moved without gradients were saved too.
     state = {key: current[key] for key in sorted(held)}
-    dcp.load({"state_dict": state}, checkpoint_id=path, planner=planner())
+    _read_into({"state_dict": state}, path, planner())
     names = {canonical(k): k for k in module.state_dict()}
     nn.Module.load_state_dict(module, {names[k]: v for k, v in state.items()}, strict=False)
     if module.trainer.state.fn == "fit":
         for i, optimizer in enumerate(strategy.optimizers):
             saved = {f"optimizer_{i}": get_optimizer_state_dict(module, optimizer)}
-            dcp.load(saved, checkpoint_id=path, planner=planner())
+            _read_into(saved, path, planner())
             set_optimizer_state_dict(module, optimizer, optim_state_dict=saved[f"optimizer_{i}"])
     return metadata
+
+
+def _read_into(state: dict[str, Any], path: Path, planner: Any) -> None:
+    """Read the values of ``state`` from the files in ``path``, in place; a collective.
+
+    Raises:
+        StateError: if a file cannot be read or does not hold what its metadata says; the message names ``path``.
+    """
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        dcp.load(state, checkpoint_id=path, planner=planner)
+    except CheckpointException as error:  # torch collects the errors of all ranks in this BaseException
+        first = next(iter(error.failures.values()))[0]
+        raise StateError(f"{path} cannot be read: {first}. The checkpoint is damaged: use another copy") from first

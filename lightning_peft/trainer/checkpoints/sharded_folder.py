@@ -15,7 +15,7 @@ from lightning_peft.core.state.atomic_file import recover_folder, replace_folder
 from lightning_peft.core.state.digest import LENGTH
 from lightning_peft.core.state.state_dict import StateError
 
-__all__ = ["META", "check_files", "recover_path", "save_folder"]
+__all__ = ["FILES", "META", "check_files", "recover_path", "save_folder"]
 
 META = "meta.pt"  #: the file for everything that is not sharded
 FILES = "lightning_peft_files"  #: its key for the digests of the other files
@@ -38,16 +38,22 @@ def save_folder(strategy: Any, checkpoint: dict[str, Any], path: Path) -> None:
     new = _new_folder(path)
     with writing(path):
         if strategy.is_global_zero:
+            recover_folder(new, path)  # what an earlier kill left in the middle of a replacement is the only copy
             shutil.rmtree(new, ignore_errors=True)
             new.mkdir(parents=True)
         strategy.barrier()
         try:
             dcp.save(state, checkpoint_id=new)
-        except CheckpointException as error:  # torch collects the errors of all ranks in this BaseException
-            raise next(iter(error.failures.values()))[0] from error
+            if strategy.is_global_zero:
+                checkpoint[FILES] = {file.name: _file_digest(file) for file in sorted(new.iterdir())}
+                save_torch_file(checkpoint, new / META)
+        except BaseException as error:
+            if strategy.is_global_zero:
+                shutil.rmtree(new, ignore_errors=True)  # a full disk needs the space
+            if isinstance(error, CheckpointException):  # torch collects the errors of all ranks in this BaseException
+                raise next(iter(error.failures.values()))[0] from error
+            raise
         if strategy.is_global_zero:
-            checkpoint[FILES] = {file.name: _file_digest(file) for file in sorted(new.iterdir())}
-            save_torch_file(checkpoint, new / META)
             replace_folder(new, path)
     strategy.barrier()
 

@@ -9,6 +9,7 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 import lightning_peft as lp
 from lightning_peft.cli.merge import _write
 from lightning_peft.core.state.atomic_file import new_file, save_torch_file
+from lightning_peft.trainer.checkpoints.sharded_folder import save_folder
 from tests.trainer.toys import Toy, lora, trainer
 
 
@@ -56,12 +58,18 @@ def merge(folder: Path, name: str) -> None:
     _write(model, folder / name)
 
 
+def save_shards(folder: Path) -> None:
+    strategy = SimpleNamespace(is_global_zero=True, barrier=lambda: None)
+    save_folder(strategy, {"state_dict": lp.adapter_state(attached())}, folder / "run.shards")
+
+
 SAVES: dict[str, Callable[[Path], None]] = {
     "checkpoint": save_checkpoint,
     "adapter in an old folder": lambda folder: lp.save_adapter(attached(), folder),
     "adapter in a new folder": lambda folder: lp.save_adapter(attached(), folder / "new"),
     "merged, .pt": lambda folder: merge(folder, "merged.pt"),
     "merged, .safetensors": lambda folder: merge(folder, "merged.safetensors"),
+    "sharded checkpoint": save_shards,
     "torch file": lambda folder: save_torch_file(torch.zeros(2000), folder / "run.ckpt"),
 }
 
@@ -71,6 +79,8 @@ def test_a_full_disk_leaves_the_earlier_files(tmp_path: Path, what: str) -> None
     if what != "adapter in a new folder":
         lp.save_adapter(attached(), tmp_path)
     save_torch_file({"earlier": torch.ones(2)}, tmp_path / "run.ckpt")
+    if what == "sharded checkpoint":
+        save_shards(tmp_path)
     before = contents(tmp_path)
     with full_disk(), pytest.raises(OSError, match="what was there before is unchanged; free disk space") as caught:
         SAVES[what](tmp_path)
@@ -98,9 +108,9 @@ def test_a_folder_that_may_not_be_written(tmp_path: Path, number: int, monkeypat
 
     monkeypatch.setattr(Path, "open", refuse)
     monkeypatch.setattr(Path, "mkdir", mkdir)
-    for save in (SAVES["torch file"], SAVES["adapter in an old folder"], SAVES["adapter in a new folder"]):
+    for save in ("torch file", "adapter in an old folder", "adapter in a new folder", "sharded checkpoint"):
         with pytest.raises(OSError, match=r"nothing was saved, and .*; choose another folder") as caught:
-            save(tmp_path)
+            SAVES[save](tmp_path)
         assert caught.value.errno == number
     assert contents(tmp_path) == before
 
