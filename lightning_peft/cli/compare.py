@@ -17,6 +17,7 @@ from lightning.pytorch.cli import LightningCLI
 from rich.console import Console
 
 import lightning_peft as lp
+from lightning_peft.cli.retention import add_retention_options, retention_maker
 from lightning_peft.core.state.state_dict import StateError
 from lightning_peft.pretrained import InputError
 from lightning_peft.trainer.packages import lightning_classes
@@ -70,7 +71,7 @@ def compare(args: Sequence[str], cli_class: type[LightningCLI]) -> None:
     metric, store = _metric(options), Store(Path(options.output), _settings(options, base))
     build = _Builder(cli_class, base, Path(options.output).name)
     build.check()
-    runner = Runner(build, options.lr_flag or build.rate_flag(), metric)
+    runner = Runner(build, options.lr_flag or build.rate_flag(), metric, retention_maker(options))
     if options.retry_failed:
         store.forget_failures()
     with store.claim("base", wait=True):
@@ -109,6 +110,7 @@ def compare(args: Sequence[str], cli_class: type[LightningCLI]) -> None:
         base_command=["lightning-peft", "fit", *base],
         setting=_setting(plan),
         minutes=study.minutes(),
+        distance=vars(options)["retention.distance"],
     )
     with store.claim("report", wait=True):
         report.write(findings, store.folder)
@@ -139,6 +141,7 @@ def _parser() -> ArgumentParser:
     add("--fractions", type=_numbers, default=(1.0,), help="parts of the training data, such as 0.01,0.1,1")
     add("--trainable", help="modules that train in full with every method, such as classifier")
     add("--lr-flag", help="the argument of fit that sets the learning rate, such as --lr-flag=--model.rate")
+    add_retention_options(parser)
     add("--max-params", type=lambda text: int(float(text)), help="the largest number of trainable parameters")
     add("--max-minutes", type=float, help="the longest full training")
     add("--keep", type=float, help="take the smallest method that keeps this part of full fine-tuning, such as 0.95")
@@ -162,7 +165,8 @@ def _metric(options: Namespace) -> Metric:
 def _settings(options: Namespace, base: Sequence[str]) -> dict[str, Any]:
     """What all runs have in common."""
     files = {name: hashlib.sha256(Path(name).read_bytes()).hexdigest() for name in options.config}
-    names = ("metric", "mode", "test", "search_metric", "steps", "search_steps", "trials", "lr_flag")
+    names: tuple[str, ...] = ("metric", "mode", "test", "search_metric", "steps", "search_steps", "trials", "lr_flag")
+    names += tuple(name for name in vars(options) if name.startswith("retention."))
     return {"configuration": files, "arguments": list(base), **{name: getattr(options, name) for name in names}}
 
 

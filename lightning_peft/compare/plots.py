@@ -33,7 +33,7 @@ def draw(found: Findings, folder: Path) -> list[tuple[str, Path]]:
         end = "" if fraction == 1 else f"-{fraction:g}"
         written.append((f"{found.metric} against cost", _draw_costs(found, summaries, folder / f"costs{end}.png")))
         written.append(("learning curves", _draw_curves(summaries, folder / f"curves{end}.png")))
-        if any(s.mean("forgetting_kl") is not None for s in summaries):
+        if any(s.mean("divergence") is not None for s in summaries):
             path = folder / f"retention{end}.png"
             written.append((f"{found.metric} against retention", _draw_retention(found, summaries, path)))
     if len(found.recommendations) > 1:
@@ -85,7 +85,7 @@ def _draw_retention(found: Findings, summaries: Sequence[Summary], path: Path) -
     def fill(figure: Any) -> None:
         axes = figure.subplots()
         for i, s in enumerate(summaries):
-            divergence = s.mean("forgetting_kl")
+            divergence = s.mean("divergence")
             if divergence is None:
                 continue
             axes.plot(divergence, s.metric, "o", color=f"C{i % 10}", markersize=4)
@@ -93,7 +93,9 @@ def _draw_retention(found: Findings, summaries: Sequence[Summary], path: Path) -
             if s.runs[0].scales:  # lp.scale between the base and the adapter
                 _, metrics, divergences = zip(*sorted(s.runs[0].scales))
                 axes.plot(divergences, metrics, color=f"C{i % 10}", linewidth=0.8)
-        axes.set_xlabel("KL divergence from the base on the retention data, nats")
+        axes.set_xlabel(
+            f"{'KL divergence' if found.distance == 'kl' else found.distance} from the base on the retention data"
+        )
         axes.set_ylabel(found.metric)
 
     return _figure(path, (7, 4.2), fill)

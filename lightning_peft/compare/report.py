@@ -40,6 +40,7 @@ class Findings:
         base_command: the start of the command that trains a candidate in full.
         setting: sentences about steps, searches and seeds.
         minutes: wall time of all runs and searches.
+        distance: how forgetting is measured, ``"kl"`` or ``"cosine"``.
     """
 
     title: str
@@ -52,6 +53,7 @@ class Findings:
     base_command: Sequence[str]
     setting: Sequence[str]
     minutes: float
+    distance: str = "kl"
 
 
 def command(start: Sequence[str], result: Result) -> str:
@@ -76,32 +78,36 @@ def write(found: Findings, folder: Path) -> None:
 def _write_csv(found: Findings, path: Path) -> None:
     many = len(found.recommendations) > 1
     columns = ["method", "seed", found.metric, "trainable", "step_ms", "peak_mb", "checkpoint_mb"]
-    columns += ["forgetting_loss", "forgetting_kl", "config", *(["fraction"] if many else [])]
+    columns += ["forgetting_loss", f"forgetting_{found.distance}", "config", *(["fraction"] if many else [])]
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     for result in found.results:
         config = json.dumps({"class": result.method, "arguments": result.flags})
-        writer.writerow({**attrs.asdict(result), "method": result.label, found.metric: result.metric, "config": config})
+        own = {"method": result.label, found.metric: result.metric, "config": config}
+        writer.writerow({**attrs.asdict(result), **own, f"forgetting_{found.distance}": result.divergence})
     with new_file(path) as made:
         made.write_text(text.getvalue())
 
 
 _COLUMNS = ("method", "seeds", "{metric}", "trainable", "step ms", "peak MB", "checkpoint MB", "minutes")
-_FORGETTING = ("forgetting loss", "forgetting KL")
+_FORGETTING = ("forgetting loss", "forgetting {distance}")
 _REPORT_ONLY = ("seeds", "checkpoint MB", "minutes", "forgetting loss")  # too wide for a terminal
 
 
 def _rows(found: Findings, fraction: float) -> tuple[list[str], list[list[str]]]:
     summaries = summarise([r for r in found.results if r.fraction == fraction], found.lower)
-    forgets = any(s.mean("forgetting_kl") is not None for s in summaries)
-    header = [name.format(metric=found.metric) for name in (*_COLUMNS, *(_FORGETTING if forgets else ()), "lr")]
+    forgets = any(s.mean("divergence") is not None for s in summaries)
+    header = [
+        name.format(metric=found.metric, distance=found.distance)
+        for name in (*_COLUMNS, *(_FORGETTING if forgets else ()), "lr")
+    ]
     rows = []
     for s in summaries:
         numbers = [f"{s.trainable:,}", f"{s.mean('step_ms'):.1f}", f"{s.mean('peak_mb'):.0f}"]
         numbers += [f"{s.mean('checkpoint_mb'):.3f}", f"{s.mean('minutes'):.2f}"]
         if forgets:
-            numbers += [_number(s.mean("forgetting_loss")), _number(s.mean("forgetting_kl"))]
+            numbers += [_number(s.mean("forgetting_loss")), _number(s.mean("divergence"))]
         searched = "".join(f", {name} {value}" for name, value in s.runs[0].values.items() if name != "lr")
         rows.append([s.label, str(len(s.runs)), _value(s), *numbers, f"{s.runs[0].values['lr']:.2g}{searched}"])
     return header, rows

@@ -170,7 +170,7 @@ class Runner:
             peak_mb=watch.peak / 1e6,
             checkpoint_mb=_checkpoint_size(built.trainer) / 1e6,
             forgetting_loss=retention.last.get("loss_change") if retention is not None else None,
-            forgetting_kl=retention.last.get("kl") if retention is not None else None,
+            divergence=retention.last[retention.distance] if retention is not None else None,
             minutes=watch.wall / 60,
             values=dict(values),
             flags=flags,
@@ -188,6 +188,8 @@ class Runner:
         """
         with _quiet():
             built = self.build(["--seed_everything=0"], [], _QUIET)
+            if self.retention is not None:
+                self.retention().check(built.module)
             try:
                 metric = _value(_evaluate(built, self.metric.test), self.metric.final)
             except InputError:

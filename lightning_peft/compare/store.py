@@ -32,7 +32,7 @@ class Result:
         peak_mb: highest memory use during training: of the process on a CPU, of the allocator on a GPU.
         checkpoint_mb: size of a checkpoint with the trainable state only.
         forgetting_loss: rise of the loss on the retention data; None without such data or without labels.
-        forgetting_kl: KL divergence from the base on the retention data, in nats; None without such data.
+        divergence: from the base on the retention data, a KL divergence in nats or a cosine distance; None without.
         minutes: wall time of the training, without validation.
         values: the searched values, the learning rate included.
         flags: the arguments of ``lightning-peft fit`` that select the method and its values.
@@ -53,7 +53,7 @@ class Result:
     peak_mb: float
     checkpoint_mb: float
     forgetting_loss: float | None
-    forgetting_kl: float | None
+    divergence: float | None
     minutes: float
     values: Mapping[str, Any]
     flags: list[str]

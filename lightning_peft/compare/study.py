@@ -82,8 +82,7 @@ class Study:
             left = [unit for unit in self.units() if self.store.get(unit.key) is None]
             if not left:
                 return
-            attempts = [self._attempt(unit, tell) for unit in left]
-            if not any(attempts):
+            if not any(self._attempt(unit, tell) for unit in left):  # the first that no other process holds
                 time.sleep(wait)
 
     def units(self) -> Iterator[Unit]:

@@ -22,7 +22,7 @@ from lightning_peft.pretrained import InputError
 
 def result(label: str, metric: float, seed: int = 0, fraction: float = 1.0, **values) -> Result:
     given = {"method": label, "trainable": 10, "total": 100, "step_ms": 1.0, "peak_mb": 1.0, "checkpoint_mb": 1.0}
-    given |= {"forgetting_loss": None, "forgetting_kl": None, "minutes": 1.0, "values": {"lr": 1e-3}, "flags": []}
+    given |= {"forgetting_loss": None, "divergence": None, "minutes": 1.0, "values": {"lr": 1e-3}, "flags": []}
     return Result(
         **{**given, **values, "label": label, "metric": metric, "seed": seed, "fraction": fraction, "metrics": {}}
     )
