@@ -18,6 +18,7 @@ from lightning_peft.core.injection.merge import MergeError, merge, unmerge
 from lightning_peft.core.injection.remove import delete_adapter
 from lightning_peft.core.injection.remove_reparameterization import fold
 from lightning_peft.core.injection.reset import reset
+from lightning_peft.core.injection.scale import scale
 from lightning_peft.core.injection.unload import unload
 from lightning_peft.core.record import trainable_parameters
 from lightning_peft.core.state.report import Report
@@ -131,6 +132,7 @@ __all__ = [
     "reset",
     "rows",
     "save_adapter",
+    "scale",
     "set_active",
     "to_lora",
     "trainable_parameters",

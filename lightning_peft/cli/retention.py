@@ -23,8 +23,8 @@ def add_retention_options(parser: ArgumentParser) -> None:
     add(
         "--retention.data",
         metavar="DATA",
-        help="held-back data of the base's own kind, to measure forgetting: a text file, or class_path and init_args of "
-        "a DataModule, in a YAML file or inline",
+        help="held-back data of the base's own kind, to measure forgetting: a text file, or class_path and init_args "
+        "of a DataModule, in a YAML file or inline",
     )
     add("--retention.batches", type=int, default=16, help="batches to measure; default: %(default)s")
     add("--retention.distance", choices=["kl", "cosine"], default="kl", help="default: %(default)s")

@@ -231,6 +231,8 @@ class AdaLoRAAdapter(LowRankAdapter):
 
     mask: Tensor
 
+    neutral = {"lora_E": 0.0}
+
     def __init__(self, site: Site, r: int, alpha: float, dropout: float = 0.0) -> None:
         super().__init__(site)
         *batch, rows, columns = site.shape

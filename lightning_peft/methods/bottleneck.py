@@ -273,6 +273,10 @@ class Bottleneck(ActivationAdapter):
         # With the channels last, a linear layer computes a 1x1 convolution.
         return y + (self._change(z.movedim(1, -1)).movedim(-1, 1) if maps else self._change(z)).to(y.dtype)
 
+    def neutral_values(self, host: nn.Module) -> Mapping[str, float]:
+        last = "up" if self.norm_after is None else "norm_after"  # the layer whose output is added
+        return {f"{last}.weight": 0.0, f"{last}.bias": 0.0}
+
     def _change(self, z: Tensor) -> Tensor:
         h = z if self.norm_before is None else _run(self.norm_before, z)
         h = _run(self.up, _FUNCTIONS[self.non_linearity](_run(self.down, h)))

@@ -17,12 +17,13 @@ Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation", arXiv:2402.09353
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core.adapters.effective_weights import effective_weights, values_before
+from lightning_peft.core.adapters.effective_weights import base_tensor, effective_weights, values_before
 from lightning_peft.core.adapters.stack import Adapted
 from lightning_peft.core.class_swap import has_mixin
 from lightning_peft.core.sharded_tensors import is_sharded
@@ -46,6 +47,15 @@ class DoRAAdapter(LoRAAdapter):
         self._kept: tuple[tuple[Any, ...], Tensor] | None = None
         norm = self._norm(weight)
         self.magnitude = nn.Parameter(norm.to("cpu", self.lora_A.dtype).clone())
+
+    def neutral_values(self, host: nn.Module) -> Mapping[str, Tensor | float]:
+        # With B at zero and m at the norms of the weight that it adapts, W' is that weight.
+        runs = self in host.adapters.running()  # type: ignore[union-attr, operator]
+        weight = values_before(host, self, self.parameter)[0] if runs else base_tensor(host, self.parameter)
+        assert weight is not None
+        matrix = self.layout.matrix(weight)
+        norm = torch.linalg.vector_norm(matrix.to(torch.promote_types(matrix.dtype, self.magnitude.dtype)), dim=-1)
+        return {**LoRAAdapter.neutral, "magnitude": norm}
 
     def gain(self, weight: Tensor) -> Tensor:
         """m / ||W + s B A|| (..., out); no gradient flows through the norm."""

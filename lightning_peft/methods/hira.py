@@ -34,6 +34,8 @@ __all__ = ["HiRA"]
 class HiRAAdapter(WeightAdapter):
     """``hira_A`` (..., r, in) and ``hira_B`` (..., out, r)."""
 
+    neutral = {"hira_B": 0.0}
+
     def __init__(self, site: Site, r: int, dropout: float) -> None:
         super().__init__(site)
         *batch, rows, columns = site.shape

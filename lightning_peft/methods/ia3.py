@@ -94,6 +94,8 @@ class IA3(WeightMethod):
 class OutputScale(WeightAdapter):
     """A scale for each row of the matrix and of the bias: ``ia3_l`` (..., out, 1)."""
 
+    neutral = {"ia3_l": 1.0}
+
     def __init__(self, site: Site) -> None:
         super().__init__(site)
         check_bias(site)
@@ -113,6 +115,8 @@ class OutputScale(WeightAdapter):
 
 class InputScale(WeightAdapter):
     """A scale for each input feature of the layer: ``ia3_l`` (..., 1, in)."""
+
+    neutral = {"ia3_l": 1.0}
 
     def __init__(self, site: Site) -> None:
         super().__init__(site)

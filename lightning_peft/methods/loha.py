@@ -36,6 +36,8 @@ class LoHaAdapter(RankDropAdapter):
     With ``use_effective_conv2d`` also ``hada_t1`` and ``hada_t2`` (r, r, *kernel); a is then (r, out), and b (r, in).
     """
 
+    neutral = {"hada_w2_b": 0.0}
+
     def __init__(self, site: Site, r: int, scale: float, effective: bool, *drops: Any) -> None:
         super().__init__(site, *drops)
         *batch, rows, columns = site.shape

@@ -51,6 +51,8 @@ class LoKrAdapter(RankDropAdapter):
     ``lokr_t2`` (r, r, *kernel) these are (r, k) and (r, n).
     """
 
+    neutral = {"lokr_w1": 0.0, "lokr_w1_a": 0.0}  # it has one of the two
+
     def __init__(self, site: Site, r: int, scale: float, factor: int, both: bool, effective: bool, *drops: Any) -> None:
         super().__init__(site, *drops)
         *batch, rows, columns = site.shape

@@ -58,6 +58,7 @@ class LoRAAdapter(LowRankAdapter):
     lora_A0: Tensor | None
     lora_B0: Tensor | None
     lora_bias: Tensor | None
+    neutral = {"lora_B": 0.0, "lora_B0": 0.0, "lora_bias": 0.0}
     output_is_product = True  # not with lora_bias; see batched_class
 
     def __init__(

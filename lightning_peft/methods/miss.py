@@ -37,6 +37,8 @@ __all__ = ["MiSS"]
 class MiSSAdapter(LowRankAdapter):
     """Parameter ``miss_block`` (..., r, out), or (..., r, mini_r) in the mini variant."""
 
+    neutral = {"miss_block": 0.0}
+
     def __init__(self, site: Site, r: int, width: int, dropout: float) -> None:
         super().__init__(site)
         *batch, self.rows, self.columns = site.shape
@@ -65,6 +67,8 @@ class MiSSAdapter(LowRankAdapter):
 
 class BatAdapter(WeightAdapter):
     """Parameter ``miss_block`` (..., out / r, r, r) of the bat variant."""
+
+    neutral = {"miss_block": 0.0}
 
     def __init__(self, site: Site, r: int) -> None:
         super().__init__(site)

@@ -64,6 +64,7 @@ __all__ = ["OFT"]
 class OFTAdapter(WeightAdapter):
     """``oft_R`` (..., blocks, b (b - 1) / 2): the entries above the diagonal of each Q_i, row by row."""
 
+    neutral = {"oft_R": 0.0}  # the rotation is the identity
     places: Tensor
 
     def __init__(self, site: Site, block_size: int, share: bool, terms: int, dropout: float, eps: float) -> None:

@@ -163,6 +163,10 @@ class PrefixAdapter(Adapter):
     """
 
     misfit_errors = (AttentionError,)
+    unscalable = (
+        "a prefix takes part in the softmax of an attention, where a fraction of it is not defined. Train it with "
+        "gate=True, which learns its share"
+    )
 
     def __init__(
         self,
@@ -283,6 +287,8 @@ class PositionShift(Adapter):
     Args:
         tokens: length of the prefix, or one length for each row of a batch.
     """
+
+    unscalable = PrefixAdapter.unscalable
 
     def __init__(self, *tokens: int) -> None:
         super().__init__()

@@ -132,6 +132,8 @@ class ScaleShift(WeightAdapter):
         init: see :class:`SSF`.
     """
 
+    neutral = {"scale": 1.0, "shift": 0.0}
+
     def __init__(self, site: Site, offset: float = 0.0, shifts: bool = True, init: str = "identity") -> None:
         super().__init__(site)
         self.offset = offset

@@ -79,6 +79,8 @@ def _sample(a: Tensor, b: Tensor) -> Tensor:
 class VeRAAdapter(LowRankAdapter):
     """``vera_lambda_d`` (..., r) and ``vera_lambda_b`` (..., out); the model's first one also owns ``projection``."""
 
+    neutral = {"vera_lambda_b": 0.0}
+
     def __init__(self, site: Site, shared: SharedProjection, owner: bool, d_initial: float, dropout: float) -> None:
         super().__init__(site)
         *batch, rows, _ = site.shape

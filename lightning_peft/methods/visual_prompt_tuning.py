@@ -34,7 +34,7 @@ from lightning_peft.core.targeting.patterns import TargetError, as_patterns, mat
 from lightning_peft.core.targeting.token_modules import batch_first, token_width
 from lightning_peft.methods.families.arguments import nonnegative_int, optional, positive_int, probability
 from lightning_peft.methods.families.method import PEFTMethod
-from lightning_peft.methods.families.prompt_adapters import TokenError
+from lightning_peft.methods.families.prompt_adapters import PromptAdapter, TokenError
 
 __all__ = ["VisualPromptTuning"]
 
@@ -145,6 +145,7 @@ class BlockPrompt(Adapter):
 
     spans_hosts = True
     misfit_errors = (TokenError,)
+    unscalable = PromptAdapter.unscalable
 
     def __init__(
         self,

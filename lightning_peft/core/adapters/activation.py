@@ -51,7 +51,7 @@ class ActivationAdapter(Adapter):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        derive_flags(cls, {"run_is_forward_and_after": {"run": False}})
+        derive_flags(cls, {"run_is_forward_and_after": {"run": False}, "neutral": {"forward": None, "after": None}})
 
     def __init__(self, site: ActivationSite) -> None:
         super().__init__()

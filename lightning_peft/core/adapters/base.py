@@ -41,6 +41,13 @@ class Adapter(nn.Module):
     is_passthrough: ClassVar[bool] = False
     #: True if the adapter gets no gradient from a batch that lacks certain tokens
     needs_its_tokens: ClassVar[bool] = False
+    #: the tensors that carry the adapter's effect, each with the value at which it has none; see :func:`lp.scale`
+    neutral: ClassVar[Mapping[str, float] | None] = None
+    #: why an adapter without ``neutral`` cannot be scaled
+    unscalable: ClassVar[str] = (
+        "its class does not say at which values of its parameters it has no effect. Declare them in a class attribute "
+        'neutral, such as {"lora_B": 0.0}'
+    )
 
     def run(self, host: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Return the host's output; ``call`` runs the host's forward with the adapters before this one."""
@@ -63,6 +70,10 @@ class Adapter(nn.Module):
     def unreadable(self) -> str | None:
         """Return why code that reads an adapted weight cannot get the correct value now; None if it can."""
         return next((why for part in self.weights().values() if (why := part.unreadable()) is not None), None)
+
+    def neutral_values(self, host: nn.Module) -> Mapping[str, Tensor | float] | None:
+        """Return :attr:`neutral`; override it if the values depend on the host or on options."""
+        return self.neutral
 
     @property
     def needs_input(self) -> str | None:
@@ -131,7 +142,7 @@ def _empties(fn: Callable[[Tensor], Tensor]) -> bool:
         return False
 
 
-def derive_flags(cls: type, rules: Mapping[str, Mapping[str, bool]]) -> None:
+def derive_flags(cls: type, rules: Mapping[str, Mapping[str, bool | None]]) -> None:
     """Set class attributes that describe how some methods work together, whichever class overrides one of them.
 
     A flag that a class states in its own body holds for it. Otherwise the first class in the method resolution order
@@ -194,6 +205,7 @@ class WeightAdapter(Adapter):
                 "transform_is_sum": {"transform": False},
                 "changes_bias": {"transform_bias": True},
                 "run_is_forward_and_after": {"run": False},
+                "neutral": {"delta": None, "transform": None, "transform_bias": None},
             },
         )
 

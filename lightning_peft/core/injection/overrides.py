@@ -37,6 +37,8 @@ class ParameterOverride(Adapter):
             that is an ``nn.Parameter`` is registered as it is; other tensors become buffers.
     """
 
+    unscalable = "it replaces a value of the base by one of another shape. Make the widths equal"
+
     def __init__(self, overrides: Mapping[str, Tensor]) -> None:
         super().__init__()
         self.stored_as: dict[str, str] = {}
@@ -60,6 +62,16 @@ class ParameterOverride(Adapter):
         return {
             name: stored for name, key in self.stored_as.items() if (stored := stored_tensor(self, key)) is not None
         }
+
+    def neutral_values(self, host: nn.Module) -> Mapping[str, Tensor | float] | None:
+        found: dict[str, Tensor | float] = {}
+        for name, value in self.overrides().items():
+            stored = stored_tensor(host, name)
+            if stored is None or stored.shape != value.shape:
+                return None
+            if value.is_floating_point():
+                found[self.stored_as[name]] = stored
+        return found
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name} {'x'.join(map(str, copy.shape))}" for name, copy in self.overrides().items())

@@ -61,6 +61,10 @@ class PromptAdapter(Adapter):
     """
 
     misfit_errors = (TokenError,)
+    unscalable = (
+        "virtual tokens are part of the sequence, and a fraction of a token is not defined. Train a method that "
+        "changes weights or activations, or use fewer tokens"
+    )
 
     def __init__(
         self,
@@ -304,6 +308,8 @@ class PromptLabels(Adapter):
     the first real token and this prediction counts in the loss.
     """
 
+    unscalable = PromptAdapter.unscalable
+
     def __init__(self, *prompts: PromptAdapter, token_template: Any = None) -> None:
         super().__init__()
         self._prompts = prompts  # a tuple, so that they are not registered as submodules a second time
@@ -339,6 +345,8 @@ class PromptLabels(Adapter):
 class PromptMask(Adapter):
     """Runs around a decoder: extends its mask of the encoder's states by the encoder's virtual tokens."""
 
+    unscalable = PromptAdapter.unscalable
+
     def __init__(self, token_template: TokenTemplate | PerRowTemplate) -> None:
         super().__init__()
         self.token_template = token_template
@@ -361,6 +369,8 @@ class PromptStrip(Adapter):
     """Runs around an encoder-decoder: removes the virtual positions from the encoder's states in its output."""
 
     names = ("encoder_last_hidden_state", "encoder_hidden_states", "encoder_attentions", "cross_attentions")
+
+    unscalable = PromptAdapter.unscalable
 
     def __init__(self, token_template: TokenTemplate | PerRowTemplate) -> None:
         super().__init__()

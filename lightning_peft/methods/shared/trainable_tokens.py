@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_peft.core.adapters.base import WeightAdapter
+from lightning_peft.core.adapters.effective_weights import base_tensor
 from lightning_peft.core.names import is_within
 from lightning_peft.core.optional import input_embedding
 from lightning_peft.core.state.plan import Attachment, Plan
@@ -55,6 +56,12 @@ class TrainableTokens(WeightAdapter):
     def transform(self, weight: Tensor) -> Tensor:
         rows = self.rows.to(weight.dtype)
         return weight.index_copy(1, self.ids, rows.t()) if self.looked_up else weight.index_copy(0, self.ids, rows)
+
+    def neutral_values(self, host: nn.Module) -> Mapping[str, Tensor | float]:
+        stored = base_tensor(host, self.parameter)
+        assert stored is not None
+        matrix = self.layout.matrix(stored)
+        return {"rows": (matrix.t() if self.looked_up else matrix)[self.ids]}
 
     def output(self, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         rows = self.rows.to(y.dtype)
