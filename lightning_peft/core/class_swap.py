@@ -12,7 +12,8 @@ mixins were bases before the original, they would change the layout of an origin
 ``Generic`` or a class with ``__slots__``.
 
 A ``forward`` that is set on the instance (accelerate's hooks, fused kernels) would hide a mixin's ``forward``. If it
-was set before the first such mixin, it runs inside the mixin, instead of the class's; see :class:`OwnForward`.
+was set before the first such mixin, it runs inside the mixin, instead of the class's; see :class:`OwnForward`. While it
+runs, the class's ``forward`` is the original's: some of these call ``self.__class__.forward``.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ import functools
 import inspect
 import types
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
+
+import torch
 
 __all__ = [
     "OwnForward",
@@ -51,11 +55,21 @@ def has_mixin(obj: object, mixin: type) -> bool:
     return mixin in _mixins(obj)
 
 
+# The objects whose own forward runs, by id: of this thread, because one model can serve several threads.
+_IN_OWN_FORWARD: ContextVar[frozenset[int]] = ContextVar("in_own_forward", default=frozenset())
+
+
 class OwnForward:
     """The innermost mixin of a module whose ``forward`` was set on the instance; it calls that ``forward``."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.__dict__["_own_forward"](*args, **kwargs)
+        if torch.compiler.is_compiling():  # compiled code cannot read a ContextVar
+            return self.__dict__["_own_forward"](*args, **kwargs)
+        token = _IN_OWN_FORWARD.set(_IN_OWN_FORWARD.get() | {id(self)})
+        try:
+            return self.__dict__["_own_forward"](*args, **kwargs)
+        finally:
+            _IN_OWN_FORWARD.reset(token)
 
 
 def own_forward(obj: object) -> Callable[..., Any] | None:
@@ -154,7 +168,10 @@ def _swapped(original: type, mixins: tuple[type, ...]) -> type:
         "_swapped_mixins": mixins,
     }
     if (first := _forwarding(mixins)[:1]) and hasattr(original, "forward"):
-        namespace["forward"] = _with_signature(first[0].__dict__["forward"], original.forward)
+        forward = first[0].__dict__["forward"]
+        if OwnForward in mixins:
+            forward = _unless_in_own_forward(forward, original.forward)
+        namespace["forward"] = _with_signature(forward, original.forward)
     # The subclass has the original's name and str(class), because transformers writes class names to config.json,
     # compares them, and looks up by str(class) what a model records.
     return _metaclass(type(original))(original.__name__, (original,), namespace)
@@ -187,6 +204,15 @@ class _NoInitSubclass:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         pass
+
+
+def _unless_in_own_forward(adapted: Any, original: Any) -> Any:
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling() and id(self) in _IN_OWN_FORWARD.get():
+            return original(self, *args, **kwargs)
+        return adapted(self, *args, **kwargs)
+
+    return forward
 
 
 def _with_signature(function: Any, like: Any) -> Any:

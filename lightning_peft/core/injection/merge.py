@@ -16,6 +16,7 @@ from lightning_peft.core.adapters.stack import AdapterStack
 from lightning_peft.core.class_swap import original_class, own_forward
 from lightning_peft.core.injection.low_rank_factors import evaluating
 from lightning_peft.core.injection.plain_layer import make_packed, make_plain, plain_dtype
+from lightning_peft.core.injection.quantizer_marks import drop_marks, restore_marks
 from lightning_peft.core.injection.write_back import shared_source, write_back
 from lightning_peft.core.names import is_adapter_key, join
 from lightning_peft.core.sharded_tensors import is_sharded
@@ -28,7 +29,7 @@ from lightning_peft.core.targeting.computed_weights import (
     stored_tensor,
 )
 from lightning_peft.core.targeting.layouts import WeightLayout
-from lightning_peft.core.targeting.packed import is_packed
+from lightning_peft.core.targeting.packed import COMPRESSED, is_compressed, is_packed
 from lightning_peft.core.targeting.ties import tied_names
 from lightning_peft.ops.finite import is_finite
 
@@ -117,6 +118,8 @@ def merge(
                 for n in plan.names:
                     left.setdefault(n, []).append(str(error))
         _refuse(left, partial, plans)
+        if any(plan.stack.packed is not None for plan in plans):
+            drop_marks(model)
     except BaseException:  # restore the hosts that were already written, also after KeyboardInterrupt
         unmerge(model)
         raise
@@ -185,8 +188,12 @@ class _MergePlan:
         # Recorded before each tensor is written, so that _restore undoes a write that is interrupted.
         self.stack.merged, self.stack.merged_names = {}, self.names
         if is_packed(self.host) and "weight" in weights:
+            try:
+                self.stack.packed = make_plain(self.host, weights, self.dtype)
+            except TypeError as error:
+                self.stack.merged, self.stack.merged_names = None, ()
+                raise MergeError(f"{self.host_name!r} cannot become a plain layer: {error}") from error
             self.stack.merged = dict.fromkeys(weights)
-            self.stack.packed = make_plain(self.host, weights, self.dtype)
             weights = {}
         try:
             for name in self.computed:
@@ -229,6 +236,8 @@ def _check_packed(host_name: str, host: nn.Module, names: Iterable[str], dequant
         MergeError: if they do.
     """
     stack = cast(AdapterStack, host.adapters)
+    if is_compressed(host):
+        raise MergeError(f"{host_name!r} {COMPRESSED}")
     if not is_packed(host) or all("weight" not in cast(Adapter, stack[n]).changes() for n in names):
         return
     what = (
@@ -385,6 +394,7 @@ def unmerge(model: nn.Module) -> None:
     # In reverse order, because for a shared tensor only the host that was merged first kept the original value.
     for _, host in reversed([*hosts(model)]):
         _restore(host)
+    restore_marks(model)
 
 
 def _restore(host: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,10 +35,14 @@ def make_plain(
 
     Returns:
         The class and the attributes that the layer had, for :func:`make_packed`.
+
+    Raises:
+        TypeError: if Python does not allow the class of ``host`` to be changed; ``host`` is unchanged.
     """
     own, rows_columns = vars(host), linear_sizes(host)
     assert rows_columns is not None
     before = original_class(host), {**own, "_parameters": {**own["_parameters"]}, "_buffers": {**own["_buffers"]}}
+    replace_class(host, _plain_class(before[0]))
     bias, packed = weights.get("bias", stored_tensor(host, "bias")), stored_tensor(host, "weight")
     telling = [t.dtype for t in (bias, packed) if t is not None and t.is_floating_point() and t.dtype.itemsize > 1]
     dtype = [*telling, *([dtype] if dtype is not None else []), weights["weight"].dtype][0]
@@ -49,7 +54,6 @@ def make_plain(
         del own[name]  # the states of the packed layer, which may be as large as its weight
     own.update({name: value for name, value in vars(made).items() if not name.startswith("_") and name != "training"})
     own.update(_parameters=made._parameters, _buffers={})
-    replace_class(host, nn.Linear)
     return before
 
 
@@ -59,3 +63,23 @@ def make_packed(host: nn.Module, original: type, attributes: dict[str, Any]) -> 
     kept = {name: value for name, value in own.items() if name.startswith("_") or name == "training"}
     own.update({**attributes, **kept, "_parameters": attributes["_parameters"], "_buffers": attributes["_buffers"]})
     replace_class(host, original)
+
+
+@functools.cache
+def _plain_class(packed: type) -> type:
+    """A class of plain linear layers that an object of the class ``packed`` can get.
+
+    Python allows only classes of the same memory layout. If ``packed`` derives from ``ABC`` first, a subclass of
+    ``nn.Linear`` does so too; a copy of such a layer is an ``nn.Linear``.
+    """
+    layout = packed
+    while layout.__base__ is not None and layout.__base__.__dictoffset__:
+        layout = layout.__base__
+    if layout.__base__ in (object, None):
+        return nn.Linear
+    first = type(layout.__base__)("Layout", (layout.__base__,), {})
+    return type(first)("Linear", (first, nn.Linear), {"__module__": nn.Linear.__module__, "__reduce_ex__": _reduce_ex})
+
+
+def _reduce_ex(self: Any, protocol: Any) -> tuple:
+    return (nn.Linear.__new__, (nn.Linear,), *tuple(object.__reduce_ex__(self, 2))[2:])

@@ -62,7 +62,7 @@ def _restore_module(module: nn.Module) -> Callable[[], None]:
     own, cls = vars(module), type(module)
     attributes = dict(own)
     # ``attributes`` refers to these dictionaries, which a change fills in place, so their contents are saved as well.
-    contents = [(own[name], own[name].copy()) for name in _DICTS if own.get(name) is not None]
+    contents = [(own[name], {**own[name]}) for name in _DICTS if own.get(name) is not None]
 
     def restore() -> None:
         object.__setattr__(module, "__class__", cls)

@@ -53,6 +53,7 @@ def unload(model: nn.Module, merge: bool = False, dequantize: bool = False) -> n
         module.__dict__.pop("_peft_injection", None)
         module.__dict__.pop("_hold_statistics", None)
         module.__dict__.pop("_peft_rows_stack", None)
+        module.__dict__.pop("_peft_quantizer_marks", None)
         if not packed:
             module.__dict__.pop("_peft_prepared", None)
         if (dtype := module.__dict__.pop("_compute_dtype", None)) is not None:

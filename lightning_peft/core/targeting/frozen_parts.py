@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from lightning_peft.core.names import is_within, join, parents
 from lightning_peft.core.record import injected_name, injection_state
 from lightning_peft.core.targeting.base_modules import base_modules, base_parameters
-from lightning_peft.core.targeting.packed import is_packed
+from lightning_peft.core.targeting.packed import is_compressed, is_packed
 
 if TYPE_CHECKING:
     from lightning_peft.core.state.plan import Plan
@@ -76,7 +76,7 @@ def _trains_by_module(model: nn.Module) -> dict[str, bool]:
             if parameter is None or not parameter.is_floating_point() or is_traceable_wrapper_subclass(parameter):
                 continue
             trains = id(parameter) in trained if inside else parameter.requires_grad
-            if not trains and is_packed(module):
+            if not trains and (is_compressed(module) or is_packed(module)):
                 continue  # quantising freezes the bias of the layer as well
             found[name] = found.get(name, False) or trains
     return found

@@ -21,8 +21,10 @@ from lightning_peft.core.targeting.base_modules import base_modules, base_state_
 from lightning_peft.core.targeting.storage import storage_problem
 
 __all__ = [
+    "COMPRESSED",
     "count_parameters",
     "dequantized",
+    "is_compressed",
     "is_packed",
     "keep_differentiable",
     "linear_sizes",
@@ -41,6 +43,11 @@ M = TypeVar("M", bound=type[nn.Module])
 
 #: the largest relative error of a layer that is taken for a linear map; layers that round activations to 8 bits need it
 TOLERANCE = 0.05
+#: why a layer of :func:`is_compressed` cannot change, as the end of a sentence
+COMPRESSED = (
+    "belongs to compressed-tensors, which unpacks it when the model first runs and packs it with its original scales "
+    "when it is saved: load the model with quantization_config=CompressedTensorsConfig(dequantize=True)"
+)
 _REGISTERED: dict[type[nn.Module], Dequantize] = {}
 #: results of trial calls, by layer
 _PROBLEMS: weakref.WeakKeyDictionary[nn.Module, str | None] = weakref.WeakKeyDictionary()
@@ -104,6 +111,14 @@ def is_packed(module: nn.Module) -> bool:
         return False
     stored = any(t.ndim > 1 and storage_problem(t) is not None for t in tensors)
     return stored or any(hasattr(m, "_packed_params") for _, m in base_modules(module))
+
+
+def is_compressed(module: nn.Module) -> bool:
+    """Whether compressed-tensors manages ``module``: its weight is packed up to the model's first forward, plain after.
+
+    It stays frozen, and it is saved with the scales of its original weight.
+    """
+    return hasattr(module, "quantization_scheme")
 
 
 def plain_tensors(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:

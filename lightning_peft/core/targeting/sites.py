@@ -28,7 +28,14 @@ from lightning_peft.core.targeting.layouts import (
     layout_of,
 )
 from lightning_peft.core.targeting.output_head import find_output_head
-from lightning_peft.core.targeting.packed import dequantized, linear_sizes, own_tensors, packed_problem
+from lightning_peft.core.targeting.packed import (
+    COMPRESSED,
+    dequantized,
+    is_compressed,
+    linear_sizes,
+    own_tensors,
+    packed_problem,
+)
 from lightning_peft.core.targeting.patterns import TargetError, match, no_match
 from lightning_peft.core.targeting.recurrent import RecurrentLayout, recurrent_weights
 from lightning_peft.core.targeting.selection import select
@@ -138,6 +145,8 @@ def check_stored(sites: Iterable[Site]) -> None:
 
 def _unusable(site: Site) -> str | None:
     """Why adapters cannot work on the stored weight; None if they can."""
+    if is_compressed(site.module):
+        return COMPRESSED
     if not site.is_packed:
         weight = steady_tensor(site.module, site.parameter)
         return "has no value" if weight is None else storage_problem(weight)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -28,7 +29,12 @@ def hook(module: nn.Module) -> None:
     module.forward = lambda *args, **kwargs: inner(*args, **kwargs)  # type: ignore[method-assign]
 
 
-def hooked() -> nn.Module:
+def hook_by_class(module: nn.Module) -> None:
+    """As compressed-tensors does: the class is looked up when the forward runs."""
+    module.forward = lambda *args: module.__class__.forward(module, *args)  # type: ignore[method-assign]
+
+
+def hooked(hook: Callable[[nn.Module], None] = hook) -> nn.Module:
     model = net()
     for module in (model.up, model.mid, model.down, model.head):
         hook(module)
@@ -45,9 +51,10 @@ def with_(method: lp.PEFTMethod, model: nn.Module) -> nn.Module:
     return perturb(model).eval()
 
 
+@pytest.mark.parametrize("hook", [hook, hook_by_class])
 @pytest.mark.parametrize("name", METHODS)
-def test_adapters_run_around_a_forward_that_was_there(name: str):
-    method, model = METHODS[name], hooked()
+def test_adapters_run_around_a_forward_that_was_there(name: str, hook: Callable[[nn.Module], None]):
+    method, model = METHODS[name], hooked(hook)
     own = {n: m.forward for n, m in model.named_children()}
     base = model(X)
     output = with_(method, model)(X)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from abc import ABC
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -201,6 +204,43 @@ def test_merge_dequantizes_if_asked_and_unmerge_packs_again(make):
     assert [type(m) for m in model] == [nn.Linear, nn.Tanh, nn.Linear, nn.Tanh, nn.Linear]
     assert not hasattr(layer, "qweight")
     close(model(x), expected)
+
+
+class QModuleMixin(ABC):  # noqa: B024
+    """The first base of quanto's layers, which gives them another memory layout than nn.Linear has."""
+
+
+class QLinear(QModuleMixin, GPTQLinear):
+    pass
+
+
+def test_a_layer_of_another_memory_layout_becomes_plain_and_packed_again():
+    model, x = packed(QLinear), torch.randn(4, 16)
+    lp.apply(model, lp.LoRA(r=2))
+    perturb(model)
+    expected = model(x)
+    lp.merge(model, dequantize=True)
+    assert isinstance(model[0], nn.Linear)
+    assert not isinstance(model[0], QLinear)
+    close(model(x), expected)
+    lp.unmerge(model)
+    assert isinstance(model[0], QLinear)
+    assert torch.equal(model(x), expected)
+    lp.unload(model, merge=True, dequantize=True)
+    copied = copy.deepcopy(model)
+    assert [type(copied[i]) for i in (0, 2)] == [nn.Linear, nn.Linear]
+    close(copied(x), expected)
+
+
+def test_a_layer_that_cannot_become_plain_is_refused_and_left(monkeypatch):
+    model, x = packed(), torch.randn(4, 16)
+    lp.apply(model, lp.LoRA(r=2))
+    perturb(model)
+    expected = model(x)
+    monkeypatch.setattr("lightning_peft.core.injection.plain_layer._plain_class", lambda packed: int)
+    with pytest.raises(lp.MergeError, match=r"'0' cannot become a plain layer: .*layout"):
+        lp.merge(model, dequantize=True)
+    assert torch.equal(model(x), expected)
 
 
 def test_the_rows_of_a_batch_use_different_adapters():
