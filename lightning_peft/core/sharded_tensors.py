@@ -14,7 +14,6 @@ __all__ = [
     "distributed_like",
     "gather_elements",
     "gather_full",
-    "holds_shards",
     "is_sharded",
     "local_part",
     "on_full_values",
@@ -26,13 +25,6 @@ __all__ = [
 def is_sharded(tensor: Any) -> bool:
     """Whether ``tensor`` is a DTensor."""
     return hasattr(tensor, "_local_tensor")
-
-
-def holds_shards(module: nn.Module) -> bool:
-    """Whether this rank has only parts of the module's parameters: DTensors, or those of DeepSpeed ZeRO or FSDP."""
-    return any(is_sharded(p) or hasattr(p, "ds_id") for p in module.parameters()) or any(
-        type(m).__name__ == "FullyShardedDataParallel" for m in module.modules()
-    )
 
 
 def local_part(tensor: Tensor) -> Tensor:

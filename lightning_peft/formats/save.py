@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from lightning_peft.core.injection.saving_trial import saving_trials
 from lightning_peft.core.names import join, listed
 from lightning_peft.core.record import injection_state
-from lightning_peft.core.sharded_tensors import holds_shards
 from lightning_peft.core.state.adapter_records import uncopied
 from lightning_peft.core.state.state_dict import StateError
+from lightning_peft.core.targeting.base_modules import holds_shards
 from lightning_peft.formats.directory.card import model_card
 from lightning_peft.formats.directory.files import check_content, json_text, write_files
 from lightning_peft.formats.directory.snapshot import Snapshot, take_snapshot

@@ -14,8 +14,8 @@ from torch import nn
 from lightning_peft.core.class_swap import original_class
 from lightning_peft.core.injection.saving_trial import saving_problem
 from lightning_peft.core.record import injection_state
-from lightning_peft.core.sharded_tensors import holds_shards
 from lightning_peft.core.state.state_dict import StateError
+from lightning_peft.core.targeting.base_modules import holds_shards
 from lightning_peft.trainer.audit import report
 from lightning_peft.trainer.checkpoints.manifest import manifest
 from lightning_peft.trainer.checkpoints.unsafe_hparams import unreadable

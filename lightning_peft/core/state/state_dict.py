@@ -15,7 +15,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from lightning_peft.core.adapters.lookup import check_known, stack_prefixes
+from lightning_peft.core.adapters.lookup import check_known
 from lightning_peft.core.adapters.stack import Adapted, AdapterStack
 from lightning_peft.core.class_swap import has_mixin
 from lightning_peft.core.names import adapter_key, canonical, join, nearest
@@ -152,8 +152,7 @@ def adapter_state(model: nn.Module, name: str | None = None) -> dict[str, Tensor
         keys = trainable_keys(model)
         return {canonical(k): v for k, v in nn.Module.state_dict(model).items() if canonical(k) in keys}
     check_known(model, name)
-    inside = stack_prefixes(model, name)
-    return {canonical(k): v for k, v in nn.Module.state_dict(model).items() if k.startswith(inside)}
+    return {key: value.detach() for key, value in _tensors_of(model, name).items()}
 
 
 def check_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["AdapterContainer", "base_buffers", "base_modules", "base_parameters", "base_state_dict"]
+from lightning_peft.core.sharded_tensors import is_sharded
+
+__all__ = ["AdapterContainer", "base_buffers", "base_modules", "base_parameters", "base_state_dict", "holds_shards"]
 
 _OF_BASE: ContextVar[bool] = ContextVar("of_base", default=False)
 
@@ -72,3 +74,12 @@ def base_state_dict(model: nn.Module, keep_vars: bool = False) -> dict[str, Any]
         return nn.Module.state_dict(model, keep_vars=keep_vars)
     finally:
         _OF_BASE.reset(token)
+
+
+def holds_shards(model: nn.Module) -> bool:
+    """Whether this rank has only parts of the base's parameters: DTensors, or those of DeepSpeed ZeRO or FSDP."""
+    return any(
+        type(module).__name__ == "FullyShardedDataParallel"
+        or any(is_sharded(p) or hasattr(p, "ds_id") for p in module._parameters.values())
+        for _, module in _all_modules(model, remove_duplicate=True)
+    )

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from lightning_peft.core.class_swap import original_class
 from lightning_peft.core.names import canonical
-from lightning_peft.core.sharded_tensors import holds_shards
 from lightning_peft.core.state.state_dict import StateError, state_keys
+from lightning_peft.core.targeting.base_modules import holds_shards
 
 __all__ = ["check_complete", "trim_state"]
 
