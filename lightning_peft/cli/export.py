@@ -12,10 +12,12 @@ from torch import nn
 
 import lightning_peft as lp
 from lightning_peft.cli.adapted import activate, add_base_option, load_adapted
-from lightning_peft.cli.merge import check_new, write_plain
+from lightning_peft.cli.merge import check_new, hugging_face, write_plain
 from lightning_peft.cli.module import add_model_option, load_module, parse
 from lightning_peft.core.adapters.lookup import active_names, adapter_names
+from lightning_peft.core.class_swap import original_class
 from lightning_peft.core.state.state_dict import StateError
+from lightning_peft.core.targeting.base_model import base_of
 from lightning_peft.formats.checkpoint import export_checkpoint
 from lightning_peft.formats.directory.files import read_files
 
@@ -24,7 +26,10 @@ __all__ = ["export"]
 EXAMPLE = """examples:
   lightning-peft export run.ckpt adapter/                            for Hugging Face PEFT and this package
   lightning-peft export run.ckpt out/ --for vllm                     a plain LoRA, checked against vLLM's rules
-  lightning-peft export run.ckpt out/ --for vllm --merged            the merged model as a Hugging Face folder"""
+  lightning-peft export run.ckpt out/ --for vllm --merged            the merged model as a Hugging Face folder
+  lightning-peft export run.ckpt lora.gguf --for llama.cpp           a plain LoRA as a GGUF file
+  lightning-peft export run.ckpt model.onnx --for onnx               the merged model, checked by onnxruntime
+  lightning-peft export run.ckpt model.pt2 --for torch-export        the merged model, for torch.export.load"""
 
 
 def export(args: Sequence[str]) -> None:
@@ -53,7 +58,7 @@ def export(args: Sequence[str]) -> None:
         "--fold-scale", action="store_true", help="LoRA: bake the scale into B, for tools that ignore alpha"
     )
     parser.add_argument("--for", dest="software", choices=sorted(SOFTWARE), help="the software that will run the model")
-    parser.add_argument("--merged", action="store_true", help="vllm: write the merged model, not a LoRA")
+    parser.add_argument("--merged", action="store_true", help="vllm, llama.cpp: write the merged model, not a LoRA")
     parser.add_argument("--rank", type=int, help="the rank of the LoRA; default: the smallest that keeps the error")
     parser.add_argument(
         "--max-error",
@@ -69,7 +74,13 @@ def export(args: Sequence[str]) -> None:
         model = load_adapted(given.source, given.model, arguments, given.base).eval()
         if given.name is not None:
             activate(model, given.name, given.source)
-        SOFTWARE[given.software](model, given)
+        try:
+            SOFTWARE[given.software](model, given)
+        except ModuleNotFoundError as error:
+            raise StateError(
+                f"--for {given.software} needs the package {error.name}, which is not installed: "
+                "pip install 'lightning_peft[deploy]'"
+            ) from error
     else:
         _as_directories(given, arguments)
 
@@ -126,5 +137,57 @@ def _for_vllm(model: nn.Module, given: Any) -> None:
     )
 
 
+def _for_llama_cpp(model: nn.Module, given: Any) -> None:
+    from lightning_peft.formats.deploy.llama_cpp import write_lora
+    from lightning_peft.formats.deploy.plain_lora import plain_lora
+
+    if given.merged:
+        print(f"{_write_merged(model, given.out)}: the merged model\npython convert_hf_to_gguf.py {given.out}")
+        return
+    _check_ending(given.out, ".gguf")
+    name = _only_adapter(model, given)
+    lora = plain_lora(model, name, "llama.cpp", given.max_error, given.rank)
+    base = base_of(model).module
+    write_lora(lora, original_class(base).__name__, getattr(base, "config", None), given.out)
+    print(
+        f"{given.out}: a LoRA of rank {lora.rank}, relative error {lora.error:.3g}\n"
+        f"llama-cli --model BASE.gguf --lora {given.out}"
+    )
+
+
+def _for_onnx(model: nn.Module, given: Any) -> None:
+    from lightning_peft.formats.deploy.programs import write_onnx
+
+    _check_ending(given.out, ".onnx")
+    sizes = write_onnx(_merged_program(model), given.out)
+    print(f"{given.out}: the merged model, for {sizes}; onnxruntime computes the same outputs")
+
+
+def _for_torch_export(model: nn.Module, given: Any) -> None:
+    from lightning_peft.formats.deploy.programs import write_torch_export
+
+    _check_ending(given.out, ".pt2")
+    sizes = write_torch_export(_merged_program(model), given.out)
+    print(f"{given.out}: the merged model, for {sizes}; torch.export.load computes the same outputs")
+
+
+def _merged_program(model: nn.Module) -> Any:
+    from lightning_peft.formats.deploy.programs import program_of
+
+    lp.merge(model)
+    lp.unload(model, merge=True)
+    return program_of(model, hugging_face(model))
+
+
+def _check_ending(path: Path, ending: str) -> None:
+    if path.suffix != ending:
+        raise StateError(f"{path} is the name of a file that must end with {ending}: use {path}{ending}")
+
+
 #: software -> the function that writes a model for it
-SOFTWARE: dict[str, Callable[[nn.Module, Any], None]] = {"vllm": _for_vllm}
+SOFTWARE: dict[str, Callable[[nn.Module, Any], None]] = {
+    "vllm": _for_vllm,
+    "llama.cpp": _for_llama_cpp,
+    "onnx": _for_onnx,
+    "torch-export": _for_torch_export,
+}

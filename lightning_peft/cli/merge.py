@@ -22,7 +22,7 @@ from lightning_peft.core.state.atomic_file import save_torch_file, writing
 from lightning_peft.core.state.state_dict import StateError
 from lightning_peft.core.targeting.sites import output_head
 
-__all__ = ["check_new", "merge", "write_plain"]
+__all__ = ["check_new", "hugging_face", "merge", "write_plain"]
 
 EXAMPLE = """examples:
   lightning-peft merge run.ckpt out/                       the base was built by a task of this package
@@ -99,7 +99,7 @@ def write_plain(model: nn.Module, out: Path) -> Path:
 def _write_beside(model: nn.Module, out: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".merge-") as folder:
         made = Path(folder) / out.name
-        inner = _hugging_face(model)
+        inner = hugging_face(model)
         if out.suffix in (".pt", ".safetensors"):
             state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
             _save(state, made)
@@ -121,7 +121,7 @@ def _save(state: dict[str, Tensor], path: Path) -> None:
         save_file({key: value.detach().cpu().clone().contiguous() for key, value in state.items()}, path)
 
 
-def _hugging_face(model: nn.Module) -> Any:
+def hugging_face(model: nn.Module) -> Any:
     """Return ``model`` or the module inside it that is a Hugging Face model with all of its parameters, else None."""
     own = {id(p) for p in model.parameters()}
     for module in model.modules():

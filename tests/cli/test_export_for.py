@@ -9,10 +9,12 @@ from pathlib import Path
 import console
 import pytest
 import torch
+from modules import Module
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import lightning_peft as lp
+from lightning_peft.formats.deploy.programs import program_of
 from tests.helpers import perturb
 from tests.methods import tiny
 
@@ -32,8 +34,8 @@ def adapter(*methods: lp.PEFTMethod, **options: bool) -> nn.Module:
     return model.eval()
 
 
-def export(*args: str) -> str:
-    return console.run("export", "adapter", "out", "--base=base", *args)
+def export(*args: str, out: str = "out") -> str:
+    return console.run("export", "adapter", out, "--base=base", *args)
 
 
 @torch.no_grad()
@@ -131,3 +133,75 @@ def test_the_merged_model_is_a_folder_that_transformers_loads():
     expected = logits(adapter(lp.LoRA(r=2, targets=["q_proj"], trainable=["lm_head"])))
     assert "vllm serve out" in export("--for=vllm", "--merged")
     torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained("out")), expected)
+
+
+def _llama_cpp_order(weight: Tensor, heads: int) -> Tensor:
+    """Rows of a query or key: llama.cpp rotates entries 2i and 2i + 1 of a head, transformers i and i + size / 2."""
+    size = len(weight) // heads
+    rows = [head * size + half * size // 2 + i for head in range(heads) for i in range(size // 2) for half in (0, 1)]
+    return weight[rows]
+
+
+def test_llama_cpp_reads_a_lora_for_the_weights_in_its_own_order():
+    gguf = pytest.importorskip("gguf")
+    model = adapter(lp.LoHa(r=2, targets=["q_proj", "k_proj", "down_proj"]))
+    said = export("--for=llama.cpp", out="lora.gguf")
+    assert "rank 4, relative error" in said
+    base = type(model).from_pretrained("base")
+    lp.merge(model)
+    reader = gguf.GGUFReader("lora.gguf")
+    facts = {name: field.contents() for name, field in reader.fields.items()}
+    assert facts["general.type"] == "adapter"
+    assert facts["general.architecture"] == "llama"
+    assert facts["adapter.type"] == "lora"
+    found = {tensor.name: torch.tensor(tensor.data) for tensor in reader.tensors}
+    assert len(found) == 2 * 3 * 3
+    for ours, theirs, heads in (
+        ("self_attn.q_proj", "attn_q", 4),
+        ("self_attn.k_proj", "attn_k", 2),
+        ("mlp.down_proj", "ffn_down", 0),
+    ):
+        name = f"model.layers.1.{ours}"
+        delta = model.get_submodule(name).weight.detach() - base.get_submodule(name).weight
+        expected = _llama_cpp_order(delta, heads) if heads else delta
+        a, b = (found[f"blk.1.{theirs}.weight.lora_{which}"] for which in "ab")
+        torch.testing.assert_close(facts["adapter.lora.alpha"] / len(a) * b @ a, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_what_llama_cpp_cannot_load_is_refused():
+    pytest.importorskip("gguf")
+    adapter(lp.LoRA(r=2, targets=["embed_tokens"]))
+    with pytest.raises(SystemExit, match=r"llama.cpp cannot load .*embed_tokens.*linear layers only"):
+        export("--for=llama.cpp", out="lora.gguf")
+    with pytest.raises(SystemExit, match=r"must end with .gguf"):
+        export("--for=llama.cpp")
+    assert not Path("lora.gguf").exists()
+    assert "convert_hf_to_gguf.py out" in export("--for=llama.cpp", "--merged")
+
+
+def test_the_program_of_a_hugging_face_model_returns_its_logits():
+    model = tiny.llama()
+    program = program_of(model, model)
+    assert program.names == ["input_ids", "attention_mask"]
+    torch.testing.assert_close(program(IDS, torch.ones_like(IDS)), logits(model))
+
+
+def test_programs_compute_the_outputs_of_a_module_of_ones_own(monkeypatch):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+    module = Module()
+    lp.apply(module, lp.LoRA(r=2))
+    lp.save_adapter(perturb(module), "adapter")
+    with pytest.raises(SystemExit, match="example_input_array"):
+        console.run("export", "adapter", "model.onnx", "--model=modules.Module", "--for=onnx")
+    monkeypatch.setattr(Module, "example_input_array", torch.randn(2, 16), raising=False)
+    x = torch.randn(5, 16)
+    expected = module.eval()(x).detach()
+    said = console.run("export", "adapter", "model.onnx", "--model=modules.Module", "--for=onnx")
+    assert "for any batch size; onnxruntime computes the same outputs" in said
+    session = onnxruntime.InferenceSession("model.onnx")
+    [found] = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.tensor(found), expected, rtol=1e-4, atol=1e-4)
+    said = console.run("export", "adapter", "model.pt2", "--model=modules.Module", "--for=torch-export")
+    assert "for any batch size; torch.export.load computes the same outputs" in said
+    torch.testing.assert_close(torch.export.load("model.pt2").module()(x), expected)

@@ -135,6 +135,7 @@ PAGES: dict[str, Callable[[], dict[str, Any]]] = {
     "docs/adapters.md": of_adapters,
     "docs/many.md": of_many,
     "docs/methods.md": of_methods,
+    "docs/deploy.md": dict,
     "docs/new_method.md": dict,
     "docs/quantised.md": dict,
     "docs/rows.md": of_rows,
