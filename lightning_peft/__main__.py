@@ -1,5 +1,5 @@
 """``python -m lightning_peft``: the same as the ``lightning-peft`` command."""
 
-from lightning_peft.cli.main import main
+from lightning_peft_command import main
 
 main()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,32 +28,33 @@ from lightning_peft.cli.merge import merge
 from lightning_peft.cli.methods import methods
 from lightning_peft.cli.module import find_module
 from lightning_peft.cli.parser import Parser
-from lightning_peft.cli.runs import LogConfig, check_checkpoint, check_method, check_model, files_first
+from lightning_peft.cli.runs import (
+    LogConfig,
+    attach_saved_methods,
+    check_checkpoint,
+    check_method,
+    check_model,
+    files_first,
+)
 from lightning_peft.cli.serve import serve
+from lightning_peft.core.names import nearest
 from lightning_peft.core.state.torch_file import read_torch_file
 from lightning_peft.pretrained import InputError
 from lightning_peft.tasks import PredictionWriter
 from lightning_peft.trainer.checkpoints.hyperparameters import saved_arguments
 from lightning_peft.trainer.logs import resume_wandb
+from lightning_peft_command import COMMANDS, answer
 
 __all__ = ["PEFTCLI", "PEFTTrainer", "main"]
 
-DESCRIPTION = "Fine-tune any LightningModule: --model my.Module --data my.Data --method LoRA --method.r=8."
-
-#: our own commands: the function that runs each, and its help text
-COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
-    "methods": (methods, "List all methods, or explain one (methods lora)."),
-    "merge": (merge, "Merge trained adapters into their base, and write the plain model."),
-    "export": (export, "Write the adapters of a checkpoint as directories that Hugging Face PEFT can read."),
-    "import": (
-        import_adapter,
-        "Create a checkpoint from an adapter directory of this package or of Hugging Face PEFT.",
-    ),
-    "compare": (
-        lambda args: compare(args, PEFTCLI),
-        "Train several methods under equal conditions, and recommend one.",
-    ),
-    "serve": (serve, "Answer HTTP requests with one base model and a folder of adapters."),
+#: our own commands; lightning_peft_command answers the others, and methods without --import
+OWN: dict[str, Callable[[Sequence[str]], None]] = {
+    "methods": methods,
+    "merge": merge,
+    "export": export,
+    "import": import_adapter,
+    "serve": serve,
+    "compare": lambda args: compare(args, PEFTCLI),
 }
 
 #: errors that a user can fix by changing a setting; shown as one line instead of a traceback
@@ -145,7 +148,7 @@ class PEFTCLI(LightningCLI):
             save_config_callback=LogConfig,
             save_config_kwargs={"overwrite": True},
             seed_everything_default=0,
-            parser_kwargs={"prog": "lightning-peft", "description": DESCRIPTION},
+            parser_kwargs={"prog": "lightning-peft"},
             parser_class=Parser,
             args=args,
             **kwargs,
@@ -222,22 +225,20 @@ class PEFTCLI(LightningCLI):
 
         self.model.configure_optimizers = MethodType(configure_optimizers, self.model)
 
+    def before_inspect(self) -> None:
+        attach_saved_methods(self._get(self.config, "ckpt_path"), self.trainer)
+
     def before_fit(self) -> None:
+        attach_saved_methods(self._get(self.config, "ckpt_path"), self.trainer)
         check_method(self.trainer, self.model)
         # Before the loggers start, so that a resumed run keeps its id.
         resume_wandb(self.trainer.loggers, self._get(self.config, "ckpt_path"))
 
     def _before_evaluation(self) -> None:
+        attach_saved_methods(self._get(self.config, "ckpt_path"), self.trainer)
         check_checkpoint(self.config, self.trainer)
 
     before_validate = before_test = before_predict = _before_evaluation
-
-    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
-        super()._add_subcommands(parser, **kwargs)
-        # Only for --help; main runs these commands itself.
-        listed = next(action for action in parser._actions if hasattr(action, "add_subcommand"))
-        for name, (_, what) in COMMANDS.items():
-            listed.add_subcommand(name, LightningArgumentParser(), help=what)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -253,24 +254,61 @@ def _as_plain(value: Any) -> Any:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Entry point of ``lightning-peft`` and ``python -m lightning_peft``."""
+    """Run a command; ``lightning_peft_command.main`` calls this for what it does not answer itself."""
     # Imported so that the command line and YAML can name these classes without their package.
     import lightning_peft.data
     import lightning_peft.tasks  # noqa: F401
 
     given = list(sys.argv[1:] if args is None else args)
     if os.getcwd() not in sys.path:
-        # Find modules in the current folder, but only after all installed packages, because the folder may hold a
-        # module of the same name. The absolute path is used instead of "", because jsonargparse changes the current
-        # folder while it parses a file.
+        # Find modules in the current folder, but after all installed packages, since the folder may contain anything.
+        # Not "": jsonargparse changes the folder while it parses a file.
         sys.path.append(os.getcwd())
     try:
-        if given[:1] == ["inspect"] and names_a_path(given[1:]):
-            inspect_path(given[1:])
-        elif given and given[0] in COMMANDS:
-            run, _ = COMMANDS[given[0]]
-            run(given[1:])
-        else:
-            PEFTCLI(args=args)
+        imported = _import_modules(given)
+        command, *rest = imported or ["--help"]
+        if command == "inspect" and names_a_path(rest):
+            inspect_path(rest)
+        elif command in OWN:
+            OWN[command](rest)
+        elif not answer(imported):
+            if command not in COMMANDS and not command.startswith("-"):
+                near = nearest(command, COMMANDS, n=3) or list(COMMANDS)
+                raise InputError(f"there is no command {command!r}; nearest: {', '.join(near)}")
+            PEFTCLI(args=imported)
     except USER_ERRORS as error:
         sys.exit(f"error: {error}")
+    except ValueError as error:
+        if not _is_ours(error):
+            raise
+        sys.exit(f"error: {error}")
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether a file of this package raised the error, so that its message is written for the user."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return frame.f_globals.get("__name__", "").startswith("lightning_peft.")
+
+
+def _import_modules(arguments: list[str]) -> list[str]:
+    """Import the modules given by ``--import``, and return the other arguments.
+
+    Raises:
+        InputError: a module cannot be imported.
+    """
+    left: list[str] = []
+    given = iter(arguments)
+    for argument in given:
+        option, equals, name = argument.partition("=")
+        if option != "--import":
+            left.append(argument)
+            continue
+        name = name if equals else next(given, "")
+        try:
+            importlib.import_module(name)
+        except (ImportError, ValueError) as error:
+            raise InputError(
+                f"--import {name}: {error}. Give the name of a Python module, such as my_methods for my_methods.py in "
+                "the current folder"
+            ) from error
+    return left

@@ -1,55 +1,42 @@
-"""``lightning-peft methods``: list all methods, or explain one."""
+"""``lightning-peft methods`` together with ``--import``, and the list of the methods that the package exports."""
 
 from __future__ import annotations
 
 import inspect
-import re
 import sys
-from argparse import ArgumentParser
 from collections.abc import Sequence
 
-from rich.console import Console
-from rich.table import Table
-
 import lightning_peft as lp
-from lightning_peft.core.names import nearest
+from lightning_peft.core.registry import registered_methods
+from lightning_peft_command.methods import Described
+from lightning_peft_command.methods import command_name as _command_name
+from lightning_peft_command.methods import methods as show
 
 __all__ = ["command_name", "exported", "methods"]
 
 
 def command_name(method: type[lp.PEFTMethod]) -> str:
-    """The name of a method on the command line: ``PrefixTuning`` is ``prefix-tuning``, ``AdaLoRA`` is ``adalora``."""
-    return re.sub(r"(?<=.)(?=[A-Z][a-z]{3})|(?<=[a-z]{4})(?=[A-Z])", "-", method.__name__).lower()
+    """The name of a method on the command line: ``PrefixTuning`` is ``prefix-tuning``."""
+    return _command_name(method.__name__)
 
 
 def methods(args: Sequence[str]) -> None:
-    """Run the command.
+    """Run the command with the user's own methods in addition to those of the package.
 
     Args:
-        args: the command-line arguments after ``methods``: nothing, or a method's class or command-line name, such as
-            ``LoRA`` or ``prefix-tuning``.
+        args: the command-line arguments after ``methods``.
     """
-    parser = ArgumentParser(prog="lightning-peft methods", description="List all methods, or explain one.")
-    parser.add_argument("name", nargs="?", help="the method to explain, such as lora")
-    name = parser.parse_args(args).name
-    known = {command_name(m): m for m in exported()}
-    if name is None:
-        table = Table("name", "class", "description")
-        for command, method in sorted(known.items()):
-            table.add_row(command, method.__name__, (method.__doc__ or "").partition("\n")[0])
-        Console().print(table)
-        return
-    found = known.get(name) or next((m for m in known.values() if m.__name__.lower() == name.lower()), None)
-    if found is None:
-        near = nearest(name.lower(), known, n=3, cutoff=0.4) or sorted(known)
-        sys.exit(f"error: no method named {name!r}; nearest: {', '.join(near)}")
-    module = sys.modules[found.__module__]
-    Console().print(_plain(f"{module.__doc__}\n{inspect.getdoc(found)}"), markup=False, highlight=False)
+    own = [
+        method
+        for method in registered_methods()
+        if not method.__module__.startswith("lightning_peft.") and not inspect.isabstract(method)
+    ]
+    show(args, [_describe(method) for method in (*exported(), *own)])
 
 
-def _plain(text: str) -> str:
-    """Remove the reStructuredText markup of references and code from a docstring."""
-    return re.sub(r":\w+:`~?([^`]+)`", r"\1", text).replace("``", "")
+def _describe(method: type[lp.PEFTMethod]) -> Described:
+    file_doc = inspect.getdoc(sys.modules[method.__module__]) or ""
+    return Described(method.__name__, inspect.getdoc(method) or "", file_doc)
 
 
 def exported() -> list[type[lp.PEFTMethod]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,16 @@ from jsonargparse import Namespace
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import nn
 
 import lightning_peft as lp
 from lightning_peft.core.record import injection_state
+from lightning_peft.core.registry import method_of_file
+from lightning_peft.core.state.torch_file import read_torch_file
+from lightning_peft.core.untrusted import AllocationLimit, check_regexes
+from lightning_peft.trainer.checkpoints.manifest import KEY
 
-__all__ = ["LogConfig", "check_checkpoint", "check_method", "check_model", "files_first"]
+__all__ = ["LogConfig", "attach_saved_methods", "check_checkpoint", "check_method", "check_model", "files_first"]
 
 _CONFIG = "config.yaml"
 
@@ -59,6 +64,8 @@ def _with_absolute_paths(value: Any) -> Any:
 def files_first(arguments: Sequence[str]) -> list[str]:
     """Move every ``--config`` of a command before its other arguments, so that a flag always overrides a file.
 
+    ``--method X`` replaces the file's method; ``--method.r=8`` changes an argument of it.
+
     A saved configuration has a value for every flag. Without this, its ``ckpt_path: null`` would override an earlier
     ``--ckpt_path x``.
     """
@@ -71,6 +78,8 @@ def files_first(arguments: Sequence[str]) -> list[str]:
         option = rest.pop(0)
         if option in ("-c", "--config") and rest:
             files += [option, rest.pop(0)]
+        elif option == "--method" or option.startswith("--method="):
+            flags += ["--method=null", option]  # another method does not take over the arguments of the file's
         else:
             (files if option.startswith("--config=") else flags).append(option)
     return [command, *files, *flags]
@@ -123,6 +132,53 @@ def _find_config(checkpoint: Path) -> Path | None:
     """Find the configuration of a checkpoint's run, up to four folders up, depending on the logger."""
     folders = list(checkpoint.parents)[:4]
     return next((folder / _CONFIG for folder in folders if (folder / _CONFIG).is_file()), None)
+
+
+def attach_saved_methods(path: str | None, trainer: L.Trainer) -> None:
+    """Attach the methods that a checkpoint lists, unless methods are given.
+
+    Adapters that were loaded frozen are left to the module, which loads them itself.
+
+    Raises:
+        StateError: a method is not defined, or does not accept the saved arguments.
+    """
+    file = Path(path or "")
+    file = file / "meta.pt" if file.is_dir() else file  # a checkpoint of several processes is a folder
+    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    if not file.is_file() or any(isinstance(callback, lp.PEFTMethod) for callback in callbacks):
+        return
+    checkpoint = read_torch_file(file, mmap=file.suffix != ".pt")
+    saved = checkpoint.get(KEY) if isinstance(checkpoint, dict) else None
+    if not isinstance(saved, dict):
+        return
+    trained = (entry for entry in saved["methods"] if entry.get("trains", True) and not entry.get("copies", False))
+    try:
+        methods = [
+            method_of_file(entry["method"], entry["config"])
+            for entry in (*saved["fingerprint"].get("prepared", ()), *trained)
+        ]
+    except (ValueError, TypeError) as error:
+        raise lp.StateError(
+            f"{path}: its method cannot be built: {error}. If the method is your own, add --import my.module with the "
+            "module that defines it"
+        ) from error
+    for method in methods:
+        if isinstance(method, lp.PEFTMethod):
+            _limit(method, checkpoint.get("state_dict", {}))
+    callbacks[:0] = methods
+
+
+def _limit(method: lp.PEFTMethod, state: Mapping[str, Any]) -> None:
+    """Limit what the arguments of a method from a file can allocate, and how long its patterns run."""
+    plan = method.plan
+
+    def limited(model: nn.Module) -> Any:
+        names = [name for name, _ in (*model.named_modules(), *model.named_parameters())]
+        check_regexes({"config": method.config()}, names)
+        with AllocationLimit(model.parameters(), state):
+            return plan(model)
+
+    method.plan = limited  # type: ignore[method-assign]
 
 
 def check_checkpoint(config: Namespace, trainer: L.Trainer) -> None:

@@ -115,7 +115,7 @@ class Candidate:
         """The command-line arguments of ``lightning-peft fit`` that add the method with ``values`` for the ranges."""
         given = {**self.arguments, **{name: value for name, value in values.items() if name in self.ranges}}
         shown = {n: value if isinstance(value, str) else json.dumps(value) for n, value in given.items()}
-        return [f"--trainer.callbacks+={self.method}", *(f"--trainer.callbacks.{n}={v}" for n, v in shown.items())]
+        return [f"--method={self.method}", *(f"--method.{n}={v}" for n, v in shown.items())]
 
 
 def parse_candidates(

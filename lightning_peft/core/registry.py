@@ -10,7 +10,7 @@ from lightning_peft.core.names import nearest
 if TYPE_CHECKING:
     from lightning_peft.methods.families.method import PEFTMethod
 
-__all__ = ["method_of_file", "register_method", "registered_method"]
+__all__ = ["method_of_file", "register_method", "registered_method", "registered_methods"]
 
 #: method classes by name, and by the module that defines them
 _METHODS: dict[str, dict[str, type[PEFTMethod]]] = {}
@@ -35,6 +35,11 @@ def registered_method(name: str) -> type[PEFTMethod]:
     if len(found) > 1:
         raise ValueError(f"{' and '.join(sorted(found))} each define a method named {name!r}: rename all but one")
     return next(iter(found.values()))
+
+
+def registered_methods() -> list[type[PEFTMethod]]:
+    """Return every method class, abstract ones too."""
+    return [cls for by_module in _METHODS.values() for cls in by_module.values()]
 
 
 def method_of_file(kind: str, config: Mapping[str, Any]) -> PEFTMethod:

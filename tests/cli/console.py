@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 
-from lightning_peft.cli.main import main
+from lightning_peft_command import main
 
 
 def run(*args: str) -> str:

@@ -67,10 +67,10 @@ def test_a_killed_comparison_goes_on_and_writes_everything(monkeypatch):
     assert {path.name for path in Path("out").glob("*.png")} == {"costs.png", "curves.png"}
     assert not list(Path.cwd().glob("*checkpoints")), "compare leaves no files of runs"
     last = out.strip().splitlines()[-1]
-    assert last.startswith("lightning-peft fit -c base.yaml --trainer.callbacks+=")
+    assert last.startswith("lightning-peft fit -c base.yaml --method=")
     assert last in report
     run(*last.replace("'", "").split()[1:], "--trainer.enable_progress_bar=false")  # and it trains
-    assert json.loads(rows()[0]["config"])["arguments"][0] in ("--trainer.callbacks+=LoRA")
+    assert json.loads(rows()[0]["config"])["arguments"][0] in ("--method=LoRA")
 
 
 def test_fractions_of_the_data_and_a_budget():

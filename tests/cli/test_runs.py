@@ -92,6 +92,55 @@ def test_every_command_runs_on_the_files_of_a_fit():
     run("fit", "--config", str(config))
 
 
+OWN_METHOD = """
+import lightning_peft as lp
+
+class Rescaled(lp.IA3):
+    \"\"\"IA3 under another name.\"\"\"
+"""
+
+
+def test_a_checkpoint_brings_its_methods_and_import_makes_own_ones_known():
+    Path("own_method.py").write_text(OWN_METHOD)
+    flags = [f"--{key}={value}" for key, value in (("model", "rebuilt.Mine"), ("data", "rebuilt.MyData"))]
+    flags += ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.max_epochs=1"]
+    write_project("rebuilt")
+    methods = ["--method+=LoRA", "--method.r=2", "--method.trainable=[head]", "--method+=Rescaled", "--method.name=own"]
+    run(
+        "fit",
+        "--import",
+        "own_method",
+        *flags,
+        *methods,
+        "--method.targets=[body.0]",
+        "--method.feedforward_targets=[]",
+    )
+    (checkpoint,) = Path("lightning_logs/version_0/checkpoints").glob("*.ckpt")
+    base = loss(run("test", *flags))
+    tested = loss(run("test", "--import=own_method", *flags, f"--ckpt_path={checkpoint}"))
+    assert tested != base
+    with_config = ["--config=lightning_logs/version_0/config.yaml", f"--ckpt_path={checkpoint}"]
+    assert loss(run("test", *with_config)) == tested
+    run("predict", "--import=own_method", *flags, f"--ckpt_path={checkpoint}")
+    run("fit", "--import=own_method", *flags, f"--ckpt_path={checkpoint}", "--trainer.max_epochs=2")
+    run("export", "--import=own_method", str(checkpoint), "exported", "--model=rebuilt.Mine")
+    assert Path("exported/own/adapter_config.json").is_file()
+    with pytest.raises(SystemExit, match=r"error: --import no_module: .*Give the name of a Python module"):
+        run("methods", "--import=no_module")
+
+
+def test_the_method_of_a_hostile_checkpoint_cannot_exhaust_the_memory():
+    _, checkpoint = fitted("hostile_rank")
+    saved = torch.load(checkpoint, weights_only=True)
+    config = {"bottleneck_size": 10**10, "targets": ["body.0"], "name": "default"}
+    saved["lightning_peft"]["methods"][0].update(method="BottleneckAdapter", config=config)
+    del saved["lightning_peft"]["digests"]
+    torch.save(saved, checkpoint)
+    flags = ["--model=hostile_rank.Mine", "--data=hostile_rank.MyData", "--data.width=8", f"--ckpt_path={checkpoint}"]
+    with pytest.raises(SystemExit, match="asks for a tensor of"):
+        run("test", *flags, "--trainer.accelerator=cpu")
+
+
 def test_a_flag_overrides_a_file_wherever_it_stands():
     config, checkpoint = fitted("flag_first")
     after = run("test", "--config", str(config), "--ckpt_path", str(checkpoint))
@@ -104,6 +153,7 @@ def test_a_flag_overrides_a_file_wherever_it_stands():
         ("fit --a 1 --config x --b=2 --config=y", "fit --config x --config=y --a 1 --b=2"),
         ("test -c x --a 1", "test -c x --a 1"),
         ("--config x fit --a 1", "--config x fit --a 1"),
+        ("fit --method X -c y", "fit -c y --method=null --method X"),
         ("fit --config", "fit --config"),
         ("", ""),
     ],

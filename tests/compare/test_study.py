@@ -160,7 +160,7 @@ def test_methods_of_a_file(tmp_path):
     assert small.arguments == {"trainable": ["head"], "r": 2}
     assert (lora.ranges, lora.rate) == ({"r": Choices((4, 8))}, Range(1e-4, 1e-2, True))
     assert lora.arguments["rank_pattern"] == {"q": 2}
-    assert lora.flags({"lr": 1e-3, "r": 8})[-1] == "--trainer.callbacks.r=8"
+    assert lora.flags({"lr": 1e-3, "r": 8})[-1] == "--method.r=8"
     assert ia3.method == "IA3"
     assert len({c.key for c in (small, lora, ia3)}) == 3
 
