@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lightning_peft.cli.main import PEFTCLI
+from lightning_peft.cli.main import OWN, PEFTCLI
 from lightning_peft.cli.methods import exported
 from lightning_peft_command import COMMANDS, main
 from lightning_peft_command.methods import read_methods
