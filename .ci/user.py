@@ -1,4 +1,4 @@
-"""A user's file, which .ci/wheel type-checks against the installed package."""
+"""An example of a user's file; .ci/wheel type-checks it against the installed package."""
 
 import lightning as L
 
@@ -8,6 +8,6 @@ trainer = L.Trainer(callbacks=[lp.LoRA(r=8, targets="all-linear", trainable=["cl
 report: lp.Report = lp.inspect(L.LightningModule(), lp.LoHa(r=4))
 percent: float = 100 * report.trainable / report.total
 
-# What is wrong is seen to be wrong: with a package of unknown types these comments would be unused, which is an error.
+# Mistakes must be found: if the package had no types, these ignore comments would be unused, which is an error.
 lp.LoRA(r="8")  # type: ignore[arg-type]
 lp.LoRa(r=8)  # type: ignore[attr-defined]

@@ -102,8 +102,8 @@ def recipe(method: type[lp.PEFTMethod]) -> str:
     _, _, after = rest.partition("\n\n")
     lines = [f"  class_path: {method.__name__}", "  init_args:"]
     if issubclass(method, lp.WeightMethod):
-        lines.append("    targets: all-linear                 # every linear layer but the output head")
-    lines.append("    trainable: [head, classifier]       # trained in full: they start from random weights")
+        lines.append("    targets: all-linear                 # every linear layer except the output head")
+    lines.append("    trainable: [head, classifier]       # trained in full, because they start from random weights")
     summary = re.sub(r" \([^()]*\)\.$", ".", first)
     return "\n".join([f"# {method.__name__}: {summary}", before, "method:", *lines, "", after])
 

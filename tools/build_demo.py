@@ -2,8 +2,8 @@
 
     python -m tools.build_demo --docs cpython/Doc
 
-``--docs`` is the ``Doc`` folder of a CPython checkout, or the ``_sources`` folder of the built documentation.
-The same sources give the same bytes. What is made, and why it is a fair task: ``lightning_peft/demo/README.md``.
+``--docs`` is the ``Doc`` folder of a CPython checkout, or the ``_sources`` folder of the built documentation. The same
+sources give the same bytes. ``lightning_peft/demo/README.md`` describes the result, and why the task is fair.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from pathlib import Path
 from lightning_peft import demo
 from tools.rst import paragraphs, title
 
-WORDS = (25, 80)  # a passage is closed once it has this many words; no passage is longer than the second
-MIN_PASSAGE = 18  # shorter leftovers are dropped
-MIN_CHAPTER = 180  # a chapter with fewer usable passages is no class: too few to split three ways
+WORDS = (25, 80)  # a passage is complete at the first number of words, and never longer than the second
+MIN_PASSAGE = 18  # passages with fewer words are dropped
+MIN_CHAPTER = 180  # a chapter with fewer usable passages is not a class, because it is too small to split three ways
 PER_CLASS = {"test": 40, "validation": 40, "train": 100}
-NOT_A_SUBJECT = {"superseded"}  # modules of every subject, gathered because they are going away
+NOT_A_SUBJECT = {"superseded"}  # this chapter has deprecated modules of every subject
 PRETRAINING = ("library", "tutorial", "reference", "howto", "faq", "using", "extending", "c-api", "whatsnew")
-NOT_PROSE = {"changelog"}  # one line per bug fixed: a megabyte that reads like no documentation
-SHINGLE, OVERLAP = 5, 0.25  # near duplicates share this fraction of the shorter passage's runs of 5 words
+NOT_PROSE = {"changelog"}  # the changelog: a megabyte of single lines, unlike other documentation
+SHINGLE, OVERLAP = 5, 0.25  # near duplicates share at least this fraction of the shorter passage's five-word sequences
 
 
-VOCABULARY, MAX_LENGTH = 4096, 128  # of the tokenizer, in tokens
+VOCABULARY, MAX_LENGTH = 4096, 128  # size of the tokenizer's vocabulary
 SPECIAL = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
 
 
 @dataclass(frozen=True)
 class Passage:
-    """Some sentences of the documentation.
+    """A passage of the documentation.
 
     Attributes:
         text: Plain English, ``WORDS`` long.
@@ -109,7 +109,8 @@ def _reads_as_english(words: list[str]) -> bool:
 
 
 def names_itself(passage: Passage) -> bool:
-    """Whether a passage names its own module, alone or inside an identifier (``GzipFile`` in ``gzip``)."""
+    """Whether a passage contains the name of its own module, alone or inside an identifier (``GzipFile`` in
+    ``gzip``)."""
     words = re.findall(r"[a-z0-9_]+", passage.text.lower())
     for part in re.split(r"[.\-]", passage.page.split("/")[-1].lower()):
         if any(part == word or (len(part) > 3 and part in word) for word in words):
@@ -118,13 +119,13 @@ def names_itself(passage: Passage) -> bool:
 
 
 def shingles(text: str) -> set[tuple[str, ...]]:
-    """Every run of ``SHINGLE`` words, lower case, letters and digits only."""
+    """Every sequence of ``SHINGLE`` words, in lower case, with letters and digits only."""
     words = re.findall(r"[a-z0-9]+", text.lower())
     return {tuple(words[i : i + SHINGLE]) for i in range(max(1, len(words) - SHINGLE + 1))}
 
 
 def without_near_duplicates(items: Iterable[Passage], held_out: Iterable[Passage]) -> list[Passage]:
-    """The items that share fewer than ``OVERLAP`` of their word runs with any held-out passage."""
+    """The items that share less than the fraction ``OVERLAP`` of their word sequences with every held-out passage."""
     index: dict[tuple[str, ...], list[int]] = defaultdict(list)
     sizes: list[int] = []
     for number, other in enumerate(held_out):
@@ -142,12 +143,12 @@ def without_near_duplicates(items: Iterable[Passage], held_out: Iterable[Passage
 
 
 def _order(*parts: str) -> str:
-    """A key that orders things at random, the same on every machine."""
+    """A sort key that gives a random order, the same on every machine."""
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def labelled_splits(by_label: dict[str, list[Passage]]) -> dict[str, list[tuple[str, Passage]]]:
-    """Deal whole sections of each class to test, then validation; draw train from all the others.
+    """Assign whole sections of each class to test, then to validation; draw train from the remaining ones.
 
     Returns:
         Split name -> ``(label, passage)`` pairs in a fixed random order.
@@ -170,7 +171,7 @@ def labelled_splits(by_label: dict[str, list[Passage]]) -> dict[str, list[tuple[
 
 
 def build(docs: Path, out: Path) -> dict[str, int]:
-    """Write ``corpus/`` (four splits and ``labels.json``) and ``model/`` (all but the weights) into ``out``.
+    """Write ``corpus/`` (four splits and ``labels.json``) and ``model/`` (everything except the weights) into ``out``.
 
     Returns:
         How many passages each file has.
@@ -218,7 +219,7 @@ def build(docs: Path, out: Path) -> dict[str, int]:
 def train_tokenizer(texts: Iterable[str], out: Path) -> None:
     """Train a lower-case byte-level BPE tokenizer, and save it where ``AutoTokenizer`` finds it.
 
-    Not WordPiece, BERT's own: the trainer of that gives another vocabulary each time it is run.
+    BERT's own WordPiece is not used, because its trainer gives a different vocabulary in each run.
     """
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
@@ -273,8 +274,8 @@ def configure_model(labels: Iterable[str], out: Path) -> None:
         bos_token_id=2,
         sep_token_id=3,
         eos_token_id=3,
-        classifier_pooling="mean",  # nothing trains [CLS] in pretraining; the mean is informative at once
-        sparse_prediction=True,  # compute the vocabulary's logits where tokens are hidden only: half the time
+        classifier_pooling="mean",  # pretraining does not train [CLS], so the mean over tokens is the better start
+        sparse_prediction=True,  # compute logits only for masked tokens, which halves the time
         id2label=dict(enumerate(labels)),
         label2id={label: number for number, label in enumerate(labels)},
         architectures=["ModernBertForMaskedLM"],

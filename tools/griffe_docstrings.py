@@ -2,8 +2,8 @@
 
 Docstrings are written for ``help()`` and editors, with the roles and literal blocks of reStructuredText that torch and
 Lightning use too. The documentation is Markdown: roles become links to the reference (or code, if the name is not in
-it), and ``Example::`` becomes a fenced block. A method shows the arguments that it really takes, inherited ones
-included, each with the text of the class that declares it.
+it), and ``Example::`` becomes a fenced block. For a method, all of its arguments are shown, including inherited ones,
+each with the text of the class that declares it.
 """
 
 from __future__ import annotations
@@ -51,16 +51,15 @@ def _link(role: re.Match[str]) -> str:
 def _fenced(block: re.Match[str]) -> str:
     indent, before, code = block.groups()
     code = textwrap.dedent(code).strip("\n")
-    if before == "Example":  # one of griffe's sections, whose content is indented
+    if before == "Example":  # a section that griffe knows, with indented content
         return f"{indent}Example:\n" + textwrap.indent(f"```python\n{code}\n```\n\n", f"{indent}    ")
     return f"{indent}{before or ''}:\n\n" + textwrap.indent(f"```\n{code}\n```\n\n", indent)
 
 
 def arguments(cls: type[lp.PEFTMethod]) -> dict[str, str]:
-    """The lines about each argument that ``cls`` takes, in the order of its signature.
+    """The description of each argument of ``cls``, in the order of its signature.
 
-    A class that does not describe an argument by itself, but refers to a base class for it or leaves it out, shows the
-    text of the nearest base class that does.
+    If a class does not describe an argument itself, the text of the nearest base class that does is shown.
     """
     texts: dict[str, str] = {}
     for klass in cls.__mro__:

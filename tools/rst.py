@@ -9,9 +9,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-# Directives whose whole content is prose, which may start on their first line.
+# Directives that contain only prose, which may start on their first line.
 _NOTES = re.compile(r"note|warning|seealso|impl-detail|tip|important|hint")
-# Directives whose body is prose about the thing they name. Their first line (a signature) is dropped.
+# Directives whose body is prose. Their first line is a signature, and is dropped.
 _DESCRIPTIONS = re.compile(
     r"(?:c|py):\w+|\w*(?:function|method|class|attribute|decorator)|c?(?:var|type|member|macro)|cmdoption|coroutine"
     r"|data|describe|envvar|exception|object|opcode|option|pdbcommand|program-option"
@@ -27,7 +27,7 @@ _TABLE = re.compile(r"^(?:\+[-=+]|\||={2,} +=|-{2,} +-|={5,}$)")
 _INLINE: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     (re.compile(pattern), replacement)
     for pattern, replacement in (
-        (r"\\ ", ""),  # the escape that only ends markup
+        (r"\\ ", ""),  # an escape that only ends the markup before it
         (r"\\([*`|_\\])", r"\1"),
         (r"\[(?:#\w*|\d+|[A-Z]\w*)\]_", ""),  # footnotes and citations
         (r"\|(\w+)\|", r"\1"),  # substitutions
@@ -67,7 +67,7 @@ def paragraphs(source: str) -> Iterator[tuple[str, str]]:
         line. Code, tables, signatures, comments, field lists and "new in version" notes are left out.
     """
     section = ""
-    skip_deeper_than: int | None = None  # inside a body that is not prose: its lines are indented deeper
+    skip_deeper_than: int | None = None  # lines that are indented deeper belong to a body that is not prose
     for block in _blocks(source):
         indent = _indent(block[0])
         if skip_deeper_than is not None:
@@ -82,7 +82,7 @@ def paragraphs(source: str) -> Iterator[tuple[str, str]]:
             directive = _DIRECTIVE.match(first)
             name = directive[1] if directive else ""
             if not _NOTES.fullmatch(name):
-                # A description's first lines are signatures and options; its prose is the next block.
+                # The first lines of a description are signatures and options; its prose follows in the next block.
                 skip_deeper_than = None if _DESCRIPTIONS.fullmatch(name) else indent
                 continue
             block = [first[len(f".. {name}::") :], *block[1:]]
@@ -99,12 +99,12 @@ def paragraphs(source: str) -> Iterator[tuple[str, str]]:
 
 
 def title(source: str) -> str:
-    """The first section title of a page, plain; empty where there is none."""
+    """The first section title of a page as plain text; empty if there is none."""
     return next((plain(found) for block in _blocks(source) if (found := _title(block))), "")
 
 
 def _blocks(source: str) -> Iterator[list[str]]:
-    """Runs of lines between blank lines; a list item and a directive start a new one, too."""
+    """Blocks of lines between blank lines; a list item or a directive also starts a new block."""
     block: list[str] = []
     for line in [*source.expandtabs(8).splitlines(), ""]:
         starts_new = bool(_LIST_MARK.match(line.strip())) or line.lstrip().startswith(".. ")
