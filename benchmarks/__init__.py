@@ -1,1 +1,1 @@
-"""Measurements of what a method costs over the frozen base it adapts."""
+"""Measure what a method costs compared with the frozen base."""

@@ -1,10 +1,10 @@
-"""Time adapter operations, also with PEFT: inject, save, load a second one, switch, merge, unmerge, unload.
+"""Time adapter operations here and in PEFT: inject, save, load a second one, switch, merge, unmerge, unload.
 
     python -m benchmarks.adapters --threads 2 --markdown benchmarks/results/adapters.md     # 1.1 billion parameters
     python -m benchmarks.adapters --size tiny --repeats 3
 
-Both libraries take turns on one and the same base, a random Llama of TinyLlama's shape, with the same LoRA on
-every linear layer; the adapter that is loaded second is one directory for both. What they then compute is compared.
+Both libraries take turns on the same base, a random Llama of TinyLlama's shape, with the same LoRA on every linear
+layer. Both load the second adapter from the same directory. Their outputs are compared.
 """
 
 from __future__ import annotations
@@ -37,18 +37,19 @@ SIZES = {
 }
 OPERATIONS = ("inject", "save", "load second", "switch", "merge", "unmerge", "unload")
 
-#: why ours is slower, where it is
+#: the reason, for operations in which this library is slower
 WHY = {
-    "save": "every tensor is copied and checked, the header read back, and a fingerprint of the base and a model card "
-    "written.",
-    "load second": "the base's fingerprint is checked, and every tensor before anything is changed.",
-    "merge": "summed in float32, rounded once and checked for NaN and infinity, and the originals are kept, so that "
-    "unmerge is exact; PEFT rounds the change to the weight's type, adds it, and subtracts it again to unmerge.",
+    "save": "every tensor is copied and checked, the header is read back, and a fingerprint of the base and a model "
+    "card are written.",
+    "load second": "the base's fingerprint and every tensor are checked before anything is changed.",
+    "merge": "the sum is computed in float32, rounded once and checked for NaN and infinity, and the originals are "
+    "kept, so that unmerge is exact; PEFT rounds the change to the weight's dtype, adds it, and subtracts it "
+    "again to unmerge.",
 }
 
 
 def build(size: str, dtype: torch.dtype) -> nn.Module:
-    """The base without its values."""
+    """The base on the meta device, without values."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     hidden, inner, layers, heads, key_heads, vocabulary = SIZES[size]
@@ -65,13 +66,14 @@ def build(size: str, dtype: torch.dtype) -> nn.Module:
     with torch.device("meta"):
         model = LlamaForCausalLM(config).to(dtype)
     model.to_empty(device="cpu")
-    model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its buffers are computed, not stored
+    # its buffers are computed in __init__, so they cannot be on the meta device
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)
     return model.eval().requires_grad_(False)
 
 
 @torch.no_grad()
 def fill(model: nn.Module) -> None:
-    """Give the base its values, repeated from one block of random numbers: a billion draws would take longer."""
+    """Fill the base with copies of one block of random numbers, because a billion draws would take long."""
     block = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)).mul_(0.02)
     for parameter in model.parameters():
         if parameter.ndim == 1:
@@ -147,7 +149,7 @@ LIBRARIES = {"ours": Ours, "peft": Peft}
 
 
 def second_adapter(base: nn.Module, rank: int, directory: Path) -> None:
-    """Write an adapter that changes what the base computes; both libraries load it."""
+    """Write an adapter that changes the output, for both libraries to load."""
     lp.apply(base, lp.LoRA(r=rank, alpha=2 * rank, name="second"))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -159,7 +161,7 @@ def second_adapter(base: nn.Module, rank: int, directory: Path) -> None:
 
 
 def run(library: Any, second: Path, scratch: Path, probe: Tensor, clock: Callable[[], float]) -> tuple[dict, dict]:
-    """Every operation once, in order: seconds by operation, and the logits on the way."""
+    """Run every operation once, in order. Returns the seconds of each, and the logits after some of them."""
     seconds: dict[str, float] = {}
     logits: dict[str, Tensor] = {}
 
@@ -223,7 +225,7 @@ def size_of(directory: Path) -> int:
 
 
 def main(line: list[str] | None = None) -> int:
-    """Run the benchmark; the exit status is 1 if the libraries did not compute the same."""
+    """Run the benchmark; the exit status is 1 if the outputs of the libraries differ."""
     parser = argparse.ArgumentParser(prog="benchmarks.adapters", description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=SIZES, default="full")
     parser.add_argument("--rank", type=int, default=16)
@@ -253,7 +255,8 @@ def main(line: list[str] | None = None) -> int:
             for name in list(LIBRARIES)[:: 1 if repetition % 2 else -1]:
                 library = LIBRARIES[name](base, args.rank)
                 seconds, logits[name] = run(library, second, scratch / name, probe, clock)
-                fill(base)  # PEFT's unmerge leaves other values behind, which our loading would refuse
+                # PEFT's unmerge does not restore the base exactly, so loading here would refuse it as another base
+                fill(base)
                 if repetition >= 0:
                     times[name].append(seconds)
                 console.print(name, {k: round(v, 4) for k, v in seconds.items()})
@@ -266,9 +269,10 @@ def main(line: list[str] | None = None) -> int:
     facts = [
         f"{count:,} parameters in {args.dtype}, LoRA of rank {args.rank} on every linear layer, {args.repeats} "
         "repetitions in turn (median, quartiles in brackets).",
-        f"The second adapter moves the logits by {moved:.2g} of their largest; the libraries differ by {apart:.2g}. "
+        f"The second adapter changes the logits by at most {moved:.2g} of the largest logit; the libraries differ by "
+        f"at most {apart:.2g}. "
         + " ".join(
-            f"After the unmerge of {name} the base is{'' if ok else ' not'} what it was."
+            f"After unmerging with {name} the base is {'unchanged' if ok else 'changed'}."
             for name, ok in restored.items()
         ),
         f"Files: ours {sizes['ours'] / 1e6:.1f} MB, PEFT's {sizes['peft'] / 1e6:.1f} MB.",

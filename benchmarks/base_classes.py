@@ -2,9 +2,9 @@
 
     python -m benchmarks.base_classes --out classes.json --markdown benchmarks/results/base_classes.md
 
-A run that was stopped continues from the outcomes in ``--out``. Each class gets LoRA on all linear layers (on its
+An interrupted run continues from the outcomes in ``--out``. Each class gets LoRA on all linear layers (on its
 convolutions if it has none), a state dict, an adapter directory, and the directory again on the bare model. A refusal
-that names its reason is an outcome of its own; everything else that is raised is a failure.
+with a reason is counted separately; any other exception is a failure.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from benchmarks.measure import versions
 
 Outcomes = dict[str, dict[str, str]]  # outcome and detail by class
 REFUSALS = (lp.StateError, lp.FormatError, lp.TargetError, lp.InjectionError)
-LIMIT = 20  #: seconds of the processor for one class
-LARGEST = 80_000_000  #: parameters of a model that is built
+LIMIT = 20  #: CPU seconds for one class
+LARGEST = 80_000_000  #: maximum number of parameters of a model
 _PROBLEMS = ("refused", "failed", "too slow")
 _LAYERS = ("layers", "layer", "blocks", "depth", "depths", "repeats")
 _WIDTHS = ("hidden", "dim", "width", "d_model", "d_ff", "ffn", "embd", "inner", "channels", "features", "intermediate")
@@ -77,7 +77,8 @@ def classes() -> Iterator[tuple[type, type]]:
     for config in MODEL_MAPPING:
         try:
             found = MODEL_MAPPING[config]
-        except (ValueError, ImportError):  # a class that this release names and does not have, or a missing library
+        # a class that this release names but does not have, or that needs a missing library
+        except (ValueError, ImportError):
             continue
         for cls in found if isinstance(found, tuple) else (found,):
             if cls not in seen:
@@ -112,7 +113,7 @@ class _NotBuiltError(Exception):
 
 
 def exchange(model: nn.Module) -> str:
-    """Adapt, save, unload and load ``model``; what the adapter was saved as."""
+    """Adapt, save, unload and load ``model``. Returns the format that the adapter was saved in."""
     model.eval()
     try:
         lp.apply(model, lp.LoRA(r=2))
@@ -138,14 +139,14 @@ def exchange(model: nn.Module) -> str:
 
 
 def outcome(config_class: type, cls: Any) -> dict[str, str]:
-    """What became of one class."""
+    """The outcome for one class."""
     try:
         with limited(LIMIT):
             return {"outcome": "ok", "detail": exchange(build(config_class, cls))}
     except _NotBuiltError as error:
         return {"outcome": "not built", "detail": str(error)}
     except TimeoutError:
-        return {"outcome": "too slow", "detail": f"takes over {LIMIT} s of the processor"}
+        return {"outcome": "too slow", "detail": f"takes more than {LIMIT} CPU seconds"}
     except REFUSALS as error:
         return {"outcome": "refused", "detail": f"{type(error).__name__}: {error}"}
     except Exception as error:
@@ -192,7 +193,7 @@ def markdown(found: Outcomes) -> str:
 
 @contextmanager
 def limited(seconds: int) -> Iterator[None]:
-    """Raise a TimeoutError in the body after so many seconds of the processor."""
+    """Raise a TimeoutError in the body after ``seconds`` of CPU time."""
 
     def stop(*_: Any) -> None:
         raise TimeoutError
@@ -219,7 +220,7 @@ def main() -> None:
     if arguments.out and arguments.out.exists():
         found = json.loads(arguments.out.read_text())
     chosen = [pair for pair in classes() if not arguments.names or pair[1].__name__ in arguments.names]
-    random.Random(0).shuffle(chosen)  # so that a run that is cut short has seen some of every kind
+    random.Random(0).shuffle(chosen)  # in random order, so that an interrupted run has tried classes of every kind
     for config_class, cls in chosen:
         if cls.__name__ in found:
             continue

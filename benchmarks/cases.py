@@ -1,7 +1,7 @@
 """The models for the measurements: random weights, no downloads, base dropout off.
 
-A case holds a model, one batch, and the place where its frozen base begins. Batches are keyword
-arguments of the model's ``forward``, whose output carries ``loss``.
+A case has a model, one batch, and the name of the first module of its frozen base. Batches are keyword arguments of the
+model's ``forward``, whose output has a ``loss``.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ SIZES = ("tiny", "small", "large")
 
 @dataclass(frozen=True)
 class Case:
-    """A model under measurement.
+    """A model to measure.
 
     Attributes:
         model: the base, in training mode.
         batch: keyword arguments of ``model.forward``.
         entry: name of the module whose output is the first activation of the frozen base; the floor
             asks for its gradient, so that backward runs through every layer.
-        head: names that start so are not targets.
+        head: modules whose names start with this are not targets.
         tokens: rows that a linear layer sees per step (positions of the input image for the conv net).
     """
 
@@ -39,7 +39,7 @@ class Case:
 
     @property
     def targets(self) -> list[str]:
-        """Qualified names of every linear and convolution outside the head."""
+        """Qualified names of every linear layer and convolution outside the head."""
         layers = (nn.Linear, nn.Conv2d)
         named = self.model.named_modules()
         return [name for name, m in named if isinstance(m, layers) and not name.startswith(self.head)]
@@ -51,7 +51,7 @@ class Case:
 
     @property
     def keys_values(self) -> list[str]:
-        """Those of the targets that make keys and values; all of them where nothing attends."""
+        """The targets that compute keys and values; all targets in a model without attention."""
         found = [name for name in self.targets if name.rpartition(".")[2] in ("k_proj", "v_proj", "key", "value")]
         return found or self.targets
 
@@ -134,7 +134,7 @@ def vit(size: str) -> Case:
 
 
 def resnet(size: str) -> Case:
-    """Residual blocks of 3x3 convolutions and batch norm, three stages, strided between them."""
+    """Residual blocks of 3x3 convolutions and batch norm in three stages, with a stride of 2 between stages."""
     width, blocks, batch, side = {
         "tiny": (4, 1, 2, 8),
         "small": (32, 2, 16, 32),
@@ -168,7 +168,7 @@ class ResNet(nn.Module):
 
 
 class Block(nn.Module):
-    """Two 3x3 convolutions with batch norm around a shortcut."""
+    """Two 3x3 convolutions with batch norm, and a shortcut around them."""
 
     def __init__(self, before: int, after: int, stride: int) -> None:
         super().__init__()

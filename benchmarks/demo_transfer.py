@@ -2,8 +2,8 @@
 
     python -m benchmarks.demo_transfer --seeds 3
 
-Prints validation and test accuracy of each variant after 6 epochs of the demo's 1,618 labelled passages, seed by
-seed, with the time it took. The numbers in ``docs/demo.md`` are from here.
+Prints the validation and test accuracy of each variant after 6 epochs on the demo's 1,618 labelled passages, and the
+time, for each seed. The numbers in ``docs/demo.md`` are from this benchmark.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import lightning_peft as lp
 from lightning_peft.data import TextClassificationData
 from lightning_peft.tasks import TextClassifier
 
-# Each variant: is the base pretrained, which parts train in full (None is LoRA and the classifier), and the
-# learning rate. The rates are customary ones, not searched for; LoRA has the same on both bases.
+# For each variant: whether the base is pretrained, which parts train in full (None means LoRA and the classifier), and
+# the learning rate. The rates are common defaults and were not searched; LoRA has the same one on both bases.
 VARIANTS: dict[str, tuple[bool, list[str] | None, float]] = {
     "lora": (True, None, 3e-3),
     "classifier only": (True, ["classifier"], 1e-2),

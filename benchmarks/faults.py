@@ -2,11 +2,11 @@
 
     python -m benchmarks.faults --kills 10 --markdown benchmarks/results/faults.md
 
-Every row of ``tests/table.py`` trains a small model for three epochs and saves after every step. Its process ends by a
-signal, without running any more Python code:
+Every row of ``tests/table.py`` trains a small model for three epochs and saves after every step. A signal ends its
+process, so that no more Python code runs:
 
 - ``time``: SIGKILL from outside, after a random time.
-- ``file``: SIGKILL when it opens, renames or removes a random file of the run's folder.
+- ``file``: SIGKILL at a random one of its operations (open, rename, remove) on files of the run's folder.
 - ``write``: in the middle of a write, after a random number of bytes (SIGXFSZ, the limit of a file's size).
 
 The next process resumes from ``last.ckpt``, and may be killed again. It must find every step that was saved before the
@@ -48,11 +48,11 @@ from tests.table import METHODS
 
 HOW = ("time", "file", "write")
 ON = ("linear", "vit", "encoder", "llama")  #: each method trains on the first of these models that it supports
-LIMIT = 120  #: seconds that one process may take
+LIMIT = 120  #: maximum seconds for one process
 
 
 class Batches(Dataset):
-    """Random batches of a kind of model."""
+    """Random batches for a kind of model."""
 
     def __init__(self, kind: Kind, length: int = 4) -> None:
         self.batches = [kind.batch(seed) for seed in range(length)]
@@ -109,7 +109,7 @@ def inside_net(kind: Kind) -> Kind:
 
 
 class Progress(Callback):
-    """Notes each step that was saved, and checks on resume that none of them is lost."""
+    """Records each step that was saved, and checks on resume that none of them is lost."""
 
     def __init__(self, folder: Path) -> None:
         self.file = folder / "saved_steps"
@@ -120,7 +120,7 @@ class Progress(Callback):
             raise RuntimeError(f"step {saved} was saved, but the run resumes at step {trainer.global_step}")
 
     def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
-        """The checkpoint of the previous step is complete: add a byte to the file for each new step."""
+        """Add a byte to the file for each new step, since the checkpoint of the previous step is now complete."""
         missing = trainer.global_step - (len(self.file.read_bytes()) if self.file.exists() else 0)
         with self.file.open("ab", buffering=0) as file:
             file.write(b"." * max(missing, 0))
@@ -166,9 +166,9 @@ def in_child(
 
     Args:
         folder: the folder for the result, and for the traceback of an error.
-        work: what to run.
-        prepare: called in the process first.
-        after: kill the process after so many seconds, if it still runs; 0: after :data:`LIMIT`, as an error.
+        work: the function to run.
+        prepare: called first in the process.
+        after: kill the process after this many seconds; with 0, after :data:`LIMIT`, which counts as an error.
 
     Returns:
         The status: 0, the exit code of an error, or the negative number of the signal that ended the process.
@@ -196,7 +196,7 @@ def in_child(
 
 
 def at_file_operation(folder: Path, number: int, then: Callable[[], None], count: list[int] | None = None) -> None:
-    """Call ``then`` before this process opens, renames or removes a file of ``folder`` for the ``number``-th time."""
+    """Call ``then`` before this process's ``number``-th operation (open, rename, remove) on a file of ``folder``."""
     seen = count if count is not None else [0]
 
     def watch(event: str, arguments: tuple[Any, ...]) -> None:
@@ -223,14 +223,14 @@ def limit_writes(size: int) -> None:
 
 @dataclass
 class Row:
-    """What happened to the runs of one method.
+    """The outcomes of one method's runs.
 
     Attributes:
         name: the row of ``tests/table.py``.
         kind: the model that it trained.
         kills: number of kills of each kind.
         runs: number of runs that were killed at least once, resumed and compared.
-        bad: what was wrong, one text for each process that failed or run that differed.
+        bad: a description of each process that failed and each run that differed.
     """
 
     name: str
@@ -240,7 +240,7 @@ class Row:
     bad: list[str] = field(default_factory=list)
 
     def measure(self, root: Path, kills: int, draw: random.Random) -> None:
-        """Train once without a stop, then kill and resume until there were ``kills`` kills."""
+        """Train once without interruption, then kill and resume runs until there were ``kills`` kills."""
         whole = root / "whole"
         whole.mkdir()
         count = [0]
@@ -250,7 +250,7 @@ class Row:
             return train(whole, self.name, self.kind), time.monotonic() - begin, count[0]
 
         if in_child(whole, work, lambda: at_file_operation(whole, -1, kill_here, count)):
-            self.bad.append(f"the run without a stop failed: {(whole / 'error').read_text()[-2000:]}")
+            self.bad.append(f"the uninterrupted run failed: {(whole / 'error').read_text()[-2000:]}")
             return
         expected, duration, operations = json.loads((whole / "result.json").read_text())
         size = (whole / "last.ckpt").stat().st_size
@@ -260,7 +260,7 @@ class Row:
             self._chain(folder, expected, kills, prepare)
 
     def _chain(self, folder: Path, expected: Any, kills: int, prepare: Callable[[], Any]) -> None:
-        """Kill one run again and again until it ends, or the kills are used up; then compare it."""
+        """Kill one run repeatedly until it ends or no kills are left; then compare its result."""
         killed = 0
         while True:
             how, first, after = prepare() if sum(self.kills.values()) < kills else ("", lambda: None, 0)
@@ -282,7 +282,7 @@ class Row:
 def _prepare(
     folder: Path, draw: random.Random, duration: float, operations: int, size: int
 ) -> tuple[str, Callable[[], None], float]:
-    """How to end the next process: the kind, what to call in it first, and after which time to kill it."""
+    """Choose how to end the next process: the kind, a function to call in it first, and when to kill it."""
     how = draw.choice(HOW)
     if how == "time":
         return how, lambda: None, draw.uniform(0.01, duration)

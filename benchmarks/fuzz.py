@@ -1,9 +1,9 @@
-"""Mutate files and read them: each must give equal numbers, or an error of this package that names the file.
+"""Mutate files and read them: each must load with equal values, or raise an error of this package that names the file.
 
     python -m benchmarks.fuzz --mutations 2000 --markdown benchmarks/results/fuzz.md
 
-Bytes are flipped, cut, zeroed, moved; values inside are exchanged, deleted and replaced. Kinds that end in ``, old``
-have no digests, as files of earlier releases and PEFT's: there a changed value may go unseen, and is counted as such.
+Bytes are flipped, cut, zeroed or moved; values are exchanged, deleted or replaced. Kinds that end in ``, old`` have no
+digests, like files of earlier releases and of PEFT. In these a changed value may be undetected, which is counted.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Module(L.LightningModule):
 
 
 class Subject:
-    """A trained module, its checkpoint and its adapter directory, to be mutated in ``folder``."""
+    """A trained module, with its checkpoint and adapter directory in ``folder``, which are mutated."""
 
     def __init__(self, folder: Path) -> None:
         torch.manual_seed(0)
@@ -176,7 +176,7 @@ def flip(data: bytes, draw: random.Random) -> bytes:
 
 
 def change(value: Any, draw: random.Random) -> Any:
-    """One mutation somewhere in a nested value, in place where it can be."""
+    """Mutate a nested value at one place, in place if possible."""
     places: list[tuple[Any, Any]] = []
     left = [value]
     while left:
@@ -199,7 +199,7 @@ def change(value: Any, draw: random.Random) -> Any:
 
 
 def _listed(value: Any) -> Any:
-    """A copy with lists for tuples, which cannot be changed."""
+    """A copy with lists instead of tuples, so that it can be changed."""
     if isinstance(value, dict):
         return {key: _listed(inside) for key, inside in value.items()}
     return [_listed(inside) for inside in value] if isinstance(value, list | tuple) else value
@@ -214,7 +214,7 @@ def checkpoint_values(subject: Subject, draw: random.Random, old: bool = False) 
     value = _listed(subject.checkpoint)
     if old:
         del value[KEY]["digests"]
-    hyper_parameters = value.pop("hyper_parameters")  # which are the module's own, and may be edited
+    hyper_parameters = value.pop("hyper_parameters")  # hyperparameters belong to the user's module and may be edited
     torch.save({"hyper_parameters": hyper_parameters, **change(value, draw)}, subject.folder / "x.ckpt")
     return subject.read_checkpoint()
 
@@ -302,7 +302,7 @@ KINDS: dict[str, Callable[[Subject, random.Random], torch.Tensor]] = {
 
 
 def outcome(subject: Subject, kind: str, seed: int) -> str:
-    """What reading one mutated file ends in."""
+    """The outcome of reading one mutated file."""
     faulthandler.dump_traceback_later(LIMIT, exit=True)
     try:
         with warnings.catch_warnings():
@@ -343,7 +343,7 @@ def table(found: dict[str, collections.Counter[str]], mutations: int) -> str:
 
 
 def main() -> None:
-    """Print a line for each kind of file; exit with 1 if an outcome is one that must not be."""
+    """Print a line for each kind of file; exit with 1 if there was a bad outcome."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mutations", type=int, default=2000, help="number of mutations of each kind")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first mutation")

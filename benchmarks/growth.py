@@ -58,7 +58,7 @@ def theirs(model: nn.Module, folder: Path) -> dict[str, Callable[[str], Any]]:
 
 
 def measure(args: argparse.Namespace) -> dict[tuple[str, str, int], float]:
-    """Milliseconds by library, operation and number of adapters that are already there."""
+    """Milliseconds by library, operation and number of adapters on the base."""
     clock = {"wall": time.perf_counter, "cpu": time.process_time}[args.clock]
     found: dict[tuple[str, str, int], float] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -74,7 +74,7 @@ def measure(args: argparse.Namespace) -> dict[tuple[str, str, int], float]:
                 for operation in (o for o in OPERATIONS if o in run):
                     times = []
                     for i in range(args.repeats):
-                        # Load and delete take turns on adapters of their own.
+                        # Load and delete alternate, with adapters that no other operation uses.
                         name = f"new{i}" if operation in ("load", "delete") else f"a{i % loaded}"
                         start = clock()
                         run[operation](name)
@@ -84,7 +84,7 @@ def measure(args: argparse.Namespace) -> dict[tuple[str, str, int], float]:
 
 
 def markdown(found: dict[tuple[str, str, int], float], args: argparse.Namespace) -> str:
-    """The table, and what it was measured with."""
+    """The page: the table, the command and the hardware."""
     lines = ["# Growth with the number of adapters", "", f"`python -m benchmarks.growth {' '.join(args.line)}`", ""]
     lines += [f"{hardware('cpu')}; {', '.join(f'{k} {v}' for k, v in versions().items())}", ""]
     lines += [f"Milliseconds, on {4 * args.layers} adapted layers; PEFT's in brackets.", ""]

@@ -34,7 +34,7 @@ class Saved:
 
 
 class _Held:
-    """What the graph holds in place of a saved tensor: it lives exactly as long as the graph needs it."""
+    """Takes the place of a saved tensor in the graph, and is freed with it."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
@@ -43,20 +43,19 @@ class _Held:
 def saved_bytes(forward: Callable[[], Tensor], model: nn.Module | None = None, batch: Iterable[Tensor] = ()) -> Saved:
     """Count the bytes that ``forward`` leaves saved for backward when it returns.
 
-    Each distinct storage counts once and in full, however many tensors view it: a view keeps all of its
-    storage alive. Storages of ``model``'s parameters and buffers do not count. Tensors that a custom
-    autograd function keeps as attributes of its context, out of sight of the hooks, are found by walking
-    the graph and count as well.
+    Each distinct storage counts once and in full, even if several tensors view it, because a view keeps all of its
+    storage alive. Storages of ``model``'s parameters and buffers do not count. Tensors that a custom autograd function
+    keeps as attributes of its context, where hooks do not see them, are found by walking the graph.
 
     Args:
         forward: runs the model and returns the loss.
-        model: whose parameters and buffers are not activations.
-        batch: the input tensors, reported apart.
+        model: the model; its parameters and buffers do not count.
+        batch: the input tensors, which are counted separately.
     """
     held: weakref.WeakSet[_Held] = weakref.WeakSet()
 
     def pack(tensor: Tensor) -> _Held:
-        # A detached alias: the output of a node, saved by that node, would otherwise be a reference cycle.
+        # A detached alias, because a node that saves its own output would otherwise form a reference cycle.
         item = _Held(tensor.detach())
         held.add(item)
         return item
@@ -81,7 +80,7 @@ def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
 
 
 def graph_nodes(output: Tensor) -> Iterator[object]:
-    """Yield the Python-defined nodes of the autograd graph of ``output``: only those carry attributes."""
+    """Yield the nodes of the autograd graph of ``output`` that are defined in Python; only these have attributes."""
     stack, seen = [output.grad_fn], set()
     while stack:
         node = stack.pop()
@@ -119,14 +118,14 @@ def train_step(
 
 
 def forward_loss(model: nn.Module, batch: dict[str, Tensor], autocast: bool) -> Tensor:
-    """The loss of one batch, under bfloat16 autocast if asked."""
+    """The loss of one batch; with ``autocast``, under bfloat16 autocast."""
     device = next(model.parameters()).device
     with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
         return model(**batch).loss
 
 
 def peak_cuda_bytes(step: Callable[[], object], device: torch.device) -> int | None:
-    """Peak CUDA memory of ``step`` above what was allocated before it; ``None`` on another device."""
+    """Peak CUDA memory of ``step`` minus the memory allocated before it; ``None`` on other devices."""
     if device.type != "cuda":
         return None
     before = torch.cuda.memory_allocated(device)
@@ -152,12 +151,12 @@ class Spread:
 
 
 def paired_ratio(times: list[float], reference: list[float]) -> Spread:
-    """Ratios repetition by repetition, so that a slow moment of the machine divides out."""
+    """The ratio for each repetition, so that slow moments of the machine cancel out."""
     return Spread.of([a / b for a, b in zip(times, reference, strict=True)])
 
 
 def add_run_options(parser: argparse.ArgumentParser, repeats: int, page: str = "the table") -> None:
-    """The options of every benchmark: threads, clock, repetitions, and where its page goes."""
+    """Add the options that all benchmarks have: threads, clock, repetitions, and the page to write."""
     parser.add_argument("--threads", type=int, help="CPU threads of torch (default: torch's own)")
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="cpu: measure this process's CPU time")
     parser.add_argument("--repeats", type=int, default=repeats)
@@ -165,20 +164,20 @@ def add_run_options(parser: argparse.ArgumentParser, repeats: int, page: str = "
 
 
 def parse_line(parser: argparse.ArgumentParser, line: list[str] | None) -> argparse.Namespace:
-    """The options, and the words they were given in as ``line``; of the command line where None."""
+    """Parse the options, and add the arguments as ``line``. None reads the command line."""
     args = parser.parse_args(line)
     args.line = sys.argv[1:] if line is None else line
     return args
 
 
 def hardware(device: str) -> str:
-    """The kind of processor, its cores and the threads in use, and the accelerator's name."""
+    """The processor, its cores, the threads in use, and the accelerator's name."""
     cpu = f"{os.cpu_count()}-core {platform.machine().replace('_', '-')} CPU, threads: {torch.get_num_threads()}"
     return f"{torch.cuda.get_device_name()} ({cpu})" if device == "cuda" else cpu
 
 
 def versions() -> dict[str, str]:
-    """Versions of what was measured and of what it ran on."""
+    """Versions of the measured packages and of Python and torch."""
     found = {"python": platform.python_version(), "torch": torch.__version__}
     for package in ("transformers", "peft", "lightning_peft"):
         try:

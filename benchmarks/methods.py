@@ -1,7 +1,7 @@
 """The rows of the comparison: every method in this library and, if PEFT has it, in PEFT, with the same configuration.
 
-A row's functions take the case and the rank and leave imports of PEFT to :func:`wrapped`, so that its absence skips
-its variants only.
+A row's functions take the case and the rank. Only :func:`wrapped` imports PEFT, so without PEFT only its variants are
+skipped.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from lightning_peft.formats.registry import CONVERTERS
 
 TRANSFORMERS = ("llama", "bert")
 EVERY = (*TRANSFORMERS, "resnet")
-TOKENS = 20  # of prompts and prefixes
-NO_CACHE = {"bert": "needs an encoder with past_key_values, which BERT does not have from transformers 5.24 on"}
+TOKENS = 20  # number of virtual tokens of prompts and prefixes
+NO_CACHE = {"bert": "needs an encoder that accepts past_key_values; BERT does not from transformers 5.24 on"}
 
 
 @dataclass(frozen=True)
 class Hooks:
-    """What a method does around the three moments of a training step.
+    """Functions that a method needs in a training step.
 
     Attributes:
-        begin: before the forward.
-        gradients: after the backward, before the optimizer's step.
-        stepped: after it, while the gradients are still there.
+        begin: called before the forward.
+        gradients: called between the backward and the optimizer's step.
+        stepped: called after the optimizer's step, before the gradients are cleared.
     """
 
     begin: Callable[[], Any] = lambda: None
@@ -42,20 +42,20 @@ class Hooks:
 
 @dataclass(frozen=True)
 class Method:
-    """One row.
+    """One row of the comparison.
 
     Attributes:
-        ours: the callback, from the case and the rank.
-        peft: wraps the case's model in PEFT's adapter and returns it; None where PEFT lacks the method.
-        what: the configuration, in the table's words.
+        ours: returns the callback for a case and a rank.
+        peft: returns the case's model wrapped in PEFT's adapter; None if PEFT does not have the method.
+        what: the configuration, as the table describes it.
         on: the cases it runs on.
-        lacks: why PEFT has no variant on a case, by case.
+        lacks: the reason why PEFT has no variant on a case, by case.
         identity: whether the model starts as its base.
-        entry: whether backward runs to the embeddings, as the floor's does. Without, it ends where the method's
-            lowest parameter is, which is what such a method is chosen for.
-        steps: what our method does in a step besides forward and backward, from it and the model.
-        peft_steps: likewise, from PEFT's model.
-        why: the reason for being slower (``"time"``) or keeping more (``"saved"``) than PEFT, where that is so.
+        entry: whether backward runs to the embeddings, as the floor's does. Otherwise it ends at the method's lowest
+            parameter, which is an advantage of such a method.
+        steps: returns the functions that our method needs in a step, given the method and the model.
+        peft_steps: the same for PEFT's model.
+        why: the reason, if this library is slower (``"time"``) or saves more (``"saved"``) than PEFT.
     """
 
     ours: Callable[[Case, int], lp.PEFTMethod]
@@ -78,7 +78,7 @@ def wrapped(case: Case, config: str, **options: Any) -> nn.Module:
 
 
 def lora(what: str = "", ours: Mapping[str, Any] = {}, theirs: Mapping[str, Any] = {}, **row: Any) -> Method:
-    """A row of LoRA with ``alpha = 2 r`` and options in both libraries' words."""
+    """A row of LoRA with ``alpha = 2 r`` and the options of both libraries."""
 
     def peft(case: Case, r: int) -> nn.Module:
         return wrapped(case, "LoraConfig", r=r, lora_alpha=2 * r, target_modules=case.targets, **theirs)
@@ -87,7 +87,7 @@ def lora(what: str = "", ours: Mapping[str, Any] = {}, theirs: Mapping[str, Any]
 
 
 def lora_fa(case: Case, r: int) -> nn.Module:
-    """PEFT's LoRA-FA: LoRA whose A ``create_lorafa_optimizer`` freezes."""
+    """PEFT's LoRA-FA: LoRA with A frozen by ``create_lorafa_optimizer``."""
     model = wrapped(case, "LoraConfig", r=r, lora_alpha=2 * r, target_modules=case.targets)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(parameter.requires_grad and "lora_A" not in name)
@@ -118,7 +118,7 @@ def dylora_steps(method: Any, model: nn.Module) -> Hooks:
 
 
 def bottleneck(preset: str, what: str, **row: Any) -> Method:
-    """A row of a bottleneck preset at a width of 64."""
+    """A row of a bottleneck preset with width 64."""
     return Method(lambda case, r: lp.BottleneckAdapter(preset, bottleneck_size=64), None, what, **row)
 
 
@@ -129,7 +129,7 @@ def sequence(
     lacks: Mapping[str, str] | None = None,
     **options: Any,
 ) -> Method:
-    """A row of a method on the token sequence. PEFT trains a classifier beside it, so ours does, too."""
+    """A row of a method on the token sequence. The classifier trains too, because it always does in PEFT."""
 
     def peft(case: Case, r: int) -> nn.Module:
         task = "SEQ_CLS" if case.head == "classifier" else "CAUSAL_LM"
@@ -165,8 +165,9 @@ METHODS: dict[str, Method] = {
         {"init_lora_weights": "pissa"},
         lacks={"resnet": "takes no convolution"},
         why={
-            "saved": "the base stays as it is, and what it started from is taken off by a second pair of factors: "
-            "their r activations and the differences B - B0 and A - A0 are kept as well. PEFT rewrites the base."
+            "saved": "the base is not changed. A second pair of factors subtracts the initial update, so their r "
+            "activations and the differences B - B0 and A - A0 are saved as well. PEFT changes the base "
+            "instead."
         },
     ),
     "DoRA": Method(
@@ -181,8 +182,8 @@ METHODS: dict[str, Method] = {
         steps=adalora_steps,
         peft_steps=peft_adalora_steps,
         why={
-            "saved": "r + 4 channels of each convolution are kept. PEFT forms the update at full size and convolves "
-            "with it a second time, which keeps less and takes a third longer."
+            "saved": "r + 4 channels of each convolution are saved. PEFT forms the full update and convolves with it a "
+            "second time, which saves less and takes a third longer."
         },
     ),
     "DyLoRA": Method(
@@ -210,7 +211,7 @@ METHODS: dict[str, Method] = {
             case, "OFTConfig", oft_block_size=16, target_modules=case.targets, use_cayley_neumann=False
         ),
         "blocks of 16, exact inverse",
-        lacks={"resnet": "turns a strided or padded convolution's input wrongly"},
+        lacks={"resnet": "rotates the input of a strided or padded convolution wrongly"},
     ),
     "MiSS": Method(
         lambda case, r: lp.MiSS(r=r, targets=case.targets),
@@ -226,9 +227,9 @@ METHODS: dict[str, Method] = {
             target_modules=[*case.keys_values, *case.feedforward],
             feedforward_modules=case.feedforward,
         ),
-        "keys, values and the feed-forward's inside; every convolution's output",
+        "keys, values and the hidden layer of each feed-forward; every convolution's output",
     ),
-    "SSF": Method(lambda case, r: lp.SSF(), what="after every linear, convolution and norm"),
+    "SSF": Method(lambda case, r: lp.SSF(), what="after every linear layer, convolution and norm"),
     "bottleneck, Houlsby": bottleneck("houlsby", "64 wide, after attention and feed-forward", on=TRANSFORMERS),
     "bottleneck, Pfeiffer": bottleneck("pfeiffer", "64 wide, after feed-forward", on=TRANSFORMERS),
     "bottleneck, parallel": bottleneck("parallel", "64 wide, beside feed-forward", on=TRANSFORMERS),
@@ -241,7 +242,7 @@ METHODS: dict[str, Method] = {
     "prefix, network": sequence(
         "PrefixTuningConfig",
         lambda heads: lp.PrefixTuning(TOKENS, bottleneck_size=64, trainable=heads),
-        f"{TOKENS} keys and values made by a network 64 wide",
+        f"{TOKENS} keys and values computed by a network of width 64",
         NO_CACHE,
         prefix_projection=True,
         encoder_hidden_size=64,
@@ -252,7 +253,7 @@ METHODS: dict[str, Method] = {
     "P-tuning": sequence(
         "PromptEncoderConfig",
         lambda heads: lp.PTuning(TOKENS, hidden_size=64, trainable=heads),
-        f"{TOKENS} tokens made by an MLP 64 wide",
+        f"{TOKENS} tokens computed by an MLP of width 64",
         encoder_hidden_size=64,
     ),
     "visual prompts": Method(
@@ -268,7 +269,7 @@ METHODS: dict[str, Method] = {
 
 
 def of_defaults(method: type[lp.WeightMethod]) -> Method:
-    """The row of a weight method that needs none of its own: its rank, if it has one, on the case's targets."""
+    """The row of a weight method without its own entry: its rank, if it has one, on the case's targets."""
     converter = next((c for c in CONVERTERS if method in c.methods), None)
 
     def options(r: int) -> dict[str, int]:
@@ -287,7 +288,7 @@ def of_defaults(method: type[lp.WeightMethod]) -> Method:
 #: methods that are not measured, each with its reason
 NOT_MEASURED = {
     "GatedLoRA": "LoRA and one product with a vector for each layer",
-    "GradualUnfreezing": "what trains changes from epoch to epoch, from the head to everything",
+    "GradualUnfreezing": "the trained parameters change during training, from the head to everything",
 }
 
 _WITHOUT_A_ROW = [

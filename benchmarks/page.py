@@ -14,14 +14,14 @@ Cases = Mapping[str, tuple[str, Mapping[str, Row]]]  # title and rows of each ca
 
 
 def time_over(row: Row, which: str, reference: str) -> Spread | None:
-    """The ratio of two variants' step times, repetition by repetition; None where one did not run."""
+    """The ratio of two variants' step times for each repetition; None if one did not run."""
     if not (ran(row, which) and ran(row, reference)):
         return None
     return paired_ratio(row[which].times, row[reference].times)
 
 
 def saved_over(row: Row, which: str, reference: str) -> float | None:
-    """The ratio of what two variants keep for backward; None where one did not run."""
+    """The ratio of what two variants save for backward; None if one did not run."""
     if not (ran(row, which) and ran(row, reference)):
         return None
     return row[which].saved.activations / row[reference].saved.activations
@@ -32,7 +32,7 @@ def ran(row: Row, which: str) -> bool:
     return which in row and not row[which].skipped
 
 
-TOLERANCE = 0.02  # two runs of one variant differ by as much
+TOLERANCE = 0.02  # two runs of the same variant may differ by this much
 
 
 def slower(row: Row) -> bool:
@@ -42,12 +42,12 @@ def slower(row: Row) -> bool:
 
 
 def larger(row: Row) -> bool:
-    """Whether our forward keeps more than PEFT's."""
+    """Whether our forward saves more than PEFT's."""
     return (saved_over(row, "ours", "peft") or 0) > 1
 
 
 def line_of(row: Row) -> str:
-    """A row in one line, for the console."""
+    """A row as one line, for the console."""
     parts = []
     for which in ("ours", "peft"):
         if ran(row, which):
@@ -85,8 +85,8 @@ def markdown(about: Mapping[str, Any], cases: Cases, picture: str, faults: Calla
         "",
         "## At a glance",
         "",
-        "Ratios to the floor, one step of the frozen base without an adapter: ours, and PEFT's in brackets. **Bold**",
-        f"where ours is the larger, or the slower by more than {TOLERANCE:.0%}; the reasons are below.",
+        "Ratios to the floor (one step of the frozen base without an adapter), with PEFT's in brackets. **Bold**",
+        f"if ours is larger, or slower by more than {TOLERANCE:.0%}; the reasons are below.",
         "",
         *_glance(cases),
         "",
@@ -137,7 +137,7 @@ def _cells(row: Row) -> list[str]:
 
 
 def _reasons(cases: Cases) -> list[str]:
-    """Why rows are dearer than PEFT's, each with the reason its method gives."""
+    """List the rows that are slower or larger than PEFT's, each with the reason in its method."""
     found = []
     for name in _methods(cases):
         rows = {case: rows[name] for case, (_, rows) in cases.items() if name in rows}
@@ -200,7 +200,7 @@ def _line(cells: list[str]) -> str:
 
 
 def plot(cases: Cases, path: Path) -> None:
-    """Draw step time and saved activations over the floor, ours and PEFT's; nothing without matplotlib."""
+    """Plot the ratios of step time and saved activations, ours and PEFT's; without matplotlib, do nothing."""
     try:
         from matplotlib.figure import Figure
     except ImportError:

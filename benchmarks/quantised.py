@@ -1,4 +1,4 @@
-"""QLoRA beside LoRA: a pretrained language model is adapted to another text, on its float base and on quantised ones.
+"""Compare LoRA and QLoRA: adapt a pretrained language model to another text, on its float base and on quantised ones.
 
     python -m benchmarks.quantised path/to/stories260K path/to/text.txt --markdown benchmarks/results/quantised.md
 
@@ -71,7 +71,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("model", type=Path, help="a folder with a causal language model and its tokenizer")
     parser.add_argument("text", type=Path, help="a text file; the last tenth is held out")
-    parser.add_argument("--characters", type=int, default=400_000, help="how much of the text is used")
+    parser.add_argument("--characters", type=int, default=400_000, help="number of characters of the text to use")
     parser.add_argument("--steps", type=int, default=120, help="optimizer steps of 16 x 128 tokens")
     parser.add_argument("--seeds", type=int, default=3, help="number of runs for each base")
     parser.add_argument("--bases", nargs="*", default=[*BASES], choices=[*BASES], help="which bases to compare")

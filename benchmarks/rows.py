@@ -41,7 +41,7 @@ def llama(args: argparse.Namespace) -> nn.Module:
 
 
 def names_of(args: argparse.Namespace) -> list[str]:
-    """The adapter of each row: ``args.adapters`` of them in turn."""
+    """The adapter of each row, from ``args.adapters`` adapters in turn."""
     return [f"a{i % args.adapters}" for i in range(args.rows)]
 
 
@@ -68,7 +68,7 @@ def peft(base: nn.Module, args: argparse.Namespace) -> nn.Module:
 
 @torch.no_grad()
 def moved(model: nn.Module) -> nn.Module:
-    """The model with its adapters away from zero, on the device of the others."""
+    """Set the model's adapters to random values, and move it to the device of the others."""
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.normal_(std=0.02)
@@ -76,7 +76,7 @@ def moved(model: nn.Module) -> nn.Module:
 
 
 def variants(args: argparse.Namespace) -> dict[str, tuple[Callable[[], AbstractContextManager], Callable[[], Any]]]:
-    """The context of each variant, entered once for all its steps in a repetition, and one forward pass."""
+    """For each variant: the context, which is entered once per repetition, and a forward pass."""
     base, ids = llama(args), torch.randint(0, 1024, (args.rows, args.length), device=args.device)
     names = names_of(args)
     half = [name if i % 2 else None for i, name in enumerate(names)]
@@ -103,7 +103,7 @@ def variants(args: argparse.Namespace) -> dict[str, tuple[Callable[[], AbstractC
 
 @contextmanager
 def timed(device: str, clock: Callable[[], float]) -> Iterator[list[float]]:
-    """Yields a list that gets the seconds that the block took."""
+    """Yield a list, and append the seconds that the block took."""
     seconds: list[float] = []
     _synchronize(device)
     start = clock()
@@ -119,7 +119,7 @@ def _synchronize(device: str) -> None:
 
 @torch.no_grad()
 def measure(args: argparse.Namespace) -> dict[str, list[float]]:
-    """Seconds for ``args.steps`` forward passes in one context, entering it included, for each repetition."""
+    """For each repetition, the seconds for ``args.steps`` forward passes in one context, including entering it."""
     runs, clock = variants(args), {"wall": time.perf_counter, "cpu": time.process_time}[args.clock]
     times: dict[str, list[float]] = {name: [] for name in runs}
     for repetition in range(args.warmup + args.repeats):
@@ -149,7 +149,7 @@ COLUMNS = ("variant", "ms", "/ ours, one adapter", "/ peft, one adapter")
 
 
 def markdown(times: dict[str, list[float]], args: argparse.Namespace) -> str:
-    """The table, and what it was measured with."""
+    """The page: the table, the command and the hardware."""
     lines = ["# Many adapters in one batch", "", f"`python -m benchmarks.rows {' '.join(args.line)}`", ""]
     lines += [f"{hardware(args.device)}; {', '.join(f'{k} {v}' for k, v in versions().items())}", ""]
     lines += [f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}"]

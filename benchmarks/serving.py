@@ -2,7 +2,7 @@
 
 Every answer is compared with what its adapter answers offline. The first part measures throughput and latency for
 several numbers of adapters and of clients. The second sends requests for many adapters, while adapters are loaded,
-dropped (the memory holds a quarter of them) and replaced by other files. The third sends hostile requests.
+unloaded (a quarter of them fits into memory) and replaced by other files. The third sends hostile requests.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ LAYERS, WIDTH = 4, 128
 
 
 class Encoder(L.LightningModule):
-    """A random transformer encoder that classifies 16 tokens into four labels; the same one each time."""
+    """A random transformer encoder, from a fixed seed, that classifies 16 tokens into four labels."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ def save_adapters(folder: Path, count: int) -> None:
 
 
 def offline(folder: Path, names: list[str], inputs: Tensor) -> dict[str | None, Tensor]:
-    """Return what each adapter answers, and the base."""
+    """Return the answers of each adapter and of the base."""
     model = Encoder().eval()
     answers: dict[str | None, Tensor] = {}
     with torch.inference_mode():
@@ -78,7 +78,7 @@ def offline(folder: Path, names: list[str], inputs: Tensor) -> dict[str | None, 
 
 
 class Server:
-    """``lightning-peft serve`` in processes of its own."""
+    """Runs ``lightning-peft serve`` in other processes."""
 
     def __init__(self, folder: Path, port: int, *arguments: str) -> None:
         command = [sys.executable, "-m", "lightning_peft", "serve", "--model", "benchmarks.serving.Encoder"]
@@ -105,18 +105,18 @@ class Server:
         self.process.wait()
 
     def memory(self) -> float:
-        """Return the resident memory of the model's process, the largest of the server's, in MB."""
+        """Return the resident memory in MB of the server's largest process, which is the model's."""
         found = subprocess.run(["ps", "-o", "rss=", "-g", str(self.process.pid)], capture_output=True, text=True)
         return max(int(line) for line in found.stdout.split()) / 1000
 
 
 class Client:
-    """Asks for predictions, and compares every answer with the right ones.
+    """Requests predictions, and compares every answer with the correct ones.
 
     Args:
-        url: of the server.
+        url: the server's URL.
         inputs: the possible inputs.
-        right: for each adapter, the answers that it may give to them.
+        right: for each adapter, the correct answers for them.
     """
 
     def __init__(self, url: str, inputs: Tensor, right: dict[str | None, list[Tensor]]) -> None:
@@ -125,7 +125,7 @@ class Client:
         self.found: Counter[str] = Counter()
 
     async def ask(self, http: httpx.AsyncClient, name: str | None) -> None:
-        """Send one request, again while the server says that it is full."""
+        """Send one request, and repeat it as long as the server is full."""
         i = random.randrange(len(self.inputs))
         started = time.perf_counter()
         while True:
@@ -185,12 +185,12 @@ def loads(folder: Path, args: argparse.Namespace) -> list[str]:
 
 
 def changes(folder: Path, args: argparse.Namespace) -> list[str]:
-    """Mix requests while adapters come, go and change. Returns the lines of a report."""
+    """Send requests while adapters are loaded, unloaded and replaced. Returns the lines of a report."""
     inputs = torch.randint(0, 256, (20, TOKENS), generator=torch.Generator().manual_seed(1))
     used = args.adapters // 10
     names = [f"a{i}" for i in range(used)]
     answers = offline(folder, names, inputs)
-    # Each adapter may be replaced by the next one, so two answers are right.
+    # The files of an adapter may be replaced by those of the next one, so two answers are correct.
     right = {n: [answers[n], answers[names[(i + 1) % used]]] for i, n in enumerate(names)} | {None: [answers[None]]}
     copies = Path(tempfile.mkdtemp())
     for name in names:
@@ -236,7 +236,7 @@ def _lora_parameters() -> list[Tensor]:
 
 
 def hostile(folder: Path, args: argparse.Namespace) -> list[str]:
-    """Send hostile requests. Returns a table of what was sent, and the statuses."""
+    """Send hostile requests. Returns a table of the requests and their statuses."""
     good = [0] * TOKENS
     sent: dict[str, Any] = {
         "adapter `../a1`": {"adapter": "../a1", "inputs": [good]},
@@ -290,7 +290,7 @@ def main() -> None:
             "Clients, the HTTP process and the model share the cores. Every answer is compared with the offline one.\n",
             "## Adapters mixed in one server\n",
             *loads(folder, args),
-            "\n## Adapters that come, go and change\n",
+            "\n## Adapters that are loaded and replaced during requests\n",
             *changes(folder, args),
             "\n## Hostile requests\n",
             *hostile(folder, args),

@@ -1,12 +1,12 @@
-"""Measure the cost of a method over its frozen base, also with PEFT: training-step time, saved activations.
+"""Measure the cost of a method over its frozen base, here and in PEFT: training-step time, saved activations.
 
     python -m benchmarks.step --json step.json --markdown benchmarks/results/cpu.md --threads 1 --clock cpu
     python -m benchmarks.step --case llama --method LoRA DoRA --repeats 40
 
-Each row of ``methods.py`` is measured on each of its cases beside the *floor* (the frozen base with gradients through
-every layer and no adapter) and PEFT's variant. The three take turns within each repetition, so that drift of
-the machine hits all alike. With ``--json`` a run that broke off goes on where it was. ``README.md`` says what each
-number means.
+Each row of ``methods.py`` is measured on each of its cases, together with the *floor* (the frozen base with gradients
+through every layer and no adapter) and PEFT's variant. The three take turns within each repetition, so that slow
+moments of the machine affect all of them. With ``--json``, an interrupted run continues where it stopped. ``README.md``
+explains each number.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ from benchmarks.page import line_of, markdown, plot
 
 @dataclass
 class Variant:
-    """A model that is ready to be measured, and what its method does around a step."""
+    """A model that is ready to be measured, and the functions that its method needs in a step."""
 
     model: nn.Module
     hooks: Hooks = field(default_factory=Hooks)
 
 
 def frozen(case: Case, entry: bool) -> Case:
-    """Nothing trains; with ``entry`` the entry's output asks for its gradient, so backward visits every layer."""
+    """Freeze everything. With ``entry``, its output requires grad, so that backward passes through every layer."""
     case.model.requires_grad_(False)
     for module in case.model.modules():
         if isinstance(module, _BatchNorm):
@@ -91,16 +91,16 @@ def peft(case: Case, method: Method, rank: int) -> Variant:
 
 @dataclass
 class Run:
-    """What was measured of one variant.
+    """The measurements of one variant.
 
     Attributes:
         times: seconds per step, one per repetition.
-        saved: what the forward leaves for backward.
+        saved: the bytes that the forward saves for backward.
         trainable: number of trainable parameters.
         dtypes: their dtypes.
         adapted: names of the base's modules that own trainable parameters.
-        loss: of the first forward, before any step.
-        peak: peak CUDA bytes of a step over those allocated before it.
+        loss: the loss of the first forward, before any step.
+        peak: peak CUDA bytes of a step minus those allocated before it.
         skipped: why the variant did not run.
     """
 
@@ -119,11 +119,11 @@ class Run:
         return cls(**{**stored, "saved": Saved(**stored["saved"])})
 
 
-Row = dict[str, Run]  # "floor", "ours" and, where it has the method, "peft"
+Row = dict[str, Run]  # "floor", "ours" and, if PEFT has the method, "peft"
 
 
 def measure(name: str, case_name: str, case: Case, args: argparse.Namespace) -> Row:
-    """Measure one method on copies of one case: memory once each, then time in turn."""
+    """Measure one method on copies of one case: first the memory of each variant, then the times in turn."""
     method, makers = METHODS[name], {"floor": floor, "ours": ours, "peft": peft}
     row: Row = {}
     steps: dict[str, Callable[[], float]] = {}
@@ -145,7 +145,7 @@ def measure(name: str, case_name: str, case: Case, args: argparse.Namespace) -> 
 
 
 def inspect(run: Run, variant: Variant, case: Case, args: argparse.Namespace) -> Callable[[], float]:
-    """Record everything but time, and return the step to be timed."""
+    """Record everything except time, and return the step to be timed."""
     model, hooks = variant.model, variant.hooks
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     run.trainable = sum(p.numel() for p in trained.values())
@@ -160,20 +160,20 @@ def inspect(run: Run, variant: Variant, case: Case, args: argparse.Namespace) ->
     def step() -> float:
         return train_step(model, case.batch, optimizer, args.autocast, hooks, args.clock)
 
-    step()  # the optimizer's state exists from here on
+    step()  # creates the optimizer's state, which must not count in the first timed step
     run.peak = peak_cuda_bytes(step, torch.device(args.device))
     return step
 
 
 def owners(parameters: dict[str, nn.Parameter], modules: list[str]) -> list[str]:
-    """The base's modules that hold the parameters: for each the longest module name that starts its name."""
+    """The base's modules that hold the parameters: for each, the longest module name that is a prefix of its name."""
     names = [name.removeprefix("base_model.model.").removeprefix("base_model.") for name in parameters]
     held = ([m for m in modules if name.startswith(m + ".")] for name in names)
     return sorted({max(found, key=len, default="") for found in held})
 
 
 def take_turns(row: Row, steps: dict[str, Callable[[], float]], args: argparse.Namespace) -> None:
-    """Every repetition runs each variant once, each time starting with another one."""
+    """Run each variant once per repetition, starting with a different one each time."""
     gc.collect()
     gc.disable()
     order = list(row)
@@ -187,7 +187,7 @@ def take_turns(row: Row, steps: dict[str, Callable[[], float]], args: argparse.N
 
 
 def faults(name: str, row: Row) -> list[str]:
-    """What makes a row's comparison unfair: another base, or other trainable parameters, targets or dtypes."""
+    """Return why a row is not comparable: the base, the trainable parameters, targets or dtypes differ."""
     mine, theirs, base = row["ours"], row.get("peft"), row["floor"]
     found = []
     if METHODS[name].identity and abs(mine.loss - base.loss) > 1e-2 * abs(base.loss):
@@ -204,7 +204,7 @@ def faults(name: str, row: Row) -> list[str]:
 
 
 def report(case_name: str, name: str, row: Row, console: Console) -> int:
-    """Print a row and what is unfair about it; returns how much that is."""
+    """Print a row and the reasons why it is not comparable; return their number."""
     console.print(f"{case_name:7}{name:22}{line_of(row)}")
     found = faults(name, row)
     for fault in found:
@@ -227,7 +227,7 @@ def parse(line: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="dtype of the base")
     parser.add_argument("--autocast", action="store_true", help="run forward under bfloat16 autocast")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    add_run_options(parser, repeats=15, page="the tables, and a plot beside them,")
+    add_run_options(parser, repeats=15, page="the tables, and a plot next to them,")
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--json", type=Path, help="store every raw number here; rows already in the file are skipped")
     parser.add_argument("--redo", action="store_true", help="also run rows that are already in the file")
@@ -235,7 +235,7 @@ def parse(line: list[str] | None = None) -> argparse.Namespace:
 
 
 def stored(args: argparse.Namespace) -> dict:
-    """What ``--json`` holds of a run with these settings, or nothing yet."""
+    """The stored results of a run with these settings; empty if there are none."""
     about = {
         "command": " ".join(args.line),
         "hardware": hardware(args.device),
@@ -246,12 +246,12 @@ def stored(args: argparse.Namespace) -> dict:
         return {**about, "cases": {}}
     before = json.loads(args.json.read_text())
     if before["settings"] != about["settings"]:
-        raise SystemExit(f"{args.json} holds a run with other settings, {before['settings']}: give another file")
+        raise SystemExit(f"{args.json} holds a run with other settings, {before['settings']}: pass another file")
     return before
 
 
 def main(line: list[str] | None = None) -> int:
-    """Run the benchmark; the exit status is 1 if some comparison was not a fair one."""
+    """Run the benchmark; the exit status is 1 if some row was not comparable."""
     args = parse(line)
     if args.threads:
         torch.set_num_threads(args.threads)

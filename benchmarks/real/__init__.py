@@ -10,6 +10,6 @@ STUDIES = ("e2e", "cifar", "banking77")
 
 
 def load(name: str) -> Study:
-    """One of ``STUDIES``."""
+    """Return a study by its name in ``STUDIES``."""
     study: Study = importlib.import_module(f"benchmarks.real.{name}").STUDY
     return study

@@ -4,9 +4,9 @@
     python -m benchmarks.real cifar --methods lora ssf --steps 50      # those whose label holds a word, fewer steps
     python -m benchmarks.real e2e --seeds 0 1 --store e2e.jsonl --markdown e2e.md
 
-For each method a learning rate is searched on data held out for that; then it is trained once for each seed and
-tested. Data, steps and schedule are the same for all; only the callback and its rate differ. Runs that are in
---store are not made again: an interrupted command goes on where it was.
+For each method, the learning rate is searched on held-out data; then the method is trained and tested once per seed.
+Data, steps and schedule are the same for all methods; only the callback and its rate differ. Runs in --store are not
+repeated, so an interrupted command continues where it stopped.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from benchmarks.real.study import MissingData, Row, Study
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one study; 0 if every method that is there ran."""
+    """Run one study. Returns 0 if every available method ran."""
     options = _parse(arguments)
     if options.data is not None:
         studies.DATA = options.data
@@ -66,7 +66,8 @@ def _run(
     )
     found: dict[Row, list[Result]] = {}
     broken: set[Row] = set()
-    for seed in options.seeds:  # the seed outermost: what is there when time runs out is a whole comparison
+    # the seed is the outer loop, so that an interrupted study has a complete comparison for some seeds
+    for seed in options.seeds:
         for row in rows:
             if row.method is not None and not hasattr(lp, row.method):
                 if seed == options.seeds[0]:
@@ -107,7 +108,7 @@ def _rate(study: Study, store: Store, row: Row, steps: int, console: Console) ->
 
 
 def _made(study: Study, store: Store, row: Row, lr: float, steps: int, seed: int, tuning: bool) -> Result:
-    """The run from the store, or made now and stored."""
+    """Return the run from the store; if it is missing, run and store it."""
     result = store.get(study.setting(row, lr, steps, seed, tuning))
     if result is None:
         with tempfile.TemporaryDirectory() as folder:

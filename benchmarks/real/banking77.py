@@ -22,7 +22,7 @@ PROMPT = {"num_virtual_tokens": 10, "position": "after_bos", **HEAD}
 
 
 class Classifier(TextClassifier):
-    """With one learning rate for the new head, which starts from nothing, whatever the method's is."""
+    """With a fixed learning rate for the new head, independent of the method's rate."""
 
     def configure_optimizers(self) -> Any:
         configured = super().configure_optimizers()
@@ -43,11 +43,11 @@ class Banking77(Study):
     title = "MiniLM on Banking77: 77 intents"
     task = (
         "The pretrained encoder is MiniLM (6 layers, hidden size 384), made for sentence embeddings; a new linear "
-        f"classifier sits on its pooler and trains with every method, at a rate of {HEAD_LR:g} (better than 0.03 and "
-        "0.3 for both LoRA and IA3; the linear probe's own rate is searched). 200 batches of 16 questions are a third "
-        "of an epoch; questions are cut to 24 tokens, which one in eight exceeds. Tested on every 4th question of the "
-        "test file (770, ten of each intent; one standard error is at most 1.8 points); rates were chosen on 313 "
-        "training questions that the search did not train on."
+        f"classifier on its pooler trains with every method, at a learning rate of {HEAD_LR:g} (better than 0.03 and "
+        "0.3 for both LoRA and IA3; the linear probe's own rate is searched). The 200 batches of 16 questions are a "
+        "third of an epoch. Questions are cut to 24 tokens; one in eight is longer. Tested on every 4th question of "
+        "the test file (770, ten of each intent; one standard error is at most 1.8 points); learning rates were chosen "
+        "on 313 questions held out from training."
     )
     metrics = {"accuracy %": "{:.1f}", "loss": "{:.3f}"}
     higher_is_better = True

@@ -50,7 +50,8 @@ class Cifar(Study):
         self.test = str(need("cifar10/cifar10_test_1000.npz"))
         with np.load(self.test) as arrays:
             images, labels, classes = arrays["images"], arrays["labels"], arrays["classes"]
-        # Held-out training images would not do to choose by: the network has seen them all, before compression.
+        # Training images cannot be held out for the search, because the network has seen all of them before
+        # compression.
         chosen = slice(0, TUNING) if tuning else slice(TUNING, None)
         self.test = str(folder / "test.npz")
         np.savez(self.test, images=images[chosen], labels=labels[chosen], classes=classes)

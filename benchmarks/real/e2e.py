@@ -19,7 +19,7 @@ PREFIX = {"num_virtual_tokens": 20}
 
 
 def prompt(tokens: int) -> dict[str, Any]:
-    """Virtual tokens behind BOS, which stays where the model has always seen it: see the second table."""
+    """Virtual tokens after BOS, which was always first in pretraining; the second table compares both positions."""
     return {"num_virtual_tokens": tokens, "position": "after_bos"}
 
 
@@ -27,13 +27,13 @@ class E2E(Study):
     name = "e2e"
     title = "stories260K on E2E: data to text"
     task = (
-        "The pretrained model is a Llama of 260,032 parameters that writes children's stories; the task is to "
-        "put a restaurant's attributes into a sentence. Trained on the E2E validation file (4,672 pairs), tested on "
-        "every 12th pair of the test file (392), half of whose 18 restaurants are new. `loss` is the cross entropy "
-        "in nats per token of the reference text given the attributes, end of text included; `stories` is that of "
-        "TinyStories with the adapter still on: what was forgotten (an adapter can be switched off, a changed base "
-        "cannot). `slots %` is the share of attribute values, `family friendly` aside, that the greedy text repeats "
-        "word by word, over 52 sets of attributes; the people who wrote the references repeat 87 %."
+        "The pretrained model is a Llama of 260,032 parameters that writes children's stories; the task is to put a "
+        "restaurant's attributes into a sentence. Trained on the E2E validation file (4,672 pairs), tested on every "
+        "12th pair of the test file (392), half of whose 18 restaurants are new. `loss` is the cross entropy in nats "
+        "per token of the reference text given the attributes, end of text included; `stories` is the loss on "
+        "TinyStories with the adapter active: it shows how much was forgotten (an adapter can be switched off, but "
+        "changes of the base cannot). `slots %` is the share of attribute values, `family friendly` aside, that the "
+        "greedy text repeats word by word, over 52 sets of attributes; the people who wrote the references repeat 87 %."
     )
     metrics = {"loss": "{:.3f}", "slots %": "{:.1f}", "stories": "{:.3f}"}
     higher_is_better = False
@@ -71,7 +71,7 @@ class E2E(Study):
         self.model = str(need("stories260K"))
         train = need("e2e/valid.txt").read_text().splitlines()
         test = need("e2e/test.txt").read_text().splitlines()[::12]
-        if tuning:  # by meaning: no attributes of the test are in training
+        if tuning:  # split by meaning, so that no attributes of the test are in training
             meanings = list(dict.fromkeys(line.partition("||")[0] for line in train))
             held = set(meanings[::10])
             test = [line for line in train if line.partition("||")[0] in held][::2]
@@ -112,7 +112,7 @@ class E2E(Study):
 
 
 def named(meaning: str, text: str) -> float:
-    """The share of the attributes' values that the text repeats; "family friendly : yes" has none to repeat."""
+    """The share of the attributes' values that the text repeats, without "family friendly", which is yes or no."""
     pairs = [part.partition(" : ")[::2] for part in meaning.lower().split("|")]
     values = [" ".join(value.split()) for key, value in pairs if key.strip() != "family friendly"]
     said = " ".join(text.lower().split())
@@ -120,14 +120,14 @@ def named(meaning: str, text: str) -> float:
 
 
 def _write(module: LanguageModel, meanings: Sequence[str], tokens: int) -> list[str]:
-    """Greedy texts of at most so many tokens, their spaces made single."""
+    """Greedy texts of at most ``tokens`` tokens, with repeated spaces removed."""
     prompts = [PROMPT.replace("{prompt}", meaning) for meaning in meanings]
     return [" ".join(text.split()) for text in module.generate(prompts, max_new_tokens=tokens)]
 
 
 @torch.no_grad()
 def _story_loss(module: LanguageModel, data: GenerationData, text: str, length: int = 256) -> float:
-    """Nats per token of a running text, cut into blocks that each begin as a text does."""
+    """The loss in nats per token of a long text, cut into blocks that each begin with BOS."""
     ids = torch.tensor(data.tokenizer(text, add_special_tokens=False)["input_ids"])
     blocks = ids[: len(ids) // length * length].view(-1, length)
     begin = torch.full((len(blocks), 1), data.tokenizer.bos_token_id)

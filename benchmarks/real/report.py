@@ -29,14 +29,14 @@ def table(study: Study, found: Found) -> Table:
 
 
 def write(study: Study, store: Store, found: Found, path: Path) -> None:
-    """Write the page, and the plot beside it where matplotlib is installed."""
+    """Write the page, and the plot next to it if matplotlib is installed."""
     compared = {row: results for row, results in found.items() if not row.probe}
     probes = {row: results for row, results in found.items() if row.probe}
     lines = [f"# {study.title}", "", study.task, "", _protocol(found), "", *_markdown(study, compared)]
     if _plot(study, compared, path.with_suffix(".svg")):
         lines += [f"![{study.title}]({path.stem}.svg)", ""]
     if probes:
-        lines += ["## Questions asked of some of them", "", study.probes, "", *_markdown(study, probes)]
+        lines += ["## Variants of some methods", "", study.probes, "", *_markdown(study, probes)]
     lines += _samples(study, compared)
     lines += _searches(study, store, found)
     lines += _made(found)
@@ -98,7 +98,12 @@ def _protocol(found: Found) -> str:
 def _samples(study: Study, found: Found) -> list[str]:
     if not any(result.samples for results in found.values() for result in results):
         return []
-    lines = ["## What they write", "", "Greedily, at most 80 tokens, with the first seed, for these in turn:", ""]
+    lines = [
+        "## Generated texts",
+        "",
+        "Greedy decoding, at most 80 tokens, first seed, for these two sets of attributes:",
+        "",
+    ]
     lines += [*(f"- `{prompt}`" for prompt in study.prompts), ""]
     for row, (first, *_) in found.items():
         lines += [f"- **{row.label}**", *(f"    - {sample}" for sample in first.samples)]
@@ -113,10 +118,10 @@ def _searches(study: Study, store: Store, found: Found) -> list[str]:
     rates = sorted({r.setting.lr for results in tried.values() for r in results})
     steps = next(iter(tried.values()))[0].setting.steps
     notes = [f"Loss on held-out data after {steps} steps. A search ends when both neighbours of the best are worse."]
-    notes += [f"{row.label} takes the rate of {row.lr_of}." for row in found if row.lr_of]
+    notes += [f'"{row.label}" uses the rate of "{row.lr_of}".' for row in found if row.lr_of]
     written = [row.label for row in found if row.method is not None and not row.lr_of and row.label not in tried]
     notes += [f"Not searched, with the rate as written in the study: {', '.join(written)}."] if written else []
-    lines = ["## The rates that were tried", "", " ".join(notes), ""]
+    lines = ["## Learning rates that were tried", "", " ".join(notes), ""]
     lines += ["| method | " + " | ".join(f"{lr:g}" for lr in rates) + " |", "|---|" + "---:|" * len(rates)]
     for label, results in tried.items():
         losses = {r.setting.lr: r.scores["loss"] for r in results}
@@ -146,7 +151,7 @@ def _made(found: Found) -> list[str]:
 
 
 def _shown(arguments: list[str]) -> list[str]:
-    """The command without the folders of this machine."""
+    """The command, without folders of this machine."""
     return ["DATA" if before == "--data" else word for before, word in zip(["", *arguments], arguments, strict=False)]
 
 
@@ -158,7 +163,7 @@ def _plot(study: Study, found: Found, path: Path) -> bool:
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    pyplot.rcParams["svg.hashsalt"] = study.name  # the same results give the same file
+    pyplot.rcParams["svg.hashsalt"] = study.name  # makes the file reproducible
     metric = next(iter(study.metrics))
     figure, axes = pyplot.subplots(figsize=(7, 4.2))
     points = []
@@ -176,7 +181,7 @@ def _plot(study: Study, found: Found, path: Path) -> bool:
     axes.set_ylabel(f"{metric} on test data ({'higher' if study.higher_is_better else 'lower'} is better)")
     axes.margins(x=0.15)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.canvas.draw()  # settles the axes' limits, which the labels' places depend on
+    figure.canvas.draw()  # fixes the limits of the axes, on which the labels' positions depend
     _label(axes, points)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, bbox_inches="tight", metadata={"Date": None})
@@ -185,7 +190,7 @@ def _plot(study: Study, found: Found, path: Path) -> bool:
 
 
 def _label(axes: Any, points: list[tuple[str, float, float]]) -> None:
-    """Write each label beside its point, at the first of some places where it covers no other."""
+    """Write each label next to its point, at the first position where it does not overlap another label."""
     places = [(5, 3, "left"), (5, -10, "left"), (-5, 3, "right"), (-5, -10, "right"), (5, 12, "left"), (5, -19, "left")]
     places += [(-5, 12, "right"), (-5, -19, "right"), (5, 21, "left"), (5, -28, "left")]
     taken: list[Any] = []

@@ -1,7 +1,7 @@
 """The ResNet-20 for CIFAR-10 whose pretrained weights the study starts from.
 
-He et al. 2015, "Deep Residual Learning for Image Recognition", arXiv:1512.03385, section 4.2, with shortcuts
-without parameters (option A). Names follow the checkpoint's.
+He et al. 2015, "Deep Residual Learning for Image Recognition", arXiv:1512.03385, section 4.2, with shortcuts without
+parameters (option A). Module names are those of the checkpoint.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class Block(nn.Module):
-    """Two 3x3 convolutions and a shortcut, which halves the size and pads the channels where the stage changes."""
+    """Two 3x3 convolutions and a shortcut, which at the start of a stage halves the size and pads the channels."""
 
     def __init__(self, channels_in: int, channels: int, stride: int) -> None:
         super().__init__()

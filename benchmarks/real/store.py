@@ -10,15 +10,15 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Setting:
-    """What tells one run from another: a run whose setting is in the store is not made again.
+    """The key of a run; a run whose setting is in the store is not repeated.
 
     Attributes:
-        study: its name.
-        method: the callback as one writes it, or "base".
+        study: the name of the study.
+        method: the callback as source code, or "base".
         lr: the peak learning rate.
-        steps: of the optimizer.
-        seed: of everything random.
-        tuning: the scores are of data held out for choosing the rate, not of the test data.
+        steps: the number of optimizer steps.
+        seed: the seed of all random numbers.
+        tuning: whether the scores are from the data held out to choose the rate, instead of the test data.
     """
 
     study: str
@@ -31,7 +31,7 @@ class Setting:
 
 @dataclass
 class Result:
-    """What one run gave. ``scores`` and ``samples`` are the study's; ``checkpoint`` is in bytes."""
+    """The result of one run. The study defines ``scores`` and ``samples``; ``checkpoint`` is in bytes."""
 
     setting: Setting
     trainable: int
@@ -48,9 +48,9 @@ class Result:
 
 
 class Store:
-    """The results in a file of JSON lines; in memory only where there is no path.
+    """The results in a file of JSON lines; without a path, in memory only.
 
-    It reads what other processes add meanwhile, so that several may share the rows of a study.
+    It also reads results that other processes add, so that several processes can share a study's rows.
     """
 
     def __init__(self, path: Path | None = None) -> None:
@@ -58,17 +58,17 @@ class Store:
         self._results: dict[Setting, Result] = {}
 
     def all(self) -> dict[Setting, Result]:
-        """Every run that was made."""
+        """All runs."""
         if self.path is not None and self.path.exists():
             self._results = {result.setting: result for result in map(_read, self.path.read_text().splitlines())}
         return self._results
 
     def get(self, setting: Setting) -> Result | None:
-        """The run with this setting, if it was made."""
+        """The run with this setting; None if there is none."""
         return self.all().get(setting)
 
     def add(self, result: Result) -> None:
-        """Keep it, on disk at once."""
+        """Store a result, and write it to disk at once."""
         self._results[result.setting] = result
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -26,7 +26,7 @@ DATA = Path(os.environ.get("LIGHTNING_PEFT_DATA", ROOT.parent / "shared" / "data
 
 
 class MissingData(RuntimeError):
-    """A study cannot run here; the message says what is absent."""
+    """A study cannot run here; the message says what is missing."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,10 @@ class Row:
     Attributes:
         label: its name in the table.
         method: its class in ``lightning_peft``; ``None`` evaluates the base as it is.
-        arguments: of the class.
-        lr: where the search for the peak learning rate starts, a step of the ladder 1e-4, 3e-4, 1e-3, 3e-3, ...
-        lr_of: the label of the row whose searched rate it takes instead, a close relative's.
-        probe: this row is no method of the comparison but asks a question about one; it is in the second table.
+        arguments: the arguments of the class.
+        lr: the peak learning rate at which the search starts, one of 1e-4, 3e-4, 1e-3, 3e-3, ...
+        lr_of: the label of a similar row whose searched rate is used instead.
+        probe: whether the row is a variant of a method, shown in the second table.
     """
 
     label: str
@@ -51,15 +51,15 @@ class Row:
 
     @property
     def call(self) -> str:
-        """The callback as one writes it."""
+        """The callback as source code."""
         return f"{self.method}({', '.join(f'{name}={value!r}' for name, value in self.arguments.items())})"
 
 
 class Study(ABC):
-    """One base model, one task, and the methods that are compared on it.
+    """A base model, a task, and the methods to compare on it.
 
-    Subclasses set the class variables and give the four methods. ``metrics`` maps a score's name to how it is
-    printed; the first is the one that is plotted, ``"loss"`` the one by which a learning rate is chosen.
+    Subclasses set the class variables and implement the four methods. ``metrics`` maps the name of a score to its
+    format. The first score is plotted; ``"loss"`` is used to choose a learning rate.
     """
 
     name: ClassVar[str]
@@ -75,14 +75,14 @@ class Study(ABC):
 
     @abstractmethod
     def prepare(self, folder: Path, tuning: bool) -> None:
-        """Check that everything is there and write what the data modules read into ``folder``.
+        """Check that no file is missing, and write the files that the data modules read into ``folder``.
 
-        With ``tuning``, data that the final test does not use stands in for the test data.
+        With ``tuning``, the test split is data that the final test does not use.
         """
 
     @abstractmethod
     def module(self, lr: float) -> L.LightningModule:
-        """The pretrained model in its task."""
+        """The LightningModule with the pretrained model."""
 
     @abstractmethod
     def data(self) -> L.LightningDataModule:
@@ -90,18 +90,18 @@ class Study(ABC):
 
     @abstractmethod
     def scores(self, trainer: L.Trainer, module: L.LightningModule, data: L.LightningDataModule) -> dict[str, float]:
-        """The values of ``metrics``, after training; of ``"loss"`` at least while a rate is searched."""
+        """The values of ``metrics`` after training; during the search, ``"loss"`` is enough."""
 
     def samples(self, module: L.LightningModule) -> list[str]:
-        """What it writes for each of ``prompts``."""
+        """The generated text for each of ``prompts``."""
         return []
 
     def setting(self, row: Row, lr: float, steps: int, seed: int, tuning: bool) -> Setting:
-        """What tells one run of this study from another."""
+        """The key of a run of this study."""
         return Setting(self.name, row.call if row.method else "base", lr, steps, seed, tuning)
 
     def run(self, row: Row, lr: float, steps: int, seed: int, tuning: bool = False) -> Result:
-        """Train and evaluate one row, on what ``prepare`` made; the base is evaluated only."""
+        """Train and evaluate one row on the files that ``prepare`` wrote; the base is only evaluated."""
         start = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder, _quiet():
             L.seed_everything(seed, verbose=False)
@@ -147,10 +147,10 @@ def need(path: str) -> Path:
 
 
 def search(start: float, loss: Callable[[float], float]) -> float:
-    """The learning rate of the ladder 1e-4, 3e-4, 1e-3, ... whose two neighbours are both worse.
+    """The learning rate among 1e-4, 3e-4, 1e-3, ... whose neighbours are both worse.
 
-    It goes up or down from ``start``, so that the best is never at the end of what was tried. A loss that is not a
-    number is worse than any.
+    The search moves up or down from ``start`` until the best rate has been tried on both sides. A loss of NaN counts as
+    worse than any number.
     """
     losses: dict[int, float] = {}
 
@@ -163,7 +163,7 @@ def search(start: float, loss: Callable[[float], float]) -> float:
     best = round(2 * math.log10(start))
     while at(best) == math.inf:
         if _rate(best) < 1e-7:
-            raise ValueError(f"the loss is no number at any rate from {start:g} down to {_rate(best):g}")
+            raise ValueError(f"the loss is NaN at every rate from {start:g} down to {_rate(best):g}")
         best -= 1
     while True:
         better = min((best - 1, best, best + 1), key=lambda step: (at(step), abs(step - best)))
@@ -173,14 +173,14 @@ def search(start: float, loss: Callable[[float], float]) -> float:
 
 
 def _rate(step: int) -> float:
-    """Two steps a decade: 1e-3 is step -6, 3e-3 is step -5."""
+    """Two rates per decade: 1e-3 is step -6, 3e-3 is step -5."""
     return float(f"{(1, 3)[step % 2]}e{step // 2}")
 
 
 class _Stopwatch(L.Callback):
-    """Processor seconds of each training step: forward, backward and the optimizer's, without loading the batch.
+    """Records the CPU seconds of each training step: forward, backward and optimizer, without loading the batch.
 
-    Processor time, not the wall's, so that other work on the machine counts little.
+    CPU time instead of wall time, so that other work on the machine has little effect.
     """
 
     def __init__(self) -> None:
@@ -196,7 +196,7 @@ class _Stopwatch(L.Callback):
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Hide the tables that each run prints; collect the last run's garbage first."""
+    """Hide the tables that each run prints, and free the memory of the last run first."""
     gc.collect()
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         yield

@@ -18,4 +18,4 @@ def test_script_runs(tmp_path):
     assert adapters.main(["--size", "tiny", "--repeats", "1", "--rank", "2", "--markdown", str(page)]) == 0
     text = page.read_text()
     assert all(f"| {operation} |" in text for operation in adapters.OPERATIONS)
-    assert "After the unmerge of ours the base is what it was." in text
+    assert "After unmerging with ours the base is unchanged." in text

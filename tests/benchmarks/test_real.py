@@ -72,12 +72,12 @@ def test_every_row_is_trained_for_each_seed_and_written(tiny, tmp_path, capsys):
     assert "    - what it says" in text
     assert f"torch {torch.__version__}" in text
     assert page.with_suffix(".svg").stat().st_size > 5000
-    compared, _, probes = text.partition("## Questions asked of some of them")
+    compared, _, probes = text.partition("## Variants of some methods")
     assert "| LoRA | 50 | 33.8 |" in compared
     assert "| LoRA r=2 |" not in compared
     assert "Does the rank matter?\n\n| method" in probes
     assert "| LoRA r=2 | 100 |" in probes.partition("##")[0]
-    assert "DoRA takes the rate of LoRA." in text
+    assert '"DoRA" uses the rate of "LoRA".' in text
     line = next(line for line in compared.splitlines() if line.startswith("| LoRA |"))
     losses = [r.scores["loss"] for r in _runs(runs, "LoRA(r=1", tuning=False)]
     assert len(losses) == 2
@@ -142,7 +142,7 @@ def test_the_search_walks_to_the_best_rate_and_tries_both_neighbours(best):
 
 
 def test_a_search_that_finds_no_number_says_so():
-    with pytest.raises(ValueError, match=r"no number at any rate from 0\.01 down"):
+    with pytest.raises(ValueError, match=r"NaN at every rate from 0\.01 down"):
         search(1e-2, lambda lr: float("nan"))
 
 

@@ -112,10 +112,10 @@ def page() -> str:
     lines = [
         "# Which layers `all-linear` includes",
         "",
-        "Every class of a package that can be built from small default arguments is built, and each of its own layers",
-        "that holds a matrix is called with vectors. It is linear if its output is x Wᵀ or x W, plus a constant, for",
-        "one of its parameters W. Recurrent layers and attentions multiply by several matrices, and `all-linear`",
-        "includes these on purpose. What it leaves out can be named in `targets`.",
+        "For each package, this probe builds every layer class that small default arguments can build. It calls each",
+        "layer that holds a matrix with vectors. A layer counts as linear if its output is x Wᵀ or x W, plus a",
+        "constant, for one of its parameters W. Recurrent layers and attentions multiply by several matrices, and",
+        "`all-linear` includes these on purpose. Layers that `all-linear` leaves out can be named in `targets`.",
         "`python -m tests.integration.packages.probe > docs/linear_layers.md` writes this page.",
         "",
         "| package | layers with a matrix | linear and included | not linear, left out | included, several matrices "
