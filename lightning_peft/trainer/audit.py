@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -32,6 +33,7 @@ __all__ = [
     "CallAudit",
     "GradientAudit",
     "UnfrozenAudit",
+    "audit",
     "audit_active",
     "audit_head",
     "audit_hyperparameters",
@@ -284,6 +286,29 @@ class CallAudit:
                 "is used, or exclude the module from targets",
             )
         return called
+
+
+@contextmanager
+def audit(model: nn.Module) -> Iterator[None]:
+    """Check that the adapters take part in the batch that runs in the block, as a Trainer does in its first batch.
+
+    Use it in a loop without a Trainer. It makes the batch slower. A compiled module is not checked.
+
+    Raises:
+        AuditError: if code computes with the weight of an adapted module in a way that bypasses its adapter.
+
+    Example::
+
+        with lp.audit(model):
+            loss = model(**next(iter(loader))).loss
+    """
+    calls = CallAudit(model)
+    try:
+        yield
+    except BaseException:
+        calls.finish()
+        raise
+    calls.report("the audited block")
 
 
 class _Watched(nn.Module):

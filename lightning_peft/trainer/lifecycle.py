@@ -202,4 +202,6 @@ class Lifecycle(Callback):
 def _compiled(model: nn.Module) -> bool:
     """Whether a module is compiled. Watching a batch swaps classes, which would trigger a recompilation."""
     optimized = torch._dynamo.eval_frame.OptimizedModule
+    if getattr(model, "_compiler_ctx", None) is not None:  # Lightning runs a compiled LightningModule without wrapper
+        return True
     return any(isinstance(m, optimized) or m._compiled_call_impl is not None for m in model.modules())

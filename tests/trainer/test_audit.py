@@ -188,6 +188,19 @@ def test_stored_weights(tmp_path: Path, how: str) -> None:
     assert not torch.overrides._len_torch_function_stack()
 
 
+def test_a_loop_without_a_trainer() -> None:
+    module, x = Collected().eval(), torch.randn(4, 16)
+    module.how = "list"
+    lp.apply(module, lp.LoHa(r=2, targets=["body.0", "body.4"]))
+    with pytest.raises(lp.AuditError, match=r"adapters of 'body.0' have no effect"), lp.audit(module):
+        module(x)
+    with lp.audit(module), lp.disabled(module):  # the base is meant
+        module(x)
+    with lp.audit(module):
+        Toy.forward(module, x)
+    assert not torch.overrides._len_torch_function_stack()
+
+
 def test_stored_weights_in_penalties(tmp_path: Path) -> None:
     assert fit(tmp_path, Regularised(), lora(), max_steps=2, num_sanity_val_steps=0) == []
 

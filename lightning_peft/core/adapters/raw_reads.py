@@ -112,11 +112,15 @@ class RawReads(TorchFunctionMode):
 
 
 def _caller(frame: FrameType | None) -> FrameType | None:
-    """Return the frame of the user's code that called an operation; None if this package computes an adapted value."""
+    """Return the frame of the user's code that called an operation.
+
+    None if this package computes an adapted value, or in compiled code, which runs modules and adapters as one graph.
+    """
     user = None
     while frame is not None:
         package = frame.f_globals.get("__name__", "").partition(".")[0]
-        if frame.f_code is AdapterStack.values_to_read.__code__:
+        compiled = isinstance(frame.f_locals.get("self"), torch.fx.GraphModule)
+        if compiled or frame.f_code is AdapterStack.values_to_read.__code__:
             return None
         if user is None and package != "torch" and frame.f_code.co_name != "__torch_function__":
             user = frame
