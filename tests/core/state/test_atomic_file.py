@@ -17,7 +17,7 @@ import torch
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 
 import lightning_peft as lp
-from lightning_peft.cli.merge import _write
+from lightning_peft.cli.merge import write_plain
 from lightning_peft.core.state.atomic_file import new_file, save_torch_file
 from lightning_peft.trainer.checkpoints.sharded_folder import save_folder
 from tests.trainer.toys import Toy, lora, trainer
@@ -55,7 +55,7 @@ def merge(folder: Path, name: str) -> None:
     model = attached()
     lp.unload(model, merge=True)
     (folder / name).unlink(missing_ok=True)
-    _write(model, folder / name)
+    write_plain(model, folder / name)
 
 
 def save_shards(folder: Path) -> None:
