@@ -71,7 +71,7 @@ def compare(args: Sequence[str], cli_class: type[LightningCLI]) -> None:
     metric, store = _metric(options), Store(Path(options.output), _settings(options, base))
     build = _Builder(cli_class, base, Path(options.output).name)
     build.check()
-    runner = Runner(build, options.lr_flag or build.rate_flag(), metric, retention_maker(options))
+    runner = Runner(build, options.lr_flag or build.rate_flag(), metric, retention_maker(options), options.scales)
     if options.retry_failed:
         store.forget_failures()
     with store.claim("base", wait=True):
@@ -142,6 +142,12 @@ def _parser() -> ArgumentParser:
     add("--trainable", help="modules that train in full with every method, such as classifier")
     add("--lr-flag", help="the argument of fit that sets the learning rate, such as --lr-flag=--model.rate")
     add_retention_options(parser)
+    add(
+        "--scales",
+        type=_numbers,
+        default=(0.25, 0.5, 0.75),
+        help="with retention data, evaluate each method again at these factors of lp.scale; default: 0.25,0.5,0.75",
+    )
     add("--max-params", type=lambda text: int(float(text)), help="the largest number of trainable parameters")
     add("--max-minutes", type=float, help="the longest full training")
     add("--keep", type=float, help="take the smallest method that keeps this part of full fine-tuning, such as 0.95")
@@ -150,7 +156,7 @@ def _parser() -> ArgumentParser:
 
 
 def _numbers(text: str) -> tuple[float, ...]:
-    return tuple(float(part) for part in text.split(","))
+    return tuple(float(part) for part in text.split(",") if part)
 
 
 def _metric(options: Namespace) -> Metric:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import jsonargparse
-import lightning as L
 import yaml
 
 import lightning_peft as lp
 from lightning_peft.pretrained import InputError
+from lightning_peft.trainer.retention import ForwardFn, build_data
 
 __all__ = ["add_retention_options", "retention_maker"]
 
@@ -43,22 +43,24 @@ def retention_maker(options: Namespace) -> Callable[[], lp.Retention] | None:
         return None
     if Path(data).suffix in (".txt", ".csv", ".tsv", ".jsonl", ".parquet"):
         data = {"class_path": "LanguageModelData", "init_args": {"source": data, "validation": data, "batch_size": 8}}
-    parser = jsonargparse.ArgumentParser(exit_on_error=False)
-    parser.add_argument("--data", type=L.LightningDataModule)
-    parser.add_argument("--forward_fn", type=Callable | None)
     try:
-        if isinstance(data, str) and Path(data).suffix in (".yaml", ".yml"):
-            data = yaml.safe_load(Path(data).read_text())
-        elif isinstance(data, str):
-            data = yaml.safe_load(data)  # inline
-        parsed = parser.parse_object({"data": data, "forward_fn": forward_fn})
-    except (jsonargparse.ArgumentError, ValueError, TypeError, OSError, yaml.YAMLError) as error:
+        if isinstance(data, str):
+            text = Path(data).read_text() if Path(data).suffix in (".yaml", ".yml") else data
+            data = yaml.safe_load(text)
+        function = None if forward_fn is None else _imported(forward_fn)
+        build_data(data)
+    except (ValueError, TypeError, ImportError, AttributeError, OSError, yaml.YAMLError) as error:
         raise InputError(f"--retention.data {given['data']} cannot be built: {error}") from error
+    return lambda: lp.Retention(
+        data,
+        batches=given["batches"],
+        distance=given["distance"],
+        forward_fn=function,
+        every_n_validations=sys.maxsize,  # only at the end of the training
+    )
 
-    def make() -> lp.Retention:
-        built: Any = parser.instantiate_classes(parsed)
-        return lp.Retention(
-            built.data, batches=given["batches"], distance=given["distance"], forward_fn=built.forward_fn
-        )
 
-    return make
+def _imported(path: str) -> ForwardFn:
+    module, _, name = path.rpartition(".")
+    found: ForwardFn = getattr(importlib.import_module(module), name)
+    return found

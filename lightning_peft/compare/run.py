@@ -155,7 +155,10 @@ class Runner:
         if watch.diverged:
             raise InputError("the loss became infinite or NaN: lower the learning rate")
         metrics = _evaluate(built, self.metric.test)
-        scales = self._scaled(built, retention)
+        metric = _value(metrics, self.metric.final)
+        # A measurement replaces the last one, so the values of the unscaled adapter are read first.
+        forgot = dict(retention.last) if retention is not None else {}
+        scales = self._scaled(built, retention, metric) if seed == 0 else []
         for logger in built.trainer.loggers:  # W&B continues a run until it is finished
             getattr(getattr(logger, "experiment", None), "finish", lambda: None)()
         return Result(
@@ -163,14 +166,14 @@ class Runner:
             method=candidate.method,
             fraction=fraction,
             seed=seed,
-            metric=_value(metrics, self.metric.final),
+            metric=metric,
             trainable=sum(p.numel() for p in lp.trainable_parameters(built.module)),
             total=sum(p.numel() for p in built.module.parameters()),
             step_ms=1e3 * statistics.median(watch.seconds),
             peak_mb=watch.peak / 1e6,
             checkpoint_mb=_checkpoint_size(built.trainer) / 1e6,
-            forgetting_loss=retention.last.get("loss_change") if retention is not None else None,
-            divergence=retention.last[retention.distance] if retention is not None else None,
+            forgetting_loss=forgot.get("loss_change"),
+            divergence=forgot.get(retention.distance) if retention is not None else None,
             minutes=watch.wall / 60,
             values=dict(values),
             flags=flags,
@@ -217,8 +220,19 @@ class Runner:
             built.trainer.fit(built.module, datamodule=built.data)
         return built
 
-    def _scaled(self, built: Built, retention: Any) -> list[tuple[float, float, float]]:
-        return []
+    def _scaled(self, built: Built, retention: Any, metric: float) -> list[tuple[float, float, float]]:
+        """The metric and the divergence for each factor of ``lp.scale``; empty if the method cannot be scaled."""
+        if retention is None or not self.scales:
+            return []
+        found = [(1.0, metric, retention.last[retention.distance])]
+        try:
+            for factor in self.scales:
+                with lp.scale(built.module, "default", factor):
+                    value = _value(_evaluate(built, self.metric.test), self.metric.final)
+                    found.append((factor, value, retention.measure(built.trainer, built.module)[retention.distance]))
+        except ValueError:  # such as a prefix, and methods that train the base in place
+            return []
+        return found
 
 
 def _steps(built: Built) -> int:

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from itertools import islice
 from typing import Any, Literal
 
+import jsonargparse
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
@@ -29,7 +30,7 @@ from lightning_peft.core.record import injected_module, injection_state, trainab
 from lightning_peft.core.switching.active import disabled
 from lightning_peft.core.targeting.base_modules import base_parameters
 
-__all__ = ["Retention"]
+__all__ = ["Retention", "build_data"]
 
 #: the logits of a batch (..., classes), or features (..., width) for ``distance="cosine"``
 ForwardFn = Callable[[L.LightningModule, Any], Tensor]
@@ -44,7 +45,8 @@ class Retention(Callback):
 
     Args:
         data: data of the kind that the base was trained on: a LightningDataModule, of which the validation data are
-            used, or an iterable of batches such as a DataLoader.
+            used, an iterable of batches such as a DataLoader, or for YAML ``class_path`` and ``init_args`` of a
+            LightningDataModule.
         batches: the number of batches that are measured.
         every_n_validations: measure at the end of every n-th validation.
         limit: stop the run if the divergence is above this. None never stops it.
@@ -73,7 +75,8 @@ class Retention(Callback):
 
     def __init__(
         self,
-        data: L.LightningDataModule | Iterable[Any],
+        # A mapping comes first, because LightningCLI would build a second DataModule with the arguments of --data.
+        data: Mapping[str, Any] | L.LightningDataModule | Iterable[Any],
         batches: int = 16,
         every_n_validations: int = 1,
         limit: float | None = None,
@@ -87,7 +90,8 @@ class Retention(Callback):
             raise ValueError(f"limit={limit} must be above 0")
         if distance not in ("kl", "cosine"):
             raise ValueError(f"distance={distance!r} is unknown: use 'kl' or 'cosine'")
-        self.data, self.batches, self.every_n_validations = data, batches, every_n_validations
+        self.data = build_data(data) if isinstance(data, Mapping) else data
+        self.batches, self.every_n_validations = batches, every_n_validations
         self.limit, self.distance, self.forward_fn = limit, distance, forward_fn
         self.last: dict[str, float] = {}
         self._batches: list[Any] = []
@@ -205,6 +209,21 @@ class Retention(Callback):
             return self.forward_fn(module, batch), None
         output, loss = _default_forward(module, batch)
         return output, None if loss is None else float(loss)
+
+
+def build_data(config: Mapping[str, Any]) -> L.LightningDataModule:
+    """Build a DataModule from ``class_path`` and ``init_args``, as LightningCLI does.
+
+    Raises:
+        ValueError: the class does not exist, or an argument does not fit it.
+    """
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_argument("--data", type=L.LightningDataModule)
+    try:
+        data: L.LightningDataModule = parser.instantiate_classes(parser.parse_object({"data": dict(config)})).data
+    except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
+        raise ValueError(f"{config} does not describe a LightningDataModule: {error}") from error
+    return data
 
 
 def _default_forward(module: Any, batch: Any) -> tuple[Any, Any]:

@@ -101,9 +101,41 @@ def test_auto_takes_one_of_each_family_that_fits():
     assert [row["method"] for row in rows()] == ["LoRA", "BitFit", "FullFineTuning"]
 
 
+def test_forgetting_and_a_group_of_wandb():
+    retention = json.dumps({"class_path": "modules.Data", "init_args": {"width": 8, "batch_size": 16}})
+    wandb = ["--trainer.logger=WandbLogger", "--trainer.logger.offline=true", "--trainer.logger.save_dir=logs"]
+    methods = ["--methods=LoRA,BitFit", "--trials=0", "--seeds=1", "--scales=0,0.5"]
+    run("compare", "-c", "base.yaml", "--output=out", *methods, f"--retention.data={retention}", *wandb)
+    lora, bitfit = rows()
+    assert all(float(row["forgetting_kl"]) > 0 and row["forgetting_loss"] for row in (lora, bitfit))
+    assert Path("out/retention.png").is_file()
+    scales = json.loads(next(Path("out/runs").glob("LoRA-*-seed0.json")).read_text())["scales"]
+    assert [factor for factor, _, _ in scales] == [1.0, 0.0, 0.5]
+    assert scales[0][1:] == [float(lora["val/loss"]), float(lora["forgetting_kl"])]
+    assert scales[1][2] == pytest.approx(0, abs=1e-6)
+    assert scales[1][1] == pytest.approx(json.loads(Path("out/runs/base.json").read_text())["metric"])
+    assert 0 < scales[2][2] < scales[0][2]
+    assert len(list(Path("logs").glob("wandb/offline-run-*"))) == 2
+
+
+def test_retention_in_a_configuration():
+    retention = {"data": {"class_path": "modules.Data", "init_args": {"width": 8}}, "limit": 9.0}
+    callbacks = [
+        {"class_path": "lightning_peft.LoRA", "init_args": {"trainable": ["head"]}},
+        {"class_path": "lightning_peft.Retention", "init_args": retention},
+    ]
+    logger = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "logs"}}
+    config = {**BASE, "trainer": {**BASE["trainer"], "callbacks": callbacks, "logger": logger}}
+    Path("run.yaml").write_text(yaml.safe_dump(config))
+    run("fit", "-c", "run.yaml", "--trainer.max_epochs=1", "--trainer.enable_progress_bar=false")
+    (written,) = Path("logs").glob("*/*/metrics.csv")
+    assert "retention/kl" in written.read_text()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--retention.data={class_path: Nowhere}"], "--retention.data {class_path: Nowhere} cannot be built"),
         (["--trainer.callbacks+=LoRA"], "already has a method (LoRA)"),
         (["--metric=val/acc"], "does not log 'val/acc' in this evaluation; it logs val/loss"),
         (["--no-such-flag=1"], "no-such-flag"),
