@@ -1,4 +1,4 @@
-"""Settings for all tests: one thread each, so that runs side by side do not fight; no network."""
+"""Settings for all tests: one thread each, so that parallel workers do not slow each other down, and no network."""
 
 import os
 

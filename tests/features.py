@@ -134,7 +134,7 @@ class Hole:
 
 
 def _holes(feature: str, reason: str, errors: dict[str, str]) -> dict[tuple[str, str], Hole]:
-    """The holes of some rows that share a reason; ``errors`` has a part of each row's error message."""
+    """Holes of several rows with one reason; ``errors`` maps each row to a part of its error message."""
     return {(row, part): Hole(reason, error) for row, error in errors.items() for part in feature.split(" and ")}
 
 

@@ -1,4 +1,4 @@
-"""What many tests do to models."""
+"""Functions on models that many tests use."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def adapter_parameters(model: nn.Module, name: str | None = None) -> dict[str, n
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that train, by key; a tied one under each of its."""
+    """The parameters that train, by key; a tied parameter under each of its keys."""
     return {k: p for k, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
 
 
 def perturb(model: nn.Module, seed: int = 7, scale: float = 0.15, name: str | None = None) -> nn.Module:
-    """Move every adapter parameter, as training would; what trains of the base where there are no adapters."""
+    """Change every adapter parameter, as training would; without adapters, change the trained base parameters."""
     generator = torch.Generator().manual_seed(seed)
     trained = {k: p for k, p in model.named_parameters() if p.requires_grad}
     with torch.no_grad():
@@ -37,7 +37,7 @@ def perturb(model: nn.Module, seed: int = 7, scale: float = 0.15, name: str | No
 
 
 def adapted(row: Row, kind: Kind, *, moved: bool = True, **options: Any) -> nn.Module:
-    """A model of ``kind`` with the method in it; ``moved`` moves the adapters away from their start."""
+    """A model of ``kind`` with the method applied; ``moved`` changes the adapters' initial values."""
     model = kind.build()
     lp.apply(model, row.make(kind, **options))
     return perturb(model) if moved else model
@@ -65,7 +65,7 @@ def close(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> None:
 
 
 def same(kind: Kind, a: Tensor, b: Tensor) -> None:
-    """Equal bit for bit, where torch computes one way only."""
+    """Compare outputs: bit for bit, unless torch may use different kernels."""
     if kind.fast_path:
         close(a, b)
     else:
@@ -78,7 +78,7 @@ def differ(a: Tensor, b: Tensor) -> None:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, kind: Kind) -> Tensor:
-    """The output in eval mode, which is left again."""
+    """The output in eval mode; the model's mode is restored."""
     mode = model.training
     try:
         return model.eval()(*kind.batch())
@@ -87,7 +87,7 @@ def evaluate(model: nn.Module, kind: Kind) -> Tensor:
 
 
 def assert_compiled_gradients(compiled: Any, model: nn.Module, *batch: Tensor) -> None:
-    """A backward through ``compiled`` gives the gradients that one through ``model`` itself gives."""
+    """Check that backward through ``compiled`` gives the same gradients as through ``model``."""
     model.zero_grad()
     compiled(*batch).pow(2).mean().backward()
     gradients = [p.grad.clone() for p in lp.trainable_parameters(model)]

@@ -37,7 +37,7 @@ def _but(kinds: list[str]) -> list[str]:
     return [kind for kind in KINDS if kind not in kinds]
 
 
-#: (method, kind) -> why it cannot be had there, and what its error at the start says
+#: (method, kind) -> why the method cannot be applied, and a part of its error message
 REFUSED: dict[tuple[str, str], tuple[str, str]] = {
     **_on([*_READ, *_RECURRENT], _READS, "dropout", "lora_dropout"),
     **_on(_but(_LINEAR), _NO_VECTORS, "not called with vectors", "gated_lora"),
@@ -62,7 +62,7 @@ _MORE_THAN_PATCHES = "its blocks get masks, positions or keys for the tokens the
 _FAST_PATH = "torch's own fast path of nn.TransformerEncoder fails under autocast on the CPU, with no method as well"
 _OUTSIDE_THE_LAYERS = ("full", "last_layers", "bitfit", "norm_tuning", "prompt", "ptuning")
 
-#: (method, kind, invariant) -> why it is not held there
+#: (method, kind, invariant) -> why it is not tested
 HOLES: dict[tuple[str, str, str], str] = {
     (ANY, "tied", "merge"): _TIED,
     (ANY, "tied", "merge_float64"): _TIED,

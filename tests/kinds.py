@@ -1,7 +1,7 @@
-"""Layer kinds: the models of ``tests/models.py`` with their inputs, and what a method is to find in each.
+"""Layer kinds: the models of ``tests/models.py`` with their inputs, and the weights that a method must find in each.
 
-Each model gives one tensor. ``matrices`` is written by hand: the matrix (out, in) that every adapted weight reads
-as, from the layer's arguments and not from the code under test.
+Each model returns one tensor. ``matrices`` is written by hand from the layers' arguments, not computed by the code
+under test: the shape (out, in) of every adapted weight.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The lists of methods, made from the classes: ``python -m tests.lists`` writes them.
+"""Generate the lists of methods from the classes: ``python -m tests.lists`` writes them.
 
 They are the exports of ``lightning_peft/__init__.py``; the lists in the documentation between ``<!-- list: NAME -->``
 and ``<!-- end -->``; docs/support.md; and a recipe for each method that has none, to start from. A new method needs no
-edit there. ``tests/test_lists.py`` fails if one of them is not what this file makes.
+edit there. ``tests/test_lists.py`` fails if one of them is out of date.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def exports() -> str:
 
 
 def _sentence(method: type[lp.PEFTMethod], begins: str, ends: str) -> str:
-    """The words of a method's docstring after ``begins``, as Markdown; an error if it does not say that."""
+    """The part of a method's docstring after ``begins``, as Markdown; an error if the docstring does not have it."""
     text = " ".join((inspect.getdoc(method) or "").split())
     found = re.search(rf"{begins} (.*?){ends}", text)
     if found is None:
@@ -137,7 +137,7 @@ def _rows() -> Iterator[tuple[type[lp.PEFTMethod], str, Row]]:
 
 
 def _adapters(name: str, row: Row) -> list[tuple[nn.Module, Adapter]]:
-    """What a row attaches, with the module it is on, on the first kind of model that it does not refuse."""
+    """The adapters of a row, each with its module, on the first kind of model that the row supports."""
     kind = next(kind for kind in ("vit", "llama") if (name, kind) not in REFUSED)
     model = KINDS[kind].build()
     lp.apply(model, row.make(KINDS[kind]))
@@ -145,7 +145,7 @@ def _adapters(name: str, row: Row) -> list[tuple[nn.Module, Adapter]]:
 
 
 def exact_sums() -> str:
-    """The methods of which a weighted sum is exact: each adapter gives low-rank factors."""
+    """The methods whose weighted sums are exact, because each adapter has low-rank factors."""
     exact = {}
     for method, name, row in _rows():
         if row.mergeable and not row.selects:
@@ -197,7 +197,7 @@ LISTS = {
 
 
 def pages() -> Iterator[tuple[Path, str]]:
-    """Every file that holds a list, and what it should be."""
+    """Map every file with a list to the content that it should have."""
     yield EXPORTS, exports()
     yield DOCS / "support.md", features.page()
     for page, lists in LISTS.items():
@@ -213,8 +213,9 @@ def pages() -> Iterator[tuple[Path, str]]:
 if __name__ == "__main__":
     if EXPORTS.read_text() != (text := exports()):
         EXPORTS.write_text(text)
-        os.execv(sys.executable, [sys.executable, "-m", "tests.lists"])  # the package has now other exports
-    for path, text in list(pages()):  # all before the first is written
+        # the exports of the package have changed, so start again
+        os.execv(sys.executable, [sys.executable, "-m", "tests.lists"])
+    for path, text in list(pages()):  # compute every file before the first one is written
         path.write_text(text)
     for method in defined():
         if not (path := ROOT / "recipes" / f"{command_name(method)}.yaml").exists():

@@ -1,4 +1,4 @@
-"""Tiny models of three layers or more, one for each way in which a weight can sit in a model."""
+"""Tiny models of three layers or more, one for each way in which a model can use a weight."""
 
 from __future__ import annotations
 
@@ -186,7 +186,7 @@ class MixtureLM(nn.Module):
 
 
 class ScaledLinear(nn.Linear):
-    """A linear layer with a forward of its own (equalised learning rate)."""
+    """A linear layer that overrides forward (equalised learning rate)."""
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         return F.linear(x, self.weight / math.sqrt(self.in_features), self.bias) * 2

@@ -1,6 +1,6 @@
-"""The table: which methods are held to which invariants on which layer kinds, and every hole with its reason.
+"""The table of tests: which invariant is tested for which method on which layer kind, and a reason for every hole.
 
-A new method adds one row. ``tests/methods/test_table.py`` holds the invariants.
+A new method adds one row. ``tests/methods/test_table.py`` defines the invariants.
 
 A hole is a cell that no test runs: ``HOLES`` and :func:`hole` say why the invariant cannot hold there. A cell of
 ``REFUSED`` is tested instead to raise an error, with a message that says why.
@@ -24,7 +24,7 @@ from tests.kinds import KINDS, Kind
 
 @dataclass(frozen=True)
 class Row:
-    """One method, or one way to set it.
+    """One method, or one configuration of it.
 
     Attributes:
         make: the method for a kind; takes ``name`` and other options.
@@ -46,7 +46,7 @@ class Row:
 
 
 class Rescale(lp.WeightMethod):
-    """A method of a user's own: each row of the matrix times a number. It has no path on activations."""
+    """A user-defined method: multiplies each row of the matrix by a number. It has no path on activations."""
 
     def build(self, site: Any) -> lp.WeightAdapter:
         return RescaleAdapter(site)
@@ -197,7 +197,7 @@ def selection(method: Callable[..., lp.PEFTMethod], **fixed: Any) -> Callable[..
     return lambda kind, **options: method(**fixed, **options)
 
 
-#: for an option that a layer kind does not change
+#: for an option whose behaviour does not depend on the layer kind
 SOME = ("linear", "conv2d", "embedding", "mha", "llama")
 
 METHODS: dict[str, Row] = {
@@ -293,7 +293,7 @@ METHODS: dict[str, Row] = {
     ),
 }
 
-#: why a method that trains the base itself has nothing to show there
+#: why an invariant does not apply to a method that trains the base itself
 _NOTHING_ADDED = {
     "seeded": "nothing new is initialised",
     "disabled": "nothing is added that could be turned off",
@@ -304,7 +304,7 @@ _NOTHING_ADDED = {
 
 
 def hole(method: str, kind: str, invariant: str) -> str | None:
-    """Why ``invariant`` is not held for ``method`` on ``kind``, or None where it is."""
+    """Why ``invariant`` is not tested for ``method`` on ``kind``; None if it is tested."""
     if (method, kind) in REFUSED:
         return REFUSED[method, kind][0]
     for key in [(m, k, i) for m in (method, ANY) for k in (kind, ANY) for i in (invariant, ANY)]:
@@ -328,5 +328,5 @@ def cells(invariant: str, methods: list[str] | None = None, kinds: list[str] | N
 
 
 def over_table(invariant: str, methods: list[str] | None = None, kinds: list[str] | None = None) -> Any:
-    """Run a test over all cells of the table that are held to ``invariant``."""
+    """Run a test over all cells of the table in which ``invariant`` is tested."""
     return pytest.mark.parametrize(("row", "kind"), list(cells(invariant, methods, kinds)))

@@ -1,4 +1,4 @@
-"""Every cell of docs/support.md: what is said to work works, and every hole is refused with its reason."""
+"""Test every cell of docs/support.md: each feature works, and each hole is refused with its reason."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def inputs(row: Row, n: int = 4) -> Tensor:
 
 @torch.no_grad()
 def logits(model: nn.Module, x: Tensor) -> Tensor:
-    """Those of the user's own tokens: PEFT's prompts lengthen them."""
+    """The logits of the user's tokens, without those that PEFT's prompts add."""
     out = model(x).logits
     return out[:, -x.shape[1] :] if out.ndim == 3 else out
 
@@ -159,7 +159,7 @@ def test_cell(row: str, feature: str, tmp_path: Path):
 
 
 def refused(feature: str, row: Row, folder: Path, error: str) -> None:
-    """A hole, which says why; one that works fails here."""
+    """Check that a hole is refused with its reason; a hole that works fails the test."""
     if feature == "to PEFT":
         lp.save_adapter(trained(row), folder)
         config = read_files(folder).config

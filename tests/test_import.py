@@ -1,4 +1,4 @@
-"""``import lightning_peft`` loads nothing heavy beside Lightning."""
+"""``import lightning_peft`` imports no heavy package other than Lightning's own dependencies."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import sys
 
 HEAVY = ("transformers", "datasets", "wandb", "matplotlib", "torchmetrics", "peft", "jsonargparse", "pandas", "sympy")
 
-# Lightning loads some of these itself, where they are installed. So they are taken away after it, and whoever asks
-# for one then is this package.
+# Lightning imports some of these if they are installed. They are removed after it, so any further import of one comes
+# from this package.
 SCRIPT = """
 import sys
 import lightning.pytorch

@@ -1,6 +1,6 @@
 """Every method of the package is in every list of methods; what is missing is named with its file and what to add.
 
-The lists in the documentation are made from the classes by ``tests/lists.py``.
+``tests/lists.py`` generates the lists in the documentation from the classes.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def _in_benchmarks() -> set[str]:
 
 
 def _converted() -> set[str]:
-    """The methods that PEFT's format has, and those of which docs/support.md says why it has not."""
+    """The methods that PEFT's format supports, and those for which docs/support.md says why it does not."""
     converted = {method.__name__ for converter in CONVERTERS for method in converter.methods}
     return converted | {features.ROWS[row].method.__name__ for row, part in features.HOLES if part == "to PEFT"}
 

@@ -16,7 +16,7 @@ RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 
 
 def _vision() -> None:
-    """What the recipe on images wants beside it: a pretrained model, and images."""
+    """The files that the image recipe needs: a pretrained model and images."""
     vit().save_pretrained("vit")
     images = np.random.default_rng(0).integers(0, 256, (20, 16, 16, 3), dtype=np.uint8)
     for name in ("train.npz", "val.npz"):

@@ -1,11 +1,11 @@
-"""The script runs, both libraries compute the same from one file, and every operation is in the table."""
+"""The script runs, both libraries give the same outputs from one adapter file, and the table has every operation."""
 
 import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2]))  # benchmarks/ is beside the package, not in it
+sys.path.insert(0, str(Path(__file__).parents[2]))  # benchmarks/ is not installed with the package
 
 pytest.importorskip("peft")
 pytest.importorskip("transformers")

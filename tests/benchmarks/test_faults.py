@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_killed_runs_resume_exactly(tmp_path):
-    # In a process of its own: it forks, which is safe only before torch has started threads.
+    # In a separate process, because it forks, which is safe only before torch has started threads.
     page = tmp_path / "faults.md"
     command = [sys.executable, "-m", "benchmarks.faults", "--kills", "3", "--method", "lora_dropout"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

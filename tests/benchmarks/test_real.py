@@ -1,4 +1,4 @@
-"""The runs on real data: the runner on a made-up study, and a few steps of each real one where its data is."""
+"""The studies on real data: the runner on a fake study, and a few steps of each real study whose data is present."""
 
 from pathlib import Path
 
@@ -84,7 +84,7 @@ def test_every_row_is_trained_for_each_seed_and_written(tiny, tmp_path, capsys):
     assert f"{np.mean(losses):.3f} ± {np.std(losses, ddof=1):.3f}" in line
 
     before = runs.read_text()
-    assert main(command) == 0  # all is there: nothing runs again, and the page is the same
+    assert main(command) == 0  # every run is in the store, so nothing runs again and the page is the same
     assert runs.read_text() == before
     assert page.read_text() == text
 
@@ -166,7 +166,7 @@ def test_a_failing_method_is_reported_and_the_others_run(tiny, monkeypatch, caps
 
 
 def test_missing_data_is_reported(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr("benchmarks.real.study.DATA", DATA)  # --data changes it
+    monkeypatch.setattr("benchmarks.real.study.DATA", DATA)  # --data changes this folder
     assert main(["cifar", "--data", str(tmp_path)]) == 0
     assert f"skipped: there is no cifar_resnet/resnet20-12fca82f.th in {tmp_path}" in capsys.readouterr().out
 

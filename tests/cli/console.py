@@ -1,4 +1,4 @@
-"""The command line inside the test's own process."""
+"""Run the command line in the test's own process."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lightning_peft_command import main
 
 
 def run(*args: str) -> str:
-    """What ``lightning-peft`` prints."""
+    """Return what ``lightning-peft`` prints."""
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         main(list(args))

@@ -1,4 +1,4 @@
-"""The command line, run as a user would: flags, YAML, resume, errors, a script of one's own."""
+"""The command line as a user runs it: flags, YAML, resume, errors, and the user's own script."""
 
 from __future__ import annotations
 

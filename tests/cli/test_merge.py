@@ -1,4 +1,4 @@
-"""``lightning-peft merge``: the plain model that comes out computes what the adapted one did, and loads without us."""
+"""``lightning-peft merge``: the merged model gives the adapted model's outputs, and loads without this package."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def run(*args: str) -> str:
 
 
 def checkpoint(module: L.LightningModule, *methods: lp.PEFTMethod, scale: float = 0.15) -> Path:
-    """A checkpoint of a run with these methods, and the module as it was then."""
+    """The checkpoint of a run with these methods, and the trained module."""
     trainer = L.Trainer(callbacks=[*methods], max_epochs=1, enable_checkpointing=False, **QUIET)
     if isinstance(module, Module):
         trainer.fit(module, Data())

@@ -1,4 +1,4 @@
-"""``lightning-peft predict``: what it writes, for every kind of task, and that it needs no label."""
+"""``lightning-peft predict``: its output file for every kind of task, without a label column."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a fit wrote is enough for the next command: its configuration and its checkpoint, from any folder."""
+"""The configuration and the checkpoint of a fit are enough for the next command, from any folder."""
 
 from __future__ import annotations
 

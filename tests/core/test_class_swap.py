@@ -36,7 +36,7 @@ class Late(nn.Module):
 
 
 class Own(nn.Identity):
-    """A subclass of a user."""
+    """A user's subclass."""
 
     def __init__(self, tag):
         super().__init__()
@@ -136,7 +136,7 @@ class OneSlot:
 
 
 class Registered:
-    """A base that lists its subclasses, and requires an argument of them."""
+    """A base class that registers its subclasses, and requires an argument from them."""
 
     known: ClassVar[list[str]] = []
 

@@ -1,4 +1,4 @@
-"""GenerationData: the loss is on the target alone, whatever is cut or padded."""
+"""GenerationData: the loss is on the target alone, also if texts are cut or padded."""
 
 import json
 import shutil
@@ -12,7 +12,7 @@ from lightning_peft.data import GenerationData
 
 @pytest.fixture(scope="module")
 def ending(tmp_path_factory):
-    """The demo's tokenizer, with the token that it puts after each text declared the end of text."""
+    """The demo's tokenizer; the token that it adds after each text is declared its end-of-text token."""
     folder = tmp_path_factory.mktemp("ending")
     for name in ("config.json", "tokenizer.json"):
         shutil.copy(demo.MODEL / name, folder)

@@ -1,4 +1,4 @@
-"""Order and cache of the examples: length groups, resume in the middle of an epoch, tokenizing once."""
+"""The order and the cache of examples: groups by length, resume inside an epoch, tokenizing once."""
 
 from __future__ import annotations
 

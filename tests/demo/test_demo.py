@@ -1,4 +1,4 @@
-"""The shipped corpus and model: complete, clean, small, and pretrained."""
+"""The included corpus and model are complete, clean, small and pretrained."""
 
 from collections import Counter
 
@@ -52,7 +52,7 @@ def test_nothing_held_out_is_trained_on(corpus):
     for split in ("train", "pretrain"):
         items = passages(split)
         assert without_near_duplicates(items, held_out) == items, f"{split} has near duplicates of held-out text"
-    # The check itself sees a near duplicate: a held-out passage with its last words cut off.
+    # The check detects a near duplicate: a held-out passage without its last words.
     cut = Passage(" ".join(held_out[0].text.split()[:-6]), "", "")
     assert without_near_duplicates([cut], held_out) == []
     assert 0 < OVERLAP < 0.5

@@ -1,4 +1,4 @@
-"""Examples of one name in several places define methods of one name: none of them outlives its test."""
+"""Examples in several places define methods with the same name, so each test gets a copy of the method registry."""
 
 import pytest
 

@@ -42,7 +42,7 @@ def test_names_and_arguments_exist(name):
 def test_every_class_has_an_example_that_runs(name, monkeypatch):
     code = example(name)
     assert code is not None, f"lp.{name}: add an Example:: block to its docstring"
-    # A fit of an example needs a module of the reader's; that a Trainer takes the callbacks is what is shown here.
+    # The examples use the reader's own module, so a fit is replaced; only the Trainer is created.
     monkeypatch.setattr(L.Trainer, "fit", lambda trainer, module: lp.apply(module, *trainer.callbacks[:1]))
     options: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
     monkeypatch.setattr(L, "Trainer", functools.partial(L.Trainer, accelerator="cpu", **options))

@@ -1,4 +1,4 @@
-"""The toy methods of docs/examples, as a user outside the package would have written them."""
+"""The toy methods of docs/examples, as a user writes them outside the package."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_example(example, tmp_path):
 
 @pytest.fixture(params=["toy_weight", "toy_low_rank", "lora_xs"])
 def two(request):
-    """A module with two adapters of a toy weight method, "a" and "b", and something to call it with."""
+    """A module with two adapters of a toy weight method, "a" and "b", and an input for it."""
     make = runpy.run_path(str(EXAMPLES / f"{request.param}.py"))[METHODS[request.param]]
     module = Module().eval()
     lp.apply(module, make(name="a"), make(name="b", targets=["linear1"]))

@@ -97,7 +97,7 @@ def test_before_and_after_train_the_same(pair, tmp_path):
         version["train"](module, data, **OPTIONS)
         return torch.stack(losses), load_file("adapter/adapter_model.safetensors")
 
-    # PEFT draws A otherwise: it gets the start of this package.
+    # PEFT initialises A differently, so it gets this package's initial values.
     new.on_fit_start = lambda: lp.save_adapter(new, "start")
     losses, adapter = trained(after, new)
     set_peft_model_state_dict(getattr(old, attribute), load_file("start/adapter_model.safetensors"))

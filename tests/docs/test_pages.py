@@ -54,20 +54,20 @@ class Data(L.LightningDataModule):
 
 
 def blocks(page: str) -> list[str]:
-    """The Python blocks of a page, those inside of tabs too, in order."""
+    """The Python blocks of a page in order, including those inside tabs."""
     found = re.findall(r"^( *)```python\n(.*?)^\1```", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE)
     return [textwrap.dedent(block) for _, block in found]
 
 
 def written(page: str) -> list[str]:
-    """The blocks that a page writes out; the others include a file of docs/examples, which has tests of its own."""
+    """The blocks that the page itself contains; the others include files of docs/examples, which have their own tests."""
     return [block for block in blocks(page) if not INCLUDED.search(block)]
 
 
 def run(code: list[str], names: dict[str, Any]) -> None:
     """Run blocks one after another; a statement whose comment names an error has to raise it.
 
-    A block that defines a method of a module is called as one, with ``model`` and ``batch`` of ``names``.
+    A block that defines a method of a module is called with ``model`` and ``batch`` from ``names``.
     """
     for block in code:
         lines = block.splitlines()

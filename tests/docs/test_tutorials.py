@@ -24,7 +24,7 @@ def commands(page: str) -> list[list[str]]:
 
 
 def with_model(recipe: str, model: str) -> None:
-    """Copy a recipe to where the command line finds it, with a model that is here, for one short epoch."""
+    """Copy a recipe to the current folder, changed to use a local model and to train for one short epoch."""
     text = (ROOT / recipe).read_text()
     text = re.sub(r"(    model: )\S+", rf"\1{model}", text)
     text = re.sub(r"max_epochs: \d+", "max_epochs: 1", text).replace("accelerator: auto", "accelerator: cpu")

@@ -1,4 +1,4 @@
-"""Run by test_other_peft.py in a process of its own, with another release of PEFT on the path.
+"""Run by test_other_peft.py in a separate process, with another release of PEFT on the path.
 
 Reads every adapter in ``<folder>/ours`` onto the base of its name and writes the logits; makes adapters of its own in
 ``<folder>/theirs``, with their logits.
@@ -39,7 +39,7 @@ def main(folder: Path) -> None:
         torch.save(models.logits(model, tokens()), directory / "logits.pt")
     for name, options in MADE.items():
         models.made_by_peft(base(name), peft.LoraConfig(**options), folder / "theirs" / name)
-        # As it reads them again: releases before 0.21 lose the biases of lora_only as they save.
+        # Compare with what PEFT reads back, because releases before 0.21 lose the biases of lora_only when they save.
         model = models.read_by_peft(base(name), folder / "theirs" / name)
         torch.save(models.logits(model, tokens()), folder / "theirs" / name / "logits.pt")
 

@@ -90,7 +90,7 @@ def run(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def moved(model: nn.Module, scale: float = 0.2) -> nn.Module:
-    """Move all that trains, as training would."""
+    """Change everything that trains, as training would."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in lp.trainable_parameters(model):
@@ -122,7 +122,7 @@ class Classifier(L.LightningModule):
 def fitted(
     model: L.LightningModule, methods: list[lp.PEFTMethod], epochs: int, *data: DataLoader, ckpt_path: str | None = None
 ) -> L.Trainer:
-    """A Trainer that has fitted ``model`` on the CPU, and written nothing."""
+    """Fit ``model`` on the CPU without writing files, and return the Trainer."""
     trainer = L.Trainer(
         max_epochs=epochs,
         accelerator="cpu",
@@ -137,7 +137,7 @@ def fitted(
 
 
 def fit_and_resume(make: Callable[[], lp.PEFTMethod], folder: Any) -> None:
-    """Train two epochs at once, and one and one with a checkpoint between: the same bits, and nothing but them."""
+    """Train two epochs at once, and in two runs with a checkpoint between them; both must end bit for bit the same."""
     generator = torch.Generator().manual_seed(0)
     data = TensorDataset(torch.randn(8, 5, 16, generator=generator), torch.arange(8) % 2)
 

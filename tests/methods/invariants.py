@@ -1,5 +1,4 @@
-"""What the tests of the other weight methods share: small models, a reference by the matrix, and the invariants each
-method keeps."""
+"""Shared by the tests of weight methods: small models, a matrix reference, and the invariants of every method."""
 
 from __future__ import annotations
 
@@ -193,7 +192,7 @@ def check_checkpointed_and_compiled(make: Callable[..., lp.PEFTMethod]) -> None:
     gradients = torch.autograd.grad(model(x).square().sum(), trained)
     again = torch.autograd.grad(checkpoint(model, x, use_reentrant=False).square().sum(), trained)
     assert all(torch.equal(a, b) for a, b in zip(gradients, again))
-    torch._dynamo.reset()  # every test compiles the same few frames
+    torch._dynamo.reset()  # torch limits recompilations per function, and every test compiles the same few functions
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     for training in (True, False):
         model.train(training)
@@ -248,7 +247,7 @@ def trainer(method: lp.PEFTMethod, steps: int, folder: str = "a") -> L.Trainer:
 
 
 def check_fit(make: Callable[..., lp.PEFTMethod], **task: Any) -> tuple[Task, Task]:
-    """A run stopped after 3 of 8 steps goes on to the same bits as one that was not; the file stands alone."""
+    """A run that stops after 3 of 8 steps and resumes ends bit for bit like one that did not; its file loads alone."""
     L.seed_everything(4, verbose=False)
     whole, loaded = Task(**task), Task(**task)
     base = {k: v.clone() for k, v in whole.state_dict().items()}

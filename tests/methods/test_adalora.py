@@ -1,4 +1,4 @@
-"""AdaLoRA: equal to PEFT through whole trainings, its regulariser equal to autograd's, driven and resumed exactly."""
+"""AdaLoRA equals PEFT in whole trainings, its regulariser's gradient equals autograd's, and it resumes exactly."""
 
 import copy
 import pickle
@@ -38,7 +38,7 @@ class Output:
 
 
 def pair(**changed):
-    """The same network and adapters with us and with PEFT, in float64; both through 14 steps."""
+    """Train the same network and adapters for 14 steps here and in PEFT, in float64."""
     settings = {**SETTINGS, **changed}
     ours = Net().double()
     method = lp.AdaLoRA(targets=["a", "b"], alpha=5, total_step=14, adapter_dtype="float64", **settings)

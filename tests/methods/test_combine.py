@@ -33,7 +33,7 @@ KINDS_HERE = ["linear", "conv2d", "embedding", "mha", "experts", "gpt2", "tied"]
 
 
 def matrices(model: nn.Module, name: str | None = None) -> dict[str, torch.Tensor]:
-    """The model's matrices in float64 with one adapter in effect, by way of merging."""
+    """The model's matrices in float64 with one adapter merged."""
     if name is not None:
         lp.merge(model, name, untie=True)
     found = {n: s.layout.matrix(s.weight).detach().double().clone() for n, s in weight_sites(model).items()}
@@ -69,20 +69,20 @@ def check(model: nn.Module, kind: Kind, name: str, wanted: dict[str, torch.Tenso
 def test_a_weighted_sum_of_two_methods(method: str, kind: Kind):
     model = kind.build()
     lp.apply(model, lp.LoRA(r=2, targets=kind.targets, name="lora"))
-    lp.set_active(model)  # so that what reads the weights reads the base's
+    lp.set_active(model)  # so that the weights that are read are the base's
     lp.apply(model, WEIGHT_METHODS[method](kind, name="other"))
     perturb(model, name="other")
     perturb(model, seed=3, name="lora")
     lp.set_active(model, "lora", "other")
     both, before, trains = evaluate(model, kind), bits(model), lp.trainable_parameters(model)
     report = lp.combine(model, ["lora", "other"], weights=[0.7, -0.3], name="mix")
-    assert torch.equal(evaluate(model, kind), both)  # it waits
+    assert torch.equal(evaluate(model, kind), both)  # the new adapter is inactive
     assert_same_bits(bits(model, before), before)
     assert [id(p) for p in lp.trainable_parameters(model)] == [id(p) for p in trains]
     assert report.error < 1e-5
     assert set(report.ranks) == set(kind.matrices)
     if method == "lora_rs" and kind is KINDS["linear"]:
-        assert set(report.ranks.values()) == {5}  # side by side
+        assert set(report.ranks.values()) == {5}  # the factors are concatenated: 2 + 3
     check(model, kind, "mix", expected(model, {"lora": 0.7, "other": -0.3}))
     with lp.active(model, "lora", "other"):
         assert torch.equal(evaluate(model, kind), both)
@@ -136,7 +136,8 @@ def test_what_a_cut_loses_is_what_the_report_says(method: str, cut: dict[str, An
         s = torch.linalg.svdvals(change)
         rank = report.ranks[site]
         assert report.errors[site] == pytest.approx(float(left.norm() / change.norm()), abs=2e-5)
-        assert report.errors[site] == pytest.approx(float(s[rank:].norm() / s.norm()), abs=2e-5)  # the best there is
+        # the best approximation of this rank
+        assert report.errors[site] == pytest.approx(float(s[rank:].norm() / s.norm()), abs=2e-5)
         if "energy" in cut:
             assert report.errors[site] ** 2 <= 1 - cut["energy"] + 1e-6
             assert rank == 1 or float(s[rank - 1 :].norm() / s.norm()) ** 2 >= 1 - cut["energy"] - 1e-6

@@ -1,4 +1,4 @@
-"""DoRA: against PEFT where it is right, against the matrix everywhere."""
+"""Compare DoRA with PEFT where PEFT is right, and with the matrix everywhere."""
 
 import copy
 
@@ -113,7 +113,7 @@ def test_norms_are_kept_in_evaluation_and_never_stale(monkeypatch):
     assert len(counted) == 1
     adapter.requires_grad_(True)
     model.train()
-    model(x).sum().backward()  # what inference mode computed is not used here
+    model(x).sum().backward()  # values computed in inference mode are not used here
     model.eval()
     perturb(model, seed=8)
     second = model(x)

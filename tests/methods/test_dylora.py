@@ -1,4 +1,4 @@
-"""DyLoRA: one adapter, every rank; equal to LoRA at each."""
+"""DyLoRA: one adapter that equals a LoRA at every rank."""
 
 import copy
 
@@ -161,7 +161,7 @@ def test_exact_resume(frozen, tmp_path):
         return module
 
     whole = run()
-    for seed in (3, 4):  # the ranks are those of the run that is continued, whatever the seed is now
+    for seed in (3, 4):  # the ranks are those of the original run, even if the seed is different now
         other = run(seed, ckpt_path=tmp_path / "step=3.ckpt")
         for key, value in lp.adapter_state(whole).items():
             assert torch.equal(value, lp.adapter_state(other)[key]), key

@@ -1,4 +1,4 @@
-"""Gradual unfreezing: what unfreezes when, checkpoints in both directions, two processes."""
+"""Gradual unfreezing: the schedule, checkpoints in both directions, two processes."""
 
 import copy
 import warnings
@@ -15,7 +15,7 @@ from tests.methods.families.test_selection import ConvNet, Module, bert, mlp, na
 
 
 class Watch(L.Callback):
-    """Notes what trains, at each step."""
+    """Records what trains, at each step."""
 
     def __init__(self):
         self.seen = []
@@ -68,7 +68,7 @@ def test_accumulated_steps_count_once():
 
 
 def test_an_earlier_checkpoint_loads_again(tmp_path):
-    """Testing the best checkpoint after training: what had not unfrozen by then is that of the base again."""
+    """The best checkpoint, tested after training: parameters that were frozen in it have the base's values again."""
     saving = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
     t = trainer([lp.GradualUnfreezing(), saving], max_epochs=3, enable_checkpointing=True)
     module = Module()

@@ -1,4 +1,4 @@
-"""HiRA: against PEFT and the matrix, files both ways, and its refusals."""
+"""HiRA compared with PEFT and the matrix; files in both directions; errors."""
 
 import copy
 import json

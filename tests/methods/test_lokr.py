@@ -1,4 +1,4 @@
-"""LoKr: against PEFT and the matrix, in all its decompositions."""
+"""LoKr compared with PEFT and the matrix, in all decompositions."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""LoRA's initialisations, LoRA+, LoRA-FA, and the plain form of what started as a part of the weight."""
+"""LoRA's initialisations, LoRA+, LoRA-FA, and the conversion of PiSSA and OLoRA to plain LoRA."""
 
 import copy
 import math
@@ -185,7 +185,7 @@ def test_lora_plus_in_a_trainer(schedule, groups):
 
 
 def test_lora_plus_is_the_two_rates_of_the_paper():
-    """One SGD step moves B so many times as far as at the optimizer's rate."""
+    """One SGD step changes B by ``lora_plus_ratio`` times as much as the optimizer's rate would."""
     model, method = net(), lora(lora_plus_ratio=16)
     lp.apply(model, method)
     perturb(model)

@@ -1,4 +1,4 @@
-"""MiSS: against PEFT and the matrix, files both ways, and its refusals."""
+"""MiSS compared with PEFT and the matrix; files in both directions; errors."""
 
 import copy
 
@@ -49,7 +49,7 @@ def test_fit():
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_parity_with_peft(variant):
-    """With r=3 the columns, 8 and 12, are divided with and without a rest."""
+    """r=3 divides 12 columns, but not 8."""
     peft = pytest.importorskip("peft")
     config = peft.MissConfig(
         target_modules=["0", "2", "4"], init_weights=True if variant == "standard" else variant, **VARIANTS[variant]

@@ -1,4 +1,4 @@
-"""OFT: rotations that are rotations, against PEFT where it is right and against the matrix where it is not."""
+"""OFT: the matrices are rotations; outputs equal PEFT's where PEFT is right, and the matrix reference elsewhere."""
 
 import copy
 
@@ -46,7 +46,7 @@ def test_fit():
     check_fit(lambda: oft(dropout=0.3))
 
 
-# PEFT's 3 terms are its 4 (a loop that should not run takes one more power), so 3 is left out.
+# With 3 terms, PEFT computes 4 (a loop adds one power too many), so 3 is left out.
 @pytest.mark.parametrize("terms", [0, 2, 4, 5, 7])
 @pytest.mark.parametrize("case", ["linear", "share", "r", "embedding", "pointwise", "coft", "coft share"])
 def test_parity_with_peft(case, terms):

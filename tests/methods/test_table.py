@@ -1,4 +1,4 @@
-"""The invariants that every method is held to on every layer kind (see ``tests/table.py``)."""
+"""Test the invariants of every method on every layer kind (see ``tests/table.py``)."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_state_round_trip(row: Row, kind: Kind):
                 parameter.add_(0.01)
     state = lp.adapter_state(model)
     trained = trained_parameters(model).keys()
-    owned = {key for key in model.state_dict() if ".adapters." in f".{key}"}  # with what adapters keep besides
+    owned = {key for key in model.state_dict() if ".adapters." in f".{key}"}  # also the adapters' buffers
     assert set(state) == trained | owned
     fresh = adapted(row, kind, moved=False, seed=99)
     load_state(fresh, state)
@@ -172,7 +172,7 @@ def test_unload_gives_the_plain_model_back(row: Row, kind: Kind):
     plain.get_parameter(frozen).requires_grad_(False)
     model.get_parameter(frozen).requires_grad_(False)
     lp.apply(model, row.make(kind))
-    lp.unload(model if row.selects else perturb(model))  # what was trained of the base stays
+    lp.unload(model if row.selects else perturb(model))  # trained base parameters keep their values
     assert classes(model) == classes(plain)
     assert_same_bits(bits(model), bits(plain))
     assert [(n, p.requires_grad) for n, p in model.named_parameters()] == [
@@ -231,7 +231,7 @@ def test_two_adapters(row: Row, kind: Kind):
     lp.set_active(model, "second")
     second = evaluate(model, kind)
     differ(second, both)
-    lp.set_active(model, "second", "default")  # the order of application is the order they were put in
+    lp.set_active(model, "second", "default")  # adapters run in the order in which they were applied
     assert torch.equal(evaluate(model, kind), both)
 
 
@@ -244,13 +244,13 @@ def test_two_adapters_merge(row: Row, kind: Kind):
     close(evaluate(model, kind), both, 5e-5)
     lp.unmerge(model)
     reason = ""
-    try:  # merged alone, it runs ahead of the first
+    try:  # merged alone, it runs before the first
         lp.merge(model, "second")
     except lp.MergeError as error:
         reason = str(error)
     if reason:
         assert "runs after 'default'" in reason
-    close(evaluate(model, kind), both, 5e-5)  # sums commute, and so do products of diagonals
+    close(evaluate(model, kind), both, 5e-5)  # sums and products of diagonal matrices commute
     assert not (reason and row.additive)
 
 

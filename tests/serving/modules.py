@@ -14,7 +14,7 @@ from tests.helpers import perturb
 
 
 class Regressor(L.LightningModule):
-    """A small network that predicts two numbers from four; the same one each time."""
+    """A small network, from a fixed seed, that predicts two numbers from four."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""ChatData: what is learned, and packing in which texts do not see one another."""
+"""ChatData: which tokens are learned, and packing in which texts do not attend to one another."""
 
 from __future__ import annotations
 

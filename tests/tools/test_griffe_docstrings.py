@@ -1,4 +1,4 @@
-"""What the API reference shows of the docstrings. Runs where the documentation can be built."""
+"""How docstrings appear in the API reference. Needs the packages that build the documentation."""
 
 from __future__ import annotations
 

@@ -191,12 +191,12 @@ def main(kind: str, root: Path) -> None:
     if kind == "fsdp2-shards":
         out["damaged"] = damaged(root, lambda ckpt: fit("damaged", ckpt=ckpt, enable_checkpointing=False))
         full, good = root / "full", root / "full" / "step=2.ckpt"
-        if dist.get_rank() == 0:  # as a kill between the two moves of a replacement leaves it
+        if dist.get_rank() == 0:  # the state after a kill between the two moves of a replacement
             shutil.copytree(good, full / ".killed.ckpt.tmp")
             shutil.copytree(full / "step=3.ckpt", full / ".killed.ckpt.old")
         dist.barrier()
         out["resumed"]["killed"] = [same(full_state(fit("k", ckpt=full / "killed.ckpt")[0]), expected), True]
-        run.save_checkpoint(good)  # over an existing one
+        run.save_checkpoint(good)  # over an existing checkpoint
         left = sorted(p.name for p in full.iterdir() if p.name.startswith("."))
         out["left"] = [left, sorted(p.name for p in good.iterdir())]
 

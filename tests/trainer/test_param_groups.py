@@ -43,7 +43,7 @@ def _net():
 
 
 def _build(kind, split):
-    """Two groups (one for each layer), or the four that splitting them by kind of parameter gives."""
+    """Two groups (one for each layer), or the four groups after splitting them by kind of parameter."""
     net = _net()
     if split:
         parts = [[layer.weight] for layer in net], [[layer.bias] for layer in net]

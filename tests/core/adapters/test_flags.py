@@ -22,7 +22,7 @@ class Thin(lp.LowRankAdapter):
 
 
 class Hadamard(Thin):
-    """Not a product any more: the inherited output and low_rank would leave out the factor W."""
+    """Not a low-rank product any more: the inherited output and low_rank would leave out the factor W."""
 
     def delta(self, weight):
         return weight * super().delta(weight)

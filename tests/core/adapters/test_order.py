@@ -67,7 +67,7 @@ def test_dropout_that_a_later_method_would_lose_is_refused(first):
         with pytest.raises(ValueError, match=r"dropout=0.5 of the .* on '0' would be lost: the LoHaAdapter after it"):
             call(model, DROPOUT[first](), loha())
     assert type(model[0]) is nn.Linear
-    lp.apply(model, loha(), DROPOUT[first]())  # last, its dropout acts
+    lp.apply(model, loha(), DROPOUT[first]())  # if LoRA is last, its dropout has an effect
     perturb(model)
     x = torch.randn(3, 8, dtype=torch.float64)
     differ(model(x), model(x))

@@ -1,6 +1,6 @@
-"""Parameters that are read instead of called: a parent that computes with them gets the adapted values.
+"""Weights that a parent module reads instead of calling their layer: the parent gets the adapted values.
 
-Every weight method is held to it by the kind ``reads`` of the table.
+The kind ``reads`` of tests/table.py tests this for every weight method.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class TiedLM(nn.Module):
 
 
 class TypeOfRead(nn.Module):
-    """Reads a weight for its type alone, as T5's feed-forward does, and calls the layer."""
+    """Reads only the dtype of a weight, as T5's feed-forward does, and calls the layer."""
 
     def __init__(self) -> None:
         super().__init__()

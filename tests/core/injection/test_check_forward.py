@@ -149,7 +149,7 @@ def test_what_fits_is_applied_as_without_a_trial():
     torch.manual_seed(0)
     model, plain = Net(Called), Net(Called)
     plain.load_state_dict(model.state_dict())
-    plain.example_input_array = None  # its first layer takes the same input all the same
+    plain.example_input_array = None  # its first layer still takes the same input
     state = torch.random.get_rng_state()
     for net in (model, plain):
         lp.apply(net, lp.PrefixTuning(3))

@@ -137,7 +137,7 @@ def test_unload_inside_a_larger_model_gives_its_gradients_back():
 
 
 def _hybrid() -> nn.Module:
-    """LoRA everywhere, and at ``down`` something that does not change weights with a second LoRA after it."""
+    """LoRA on every layer; ``down`` also has an adapter that does not change weights, followed by a second LoRA."""
     model = adapted(METHODS["lora"], LINEAR)
     attach(model, "down", "add", Add(1.0))
     lp.apply(model, lp.LoRA(r=2, name="after", targets=["mid", "down"]))
@@ -246,7 +246,7 @@ def test_errors_of_merging_nothing_or_too_much():
 
 
 class Gain(lp.WeightAdapter):
-    """W' = W + g W: given as a sum, and yet a function of the weight it meets."""
+    """W' = W + g W: written as a sum, although the change depends on the weight."""
 
     def __init__(self, site, gain: float = 0.3) -> None:
         super().__init__(site)

@@ -40,10 +40,10 @@ ALL = {
 
 
 class Copies(lp.PEFTMethod):
-    """Puts a state in place of the base's own."""
+    """Replaces values of the base by a given state."""
 
     def __init__(self, state=None, trainable_copies: bool = False, **options):
-        super().__init__(audit="off", **options)  # tensors are no arguments that could be saved
+        super().__init__(audit="off", **options)  # tensors are not arguments that could be saved
         self.state, self.trainable_copies = state, trainable_copies
 
     def plan(self, model: nn.Module) -> Plan:
@@ -53,7 +53,7 @@ class Copies(lp.PEFTMethod):
 
 
 def _other(kind: Kind) -> nn.Module:
-    """A model of the same kind with other weights and, where it has them, other norm statistics."""
+    """A model of the same kind with other weights and, if it has any, other norm statistics."""
     other = kind.build(seed=9)
     with torch.no_grad():
         for parameter in other.parameters():
@@ -151,7 +151,7 @@ def test_the_order_with_a_weight_adapter(first: str):
         lp.apply(model, method)
     perturb(model, name="lora")
     part = model.mid.adapters["lora"]
-    after = 0 if first == "lora" else part.scale * part.lora_B @ part.lora_A  # what came before the copy is hidden
+    after = 0 if first == "lora" else part.scale * part.lora_B @ part.lora_A  # the copy hides adapters before it
     x = torch.randn(4, 12)
     close(model.mid(x), x @ (other.mid.weight + after).T)
     expected, before = evaluate(model, kind), bits(model)

@@ -16,7 +16,7 @@ from tests.helpers import assert_same_bits, bits
 
 
 class Net(nn.Module):
-    """A norm with statistics, a layer twice under one name each, and a head in low precision."""
+    """A norm with statistics, one layer under two names, and a head in low precision."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class Net(nn.Module):
 
 
 def everything(model: nn.Module) -> list[Any]:
-    """What is to be put back, by identity where it is an object."""
+    """Everything that must be restored; objects are compared by identity."""
     modules = [
         (name, type(m), sorted(vars(m)), m.training, [*m._modules.values()], [*m._forward_pre_hooks.values()])
         for name, m in model.named_modules()
@@ -74,7 +74,7 @@ def test_applying_is_undone(failing: str, case: str, error: type, monkeypatch: p
     assert_same_bits(bits(model), state)
     assert injection_state(model) is None
     monkeypatch.undo()
-    lp.apply(model, *METHODS[case])  # nothing is in the way
+    lp.apply(model, *METHODS[case])  # works once the fault is removed
 
 
 def test_a_second_method_is_undone_and_the_first_stays(monkeypatch: pytest.MonkeyPatch):

@@ -1,4 +1,4 @@
-"""A disk that is full in the middle of a save, for every kind of file: a clear error, and the earlier file is whole."""
+"""If the disk is full during a save, the error is clear and the earlier file is unchanged, for every kind of file."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.trainer.toys import Toy, lora, trainer
 
 @contextmanager
 def full_disk(limit: int = 3000) -> Iterator[None]:
-    """No file of this process may have more bytes: a write stops there with an error, as on a full disk."""
+    """Limit the size of this process's files: writing more raises an error, as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     try:
@@ -125,7 +125,7 @@ def test_a_kill_in_the_middle_of_a_save(tmp_path: Path) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
         assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
         assert torch.load(path) == {"good": killed}
-        assert len(contents(tmp_path)) == 2  # one left over, however often it is killed
+        assert len(contents(tmp_path)) == 2  # at most one temporary file is left, even after several kills
     save_torch_file({"good": 2}, path)
     assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
 

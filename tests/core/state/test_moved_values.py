@@ -104,7 +104,7 @@ def test_a_moved_state_goes_into_a_fresh_model_and_stays_part_of_its_state():
     a[1].weight.data.mul_(2)
     load_state(b, lp.adapter_state(a))
     assert_same_bits(bits(a), bits(b))
-    b[1].weight.data.div_(2)  # back at the start
+    b[1].weight.data.div_(2)  # the value is the initial one again
     assert "1.weight" in lp.adapter_state(b)
 
 

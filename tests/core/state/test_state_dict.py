@@ -148,7 +148,7 @@ def test_a_different_base_is_refused_with_the_name_of_the_tensor(model: nn.Modul
 
 
 def test_large_tensors_are_sampled_within_their_bounds():
-    # 50257 x 768, GPT-2's embedding: its last index is no float32 number, and rounds past the end.
+    # 50257 x 768 is GPT-2's embedding: float32 cannot represent its last index, and would round past the end.
     model = nn.Module()
     model.register_buffer("table", torch.zeros(1, dtype=torch.int8).expand(50257 * 768))
     assert fingerprint(model)["values"]["table"] == [0.0] * 8

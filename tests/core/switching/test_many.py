@@ -59,7 +59,7 @@ def test_two_adapters_compute_the_same_as_alone(pair: tuple[str, str]):
     assert torch.equal(logits(model), both)
     with lp.active(model), lp.disabled(model):
         assert torch.equal(logits(model), base)
-    lp.set_active(model, "b", "a")  # their order is that of application
+    lp.set_active(model, "b", "a")  # adapters run in the order in which they were applied
     assert torch.equal(logits(model), both)
 
     lp.delete_adapter(model, "a")

@@ -97,7 +97,7 @@ def test_contexts_nest_and_end():
 
 @torch.no_grad()
 def test_adapters_that_are_any_module_around_the_host():
-    """An adapter that says nothing of rows: the host runs once for each."""
+    """An adapter without a batched class: the host runs once for each adapter."""
     from lightning_peft.core.injection.attach import attach
 
     model = MLP()
@@ -122,7 +122,7 @@ def test_half_precision(autocast):
             got = model(x)
             with torch.inference_mode():
                 close(model(x).clone(), got, 0.02)
-            model(x).float().sum().backward()  # what was kept in inference is not what gradients go through
+            model(x).float().sum().backward()  # factors that were kept in inference are not used for gradients
     assert got.dtype == want.dtype == torch.bfloat16
     close(got, want, 0.02)
     assert model.up.adapters["b"].lora_B.grad.abs().max() > 0
@@ -141,7 +141,7 @@ def test_models_can_be_copied_inside_and_train_on_outside():
 
 
 class ExpertMajor(nn.Module):
-    """A mixture whose experts see all tokens once for each expert, as in Llama 4."""
+    """A mixture whose experts get all tokens repeated for each expert, as in Llama 4."""
 
     class Experts(nn.Module):
         def __init__(self):
@@ -149,7 +149,7 @@ class ExpertMajor(nn.Module):
             self.down_proj = nn.Parameter(torch.randn(2, 6, 6))
 
         def forward(self, x, *routing):
-            if routing:  # a row of tokens goes to the expert that its index names
+            if routing:  # each token goes to the expert with its index
                 return torch.einsum("ni,nio->no", x, self.down_proj[routing[0]])
             return (x.view(2, -1, 6) @ self.down_proj).view(-1, 6)
 
@@ -171,7 +171,7 @@ def test_stacked_experts_that_see_the_batch_expert_by_expert_are_refused(routed)
     lp.apply(model, lp.LoRA(r=2, targets=["down_proj"], name="a"))
     perturb(model)
     x = torch.randn(3, 4, 6)
-    with lp.rows(model, ["a", "a", "a"]):  # no row differs
+    with lp.rows(model, ["a", "a", "a"]):  # all rows have the same adapters
         close(model(x), model(x))
     with lp.rows(model, ["a", None, "a"]):
         if not routed:

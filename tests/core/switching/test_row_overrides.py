@@ -20,7 +20,7 @@ from tests.helpers import adapter_parameters, close, differ, perturb
 from tests.kinds import KINDS, Kind
 
 HEAD = ["classifier"]
-#: what rows of one batch are mixed of; all but the last bring copies
+#: the adapters that are mixed in one batch; all except the last have copies of base parameters
 OWN: dict[str, Callable[[], lp.PEFTMethod]] = {
     "bitfit": lambda: lp.BitFit(),
     "norms": lambda: lp.NormTuning(trainable=HEAD),
@@ -33,7 +33,7 @@ OWN: dict[str, Callable[[], lp.PEFTMethod]] = {
 
 
 def loaded(base: nn.Module, folder: Path, methods: dict[str, lp.PEFTMethod], **options: bool) -> nn.Module:
-    """A copy of ``base`` with adapters that were trained apart, saved and loaded."""
+    """A copy of ``base`` with adapters that were trained separately, saved and loaded."""
     model = copy.deepcopy(base)
     for name, method in methods.items():
         lp.save_adapter(adapted(base, method), folder / name)
@@ -52,7 +52,7 @@ def test_each_row_has_its_own_head_biases_and_norms(tmp_path):
         differ(want[i], want[7])
     lp.set_active(model, "probe")
     want = model(x).logits
-    with lp.rows(model, ["probe"] * 10):  # one copy for all rows
+    with lp.rows(model, ["probe"] * 10):  # all rows use the same copy
         close(model(x).logits, want)
 
 
@@ -79,7 +79,7 @@ def test_every_layer_kind_that_is_called(kind, tmp_path):
     model, inputs = loaded(given.build(), tmp_path, {n: lp.FullFineTuning() for n in "ab"}), given.batch()
     dim = 1 if kind == "mha" else 0
     names = ["b", None, "a", "b"][: inputs[0].shape[dim]]
-    if kind == "embedding":  # its positions are looked up once for all rows
+    if kind == "embedding":  # it looks positions up once for all rows
         with pytest.raises(lp.RowError, match="a table that all rows share"), lp.rows(model, names):
             model(*inputs)
         return
@@ -97,7 +97,7 @@ def test_heads_of_different_widths(tmp_path):
     model, x = bert(), tokens()
     for name in ("three", "five", "other"):
         lp.load_adapter(model, tmp_path / name, name=name, check_base=False)
-    with lp.rows(model, ["five", "other"]):  # of one width, if not the base's
+    with lp.rows(model, ["five", "other"]):  # heads of the same width work, even if it is not the base's
         assert model(x).logits.shape == (2, 5)
     for names in (["five", "three"], ["five", None]):
         with (
@@ -108,7 +108,7 @@ def test_heads_of_different_widths(tmp_path):
 
 
 class Doubled(LowRankAdapter):
-    """Adds twice its product, by an ``output`` of its own."""
+    """Overrides ``output`` to add twice its product."""
 
     scale, dropout = 1.0, 0.0
 
@@ -136,7 +136,7 @@ def test_a_low_rank_adapter_with_an_output_of_its_own():
 
 @torch.no_grad()
 def test_a_gate_and_a_bias_of_lora_take_part():
-    """Low-rank updates with more to them than their product are not served by it alone."""
+    """Low-rank adapters that also have a gate or a bias are not served by their product alone."""
     model, x = KINDS["linear"].build().eval(), KINDS["linear"].batch()[0]
     lp.apply(model, lp.GatedLoRA(r=2, name="gated"), lp.LoRA(r=2, lora_bias=True, name="bias"), lp.LoRA(name="plain"))
     perturb(model, scale=0.5)

@@ -1,4 +1,4 @@
-"""Mixed batches of several entries to a row, and how factors are stacked."""
+"""Mixed batches with several entries per row, and how factors are stacked."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def test_several_entries_to_a_row_and_windows():
         want = model(x)
     with lp.rows(model, ["a", None, "b"], repeats=2):
         close(model(x), want)
-        model(x[::2])  # as an encoder before the rows are repeated
+        model(x[::2])  # the size that an encoder sees before the rows are repeated
     windows = Windows(model)
     with lp.rows(windows, ["a", None, "b"]):
         close(windows(x.reshape(3, 8, 6)), want)
@@ -35,7 +35,7 @@ class Windows(nn.Module):
         return self.inner(x.reshape(2 * len(x), -1, x.shape[-1]))
 
     def step(self, x: Tensor) -> Tensor:
-        """As a LightningModule's, which is not called itself."""
+        """Holds the network, as a LightningModule does, and is never called itself."""
         return self.inner(x)
 
 
@@ -50,7 +50,7 @@ def test_the_batch_has_one_entry_for_each_name():
         with lp.rows(model, ["a", "b"], repeats=2):
             with pytest.raises(lp.RowError, match="it must be 2 or 4"):
                 run(x[:3])
-            run(x)  # after an error it still checks, and takes what is right
+            run(x)  # after an error, batches are still checked, and a correct one is accepted
             with pytest.raises(lp.RowError, match="it must be 2 or 4"):
                 run(x[:1])
     with pytest.raises(lp.RowError, match="repeats is the number of entries"), lp.rows(model, ["a"], repeats=0):
@@ -59,7 +59,7 @@ def test_the_batch_has_one_entry_for_each_name():
 
 @torch.no_grad()
 def test_factors_are_stacked_once_and_follow_changes():
-    model, x = two_loras().requires_grad_(False), torch.randn(2, 6)  # of what trains nothing is kept
+    model, x = two_loras().requires_grad_(False), torch.randn(2, 6)  # factors of trained adapters are never kept
     adapter = model.up.adapters["a"]
     calls = []
     original = type(adapter).factors

@@ -15,7 +15,7 @@ from tests.helpers import adapter_parameters, close, differ, perturb
 from tests.kinds import KINDS, MLP
 from tests.table import METHODS
 
-#: what rows of one batch are mixed of, on a decoder
+#: the adapters that are mixed in one batch, on a decoder
 MIXED: dict[str, Callable[..., Any]] = {
     "lora": lambda name: lp.LoRA(r=2, name=name),
     "rslora": lambda name: lp.LoRA(r=3, use_rslora=True, rank_pattern={"q_proj": 1}, name=name),
@@ -106,7 +106,7 @@ def test_all_methods_in_one_batch():
     names = [name for method in MIXED for name in (method, None)][: 2 * len(MIXED)]
     model, inputs = llama(*MIXED), batch(len(names))
     want = torch.cat(one_by_one(model, names, lambda i: model(**row(inputs, i)).logits))
-    lp.set_active(model, "dora")  # what is active otherwise makes no difference
+    lp.set_active(model, "dora")  # the active adapters make no difference
     with lp.rows(model, names):
         got = model(**inputs).logits
     seen = inputs["attention_mask"].bool()
@@ -214,7 +214,7 @@ def test_labels_of_a_causal_model():
     names = ["prompt", None, "lora"]
     model, inputs = llama("prompt", "lora"), batch(3, padded=False)
     labels = inputs["input_ids"].clone()
-    labels[:, :3] = -100  # so that every row has the same number of targets
+    labels[:, :3] = -100  # so that every row has the same number of labels
     want = one_by_one(model, names, lambda i: model(**row(inputs, i), labels=labels[i : i + 1]).loss)
     with lp.rows(model, names):
         out = model(**inputs, labels=labels)

@@ -52,7 +52,7 @@ def llama(attention: str = "sdpa") -> Any:
 
 
 def differing(*calls: Callable[[], Tensor], runs: int = 12) -> list[str]:
-    """What goes wrong when each call is made again and again in a thread of its own."""
+    """Repeat each call in its own thread, and return the errors and differences."""
     with torch.no_grad():
         expected = [call() for call in calls]
     wrong: list[str] = []
@@ -133,7 +133,7 @@ def test_contexts_hold_for_their_thread(method: str) -> None:
         lambda: lp.rows(model, ["b", None]),
         nullcontext,
     ]
-    if method != "PromptTuning":  # which is at no block
+    if method != "PromptTuning":  # its adapter is not in any block
         contexts.append(lambda: lp.adapter_drop(model, 1))
     assert differing(*map(call, contexts), runs=5) == []
     assert [type(m) for m in lp.unload(model).modules()] == [type(m) for m in llama().modules()]
@@ -220,7 +220,7 @@ def disabled_net(model: Net, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("context", ["active", "rows"])
 def test_a_checkpointed_forward_is_repeated_as_it_ran(context: str) -> None:
-    """Backward after the context was left, while the default is another."""
+    """Backward runs after the context has exited, when another adapter is active."""
     model, x = two()
     lp.set_active(model, "a")
 
@@ -255,7 +255,7 @@ def test_tasks_of_one_thread() -> None:
             assert torch.equal(out, model(x))
     with lp.active(model, "a", "b"), torch.no_grad():
         expected = model.inner(x)
-    assert torch.equal(torch.compile(model.inner, backend="eager")(x), expected)  # no context is left
+    assert torch.equal(torch.compile(model.inner, backend="eager")(x), expected)  # all contexts have exited
 
 
 def test_compiled_code_sees_the_context_of_its_thread() -> None:

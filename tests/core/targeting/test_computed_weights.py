@@ -1,4 +1,4 @@
-"""Adapters on layers whose weight is computed from other parameters, against layers that store the same weight."""
+"""Compare adapters on layers whose weight is computed from other parameters with those on layers that store it."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_a_computed_weight_is_adapted_as_a_stored_one(kind: str, method: str):
     for ours, theirs in zip(*gradients):
         close(ours, theirs, 1e-11)
     adapted = bits(model)
-    assert_same_bits({key: adapted[key] for key in before}, before)  # in training mode too
+    assert_same_bits({key: adapted[key] for key in before}, before)  # training mode gives the same
     close(copy.deepcopy(model)(x), outputs[1], 1e-12)
     for name in ("a", "b"):
         for net in (model, plain):

@@ -1,4 +1,4 @@
-"""Linear layers that do not derive from ``nn.Linear``: what a trial call recognises, and what it must not."""
+"""Linear layers that do not derive from ``nn.Linear``: which layers a trial call must and must not recognise."""
 
 from __future__ import annotations
 
@@ -128,7 +128,8 @@ def test_all_linear_adapts_the_ones_it_recognises_and_says_what_it_leaves_out():
     assert "all-linear leaves out b (Normalised): a trial call did not compute" in str(report.notes)
     hint = next(note for note in report.notes if "Normalised" in note).split("Name '")[1].split("'")[0]
     assert lp.inspect(model, lp.LoRA(r=2, targets=[hint])).modules
-    assert list(lp.inspect(model, lp.LoRA(r=2, targets=["a.weight"])).modules) == ["a"]  # as it was named before
+    # the name that earlier releases gave it
+    assert list(lp.inspect(model, lp.LoRA(r=2, targets=["a.weight"])).modules) == ["a"]
 
 
 def test_a_registered_layer_is_adapted_in_its_own_forward(monkeypatch: pytest.MonkeyPatch):

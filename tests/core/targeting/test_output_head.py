@@ -22,7 +22,7 @@ def body() -> nn.Sequential:
 
 
 class Net(nn.Module):
-    """A head, and after it by definition a network of which the output does not come."""
+    """A head, defined before a network that the output does not depend on."""
 
     def __init__(self, auxiliary: str = "teacher", head: str = "head") -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class Net(nn.Module):
 
 
 class Silent(Net):
-    """The same, which looks at values and so cannot be tried."""
+    """The same model, whose forward depends on values, so that a trial is impossible."""
 
     def forward(self, x):
         return super().forward(x) if x.abs().max().item() else x
@@ -136,7 +136,7 @@ def test_a_part_that_the_user_froze_is_left_alone_and_named(method):
     assert "vgg was frozen before and is left alone (160 parameters)" in report.notes
     assert not any(name.startswith("vgg") for name in report.modules)
     assert not any(p.requires_grad for p in model.vgg.parameters())
-    assert frozen_parts(model) == ["vgg"]  # what was frozen before is known after as well
+    assert frozen_parts(model) == ["vgg"]  # parts that were frozen before are still known after methods are applied
     again = lp.apply(model, lp.LoRA(r=2, name="second"))
     assert not any(name.startswith("vgg") for name in again.modules)
 
@@ -228,7 +228,7 @@ def test_advice_of_a_probe_can_be_followed():
 
 
 def test_the_hint_of_all_linear_matches():
-    class Own(nn.Module):  # a linear layer with a bare parameter, as PyTorch Geometric's
+    class Own(nn.Module):  # a linear layer with a bare parameter, like PyTorch Geometric's
         def __init__(self):
             super().__init__()
             self.weight, self.bias = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.zeros(4))

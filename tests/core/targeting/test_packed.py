@@ -1,4 +1,4 @@
-"""Layers with packed weights are adapted through what they compute, like the float layers that they stand for."""
+"""Adapters on layers with packed weights give the same results as on the equivalent float layers."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ class GPTQLinear(nn.Module):
 
 
 class Odd(GPTQLinear):
-    """A layer of the same state that computes something else."""
+    """A layer with the same state that computes something else."""
 
     def forward(self, x):
         return super().forward(x).relu()
 
 
 class Encoded(nn.Parameter):
-    """A tensor subclass, as libraries of quantisation have them."""
+    """A tensor subclass, like those of quantisation libraries."""
 
 
 def packed(layer: type[nn.Module] = GPTQLinear) -> nn.Sequential:

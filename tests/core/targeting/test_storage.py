@@ -1,4 +1,4 @@
-"""Weights with which their layer cannot compute are refused by name before anything changes; complex ones are plain."""
+"""Weights that cannot be read as a matrix are refused by name before anything changes; complex ones are supported."""
 
 from __future__ import annotations
 
