@@ -41,12 +41,12 @@ class Kind:
     Attributes:
         model: makes the model.
         inputs: makes the model's arguments.
-        matrices: the adapted weights' matrices by site name; the first is the one that patterns of a row name.
+        matrices: the shape of each adapted matrix by site name; the rows of the table use the first name in patterns.
         targets: what to adapt.
-        fast_path: whether torch has a fused path of its own here, so that equal outputs may round otherwise.
-        keys: the widths of keys and of values, of all attention layers together; 0 where none can be told.
-        tokens: what a prompt's ``targets`` is, and the width of a token; None where no module takes a sequence.
-        head: the output head; None where there is none to tell.
+        fast_path: whether torch has a fused path for the model, which may round outputs differently.
+        keys: the widths of keys and of values, of all attention layers together; 0 if they cannot be determined.
+        tokens: the ``targets`` for a prompt, and the width of a token; None if no module takes a sequence.
+        head: the name of the output head; None if it cannot be determined.
         last: the modules that train with the last block.
     """
 

@@ -27,13 +27,13 @@ class Row:
     """One method, or one configuration of it.
 
     Attributes:
-        make: the method for a kind; takes ``name`` and other options.
+        make: returns the method for a kind; takes ``name`` and other options.
         count: the number of trainable parameters that the paper's formula gives, for a kind and its plain model.
         identity: whether the adapted model starts as its base.
         mergeable: whether the change can be folded into the weights.
-        additive: whether it is a sum, which may change places with others.
-        selects: whether it adds nothing and trains parameters of the base.
-        kinds: the kinds that an option of another row is held on; by default all.
+        additive: whether the change is a sum, so that the order of two adapters does not matter.
+        selects: whether the method trains parameters of the base instead of adding adapters.
+        kinds: the kinds to test, for a variant of another row; by default all.
     """
 
     make: Callable[..., lp.PEFTMethod]

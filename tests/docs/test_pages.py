@@ -60,7 +60,8 @@ def blocks(page: str) -> list[str]:
 
 
 def written(page: str) -> list[str]:
-    """The blocks that the page itself contains; the others include files of docs/examples, which have their own tests."""
+    """The blocks that the page itself contains; the others include files of docs/examples, which are tested
+    elsewhere."""
     return [block for block in blocks(page) if not INCLUDED.search(block)]
 
 
