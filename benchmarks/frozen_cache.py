@@ -1,7 +1,7 @@
-"""Measure training steps with ``CacheFrozen`` beside the same steps without it, and compare what they train.
+"""Measure training steps with and without ``CacheFrozen``, and compare the trained parameters.
 
 The model has MiniLM's shape (6 layers of width 384) and random weights. Fits with and without the cache alternate. Only
-steps of epochs in which all rows are known count, without the one step of an epoch that is compared.
+epochs in which all rows are known count, without the one step per epoch whose results are compared.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ METHODS: dict[str, Callable[[], L.Callback]] = {
 
 
 class Classifier(L.LightningModule):
-    """An encoder and a head; the same one each time."""
+    """An encoder and a head, from a fixed seed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class Timer(L.Callback):
 
 
 def fit(make: Callable[[], L.Callback], folder: Path | None) -> tuple[list[float], dict[str, Tensor]]:
-    """Train. Returns the times of steps, and what has trained."""
+    """Train. Returns the times of the steps and the trained parameters."""
     model, timer = Classifier(), Timer()
     generator = torch.Generator().manual_seed(1)
     rows = STEPS * BATCH

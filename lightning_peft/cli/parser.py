@@ -28,7 +28,7 @@ class Parser(LightningArgumentParser):
         return super().add_lightning_class_args(lightning_class, nested_key, subclass_mode, not subclass_mode)
 
     def print_usage(self, file: Any = None) -> None:
-        """Print nothing: the usage of a command has 90 lines, which would hide the error below it."""
+        """Print nothing, because the usage of a command has 90 lines and would hide the error below it."""
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
         if "No module named" in message:

@@ -197,7 +197,7 @@ class Runner:
                 metric = _value(_evaluate(built, self.metric.test), self.metric.final)
             except InputError:
                 raise
-            except Exception:  # such as a head of another size: candidates may still run
+            except Exception:  # for example because its head has another size; candidates may still run
                 metric = None
             return built, metric, _steps(built)
 

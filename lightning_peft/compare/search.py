@@ -81,7 +81,7 @@ def search(
             study.tell(trial, state=TrialState.FAIL)
             error, failures = failed, failures + 1
             if not _finished(study):
-                break  # it does not run at all: more rates will not help
+                break  # the candidate does not run at all, so other rates would not help
             continue
         # A loss that is not finite is worse than any, but it is a result.
         study.tell(trial, result if isfinite(result) else (math.inf if lower else -math.inf))

@@ -17,7 +17,7 @@ __all__ = ["Plan", "Study", "Unit"]
 
 @attrs.frozen
 class Plan:
-    """How much is trained.
+    """The plan of a comparison: what to train, and how much.
 
     Attributes:
         candidates: what is compared.
@@ -25,7 +25,7 @@ class Plan:
         search_steps: optimizer steps of each trial of a search.
         trials: trials of each search; 0 uses the usual learning rate of each method.
         seeds: the seeds of the finalists; every candidate runs with the first one.
-        finalists: how many candidates run with the other seeds; full fine-tuning does in addition.
+        finalists: how many candidates run with the other seeds; full fine-tuning runs with them too.
         fractions: parts of the training data, each a comparison of its own.
     """
 

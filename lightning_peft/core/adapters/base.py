@@ -262,7 +262,7 @@ class WeightAdapter(Adapter):
         return self.output(host, self.reads(args, kwargs), call(*args, **kwargs))
 
     def reads(self, args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
-        """Return the argument of the host's call that :meth:`output` takes as ``x``."""
+        """Return the host's input, which :meth:`output` gets as ``x``, from the arguments of a call."""
         return args[0] if args else next(iter(kwargs.values()))
 
     def after(self, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:

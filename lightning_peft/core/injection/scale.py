@@ -43,7 +43,7 @@ class _Tensor(NamedTuple):
 
 
 class Scaled:
-    """The result of :func:`scale`; as a context manager, it restores the factor before at the end."""
+    """The result of :func:`scale`; as a context manager, it restores the earlier factor at the end."""
 
     def __init__(self, model: nn.Module, name: str, before: float) -> None:
         self._model, self._name, self._before = model, name, before
@@ -59,10 +59,11 @@ class Scaled:
 def scale(model: nn.Module, name: str, factor: float) -> Scaled:
     """Scale the effect of an adapter: 0 computes what the base computes, 1 is the adapter as it was trained.
 
-    Factors between 0 and 1 trade what was learned for what the base knows; negative ones and those above 1 extrapolate.
-    The factor always refers to the adapter as trained or loaded, so ``scale(model, name, 1.0)`` restores it bit for
-    bit. Saved files, checkpoints and merged weights contain the scaled adapter; when it is loaded, its factor is 1. If
-    the adapter changes while it is scaled (training, loading), the factor refers to its new values from then on.
+    Factors between 0 and 1 give up some of what was learned to keep more of the base; factors below 0 or above 1
+    extrapolate. The factor always refers to the adapter as trained or loaded, so ``scale(model, name, 1.0)`` restores
+    it bit for bit. Saved files, checkpoints and merged weights contain the scaled adapter; when it is loaded, its
+    factor is 1. If the adapter changes while it is scaled (training, loading), the factor refers to its new values from
+    then on.
 
     Modules that train in full in addition to adapters (a head) are not scaled.
 

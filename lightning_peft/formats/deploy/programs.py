@@ -22,7 +22,7 @@ from lightning_peft.formats.deploy.plain_lora import DeployError
 
 __all__ = ["Program", "program_of", "write_onnx", "write_torch_export"]
 
-#: the largest difference of an output, relative to the largest output
+#: the tolerance: the largest difference of an output, relative to the largest output
 TOLERANCE = 1e-4
 _LENGTH = 8
 

@@ -74,7 +74,7 @@ def _encodes(base: Base) -> bool:
 
 
 def _task_type(snapshot: Snapshot) -> str | None:
-    """PEFT's task, or None, with which PEFT loads the adapter onto any model.
+    """PEFT's task; None if there is none, and PEFT then loads the adapter onto any model.
 
     With a task, PEFT expects the usual heads of that task and fails if the file does not have them. With
     FEATURE_EXTRACTION it passes token ids even to models that take images.

@@ -95,7 +95,7 @@ class CacheFrozen(L.Callback):
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         if self._replay is not None and _frozen_versions(pl_module) != self._versions:
-            self._close()  # something has changed the frozen values
+            self._close()  # the frozen values have changed
         trainer.strategy.barrier("frozen cache")  # so that the rows of all ranks are there
         for store in self._stores.values():
             store.refresh()
@@ -151,7 +151,7 @@ class CacheFrozen(L.Callback):
         self._close()
 
     def _look_at_first(self, trainer: Any, module: nn.Module) -> None:
-        """End the watch over the first batch, and store its rows."""
+        """Stop watching the first batch, and store its rows."""
         first = self._first
         if first is None:
             return
@@ -221,7 +221,7 @@ class CacheFrozen(L.Callback):
             )
 
     def _check_room(self, store: Store) -> None:
-        """Say what the cache will take, once the size of a row is known."""
+        """Print how much space the cache will take, once the size of a row is known."""
         needed, free = store.room(self._expected_rows)
         limit = math.inf if self.max_gb is None else self.max_gb * 1e9
         if needed > min(free, limit):
@@ -235,7 +235,8 @@ class CacheFrozen(L.Callback):
         )
 
     def _store(self, trainer: Any, module: nn.Module) -> Store:
-        """Return the store for the frozen part as it is now: training mode and validation may have two."""
+        """Return the store for the frozen part in its present modes; training and validation may have different
+        ones."""
         replay = self._replay
         assert replay is not None
         modes = {name: [part.training for part in module.modules()] for name, module in replay.modules.items()}

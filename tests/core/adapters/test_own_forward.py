@@ -30,7 +30,7 @@ def hook(module: nn.Module) -> None:
 
 
 def hook_by_class(module: nn.Module) -> None:
-    """As compressed-tensors does: the class is looked up when the forward runs."""
+    """A forward set on the instance that looks its class up when it runs, as compressed-tensors does."""
     module.forward = lambda *args: module.__class__.forward(module, *args)  # type: ignore[method-assign]
 
 
