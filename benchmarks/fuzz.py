@@ -99,7 +99,7 @@ class Subject:
         self.checkpoint |= {"pytorch-lightning_version": L.__version__, "epoch": 1, "global_step": 2}
         lp.save_adapter(module, folder / "saved")
         torch.save(self.checkpoint, folder / "saved.ckpt")
-        self.save_shards(module)
+        self.save_shards(copy.deepcopy(module))
 
     def output(self, module: nn.Module) -> torch.Tensor:
         with torch.no_grad():

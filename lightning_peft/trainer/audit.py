@@ -378,7 +378,11 @@ class GradientAudit:
                 routing=False,
             )
         if self.waiting and self.done:
-            self._report(sorted(self.waiting), "their modules were not called, or the loss ignores their output")
+            self._report(
+                sorted(self.waiting),
+                "their modules were not called, the loss ignores their output, or gradient checkpointing with "
+                "use_reentrant=True cuts it off (a frozen base needs use_reentrant=False)",
+            )
         self.waiting = set()
 
     def _report(self, names: list[str], why: str, routing: bool = True) -> None:
