@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from itertools import islice
 from typing import Any, Literal
 
-import jsonargparse
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
@@ -217,6 +216,8 @@ def build_data(config: Mapping[str, Any]) -> L.LightningDataModule:
     Raises:
         ValueError: the class does not exist, or an argument does not fit it.
     """
+    import jsonargparse
+
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_argument("--data", type=L.LightningDataModule)
     try:
