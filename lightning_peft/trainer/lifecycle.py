@@ -42,7 +42,7 @@ from lightning_peft.trainer.refused_callbacks import refuse_callbacks
 from lightning_peft.trainer.resume.dataloaders import TrainingLoaders
 from lightning_peft.trainer.resume.rng_state import gather_ranks, rng_state, this_rank
 from lightning_peft.trainer.saving_trial import try_saving
-from lightning_peft.trainer.strategy import adapt_strategy
+from lightning_peft.trainer.strategy import adapt_strategy, partitions_optimizers
 from lightning_peft.trainer.zero_gradients import ZeroGradientAudit
 
 __all__ = ["Lifecycle"]
@@ -80,12 +80,13 @@ class Lifecycle(Callback):
         audit.audit_active(pl_module)
         audit.audit_head(pl_module)
         audit.audit_hyperparameters(pl_module.hparams)
-        audit.audit_optimizers(pl_module, trainer.optimizers)
         try_saving(trainer, pl_module)
         self._unfrozen = audit.UnfrozenAudit(pl_module)
-        # With several optimizers, one step legitimately leaves the others' parameters without a gradient.
-        self._gradient_audit = audit.GradientAudit(pl_module) if len(trainer.optimizers) == 1 else None
-        self._zero_gradients = ZeroGradientAudit(pl_module)
+        if not partitions_optimizers(trainer.strategy):
+            audit.audit_optimizers(pl_module, trainer.optimizers)
+            # With several optimizers, one step legitimately leaves the others' parameters without a gradient.
+            self._gradient_audit = audit.GradientAudit(pl_module) if len(trainer.optimizers) == 1 else None
+            self._zero_gradients = ZeroGradientAudit(pl_module)
         self._modes = TrainingMode(pl_module)
         record = injection_state(pl_module)
         if record is not None and trainer.is_global_zero:

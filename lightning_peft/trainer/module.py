@@ -23,6 +23,7 @@ from lightning_peft.core.state.fingerprint import check_fingerprint
 from lightning_peft.core.state.freezing import set_unfrozen
 from lightning_peft.core.state.state_dict import StateError, load_state, trainable_keys
 from lightning_peft.core.state.torch_file import naming
+from lightning_peft.trainer.audit import audit_optimizers
 from lightning_peft.trainer.audit_ranks import audit_methods, audit_ranks
 from lightning_peft.trainer.averaging import start_averaging
 from lightning_peft.trainer.bitsandbytes_precision import convert_layers, creating_layers
@@ -33,7 +34,8 @@ from lightning_peft.trainer.lazy_modules import create_lazy_parameters
 from lightning_peft.trainer.lifecycle import Lifecycle
 from lightning_peft.trainer.logs import continue_runs, run_ids
 from lightning_peft.trainer.optimizers import add_adapters, configured, drop_frozen
-from lightning_peft.trainer.param_groups import optimizers_in, remember_schedulers
+from lightning_peft.trainer.param_groups import drop_empty_groups, optimizers_in, remember_schedulers
+from lightning_peft.trainer.strategy import partitions_optimizers
 
 __all__ = ["AdaptedModule", "adapt_module"]
 
@@ -90,6 +92,10 @@ class AdaptedModule(_LightningModule):
         for optimizer in optimizers:
             for method in record.methods.values() if record is not None else ():
                 method.configure_param_groups(optimizer, self)
+        if self._trainer is not None and partitions_optimizers(self._trainer.strategy):
+            for optimizer in optimizers:
+                drop_empty_groups(optimizer)
+            audit_optimizers(self, optimizers)  # here, because the parameters cannot be recognised later
         return result
 
     @property

@@ -13,7 +13,14 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-__all__ = ["optimizers_in", "remember_schedulers", "schedulers_in", "schedulers_of", "split_groups"]
+__all__ = [
+    "drop_empty_groups",
+    "optimizers_in",
+    "remember_schedulers",
+    "schedulers_in",
+    "schedulers_of",
+    "split_groups",
+]
 
 #: keys of a parameter group in which schedulers store learning rates (OneCycleLR uses all of them)
 _RATES = ("lr", "initial_lr", "max_lr", "min_lr")
@@ -112,6 +119,19 @@ def _split_lists(scheduler: Any, before: int, origin: list[tuple[int, float]]) -
             continue
         if isinstance(values, list | tuple) and len(values) == before:
             setattr(scheduler, name, [_scaled(values[i], scale) if rates else values[i] for i, scale in origin])
+
+
+def drop_empty_groups(optimizer: Optimizer) -> None:
+    """Remove groups without parameters from ``optimizer``, and their values from its schedulers.
+
+    DeepSpeed itself removes such groups from the optimizer only, so the first step of a scheduler would fail.
+    """
+    groups = optimizer.param_groups
+    kept = [(i, 1.0) for i, group in enumerate(groups) if group["params"]]
+    before, groups[:] = len(groups), [groups[i] for i, _ in kept]
+    for scheduler in schedulers_of(optimizer):
+        for one in _nested(scheduler):
+            _split_lists(one, before, kept)
 
 
 def remember_schedulers(configured: Any) -> None:

@@ -29,7 +29,12 @@ from lightning_peft.trainer.packages import lightning_classes
 from lightning_peft.trainer.resume.dataloaders import TrainingLoaders
 from lightning_peft.trainer.resume.epoch_end import finish_epoch
 
-__all__ = ["adapt_strategy"]
+__all__ = ["adapt_strategy", "partitions_optimizers"]
+
+
+def partitions_optimizers(strategy: object) -> bool:
+    """Whether the strategy (DeepSpeed) replaces the parameters in optimizers by flat parts, and takes the gradients."""
+    return hasattr(strategy, "exclude_frozen_parameters")
 
 
 def adapt_strategy(trainer: L.Trainer, loaders: TrainingLoaders) -> None:
@@ -40,16 +45,16 @@ def adapt_strategy(trainer: L.Trainer, loaders: TrainingLoaders) -> None:
         loaders: Wraps the training loaders during a fit, to make them resumable.
 
     Raises:
-        MisconfigurationException: if FSDP is set to write sharded checkpoints, or with DeepSpeed stage 3.
+        MisconfigurationException: with FSDP1 or DeepSpeed stage 3.
     """
     strategy: Any = trainer.strategy
     if "_peft_adapted" in strategy.__dict__:
         return
-    if getattr(strategy, "_state_dict_type", None) == "sharded":
+    if isinstance(strategy, lightning_classes("strategies.FSDPStrategy")):
         raise MisconfigurationException(
-            "FSDPStrategy(state_dict_type='sharded') is not supported with PEFT methods: it requires the frozen base "
-            "in a checkpoint, which holds trainable state only. Use state_dict_type='full', or FSDP2 with "
-            "ModelParallelStrategy"
+            f"{type(strategy).__name__} (FSDP1) is not supported with PEFT methods: it flattens frozen and trainable "
+            "parameters into one, and gathers all of them whenever a state dict is read. Use FSDP2: "
+            "ModelParallelStrategy, with lp.apply(self) and then fully_shard in configure_model"
         )
     if getattr(strategy, "zero_stage_3", False):
         raise MisconfigurationException(
@@ -70,8 +75,7 @@ def adapt_strategy(trainer: L.Trainer, loaders: TrainingLoaders) -> None:
 
     def lightning_module_state_dict() -> dict[str, Any]:
         module = strategy.lightning_module
-        is_fsdp = isinstance(strategy, lightning_classes("strategies.FSDPStrategy"))
-        return trim_state(module, full_state(), sharded.agreed_keys(module) if is_fsdp else trainable_keys(module))
+        return trim_state(module, full_state(), trainable_keys(module))
 
     def load_checkpoint(checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         # With None, torch before 2.6, and Lightning for remote files, would unpickle any object.
@@ -131,5 +135,5 @@ def adapt_strategy(trainer: L.Trainer, loaders: TrainingLoaders) -> None:
     save_in_one_step(strategy)
     if isinstance(strategy, lightning_classes("strategies.ModelParallelStrategy")):
         sharded.adapt(strategy)
-    if hasattr(strategy, "exclude_frozen_parameters"):
+    if partitions_optimizers(strategy):
         strategy.exclude_frozen_parameters = True  # DeepSpeed writes its own files, which are trimmed by this option

@@ -10,7 +10,6 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.tuner import Tuner
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import lightning_peft as lp
 
@@ -139,10 +138,3 @@ def test_optimizers_that_would_train_nothing(tmp_path: Path) -> None:
     only_head = lora(targets=["head"], trainable=[])
     with pytest.raises(L.pytorch.utilities.exceptions.MisconfigurationException, match="frozen parameters only"):
         trainer(tmp_path, method=only_head).fit(FrozenOnly(), loader())
-
-
-def test_deepspeed_stage_3_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = trainer(tmp_path, enable_checkpointing=False)
-    monkeypatch.setattr(type(run.strategy), "zero_stage_3", True, raising=False)
-    with pytest.raises(MisconfigurationException, match="adapters would get empty ones"):
-        run.fit(Toy(), loader())

@@ -22,7 +22,7 @@ from lightning_peft.trainer.checkpoints.manifest import check_seal
 from lightning_peft.trainer.checkpoints.sharded_folder import META, check_files, recover_path, save_folder
 from lightning_peft.trainer.checkpoints.trimming import trim_state
 
-__all__ = ["adapt", "agreed_keys"]
+__all__ = ["adapt"]
 
 
 def adapt(strategy: Any) -> None:
@@ -32,7 +32,7 @@ def adapt(strategy: Any) -> None:
     def lightning_module_state_dict() -> dict[str, Any]:
         module = strategy.lightning_module
         assert module is not None
-        state = trim_state(module, nn.Module.state_dict(module), agreed_keys(module))
+        state = trim_state(module, nn.Module.state_dict(module), _agreed_keys(module))
         if strategy._save_distributed_checkpoint:
             return state
         full = {k: _gathered(v) for k, v in state.items()}  # a collective: every rank must call it for every key
@@ -55,7 +55,7 @@ def adapt(strategy: Any) -> None:
     setattr(strategy, "load_checkpoint", load_checkpoint)  # noqa: B010
 
 
-def agreed_keys(module: nn.Module) -> set[str]:
+def _agreed_keys(module: nn.Module) -> set[str]:
     """The keys of the trainable state, including values that moved on any rank.
 
     Each rank sees only its own part of a sharded parameter, and the value may have moved only in another rank's part.
