@@ -13,7 +13,8 @@ from lightning_peft.core.adapters.activation import ActivationAdapter
 from lightning_peft.core.adapters.base import Adapter, WeightAdapter
 from lightning_peft.core.adapters.low_rank import LowRankAdapter
 from lightning_peft.core.batching.layout import RowError
-from lightning_peft.core.injection.apply import InjectionError, apply, inspect
+from lightning_peft.core.injection.apply import apply, inspect
+from lightning_peft.core.injection.checks import InjectionError
 from lightning_peft.core.injection.merge import MergeError, merge, unmerge
 from lightning_peft.core.injection.remove import delete_adapter
 from lightning_peft.core.injection.remove_reparameterization import fold

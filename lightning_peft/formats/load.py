@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from lightning_peft.core.adapters.lookup import adapter_names
 from lightning_peft.core.class_swap import original_class
-from lightning_peft.core.injection.apply import check_injectable, install
+from lightning_peft.core.injection.apply import install
+from lightning_peft.core.injection.checks import check_injectable
 from lightning_peft.core.injection.overrides import override_trained
 from lightning_peft.core.names import check_name
 from lightning_peft.core.optional import config_value, label_names

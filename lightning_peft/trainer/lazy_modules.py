@@ -8,7 +8,7 @@ import lightning as L
 import torch
 from lightning.fabric.utilities import move_data_to_device
 
-from lightning_peft.core.injection.apply import InjectionError, lazy_parameters
+from lightning_peft.core.injection.checks import InjectionError, lazy_parameters
 
 __all__ = ["create_lazy_parameters"]
 

@@ -9,25 +9,24 @@ swapped) are found while planning, before anything changes. If the change itself
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
-import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
 
-from lightning_peft.core.adapters.base import Adapter
-from lightning_peft.core.adapters.effective_weights import lost_input
-from lightning_peft.core.adapters.lookup import hosts, stacks
-from lightning_peft.core.adapters.stack import Adapted, AdapterStack
-from lightning_peft.core.class_swap import check_mixin, has_mixin, original_class
-from lightning_peft.core.injection.attach import attach, check_host
-from lightning_peft.core.injection.check_forward import forward_problem
+from lightning_peft.core.injection.attach import attach
+from lightning_peft.core.injection.checks import (
+    InjectionError,
+    check_hosts,
+    check_initialized,
+    check_injectable,
+    check_order,
+    check_saving,
+    check_trial,
+)
 from lightning_peft.core.injection.prepare import Preparation, is_preparation, not_yet_prepared, prepared
 from lightning_peft.core.injection.rollback import all_or_nothing, gc_held
 from lightning_peft.core.injection.saving_base import watch_saving
-from lightning_peft.core.injection.saving_trial import saving_problem
 from lightning_peft.core.injection.widen_record import widen_record
 from lightning_peft.core.names import canonical
 from lightning_peft.core.record import InjectionState, TrainedBase, injection_state
@@ -35,29 +34,23 @@ from lightning_peft.core.state.adapter_records import adapter_records
 from lightning_peft.core.state.consistency import check_record
 from lightning_peft.core.state.fingerprint import fingerprint
 from lightning_peft.core.state.freezing import (
-    FullPrecision,
     freeze_norm_statistics,
     hold_statistics,
     keep_full_precision,
 )
 from lightning_peft.core.state.moved_values import InitialValues
-from lightning_peft.core.state.plan import Method, Plan, without_values
+from lightning_peft.core.state.plan import Method, Plan, unfrozen, without_values
 from lightning_peft.core.state.report import Report
 from lightning_peft.core.state.state_dict import fix_trained
-from lightning_peft.core.targeting.base_modules import base_buffers, base_modules, base_parameters
+from lightning_peft.core.targeting.base_modules import base_modules, base_parameters
 from lightning_peft.core.targeting.frozen_parts import name_frozen_parts
 from lightning_peft.core.targeting.packed import count_parameters, keep_differentiable, packed_note
-from lightning_peft.core.targeting.storage import storage_problem
 from lightning_peft.core.targeting.ties import tie_notes, with_tied
 
-__all__ = ["InjectionError", "after_injection", "apply", "check_injectable", "inspect", "install", "lazy_parameters"]
+__all__ = ["after_injection", "apply", "inspect", "install"]
 
 #: called with the model after each injection; the trainer package registers functions here
 after_injection: list[Callable[[nn.Module], None]] = []
-
-
-class InjectionError(ValueError):
-    """Methods cannot be applied to this model. Nothing was changed."""
 
 
 @gc_held()
@@ -101,8 +94,8 @@ def apply(model: nn.Module, *methods: Method | Preparation) -> Report:
             report.count(model)
             return report
         plans = {method.name: (method, _plan(model, method)) for method in new}
-        _check_order(model, [plan for _, plan in plans.values()])
-        _check_trial(model, plans)
+        check_order(model, [plan for _, plan in plans.values()])
+        check_trial(model, plans)
         report = install(model, plans, try_saving=True)
         report.note(notes)
     return report
@@ -134,66 +127,15 @@ def install(model: nn.Module, plans: Mapping[str, tuple[Method, Plan]], try_savi
             changed.
         Exception: if the change fails for any other reason; it is undone.
     """
-    _check_hosts(model, plans)
+    check_hosts(model, plans)
     # The trial save needs the adapters attached, so it runs inside the rollback: a failure leaves the model unchanged.
     with all_or_nothing(model):
         report = _install(model, plans)
         for name, (method, _) in plans.items() if try_saving else ():
-            _check_saving(model, name, getattr(method, "audit", "error"))
+            check_saving(model, name, getattr(method, "audit", "error"))
     for call in after_injection:
         call(model)
     return report
-
-
-def _check_saving(model: nn.Module, name: str, audit: str) -> None:
-    """Refuse an adapter that could not be saved after training. A merged model cannot be saved and is not checked."""
-    if audit == "off" or any(stack.merged is not None for stack in stacks(model).values()):
-        return
-    problem, _ = saving_problem(model, name)
-    if problem is None:
-        return
-    message = f"{problem}. Fix this before training, or pass audit='warn' or 'off' to train anyway"
-    if audit == "error":
-        raise InjectionError(message)
-    warnings.warn(message, stacklevel=4)
-
-
-def _check_hosts(model: nn.Module, plans: Mapping[str, tuple[Method, Plan]]) -> None:
-    for name, (method, plan) in plans.items():
-        try:
-            for a in plan.attach:
-                check_host(model, a.host, name, overrides=bool(a.adapter.overrides()))
-            for name_of, parameters, _ in _unfrozen(model, plan):
-                for parameter in parameters:
-                    if (problem := storage_problem(parameter)) is not None:
-                        what = repr(name_of) if name_of else "a parameter of the model itself"
-                        raise ValueError(f"{what} cannot train, because it {problem}. Exclude it from trainable")
-            for trained in filter(None, plan.train_modules):
-                check_mixin(model.get_submodule(trained), FullPrecision, trained)
-        except ValueError as error:
-            raise InjectionError(f"{type(method).__name__} {name!r}: {error}") from error
-
-
-def _check_trial(model: nn.Module, plans: Mapping[str, tuple[Method, Plan]]) -> None:
-    """Refuse adapters that would fail in the first forward, if a trial forward is possible."""
-    for name, (method, plan) in plans.items():
-        if (problem := forward_problem(model, plan)) is not None:
-            raise InjectionError(f"{type(method).__name__} {name!r}, in a trial forward: {problem}")
-
-
-def _check_order(model: nn.Module, plans: Iterable[Plan]) -> None:
-    """Refuse methods if one would lose its dropout because of a later one on the same module."""
-    new: dict[str, list[Adapter]] = {}
-    for plan in plans:
-        for a in plan.attach:
-            new.setdefault(a.host, []).extend(a.adapter.components())
-    for name, adapters in new.items():
-        if not any(adapter.modifies_weight for adapter in adapters):
-            continue
-        host = model.get_submodule(name)
-        before = cast(AdapterStack, host.adapters).running() if has_mixin(host, Adapted) else ()
-        if (problem := lost_input([*before, *adapters])) is not None:
-            raise InjectionError(problem)
 
 
 def _install(model: nn.Module, plans: Mapping[str, tuple[Method, Plan]]) -> Report:
@@ -250,21 +192,21 @@ def inspect(model: nn.Module, *methods: Method | Preparation) -> Report:
     steps, wanted = _split(methods or _callbacks_of(model))
     record = injection_state(model)
     new = _not_yet_applied(wanted, record)
-    _check_initialized(model)
+    check_initialized(model)
     report = Report() if record is None else record.report.copy()
     report.total = count_parameters(model) + sum(total for _, total in (record.sizes if record else {}).values())
     trained: dict[int, int] = {}
     plans = [_plan_counts(model, method) for method in new]
-    _check_order(model, plans)
-    _check_trial(model, {method.name: (method, plan) for method, plan in zip(new, plans)})
+    check_order(model, plans)
+    check_trial(model, {method.name: (method, plan) for method, plan in zip(new, plans)})
     for method, plan in zip(new, plans):
-        _check_hosts(model, {method.name: (method, plan)})
+        check_hosts(model, {method.name: (method, plan)})
         for a in plan.attach:
             count = sum(p.numel() for p in a.adapter.parameters() if p.requires_grad)
             report.add(a.shown, a.what, count, method.name)
             report.trainable += count
             report.total += sum(p.numel() for p in a.adapter.parameters())
-        for name, parameters, what in _unfrozen(model, plan):
+        for name, parameters, what in unfrozen(model, plan):
             report.add(name, what, sum(p.numel() for p in parameters), method.name)
             trained |= {id(p): p.numel() for p in parameters}
         for name, what in dict.fromkeys(plan.deferred.values()):
@@ -328,60 +270,6 @@ def _difference(there: dict[str, Any], here: dict[str, Any]) -> str:
     return ", ".join(f"{k}={there.get(k)!r} there, {here.get(k)!r} here" for k in changed) or "a different class"
 
 
-def check_injectable(model: nn.Module) -> None:
-    """Check that ``model`` can take adapters.
-
-    Raises:
-        InjectionError: if it is compiled, sharded or wrapped for distributed training, contains layers of PEFT or
-            parameters without a shape, or is part of an adapted model.
-    """
-    if isinstance(model, torch.jit.ScriptModule):
-        raise InjectionError(
-            "the model is compiled by torch.jit, and compiled code would not run the adapters: apply methods to the "
-            "Python module that was compiled"
-        )
-    _check_initialized(model)
-    if injection_state(model) is None and (adapted := next(hosts(model), None)) is not None:
-        raise InjectionError(
-            f"{adapted[0] or 'the model'} carries adapters of a larger model that this is a part of: apply further "
-            "methods to that model"
-        )
-    for name, module in base_modules(model):
-        where = name or "the model"
-        if isinstance(module, torch._dynamo.eval_frame.OptimizedModule) or module._compiled_call_impl is not None:
-            raise InjectionError(
-                f"{where} is already compiled, and compiled code would not run the adapters: apply methods "
-                "first, then call torch.compile"
-            )
-        if original_class(module).__module__.partition(".")[0] == "peft":
-            raise InjectionError(
-                f"{where} is a module of PEFT ({original_class(module).__name__}): methods would adapt PEFT's own "
-                "layers and freeze what PEFT trains. Pass the plain model (merge_and_unload() or unload() of the "
-                "PeftModel), and load adapters that PEFT saved with lp.load_adapter"
-            )
-        mro = {c.__name__ for c in original_class(module).__mro__} | {c.__name__ for c in type(module).__mro__}
-        if mro & {"FSDPModule", "FullyShardedDataParallel", "DistributedDataParallel"}:
-            raise InjectionError(
-                f"{where} is already sharded or wrapped for distributed training: every rank would get adapters "
-                "of its own; apply the methods first (in configure_model: lp.apply(self) before fully_shard)"
-            )
-
-
-def lazy_parameters(model: nn.Module) -> list[str]:
-    """Return the names of the parameters and buffers of lazy modules that do not have a shape yet."""
-    return [name for name, p in [*base_parameters(model), *base_buffers(model)] if is_lazy(p)]
-
-
-def _check_initialized(model: nn.Module) -> None:
-    if lazy := lazy_parameters(model):
-        raise InjectionError(
-            f"{', '.join(lazy)} have no shape yet: a lazy module creates them in its first call, but a method must "
-            "know the parameters that it freezes, adapts and saves. Run one batch through the model first, in __init__ "
-            "or configure_model; set example_input_array, which a Trainer then runs; or use layers with explicit sizes "
-            "(nn.Linear instead of nn.LazyLinear)"
-        )
-
-
 def _commit(model: nn.Module, method: Method, plan: Plan, report: Report) -> None:
     for a in plan.attach:
         owners = (model.get_submodule(a.host), model)
@@ -391,7 +279,7 @@ def _commit(model: nn.Module, method: Method, plan: Plan, report: Report) -> Non
             a.adapter.to(reference.device)
         attach(model, a.host, method.name, a.adapter)
         report.add(a.shown, a.what, sum(p.numel() for p in a.adapter.parameters() if p.requires_grad), method.name)
-    for name, parameters, what in _unfrozen(model, plan):
+    for name, parameters, what in unfrozen(model, plan):
         for parameter in parameters:
             parameter.requires_grad_(True)
         report.add(name, what, sum(p.numel() for p in parameters), method.name)
@@ -408,18 +296,6 @@ def _size(plan: Plan) -> tuple[int, int]:
     """Return the number of parameters in the adapters of ``plan`` that train, and of all of them."""
     found = {p for a in plan.attach for p in a.adapter.parameters()}
     return sum(p.numel() for p in found if p.requires_grad), sum(p.numel() for p in found)
-
-
-def _unfrozen(model: nn.Module, plan: Plan) -> list[tuple[str, list[nn.Parameter], str]]:
-    """Return (name, parameters, description) for everything in the base that the plan trains."""
-    full = [(n, _base_parameters(model.get_submodule(n)), "trains in full") for n in plan.train_modules]
-    return full + [(name, [model.get_parameter(name)], what) for name, what in plan.train.items()]
-
-
-def _base_parameters(module: nn.Module) -> list[nn.Parameter]:
-    # Adapters inside the module are left out, because their methods decide which of their parameters train.
-    found = {id(p): p for _, m in base_modules(module) for p in m.parameters(recurse=False)}
-    return list(found.values())
 
 
 def _shared(model: nn.Module) -> set[int]:

@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from lightning_peft.core.adapters.base import Adapter
+from lightning_peft.core.targeting.base_modules import base_modules
 
-__all__ = ["Attachment", "Method", "Plan", "init_device", "without_values"]
+__all__ = ["Attachment", "Method", "Plan", "init_device", "unfrozen", "without_values"]
 
 _WITHOUT_VALUES: ContextVar[bool] = ContextVar("without_values", default=False)
 
@@ -85,3 +86,15 @@ class Method(Protocol):
     def config(self) -> dict[str, Any]: ...
 
     def configure_param_groups(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None: ...
+
+
+def unfrozen(model: nn.Module, plan: Plan) -> list[tuple[str, list[nn.Parameter], str]]:
+    """Return (name, parameters, description) for everything in the base that the plan trains."""
+    full = [(n, _base_parameters(model.get_submodule(n)), "trains in full") for n in plan.train_modules]
+    return full + [(name, [model.get_parameter(name)], what) for name, what in plan.train.items()]
+
+
+def _base_parameters(module: nn.Module) -> list[nn.Parameter]:
+    # Adapters inside the module are left out, because their methods decide which of their parameters train.
+    found = {id(p): p for _, m in base_modules(module) for p in m.parameters(recurse=False)}
+    return list(found.values())
