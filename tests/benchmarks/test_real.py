@@ -94,7 +94,7 @@ def _runs(path, method, tuning):
     return [r for r in results if r.setting.method.startswith(method) and r.setting.tuning == tuning]
 
 
-def test_an_interrupted_study_goes_on_where_it_was(tiny, monkeypatch, tmp_path):
+def test_an_interrupted_study_continues(tiny, monkeypatch, tmp_path):
     whole, halves = tmp_path / "whole.jsonl", tmp_path / "halves.jsonl"
     assert main(["e2e", "--methods", "lora", "--store", str(whole)]) == 0
     made, run = [], Study.run
@@ -141,7 +141,7 @@ def test_the_search_walks_to_the_best_rate_and_tries_both_neighbours(best):
     assert max(tried) > 2 * best
 
 
-def test_a_search_that_finds_no_number_says_so():
+def test_a_search_with_nan_at_every_rate_is_an_error():
     with pytest.raises(ValueError, match=r"NaN at every rate from 0\.01 down"):
         search(1e-2, lambda lr: float("nan"))
 

@@ -109,7 +109,7 @@ def test_every_row_is_fair_and_keeps_no_more_than_peft(case, tmp_path):
             assert row["ours"]["saved"]["activations"] <= theirs["saved"]["activations"], name
 
 
-def test_a_run_that_broke_off_goes_on(tmp_path, monkeypatch):
+def test_an_interrupted_run_continues(tmp_path, monkeypatch):
     measured, measure = [], step.measure
     monkeypatch.setattr(step, "measure", lambda name, *rest: measured.append(name) or measure(name, *rest))
     line = [
@@ -145,7 +145,7 @@ def test_unequal_variants_are_named():
     assert "first loss 2.0000" in loss
 
 
-def test_what_is_dearer_than_peft_is_marked_with_its_reason():
+def test_rows_slower_or_larger_than_peft_show_their_reason():
     floor = _run(times=[1.0] * 4, saved=Saved(100))
     dear = {
         "floor": floor,

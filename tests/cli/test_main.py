@@ -200,7 +200,7 @@ def test_an_unknown_command_is_answered_with_the_nearest():
         run("exprot")
 
 
-def test_a_module_beside_the_user_is_found(monkeypatch):
+def test_a_module_in_the_current_folder_is_found(monkeypatch):
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
     run("fit", *RUN, *LORA)
     Path("beside_the_user.py").write_text("from modules import Module\n")
@@ -218,7 +218,7 @@ def test_a_module_beside_the_user_is_found(monkeypatch):
         (["import", ".", "out.ckpt", "--model=modules.Data"], "modules.Data is not a LightningModule"),
     ],
 )
-def test_a_command_says_what_is_wrong_in_a_line(args, message):
+def test_an_error_of_a_command_is_one_line(args, message):
     with pytest.raises(SystemExit, match=rf"^error: .*{message}"):
         main(args)
 

@@ -65,7 +65,7 @@ def output(model: nn.Module, *args: torch.Tensor, **kwargs: torch.Tensor) -> tor
 
 
 @pytest.mark.parametrize("out", ["out", "deep/er/out.safetensors", "out.pt"])
-def test_a_module_of_ones_own_becomes_a_state_dict_with_its_own_keys(out: str):
+def test_a_users_module_becomes_a_state_dict_with_its_own_keys(out: str):
     module = Module()
     checkpoint(module, lp.LoRA(r=4, trainable=["head"]))
     said = run("run.ckpt", out, "--model=modules.Module")
@@ -198,7 +198,7 @@ def test_one_of_several_adapters():
     torch.testing.assert_close(output(plain, x), expected)
 
 
-def test_what_a_selection_method_trained_is_there_without_folding():
+def test_parameters_that_a_selection_method_trained_are_in_the_merged_model():
     module = Module()
     checkpoint(module, lp.BitFit())
     run("run.ckpt", "out", "--model=modules.Module")
@@ -265,7 +265,7 @@ def test_a_result_that_is_not_finite_is_refused():
         run("run.ckpt", "out", "--model=modules.Module")
 
 
-def test_an_adapter_directory_onto_a_class_of_ones_own():
+def test_an_adapter_directory_is_merged_into_a_users_class():
     path = checkpoint(module := Module(16), lp.LoRA(r=2, trainable=["head"]))
     x = torch.randn(4, 16)
     expected = output(module, x)

@@ -141,7 +141,7 @@ def test_the_method_of_a_hostile_checkpoint_cannot_exhaust_the_memory():
         run("test", *flags, "--trainer.accelerator=cpu")
 
 
-def test_a_flag_overrides_a_file_wherever_it_stands():
+def test_a_flag_overrides_a_file_in_any_order():
     config, checkpoint = fitted("flag_first")
     after = run("test", "--config", str(config), "--ckpt_path", str(checkpoint))
     assert loss(run("test", "--ckpt_path", str(checkpoint), "--config", str(config))) == loss(after)
@@ -162,7 +162,7 @@ def test_files_first(given, sorted_):
     assert files_first(given.split()) == sorted_.split()
 
 
-def test_a_missing_model_is_answered_with_the_configuration_beside_the_checkpoint():
+def test_the_error_for_a_missing_model_names_the_configuration_of_the_run():
     config, checkpoint = fitted("not_named")
     for command in ("fit", "test", "validate", "predict", "inspect"):
         with pytest.raises(SystemExit, match=f"{command}: --model is missing.* add --config {config}, "):

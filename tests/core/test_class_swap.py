@@ -85,7 +85,7 @@ def test_the_class_has_the_original_name_and_jsonargparse_finds_the_original():
     assert parser.parse_args(["--model=TextClassifier"]).model.class_path == "lightning_peft.tasks.TextClassifier"
 
 
-def test_inheriting_is_not_having_been_given():
+def test_an_inherited_mixin_does_not_count_as_added():
     class Born(Loud, nn.Identity):
         pass
 
@@ -93,7 +93,7 @@ def test_inheriting_is_not_having_been_given():
     assert original_class(Born()) is Born
 
 
-def test_restore_takes_every_mixin_away_and_leaves_plain_objects_alone():
+def test_restore_removes_every_mixin_and_leaves_plain_objects_unchanged():
     module, plain = Own("a"), Own("b")
     add_mixin(module, Loud)
     add_mixin(module, Late)

@@ -27,7 +27,7 @@ def test_names_are_joined_and_split():
     assert parents("") == []
 
 
-def test_inside_is_told_by_whole_parts():
+def test_is_within_compares_whole_parts():
     assert is_within("a.b", "a")
     assert is_within("a", "a")
     assert is_within("a", "")

@@ -128,7 +128,7 @@ def test_parallel_reads_the_input_of_the_whole_sublayer():
     torch.testing.assert_close(layer.output(layer.intermediate(x), x), expected)
 
 
-def test_a_run_that_breaks_off_leaves_nothing_that_cannot_be_copied():
+def test_an_interrupted_forward_leaves_nothing_that_cannot_be_copied():
     model = encoder()
     lp.apply(model, lp.BottleneckAdapter("parallel", bottleneck_size=4))
     model.layers[0].linear1(BATCHES[encoder].clone().requires_grad_() * 2)  # and never on to linear2
@@ -263,7 +263,7 @@ def test_sizes_by_pattern():
     assert [layer.linear2.adapters["default"].size for layer in model.layers] == [2, 2, 8]
 
 
-def test_explicit_arguments_go_before_the_preset():
+def test_explicit_arguments_override_the_preset():
     method = lp.BottleneckAdapter("houlsby", non_linearity="gelu", targets="all-feedforward")
     assert (method.non_linearity, method.targets, method.reduction_factor) == ("gelu", "all-feedforward", 16)
     assert lp.BottleneckAdapter(**method.config()).config() == method.config()

@@ -122,7 +122,7 @@ def test_ranks_of_what_has_one():
 
 @pytest.mark.parametrize("cut", [{"r": 2}, {"energy": 0.9}, {"energy": 1.0}, {"r": 1}])
 @pytest.mark.parametrize("method", ["lokr", "oft", "lora"])
-def test_what_a_cut_loses_is_what_the_report_says(method: str, cut: dict[str, Any]):
+def test_the_reported_error_is_that_of_the_truncation(method: str, cut: dict[str, Any]):
     kind = KINDS["linear"]
     model = kind.build()
     make = METHODS[method].make

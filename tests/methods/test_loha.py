@@ -102,7 +102,7 @@ def test_module_dropout_leaves_out_all(method):
     close(model(x), whole)
 
 
-def test_all_rows_dropped_is_no_nan():
+def test_dropping_all_rows_gives_no_nan():
     model = nn.ModuleDict({"l": nn.Linear(8, 2)})
     lp.apply(model, loha(targets=["l"], rank_dropout=0.9, rank_dropout_scale=True))
     assert all(model["l"](torch.randn(2, 8)).isfinite().all() for _ in range(50))

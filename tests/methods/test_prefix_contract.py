@@ -104,7 +104,7 @@ def test_composes_with_lora_and_a_second_prefix():
     torch.testing.assert_close(layer.self_attn(x, x, x)[0], layer.self_attn(x, x, x, need_weights=False)[0])
 
 
-def test_merge_says_why_not():
+def test_the_merge_error_gives_the_reason():
     model = llama()
     lp.apply(model, lp.PrefixTuning(4))
     with pytest.raises(lp.MergeError, match=r"'default' at 'model.layers.0.self_attn' \(PrefixAdapter\)"):

@@ -106,7 +106,7 @@ def test_initialisation_from_text_labels_and_vocabulary(tmp_path):
 @pytest.mark.parametrize("place", PLACES, ids=words)
 @pytest.mark.parametrize("make", [llama, gpt2, bert])
 @pytest.mark.parametrize("padding", ["none", "left", "right"])
-def test_virtual_tokens_stand_where_they_should(make, place, padding):
+def test_virtual_tokens_are_at_their_positions(make, place, padding):
     mask = {"none": None, "left": LEFT, "right": RIGHT}[padding]
     causal = make is not bert
     base = make() if causal else bert(head="TokenClassification")

@@ -114,7 +114,7 @@ def test_pairs_with_a_number():
     assert "open it now" in tokens
 
 
-def test_an_adapter_brings_the_names_of_its_labels():
+def test_an_adapter_contains_the_names_of_its_labels():
     from transformers import AutoModelForSequenceClassification
 
     module = TextClassifier("demo")

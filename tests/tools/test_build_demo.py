@@ -58,7 +58,7 @@ def test_chapters_follow_toctrees_at_any_depth(docs):
     assert build.chapters(docs)["colours"] == ["library/paint", "library/brush"]
 
 
-def test_a_passage_that_names_its_module_gives_itself_away():
+def test_passages_that_name_their_module_are_detected():
     def named(text, page="library/concurrent.futures"):
         return build.names_itself(build.Passage(text, page, ""))
 

@@ -158,7 +158,7 @@ def test_an_adapted_root_runs():
     assert list(lp.adapter_state(model)) == [f"adapters.default.out_proj.lora_{m}" for m in "AB"]
 
 
-def test_an_attention_weight_is_itself_again_after_the_forward():
+def test_an_attention_weight_is_restored_after_the_forward():
     kind = KINDS["mha"]
     model = adapted(METHODS["lora"], kind)
     layer = model.layers[0]

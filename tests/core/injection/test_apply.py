@@ -99,7 +99,7 @@ def test_a_later_method_leaves_what_trains_alone():
     assert report.modules["up"].count("LoRA") == 2
 
 
-def test_several_at_once_are_several_in_a_row():
+def test_methods_applied_together_equal_methods_applied_in_turn():
     one, two = KINDS["linear"].build(), KINDS["linear"].build()
     methods = [lp.LoRA(r=2), lp.LoRA(r=3, name="b", bias="all")]
     lp.apply(one, *methods)

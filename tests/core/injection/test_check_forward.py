@@ -145,7 +145,7 @@ def test_the_size_of_images_follows_from_the_positions():
     assert model(torch.randn(2, 3, 12, 12)).shape == (2, 2)
 
 
-def test_what_fits_is_applied_as_without_a_trial():
+def test_adapters_that_fit_are_applied_as_without_a_trial():
     torch.manual_seed(0)
     model, plain = Net(Called), Net(Called)
     plain.load_state_dict(model.state_dict())

@@ -173,7 +173,7 @@ def test_merging_a_bias_ahead_of_a_weight_adapter():
     close(evaluate(model, kind), expected)
 
 
-def test_copies_go_with_an_adapter_of_the_same_name():
+def test_copies_join_the_adapter_of_the_same_name():
     class Both(lp.LoRA):
         def plan(self, model):
             plan = super().plan(model)

@@ -96,7 +96,7 @@ def test_modules_are_found_in_model_order():
     assert list(match_modules(MLP(), ("head", "up"), "trainable")) == ["up", "head"]
 
 
-def test_adapters_are_no_part_of_the_base():
+def test_adapters_are_not_part_of_the_base():
     model = KINDS["mha"].build()
     before = [name for name, _ in base_modules(model)]
     lp.apply(model, lp.LoRA(r=2))

@@ -58,7 +58,7 @@ def test_modules_trained_in_full_are_not_adapted():
     assert model.head.weight.requires_grad
 
 
-def test_trainable_means_the_module_and_not_its_namesakes():
+def test_trainable_selects_the_module_and_not_others_of_the_same_name():
     model = nn.ModuleDict(
         {"fc": nn.Linear(2, 2), "body": nn.ModuleDict({"fc": nn.Linear(2, 2), "out": nn.Linear(2, 2)})}
     )
