@@ -27,6 +27,7 @@ from lightning_peft.core.state.state_dict import StateError, adapter_state
 from lightning_peft.core.switching.active import active, disabled, set_active
 from lightning_peft.core.switching.adapter_drop import adapter_drop
 from lightning_peft.core.switching.rows import rows
+from lightning_peft.core.switching.status import status
 from lightning_peft.core.targeting.linear_like import register_linear
 from lightning_peft.core.targeting.packed import register_quantized
 from lightning_peft.core.targeting.patterns import TargetError
@@ -136,6 +137,7 @@ __all__ = [
     "save_adapter",
     "scale",
     "set_active",
+    "status",
     "to_lora",
     "trainable_parameters",
     "unload",

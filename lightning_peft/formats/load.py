@@ -28,6 +28,7 @@ from lightning_peft.core.switching.active import deactivate
 from lightning_peft.core.targeting.base_model import Base, base_for_keys, base_of
 from lightning_peft.core.targeting.base_modules import base_modules, base_parameters
 from lightning_peft.core.untrusted import AllocationLimit, FormatError, check_regexes
+from lightning_peft.formats.directory.artifact import local_directory
 from lightning_peft.formats.directory.files import CONFIG, AdapterFiles, adapter_folders, read_files
 from lightning_peft.formats.directory.seal import check_options
 from lightning_peft.formats.peft.base_values import take_base_values
@@ -61,7 +62,8 @@ def load_adapter(
     Args:
         model: Any module that holds the base: a LightningModule, or the bare model.
         directory: A directory with ``adapter_config.json``, or one whose subdirectories have it: then all of them are
-            loaded, each under its folder's name.
+            loaded, each under its folder's name. ``"wandb:entity/project/adapter-<run id>:v0"`` downloads the artifact
+            that a run logged to W&B.
         name: The adapter's name; by default the name it was saved under.
         trainable: Make the adapter's parameters trainable.
         check_base: Refuse an adapter that was trained on another base. Files written by PEFT do not identify the base,
@@ -88,6 +90,7 @@ def load_adapter(
     root = injected_module(model)
     check_record(root)
     check_injectable(root)
+    directory = local_directory(directory)
     folders = [Path(directory)] if (Path(directory) / CONFIG).exists() else adapter_folders(directory)
     if name is not None and len(folders) > 1:
         raise ValueError(

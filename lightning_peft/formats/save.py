@@ -23,6 +23,7 @@ from lightning_peft.formats.peft.base_values import modules_to_save, write_base_
 from lightning_peft.formats.peft.common_options import METADATA, common_options, shared_modules_of
 from lightning_peft.formats.peft.converter import PREFIX, NotInPeftError
 from lightning_peft.formats.registry import converter_for_method
+from lightning_peft.trainer.logs import adapter_writers
 
 __all__ = ["adapter_content", "save_adapter", "try_writing", "write_snapshots"]
 
@@ -110,6 +111,7 @@ def try_writing(model: nn.Module, name: str) -> str | None:
 
 
 saving_trials.append(try_writing)
+adapter_writers.append(save_adapter)
 
 
 def adapter_content(

@@ -182,6 +182,8 @@ class Lifecycle(Callback):
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.is_global_zero and injection_state(pl_module) is not None:
             logs.log_end(trainer, pl_module)
+        if injection_state(pl_module) is not None:
+            logs.log_adapters(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
         return {"rng": gather_ranks(rng_state())}

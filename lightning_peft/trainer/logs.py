@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from rich.console import Console
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lightning_peft.core.record import InjectionState
 from lightning_peft.core.state.state_dict import StateError, adapter_state
 from lightning_peft.core.state.torch_file import read_torch_file
+from lightning_peft.core.targeting.base_model import base_of
+from lightning_peft.core.targeting.base_modules import holds_shards
 from lightning_peft.trainer.checkpoints.manifest import KEY, manifest
 from lightning_peft.trainer.packages import lightning_classes
 
-__all__ = ["continue_runs", "log_end", "log_start", "resume_wandb", "run_ids"]
+__all__ = ["adapter_writers", "continue_runs", "log_adapters", "log_end", "log_start", "resume_wandb", "run_ids"]
+
+#: functions that write all adapters of a model to a folder; the formats register theirs here
+adapter_writers: list[Callable[[nn.Module, str], object]] = []
 
 
 def log_start(trainer: L.Trainer, record: InjectionState) -> None:
@@ -35,7 +38,7 @@ def log_start(trainer: L.Trainer, record: InjectionState) -> None:
 
 
 def log_end(trainer: L.Trainer, model: nn.Module) -> None:
-    """Print the sizes of the checkpoint and of the full model, and log the adapter to W&B as an artifact."""
+    """Print the sizes of the checkpoint and of the full model."""
     full, trained = (_bytes(state) for state in (nn.Module.state_dict(model), adapter_state(model)))
     lines = [f"trainable state {_size(trained)}, full model {_size(full)}"]
     for callback in trainer.checkpoint_callbacks:
@@ -43,8 +46,6 @@ def log_end(trainer: L.Trainer, model: nn.Module) -> None:
         if path.is_file():
             lines.append(f"checkpoint {path} {_size(path.stat().st_size)} (including optimizer state, if any)")
     Console().print("\n".join(lines), highlight=False, soft_wrap=True)
-    for logger in _wandb_loggers(trainer.loggers):
-        _log_adapter(logger, model)
 
 
 def run_ids(trainer: Any) -> list[str | None]:
@@ -120,27 +121,44 @@ def _set_run_id(logger: Any, run_id: str) -> None:
     logger._id = run_id
 
 
-def _log_adapter(logger: Any, model: nn.Module) -> None:
+def log_adapters(trainer: L.Trainer, model: nn.Module) -> None:
+    """Log the adapters to W&B as an artifact: a directory that ``lp.load_adapter`` reads.
+
+    Each version of the artifact names the base in its metadata. In online mode, the base is also logged as an input of
+    the run. All ranks must call this, because writing a sharded model gathers its tensors.
+    """
+    loggers = _wandb_loggers(trainer.loggers)
+    if not loggers or not (trainer.is_global_zero or holds_shards(model)):
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        for write in adapter_writers:
+            try:
+                write(model, folder)
+            except (ValueError, RuntimeError) as error:  # the run is complete, so this must not make it fail
+                warnings.warn(f"the adapters were not logged to W&B: {error}", stacklevel=2)
+                return
+        if trainer.is_global_zero:
+            for logger in loggers:
+                _log_artifact(logger.experiment, model, folder)
+
+
+def _log_artifact(run: Any, model: nn.Module, folder: str) -> None:
     import wandb
 
-    artifact = wandb.Artifact(f"adapter-{logger.experiment.id}", type="adapter", metadata=_counts(model))
-    with tempfile.TemporaryDirectory() as folder:
-        save_trainable(model, Path(folder))
-        artifact.add_dir(folder)
-        logger.experiment.log_artifact(artifact)
-
-
-def _counts(model: nn.Module) -> dict[str, Any]:
     described = manifest(model)
-    return {"trainable": described["trainable"], "total": described["total"], "methods": described["methods"]}
-
-
-def save_trainable(model: nn.Module, folder: Path) -> None:
-    """Write the trainable state as ``adapter_model.safetensors`` and its manifest as ``adapter_config.json``."""
-    tensors = {k: v for k, v in adapter_state(model).items() if isinstance(v, Tensor)}
-    state = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-    save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    (folder / "adapter_config.json").write_text(json.dumps(manifest(model), indent=2, sort_keys=True))
+    base = base_of(model).module
+    source = str(getattr(getattr(base, "config", None), "_name_or_path", "") or type(base).__name__)
+    facts = {"base": source, "base_fingerprint": described["fingerprint"]["shapes"]}
+    artifact = wandb.Artifact(
+        f"adapter-{run.id}",
+        type="adapter",
+        metadata={**{key: described[key] for key in ("trainable", "total", "methods")}, **facts},
+    )
+    artifact.add_dir(folder)
+    if not run.settings._offline:  # W&B links inputs of a run only in online mode
+        name = re.sub(r"[^\w.-]+", "-", Path(source).name) or "base"
+        run.use_artifact(wandb.Artifact(f"base-{name}", type="model", metadata=facts))
+    run.log_artifact(artifact)
 
 
 def _bytes(state: Mapping[str, Any]) -> int:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
 import pytest
+import torch
 from lightning.pytorch.loggers import WandbLogger
 
+import lightning_peft as lp
 from lightning_peft.trainer.logs import resume_wandb
 
 from .toys import Toy, every_step, loader, trainer, val_loader
@@ -124,7 +128,39 @@ def test_a_killed_run_continues_under_its_id(tmp_path: Path, how: str) -> None:
         assert config_of(found)["width"] == 16
     artifacts = [a for _, r in records(tmp_path / "second") if (a := artifact_of(r)) is not None]
     assert [(a.name, a.type) for a in artifacts] == [(f"adapter-{run_id}", "adapter")]
-    assert {e.path for e in artifacts[0].manifest.contents} == {"adapter_config.json", "adapter_model.safetensors"}
+    _check_loads(artifacts[0], run.lightning_module, tmp_path / "downloaded")
+
+
+def _check_loads(artifact: Any, trained: Toy, folder: Path) -> None:
+    """The files of the artifact are an adapter directory, with the adapter as it was at the end of the run."""
+    assert json.loads(artifact.metadata)["base"] == "Toy"
+    folder.mkdir()
+    for entry in artifact.manifest.contents:
+        shutil.copy(entry.local_path, folder / entry.path)
+    fresh = Toy()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(wandb, "Api", lambda: SimpleNamespace(artifact=lambda name: _Downloaded(name, folder)))
+        assert lp.load_adapter(fresh, "wandb:me/test/adapter-1:v0") == ["default"]
+    x = torch.randn(4, 16)
+    torch.testing.assert_close(fresh.eval()(x), trained.eval()(x))
+
+
+class _Downloaded:
+    def __init__(self, name: str, folder: Path) -> None:
+        assert name == "me/test/adapter-1:v0"
+        self.folder = folder
+
+    def download(self) -> str:
+        return str(self.folder)
+
+
+def test_an_artifact_that_cannot_be_downloaded_is_an_error_with_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_api() -> Any:
+        raise wandb.errors.CommError("no network")
+
+    monkeypatch.setattr(wandb, "Api", no_api)
+    with pytest.raises(lp.FormatError, match=r"'me/test/a:v0' cannot be downloaded from W&B: no network"):
+        lp.load_adapter(Toy(), "wandb:me/test/a:v0")
 
 
 def test_an_id_that_the_user_set_is_kept(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from lightning_peft.core.injection.plain_layer import make_packed, make_plain, p
 from lightning_peft.core.injection.quantizer_marks import drop_marks, restore_marks
 from lightning_peft.core.injection.write_back import shared_source, write_back
 from lightning_peft.core.names import is_adapter_key, join
+from lightning_peft.core.record import injection_state
 from lightning_peft.core.sharded_tensors import is_sharded
 from lightning_peft.core.state.consistency import check_record
 from lightning_peft.core.state.state_dict import StateError
@@ -69,14 +70,19 @@ def merge(
     Raises:
         MergeError: if an adapter is not a weight update, or its order relative to an unmerged one matters; if a weight
             is shared with other modules; if a module was replaced or resized; if a result is not finite; if adapters
-            are already merged; or if no adapter is active and none is named. With ``partial``, if nothing can be
-            merged. The model is unchanged.
+            are already merged; if the model has no methods; or if no adapter is active and none is named. With
+            ``partial``, if nothing can be merged. The model is unchanged.
         ValueError: if there is no adapter of that name.
     """
     try:
         check_record(model)
     except StateError as error:
         raise MergeError(str(error)) from error
+    if injection_state(model) is None and not stacks(model):
+        raise MergeError(
+            f"{type(model).__name__} has no adapters, so there is nothing to merge: attach a method, or load an "
+            "adapter with lp.load_adapter"
+        )
     if name is not None:
         check_known(model, name)
     elif (found := stacks(model)) and not any(stack.active for stack in found.values()):
