@@ -169,7 +169,7 @@ def _metric(options: Namespace) -> Metric:
 
 
 def _settings(options: Namespace, base: Sequence[str]) -> dict[str, Any]:
-    """What all runs have in common."""
+    """The settings that all runs have in common."""
     files = {name: hashlib.sha256(Path(name).read_bytes()).hexdigest() for name in options.config}
     names: tuple[str, ...] = ("metric", "mode", "test", "search_metric", "steps", "search_steps", "trials", "lr_flag")
     names += tuple(name for name in vars(options) if name.startswith("retention."))

@@ -1,4 +1,4 @@
-"""What a comparison trains: methods with fixed arguments and search ranges."""
+"""The candidates of a comparison: methods with fixed arguments and search ranges."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ _FULL = "FullFineTuning"
 
 @attrs.frozen
 class Budget:
-    """What the user can afford.
+    """The user's limits for the recommended method.
 
     Attributes:
         max_params: the largest number of trainable parameters; None for no limit.

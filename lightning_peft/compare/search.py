@@ -59,7 +59,7 @@ def search(
         pruner=SuccessiveHalvingPruner(min_resource=1, reduction_factor=2),
         load_if_exists=True,
     )
-    for left in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):  # of a process that was killed
+    for left in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):  # trials of a process that was killed
         study.tell(left.number, state=TrialState.FAIL)
         study.enqueue_trial(left.params)
     error: Exception | None = None
@@ -151,7 +151,7 @@ def _next_choice(candidate: Candidate, study: optuna.Study, lower: bool) -> dict
 
 
 def _options(choices: Choices) -> list[Any]:
-    """What Optuna chooses from: the values, or their positions if some are lists, which Optuna does not store."""
+    """The choices for Optuna: the values, or their positions if some are lists, which Optuna cannot store."""
     plain = all(isinstance(value, str | int | float | bool | None) for value in choices.values)
     return list(choices.values) if plain else list(range(len(choices.values)))
 

@@ -18,7 +18,7 @@ __all__ = ["Failure", "Result", "Store"]
 
 @attrs.frozen
 class Result:
-    """What one run measured.
+    """The measurements of one run.
 
     Attributes:
         label: the candidate's label.

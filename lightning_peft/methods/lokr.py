@@ -51,7 +51,7 @@ class LoKrAdapter(RankDropAdapter):
     ``lokr_t2`` (r, r, *kernel) these are (r, k) and (r, n).
     """
 
-    neutral = {"lokr_w1": 0.0, "lokr_w1_a": 0.0}  # it has one of the two
+    neutral = {"lokr_w1": 0.0, "lokr_w1_a": 0.0}  # an adapter has either a full factor or its two low-rank factors
 
     def __init__(self, site: Site, r: int, scale: float, factor: int, both: bool, effective: bool, *drops: Any) -> None:
         super().__init__(site, *drops)

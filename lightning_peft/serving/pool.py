@@ -46,9 +46,8 @@ class AdapterFolder:
             raise FileNotFoundError(f"--adapters {path}: there is no such folder")
         if (self.path / CONFIG).is_file():
             raise FileNotFoundError(f"--adapters {path} is an adapter itself: pass the folder that contains it")
-        self._known: set[str] = (
-            set()
-        )  # listing a folder of 1000 adapters for each request takes longer than a small model
+        # Names found so far: listing 1000 adapters in each request would take longer than a small model.
+        self._known: set[str] = set()
 
     def names(self) -> list[str]:
         """Return the names of all adapters, sorted."""

@@ -106,7 +106,7 @@ class Retention(Callback):
             self._batches = list(islice(self._source(trainer), self.batches))
         if not self._batches:
             raise MisconfigurationException("Retention: data has no batches: give validation data, or a DataLoader")
-        if self._kept is not None:  # of the run that this one continues
+        if self._kept is not None:  # restored from the run that this one continues
             return
         outputs, losses = [], []
         keep = _changes_base(pl_module)

@@ -131,7 +131,7 @@ def test_parallel_reads_the_input_of_the_whole_sublayer():
 def test_an_interrupted_forward_leaves_nothing_that_cannot_be_copied():
     model = encoder()
     lp.apply(model, lp.BottleneckAdapter("parallel", bottleneck_size=4))
-    model.layers[0].linear1(BATCHES[encoder].clone().requires_grad_() * 2)  # and never on to linear2
+    model.layers[0].linear1(BATCHES[encoder].clone().requires_grad_() * 2)  # and never reaches linear2
     assert model.layers[0].linear1.adapters["default"].captured is not None
     assert copy.deepcopy(model).layers[0].linear1.adapters["default"].captured is None
     pickle.dumps(model)

@@ -108,7 +108,7 @@ def test_norm_statistics_move_once_their_layer_is_unfrozen():
 
 
 class Two(Module):
-    """The same data on both ranks, a different half of it on each."""
+    """Each rank trains on a different half of the same data."""
 
     def train_dataloader(self):
         data = super().train_dataloader().dataset

@@ -20,7 +20,7 @@ peft = pytest.importorskip("peft")
 
 @dataclass(frozen=True)
 class Case:
-    """The same adapter in our words and in PEFT's."""
+    """The same adapter, configured here and in PEFT."""
 
     kind: str
     targets: list[str]

@@ -164,7 +164,8 @@ def test_placement_in_rows_too_short_for_the_template():
 
 
 def test_rotary_positions_of_several_axes():
-    """Qwen2-VL's positions are (axes, batch, length); a text with a prompt has those of the longer text."""
+    """Qwen2-VL's position ids are (axes, batch, length). With a prompt, they equal those of a text that is longer by
+    it."""
     import transformers
 
     torch.manual_seed(0)

@@ -78,7 +78,7 @@ class Run:
     callback: Any
 
     def state(self) -> dict[str, Any]:
-        """What must be equal to the plain run's."""
+        """The values that must equal those of a plain run."""
         record = {"weights": {k: v.clone() for k, v in self.module.state_dict().items()}}
         record |= {"optimizers": [o.state_dict()["state"] for o in self.trainer.optimizers]}
         return record | {"step": self.trainer.global_step, "epoch": self.trainer.current_epoch}

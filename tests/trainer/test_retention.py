@@ -75,7 +75,7 @@ def test_the_divergence_is_that_from_a_copy_of_the_base(name):
     assert kl > 1e-4
     assert retention.last["kl"] == pytest.approx(kl, rel=1e-4)
     assert retention.last["loss_change"] == pytest.approx(change, rel=1e-3)
-    assert float(fit.callback_metrics["retention/kl"]) == pytest.approx(kl, rel=1)  # of an earlier validation
+    assert float(fit.callback_metrics["retention/kl"]) == pytest.approx(kl, rel=1)  # the value of an earlier validation
     assert (retention._kept is None) == (name == "lora")
 
 

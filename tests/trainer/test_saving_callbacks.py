@@ -18,7 +18,7 @@ import lightning_peft as lp
 from tests.trainer.test_other_callbacks import METHODS, Module, start
 from tests.trainer.toys import same
 
-EPOCHS = 3  #: of three steps each
+EPOCHS = 3  #: each has three steps
 
 
 class Record(Callback):

@@ -80,7 +80,9 @@ class RawReads(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        if torch.compiler.is_compiling() or in_backward():  # a backward uses what a forward saved
+        if (
+            torch.compiler.is_compiling() or in_backward()
+        ):  # backward uses tensors that the forward, already checked, saved
             return result
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         stored = {origin for t in tensors for origin in self._weights.get(t, ())}

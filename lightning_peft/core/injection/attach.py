@@ -31,7 +31,7 @@ def attach(model: nn.Module, host_name: str, name: str, adapter: Adapter) -> Non
     if not has_mixin(host, Adapted):
         if names := computed_names(host):
             add_mixin(host, computed_reads(tuple(names)))  # under Adapted, whose reads of these names come first
-            refresh(host)  # what it depends on is frozen now
+            refresh(host)  # the parameters behind the weight are frozen now
         add_mixin(host, Adapted)  # the only step that can fail comes first
         stack = AdapterStack().train(bool(host._mode_asked) if has_mixin(host, FrozenNorm) else host.training)
         nn.Module.__setattr__(host, "adapters", stack)  # a class may refuse unknown attributes in its own

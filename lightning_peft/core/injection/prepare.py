@@ -19,7 +19,7 @@ __all__ = ["Preparation", "is_preparation", "not_yet_prepared", "prepared"]
 
 
 class Preparation(Protocol):
-    """What :func:`apply` needs from an object that changes the base first."""
+    """The interface of an object that changes the base before :func:`apply` plans the methods."""
 
     def config(self) -> dict[str, Any]: ...
 

@@ -62,7 +62,7 @@ def check_record(model: nn.Module) -> None:
 def _is_complete(record: InjectionState, modules: Mapping[str, nn.Module]) -> bool:
     """Whether every module carries as many adapters as recorded, on weights of the recorded shapes.
 
-    It takes no longer with many adapters than with one, and does not name what is lost.
+    The time does not depend on the number of adapters. Lost adapters are not named.
     """
     if any(module not in modules for trains in record.trained_base.values() for module in trains.modules):
         return False

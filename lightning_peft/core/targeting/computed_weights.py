@@ -37,7 +37,8 @@ __all__ = [
 
 
 def stored_tensor(host: nn.Module, name: str) -> Tensor | None:
-    """Return the base's parameter, buffer or computed weight of a host or its child, by dotted name; None if missing.
+    """Return the parameter, buffer or computed weight ``name`` of a host; the name may lead to a child. None if
+    missing.
 
     Adapters are not applied to it.
     """

@@ -121,7 +121,7 @@ def _takes_one_argument(cls: Any) -> bool:
 
 
 def _kind(module: nn.Module) -> Any:
-    """What the result of a trial depends on, if that is plain values only; None otherwise."""
+    """A key for the cached result of a trial call; None if the result depends on more than plain values."""
     cls: Any = plain_class(module)
     own = effective_tensors(module)
     state = {k: v for k, v in _attributes(module).items() if k not in vars(_PLAIN) and not k.startswith("_peft")}

@@ -396,18 +396,18 @@ def batched_template(adapters: Sequence[Any]) -> PerRowTemplate:
 
 
 def batched_labels(batch_layout: BatchLayout, adapters: Sequence[PromptLabels | None]) -> PromptLabels:
-    """One that serves rows of different prompts."""
+    """A :class:`PromptLabels` for a batch whose rows use different prompts."""
     prompts = {prompt: None for a in adapters if a is not None for prompt in a._prompts}
     return PromptLabels(*prompts, token_template=batched_template(adapters))
 
 
 def batched_masks(batch_layout: BatchLayout, adapters: Sequence[PromptMask | None]) -> PromptMask:
-    """One that serves rows of different prompts."""
+    """A :class:`PromptMask` for a batch whose rows use different prompts."""
     return PromptMask(batched_template(adapters))
 
 
 def batched_strip(batch_layout: BatchLayout, adapters: Sequence[PromptStrip | None]) -> PromptStrip:
-    """One that serves rows of different prompts."""
+    """A :class:`PromptStrip` for a batch whose rows use different prompts."""
     return PromptStrip(batched_template(adapters))
 
 

@@ -9,7 +9,7 @@ from lightning_peft.core.names import nearest
 
 __all__ = ["advice"]
 
-#: what other libraries, PEFT above all, call an argument -> what it is called here
+#: the name of an argument in PEFT and other libraries -> its name here
 _SPELLINGS = {
     **dict.fromkeys(["rank", "lora_rank", "lora_dim", "dim"], "r"),
     **dict.fromkeys(["init_lora_weights", "init_weights"], "init"),
@@ -35,7 +35,7 @@ _INSTEAD = {
 
 
 def advice(name: str, known: Collection[str], value: Any = ...) -> str:
-    """What to write instead of the argument ``name``.
+    """Return what to write instead of the unknown argument ``name``.
 
     Args:
         name: an argument that does not exist.

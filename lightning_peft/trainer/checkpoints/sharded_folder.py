@@ -38,7 +38,7 @@ def save_folder(strategy: Any, checkpoint: dict[str, Any], path: Path) -> None:
     new = _new_folder(path)
     with writing(path):
         if strategy.is_global_zero:
-            recover_folder(new, path)  # what an earlier kill left in the middle of a replacement is the only copy
+            recover_folder(new, path)  # after a kill during a replacement, ``new`` is the only copy
             shutil.rmtree(new, ignore_errors=True)
             new.mkdir(parents=True)
         strategy.barrier()

@@ -100,10 +100,10 @@ class FirstBatch(TorchDispatchMode):
         self.counts: dict[str, int] = {}  #: how often each frozen module was called, other than by a frozen module
         self._calls: list[Call] = []  # those that ended before the cut
         self._running: Call | None = None  # the outermost frozen module that runs now
-        self._made: dict[int, tuple[Call, int]] = {}  # by id; calls keep the tensors, so that an id stays its own
+        self._made: dict[int, tuple[Call, int]] = {}  # by id; the calls keep the tensors alive, so ids are not reused
         self._reads: list[
             tuple[Call, int, Call | None]
-        ] = []  # of the tensor at a position of a call, and by which call
+        ] = []  # (call, position of a tensor in its output, call that reads it)
         self._cut = False
         self._random = _rng_digest()
         self._handles: list[Any] = []

@@ -19,7 +19,7 @@ __all__ = ["Activations", "Replay"]
 
 @dataclass
 class Activations:
-    """What the calls of a batch returned, as far as it is needed to skip them.
+    """The outputs of a batch's calls that are needed to skip them.
 
     Attributes:
         shapes: for each call, the shape of each tensor without its rows.

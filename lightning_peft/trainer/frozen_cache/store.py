@@ -41,7 +41,7 @@ class Store:
         self._where: dict[str, Path] = {}
         self._files: dict[Path, Any] = {}
         self._shapes: dict[str, list[list[tuple[int, ...]]]] = {}
-        self._sums: dict[str, int] = {}  # of tensors that have not been read yet
+        self._sums: dict[str, int] = {}  # checksums of tensors that have not been read yet
         self._buffer: dict[str, list[Tensor]] = {}
         self._size = 0
         folder.mkdir(parents=True, exist_ok=True)

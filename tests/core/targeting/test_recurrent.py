@@ -33,7 +33,7 @@ def adapted(layer: nn.Module, *names: str) -> nn.ModuleDict:
 
 
 def reference(layer: nn.Module, x: Tensor | PackedSequence, name: str = "default") -> tuple:
-    """What a plain copy of ``layer`` computes with s B A added to each weight."""
+    """The output of a plain copy of ``layer`` with s B A added to each weight."""
     plain = lp.unload(nn.ModuleDict({"layer": copy.deepcopy(layer)}))["layer"]
     adapters = layer.adapters[name].weights()
     assert len(adapters) == sum(n.startswith("weight") for n, _ in plain.named_parameters())

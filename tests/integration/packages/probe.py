@@ -1,4 +1,4 @@
-"""Which layer classes of torch.nn, timm and PyTorch Geometric ``all-linear`` takes for linear layers, and which are.
+"""Compare the layers of torch.nn, timm and PyTorch Geometric that are linear with those that ``all-linear`` includes.
 
 ``python -m tests.integration.packages.probe > docs/linear_layers.md`` writes the page. Every class is built from small
 default arguments, and each layer inside that holds a matrix is called with vectors. It is linear if the output is

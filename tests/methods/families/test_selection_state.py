@@ -1,4 +1,4 @@
-"""What selection methods save and load, their precision, and their errors."""
+"""Selection methods: saved state, precision and errors."""
 
 import copy
 import pickle

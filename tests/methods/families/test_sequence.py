@@ -1,4 +1,4 @@
-"""What holds for every method that puts virtual tokens into a token sequence."""
+"""Tests for all methods that insert virtual tokens into a token sequence."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def test_every_generated_step_equals_the_sequence_without_a_cache(name, position
     try:
         out = model.generate(IDS, attention_mask=torch.ones_like(IDS), **options)
     except (CacheError, sequence.TokenError):
-        assert name == "rwkv"  # whose state is a list of tensors that does not say whether it is filled
+        assert name == "rwkv"  # its state is a list of tensors that does not show whether it is filled
         return
     prompt = next(p for n, p in model.named_parameters() if n.endswith("prompt"))[None]
     embed = base.get_input_embeddings()
@@ -132,7 +132,7 @@ def test_a_cache_of_any_name(kind):
 def test_a_cache_that_is_not_understood_is_an_error():
     class Silent:
         def __init__(self, whole: Tensor) -> None:
-            self.whole, self.ssm_states = whole, torch.zeros(1)  # it looks empty for ever
+            self.whole, self.ssm_states = whole, torch.zeros(1)  # a cache that always looks empty
 
     class Stranger(Objects):
         state = Silent
@@ -151,7 +151,7 @@ def test_a_cache_that_is_not_understood_is_an_error():
 )
 @torch.no_grad()
 def test_a_cache_that_goes_unrecognised_is_an_error(method, monkeypatch):
-    """What happened when a release of transformers renamed the argument."""
+    """The situation after a release of transformers renamed the cache argument."""
     model = llama()
     lp.apply(model, method)
     randomise(model, 0.5)
