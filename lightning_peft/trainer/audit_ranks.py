@@ -13,6 +13,7 @@ from lightning_peft.core.names import canonical, listed
 from lightning_peft.core.sharded_tensors import is_sharded
 from lightning_peft.core.state.state_dict import owned_keys
 from lightning_peft.trainer.audit import AuditError
+from lightning_peft.trainer.quantised_strategies import packed_digests
 
 __all__ = ["audit_methods", "audit_ranks"]
 
@@ -28,6 +29,11 @@ def audit_ranks(model: nn.Module) -> None:
     own, full = owned_keys(model), {canonical(k): v for k, v in nn.Module.state_dict(model).items()}
     state = {k: full[k] for k in own if not full[k].is_meta and not is_sharded(full[k])}
     digest = {k: (tuple(v.shape), float(v.double().sum()), float(v.double().norm())) for k, v in state.items()}
+    for rank, keys in _differences(packed_digests(model)):
+        raise AuditError(
+            f"rank {rank} holds different quantised weights from rank 0: {listed(keys)}. Load the same base on "
+            "every rank"
+        )
     for rank, keys in _differences(digest):
         raise AuditError(
             f"rank {rank} holds different adapters from rank 0: {listed(keys)}. Apply the same methods with the same "

@@ -35,6 +35,7 @@ from lightning_peft.trainer.lifecycle import Lifecycle
 from lightning_peft.trainer.logs import continue_runs, run_ids
 from lightning_peft.trainer.optimizers import add_adapters, configured, drop_frozen
 from lightning_peft.trainer.param_groups import drop_empty_groups, optimizers_in, remember_schedulers
+from lightning_peft.trainer.quantised_strategies import adapt_quantised
 from lightning_peft.trainer.strategy import partitions_optimizers
 
 __all__ = ["AdaptedModule", "adapt_module"]
@@ -65,6 +66,7 @@ class AdaptedModule(_LightningModule):
         if _methods_of(self._trainer) or injection_state(self) is None:
             create_lazy_parameters(self)
             apply(self)
+        adapt_quantised(self, getattr(self._trainer, "strategy", None))
         update_base(self)
         audit_ranks(self)  # DDP later copies rank 0's adapters to the other ranks, which would hide a difference
         start_averaging(self._trainer, self)

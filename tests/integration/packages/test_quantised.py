@@ -9,11 +9,13 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.utils.data import DataLoader
 
 import lightning_peft as lp
 from lightning_peft.core.targeting.packed import dequantized, is_packed
+from lightning_peft.trainer.quantised_strategies import adapt_quantised, packed_digests
 from tests.helpers import close, perturb
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -347,3 +349,34 @@ def test_merge_dequantizes_and_unmerge_restores(name):
     close(model(x), expected, 1e-4)
     lp.apply(model, base(name), lp.LoRA(r=2))  # the plain model can be quantised again
     assert is_packed(model[0])
+
+
+@pytest.mark.parametrize("name", ["nf4", "torchao int8", "torchao float8"])
+def test_ddp_leaves_the_quantised_tensors_alone(name, tmp_path):
+    module = Floats()
+    fit(module, tmp_path, base(name), lp.LoRA(r=2), strategy="ddp", devices=1)
+    assert {"net.0.weight", "net.2.weight", "net.4.weight"} <= {*module._ddp_params_and_buffers_to_ignore}
+    again = lp.load_from_checkpoint(Floats, tmp_path / "last.ckpt")
+    x = torch.randn(3, 64)
+    assert torch.equal(again.eval()(x), module.eval()(x))
+
+
+def test_ranks_must_hold_the_same_quantised_weights():
+    one, other = (packed_digests(quantised("nf4")) for _ in range(2))
+    assert one == other
+    assert one.keys() == {"0.weight", "2.weight", "4.weight", "0.bias", "4.bias"}
+    changed = quantised("nf4")
+    changed[2].weight.data[0] ^= 1
+    assert packed_digests(changed) != one
+
+
+def test_strategies_that_cannot_have_a_quantised_base_are_refused():
+    environment = L.pytorch.plugins.environments.LightningEnvironment()
+    model = mlp()
+    strategy = L.pytorch.strategies.DDPStrategy(start_method="spawn", cluster_environment=environment)
+    lp.apply(model, base("nf4"))
+    strategy._configure_launcher()
+    with pytest.raises(MisconfigurationException, match="QuantizeBase is not supported with a strategy that spawns"):
+        adapt_quantised(model, strategy)
+    with pytest.raises(MisconfigurationException, match=r"'0' \(Linear4bit\) .* which FSDPStrategy cannot shard"):
+        adapt_quantised(quantised("nf4"), L.pytorch.strategies.FSDPStrategy())
