@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.utils.data import DataLoader
@@ -371,9 +372,8 @@ def test_ranks_must_hold_the_same_quantised_weights():
 
 
 def test_strategies_that_cannot_have_a_quantised_base_are_refused():
-    environment = L.pytorch.plugins.environments.LightningEnvironment()
     model = mlp()
-    strategy = L.pytorch.strategies.DDPStrategy(start_method="spawn", cluster_environment=environment)
+    strategy = L.pytorch.strategies.DDPStrategy(start_method="spawn", cluster_environment=LightningEnvironment())
     lp.apply(model, base("nf4"))
     strategy._configure_launcher()
     with pytest.raises(MisconfigurationException, match="QuantizeBase is not supported with a strategy that spawns"):
