@@ -71,7 +71,10 @@ def check_files(path: Path, metadata: dict[str, Any]) -> None:
     Raises:
         StateError: if a file is missing or has changed; the message names it.
     """
-    for name, digest in metadata.get(FILES, {}).items():
+    digests = metadata.get(FILES, {})
+    if not isinstance(digests, dict) or not all(isinstance(name, str) for name in digests):
+        raise StateError(f"{path / META} is damaged: its list of files is not a table of names. Use another copy")
+    for name, digest in digests.items():
         file = path / Path(name).name
         if not file.is_file() or _file_digest(file) != digest:
             raise StateError(

@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 import lightning_peft as lp
 from lightning_peft.trainer.checkpoints.distributed_files import PlainPlanner, check_metadata
+from lightning_peft.trainer.checkpoints.sharded_folder import FILES, check_files
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -94,3 +95,9 @@ def test_files_outside_the_folder_and_damaged_files():
     (folder / ".metadata").unlink()
     with pytest.raises(lp.StateError, match="is not a distributed checkpoint"):
         check_metadata(folder)
+
+
+@pytest.mark.parametrize("files", ["x", 3, ["x"], {3: "x"}])
+def test_a_damaged_list_of_files(files: object):
+    with pytest.raises(lp.StateError, match=r"folder/meta\.pt is damaged"):
+        check_files(Path("folder"), {FILES: files})
