@@ -164,8 +164,7 @@ def test_placement_in_rows_too_short_for_the_template():
 
 
 def test_rotary_positions_of_several_axes():
-    """Qwen2-VL's position ids are (axes, batch, length). With a prompt, they equal those of a text that is longer by
-    it."""
+    """Qwen2-VL's position ids are (axes, batch, length); a text with a prompt has those of a longer text."""
     import transformers
 
     torch.manual_seed(0)
