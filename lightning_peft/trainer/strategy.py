@@ -83,6 +83,12 @@ def adapt_strategy(trainer: L.Trainer, loaders: TrainingLoaders) -> None:
         # Strategies that load the state themselves, and a user's own CheckpointIO, are not bypassed.
         plain = type(strategy).load_checkpoint.__qualname__ == "Strategy.load_checkpoint"
         plain = plain and original_class(strategy.checkpoint_io).__name__ == "TorchCheckpointIO"
+        if plain and Path(checkpoint_path).is_dir():
+            raise StateError(
+                f"{checkpoint_path} is a folder, but {type(strategy).__name__} reads checkpoints that are one file. "
+                "Resume with the strategy that saved it. ModelParallelStrategy writes one file with "
+                "save_distributed_checkpoint=False"
+            )
         if plain and weights_only and Path(checkpoint_path).is_file():
             checkpoint = read_torch_file(checkpoint_path)
         else:

@@ -26,6 +26,7 @@ from lightning_peft.core.state.fingerprint import fingerprint
 from tests.kinds import KINDS
 from tests.strategies import ROWS, STRATEGIES
 from tests.table import METHODS as TABLE
+from tests.trainer.relay import relay
 from tests.trainer.tensor_parallel import Block, compare, full_values
 
 # They take and return whole activations, so that any layer of any model can be split.
@@ -110,6 +111,7 @@ def fingerprint_of_shards() -> dict[str, Any]:
 def main(out: Path) -> None:
     found = every_method()
     found["tensor parallel"] = compare(out.parent)
+    found["relay"] = relay(out.parent)
     found["fingerprint"] = fingerprint_of_shards()
     if dist.get_rank() == 0:
         out.write_text(json.dumps(found))

@@ -1,4 +1,4 @@
-"""Every method trains under DDP, FSDP2 and tensor parallelism as on one device."""
+"""Every method trains under DDP, FSDP2 and tensor parallelism as on one device, also in turn."""
 
 from __future__ import annotations
 
@@ -21,6 +21,9 @@ def test_on_two_processes(tmp_path: Path) -> None:
     assert (tmp_path / "out.json").exists(), ran.stderr[-4000:]
     found = json.loads((tmp_path / "out.json").read_text())
     assert found.pop("fingerprint") == {"same": True, "values": 10, "gathered": 0}
+    relay = found.pop("relay")
+    assert len(relay) == 10
+    assert not {stage: difference for stage, difference in relay.items() if difference > 1e-6}
     compared, errors = found.pop("tensor parallel")
     assert found.keys() == {f"{method}, {how}" for method in ROWS for how in STRATEGIES}
     assert not {name: result for name, result in found.items() if isinstance(result, str) or result > 1e-5}

@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 import lightning_peft as lp
 from lightning_peft.trainer.checkpoints.distributed_files import PlainPlanner, check_metadata
 from lightning_peft.trainer.checkpoints.sharded_folder import FILES, check_files
+from tests.trainer.toys import Toy, loader, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -101,3 +102,9 @@ def test_files_outside_the_folder_and_damaged_files():
 def test_a_damaged_list_of_files(files: object):
     with pytest.raises(lp.StateError, match=r"folder/meta\.pt is damaged"):
         check_files(Path("folder"), {FILES: files})
+
+
+def test_a_folder_is_refused_where_one_file_is_expected(tmp_path: Path) -> None:
+    folder, _ = saved()
+    with pytest.raises(lp.StateError, match="reads checkpoints that are one file"):
+        trainer(tmp_path).fit(Toy(), loader(), ckpt_path=folder)
