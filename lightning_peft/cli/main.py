@@ -14,19 +14,21 @@ from typing import Any, Union
 
 import lightning as L
 from jsonargparse import Namespace
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, ModelSummary
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 
 import lightning_peft as lp
 from lightning_peft.cli.compare import compare
+from lightning_peft.cli.curves import LearningCurves
 from lightning_peft.cli.export import export
 from lightning_peft.cli.import_adapter import import_adapter
 from lightning_peft.cli.inspect import inspect_path, names_a_path
 from lightning_peft.cli.merge import merge
 from lightning_peft.cli.methods import methods
 from lightning_peft.cli.module import find_module
+from lightning_peft.cli.output import NoSummary, print_results, silence_other_packages
 from lightning_peft.cli.parser import Parser
 from lightning_peft.cli.runs import (
     LogConfig,
@@ -205,6 +207,11 @@ class PEFTCLI(LightningCLI):
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> L.Trainer:
         methods = _as_list(self._get(self.config_init, "method"))
         config["callbacks"] = [*methods, *_as_list(config.get("callbacks")), *callbacks]
+        if self.subcommand == "fit":
+            config["callbacks"].append(LearningCurves())
+        shows = config.get("enable_model_summary") is not False
+        if shows and not any(isinstance(callback, ModelSummary) for callback in config["callbacks"]):
+            config["callbacks"].append(NoSummary())
         return super()._instantiate_trainer(config, [])
 
     def _add_configure_optimizers_method_to_model(self, subcommand: str | None) -> None:
@@ -233,6 +240,9 @@ class PEFTCLI(LightningCLI):
         check_method(self.trainer, self.model)
         # Before the loggers start, so that a resumed run keeps its id.
         resume_wandb(self.trainer.loggers, self._get(self.config, "ckpt_path"))
+
+    def after_fit(self) -> None:
+        print_results(self.trainer, self.model)
 
     def _before_evaluation(self) -> None:
         attach_saved_methods(self._get(self.config, "ckpt_path"), self.trainer)
@@ -266,6 +276,7 @@ def main(args: Sequence[str] | None = None) -> None:
         sys.path.append(os.getcwd())
     try:
         imported = _import_modules(given)
+        silence_other_packages()
         command, *rest = imported or ["--help"]
         if command == "inspect" and names_a_path(rest):
             inspect_path(rest)

@@ -59,7 +59,7 @@ def _in_a_line(message: str) -> str | None:
         package, class_name, option = refused.groups()
         found = getattr(sys.modules.get(package.rstrip(".")), class_name, None)
         if found is not None:
-            return f"{class_name} does not have an argument {option!r}: {advice(option, list(parameters_of(found)))}"
+            return f"{class_name} does not have an argument {option!r}: {_advice(option, found)}"
     if "PEFTMethod is abstract" in message:
         argument = re.search(r"NestedArg\(key='(\w+)'", message)
         given = f"--method.{argument[1]}" if argument else "an argument of a method"
@@ -73,3 +73,8 @@ def _in_a_line(message: str) -> str | None:
             "method of your own is given by its path, such as my.module.MyMethod"
         )
     return None
+
+
+def _advice(option: str, owner: type) -> str:
+    """What to write instead, in the form of the command line."""
+    return advice(option, list(parameters_of(owner))).replace("use lp.", "use --method ")

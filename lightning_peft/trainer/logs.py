@@ -29,8 +29,12 @@ adapter_writers: list[Callable[[nn.Module, str], object]] = []
 
 
 def log_start(trainer: L.Trainer, record: InjectionState) -> None:
-    """Print the match table, and log the methods' configurations and the parameter counts to every logger."""
-    Console().print(record.report)
+    """Print the match table, and log the methods' configurations and the parameter counts to every logger.
+
+    ``Trainer(enable_model_summary=False)`` silences the table too.
+    """
+    if any(isinstance(c, lightning_classes("callbacks.ModelSummary")) for c in trainer.callbacks):  # type: ignore[attr-defined]
+        Console().print(record.report)
     methods = {name: {"method": type(m).__name__, **m.config()} for name, m in record.methods.items()}
     counts = {"trainable": record.report.trainable, "total": record.report.total, "percent": record.report.percent}
     for logger in trainer.loggers:
@@ -39,6 +43,9 @@ def log_start(trainer: L.Trainer, record: InjectionState) -> None:
 
 def log_end(trainer: L.Trainer, model: nn.Module) -> None:
     """Print the sizes of the checkpoint and of the full model."""
+    bar: Any = trainer.progress_bar_callback
+    if bar is not None:
+        bar.teardown(trainer, trainer.lightning_module, "fit")  # a running bar would be drawn over what is printed
     full, trained = (_bytes(state) for state in (nn.Module.state_dict(model), adapter_state(model)))
     lines = [f"trainable state {_size(trained)}, full model {_size(full)}"]
     for callback in trainer.checkpoint_callbacks:

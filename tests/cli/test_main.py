@@ -260,6 +260,7 @@ def test_a_checkpoint_that_would_run_code_is_refused():
         (["--method=LoRA", "--method.lora_alpha=8"], "LoRA does not have an argument 'lora_alpha': it is called alpha"),
         (["--method=[{class_path: LoRA, init_args: {lora_alpha: 8}}]"], "it is called alpha here"),
         (["--trainer.callbacks+=LoRA", "--trainer.callbacks.lora_alpha=8"], "it is called alpha here"),
+        (["--method=LoRA", "--method.use_dora=true"], "'use_dora': use --method DoRA"),
         (["--method.r=8"], "--method.r is given, but no method: add --method LoRA"),
         (["--method=Lora"], "no method is called 'Lora'; nearest: LoRA. `lightning-peft methods` lists all"),
         (["--method=prefix-tuning"], "nearest: PrefixTuning"),
