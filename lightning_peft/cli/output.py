@@ -20,8 +20,8 @@ __all__ = ["NoSummary", "print_results", "silence_other_packages"]
 #: messages of Lightning about its own machinery, in which nothing is wrong
 _MACHINERY = re.compile(
     r"💡 Tip|[GHT]PU available:|Adding \d+ callbacks from entry point|Seed set to|`Trainer.fit` stopped: `max_"
-    r"|`Trainer\(limit_|Trainer already configured with model summary|Running in `fast_dev_run`|Restoring states|Loaded model weights"
-    r"|Restored all states|Loading `train_dataloader` to estimate"
+    r"|`Trainer\(limit_|Trainer already configured with model summary|Running in `fast_dev_run`"
+    r"|Restoring states|Loaded model weights|Restored all states|Loading `train_dataloader` to estimate"
 )
 _LOGGERS = ("lightning", "lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric", "")
 
