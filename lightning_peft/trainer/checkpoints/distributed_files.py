@@ -40,6 +40,7 @@ def check_metadata(folder: Path) -> Any:
     try:
         metadata = _Unpickler(io.BytesIO(path.read_bytes()), str(path)).load()
         files = {str(info.relative_path) for info in (metadata.storage_data or {}).values()}
+        metadata.state_dict_metadata.items()  # the fields that are read later must be there
     except StateError:
         raise
     except Exception as error:  # a damaged pickle can raise any exception
