@@ -65,7 +65,8 @@ from lightning_peft.methods.quantize_base import QuantizeBase
 from lightning_peft.methods.ssf import SSF
 from lightning_peft.methods.vera import VeRA
 from lightning_peft.methods.visual_prompt_tuning import VisualPromptTuning
-from lightning_peft.trainer.audit import AuditError, audit
+from lightning_peft.trainer.audit import AuditError
+from lightning_peft.trainer.audit_calls import audit
 from lightning_peft.trainer.frozen_cache.callback import CacheFrozen
 from lightning_peft.trainer.load_from_checkpoint import load_from_checkpoint
 from lightning_peft.trainer.retention import Retention

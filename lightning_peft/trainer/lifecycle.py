@@ -34,6 +34,7 @@ from lightning_peft.core.record import injection_state
 from lightning_peft.core.state.consistency import check_record, update_base
 from lightning_peft.core.state.state_dict import fix_trained
 from lightning_peft.trainer import audit, logs
+from lightning_peft.trainer.audit_calls import CallAudit
 from lightning_peft.trainer.audit_ranks import audit_ranks
 from lightning_peft.trainer.averaging import adapt_averaging
 from lightning_peft.trainer.missing_callbacks import audit_callbacks
@@ -59,7 +60,7 @@ class Lifecycle(Callback):
         self._gradient_audit: audit.GradientAudit | None = None
         self._zero_gradients: ZeroGradientAudit | None = None
         self._unfrozen: audit.UnfrozenAudit | None = None
-        self._calls: audit.CallAudit | None = None
+        self._calls: CallAudit | None = None
         self._called: set[str] | None = None
         self._modes: TrainingMode | None = None
         self._watched: set[str] = set()  # stages whose first batch was watched by a CallAudit
@@ -157,7 +158,7 @@ class Lifecycle(Callback):
         if _compiled(module):
             self._watched.add(stage)  # later batches need not check again
         else:
-            self._calls = audit.CallAudit(module)
+            self._calls = CallAudit(module)
 
     def _stop_watching(self, stage: str) -> None:
         calls, self._calls = self._calls, None
