@@ -150,14 +150,7 @@ def _install(model: nn.Module, plans: Mapping[str, tuple[Method, Plan]]) -> Repo
         record = InjectionState({}, Report(), {}, InitialValues(), trained)
     for name, (method, plan) in plans.items():
         _commit(model, method, plan, record.report)
-        record.methods[name] = method
-        record.deferred |= dict.fromkeys(plan.deferred)
-        adapters = any(p.requires_grad for a in plan.attach for p in a.adapter.parameters())
-        modules, parameters = with_tied(model, plan.train_modules, plan.train)
-        record.trained_base[name] = TrainedBase(modules, (*parameters, *plan.deferred), adapters)
-        record.origins[name] = plan.origin
-        hosts_of = tuple(dict.fromkeys(canonical(a.host) for a in plan.attach))
-        record.add_adapter(name, hosts_of, list(adapter_records(model, name, take=None)), _size(plan))
+        _record(model, record, name, method, plan)
     # A parameter that one method defers and another one trains is not deferred: it trains from the start.
     record.deferred = {
         n: v for n, v in record.deferred.items() if v is not None or not model.get_parameter(n).requires_grad
@@ -179,6 +172,17 @@ def _install(model: nn.Module, plans: Mapping[str, tuple[Method, Plan]]) -> Repo
     if any(record.trained_base.values()):
         fix_trained(model, plans)
     return record.report
+
+
+def _record(model: nn.Module, record: InjectionState, name: str, method: Method, plan: Plan) -> None:
+    record.methods[name] = method
+    record.deferred |= dict.fromkeys(plan.deferred)
+    adapters = any(p.requires_grad for a in plan.attach for p in a.adapter.parameters())
+    modules, parameters = with_tied(model, plan.train_modules, plan.train)
+    record.trained_base[name] = TrainedBase(modules, (*parameters, *plan.deferred), adapters)
+    record.origins[name] = plan.origin
+    hosts_of = tuple(dict.fromkeys(canonical(a.host) for a in plan.attach))
+    record.add_adapter(name, hosts_of, list(adapter_records(model, name, take=None)), _size(plan))
 
 
 def inspect(model: nn.Module, *methods: Method | Preparation) -> Report:
