@@ -23,6 +23,8 @@ from lightning_peft.formats.directory.files import read_files
 
 __all__ = ["export"]
 
+MAX_ERROR = 0.01  #: of the update's Frobenius norm
+
 EXAMPLE = """examples:
   lightning-peft export run.ckpt adapter/                            for Hugging Face PEFT and this package
   lightning-peft export run.ckpt out/ --for vllm                     a plain LoRA, checked against vLLM's rules
@@ -63,12 +65,12 @@ def export(args: Sequence[str]) -> None:
     parser.add_argument(
         "--max-error",
         type=float,
-        default=0.01,
-        help="the largest relative error of the update in the Frobenius norm (default: %(default)s)",
+        help=f"the largest relative error of the update in the Frobenius norm (default: {MAX_ERROR})",
     )
     add_base_option(parser)
     add_model_option(parser, "the class of the trained module, if the checkpoint is not enough")
     given, arguments = parse(parser, args)
+    _check_options(given)
     if given.software is not None:
         check_new(given.out)
         model = load_adapted(given.source, given.model, arguments, given.base).eval()
@@ -83,6 +85,23 @@ def export(args: Sequence[str]) -> None:
             ) from error
     else:
         _as_directories(given, arguments)
+
+
+def _check_options(given: Any) -> None:
+    """Refuse an option that would have no effect."""
+    lora = given.software in ("vllm", "llama.cpp")
+    needs = {
+        "--fold-scale": (given.fold_scale, given.software is None, "without --for"),
+        "--base": (given.base, given.software is not None, "with --for"),
+        "--merged": (given.merged, lora, "with --for vllm or llama.cpp"),
+        "--rank": (given.rank, lora and not given.merged, "with --for vllm or llama.cpp, without --merged"),
+        "--max-error": (given.max_error, lora and not given.merged, "with --for vllm or llama.cpp, without --merged"),
+    }
+    for option, (value, applies, when) in needs.items():
+        if value not in (None, False) and not applies:
+            raise StateError(f"{option} only has an effect {when}: leave it out")
+    if given.max_error is None:
+        given.max_error = MAX_ERROR
 
 
 def _as_directories(given: Any, arguments: dict[str, Any]) -> None:
@@ -114,6 +133,11 @@ def _only_adapter(model: nn.Module, given: Any) -> str:
 
 
 def _write_merged(model: nn.Module, out: Path) -> Path:
+    if hugging_face(model) is None:
+        raise StateError(
+            "the merged model is not one of Hugging Face's, and only those can be loaded there: use --for onnx or "
+            "torch-export"
+        )
     lp.merge(model)
     lp.unload(model, merge=True)
     return write_plain(model, out)

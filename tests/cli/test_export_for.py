@@ -205,3 +205,27 @@ def test_programs_compute_the_outputs_of_a_module_of_ones_own(monkeypatch):
     said = console.run("export", "adapter", "model.pt2", "--model=modules.Module", "--for=torch-export")
     assert "for any batch size; torch.export.load computes the same outputs" in said
     torch.testing.assert_close(torch.export.load("model.pt2").module()(x), expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--rank=4"], "--rank only has an effect with --for vllm or llama.cpp"),
+        (["--for=vllm", "--merged", "--max-error=0.1"], "--max-error only has an effect"),
+        (["--for=onnx", "--merged"], "--merged only has an effect with --for vllm or llama.cpp"),
+        (["--for=vllm", "--fold-scale"], "--fold-scale only has an effect without --for"),
+    ],
+)
+def test_an_option_without_effect_is_refused(options: list[str], message: str):
+    with pytest.raises(SystemExit, match=message):
+        console.run("export", "adapter", "out", *options)
+
+
+def test_a_merged_model_that_hugging_face_cannot_load_is_refused(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+    module = Module()
+    lp.apply(module, lp.LoRA(r=2, targets="all-linear", exclude=()))
+    lp.save_adapter(module, "adapter")
+    with pytest.raises(SystemExit, match="the merged model is not one of Hugging Face's"):
+        console.run("export", "adapter", "out", "--model=modules.Module", "--for=vllm", "--merged")
+    assert not Path("out").exists()

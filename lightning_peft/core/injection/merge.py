@@ -2,34 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, cast
 
 import torch
 from torch import nn
 
 from lightning_peft.core.adapters.base import Adapter
-from lightning_peft.core.adapters.effective_weights import base_tensor, effective_weights
 from lightning_peft.core.adapters.lookup import adapter_names, check_known, hosts, stacks
-from lightning_peft.core.adapters.low_rank import LowRankAdapter, add_products
 from lightning_peft.core.adapters.stack import AdapterStack
 from lightning_peft.core.class_swap import original_class, own_forward
-from lightning_peft.core.injection.low_rank_factors import evaluating
+from lightning_peft.core.injection.merged_values import merged_values
 from lightning_peft.core.injection.plain_layer import make_packed, make_plain, plain_dtype
 from lightning_peft.core.injection.quantizer_marks import drop_marks, restore_marks
 from lightning_peft.core.injection.write_back import shared_source, write_back
 from lightning_peft.core.names import is_adapter_key, join
 from lightning_peft.core.record import injection_state
-from lightning_peft.core.sharded_tensors import is_sharded
 from lightning_peft.core.state.consistency import check_record
 from lightning_peft.core.state.state_dict import StateError
 from lightning_peft.core.targeting.computed_weights import (
     is_computed,
     refresh,
-    steady,
     stored_tensor,
 )
-from lightning_peft.core.targeting.layouts import WeightLayout
 from lightning_peft.core.targeting.packed import COMPRESSED, is_compressed, is_packed
 from lightning_peft.core.targeting.ties import tied_names
 from lightning_peft.ops.finite import is_finite
@@ -309,7 +304,7 @@ def _order_problem(host_name: str, host: nn.Module, name: str) -> str | None:
         return reason
     others = [part for parts in before.values() for part in parts]
     try:
-        now, then = (_effective(host_name, host, parts) for parts in ([*others, *mine], [*mine, *others]))
+        now, then = (merged_values(host, parts) for parts in ([*others, *mine], [*mine, *others]))
     except MergeError as error:
         return str(error)
     return None if all(_equal(now[p], then[p]) for p in now) else reason
@@ -330,7 +325,7 @@ def _changed_tensors(adapter: Adapter) -> set[str] | None:
 
 def _merged_weights(host_name: str, host: nn.Module, names: Iterable[str]) -> dict[str, torch.Tensor]:
     stack = cast(AdapterStack, host.adapters)
-    weights = _effective(host_name, host, [part for name in names for part in cast(Adapter, stack[name]).components()])
+    weights = merged_values(host, [part for name in names for part in cast(Adapter, stack[name]).components()])
     rounded: dict[str, torch.Tensor] = {}
     for parameter, weight in weights.items():
         current = stored_tensor(host, parameter)
@@ -341,39 +336,6 @@ def _merged_weights(host_name: str, host: nn.Module, names: Iterable[str]) -> di
         if not is_finite(rounded[parameter]):
             raise MergeError(f"{host_name}.{parameter} would hold NaN or infinity after the merge")
     return rounded
-
-
-def _effective(host_name: str, host: nn.Module, adapters: Sequence[Adapter]) -> dict[str, torch.Tensor]:
-    """Return the host's weights after ``adapters`` in order, in eval mode and before rounding to the stored dtype."""
-    stored = {p: base_tensor(host, p) for a in adapters for p in (*a.overrides(), *a.weights())}
-    dtype = torch.float32
-    for tensor in stored.values():
-        if tensor is not None and (tensor.is_floating_point() or tensor.is_complex()):
-            dtype = torch.promote_types(dtype, tensor.dtype)
-    with evaluating(*adapters), steady(host):
-        return _plain_sums(host, adapters, dtype) or effective_weights(host, adapters, dtype)
-
-
-def _plain_sums(host: nn.Module, adapters: Iterable[Adapter], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Return the new weights, rounded, if ``adapters`` only add low-rank products; empty otherwise.
-
-    This common case does not need a copy of the weight in float32.
-    """
-    pairs: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
-    layouts: dict[str, WeightLayout] = {}
-    for adapter in adapters:
-        if adapter.overrides():
-            return {}
-        for parameter, part in adapter.weights().items():
-            pair = part.low_rank() if isinstance(part, LowRankAdapter) and not part.changes_bias else None
-            if pair is None:
-                return {}
-            pairs.setdefault(parameter, []).append(pair)
-            layouts[parameter] = part.layout
-    stored = {p: cast(torch.Tensor, base_tensor(host, p)).detach() for p in pairs}
-    if any(map(is_sharded, stored.values())):
-        return {}
-    return {p: layouts[p].stored(add_products(layouts[p].matrix(stored[p]), pairs[p], dtype), stored[p]) for p in pairs}
 
 
 def _dtype(host: nn.Module) -> torch.dtype:
