@@ -12,6 +12,7 @@ from lightning_peft.core.class_swap import original_class
 from lightning_peft.core.names import is_within
 from lightning_peft.core.targeting.base_modules import base_modules
 from lightning_peft.core.targeting.frozen_parts import in_frozen_part, why_frozen
+from lightning_peft.core.targeting.packed import is_packed, linear_sizes
 from lightning_peft.core.targeting.patterns import TargetError, match, no_match
 from lightning_peft.core.targeting.selection import select
 
@@ -77,6 +78,9 @@ def _widths(module: nn.Module) -> tuple[int, int, int] | None:
 
 
 def _in_out(module: nn.Module) -> tuple[int, int] | None:
+    if is_packed(module):
+        rows, columns = linear_sizes(module) or (0, 0)
+        return columns, rows
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor):
         return None

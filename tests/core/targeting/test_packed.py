@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import lightning_peft as lp
+from lightning_peft.core.targeting.attention_sites import attention_sites
 from lightning_peft.core.targeting.packed import dequantized
 from tests.helpers import close, perturb
 
@@ -251,3 +252,14 @@ def test_the_rows_of_a_batch_use_different_adapters():
         with lp.rows(model, ["a", "b", None]):
             found.append(model(x))
     close(*found)
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = (GPTQLinear(16, n) for n in (16, 8, 8))
+
+
+def test_attention_with_packed_projections_is_found():
+    site = attention_sites(nn.Sequential(Attention()))["0"]
+    assert (site.key_width, site.value_width, site.query_width) == (8, 8, 16)
