@@ -16,6 +16,7 @@ from lightning_peft.core.adapters.lookup import stacks
 from lightning_peft.core.injection.remove import delete_adapter
 from lightning_peft.core.names import nearest
 from lightning_peft.formats.directory.files import CONFIG, WEIGHTS, read_header
+from lightning_peft.formats.directory.replace import complete_replacement
 from lightning_peft.formats.load import load_adapter
 from lightning_peft.serving.errors import RequestError
 
@@ -51,8 +52,10 @@ class AdapterFolder:
 
     def names(self) -> list[str]:
         """Return the names of all adapters, sorted."""
-        inside = (p for p in self.path.iterdir() if not p.name.startswith("."))
-        return sorted(p.name for p in inside if p.is_dir() and not p.is_symlink() and (p / CONFIG).is_file())
+        inside = [p for p in self.path.iterdir() if not p.name.startswith(".") and p.is_dir() and not p.is_symlink()]
+        for folder in inside:
+            complete_replacement(folder)  # if the process that replaced its files was killed
+        return sorted(folder.name for folder in inside if (folder / CONFIG).is_file())
 
     def find(self, name: str) -> tuple[Path, Version]:
         """Return the folder of an adapter and the version of its files.
@@ -67,6 +70,7 @@ class AdapterFolder:
             if folder is not None and not folder.is_symlink() and (version := _version(folder)) is not None:
                 return folder, version
             if not last:
+                self._known.discard(name)
                 time.sleep(0.05)  # while an adapter is replaced, its configuration is absent for a moment
         near = nearest(name[:100], self.names(), n=1)
         hint = f"; the nearest name is {near[0]!r}" if near else ""

@@ -11,11 +11,12 @@ from attrs import field
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
-from lightning_peft.core.names import is_within, join, owner_of, parents
+from lightning_peft.core.names import is_within, join, listed, owner_of, parents
 from lightning_peft.core.state.plan import Plan
 from lightning_peft.core.targeting.base_modules import base_modules
 from lightning_peft.core.targeting.blocks import find_blocks
 from lightning_peft.core.targeting.frozen_parts import in_frozen_part, why_frozen
+from lightning_peft.core.targeting.packed import is_packed
 from lightning_peft.core.targeting.patterns import (
     TargetError,
     as_patterns,
@@ -76,7 +77,13 @@ class SelectionMethod(PEFTMethod):
         plan.train = {k: what for k, what in plan.train.items() if not is_within(k, *plan.train_modules)}
         parameters = [(n, model.get_parameter(n)) for n in (*plan.train, *plan.deferred)]
         for name in plan.train_modules:
-            parameters += [(join(name, n), p) for n, p in model.get_submodule(name).named_parameters()]
+            module = model.get_submodule(name)
+            if packed := [join(name, n) for n, part in base_modules(module) if is_packed(part)]:
+                raise TargetError(
+                    f"{listed(packed)} cannot train because its weight is quantised: exclude it, or load the model "
+                    "unquantised"
+                )
+            parameters += [(join(name, n), p) for n, p in module.named_parameters()]
         for name, parameter in parameters:
             if not (parameter.is_floating_point() or parameter.is_complex()):
                 raise TargetError(

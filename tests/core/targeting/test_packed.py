@@ -263,3 +263,9 @@ class Attention(nn.Module):
 def test_attention_with_packed_projections_is_found():
     site = attention_sites(nn.Sequential(Attention()))["0"]
     assert (site.key_width, site.value_width, site.query_width) == (8, 8, 16)
+
+
+@pytest.mark.parametrize("method", [lp.FullFineTuning(), lp.LastLayers(targets=["0"])])
+def test_a_packed_layer_cannot_train_in_full(method: lp.PEFTMethod):
+    with pytest.raises(lp.TargetError, match=r"'?0'? .*cannot train because its weight is quantised"):
+        lp.apply(packed(), method)
