@@ -77,13 +77,8 @@ class SelectionMethod(PEFTMethod):
         plan.train = {k: what for k, what in plan.train.items() if not is_within(k, *plan.train_modules)}
         parameters = [(n, model.get_parameter(n)) for n in (*plan.train, *plan.deferred)]
         for name in plan.train_modules:
-            module = model.get_submodule(name)
-            if packed := [join(name, n) for n, part in base_modules(module) if is_packed(part)]:
-                raise TargetError(
-                    f"{listed(packed)} cannot train because its weight is quantised: exclude it, or load the model "
-                    "unquantised"
-                )
-            parameters += [(join(name, n), p) for n, p in module.named_parameters()]
+            _check_not_packed(model, name)
+            parameters += [(join(name, n), p) for n, p in model.get_submodule(name).named_parameters()]
         for name, parameter in parameters:
             if not (parameter.is_floating_point() or parameter.is_complex()):
                 raise TargetError(
@@ -117,6 +112,7 @@ class SelectionMethod(PEFTMethod):
         excluded = self.covered(model, as_patterns(self.exclude, "exclude"), "exclude")
         names = list(names)
         for name in names:
+            _check_not_packed(model, name, lambda n: excluded(n) or left_alone(n))
             parameters = parameters_in(model, name)
             kept = {n: p for n, p in parameters.items() if not excluded(owner_of(n)) and not left_alone(n)}
             if len(kept) == len(parameters) and kept:
@@ -206,6 +202,15 @@ class SelectionMethod(PEFTMethod):
                 f"{type(self).__name__} trains parameters of the base in {dtype}, where small updates are rounded "
                 "away: load the base in float32 and use Trainer(precision='bf16-mixed')"
             )
+
+
+def _check_not_packed(model: nn.Module, name: str, left_out: Callable[[str], bool] = lambda name: False) -> None:
+    """Refuse to train a module whose weights are buffers of packed numbers, which its parameters do not show."""
+    inside = ((join(name, n), part) for n, part in base_modules(model.get_submodule(name)))
+    if packed := [n for n, part in inside if is_packed(part) and not left_out(n)]:
+        raise TargetError(
+            f"{listed(packed)} cannot train because the weight is quantised: exclude it, or load the model unquantised"
+        )
 
 
 def _share(method: str, model: nn.Module, chosen: Iterable[tuple[str, nn.Parameter]]) -> str:

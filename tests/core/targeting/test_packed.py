@@ -267,5 +267,5 @@ def test_attention_with_packed_projections_is_found():
 
 @pytest.mark.parametrize("method", [lp.FullFineTuning(), lp.LastLayers(targets=["0"])])
 def test_a_packed_layer_cannot_train_in_full(method: lp.PEFTMethod):
-    with pytest.raises(lp.TargetError, match=r"'?0'? .*cannot train because its weight is quantised"):
+    with pytest.raises(lp.TargetError, match=r"0.* cannot train because the weight is quantised"):
         lp.apply(packed(), method)
