@@ -64,7 +64,7 @@ def answer(args: Sequence[str]) -> bool:
         from lightning_peft_command.recipes import recipes
 
         recipes(rest)
-    elif command == "methods":
+    elif command == "methods" and not any(argument.partition("=")[0] == "--import" for argument in rest):
         from lightning_peft_command.methods import methods, read_methods
 
         methods(rest, read_methods())

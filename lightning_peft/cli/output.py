@@ -66,6 +66,7 @@ def _is_not_machinery(record: logging.LogRecord) -> bool:
 
 def print_results(trainer: L.Trainer, module: L.LightningModule) -> None:
     """Print the metrics at the end of a fit, and the command that uses its checkpoint."""
+    folder = trainer.log_dir or trainer.default_root_dir  # on every rank, because log_dir is broadcast
     if not trainer.is_global_zero:
         return
     table = Table("metric", "last", "best")
@@ -82,8 +83,8 @@ def print_results(trainer: L.Trainer, module: L.LightningModule) -> None:
     if table.rows:
         console.print(table)
     checkpoint = Path(getattr(trainer.checkpoint_callback, "best_model_path", "") or "")
-    config = Path(trainer.log_dir or trainer.default_root_dir) / "config.yaml"
+    config = Path(folder) / "config.yaml"
     if checkpoint.is_file() and config.is_file():
         command = "predict" if is_overridden("predict_step", module) else "test"
         files = [os.path.relpath(path) for path in (config, checkpoint)]
-        print(f"Next: lightning-peft {command} --config {files[0]} \\\n  --ckpt_path {files[1]}")
+        print(f"Next: lightning-peft {command} \\\n  --config {files[0]} \\\n  --ckpt_path {files[1]}")

@@ -47,8 +47,9 @@ def test_a_run_prints_its_own_output_only_within_80_columns():
     assert max(map(len, lines)) <= 80
     assert "LoRA r=2" in ran.stdout
     assert re.search(r"val/loss .*\d", ran.stdout)
-    assert lines[-2:] == [
-        "Next: lightning-peft predict --config config.yaml \\",
+    assert lines[-3:] == [
+        "Next: lightning-peft predict \\",
+        "  --config config.yaml \\",
         f"  --ckpt_path {next(Path().glob('checkpoints/*.ckpt'))}",
     ]
     with (Path("checkpoints") / "curves.csv").open() as file:

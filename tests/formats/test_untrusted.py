@@ -267,6 +267,8 @@ def test_an_archive_that_decompresses_or_declares_too_much_is_refused(trained):
 
 #: every place where a value could become an import, a call or code, and why values from files cannot
 SITES = {
+    ("cli/main.py", "importlib.import_module"): "--import, which the user gives",
+    ("cli/curves.py", "importlib.util.find_spec"): "matplotlib",
     ("cli/serve.py", "importlib.import_module"): "--data, which the user gives",
     ("cli/module.py", "importlib.import_module"): "--model, which the user gives; the tasks of this package",
     ("tasks/vision.py", "pkgutil.resolve_name"): "ImageClassifier.network, which is from_user",
