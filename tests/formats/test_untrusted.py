@@ -269,6 +269,8 @@ def test_an_archive_that_decompresses_or_declares_too_much_is_refused(trained):
 SITES = {
     ("cli/main.py", "importlib.import_module"): "--import, which the user gives",
     ("cli/curves.py", "importlib.util.find_spec"): "matplotlib",
+    ("cli/retention.py", "importlib.import_module"): "--retention.forward_fn, which the user gives",
+    ("compare/report.py", "importlib.metadata.version"): "of packages named in this source",
     ("cli/serve.py", "importlib.import_module"): "--data, which the user gives",
     ("cli/module.py", "importlib.import_module"): "--model, which the user gives; the tasks of this package",
     ("tasks/vision.py", "pkgutil.resolve_name"): "ImageClassifier.network, which is from_user",
@@ -291,6 +293,7 @@ SITES = {
     ("trainer/checkpoints/sharded.py", "torch.load"): "where the user passes weights_only=False to fit or test",
     ("trainer/checkpoints/distributed_files.py", "torch.load"): "weights_only",
     ("core/state/moved_values.py", "pickle.dumps"): "writes",
+    ("trainer/frozen_cache/callback.py", "pickle.dumps"): "compares two entries of the data; nothing is read back",
     (
         "core/injection/reset.py",
         "pickle.loads",
