@@ -31,7 +31,7 @@ from lightning_peft.core.kv_cache import cache_length, filled_cache, is_cache
 from lightning_peft.core.module_io import by_name, parameters_of
 from lightning_peft.methods.shared.cached_step import check_cached_step, check_texts_do_not_grow
 
-__all__ = ["PromptAdapter", "PromptLabels", "PromptMask", "PromptStrip", "TokenError"]
+__all__ = ["PromptAdapter", "PromptLabels", "TokenError", "batched_template"]
 
 
 class TokenError(RuntimeError):
@@ -342,54 +342,6 @@ class PromptLabels(Adapter):
         return batched_labels
 
 
-class PromptMask(Adapter):
-    """Runs around a decoder: extends its mask of the encoder's states by the encoder's virtual tokens."""
-
-    unscalable = PromptAdapter.unscalable
-
-    def __init__(self, token_template: TokenTemplate | PerRowTemplate) -> None:
-        super().__init__()
-        self.token_template = token_template
-
-    def run(self, host: Any, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        given = by_name(host, args, kwargs)
-        mask, states = given.get("encoder_attention_mask"), given.get("encoder_hidden_states")
-        if mask is None and states is not None and getattr(self.token_template, "padded", False):
-            mask = torch.ones(len(states), states.shape[1] - self.token_template.tokens, device=states.device)
-        if mask is not None and states is not None and states.shape[1] == mask.shape[1] + self.token_template.tokens:
-            layout = self.token_template.layout(len(mask), mask.shape[1], mask, mask.device)
-            given["encoder_attention_mask"] = layout.mask(mask)
-        return call(**given)
-
-    def batched_class(self, host: nn.Module) -> Any:
-        return batched_masks
-
-
-class PromptStrip(Adapter):
-    """Runs around an encoder-decoder: removes the virtual positions from the encoder's states in its output."""
-
-    names = ("encoder_last_hidden_state", "encoder_hidden_states", "encoder_attentions", "cross_attentions")
-
-    unscalable = PromptAdapter.unscalable
-
-    def __init__(self, token_template: TokenTemplate | PerRowTemplate) -> None:
-        super().__init__()
-        self.token_template = token_template
-
-    def run(self, host: Any, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        given = by_name(host, args, kwargs)
-        out = call(*args, **kwargs)
-        states = out.get("encoder_last_hidden_state") if isinstance(out, dict) else None
-        if states is None:
-            return out
-        length = states.shape[1] - self.token_template.tokens
-        layout = self.token_template.layout(states.shape[0], length, given.get("attention_mask"), states.device)
-        return strip(out, layout, names=self.names)
-
-    def batched_class(self, host: nn.Module) -> Any:
-        return batched_strip
-
-
 def batched_template(adapters: Sequence[Any]) -> PerRowTemplate:
     """The positions of the virtual tokens of each row."""
     return PerRowTemplate(tuple(None if adapter is None else adapter.token_template for adapter in adapters))
@@ -399,16 +351,6 @@ def batched_labels(batch_layout: BatchLayout, adapters: Sequence[PromptLabels | 
     """A :class:`PromptLabels` for a batch whose rows use different prompts."""
     prompts = {prompt: None for a in adapters if a is not None for prompt in a._prompts}
     return PromptLabels(*prompts, token_template=batched_template(adapters))
-
-
-def batched_masks(batch_layout: BatchLayout, adapters: Sequence[PromptMask | None]) -> PromptMask:
-    """A :class:`PromptMask` for a batch whose rows use different prompts."""
-    return PromptMask(batched_template(adapters))
-
-
-def batched_strip(batch_layout: BatchLayout, adapters: Sequence[PromptStrip | None]) -> PromptStrip:
-    """A :class:`PromptStrip` for a batch whose rows use different prompts."""
-    return PromptStrip(batched_template(adapters))
 
 
 def _kind(module: nn.Module) -> str:

@@ -30,8 +30,9 @@ from lightning_peft.core.targeting.token_modules import (
 )
 from lightning_peft.core.targeting.trial_forward import embeddings_problem
 from lightning_peft.methods.families.arguments import optional, positive_int
+from lightning_peft.methods.families.encoder_prompts import PromptMask, PromptStrip
 from lightning_peft.methods.families.method import PEFTMethod
-from lightning_peft.methods.families.prompt_adapters import PromptAdapter, PromptLabels, PromptMask, PromptStrip
+from lightning_peft.methods.families.prompt_adapters import PromptAdapter, PromptLabels
 
 __all__ = ["PromptMethod"]
 
