@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
 from torch import nn
@@ -42,11 +42,16 @@ class CallAudit:
             host.__dict__["_peft_seen"] = set()
             add_mixin(host, _Watched)
         self.raw_reads = RawReads(model, self.watched)
-        self.raw_reads.__enter__()  # until finish, because the batch runs in the Trainer
+        self._operations = ExitStack()  # not a with statement, because the batch runs in the Trainer
+        self._operations.enter_context(self.raw_reads)
+
+    def end_forward(self) -> None:
+        """Stop watching operations. In a backward pass, a function mode changes the rounding of some gradients."""
+        self._operations.close()
 
     def finish(self) -> tuple[set[str], list[str]]:
         """Stop watching. Returns the names of the modules that were called, and of those that were bypassed."""
-        self.raw_reads.__exit__(None, None, None)
+        self.end_forward()
         called, bypassed = set(), []
         for name, host in self.watched.items():
             remove_mixin(host, _Watched)

@@ -115,6 +115,8 @@ class Lifecycle(Callback):
             audit_ranks(pl_module)
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: torch.Tensor) -> None:
+        if self._calls is not None:
+            self._calls.end_forward()
         audit.audit_loss(pl_module, loss, trainer.optimizers)
         self._went_backward = True
 

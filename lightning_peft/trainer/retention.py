@@ -68,6 +68,8 @@ class Retention(Callback):
 
     Example::
 
+        from lightning_peft.data import LanguageModelData
+
         stories = LanguageModelData("stories.txt", tokenizer="my/model")
         trainer = L.Trainer(callbacks=[lp.LoRA(), lp.Retention(stories, limit=0.5)])
     """

@@ -162,6 +162,6 @@ def test_command_line(reviews, gpt2, capsys):
         "--trainer.callbacks+=LoRA",
         "--trainer.callbacks.name=a",
     ]
-    with pytest.raises(lp.RowError, match=r"row 1: no adapter named 'b'.*the model has \['a'\]"):
+    with pytest.raises(SystemExit, match=r"row 1: no adapter named 'b'.*the model has \['a'\]"):
         main(run)
     main([*run, "--trainer.callbacks+=IA3", "--trainer.callbacks.name=b"])

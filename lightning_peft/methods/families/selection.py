@@ -77,7 +77,6 @@ class SelectionMethod(PEFTMethod):
         plan.train = {k: what for k, what in plan.train.items() if not is_within(k, *plan.train_modules)}
         parameters = [(n, model.get_parameter(n)) for n in (*plan.train, *plan.deferred)]
         for name in plan.train_modules:
-            _check_not_packed(model, name)
             parameters += [(join(name, n), p) for n, p in model.get_submodule(name).named_parameters()]
         for name, parameter in parameters:
             if not (parameter.is_floating_point() or parameter.is_complex()):
@@ -85,6 +84,8 @@ class SelectionMethod(PEFTMethod):
                     f"{name} cannot train because it is quantised ({parameter.dtype}): exclude it, or load the model "
                     "unquantised"
                 )
+        for name in plan.train_modules:
+            _check_not_packed(model, name)
         plan.notes.append(_share(type(self).__name__, model, parameters))
         return plan
 
@@ -206,8 +207,9 @@ class SelectionMethod(PEFTMethod):
 
 def _check_not_packed(model: nn.Module, name: str, left_out: Callable[[str], bool] = lambda name: False) -> None:
     """Refuse to train a module whose weights are buffers of packed numbers, which its parameters do not show."""
-    inside = ((join(name, n), part) for n, part in base_modules(model.get_submodule(name)))
-    if packed := [n for n, part in inside if is_packed(part) and not left_out(n)]:
+    inside = [(join(name, n), part) for n, part in base_modules(model.get_submodule(name)) if is_packed(part)]
+    hidden = [(n, part) for n, part in inside if all(p.is_floating_point() for p in part.parameters(recurse=False))]
+    if packed := [n for n, _ in hidden if not left_out(n)]:
         raise TargetError(
             f"{listed(packed)} cannot train because the weight is quantised: exclude it, or load the model unquantised"
         )
