@@ -31,9 +31,13 @@ class CallAudit:
 
     This swaps classes instead of registering hooks, because some modules (nn.TransformerEncoderLayer, for example)
     take another code path if hooks are present.
+
+    Args:
+        model: the module that trains.
+        operations: whether to watch operations, to find code that gets the stored weight.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, operations: bool = True) -> None:
         self.model = model
         # An adapter without parameters only supports another adapter, whose module is watched itself.
         found = [(name, host, cast(AdapterStack, host.adapters)) for name, host in hosts(model)]
@@ -43,10 +47,11 @@ class CallAudit:
             add_mixin(host, _Watched)
         self.raw_reads = RawReads(model, self.watched)
         self._operations = ExitStack()  # not a with statement, because the batch runs in the Trainer
-        self._operations.enter_context(self.raw_reads)
+        if operations:
+            self._operations.enter_context(self.raw_reads)
 
     def end_forward(self) -> None:
-        """Stop watching operations. In a backward pass, a function mode changes the rounding of some gradients."""
+        """Stop watching operations: those of a backward pass and of an optimizer are not the user's."""
         self._operations.close()
 
     def finish(self) -> tuple[set[str], list[str]]:
