@@ -24,6 +24,7 @@ from transformers import BertConfig, BertModel
 
 import lightning_peft as lp
 from benchmarks.measure import hardware, versions
+from tests.methods.fitting import fitted
 
 LAYERS, TOKENS, BATCH, STEPS, EPOCHS = 6, 128, 16, 6, 3
 
@@ -87,16 +88,7 @@ def fit(make: Callable[[], L.Callback], folder: Path | None) -> tuple[list[float
     rows = STEPS * BATCH
     data = TensorDataset(torch.randint(0, 1000, (rows, TOKENS), generator=generator), torch.arange(rows) % 4)
     callbacks = [make(), timer] if folder is None else [make(), timer, lp.CacheFrozen(folder)]
-    trainer = L.Trainer(
-        max_epochs=EPOCHS,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=callbacks,
-    )
-    trainer.fit(model, DataLoader(data, BATCH, shuffle=True, generator=torch.Generator().manual_seed(2)))
+    fitted(model, callbacks, EPOCHS, DataLoader(data, BATCH, shuffle=True, generator=torch.Generator().manual_seed(2)))
     return [s for steps in timer.steps.values() for s in steps], {
         name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad
     }

@@ -120,7 +120,7 @@ class Classifier(L.LightningModule):
 
 
 def fitted(
-    model: L.LightningModule, methods: list[lp.PEFTMethod], epochs: int, *data: DataLoader, ckpt_path: str | None = None
+    model: L.LightningModule, callbacks: list[L.Callback], epochs: int, *data: DataLoader, ckpt_path: str | None = None
 ) -> L.Trainer:
     """Fit ``model`` on the CPU without writing files, and return the Trainer."""
     trainer = L.Trainer(
@@ -130,7 +130,7 @@ def fitted(
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=methods,
+        callbacks=callbacks,
     )
     trainer.fit(model, *data, ckpt_path=ckpt_path)
     return trainer

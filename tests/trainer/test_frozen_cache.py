@@ -17,16 +17,10 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, V
 import lightning_peft as lp
 from lightning_peft.core.class_swap import has_mixin
 from lightning_peft.trainer.frozen_cache.replay import Replayed
+from tests.methods.fitting import fitted
 
 ROWS = 20
 SIZES = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 16}
-QUIET: dict[str, Any] = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-}
 
 
 class Model(L.LightningModule):
@@ -127,13 +121,14 @@ class ViT(Model):
         return TensorDataset(torch.randn(ROWS, 3, 8, 8, generator=generator), torch.arange(ROWS) % 3)
 
 
-def fit(model: Model, method: L.Callback, *callbacks: L.Callback, epochs: int = 3, **options: Any) -> dict[str, Tensor]:
+def fit(
+    model: Model, method: L.Callback, *callbacks: L.Callback, epochs: int = 3, data: Dataset | None = None
+) -> dict[str, Tensor]:
     """Train, and return what has trained and the last validation loss."""
-    data = options.pop("data", None) or model.data()
+    data = data or model.data()
     train = DataLoader(data, 8, shuffle=True, generator=torch.Generator().manual_seed(3))
     torch.manual_seed(2)
-    trainer = L.Trainer(max_epochs=epochs, callbacks=[method, *callbacks], **QUIET, **options)
-    trainer.fit(model, train, DataLoader(data, 10))
+    trainer = fitted(model, [method, *callbacks], epochs, train, DataLoader(data, 10))
     trained = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     return {**trained, "val": trainer.callback_metrics["val"]}
 

@@ -21,13 +21,13 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_peft.core.adapters.reads import forward_values
 from lightning_peft.core.adapters.stack import AdapterStack
 from lightning_peft.core.checkpoint_frame import in_backward
 from lightning_peft.core.class_swap import original_class
+from lightning_peft.core.module_io import tensors_in
 from lightning_peft.core.targeting.computed_weights import stored_tensor
 
 __all__ = ["RawReads", "StoredParameter"]
@@ -84,7 +84,7 @@ class RawReads(TorchFunctionMode):
             torch.compiler.is_compiling() or in_backward()
         ):  # backward uses tensors that the forward, already checked, saved
             return result
-        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        tensors = list(tensors_in((args, kwargs or {})))
         stored = {origin for t in tensors for origin in self._weights.get(t, ())}
         if stored:
             self._look(getattr(func, "__name__", repr(func)), stored, tensors, result)
@@ -108,8 +108,8 @@ class RawReads(TorchFunctionMode):
                 if origin.name.partition(".")[0] in origin.host.adapters.values_to_read(origin.host, origin.name):  # type: ignore[union-attr, operator]
                     self.found[origin] = function, _place(frame)
         elif used:
-            for tensor in tree_leaves(result):
-                if isinstance(tensor, Tensor) and tensor.dim() and tensor.is_floating_point():
+            for tensor in tensors_in(result):
+                if tensor.dim() and tensor.is_floating_point():
                     self._weights[tensor] = tuple(stored)
 
 

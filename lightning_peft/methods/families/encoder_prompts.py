@@ -17,14 +17,18 @@ from lightning_peft.methods.families.prompt_adapters import PromptAdapter, batch
 __all__ = ["PromptMask", "PromptStrip"]
 
 
-class PromptMask(Adapter):
-    """Runs around a decoder: extends its mask of the encoder's states by the encoder's virtual tokens."""
+class _AroundEncoder(Adapter):
+    """Knows the positions of the encoder's virtual tokens."""
 
     unscalable = PromptAdapter.unscalable
 
     def __init__(self, token_template: TokenTemplate | PerRowTemplate) -> None:
         super().__init__()
         self.token_template = token_template
+
+
+class PromptMask(_AroundEncoder):
+    """Runs around a decoder: extends its mask of the encoder's states by the encoder's virtual tokens."""
 
     def run(self, host: Any, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         given = by_name(host, args, kwargs)
@@ -40,16 +44,10 @@ class PromptMask(Adapter):
         return batched_masks
 
 
-class PromptStrip(Adapter):
+class PromptStrip(_AroundEncoder):
     """Runs around an encoder-decoder: removes the virtual positions from the encoder's states in its output."""
 
     names = ("encoder_last_hidden_state", "encoder_hidden_states", "encoder_attentions", "cross_attentions")
-
-    unscalable = PromptAdapter.unscalable
-
-    def __init__(self, token_template: TokenTemplate | PerRowTemplate) -> None:
-        super().__init__()
-        self.token_template = token_template
 
     def run(self, host: Any, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         given = by_name(host, args, kwargs)

@@ -67,7 +67,7 @@ class CacheFrozen(L.Callback):
         self._replay: Replay | None = None
         self._trains: frozenset[int] = frozenset()
         self._versions: list[int] = []
-        self._stores: dict[str, Store] = {}
+        self._stores: dict[tuple[bool, ...], Store] = {}
         self._batch: tuple[Store, list[str], Activations | None] | None = None
         self._compared: set[str] = set()  # stages whose results were compared in this epoch
         self._hits = self._rows = self._expected_rows = 0
@@ -239,11 +239,11 @@ class CacheFrozen(L.Callback):
         ones."""
         replay = self._replay
         assert replay is not None
-        modes = {name: [part.training for part in module.modules()] for name, module in replay.modules.items()}
-        modes_digest = value_digest(modes)
-        if modes_digest not in self._stores:
+        modes = tuple(part.training for frozen in replay.modules.values() for part in frozen.modules())
+        if modes not in self._stores:
             facts = [
-                modes_digest,
+                sorted(replay.modules),
+                modes,
                 [(call.module, call.index, repr(call.output), sorted(call.used)) for call in replay.calls],
                 [original_class(part).__qualname__ for part in module.modules()],
                 tensor_digests(dict(_frozen(module))),
@@ -253,8 +253,8 @@ class CacheFrozen(L.Callback):
                 torch.__version__,
             ]
             folder = self.folder / value_digest(facts)
-            self._stores[modes_digest] = Store(folder, [sorted(call.used) for call in replay.calls])
-        return self._stores[modes_digest]
+            self._stores[modes] = Store(folder, [sorted(call.used) for call in replay.calls])
+        return self._stores[modes]
 
     def _close(self) -> None:
         if self._replay is not None:
