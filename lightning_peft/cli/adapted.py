@@ -13,7 +13,7 @@ import lightning_peft as lp
 from lightning_peft.cli.module import build_module, load_module
 from lightning_peft.core.adapters.lookup import adapter_names
 from lightning_peft.core.state.state_dict import StateError
-from lightning_peft.formats.directory.files import adapter_folders, read_config, read_header
+from lightning_peft.formats.directory.files import CONFIG, adapter_folders, read_config, read_header
 from lightning_peft.formats.load import saved_preparations
 from lightning_peft.formats.peft.common_options import base_facts
 from lightning_peft.pretrained import NO_CODE, load_model, locate
@@ -68,7 +68,7 @@ def activate(model: nn.Module, name: str, source: Path) -> None:
 def _base(directory: Path, base: str | None) -> nn.Module:
     import transformers
 
-    folder = adapter_folders(directory)[0] if not (directory / "adapter_config.json").exists() else directory
+    folder = adapter_folders(directory)[0] if not (directory / CONFIG).exists() else directory
     where = base or read_config(folder).get("base_model_name_or_path")
     if not where:
         raise StateError(f"{directory} does not name its base: add --base path/to/base, or --model my.Module")

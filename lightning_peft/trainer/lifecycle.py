@@ -160,8 +160,8 @@ class Lifecycle(Callback):
         if _compiled(module):
             self._watched.add(stage)  # later batches need not check again
         else:
-            # Under a function mode, torch chooses other kernels for some operations, so gradients may be rounded in
-            # another way. A run that resumes would differ from the uninterrupted one, which is not watched there.
+            # Under a function mode, torch leaves fast paths (nn.MultiheadAttention in eval mode), so gradients may be
+            # rounded in another way. A resumed run would differ from the uninterrupted one, which is not watched there.
             resumed = stage == "training" and getattr(module.trainer, "ckpt_path", None) is not None
             self._calls = CallAudit(module, operations=not resumed)
 
