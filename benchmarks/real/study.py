@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
-import io
 import math
 import os
 import statistics
 import tempfile
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,6 +18,7 @@ import lightning as L
 
 import lightning_peft as lp
 from benchmarks.real.store import Result, Setting
+from lightning_peft.compare.measure import checkpoint_size, quiet
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = Path(os.environ.get("LIGHTNING_PEFT_DATA", ROOT.parent / "shared" / "data"))
@@ -103,7 +102,8 @@ class Study(ABC):
     def run(self, row: Row, lr: float, steps: int, seed: int, tuning: bool = False) -> Result:
         """Train and evaluate one row on the files that ``prepare`` wrote; the base is only evaluated."""
         start = time.perf_counter()
-        with tempfile.TemporaryDirectory() as folder, _quiet():
+        gc.collect()  # free the memory of the last run first
+        with tempfile.TemporaryDirectory() as folder, quiet():
             L.seed_everything(seed, verbose=False)
             module, data, clock = self.module(lr), self.data(), _Stopwatch()
             callbacks: list[L.Callback] = [clock]
@@ -119,20 +119,18 @@ class Study(ABC):
                 enable_model_summary=False,
                 default_root_dir=folder,
             )
-            path = Path(folder) / "trained.ckpt"
+            trainable = checkpoint = 0
             if row.method is not None:
                 trainer.fit(module, data)
-                trainer.save_checkpoint(path, weights_only=True)
+                checkpoint = checkpoint_size(trainer)
                 trainable = sum(p.numel() for p in lp.trainable_parameters(module))
-            else:
-                trainable = 0
             scores = self.scores(trainer, module, data)
             return Result(
                 setting=self.setting(row, lr, steps, seed, tuning),
                 trainable=trainable,
                 total=sum(p.numel() for p in module.parameters()),
                 step_ms=1e3 * statistics.median(clock.seconds) if clock.seconds else None,
-                checkpoint=path.stat().st_size if path.exists() else 0,
+                checkpoint=checkpoint,
                 scores=scores,
                 samples=[] if tuning else self.samples(module),
                 seconds=time.perf_counter() - start,
@@ -192,11 +190,3 @@ class _Stopwatch(L.Callback):
 
     def on_train_batch_end(self, *args: Any) -> None:
         self.seconds.append(time.process_time() - self._start)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Hide the tables that each run prints, and free the memory of the last run first."""
-    gc.collect()
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        yield

@@ -19,7 +19,7 @@ import lightning_peft as lp
 from lightning_peft.core.record import injection_state
 from lightning_peft.core.registry import method_of_file
 from lightning_peft.core.state.torch_file import read_torch_file
-from lightning_peft.core.untrusted import AllocationLimit, check_regexes
+from lightning_peft.core.untrusted import limits_of
 from lightning_peft.trainer.checkpoints.manifest import KEY
 
 __all__ = ["LogConfig", "attach_saved_methods", "check_checkpoint", "check_method", "check_model", "files_first"]
@@ -173,9 +173,7 @@ def _limit(method: lp.PEFTMethod, state: Mapping[str, Any]) -> None:
     plan = method.plan
 
     def limited(model: nn.Module) -> Any:
-        names = [name for name, _ in (*model.named_modules(), *model.named_parameters())]
-        check_regexes({"config": method.config()}, names)
-        with AllocationLimit(model.parameters(), state):
+        with limits_of(method.config(), model, state):
             return plan(model)
 
     method.plan = limited  # type: ignore[method-assign]

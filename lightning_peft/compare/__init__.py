@@ -3,7 +3,8 @@
 | file | contents |
 |---|---|
 | ``candidates.py`` | what is compared: methods, fixed arguments, search ranges |
-| ``run.py`` | one training run and what is measured in it |
+| ``run.py`` | one training run |
+| ``measure.py`` | time, memory and checkpoint size of a run |
 | ``fractions.py`` | a fixed part of the training data |
 | ``store.py`` | results on disk, and the locks by which processes share the work |
 | ``search.py`` | the search for a candidate's learning rate and arguments, with Optuna |

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
-import io
-import logging
 import math
 import statistics
-import tempfile
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import attrs
@@ -22,6 +16,7 @@ import torch
 import lightning_peft as lp
 from lightning_peft.compare.candidates import Candidate
 from lightning_peft.compare.fractions import keep_fraction
+from lightning_peft.compare.measure import checkpoint_size, clock, peak_memory, quiet, reset_peak
 from lightning_peft.compare.store import Result
 from lightning_peft.pretrained import InputError
 
@@ -171,7 +166,7 @@ class Runner:
             total=sum(p.numel() for p in built.module.parameters()),
             step_ms=1e3 * statistics.median(watch.seconds),
             peak_mb=watch.peak / 1e6,
-            checkpoint_mb=_checkpoint_size(built.trainer) / 1e6,
+            checkpoint_mb=checkpoint_size(built.trainer) / 1e6,
             forgetting_loss=forgot.get("loss_change"),
             divergence=forgot.get(retention.distance) if retention is not None else None,
             minutes=watch.wall / 60,
@@ -189,7 +184,7 @@ class Runner:
         Returns:
             The base, its metric (None if it cannot be evaluated), and the number of optimizer steps of a whole fit.
         """
-        with _quiet():
+        with quiet():
             built = self.build(["--seed_everything=0"], [], _QUIET)
             if self.retention is not None:
                 self.retention().check(built.module)
@@ -211,7 +206,7 @@ class Runner:
         name: str | None = None,
     ) -> Built:
         gc.collect()
-        with _quiet():
+        with quiet():
             length = {"max_steps": steps, "max_epochs": -1, "check_val_every_n_epoch": None}
             built = self.build([*flags, f"--seed_everything={seed}"], callbacks, {**_QUIET, **length}, name)
             built.trainer.val_check_interval = (steps // 3 + 1) * built.trainer.accumulate_grad_batches
@@ -247,8 +242,6 @@ def _steps(built: Built) -> int:
     return math.ceil(batches / trainer.accumulate_grad_batches) * (trainer.max_epochs or 1)
 
 
-_LOGGERS = ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric", "transformers")
-
 #: a Trainer that leaves no files and prints nothing
 _QUIET: dict[str, Any] = {
     "logger": False,
@@ -261,7 +254,7 @@ _QUIET: dict[str, Any] = {
 
 def _evaluate(built: Built, test: bool) -> dict[str, float]:
     """Every metric that the module logs on the validation or test split."""
-    with _quiet():
+    with quiet():
         run = built.trainer.test if test else built.trainer.validate
         found = run(built.module, datamodule=built.data, verbose=False)
     return {name: float(value) for part in found for name, value in part.items()}
@@ -271,13 +264,6 @@ def _value(metrics: Mapping[str, Any], name: str) -> float:
     if name not in metrics:
         raise InputError(f"the module does not log {name!r} in this evaluation; it logs {', '.join(sorted(metrics))}")
     return float(metrics[name])
-
-
-def _checkpoint_size(trainer: L.Trainer) -> int:
-    with tempfile.TemporaryDirectory() as folder, _quiet():
-        path = Path(folder) / "trained.ckpt"
-        trainer.save_checkpoint(path, weights_only=True)
-        return path.stat().st_size if path.is_file() else sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
 
 
 class _Watch(L.Callback):
@@ -302,10 +288,10 @@ class _Watch(L.Callback):
         reset_peak(pl_module.device)
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
-        self._wall_start, self._start = time.perf_counter(), _clock(pl_module.device)
+        self._wall_start, self._start = time.perf_counter(), clock(pl_module.device)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *args: Any) -> None:
-        self.seconds.append(_clock(pl_module.device) - self._start)
+        self.seconds.append(clock(pl_module.device) - self._start)
         self.wall += time.perf_counter() - self._wall_start
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if isinstance(loss, torch.Tensor):
@@ -327,52 +313,3 @@ class _Watch(L.Callback):
         size = max(1, math.ceil(len(self.losses) / _CURVE_POINTS))
         starts = range(0, len(self.losses), size)
         return [(i + size // 2, statistics.fmean(self.losses[i : i + size])) for i in starts]
-
-
-def _clock(device: torch.device) -> float:
-    """Processor time on a CPU, so that other work on the machine counts little; wall time on other devices."""
-    if device.type == "cpu":
-        return time.process_time()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def reset_peak(device: torch.device) -> None:
-    """Start to measure the highest memory use."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    else:
-        with contextlib.suppress(OSError):  # Linux only; elsewhere the peak is that of the process so far
-            Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_memory(device: torch.device) -> int:
-    """The highest memory use since :func:`reset_peak`, in bytes."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Hide what each run prints: tables, progress bars, warnings and messages."""
-    loggers = [logging.getLogger(name) for name in _LOGGERS]
-    levels = [logger.level for logger in loggers]
-    out, err = contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO())
-    with out, err, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels):
-                logger.setLevel(level)

@@ -14,10 +14,10 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["AllocationLimit", "FormatError", "check_regexes", "parse_json"]
+__all__ = ["AllocationLimit", "FormatError", "check_regexes", "limits_of", "parse_json"]
 
 MAX_DEPTH = 32  #: levels of nested lists and objects
 
@@ -167,6 +167,21 @@ class AllocationLimit(TorchDispatchMode):
                     "the file or the model"
                 )
         return func(*args, **(kwargs or {}))
+
+
+def limits_of(config: Mapping[str, Any], model: nn.Module, tensors: Mapping[str, Tensor]) -> AllocationLimit:
+    """Check the patterns of a method from a file, and return the limit of what its plan for ``model`` can allocate.
+
+    Args:
+        config: the method's configuration.
+        model: the model to adapt.
+        tensors: the tensors in the file.
+
+    Raises:
+        FormatError: if a pattern is invalid, or takes too long on the names of the model.
+    """
+    check_regexes({"config": config}, [name for name, _ in (*model.named_modules(), *model.named_parameters())])
+    return AllocationLimit(model.parameters(), tensors)
 
 
 def _is_size(value: Any) -> bool:

@@ -19,7 +19,7 @@ from lightning_peft.core.state.plan import Method
 from lightning_peft.core.state.torch_file import naming
 from lightning_peft.core.switching.active import set_active
 from lightning_peft.core.targeting.patterns import TargetError
-from lightning_peft.core.untrusted import AllocationLimit, check_regexes
+from lightning_peft.core.untrusted import limits_of
 from lightning_peft.trainer.brought_along import adapt_around
 from lightning_peft.trainer.checkpoints.hyperparameters import saved_arguments
 from lightning_peft.trainer.checkpoints.manifest import KEY, read_checkpoint
@@ -108,20 +108,19 @@ def _install_saved(
     state: dict[str, Tensor],
 ) -> None:
     """Prepare the base, and inject the methods in order, each as in the run: training in place, or with overrides."""
-    names = [name for name, _ in (*module.named_modules(), *module.named_parameters())]
     for step in steps:
-        check_regexes({"config": step.config()}, names)
+        limits_of(step.config(), module, state)  # for its patterns only: it allocates a copy of the base
         apply(module, step)
     for method, trains, copies in methods:
         # The file's configuration decides how much is allocated and which patterns run, so both are limited: sizes by
         # the tensors that the file really has, patterns to those that cannot take exponential time.
-        check_regexes({"config": method.config()}, names)
+        limits = limits_of(method.config(), module, state)
         record = injection_state(module)
         if trains and not copies:
-            with AllocationLimit(module.parameters(), state):
+            with limits:
                 apply(module, method)
         elif record is None or method.name not in record.methods:
-            with AllocationLimit(module.parameters(), state):
+            with limits:
                 plan = method.plan(module)
             override_trained(plan, module, saved_overrides(plan, module, method.name, state), trains)
             for attachment in plan.attach if not trains else ():
