@@ -64,7 +64,7 @@ class AdaLoRA(WeightMethod):
         target_r: average rank at the end of training.
         init_r: rank of each matrix at the start.
         alpha: the update is scaled by alpha / init_r.
-        dropout: probability of zeroing an element of the adapter's input during training.
+        dropout: probability of zeroing an element of the adapter's input during training; embeddings ignore it.
         tinit: number of optimizer steps before the budget starts to fall.
         tfinal: number of optimizer steps at the end during which the ranks stay fixed.
         deltaT: number of optimizer steps between two allocations.
@@ -234,11 +234,10 @@ class AdaLoRAAdapter(LowRankAdapter):
     neutral = {"lora_E": 0.0}
 
     def __init__(self, site: Site, r: int, alpha: float, dropout: float = 0.0) -> None:
-        super().__init__(site)
+        super().__init__(site, dropout)
         *batch, rows, columns = site.shape
         self.r = r
         self.scale = alpha / (r + 1e-5)  # the 1e-5 is in the authors' code and in PEFT
-        self.dropout = dropout
         self.lora_A = nn.Parameter(torch.empty(*batch, r, columns).normal_(std=0.02))
         self.lora_E = nn.Parameter(torch.zeros(*batch, r, 1))
         self.lora_B = nn.Parameter(torch.empty(*batch, rows, r).normal_(std=0.02))

@@ -46,7 +46,7 @@ class DyLoRA(WeightMethod):
     Args:
         r: highest rank; r (in + out) parameters train per matrix.
         alpha: the update at rank b is scaled by alpha / b.
-        dropout: probability of zeroing an element of the adapter's input during training.
+        dropout: probability of zeroing an element of the adapter's input during training; embeddings ignore it.
         frozen: train only row b and column b in a step (the paper's faster variant). The optimizer's momentum and
             weight decay still change the others.
 

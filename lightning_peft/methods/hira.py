@@ -110,7 +110,3 @@ class HiRA(RankOnlyMethod):
                 "dropout=0, or exclude it and add a second HiRA with dropout=0 for it"
             )
         return HiRAAdapter(site, r, self.dropout)
-
-    def describe(self, adapter: WeightAdapter) -> str:
-        assert isinstance(adapter, HiRAAdapter)
-        return f"HiRA r={adapter.r}"

@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core.adapters.base import WeightAdapter
 from lightning_peft.core.targeting.sites import Site
 from lightning_peft.methods.families.ranked import RankDropAdapter, RowDropMethod
 from lightning_peft.methods.shared.kernel_factors import tucker, uniform
@@ -103,7 +102,3 @@ class LoHa(RowDropMethod):
 
     def build(self, site: Site) -> LoHaAdapter:
         return LoHaAdapter(site, self.rank_at(site), self.scale_at(site), self.use_effective_conv2d, *self.drops)
-
-    def describe(self, adapter: WeightAdapter) -> str:
-        assert isinstance(adapter, LoHaAdapter)
-        return f"LoHa r={adapter.r} scale={adapter.scale:g}"

@@ -24,7 +24,6 @@ import torch
 from attrs import field
 from torch import Tensor, nn
 
-from lightning_peft.core.adapters.base import WeightAdapter
 from lightning_peft.core.sharded_tensors import with_whole_blocks
 from lightning_peft.core.targeting.sites import Site
 from lightning_peft.methods.families.arguments import Check, is_int
@@ -144,7 +143,3 @@ class LoKr(RowDropMethod):
     def build(self, site: Site) -> LoKrAdapter:
         how = self.decompose_factor, self.decompose_both, self.use_effective_conv2d
         return LoKrAdapter(site, self.rank_at(site), self.scale_at(site), *how, *self.drops)
-
-    def describe(self, adapter: WeightAdapter) -> str:
-        assert isinstance(adapter, LoKrAdapter)
-        return f"LoKr r={adapter.r} scale={adapter.scale:g}"

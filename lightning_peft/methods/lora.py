@@ -71,11 +71,10 @@ class LoRAAdapter(LowRankAdapter):
         freeze_A: bool = False,
         bias: bool = False,
     ) -> None:
-        super().__init__(site)
+        super().__init__(site, dropout)
         self.r = r
         self.scale = scale
         self.looked_up = isinstance(site.layout, EmbeddingLayout)
-        self.dropout = 0.0 if self.looked_up else dropout
         self.changes_bias = bias
         a, b = initial_factors(site, r, scale, init)
         kept = reads_weight(init)
@@ -223,10 +222,6 @@ class LoRA(RankedMethod):
         faster = {id(part.lora_B) for part in parts if not part.looked_up}
         scaled = {"lr_scale": self.lora_plus_ratio}
         split_groups(optimizer, lambda p: scaled if id(p) in faster else {})
-
-    def describe(self, adapter: WeightAdapter) -> str:
-        assert isinstance(adapter, LoRAAdapter)
-        return f"{type(self).__name__} r={adapter.r} scale={adapter.scale:g}"
 
 
 def plain_factors(a: Tensor, b: Tensor, a0: Tensor | None, b0: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from lightning_peft.core.adapters.base import WeightAdapter
 from lightning_peft.core.adapters.low_rank import LowRankAdapter
 from lightning_peft.core.sharded_tensors import with_whole_blocks
-from lightning_peft.core.targeting.layouts import EmbeddingLayout
 from lightning_peft.core.targeting.sites import Site
 from lightning_peft.methods.families.arguments import positive_int, probability
 from lightning_peft.methods.families.weight import WeightMethod, check_dropout
@@ -40,9 +39,8 @@ class MiSSAdapter(LowRankAdapter):
     neutral = {"miss_block": 0.0}
 
     def __init__(self, site: Site, r: int, width: int, dropout: float) -> None:
-        super().__init__(site)
+        super().__init__(site, dropout)
         *batch, self.rows, self.columns = site.shape
-        self.dropout = 0.0 if isinstance(site.layout, EmbeddingLayout) else dropout
         self.miss_block = nn.Parameter(torch.zeros(*batch, r, width))
 
     def factors(self) -> tuple[Tensor, Tensor]:
@@ -92,7 +90,7 @@ class MiSS(WeightMethod):
 
     Args:
         r: width of a shard; r out parameters train per matrix.
-        dropout: probability of zeroing an element of the adapter's input during training; embeddings do not support it.
+        dropout: probability of zeroing an element of the adapter's input during training; embeddings ignore it.
         variant: ``"standard"``; ``"mini"``, in which groups of ``mini_r`` output features also share one update; or
             ``"bat"``, in which the update depends on the weight. ``"bat"`` requires in and out to be multiples of r.
         mini_r: number of output features per group in the mini variant; out must be a multiple of it.

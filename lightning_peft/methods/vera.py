@@ -23,7 +23,6 @@ from lightning_peft.core.adapters.base import WeightAdapter
 from lightning_peft.core.adapters.low_rank import LowRankAdapter
 from lightning_peft.core.batching.batched import BatchedAdapters
 from lightning_peft.core.sharded_tensors import distribute_like
-from lightning_peft.core.targeting.layouts import EmbeddingLayout
 from lightning_peft.core.targeting.sites import Site
 from lightning_peft.methods.families.arguments import integer, nonzero, positive_int, probability
 from lightning_peft.methods.families.weight import WeightMethod, check_dropout
@@ -82,9 +81,8 @@ class VeRAAdapter(LowRankAdapter):
     neutral = {"vera_lambda_b": 0.0}
 
     def __init__(self, site: Site, shared: SharedProjection, owner: bool, d_initial: float, dropout: float) -> None:
-        super().__init__(site)
+        super().__init__(site, dropout)
         *batch, rows, _ = site.shape
-        self.dropout = 0.0 if isinstance(site.layout, EmbeddingLayout) else dropout
         self.vera_lambda_d = nn.Parameter(torch.full((*batch, len(shared.vera_A)), float(d_initial)))
         self.vera_lambda_b = nn.Parameter(torch.zeros(*batch, rows))
         if owner:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from lightning_peft.core.adapters.base import WeightAdapter, derive_flags
 from lightning_peft.core.batching.batched import BatchedAdapters, BatchedLowRank, PerGroupOutput
 from lightning_peft.core.sharded_tensors import distribute_like, is_sharded
-from lightning_peft.core.targeting.layouts import LinearLayout
+from lightning_peft.core.targeting.layouts import EmbeddingLayout, LinearLayout
+from lightning_peft.core.targeting.sites import Site
 from lightning_peft.ops.dropout import dropped, keep_mask
 
 __all__ = ["LowRankAdapter", "add_products", "dropped_input"]
@@ -40,9 +41,14 @@ class LowRankAdapter(WeightAdapter):
     later adapter modifies the weight itself, or the module reads its weight without calling a layer, :meth:`delta` is
     added to W instead. Inside ``lp.rows``, :class:`BatchedLowRank` computes the products of all adapters together.
 
+    Args:
+        site: the weight to adapt.
+        dropout: probability of dropping an element of x during training. An embedding ignores it: its input is a
+            token id, and a dropped id would look up another token.
+
     Attributes:
         scale: the factor s; 1 unless a method scales its product.
-        dropout: probability of dropping an element of x during training.
+        dropout: the probability that is used; 0 for an embedding.
 
     Example::
 
@@ -64,7 +70,6 @@ class LowRankAdapter(WeightAdapter):
     """
 
     scale: float = 1.0
-    dropout: float = 0.0
     #: whether :meth:`delta` is s B A of :meth:`factors`
     delta_is_product: ClassVar[bool] = True
     #: whether :meth:`output` adds s B (A x) and nothing else; a subclass that overrides it and still does must set it
@@ -80,6 +85,10 @@ class LowRankAdapter(WeightAdapter):
                 "output_is_product": {"delta": False, "transform": False, "output": False},
             },
         )
+
+    def __init__(self, site: Site, dropout: float = 0.0) -> None:
+        super().__init__(site)
+        self.dropout = 0.0 if isinstance(site.layout, EmbeddingLayout) else dropout
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return A (..., k, in) and B (..., out, k); ``scale`` is not yet applied."""

@@ -4,23 +4,87 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from lightning_peft.core.targeting.base_model import Base
+from lightning_peft.formats.peft.converter import Options
 
-__all__ = ["clean", "most_common", "our_pattern", "pattern_value", "ranks_and_alphas"]
-
-
-def pattern_value(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
-    """The value of the first PEFT pattern that matches ``name``, as a regular expression for its end."""
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
-            return value
-    return default
+__all__ = ["LayerRanks", "RankOptions", "clean", "rank_arguments"]
 
 
-def pattern_keys(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
+class RankOptions(NamedTuple):
+    """PEFT's options for the rank and the alpha of each layer: one of each, and patterns for the layers that differ.
+
+    Attributes:
+        alpha: PEFT's name of the option for alpha.
+    """
+
+    alpha: str = "alpha"
+
+    def written(self, values: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
+        """PEFT's options for the (rank, alpha) of each layer, by the layer's name."""
+        (ranks, alphas), (r, alpha) = _apart(values), _most_common(values)
+        patterns = {"rank_pattern": _pattern_keys(ranks, r), "alpha_pattern": _pattern_keys(alphas, alpha)}
+        return {"r": r, self.alpha: alpha, **patterns}
+
+    def read(self, options: Options) -> LayerRanks:
+        """The ranks and alphas in PEFT's ``options``.
+
+        Raises:
+            FormatError: if the rank or the alpha of all layers is not a number.
+        """
+        default = options.number("r", 8), options.number(self.alpha, 8)
+        return LayerRanks(default, options.get("rank_pattern") or {}, options.get("alpha_pattern") or {})
+
+
+class LayerRanks(NamedTuple):
+    """The ranks and alphas that PEFT's options give to the layers.
+
+    Attributes:
+        default: The (rank, alpha) of layers that no pattern matches.
+        rank_pattern: Ranks by pattern.
+        alpha_pattern: Alphas by pattern.
+    """
+
+    default: tuple[int, float]
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, float]
+
+    def at(self, name: str) -> tuple[int, float]:
+        """The (rank, alpha) of the layer ``name``."""
+        r, alpha = self.default
+        return _pattern_value(self.rank_pattern, name, r), _pattern_value(self.alpha_pattern, name, alpha)
+
+
+def rank_arguments(
+    values: Mapping[str, tuple[int, float]], base: Base, default: tuple[int, float] | None = None
+) -> dict[str, Any]:
+    """The arguments of our methods for the (rank, alpha) of each layer.
+
+    Args:
+        values: The ranks and alphas by the layer's name.
+        base: The base that has the layers.
+        default: The ``r`` and ``alpha`` of the method; None takes the most common ones.
+    """
+    (ranks, alphas), (r, alpha) = _apart(values), default or _most_common(values)
+    patterns = {"rank_pattern": _our_pattern(ranks, r, base), "alpha_pattern": _our_pattern(alphas, alpha, base)}
+    return {"r": r, "alpha": alpha, **patterns}
+
+
+def _apart(values: Mapping[str, tuple[int, float]]) -> tuple[dict[str, int], dict[str, float]]:
+    """The ranks and the alphas, each by the layer's name."""
+    return {name: r for name, (r, _) in values.items()}, {name: alpha for name, (_, alpha) in values.items()}
+
+
+def _most_common(values: Mapping[str, tuple[int, float]]) -> tuple[int, float]:
+    """The most common rank and the most common alpha, which are written once for all layers."""
+    (r, _), *_ = Counter(r for r, _ in values.values()).most_common(1)
+    (alpha, _), *_ = Counter(alpha for _, alpha in values.values()).most_common(1)
+    return r, alpha
+
+
+def _pattern_keys(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
     """Return a ``rank_pattern`` or ``alpha_pattern`` with which PEFT finds exactly these values at these names."""
     others = {name: value for name, value in values.items() if value != default}
     clash = any(a != b and a.endswith(f".{b}") for a in values for b in others)
@@ -29,28 +93,18 @@ def pattern_keys(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
     return {f"^{re.escape(name)}": value for name, value in others.items()} if clash or special else others
 
 
-def ranks_and_alphas(ranks: Mapping[str, int], alphas: Mapping[str, float], alpha: str = "alpha") -> dict[str, Any]:
-    """PEFT's options for the rank and the alpha of each layer.
-
-    Args:
-        ranks: The ranks by the layer's name.
-        alphas: The alphas by the layer's name.
-        alpha: PEFT's name of the option.
-    """
-    r, common = most_common(ranks.values()), most_common(alphas.values())
-    patterns = {"rank_pattern": pattern_keys(ranks, r), "alpha_pattern": pattern_keys(alphas, common)}
-    return {"r": r, alpha: common, **patterns}
+def _pattern_value(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
+    """The value of the first PEFT pattern that matches ``name``, as a regular expression for its end."""
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            return value
+    return default
 
 
-def our_pattern(values: Mapping[str, Any], default: Any, base: Base) -> dict[str, Any]:
+def _our_pattern(values: Mapping[str, Any], default: Any, base: Base) -> dict[str, Any]:
     """Return the values that are not ``default`` for our methods, by patterns that match exactly these names."""
     others = [name for name, value in values.items() if value != default]
     return dict(zip(base.patterns(others), (values[name] for name in others)))
-
-
-def most_common(values: Iterable[Any]) -> Any:
-    """The most common value, which is written once for all layers."""
-    return Counter(values).most_common(1)[0][0]
 
 
 def clean(value: float) -> float | int:

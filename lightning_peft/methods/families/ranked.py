@@ -57,6 +57,10 @@ class RankOnlyMethod(WeightMethod):
                     raise TargetError(f"{argument}: {no_match(pattern, parts)}")
         return plan
 
+    def describe(self, adapter: WeightAdapter) -> str:
+        sizes = (f"{name}={getattr(adapter, name):g}" for name in ("r", "scale") if hasattr(adapter, name))
+        return " ".join((super().describe(adapter), *sizes))
+
 
 class RankedMethod(RankOnlyMethod):
     """Base class of the weight methods with a rank and a scale.

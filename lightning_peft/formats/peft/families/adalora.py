@@ -19,6 +19,7 @@ from lightning_peft.core.untrusted import FormatError
 from lightning_peft.formats.directory.snapshot import Snapshot
 from lightning_peft.formats.peft.base_values import bias_option
 from lightning_peft.formats.peft.converter import PREFIX, Converter, NotInPeftError, Options, Reading, Tensors, Writing
+from lightning_peft.formats.peft.families.lora import TRAINING_OPTIONS
 from lightning_peft.formats.peft.layers import Layer
 from lightning_peft.formats.peft.option_table import Option, read_options, written_options
 from lightning_peft.formats.peft.targets import resolve, target_modules
@@ -85,9 +86,7 @@ class AdaLoRAConverter(Converter):
             found[module] = _take(tensors, sites[module], init_r, masks.get(f"{module}.lora_E"))
         options.refuse(use_dora=False, use_rslora=False, lora_bias=False, target_parameters=None)
         options.refuse(trainable_token_indices=None, layer_replication=None, alpha_pattern={})
-        options.ignore("fan_in_fan_out", "total_step", "init_lora_weights", "bias", "r", "megatron_config")
-        options.ignore("megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config")
-        options.ignore("runtime_config", "qalora_group_size", "ensure_weight_tying")
+        options.ignore(*TRAINING_OPTIONS, "total_step", "init_lora_weights", "bias", "r", "ensure_weight_tying")
         return Reading(AdaLoRA(targets=base.patterns(found), name=name, **given, **common), found)
 
 

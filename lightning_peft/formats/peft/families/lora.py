@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -25,13 +25,17 @@ from lightning_peft.formats.peft.families.lora_tensors import (
     within_rank,
 )
 from lightning_peft.formats.peft.older_layouts import check_not_renamed
-from lightning_peft.formats.peft.patterns import clean, most_common, our_pattern, pattern_value, ranks_and_alphas
+from lightning_peft.formats.peft.option_table import Option, flag, read_options, written_options
+from lightning_peft.formats.peft.patterns import RankOptions, clean, rank_arguments
 from lightning_peft.formats.peft.targets import parameters_of, resolve, target_modules, target_parameters
 from lightning_peft.formats.peft.trainable_tokens import take_tokens, write_tokens
 from lightning_peft.methods.dora import DoRA
 from lightning_peft.methods.lora import LoRA
 
-__all__ = ["LoRAConverter"]
+__all__ = ["TRAINING_OPTIONS", "LoRAConverter"]
+
+_RANKS = RankOptions("lora_alpha")
+_TABLE = (Option("lora_dropout", 0.0, "dropout"), Option("use_rslora", False))
 
 
 class LoRAConverter(Converter):
@@ -45,13 +49,12 @@ class LoRAConverter(Converter):
         assert isinstance(method, LoRA)
         found = list(entries([part for part in snapshot.adapter_records if "tokens" not in part.facts], fold_scale))
         rslora = method.use_rslora and not fold_scale
-        ranks = {entry.name: entry.r for entry in found}
-        alphas = {entry.name: clean(entry.scale * _divisor(entry.r, rslora)) for entry in found}
+        ranks = {entry.name: (entry.r, clean(entry.scale * _divisor(entry.r, rslora))) for entry in found}
         modules = [entry.name for entry in found if not entry.is_parameter]
         parameters = [entry.name for entry in found if entry.is_parameter]
         config = {
-            **ranks_and_alphas(ranks, alphas, "lora_alpha"),
-            "lora_dropout": method.dropout,
+            **_RANKS.written(ranks),
+            **written_options(_TABLE, method),
             "use_rslora": rslora,
             "use_dora": isinstance(method, DoRA),
             "fan_in_fan_out": any(part.kind == "Conv1D" for part in snapshot.adapter_records),
@@ -71,25 +74,22 @@ class LoRAConverter(Converter):
 
     def read(self, options: Options, tensors: Tensors, base: Base, name: str, **common: Any) -> Reading:
         _check(options)
-        pairs = _pairs(options, tensors, base)
-        dora, rslora = bool(options.get("use_dora", False)), bool(options.get("use_rslora", False))
-        lora_bias = any("lora_bias" in pair for pair, _ in pairs.values())
-        ranks = {site: pair["lora_A"].shape[-2] for site, (pair, _) in pairs.items()}
-        alphas = {site: clean(scale * _divisor(ranks[site], rslora)) for site, (_, scale) in pairs.items()}
-        r, alpha = most_common(ranks.values()), most_common(alphas.values())
+        dora, given = flag(options, "use_dora"), read_options(_TABLE, options)
+        rslora = given["use_rslora"]
+        pairs = _pairs(options, tensors, base, dora, rslora)
+        sizes = {site: pair["lora_A"].shape[-2] for site, (pair, _) in pairs.items()}
+        ranks = {site: (r, clean(pairs[site][1] * _divisor(r, rslora))) for site, r in sizes.items()}
+        if not _support_dropout(pairs, base):
+            given["dropout"] = 0.0  # dropout has no effect on a loaded, frozen adapter
         init = options.get("init_lora_weights", True)
         tokens, rows = take_tokens(options, tensors, base)
         method = (DoRA if dora else LoRA)(
-            r=r,
-            alpha=alpha,
-            dropout=_dropout(options, pairs, base),
             targets=base.patterns(pairs),
             name=name,
-            use_rslora=rslora,
-            rank_pattern=our_pattern(ranks, r, base),
-            alpha_pattern=our_pattern(alphas, alpha, base),
+            **rank_arguments(ranks, base),
+            **given,
             bias=options.get("bias", "none"),
-            lora_bias=lora_bias,
+            lora_bias=any("lora_bias" in pair for pair, _ in pairs.values()),
             init=init if init in _FROM_WEIGHT else "kaiming",
             trainable_tokens=tokens,
             **common,
@@ -110,7 +110,7 @@ _REFUSED: dict[str, Any] = {
 }
 #: options that do not change the output: only training, sharding or PEFT's bookkeeping uses them. fan_in_fan_out is
 #: ignored because the layer's class determines its storage
-_IGNORED = (
+TRAINING_OPTIONS = (
     *("megatron_config", "megatron_core", "runtime_config", "fan_in_fan_out", "qalora_group_size"),
     *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),
 )
@@ -127,7 +127,7 @@ def _check(options: Options) -> None:
         FormatError: if there is one.
     """
     options.refuse(**_REFUSED)
-    options.ignore(*_IGNORED)
+    options.ignore(*TRAINING_OPTIONS)
     if options.get("bias", "none") not in ("none", "lora_only", "all"):
         raise FormatError(f"bias must be 'none', 'lora_only' or 'all', got {options.get('bias')!r}")
     init = options.get("init_lora_weights", True)
@@ -138,19 +138,19 @@ def _check(options: Options) -> None:
         )
 
 
-def _pairs(options: Options, tensors: Tensors, base: Base) -> dict[str, tuple[dict[str, Tensor], float]]:
+def _pairs(
+    options: Options, tensors: Tensors, base: Base, dora: bool, rslora: bool
+) -> dict[str, tuple[dict[str, Tensor], float]]:
     """Our tensors and the scale of their product, by the weight's name."""
     sites = weight_sites(base.module)
-    r, alpha = options.number("r", 8), options.number("lora_alpha", 8)
-    ranks, alphas = options.get("rank_pattern") or {}, options.get("alpha_pattern") or {}
-    dora, rslora = bool(options.get("use_dora", False)), bool(options.get("use_rslora", False))
+    ranks = _RANKS.read(options)
     lora_bias = bool(options.get("lora_bias", False))
 
     def at(name: str) -> tuple[int, float]:
-        rank = pattern_value(ranks, name, r)
+        rank, alpha = ranks.at(name)
         if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
             raise FormatError(f"the rank of {name!r} must be an integer of at least 1, got {rank!r}")
-        return rank, pattern_value(alphas, name, alpha) / _divisor(rank, rslora)
+        return rank, alpha / _divisor(rank, rslora)
 
     found: dict[str, tuple[dict[str, Tensor], float]] = {}
     names = resolve(options, base)
@@ -177,11 +177,10 @@ def _pairs(options: Options, tensors: Tensors, base: Base) -> dict[str, tuple[di
     return {name: (within_rank(pair), scale) for name, (pair, scale) in found.items()}
 
 
-def _dropout(options: Options, pairs: Mapping[str, Any], base: Base) -> float:
-    """PEFT's dropout if every adapted weight supports one, else 0; it has no effect on a loaded, frozen adapter."""
+def _support_dropout(names: Iterable[str], base: Base) -> bool:
+    """Whether all of these weights support dropout."""
     sites = weight_sites(base.module)
-    wanted = options.number("lora_dropout", 0.0)
-    return wanted if all(sites[name].layout.has_activation for name in pairs) else 0.0
+    return all(sites[name].layout.has_activation for name in names)
 
 
 def _divisor(r: int, rslora: bool) -> float:

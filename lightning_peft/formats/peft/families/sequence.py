@@ -31,7 +31,7 @@ from lightning_peft.methods.prompt_tuning import PromptTuning
 
 __all__ = ["PTuningConverter", "PrefixTuningConverter", "PromptTuningConverter"]
 
-#: options that PEFT derives from the base
+#: options that PEFT derives from the base; they are written for it, and ignored in its files
 _DERIVED = ("token_dim", "num_attention_heads", "num_layers")
 #: options of how a prompt was computed, which do not matter because the file has the result
 _MAKING = (
@@ -62,14 +62,7 @@ class _PromptConverter(Converter):
             raise NotInPeftError("PEFT's prompts need num_hidden_layers in the model's configuration")
         _add_heads(snapshot, heads)
         prompt = _without_reparameterization(adapter, snapshot)
-        config = {
-            "task_type": task,
-            "num_virtual_tokens": len(prompt),
-            "token_dim": prompt.shape[1],
-            "num_transformer_submodules": 1,
-            "num_attention_heads": _heads(snapshot.base),
-            "num_layers": layers,
-        }
+        config = _written(task, len(prompt), prompt.shape[1], _heads(snapshot.base), layers)
         return Writing({**config, **self.constants}, {"prompt_embeddings": prompt})
 
     def make(self, tokens: int, name: str, **common: Any) -> PromptMethod:
@@ -145,15 +138,8 @@ class PrefixTuningConverter(Converter):
         parts = [part for adapter in adapters.values() for part in _without_reparameterization(adapter, snapshot)]
         if len({part.shape for part in parts}) > 1:
             raise NotInPeftError("PEFT's prefixes have the same width in all layers, for keys and for values")
-        config = {
-            "task_type": task,
-            "num_virtual_tokens": method.num_virtual_tokens,
-            "token_dim": parts[0].shape[1],
-            "num_transformer_submodules": 1,
-            "num_attention_heads": _heads(snapshot.base, of_keys=True),
-            "num_layers": len(adapters),
-            "prefix_projection": False,
-        }
+        derived = parts[0].shape[1], _heads(snapshot.base, of_keys=True), len(adapters)
+        config = {**_written(task, method.num_virtual_tokens, *derived), "prefix_projection": False}
         return Writing(config, {"prompt_embeddings": torch.cat(parts, 1)})
 
     def read(self, options: Options, tensors: Tensors, base: Base, name: str, **common: Any) -> Reading:
@@ -200,6 +186,12 @@ def _without_reparameterization(adapter: Any, snapshot: Snapshot) -> Any:
         return snapshot.take(adapter.virtual())
     finally:
         adapter.train(mode)
+
+
+def _written(task: str, tokens: int, *derived: int) -> dict[str, Any]:
+    """PEFT's options of every prompt and prefix; ``derived`` are the values of ``_DERIVED``."""
+    sizes = dict(zip(_DERIVED, derived, strict=True))
+    return {"task_type": task, "num_virtual_tokens": tokens, "num_transformer_submodules": 1, **sizes}
 
 
 def _count(options: Options) -> int:

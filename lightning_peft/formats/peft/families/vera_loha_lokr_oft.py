@@ -18,8 +18,8 @@ from lightning_peft.core.untrusted import FormatError
 from lightning_peft.formats.directory.snapshot import Snapshot
 from lightning_peft.formats.peft.converter import NotInPeftError, Options
 from lightning_peft.formats.peft.layers import Layer, LayerConverter
-from lightning_peft.formats.peft.option_table import Option, read_options, written_options
-from lightning_peft.formats.peft.patterns import clean, our_pattern, pattern_value, ranks_and_alphas
+from lightning_peft.formats.peft.option_table import Option
+from lightning_peft.formats.peft.patterns import RankOptions, clean, rank_arguments
 from lightning_peft.methods.families.weight import WeightMethod
 from lightning_peft.methods.loha import LoHa
 from lightning_peft.methods.lokr import LoKr
@@ -48,6 +48,9 @@ class VeRAConverter(LayerConverter):
     constants: ClassVar[dict[str, Any]] = {"bias": "none", "init_weights": True}
 
 
+_RANKS = RankOptions()
+
+
 class _FactorConverter(LayerConverter):
     """The common part of LoHa and LoKr: ranks and scales by pattern, and shapes that depend on the kernel."""
 
@@ -60,19 +63,16 @@ class _FactorConverter(LayerConverter):
     )
 
     def config(self, snapshot: Snapshot) -> dict[str, Any]:
-        ranks = {part.name: part.facts["r"] for part in snapshot.adapter_records}
-        alphas = {part.name: clean(part.facts["scale"] * part.facts["r"]) for part in snapshot.adapter_records}
-        return {**ranks_and_alphas(ranks, alphas), **super().config(snapshot)}
+        values = {
+            part.name: (part.facts["r"], clean(part.facts["scale"] * part.facts["r"]))
+            for part in snapshot.adapter_records
+        }
+        return {**_RANKS.written(values), **super().config(snapshot)}
 
-    def common(self, options: Options, names: list[str], base: Base) -> dict[str, Any]:
-        """The arguments that LoHa and LoKr share."""
-        values: dict[str, Any] = {}
-        for option, default in (("r", 8), ("alpha", 8)):
-            values[option] = options.number(option, default)
-            patterns = options.get({"r": "rank_pattern", "alpha": "alpha_pattern"}[option]) or {}
-            at = {name: pattern_value(patterns, name, values[option]) for name in names}
-            values[{"r": "rank_pattern", "alpha": "alpha_pattern"}[option]] = our_pattern(at, values[option], base)
-        return values | read_options(self.table, options)
+    def method(self, options: Options, names: list[str], base: Base, **arguments: Any) -> WeightMethod:
+        found = _RANKS.read(options)
+        values = {name: found.at(name) for name in names}
+        return super().method(options, names, base, **rank_arguments(values, base, found.default), **arguments)
 
     def place(self, key: str, shape: tuple[int, ...], layer: Layer) -> tuple[str, tuple[int, ...]]:
         if key in ("hada_t1", "hada_t2", "lokr_t2"):
@@ -91,7 +91,7 @@ class LoHaConverter(_FactorConverter):
     has_rank = True
 
     def method(self, options: Options, names: list[str], base: Base, **arguments: Any) -> WeightMethod:
-        return LoHa(**self.common(options, names, base), rank_dropout_scale=True, **arguments)
+        return super().method(options, names, base, rank_dropout_scale=True, **arguments)
 
 
 class LoKrConverter(_FactorConverter):
@@ -118,9 +118,6 @@ class LoKrConverter(_FactorConverter):
             )
         return super().place(key, shape, layer)
 
-    def method(self, options: Options, names: list[str], base: Base, **arguments: Any) -> WeightMethod:
-        return LoKr(**self.common(options, names, base), **arguments)
-
 
 class OFTConverter(LayerConverter):
     """``peft_type`` OFT.
@@ -132,12 +129,16 @@ class OFTConverter(LayerConverter):
     peft_type = "OFT"
     methods = (OFT,)
     table = (
+        Option("r", 0, values=((0, None),)),
+        Option("oft_block_size", 32, "block_size", values=((0, None),)),
+        Option("num_cayley_neumann_terms", 5, values=((4, 4), (3, 4))),  # PEFT computes 3 with four terms
         Option("module_dropout", 0.0, "dropout"),
         Option("block_share", False),
         Option("use_cayley_neumann", True),
         Option("coft", False),
         Option("eps", 6e-5),
     )
+    constants: ClassVar[dict[str, Any]] = {"bias": "none", "init_weights": True}
     kinds = frozenset({"Linear", "Embedding", "Conv"})
     dimensions = frozenset({2})
 
@@ -157,25 +158,12 @@ class OFTConverter(LayerConverter):
         assert isinstance(method, OFT)
         if method.use_cayley_neumann and method.num_cayley_neumann_terms == 3:
             raise NotInPeftError("PEFT's OFT computes num_cayley_neumann_terms=3 with four terms: set it to 2 or 4")
-        return {
-            "r": method.r or 0,
-            "oft_block_size": 0 if method.r else method.block_size or 32,
-            "num_cayley_neumann_terms": method.num_cayley_neumann_terms,
-            **written_options(self.table, method),
-            "bias": "none",
-            "init_weights": True,
-        }
+        default = {} if method.r or method.block_size else {"oft_block_size": 32}
+        return {**super().config(snapshot), **default}
 
     def method(self, options: Options, names: list[str], base: Base, **arguments: Any) -> WeightMethod:
         if options.get("oft_block_size") is None:
             raise FormatError(
                 "oft_block_size is missing: PEFT before 0.14 computed OFT differently. Train it with a newer PEFT"
             )
-        terms = options.get("num_cayley_neumann_terms", 5)
-        return OFT(
-            block_size=options.get("oft_block_size", 32) or None,
-            r=options.get("r", 0) or None,
-            num_cayley_neumann_terms=4 if terms == 3 else terms,
-            **read_options(self.table, options),
-            **arguments,
-        )
+        return super().method(options, names, base, **arguments)
