@@ -90,6 +90,33 @@ def load_adapter(
     root = injected_module(model)
     check_record(root)
     check_injectable(root)
+    taken = [*adapter_names(root), *(record.methods if (record := injection_state(root)) is not None else ())]
+    plans: dict[str, tuple[Method, Plan]] = {}
+    # All adapters are planned before any is installed, so an error in one leaves the model unchanged.
+    folders = _folders(directory, name)
+    for folder in folders:
+        files = read_files(folder)
+        called = name or (folder.name if len(folders) > 1 else saved_name(files))
+        check_name(called)
+        if called in taken:
+            raise ValueError(f"the model already has an adapter named {called!r}: give this one another name=")
+        plans[called] = _planned(root, files, called, trainable, check_base, ignore_options)
+    install(root, plans)
+    _name_labels(root, files)
+    if trainable:
+        _let_trainer_find_adapter(model)
+    if taken:
+        for called in plans:
+            deactivate(root, called)
+    return list(plans)
+
+
+def _folders(directory: str | Path, name: str | None) -> list[Path]:
+    """The folders of adapters in ``directory``: itself, or its subfolders.
+
+    Raises:
+        ValueError: if there are several, and ``name`` is given.
+    """
     directory = local_directory(directory)
     folders = [Path(directory)] if (Path(directory) / CONFIG).exists() else adapter_folders(directory)
     if name is not None and len(folders) > 1:
@@ -97,42 +124,24 @@ def load_adapter(
             f"{directory} holds several adapters ({', '.join(f.name for f in folders)}), which cannot all be called "
             f"{name!r}: pass the folder of one, such as {folders[0]}, or leave out name"
         )
-    taken = [*adapter_names(root), *(record.methods if (record := injection_state(root)) is not None else ())]
-    plans: dict[str, tuple[Method, Plan]] = {}
-    # All adapters are planned before any is installed, so an error in one leaves the model unchanged.
-    for folder in folders:
-        files = read_files(folder)
-        called = name or (folder.name if len(folders) > 1 else saved_name(files))
-        check_name(called)
-        if called in taken:
-            raise ValueError(f"the model already has an adapter named {called!r}: give this one another name=")
-        try:
-            plans[called] = _planned(root, files, called, trainable, check_base, ignore_options)
-        except StateError as error:
-            hint = "; check_base=False skips this comparison" if isinstance(error, OtherBaseError) else ""
-            raise StateError(f"{_describe_load(files, root)}: {error}{hint}") from error
-        except Exception as error:  # an unexpected value in a file can raise any exception, far from here
-            what = str(error) if isinstance(error, ValueError) else f"an option has an invalid value: {error!r}"
-            raise FormatError(f"{_describe_load(files, root)}: {what}") from error
-    install(root, plans)
-    _name_labels(root, files)
-    if trainable and isinstance(model, L.LightningModule):
+    return folders
+
+
+def _let_trainer_find_adapter(model: nn.Module) -> None:
+    """Prepare a model with a trainable adapter for its Trainer, or warn if that is not possible."""
+    if isinstance(model, L.LightningModule):
         adapt_module(model)  # gives its checkpoints a manifest, without which they could not be resumed
         # If this runs in setup or configure_model, the Trainer has already collected its callbacks, so ours is added
         # here.
         if (trainer := model._trainer) is not None:
             prepare_run(trainer, model)
-    elif trainable and not is_registered():
+    elif not is_registered():
         warnings.warn(
             f"{type(model).__name__} is not a LightningModule, and this copy of lightning_peft is not installed, so a "
             "Trainer cannot find this adapter: checkpoints would hold the whole model, without a manifest. Install the "
             "package (pip install), or load the adapter onto the LightningModule",
-            stacklevel=2,
+            stacklevel=3,
         )
-    if taken:
-        for called in plans:
-            deactivate(root, called)
-    return list(plans)
 
 
 def _name_labels(root: nn.Module, files: AdapterFiles) -> None:
@@ -180,13 +189,25 @@ def saved_name(files: AdapterFiles) -> str:
 def _planned(
     root: nn.Module, files: AdapterFiles, name: str, trainable: bool, check_base: bool, ignored: Collection[str]
 ) -> tuple[Method, Plan]:
-    """Return the method and the plan that add the adapter to ``root``, frozen unless ``trainable``; changes nothing."""
-    method, plan, own = read_plan(root, files, name, check_base, ignored)
-    if not trainable:
-        for adapter in (a.adapter for a in plan.attach):
-            adapter.requires_grad_(False)
-    override_trained(plan, root, own, trainable)
-    return method, plan
+    """Return the method and the plan that add the adapter to ``root``, frozen unless ``trainable``; changes nothing.
+
+    Raises:
+        FormatError: as :func:`load_adapter`; the message begins with the directory.
+        StateError: as :func:`load_adapter`; likewise.
+    """
+    try:
+        method, plan, own = read_plan(root, files, name, check_base, ignored)
+        if not trainable:
+            for adapter in (a.adapter for a in plan.attach):
+                adapter.requires_grad_(False)
+        override_trained(plan, root, own, trainable)
+        return method, plan
+    except StateError as error:
+        hint = "; check_base=False skips this comparison" if isinstance(error, OtherBaseError) else ""
+        raise StateError(f"{_describe_load(files, root)}: {error}{hint}") from error
+    except Exception as error:  # an unexpected value in a file can raise any exception, far from here
+        what = str(error) if isinstance(error, ValueError) else f"an option has an invalid value: {error!r}"
+        raise FormatError(f"{_describe_load(files, root)}: {what}") from error
 
 
 def read_plan(

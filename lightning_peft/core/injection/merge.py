@@ -69,6 +69,33 @@ def merge(
             ``partial``, if nothing can be merged. The model is unchanged.
         ValueError: if there is no adapter of that name.
     """
+    _check_mergeable(model, name)
+    plans, tied, left = _planned(model, name, untie, dequantize)
+    _refuse(left, partial, plans)
+    try:
+        for plan in [*plans]:
+            try:
+                plan.write(tied)
+            except MergeError as error:
+                plans.remove(plan)
+                for n in plan.names:
+                    left.setdefault(n, []).append(str(error))
+        _refuse(left, partial, plans)
+        if any(plan.stack.packed is not None for plan in plans):
+            drop_marks(model)
+    except BaseException:  # restore the hosts that were already written, also after KeyboardInterrupt
+        unmerge(model)
+        raise
+    return _reasons(left)
+
+
+def _check_mergeable(model: nn.Module, name: str | None) -> None:
+    """Check that there is something to merge.
+
+    Raises:
+        MergeError: the model has no adapters, none that is active, or its modules were replaced.
+        ValueError: there is no adapter ``name``.
+    """
     try:
         check_record(model)
     except StateError as error:
@@ -84,6 +111,20 @@ def merge(
         raise MergeError(
             f"none of {list(adapter_names(model))} is active: call lp.set_active(model, ...) first, or name one"
         )
+
+
+def _planned(
+    model: nn.Module, name: str | None, untie: bool, dequantize: bool
+) -> tuple[list[_MergePlan], dict[str, list[str]], dict[str, list[str]]]:
+    """Plan the merge without changing the model.
+
+    Returns:
+        The plans of the hosts that can be merged; the result of :func:`_tied` for all plans; and, by adapter, why it
+        cannot be merged somewhere.
+
+    Raises:
+        MergeError: adapters are already merged.
+    """
     plans: list[_MergePlan] = []
     left: dict[str, list[str]] = {}  # why, by adapter
     shared = tied_names(model)
@@ -109,22 +150,7 @@ def merge(
                 left.setdefault(n, []).append(reason)
     if not untie:
         plans = [plan for plan in plans if tied.keys().isdisjoint(plan.parameters.values())]
-    _refuse(left, partial, plans)
-    try:
-        for plan in [*plans]:
-            try:
-                plan.write(tied)
-            except MergeError as error:
-                plans.remove(plan)
-                for n in plan.names:
-                    left.setdefault(n, []).append(str(error))
-        _refuse(left, partial, plans)
-        if any(plan.stack.packed is not None for plan in plans):
-            drop_marks(model)
-    except BaseException:  # restore the hosts that were already written, also after KeyboardInterrupt
-        unmerge(model)
-        raise
-    return _reasons(left)
+    return plans, tied, left
 
 
 def _refuse(left: Mapping[str, list[str]], partial: bool, plans: Collection[_MergePlan]) -> None:
