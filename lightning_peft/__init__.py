@@ -69,6 +69,7 @@ from lightning_peft.trainer.audit import AuditError
 from lightning_peft.trainer.audit_calls import audit
 from lightning_peft.trainer.frozen_cache.callback import CacheFrozen
 from lightning_peft.trainer.load_from_checkpoint import load_from_checkpoint
+from lightning_peft.trainer.logs.monitor import AdapterMonitor
 from lightning_peft.trainer.retention import Retention
 
 __version__ = "0.1.0"
@@ -81,6 +82,7 @@ __all__ = [
     "ActivationMethod",
     "AdaLoRA",
     "Adapter",
+    "AdapterMonitor",
     "AuditError",
     "BitFit",
     "BottleneckAdapter",

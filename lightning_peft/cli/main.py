@@ -44,7 +44,7 @@ from lightning_peft.core.state.torch_file import read_torch_file
 from lightning_peft.pretrained import InputError
 from lightning_peft.tasks import PredictionWriter
 from lightning_peft.trainer.checkpoints.hyperparameters import saved_arguments
-from lightning_peft.trainer.logs import resume_wandb
+from lightning_peft.trainer.logs.run_ids import resume_runs
 from lightning_peft_command import COMMANDS, answer
 
 __all__ = ["PEFTCLI", "PEFTTrainer", "main"]
@@ -239,7 +239,7 @@ class PEFTCLI(LightningCLI):
         attach_saved_methods(self._get(self.config, "ckpt_path"), self.trainer)
         check_method(self.trainer, self.model)
         # Before the loggers start, so that a resumed run keeps its id.
-        resume_wandb(self.trainer.loggers, self._get(self.config, "ckpt_path"))
+        resume_runs(self.trainer.loggers, self._get(self.config, "ckpt_path"))
 
     def after_fit(self) -> None:
         print_results(self.trainer, self.model)

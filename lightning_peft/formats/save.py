@@ -23,7 +23,7 @@ from lightning_peft.formats.peft.base_values import modules_to_save, write_base_
 from lightning_peft.formats.peft.common_options import METADATA, common_options, shared_modules_of
 from lightning_peft.formats.peft.converter import PREFIX, NotInPeftError
 from lightning_peft.formats.registry import converter_for_method
-from lightning_peft.trainer.logs import adapter_writers
+from lightning_peft.trainer.logs.artifacts import adapter_writers
 
 __all__ = ["adapter_content", "save_adapter", "try_writing", "write_snapshots"]
 

@@ -13,7 +13,6 @@ Zhang et al. 2023, "Adaptive Budget Allocation for Parameter-Efficient Fine-Tuni
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from pathlib import Path
 from typing import Any, cast
@@ -40,6 +39,7 @@ from lightning_peft.methods.families.arguments import (
 from lightning_peft.methods.families.weight import WeightMethod, above_both_sides, check_low_rank
 from lightning_peft.methods.shared.optimizer_steps import StepHook, holds_any
 from lightning_peft.methods.shared.rank_allocation import RankAllocator, add_orthogonality_gradient, plot_ranks
+from lightning_peft.trainer.logs.keys import RANK_PLOT, RANK_TOTAL, RANKS, of_adapter
 
 __all__ = ["AdaLoRA"]
 
@@ -186,7 +186,7 @@ class AdaLoRA(WeightMethod):
         self._allocator.total = int(total)
         self._allocator.check()
         self._after_step.attach(
-            "AdaLoRA", trainer.optimizers, self._entries(pl_module), lambda: self._allocate_and_log(trainer, pl_module)
+            "AdaLoRA", trainer.optimizers, self._entries(pl_module), lambda: self._allocate(pl_module)
         )
 
     def _entries(self, module: nn.Module) -> list[nn.Parameter]:
@@ -196,21 +196,18 @@ class AdaLoRA(WeightMethod):
         if holds_any(optimizer, self._entries(pl_module)):
             self.regularize(pl_module)
 
-    def _allocate_and_log(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if not self.allocate(module) or not trainer.loggers or not trainer.is_global_zero:
-            return
-        ranks = self.ranks(module)
-        metrics: dict[str, float] = {f"{self.name}/rank/{name}": float(rank) for name, rank in ranks.items()}
-        metrics[f"{self.name}/rank_total"] = float(sum(ranks.values()))
-        for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+    def _allocate(self, module: nn.Module) -> None:
+        self.allocate(module)
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Send a plot of the ranks to the loggers that accept images (W&B)."""
-        if trainer.is_global_zero and importlib.util.find_spec("matplotlib") is not None:
-            for logger in trainer.loggers:
-                if hasattr(logger, "log_image"):
-                    logger.log_image(f"{self.name}/ranks", [self.plot(pl_module)])
+    def log_values(self, model: nn.Module) -> dict[str, float]:
+        """The rank of each weight, and their sum, for the loggers."""
+        ranks = self.ranks(model)
+        values = {of_adapter(self.name, RANKS, weight): float(rank) for weight, rank in ranks.items()}
+        return {**values, of_adapter(self.name, RANK_TOTAL): float(sum(ranks.values()))}
+
+    def log_figures(self, model: nn.Module) -> dict[str, Any]:
+        """The plot of the ranks, for the loggers."""
+        return {of_adapter(self.name, RANK_PLOT): self.plot(model)}
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._after_step.remove()

@@ -25,6 +25,7 @@ from lightning_peft.core.targeting.sites import Site
 from lightning_peft.methods.families.arguments import nonzero, positive_int, probability
 from lightning_peft.methods.families.weight import WeightMethod, above_both_sides, check_low_rank
 from lightning_peft.methods.lora import LoRAAdapter
+from lightning_peft.trainer.logs.keys import RANK, of_adapter
 
 __all__ = ["DyLoRA"]
 
@@ -97,6 +98,11 @@ class DyLoRA(WeightMethod):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         self.sample(pl_module, trainer.global_step)
+
+    def log_values(self, model: nn.Module) -> dict[str, float]:
+        """The rank of the current step, for the loggers."""
+        adapters = [cast(DyLoRAAdapter, part) for part in self.adapters_by_weight(model).values()]
+        return {of_adapter(self.name, RANK): float((adapters[0].gate > 0).sum())} if adapters else {}
 
     @staticmethod
     def truncate(model: nn.Module, rank: int, name: str | None = None, cut: bool = False) -> None:

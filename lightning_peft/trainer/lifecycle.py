@@ -1,4 +1,4 @@
-"""The callback for everything that all attached methods share: checks, RNG states, logging.
+"""The callback for everything that all attached methods share: checks, RNG states, the console.
 
 The ``setup`` of the first method adds one :class:`Lifecycle` to ``trainer.callbacks``.
 
@@ -9,14 +9,14 @@ The order of Lightning's hooks in a fit, and what this package does in each::
     on_load_checkpoint         on resume: read the gradients of an unfinished accumulation
     load_state_dict            on resume: read the RNG states
     configure_optimizers       the user builds the optimizer; methods change its parameter groups
-    on_fit_start               check record, head, optimizers and saving; log the start
+    on_fit_start               check record, head, optimizers and saving; log the configuration
     on_train_start             compare ranks; restore loaders, RNG states and gradients
     on_train_batch_start       set adapters and heads to training mode; watch the first batch
     on_before_backward         check the loss
     on_before_optimizer_step   check which adapters ran and which parameters got finite gradients
     on_train_batch_end         compare ranks once, after the first step
     on_save_checkpoint         add RNG states and gradients to the trimmed state
-    on_train_end, on_fit_end   restore the modes; log the sizes
+    on_train_end, on_fit_end   restore the modes; print the sizes
 """
 
 from __future__ import annotations
@@ -33,10 +33,12 @@ from lightning_peft.core.names import canonical
 from lightning_peft.core.record import injection_state
 from lightning_peft.core.state.consistency import check_record, update_base
 from lightning_peft.core.state.state_dict import fix_trained
-from lightning_peft.trainer import audit, logs
+from lightning_peft.trainer import audit
 from lightning_peft.trainer.audit_calls import CallAudit
 from lightning_peft.trainer.audit_ranks import audit_ranks
 from lightning_peft.trainer.averaging import adapt_averaging
+from lightning_peft.trainer.logs.console import print_end, print_start
+from lightning_peft.trainer.logs.loggers import log_config
 from lightning_peft.trainer.missing_callbacks import audit_callbacks
 from lightning_peft.trainer.modes import TrainingMode
 from lightning_peft.trainer.refused_callbacks import refuse_callbacks
@@ -52,7 +54,7 @@ GRADIENTS = "lightning_peft_gradients"
 
 
 class Lifecycle(Callback):
-    """Runs the checks, the exact resume and the logging that all attached methods share."""
+    """Runs the checks, the exact resume and the output that all attached methods share."""
 
     def __init__(self) -> None:
         self._loaders = TrainingLoaders()
@@ -91,7 +93,8 @@ class Lifecycle(Callback):
         self._modes = TrainingMode(pl_module)
         record = injection_state(pl_module)
         if record is not None and trainer.is_global_zero:
-            logs.log_start(trainer, record)
+            print_start(trainer, record)
+            log_config(trainer, pl_module, record)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         audit_ranks(pl_module)
@@ -187,9 +190,7 @@ class Lifecycle(Callback):
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.is_global_zero and injection_state(pl_module) is not None:
-            logs.log_end(trainer, pl_module)
-        if injection_state(pl_module) is not None:
-            logs.log_adapters(trainer, pl_module)
+            print_end(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
         return {"rng": gather_ranks(rng_state())}

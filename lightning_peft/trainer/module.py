@@ -32,7 +32,7 @@ from lightning_peft.trainer.checkpoints.trimming import check_complete
 from lightning_peft.trainer.checkpoints.unsafe_hparams import pickle_unsafe_hparams
 from lightning_peft.trainer.lazy_modules import create_lazy_parameters
 from lightning_peft.trainer.lifecycle import Lifecycle
-from lightning_peft.trainer.logs import continue_runs, run_ids
+from lightning_peft.trainer.logs.run_ids import continue_runs, run_ids
 from lightning_peft.trainer.optimizers import add_adapters, configured, drop_frozen
 from lightning_peft.trainer.param_groups import drop_empty_groups, optimizers_in, remember_schedulers
 from lightning_peft.trainer.quantised_strategies import adapt_quantised
@@ -130,7 +130,7 @@ class AdaptedModule(_LightningModule):
         if self._trainer is None or self._trainer.is_global_zero:
             check_complete(self, checkpoint["state_dict"], f"{original_class(self).__name__}.on_save_checkpoint")
         pickle_unsafe_hparams(checkpoint)
-        checkpoint[KEY] = {**sealed(manifest(self), checkpoint["state_dict"]), "wandb": run_ids(self._trainer)}
+        checkpoint[KEY] = {**sealed(manifest(self), checkpoint["state_dict"]), **run_ids(self._trainer)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
@@ -140,7 +140,7 @@ class AdaptedModule(_LightningModule):
             with naming(self._trainer.ckpt_path if self._trainer is not None else None):
                 check_manifest(self, checkpoint)
                 check_fingerprint(self, checkpoint[KEY]["fingerprint"])
-            continue_runs(self._trainer, checkpoint[KEY].get("wandb", []))
+            continue_runs(self._trainer, checkpoint[KEY])
             if self._trainer is not None and self._trainer.precision == "64-true":
                 self.double()  # Lightning converts after loading, when the values are already rounded to float32
             set_unfrozen(self, checkpoint[KEY].get("thawed", ()))

@@ -9,6 +9,7 @@ import lightning as L
 from lightning_peft.trainer.averaging import adapt_averaging
 from lightning_peft.trainer.bitsandbytes_precision import defer_class_replacement
 from lightning_peft.trainer.lifecycle import Lifecycle
+from lightning_peft.trainer.logs.monitor import AdapterMonitor
 from lightning_peft.trainer.module import adapt_module
 from lightning_peft.trainer.packages import check_packages
 from lightning_peft.trainer.refused_callbacks import refuse_callbacks
@@ -32,6 +33,10 @@ def prepare_run(trainer: L.Trainer, module: L.LightningModule) -> None:
     if not there:
         there = [Lifecycle()]
         callbacks.insert(methods[0] + 1 if methods else len(callbacks), there[0])
+    if trainer.loggers and not any(isinstance(c, AdapterMonitor) for c in callbacks):
+        monitor = AdapterMonitor()
+        monitor.added_by_default = True
+        callbacks.insert(callbacks.index(there[0]) + 1, monitor)
     adapt_averaging(callbacks)
     adapt_module(module)
     defer_class_replacement(trainer)

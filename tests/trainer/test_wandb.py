@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch.loggers import WandbLogger
 
 import lightning_peft as lp
-from lightning_peft.trainer.logs import resume_wandb
+from lightning_peft.trainer.logs.run_ids import resume_runs
 
 from .toys import Toy, every_step, loader, trainer, val_loader
 
@@ -97,7 +97,7 @@ def logger(root: Path) -> WandbLogger:
     return WandbLogger(save_dir=str(root), project="test")
 
 
-@pytest.mark.parametrize("how", ["by itself", "with resume_wandb"])
+@pytest.mark.parametrize("how", ["by itself", "with resume_runs"])
 def test_a_killed_run_continues_under_its_id(tmp_path: Path, how: str) -> None:
     (tmp_path / "first").mkdir()
     (tmp_path / "second").mkdir()
@@ -108,8 +108,8 @@ def test_a_killed_run_continues_under_its_id(tmp_path: Path, how: str) -> None:
     wandb.finish()
 
     again = logger(tmp_path / "second")
-    if how == "with resume_wandb":
-        resume_wandb([again], tmp_path / "step=3.ckpt")
+    if how == "with resume_runs":
+        resume_runs([again], tmp_path / "step=3.ckpt")
         assert again.version == run_id
     run = trainer(tmp_path, logger=again, log_every_n_steps=1, enable_checkpointing=False)
     run.fit(Toy(), loader(), val_loader(), ckpt_path=tmp_path / "step=3.ckpt")
@@ -126,6 +126,8 @@ def test_a_killed_run_continues_under_its_id(tmp_path: Path, how: str) -> None:
         assert (peft["trainable"], peft["total"]) == (290, 866)
         assert peft["percent"] == pytest.approx(100 * 290 / 866)
         assert config_of(found)["width"] == 16
+        logged = {item.key or item.nested_key[0] for _, r in found if r.HasField("history") for item in r.history.item}
+        assert {"loss", "default/grad_norm", "default/relative_update", "throughput/step_time"} <= logged
     artifacts = [a for _, r in records(tmp_path / "second") if (a := artifact_of(r)) is not None]
     assert [(a.name, a.type) for a in artifacts] == [(f"adapter-{run_id}", "adapter")]
     _check_loads(artifacts[0], run.lightning_module, tmp_path / "downloaded")
@@ -167,7 +169,7 @@ def test_an_id_that_the_user_set_is_kept(tmp_path: Path) -> None:
     trainer(tmp_path, *every_step(tmp_path), logger=logger(tmp_path), max_epochs=1).fit(Toy(), loader())
     wandb.finish()
     mine = WandbLogger(save_dir=str(tmp_path), project="test", id="mine")
-    resume_wandb([mine], tmp_path / "step=3.ckpt")
+    resume_runs([mine], tmp_path / "step=3.ckpt")
     trainer(tmp_path, logger=mine, enable_checkpointing=False).fit(Toy(), loader(), ckpt_path=tmp_path / "step=3.ckpt")
     assert mine.version == "mine"
 
@@ -175,8 +177,8 @@ def test_an_id_that_the_user_set_is_kept(tmp_path: Path) -> None:
 def test_paths_without_a_run_have_no_effect(tmp_path: Path) -> None:
     log = logger(tmp_path)
     for path in (None, "last", tmp_path / "no.ckpt"):
-        resume_wandb([log], path)
+        resume_runs([log], path)
     trainer(tmp_path, *every_step(tmp_path), max_epochs=1).fit(Toy(), loader())
-    resume_wandb([log], tmp_path / "step=3.ckpt")
+    resume_runs([log], tmp_path / "step=3.ckpt")
     assert log.version is None
     assert os.environ["WANDB_MODE"] == "offline"

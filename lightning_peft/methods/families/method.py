@@ -106,6 +106,14 @@ class PEFTMethod(Declared, Callback, ABC):
         It is called once, after frozen parameters have been removed. Split groups must keep their options.
         """
 
+    def log_values(self, model: nn.Module) -> dict[str, float]:
+        """Values to log during training, by name; methods whose ranks change override this."""
+        return {}
+
+    def log_figures(self, model: nn.Module) -> dict[str, Any]:
+        """Matplotlib figures to log at the end of the training, by name."""
+        return {}
+
     @property
     def state_key(self) -> str:
         return f"{type(self).__name__}:{self.name}"

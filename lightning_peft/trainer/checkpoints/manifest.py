@@ -111,8 +111,8 @@ def check_seal(checkpoint: Any, where: str | Path) -> None:
         return
     digests, state = manifest["digests"], checkpoint.get("state_dict")
     digests = digests if isinstance(digests, dict) else {}
-    # "wandb" is added after the digests are computed.
-    plain = {key: value for key, value in manifest.items() if key not in ("digests", "wandb")}
+    # The ids of the loggers' runs are added after the digests are computed.
+    plain = {key: value for key, value in manifest.items() if key not in ("digests", "wandb", "mlflow")}
     wrong = "the manifest has changed" if digests.get("manifest") != value_digest(plain) else None
     if wrong is None and "tensors" in digests and isinstance(state, dict):
         wrong = difference(digests["tensors"], tensor_digests(state))
