@@ -1,4 +1,4 @@
-"""Measure the bytes of checkpoints under each strategy, beside the bytes that train; write the table of the docs.
+"""Measure the bytes of checkpoints under each strategy, and the bytes that train; write the table of the docs.
 
     python -m benchmarks.checkpoint_bytes --write docs/strategies.md
 
@@ -48,7 +48,7 @@ def measure(kind: str, folder: Path) -> None:
     for name in ("full", "weights"):
         run.save_checkpoint(folder / name / "x.ckpt", weights_only=name == "weights")
     found = {name: sum(map(size, (folder / name).iterdir())) for name in ("full", "weights")}
-    parameters = list(module.parameters())  # a sharded one says its whole size
+    parameters = list(module.parameters())  # for a sharded tensor, this is the size of the whole tensor
     found["trainable"] = sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
     found["model"] = sum(p.numel() * p.element_size() for p in parameters)
     if run.is_global_zero:

@@ -6,7 +6,7 @@ Every row of ``tests/table.py`` trains a small model for three epochs and saves 
 process, so that no more Python code runs:
 
 - ``time``: SIGKILL from outside, after a random time.
-- ``file``: SIGKILL at a random one of its operations (open, rename, remove) on files of the run's folder.
+- ``file``: SIGKILL at a random operation (open, rename, remove) of the process on files of the run's folder.
 - ``write``: in the middle of a write, after a random number of bytes (SIGXFSZ, the limit of a file's size).
 
 The next process resumes from ``last.ckpt``, and may be killed again. It must find every step that was saved before the
@@ -328,7 +328,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=10, help="number of kills of each method")
     parser.add_argument("--method", nargs="*", choices=METHODS, default=list(METHODS), help="rows of tests/table.py")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the moments")
+    parser.add_argument("--seed", type=int, default=0, help="seed for the random moments")
     parser.add_argument("--markdown", type=Path, help="write the page of results to this file")
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -1,7 +1,7 @@
 """Measure training steps with and without ``CacheFrozen``, and compare the trained parameters.
 
 The model has MiniLM's shape (6 layers of width 384) and random weights. Fits with and without the cache alternate. Only
-epochs in which all rows are known count, without the one step per epoch whose results are compared.
+epochs in which all rows are stored count, except for the one step per epoch in which results are compared.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def main() -> None:
         "# CacheFrozen\n",
         f"`python -m benchmarks.frozen_cache`; {hardware('cpu')}; {packages}. An encoder of MiniLM's shape with random "
         f"weights, {BATCH} rows of {TOKENS} tokens. CPU time of a step, median; both kinds of fit alternate.\n",
-        "| method | plain, ms | cached, ms | ratio | bytes a row | trained values |",
+        "| method | plain, ms | cached, ms | ratio | bytes per row | trained values |",
         "|---|---|---|---|---|---|",
     ]
     for name, make in track(METHODS.items(), "methods"):

@@ -114,7 +114,7 @@ class Subject:
         return self.output(module)
 
     def save_shards(self, module: nn.Module) -> None:
-        """Write a sharded checkpoint as ``ModelParallelStrategy`` does, of one process and so of one shard."""
+        """Write a sharded checkpoint as ``ModelParallelStrategy`` does, with one process and so one shard."""
         optimizer = torch.optim.AdamW(lp.trainable_parameters(module), lr=0.25)
         module(self.x).square().sum().backward()
         optimizer.step()

@@ -162,7 +162,7 @@ def loads(folder: Path, args: argparse.Namespace) -> list[str]:
     names = [f"a{i}" for i in range(max(args.mixed))]
     right = {name: [answers] for name, answers in offline(folder, names, inputs).items()}
     lines = [
-        "| clients | adapters | requests/s | p50 ms | p99 ms | of one adapter's requests/s |",
+        "| clients | adapters | requests/s | p50 ms | p99 ms | requests/s relative to one adapter |",
         "|---|---|---|---|---|---|",
     ]
     with Server(folder, args.port) as server:
@@ -282,7 +282,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as where:
         folder = Path(where) / "adapters"
         save_adapters(folder, args.adapters)
-        model = f"{LAYERS} layers of width {WIDTH}, {TOKENS} tokens a request, LoRA r=8 on the feed-forward layers"
+        model = f"{LAYERS} layers of width {WIDTH}, {TOKENS} tokens per request, LoRA r=8 on the feed-forward layers"
         packages = ", ".join(f"{package} {version}" for package, version in versions().items())
         page = [
             "# Serving: load and hostile requests\n",

@@ -57,7 +57,7 @@ def frozen(case: Case, entry: bool) -> Case:
     case.model.requires_grad_(False)
     for module in case.model.modules():
         if isinstance(module, _BatchNorm):
-            module.eval()  # a frozen base normalises with its own statistics
+            module.eval()  # a frozen base normalises with its stored statistics
     if entry:
         case.model.get_submodule(case.entry).register_forward_hook(_require_grad)
     return case
@@ -73,14 +73,14 @@ def floor(case: Case, method: Method, rank: int) -> Variant:
 
 
 def ours(case: Case, method: Method, rank: int) -> Variant:
-    """The base under our method."""
+    """The base with this library's adapter."""
     callback = method.ours(frozen(case, method.entry), rank)
     lp.apply(case.model, callback)
     return Variant(case.model, method.steps(callback, case.model))
 
 
 def peft(case: Case, method: Method, rank: int) -> Variant:
-    """The base under PEFT's."""
+    """The base with PEFT's adapter."""
     assert method.peft is not None
     model = method.peft(frozen(case, method.entry), rank)
     return Variant(model, method.peft_steps(model))
@@ -115,7 +115,7 @@ class Run:
 
     @classmethod
     def load(cls, stored: dict) -> Run:
-        """The inverse of ``asdict``."""
+        """Rebuild the measurements from the dictionary that ``asdict`` made."""
         return cls(**{**stored, "saved": Saved(**stored["saved"])})
 
 

@@ -28,7 +28,7 @@ def locate(model: str, marks: tuple[str, ...] = ("config.json",)) -> str:
         The folder's path, or the unchanged hub id.
 
     Raises:
-        FileNotFoundError: ``model`` is a path, but the folder does not exist or does not contain a model.
+        FileNotFoundError: if ``model`` is a path, but the folder does not exist or does not contain a model.
     """
     if model == "demo":
         return str(demo.MODEL)
@@ -72,9 +72,9 @@ def load_model(auto_class: Any, model: str, pretrained: bool, dtype: str | None,
         The model in train mode. :func:`fresh_modules` names its parts that ``model`` has no weights for.
 
     Raises:
-        InputError: ``dtype`` is not the name of a torch dtype, ``config`` requires remote code, or the weights are
+        InputError: if ``dtype`` is not the name of a torch dtype, ``config`` requires remote code, or the weights are
             those of another network.
-        ValueError: The model requires remote code.
+        ValueError: if the model requires remote code.
     """
     import torch
     from transformers import AutoConfig
@@ -120,7 +120,7 @@ def load_tokenizer(model: str) -> Any:
     """Load a model's tokenizer. If it has no padding token, it pads with its end-of-text token.
 
     Raises:
-        InputError: The tokenizer has neither token.
+        InputError: if the tokenizer has neither token.
     """
     from transformers import AutoTokenizer
 

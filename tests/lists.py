@@ -76,7 +76,7 @@ def _sentence(method: type[lp.PEFTMethod], begins: str, ends: str) -> str:
 
 def _merges(method: type[lp.PEFTMethod]) -> str:
     (row, *_) = (row for made_by, _, row in _rows() if made_by is method)
-    return "is in the weights" if row.selects else "yes" if row.mergeable else "no"
+    return "nothing to merge" if row.selects else "yes" if row.mergeable else "no"
 
 
 def choice() -> str:

@@ -61,7 +61,7 @@ def precision(name: str) -> dict[str, Any]:
 
 _BASE = "it trains parameters of the base in the base's dtype, and warns; bf16-mixed keeps them in float32"
 
-_AGAIN = "compiled again each time that more parameters train"
+_AGAIN = "recompiled whenever more parameters start to train"
 
 #: (method, column) -> a remark on a cell that works; what trains under a precision is then in the precision's own dtype
 REMARKS = {(method, "bf16-true"): _BASE for method in ("FullFineTuning", "BitFit")}

@@ -177,7 +177,7 @@ def build(docs: Path, out: Path) -> dict[str, int]:
         How many passages each file has.
 
     Raises:
-        FileNotFoundError: ``docs`` is not the source of Python's documentation.
+        FileNotFoundError: if ``docs`` is not the source of Python's documentation.
     """
     by_label: dict[str, list[Passage]] = {}
     labels: dict[str, str] = {}

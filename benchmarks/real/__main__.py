@@ -5,8 +5,8 @@
     python -m benchmarks.real e2e --seeds 0 1 --store e2e.jsonl --markdown e2e.md
 
 For each method, the learning rate is searched on held-out data; then the method is trained and tested once per seed.
-Data, steps and schedule are the same for all methods; only the callback and its rate differ. Runs in --store are not
-repeated, so an interrupted command continues where it stopped.
+Data, steps and schedule are the same for all methods; only the callback and its learning rate differ. Runs in --store
+are not repeated, so an interrupted command continues where it stopped.
 """
 
 from __future__ import annotations

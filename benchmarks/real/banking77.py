@@ -22,7 +22,7 @@ PROMPT = {"num_virtual_tokens": 10, "position": "after_bos", **HEAD}
 
 
 class Classifier(TextClassifier):
-    """With a fixed learning rate for the new head, independent of the method's rate."""
+    """The text classifier with a fixed learning rate for the new head, independent of the method's rate."""
 
     def configure_optimizers(self) -> Any:
         configured = super().configure_optimizers()
@@ -45,7 +45,8 @@ class Banking77(Study):
         "The pretrained encoder is MiniLM (6 layers, hidden size 384), made for sentence embeddings; a new linear "
         f"classifier on its pooler trains with every method, at a learning rate of {HEAD_LR:g} (better than 0.03 and "
         "0.3 for both LoRA and IA3; the linear probe's own rate is searched). The 200 batches of 16 questions are a "
-        "third of an epoch. Questions are cut to 24 tokens; one in eight is longer. Tested on every 4th question of "
+        "third of an epoch. Questions are cut to 24 tokens; one in eight is longer. The test uses every 4th "
+        "question of "
         "the test file (770, ten of each intent; one standard error is at most 1.8 points); learning rates were chosen "
         "on 313 questions held out from training."
     )

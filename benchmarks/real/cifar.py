@@ -22,9 +22,10 @@ class Cifar(Study):
     title = "ResNet-20 on JPEG CIFAR-10: a domain shift"
     task = (
         "The pretrained network scores 91.8 % on CIFAR-10's test images; on such images after JPEG compression it "
-        "loses eleven points. Trained on 1,000 compressed images, mirrored and shifted by up to 2 pixels, tested on "
+        "loses eleven points. Training uses 1,000 compressed images, mirrored and shifted by up to 2 pixels; the "
+        "test uses "
         "700 (one standard error is about 1.4 points; another 300 chose the learning rates). The classifier, 650 "
-        "parameters, trains with every method. The training images are of CIFAR-10's training set, which the network "
+        "parameters, trains with every method. The training images are from CIFAR-10's training set, which the network "
         "has seen before compression."
     )
     metrics = {"accuracy %": "{:.1f}", "loss": "{:.3f}"}

@@ -1,4 +1,4 @@
-"""E2E, restaurant facts to a sentence, with a 260k-parameter Llama pretrained only on TinyStories."""
+"""E2E: turn facts about a restaurant into a sentence, with a 260k-parameter Llama pretrained only on TinyStories."""
 
 from __future__ import annotations
 
@@ -28,11 +28,13 @@ class E2E(Study):
     title = "stories260K on E2E: data to text"
     task = (
         "The pretrained model is a Llama of 260,032 parameters that writes children's stories; the task is to put a "
-        "restaurant's attributes into a sentence. Trained on the E2E validation file (4,672 pairs), tested on every "
+        "restaurant's attributes into a sentence. Training uses the E2E validation file (4,672 pairs), the test "
+        "every "
         "12th pair of the test file (392), half of whose 18 restaurants are new. `loss` is the cross entropy in nats "
         "per token of the reference text given the attributes, end of text included; `stories` is the loss on "
         "TinyStories with the adapter active: it shows how much was forgotten (an adapter can be switched off, but "
-        "changes of the base cannot). `slots %` is the share of attribute values, `family friendly` aside, that the "
+        "changes of the base cannot). `slots %` is the share of attribute values, except `family friendly`, that "
+        "the "
         "greedy text repeats word by word, over 52 sets of attributes; the people who wrote the references repeat 87 %."
     )
     metrics = {"loss": "{:.3f}", "slots %": "{:.1f}", "stories": "{:.3f}"}

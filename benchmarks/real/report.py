@@ -89,9 +89,9 @@ def _protocol(found: Found) -> str:
     if len(seeds) > 1:
         scores = f"scores are means over the seeds {', '.join(map(str, seeds))}, ± their standard deviation"
     return (
-        f"Each run: {steps} steps of AdamW, linear warmup and decay, {scores}. `step ms` is the median processor time "
-        "of a training step, `step / full` its ratio to full fine-tuning's; `checkpoint kB` is what a weights-only "
-        "checkpoint takes on disk; `lr` is the peak learning rate."
+        f"Each run takes {steps} steps of AdamW with linear warmup and decay; {scores}. `step ms` is the median "
+        "processor time of a training step, `step / full` its ratio to full fine-tuning's; `checkpoint kB` is the "
+        "size of a weights-only checkpoint on disk; `lr` is the peak learning rate."
     )
 
 
@@ -137,7 +137,7 @@ def _made(found: Found) -> list[str]:
     versions_found["lightning"] = importlib.metadata.version("lightning")
     seconds = sum(result.seconds for results in found.values() for result in results)
     return [
-        "## How it was made",
+        "## How the results were made",
         "",
         "```bash",
         shlex.join(["python", "-m", "benchmarks.real", *_shown(sys.argv[1:])]),

@@ -145,7 +145,7 @@ def need(path: str) -> Path:
 
 
 def search(start: float, loss: Callable[[float], float]) -> float:
-    """The learning rate among 1e-4, 3e-4, 1e-3, ... whose neighbours are both worse.
+    """Return the learning rate among 1e-4, 3e-4, 1e-3, ... that is better than both of its neighbours.
 
     The search moves up or down from ``start`` until the best rate has been tried on both sides. A loss of NaN counts as
     worse than any number.

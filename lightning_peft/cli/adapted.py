@@ -39,7 +39,7 @@ def load_adapted(source: Path, name: str | None, arguments: Mapping[str, Any], b
         base: the base of an adapter directory; None for the one that it names.
 
     Raises:
-        StateError: the source cannot be read or built.
+        StateError: if the source cannot be read or built.
     """
     if not source.is_dir():
         return load_module(source, name, dict(arguments))
@@ -58,7 +58,7 @@ def activate(model: nn.Module, name: str, source: Path) -> None:
     """Activate one adapter.
 
     Raises:
-        StateError: the model has no adapter of that name.
+        StateError: if the model has no adapter of that name.
     """
     if name not in adapter_names(model):
         raise StateError(f"no adapter named {name!r}; {source} has {list(adapter_names(model))}")
@@ -72,7 +72,7 @@ def _base(directory: Path, base: str | None) -> nn.Module:
     where = base or read_config(folder).get("base_model_name_or_path")
     if not where:
         raise StateError(f"{directory} does not name its base: add --base path/to/base, or --model my.Module")
-    # The class that was trained. That of config.json may have another head, such as a masked language model's.
+    # The class that was trained. The class in config.json may have a different head, such as a masked language model's.
     facts = base_facts(read_header(folder)[1], folder)
     trained, labels = facts.get("base"), facts.get("labels") or []
     names = (

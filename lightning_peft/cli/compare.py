@@ -48,8 +48,8 @@ def compare(args: Sequence[str], cli_class: type[LightningCLI]) -> None:
         cli_class: builds the Trainer, the module and the data from arguments of ``fit``.
 
     Raises:
-        StateError: Optuna is not installed.
-        InputError: an argument is not valid, or ``--output`` holds another comparison.
+        StateError: if Optuna is not installed.
+        InputError: if an argument is not valid, or ``--output`` holds another comparison.
     """
     options, fit_flags = _parser().parse_known_args(args)
     try:
@@ -132,13 +132,18 @@ def _parser() -> ArgumentParser:
     add("--metric", default="val/loss", help="a metric that the module logs in validation; default: %(default)s")
     add("--mode", choices=["min", "max"], help="default: min for a loss or an error, else max")
     add("--test", action="store_true", help="measure finished runs on the test split; searches never see it")
-    add("--search-metric", help="the metric that searches look at; default: --metric")
-    add("--steps", type=int, help="optimizer steps of each run; default: those of the configuration")
+    add("--search-metric", help="the metric that searches optimise; default: --metric")
+    add("--steps", type=int, help="optimizer steps of each run; default: as many as the configuration has")
     add("--search-steps", type=int, help="optimizer steps of each trial of a search; default: a quarter of --steps")
     add("--trials", type=int, default=6, help="trials for each method; 0 for no search; default: %(default)s")
-    add("--seeds", type=int, default=2, help="number of seeds of the finalists; default: %(default)s")
-    add("--finalists", type=int, default=5, help="methods that run with every seed; default: %(default)s")
-    add("--fractions", type=_numbers, default=(1.0,), help="parts of the training data, such as 0.01,0.1,1")
+    add("--seeds", type=int, default=2, help="number of seeds with which the finalists run; default: %(default)s")
+    add(
+        "--finalists",
+        type=int,
+        default=5,
+        help="number of finalists: the best methods, which run with every seed; default: %(default)s",
+    )
+    add("--fractions", type=_numbers, default=(1.0,), help="fractions of the training data, such as 0.01,0.1,1")
     add("--trainable", help="modules that train in full with every method, such as classifier")
     add("--lr-flag", help="the argument of fit that sets the learning rate, such as --lr-flag=--model.rate")
     add_retention_options(parser)
@@ -148,10 +153,18 @@ def _parser() -> ArgumentParser:
         default=(0.25, 0.5, 0.75),
         help="with retention data, evaluate each method again at these factors of lp.scale; default: 0.25,0.5,0.75",
     )
-    add("--max-params", type=lambda text: int(float(text)), help="the largest number of trainable parameters")
-    add("--max-minutes", type=float, help="the longest full training")
-    add("--keep", type=float, help="take the smallest method that keeps this part of full fine-tuning, such as 0.95")
-    add("--retry-failed", action="store_true", help="run methods again that failed before")
+    add(
+        "--max-params",
+        type=lambda text: int(float(text)),
+        help="largest number of trainable parameters of the recommended method",
+    )
+    add("--max-minutes", type=float, help="longest full training of the recommended method, in minutes")
+    add(
+        "--keep",
+        type=float,
+        help="recommend the smallest method that keeps this fraction of full fine-tuning's quality, such as 0.95",
+    )
+    add("--retry-failed", action="store_true", help="retry methods that failed before")
     return parser
 
 
@@ -202,7 +215,7 @@ def _setting(plan: Plan) -> list[str]:
 
 
 def _work(study: Study, console: Console) -> None:
-    """Do the work with a line for each piece."""
+    """Do the work, and print a line for each piece."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -281,7 +294,7 @@ class _Builder:
         """Refuse a configuration that has a method.
 
         Raises:
-            InputError: it has one.
+            InputError: if it has a method.
         """
         for callback in self.config["trainer"].get("callbacks") or []:
             name = str(callback.class_path).rpartition(".")[2]
@@ -296,7 +309,7 @@ class _Builder:
         """The argument that sets the learning rate.
 
         Raises:
-            InputError: neither the optimizer of the configuration nor the module has a learning rate.
+            InputError: if neither the optimizer of the configuration nor the module has a learning rate.
         """
         config = self.config
         if config.get("optimizer"):

@@ -1,4 +1,4 @@
-"""Learning curves of a fit: ``curves.csv`` and ``curves.png`` beside the checkpoint, whatever the logger is."""
+"""Learning curves of a fit: ``curves.csv`` and ``curves.png`` next to the checkpoint, with any logger."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class LearningCurves(L.Callback):
             self._plot(Path(folder) / "curves.png")
 
     def _plot(self, path: Path) -> None:
-        """Draw the losses and the other metrics in a panel each, because their scales differ."""
+        """Draw the losses and the other metrics in separate panels, because their scales differ."""
         from matplotlib.figure import Figure
 
         losses = {name: at for name, at in self._points.items() if "loss" in name}

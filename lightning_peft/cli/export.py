@@ -41,13 +41,13 @@ def export(args: Sequence[str]) -> None:
         args: the command-line arguments after ``export``.
 
     Raises:
-        StateError: the source cannot be read, or cannot be exported for that software. Nothing is written.
+        StateError: if the source cannot be read, or cannot be exported for that software. Nothing is written.
     """
     parser = ArgumentParser(
         prog="lightning-peft export",
         description="Write the adapters of a checkpoint as adapter directories, in Hugging Face PEFT's format if\n"
         "PEFT has the method. Most methods need only the checkpoint; others also need the trained class (--model).\n"
-        "With --for, write what other software runs.",
+        "With --for, write files that other software runs.",
         epilog=EXAMPLE,
         formatter_class=RawDescriptionHelpFormatter,
     )
@@ -121,7 +121,7 @@ def _only_adapter(model: nn.Module, given: Any) -> str:
     """The name of the adapter to export.
 
     Raises:
-        StateError: there is not exactly one.
+        StateError: if there is not exactly one.
     """
     active = [name for name in adapter_names(model) if name in active_names(model)]
     if len(active) != 1:

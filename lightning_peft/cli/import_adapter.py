@@ -1,8 +1,8 @@
 """``lightning-peft import``: create a Lightning checkpoint from an adapter directory.
 
-The checkpoint is that of a run which has trained this adapter in this module and is at step 0.
-``lp.load_from_checkpoint`` and ``test --ckpt_path`` read it like any other checkpoint. ``fit --ckpt_path`` continues
-training from it with a new optimizer.
+The checkpoint is like one of a run of this module with this adapter, saved at step 0. ``lp.load_from_checkpoint`` and
+``test --ckpt_path`` read it like any other checkpoint. ``fit --ckpt_path`` continues training from it with a new
+optimizer.
 """
 
 from __future__ import annotations

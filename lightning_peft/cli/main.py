@@ -97,7 +97,7 @@ class PEFTTrainer(L.Trainer):
             adapter_column: the column that names the adapter of each row.
 
         Raises:
-            InputError: ``output`` has another ending, or the data have no adapter column.
+            InputError: if ``output`` has a different ending, or the data have no adapter column.
         """
         if adapter_column is not None:
             if datamodule is None or not hasattr(datamodule, "adapter_column"):
@@ -187,7 +187,8 @@ class PEFTCLI(LightningCLI):
         given = self._given.get(f"{command}.model.init_args") or Namespace()
         module_class = find_module(model.class_path)
         used = {name: _as_plain(model.init_args[name]) for name in vars(given)}
-        # The configuration that a fit saved has every default, but the checkpoint has what the data determined.
+        # The configuration that a fit saved has every default, but the checkpoint has the values that the data
+        # determined.
         for name in getattr(module_class, "from_data", ()):
             if not used.get(name):
                 used.pop(name, None)
@@ -305,7 +306,7 @@ def _import_modules(arguments: list[str]) -> list[str]:
     """Import the modules given by ``--import``, and return the other arguments.
 
     Raises:
-        InputError: a module cannot be imported.
+        InputError: if a module cannot be imported.
     """
     left: list[str] = []
     given = iter(arguments)

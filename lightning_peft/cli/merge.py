@@ -44,8 +44,8 @@ def merge(arguments: Sequence[str]) -> None:
         arguments: the command-line arguments after ``merge``.
 
     Raises:
-        StateError: the source cannot be read or built, or the output exists already.
-        MergeError: some adapters cannot be merged; it gives a reason for each. Nothing is written.
+        StateError: if the source cannot be read or built, or the output exists already.
+        MergeError: if some adapters cannot be merged; the message gives a reason for each. Nothing is written.
     """
     parser = ArgumentParser(
         prog="lightning-peft merge",

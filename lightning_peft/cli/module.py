@@ -39,7 +39,7 @@ def parse(parser: ArgumentParser, args: Sequence[str]) -> tuple[Any, dict[str, A
     (``--model.act=torch.nn.GELU``, ``--model.body=my.Body --model.body.width=8``).
 
     Raises:
-        StateError: the class does not exist, or an argument does not fit it.
+        StateError: if the class does not exist, or an argument does not fit it.
     """
     options, left = parser.parse_known_args(args)
     flags: list[str] = []
@@ -81,7 +81,7 @@ def find_module(name: str) -> type[L.LightningModule]:
     """Import the class ``name``, an import path or the name of one of this package's tasks.
 
     Raises:
-        StateError: the class does not exist, or it is not a LightningModule.
+        StateError: if the class does not exist, or it is not a LightningModule.
     """
     package, _, last = name.rpartition(".")
     tasks = importlib.import_module(_TASKS)
@@ -98,7 +98,7 @@ def build_module(name: str, arguments: Mapping[str, Any]) -> L.LightningModule:
     """Build a new module of the class ``name``.
 
     Raises:
-        StateError: the class does not exist, or it cannot be built with these arguments.
+        StateError: if the class does not exist, or it cannot be built with these arguments.
     """
     try:
         module = find_module(name)(**arguments)
@@ -112,7 +112,7 @@ def _task_of(checkpoint: str | Path) -> str:
     """Return the name of the task of this package that the checkpoint names.
 
     Raises:
-        StateError: the checkpoint names no class, or another one.
+        StateError: if the checkpoint does not name a class, or names one that is not a task.
     """
     hyper_parameters = read_checkpoint(checkpoint, mmap=True).get("hyper_parameters")
     said = hyper_parameters.get("_class_path") if isinstance(hyper_parameters, Mapping) else None
@@ -138,7 +138,7 @@ def load_module(checkpoint: str | Path, name: str | None, arguments: Mapping[str
         arguments: arguments of the class, in addition to those in the checkpoint.
 
     Raises:
-        StateError: no class is named, or it cannot be built with these arguments.
+        StateError: if no class is named, or it cannot be built with these arguments.
     """
     if name is None:
         name = _task_of(checkpoint)

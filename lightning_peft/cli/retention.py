@@ -23,8 +23,8 @@ def add_retention_options(parser: ArgumentParser) -> None:
     add(
         "--retention.data",
         metavar="DATA",
-        help="held-back data of the base's own kind, to measure forgetting: a text file, or class_path and init_args "
-        "of a DataModule, in a YAML file or inline",
+        help="held-back data like those that the base was trained on, to measure forgetting: a text file, "
+        "or class_path and init_args of a DataModule, in a YAML file or inline",
     )
     add("--retention.batches", type=int, default=16, help="batches to measure; default: %(default)s")
     add("--retention.distance", choices=["kl", "cosine"], default="kl", help="default: %(default)s")
@@ -35,7 +35,7 @@ def retention_maker(options: Namespace) -> Callable[[], lp.Retention] | None:
     """Return a function that creates the callback; None without ``--retention.data``.
 
     Raises:
-        InputError: the data or the function cannot be built.
+        InputError: if the data or the function cannot be built.
     """
     given = {name.partition(".")[2]: v for name, v in vars(options).items() if name.startswith("retention.")}
     data, forward_fn = given["data"], given["forward_fn"]

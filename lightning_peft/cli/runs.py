@@ -79,7 +79,7 @@ def files_first(arguments: Sequence[str]) -> list[str]:
         if option in ("-c", "--config") and rest:
             files += [option, rest.pop(0)]
         elif option == "--method" or option.startswith("--method="):
-            flags += ["--method=null", option]  # another method does not take over the arguments of the file's
+            flags += ["--method=null", option]  # a different method must not inherit arguments from the file
         else:
             (files if option.startswith("--config=") else flags).append(option)
     return [command, *files, *flags]
@@ -89,7 +89,7 @@ def check_model(config: Namespace) -> None:
     """Refuse a command without ``--model``. The error names the configuration that the checkpoint's run saved, if any.
 
     Raises:
-        StateError: no class is named.
+        StateError: if no class is named.
     """
     command = config.get("subcommand")
     if not command or config.get(f"{command}.model") is not None:
@@ -106,11 +106,11 @@ def check_model(config: Namespace) -> None:
 def check_method(trainer: L.Trainer, module: L.LightningModule) -> None:
     """Refuse a fit without a method.
 
-    A module of the user's own may apply methods or load adapters while it is set up, so it is checked again when the
+    The user's own module may apply methods or load adapters while it is set up, so such a module is checked when the
     fit starts; a task of this package is refused at once.
 
     Raises:
-        StateError: no method is given.
+        StateError: if no method is given.
     """
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     if not any(isinstance(callback, lp.PEFTMethod) for callback in callbacks):
@@ -140,7 +140,7 @@ def attach_saved_methods(path: str | None, trainer: L.Trainer) -> None:
     Adapters that were loaded frozen are left to the module, which loads them itself.
 
     Raises:
-        StateError: a method is not defined, or does not accept the saved arguments.
+        StateError: if a method is not defined, or does not accept the saved arguments.
     """
     file = Path(path or "")
     file = file / "meta.pt" if file.is_dir() else file  # a checkpoint of several processes is a folder
@@ -183,7 +183,7 @@ def check_checkpoint(config: Namespace, trainer: L.Trainer) -> None:
     """Warn before ``validate``, ``test`` or ``predict`` if the adapters have not been trained.
 
     Raises:
-        StateError: ``--ckpt_path best`` is given; a new process does not know the best checkpoint.
+        StateError: if ``--ckpt_path best`` is given; a new process does not know the best checkpoint.
     """
     command = config["subcommand"]
     given = config[command]

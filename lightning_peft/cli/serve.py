@@ -31,8 +31,8 @@ def serve(args: Sequence[str]) -> None:
         args: the command-line arguments after ``serve``.
 
     Raises:
-        StateError: the packages of ``lightning_peft[serve]`` are missing, or the model cannot be built.
-        FileNotFoundError: the folder of adapters does not exist.
+        StateError: if the packages of ``lightning_peft[serve]`` are missing, or the model cannot be built.
+        FileNotFoundError: if the folder of adapters does not exist.
     """
     parser = ArgumentParser(
         prog="lightning-peft serve",
@@ -66,9 +66,15 @@ def serve(args: Sequence[str]) -> None:
     parser.add_argument(
         "--max_queue", type=int, default=256, help="maximum number of requests that run or wait; default: %(default)s"
     )
-    parser.add_argument("--max_body", type=_bytes, default="4MB", help="largest request; default: %(default)s")
-    parser.add_argument("--timeout", type=float, default=60, help="seconds for a request; default: %(default)s")
-    parser.add_argument("--max_new_tokens", type=int, default=256, help="longest text; default: %(default)s")
+    parser.add_argument(
+        "--max_body", type=_bytes, default="4MB", help="largest body of a request; default: %(default)s"
+    )
+    parser.add_argument(
+        "--timeout", type=float, default=60, help="maximum time for a request, in seconds; default: %(default)s"
+    )
+    parser.add_argument(
+        "--max_new_tokens", type=int, default=256, help="maximum number of tokens to generate; default: %(default)s"
+    )
     parser.add_argument(
         "--api_key",
         default=os.environ.get(_KEY),
@@ -115,7 +121,7 @@ def _build(
     """Build the served module; runs in the model's process.
 
     Raises:
-        StateError: a class cannot be built, or no tokenizer is known.
+        StateError: if a class cannot be built, or no tokenizer is known.
     """
     from lightning_peft.serving.predictor import DataInputs
     from lightning_peft.serving.server import Served

@@ -133,7 +133,7 @@ def parse_candidates(
         ``auto`` and ``all`` are left out.
 
     Raises:
-        InputError: a method, an argument or a range is not valid.
+        InputError: if a method, an argument or a range is not valid.
     """
     known = _known()
     common = dict(common or {})

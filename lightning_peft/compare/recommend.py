@@ -1,10 +1,10 @@
 """Choose the method to take from the results of a comparison.
 
-The rule: candidates over the budget are left out. With ``keep``, the candidate with the fewest trainable parameters
-among those that keep this part of full fine-tuning is chosen. Otherwise the best candidates, equal within noise, are
-found, and among them the one with the fewest trainable parameters is chosen. Two candidates are equal within noise if
-their means differ by at most twice the standard error of the difference. The variance between seeds is pooled over all
-candidates, because two or three seeds do not determine that of one.
+The rule: candidates over the budget are left out. With ``keep``, the candidate with the fewest trainable parameters is
+chosen among those that keep this fraction of full fine-tuning's quality. Otherwise the best candidates, equal within
+noise, are found, and among them the one with the fewest trainable parameters is chosen. Two candidates are equal within
+noise if their means differ by at most twice the standard error of the difference. The variance between seeds is pooled
+over all candidates, because two or three seeds do not determine that of one.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class Budget:
     Attributes:
         max_params: the largest number of trainable parameters; None for no limit.
         max_minutes: the longest training; None for no limit.
-        keep: the part of full fine-tuning's quality that suffices; None to look for the best. For a metric of which
-            higher values are better, the part of its value; otherwise the part of its improvement over the base.
+        keep: the fraction of full fine-tuning's quality that suffices; None to look for the best. If higher values of
+            the metric are better, it is a fraction of its value; otherwise, of its improvement over the base.
     """
 
     max_params: int | None = None
@@ -109,7 +109,7 @@ def recommend(
         summaries: from :func:`summarise`.
         budget: the limits.
         lower: whether lower values are better.
-        base: the metric of the untrained base, for ``keep`` with a metric of which lower values are better.
+        base: the metric of the untrained base, for ``keep`` with a metric for which lower values are better.
         length: how many times longer the full training is than the compared runs.
     """
     if not summaries:

@@ -163,7 +163,7 @@ def _markdown(found: Findings, images: Sequence[tuple[str, Path]]) -> str:
         lines += [f"- **{f.label}**{_of(f, found)}: {f.reason}" for f in found.failures]
         lines += [""]
     lines += [f"![{title}]({path.name})\n" for title, path in images]
-    lines += ["## How it was made", "", f"{found.minutes:.1f} minutes of wall time in all runs and searches."]
+    lines += ["## How this report was made", "", f"{found.minutes:.1f} minutes of wall time in all runs and searches."]
     lines += [f"{_hardware()}. {_versions()}.", ""]
     return "\n".join(lines)
 

@@ -141,7 +141,7 @@ class Runner:
         """Train for all steps, and measure everything.
 
         Raises:
-            InputError: the loss is not finite.
+            InputError: if the loss is not finite.
         """
         watch, retention = _Watch(self.metric.name), self.retention() if self.retention is not None else None
         flags = self.flags(candidate, values)

@@ -1,7 +1,7 @@
 """Search the learning rate and the arguments of one candidate with Optuna.
 
-The first trials walk along the learning rates start, 3 start, start / 3, ... until both neighbours of the best are
-worse. The next trials try each other choice of each argument with the best values so far. Optuna's TPE sampler chooses
+The first trials try the learning rates start, 3 start, start / 3, ... until both neighbours of the best one are worse.
+The next trials combine each remaining choice of each argument with the best values so far. Optuna's TPE sampler chooses
 the rest. A successive halving pruner stops trials that are among the worse half after a third or two thirds of the
 steps.
 """
@@ -49,7 +49,7 @@ def search(
         objective: trains and evaluates.
 
     Raises:
-        Exception: every trial failed; the error of the last one.
+        Exception: if every trial failed; it is the error of the last one.
     """
     study = optuna.create_study(
         study_name=name,
@@ -100,7 +100,7 @@ class _Reporter:
     """Reports an intermediate result, and stops a trial that is behind.
 
     Raises:
-        TrialPruned: the trial is among the worse half.
+        TrialPruned: if the trial is among the worse half.
     """
 
     def __init__(self, trial: Trial) -> None:

@@ -31,8 +31,9 @@ class Result:
         step_ms: median time of a training step: processor time on a CPU, wall time on a GPU.
         peak_mb: highest memory use during training: of the process on a CPU, of the allocator on a GPU.
         checkpoint_mb: size of a checkpoint with the trainable state only.
-        forgetting_loss: rise of the loss on the retention data; None without such data or without labels.
-        divergence: from the base on the retention data, a KL divergence in nats or a cosine distance; None without.
+        forgetting_loss: increase of the loss on the retention data; None without such data or without labels.
+        divergence: from the base on the retention data, a KL divergence in nats or a cosine distance; None without such
+            data.
         minutes: wall time of the training, without validation.
         values: the searched values, the learning rate included.
         flags: the arguments of ``lightning-peft fit`` that select the method and its values.
@@ -81,7 +82,7 @@ class Store:
         settings: what all runs have in common; a folder made with other settings is refused.
 
     Raises:
-        InputError: the folder holds another comparison.
+        InputError: if the folder holds another comparison.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:

@@ -26,7 +26,7 @@ class Plan:
         trials: trials of each search; 0 uses the usual learning rate of each method.
         seeds: the seeds of the finalists; every candidate runs with the first one.
         finalists: how many candidates run with the other seeds; full fine-tuning runs with them too.
-        fractions: parts of the training data, each a comparison of its own.
+        fractions: parts of the training data, each compared separately.
     """
 
     candidates: Sequence[Candidate]
@@ -75,7 +75,7 @@ class Study:
 
         Args:
             progress: called with a piece of work and ``"start"``, ``"done"`` or the reason of a failure.
-            wait: seconds between looks at work that other processes hold.
+            wait: seconds between checks of work that other processes hold.
         """
         tell = progress or (lambda unit, what: None)
         while True:
@@ -148,7 +148,7 @@ class Study:
         return [c for c in ran if c in chosen or c.method == "FullFineTuning"]
 
     def _attempt(self, unit: Unit, tell: Callable[[Unit, str], None]) -> bool:
-        """Do a piece of work, unless another process does or did it. Returns whether it was done here."""
+        """Do a piece of work, unless another process is doing it or has done it. Returns whether it was done here."""
         with self.store.claim(unit.key) as held:
             if not held:
                 return False

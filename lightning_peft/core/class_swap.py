@@ -108,7 +108,7 @@ def add_mixin(obj: object, mixin: type, name: str = "") -> None:
 def check_mixin(obj: object, mixin: type, name: str = "") -> None:
     """Check that ``mixin`` can be added to ``obj``, by adding and removing it.
 
-    Only a trial can tell, because a metaclass may run any code when a subclass is created.
+    Only a trial shows this, because a metaclass may run any code when a subclass is created.
 
     Raises:
         SwapError: if :func:`add_mixin` raises it.
@@ -159,8 +159,8 @@ def _swapped(original: type, mixins: tuple[type, ...]) -> type:
     namespace = {
         "__slots__": (),  # keeps the memory layout of the original
         "__module__": original.__module__,
-        # As in any class made in a function. jsonargparse, which finds a class by its name among all subclasses, then
-        # leaves this one out. str(class) stays the original's; see _metaclass.
+        # Marked as a class made in a function, because jsonargparse finds classes by name among all subclasses and
+        # skips such classes. str(class) stays the original's; see _metaclass.
         "__qualname__": f"add_mixin.<locals>.{original.__qualname__}",
         "__doc__": original.__doc__,
         "__reduce_ex__": _reduce_ex,

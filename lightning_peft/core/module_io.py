@@ -69,7 +69,7 @@ def with_hidden_state(output: Any, new: Tensor) -> Any:
 def with_input(
     args: tuple[Any, ...], kwargs: Mapping[str, Any], change: Callable[[Any], Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of a call with its first one, positional or by keyword, replaced by ``change`` of it."""
+    """Return the arguments of a call with the first one, positional or keyword, replaced by ``change(first)``."""
     if args:
         return (change(args[0]), *args[1:]), dict(kwargs)
     name, value = next(iter(kwargs.items()))

@@ -66,7 +66,7 @@ class InjectionState:
         origins: options from the files that adapters were loaded from, to be written again, by adapter name.
         carried: the number of adapters on each module, by name.
         shapes: how many adapters were created for a weight of some shape, by module, weight and shape.
-        sizes: the number of parameters of each adapter that train, and of all of its parameters, by adapter name.
+        sizes: for each adapter, the number of its parameters that train and of all its parameters, by adapter name.
     """
 
     methods: dict[str, Method]
@@ -109,7 +109,7 @@ class InjectionState:
 
 
 def injection_state(model: nn.Module) -> InjectionState | None:
-    """Return the record of ``model``, or of the module inside it that methods were applied to; None without one."""
+    """Return the record of ``model``, or of the adapted module inside it; None if there is none."""
     return vars(injected_module(model)).get("_peft_injection")
 
 

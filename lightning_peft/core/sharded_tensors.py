@@ -87,7 +87,7 @@ def distribute_like(tensor: Tensor, like: Tensor) -> Tensor:
 
 @contextmanager
 def distributed_like(like: Tensor, module: nn.Module) -> Iterator[None]:
-    """Inside the context, the parameters and buffers of ``module`` are those of :func:`distribute_like`."""
+    """Inside the context, the parameters and buffers of ``module`` are distributed by :func:`distribute_like`."""
     if not is_sharded(like):
         yield
         return
@@ -111,7 +111,7 @@ def on_full_values(function: Callable[[Tensor], Tensor], tensor: Tensor) -> Tens
 
 
 def with_whole_blocks(tensor: Tensor, blocks: int, dim: int = -1) -> Tensor:
-    """Return ``tensor`` such that no shard of it splits one of ``blocks`` equal parts of the dimension ``dim``."""
+    """Reshard ``tensor`` so that no shard splits one of ``blocks`` equal parts of the dimension ``dim``."""
     if not is_sharded(tensor):
         return tensor
     from torch.distributed.tensor import Replicate

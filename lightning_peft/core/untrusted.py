@@ -23,7 +23,7 @@ MAX_DEPTH = 32  #: levels of nested lists and objects
 
 
 class FormatError(ValueError):
-    """Files that are not an adapter that this package can read, or that are not safe to read."""
+    """The files are not an adapter that this package can read, or they are not safe to read."""
 
 
 def parse_json(data: bytes, where: str) -> dict[str, Any]:

@@ -97,8 +97,8 @@ class TableDataModule(L.LightningDataModule):
         """Read and check every split of the stage, so that bad data is refused before training.
 
         Raises:
-            FileNotFoundError: A file does not exist.
-            InputError: A split is empty, or a column or a value in it is not usable.
+            FileNotFoundError: if a file does not exist.
+            InputError: if a split is empty, or a column or a value in it is not usable.
         """
         # The Trainer passes a member of an enumeration, which equals a string but does not hash as one.
         for split in next((splits for name, splits in _STAGES.items() if name == stage), ()):
@@ -112,7 +112,7 @@ class TableDataModule(L.LightningDataModule):
         """Check the values of a split; subclasses extend it.
 
         Raises:
-            InputError: A column or a value in it is not usable.
+            InputError: if a column or a value in it is not usable.
         """
 
     def train_dataloader(self) -> DataLoader[Example]:
@@ -131,7 +131,7 @@ class TableDataModule(L.LightningDataModule):
         """Batches of the rows to predict, in their order.
 
         Raises:
-            InputError: There are no rows to predict.
+            InputError: if there are no rows to predict.
         """
         if not self.has("predict"):
             raise InputError("there is nothing to predict: pass predict=, a file of rows (--data.predict=new.csv).")
@@ -158,8 +158,8 @@ class TableDataModule(L.LightningDataModule):
         """Return a split with all of its columns, after checking that none of the needed columns is missing.
 
         Raises:
-            FileNotFoundError: The file does not exist.
-            InputError: The split cannot be read, is empty, or lacks a column.
+            FileNotFoundError: if the file does not exist.
+            InputError: if the split cannot be read, is empty, or lacks a column.
         """
         if split == "predict" and self.splits["predict"] is None:
             split, needed = "test", "predict"
@@ -311,8 +311,8 @@ class TextDataModule(TableDataModule):
         """Load the tokenizer (the requested one, or that of the Trainer's module), and check the splits.
 
         Raises:
-            FileNotFoundError: A file does not exist.
-            InputError: No tokenizer was requested and the module has no hyperparameter ``model``, or as for
+            FileNotFoundError: if a file does not exist.
+            InputError: if no tokenizer was requested and the module has no hyperparameter ``model``, or as for
                 :meth:`TableDataModule.setup`.
         """
         self.load_tokenizer()
@@ -336,7 +336,7 @@ class TextDataModule(TableDataModule):
         """Tokenize texts into transformers' ``BatchEncoding``, cut to ``max_length``.
 
         Raises:
-            InputError: A row has no text, or the model has fewer positions than a text has tokens.
+            InputError: if a row has no text, or the model has fewer positions than a text has tokens.
         """
         for i, text in enumerate(texts):
             if not isinstance(text, str):
@@ -349,7 +349,7 @@ class TextDataModule(TableDataModule):
         """Refuse examples that the module's network has no positions for.
 
         Raises:
-            InputError: It names the row and the ``max_length`` to pass.
+            InputError: if there are any; the message names the row and the ``max_length`` to pass.
         """
         positions = getattr(self.module, "max_positions", None)
         if positions is not None and max(lengths, default=0) > positions:

@@ -100,7 +100,7 @@ class ChatData(TextDataModule):
         """The messages of a row, with the entries ``role`` and ``content``.
 
         Raises:
-            InputError: The value is not a list of messages.
+            InputError: if the value is not a list of messages.
         """
         try:
             found = [{"role": str(m[self.role]), "content": m[self.content].strip()} for m in value]

@@ -29,7 +29,7 @@ class ClassFolderData(LabelledData):
     targets = ("label",)
 
     def brings_splits(self) -> bool:
-        """False: every split is a folder of its own."""
+        """False, because every split has its own folder."""
         return False
 
     def where(self, split: str) -> str:
@@ -40,8 +40,8 @@ class ClassFolderData(LabelledData):
         """List the files of a split.
 
         Raises:
-            FileNotFoundError: The folder does not exist.
-            InputError: It has no folders of files.
+            FileNotFoundError: if the folder does not exist.
+            InputError: if it has no folders of files.
         """
         import datasets
 

@@ -40,7 +40,7 @@ class GenerationData(TextDataModule):
         **options: ``predict``, ``validation_fraction`` and ``group_by_length``, as for :class:`TextDataModule`.
 
     Raises:
-        InputError: ``template`` does not contain ``{prompt}``, or a row does not contain ``separator``.
+        InputError: if ``template`` does not contain ``{prompt}``, or a row does not contain ``separator``.
 
     Example::
 

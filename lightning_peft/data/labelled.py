@@ -30,7 +30,7 @@ class LabelledData(TableDataModule):
         """Find the labels (those that the module names, or else those of the training split), and check every split.
 
         Raises:
-            InputError: There is only one label, a row has none, or a split has one that never occurs in training.
+            InputError: if there is only one label, a row has none, or a split has one that never occurs in training.
         """
         if not len(self.labels) and stage != "predict":
             named = getattr(self.module, "hparams", {}).get("labels")

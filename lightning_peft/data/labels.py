@@ -19,7 +19,7 @@ def label_values(table: Dataset, column: str, where: str) -> list[Any]:
     """The labels of each row: one value, or a list of values. Numbers of a hub dataset become their names.
 
     Raises:
-        InputError: A row has no label, or a number that has no name.
+        InputError: if a row has no label, or a number that has no name.
     """
     import datasets
 
@@ -46,7 +46,7 @@ def find_labels(values: Iterable[Any], column: str, where: str) -> list[Any]:
     """The different labels in sorted order.
 
     Raises:
-        InputError: There is only one label, or the column holds numbers with fractions.
+        InputError: if there is only one label, or the column holds numbers with fractions.
     """
     labels = sorted(set(values), key=lambda value: (isinstance(value, str), value))
     fraction = next((value for value in labels if isinstance(value, float) and value != int(value)), None)
@@ -74,7 +74,7 @@ def number_of(value: Any, numbers: dict[str, int], split: str, row: int | None =
     """The number of a label.
 
     Raises:
-        InputError: The label does not occur in training.
+        InputError: if the label does not occur in training.
     """
     name = label_name(value)
     if name in numbers:

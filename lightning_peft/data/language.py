@@ -80,7 +80,7 @@ class LanguageModelData(TextDataModule):
         """Load the tokenizer.
 
         Raises:
-            InputError: ``mask`` is set, but the tokenizer has no mask token.
+            InputError: if ``mask`` is set, but the tokenizer has no mask token.
         """
         super().setup(stage)
         if self.mask is not None and self.tokenizer.mask_token_id is None:
@@ -107,7 +107,7 @@ class LanguageModelData(TextDataModule):
     def collate(self, examples: list[Example], split: str) -> dict[str, Tensor]:
         """``input_ids``, ``attention_mask``, ``labels``: ``(batch, longest)``; labels of -100 are ignored.
 
-        Texts that a causal model is to continue (``predict``) are padded on the left and have no labels.
+        Texts that a causal model should continue (``predict``) are padded on the left and have no labels.
         """
         if split == "predict" and self.mask is None:
             return self.pad(examples, "left")

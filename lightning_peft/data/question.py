@@ -55,7 +55,7 @@ class QuestionAnsweringData(TextDataModule):
         """An answer and the character at which it starts; ``("", -1)`` if there is none.
 
         Raises:
-            InputError: The context does not contain the answer.
+            InputError: if the context does not contain the answer.
         """
         if isinstance(value, Mapping):
             texts, starts = value.get("text") or [""], value.get("answer_start") or [-1]

@@ -32,8 +32,8 @@ def load_table(source: str, split: str) -> Dataset:
         split: The split to read from ``"demo"`` or a hub dataset; ignored for a file.
 
     Raises:
-        FileNotFoundError: ``source`` is written like a file path, but the file does not exist.
-        InputError: The file cannot be read or has no rows, its format is unknown, or the split is missing.
+        FileNotFoundError: if ``source`` is written like a file path, but the file does not exist.
+        InputError: if the file cannot be read or has no rows, its format is unknown, or the split is missing.
     """
     import datasets
 
@@ -49,7 +49,7 @@ def is_file(source: str) -> bool:
     """True if ``source`` is written like a file path instead of a dataset's name.
 
     Raises:
-        InputError: It is a path, but its format is not supported.
+        InputError: if it is a path, but its format is not supported.
     """
     if any(suffix in _FORMATS for suffix in Path(source).suffixes):
         return True
@@ -62,7 +62,7 @@ def check_columns(present: Sequence[str], wanted: Sequence[str], source: str, sp
     """Refuse a table that lacks a column.
 
     Raises:
-        InputError: It names the closest column, or says that the file seems to have no header.
+        InputError: if it does; the message names the closest column, or says that the file seems to have no header.
     """
     missing = [name for name in wanted if name not in present]
     if not missing:
@@ -81,7 +81,7 @@ def find_file(path: Path, shown: str | None = None) -> Path:
     """Return ``path`` if it exists.
 
     Raises:
-        FileNotFoundError: It does not; the error names the closest file of its folder.
+        FileNotFoundError: if it does not; the message names the closest file in its folder.
     """
     if not path.exists():
         near = nearest(path.name, [child.name for child in path.parent.glob("*")], n=1, cutoff=0.5)

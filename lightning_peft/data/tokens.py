@@ -69,7 +69,7 @@ class TokenClassificationData(LabelledData, TextDataModule):
         """The words of a row, as a list.
 
         Raises:
-            InputError: There are none.
+            InputError: if there are none.
         """
         words = value.split() if isinstance(value, str) else value
         if not words or not all(isinstance(word, str) for word in words):

@@ -41,8 +41,8 @@ class ImageData(L.LightningDataModule):
             alone. Batches then contain ``"adapters"``, a list of names for :func:`lightning_peft.rows`.
 
     Raises:
-        FileNotFoundError: A file does not exist.
-        InputError: An array is missing, or its shape or dtype is not as described above, or
+        FileNotFoundError: if a file does not exist.
+        InputError: if an array is missing, or its shape or dtype is not as described above, or
             a label is not one of the training file's classes.
     """
 

@@ -28,7 +28,7 @@ def load(split: str) -> list[dict[str, str]]:
         One dictionary per passage, in a fixed order.
 
     Raises:
-        ValueError: The split does not exist.
+        ValueError: if the split does not exist.
     """
     if split not in SPLITS:
         raise ValueError(f"the demo corpus has no split {split!r}; it has {', '.join(SPLITS)}.")

@@ -106,7 +106,7 @@ def import_checkpoint(
         ignore_options: Names of unknown options to ignore.
 
     Raises:
-        FormatError: as :func:`lightning_peft.load_adapter`, or if a head has another size than in the module.
+        FormatError: as :func:`lightning_peft.load_adapter`, or if the size of a head differs from the module's.
         StateError: as :func:`lightning_peft.load_adapter`.
     """
     files = read_files(directory)

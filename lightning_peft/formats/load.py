@@ -151,7 +151,7 @@ def _name_labels(root: nn.Module, files: AdapterFiles) -> None:
     if not isinstance(labels, list) or not labels or not all(isinstance(label, str) for label in labels):
         return
     named = label_names(config)
-    # Names of another number of outputs are those of a head that the adapter replaces.
+    # If the number of names differs, they belong to a head that the adapter replaces.
     if isinstance(config_value(config, "id2label"), dict) and (named is None or len(named) != len(labels)):
         config.id2label = dict(enumerate(labels))  # type: ignore[union-attr]
         config.label2id = {label: number for number, label in enumerate(labels)}  # type: ignore[union-attr]

@@ -5,8 +5,8 @@
 The update is parametrised like a singular value decomposition. A and B are kept nearly orthogonal by the loss term
 orth_reg_weight * (mean over all A and B of ||P P^T - I||_F). During training, the average number of triplets (row of A,
 entry of E, column of B) kept per matrix falls from init_r to target_r as a cubic function of the step: the entries of E
-of the least important ones in the whole model are set to zero. :mod:`lightning_peft.methods.shared.rank_allocation` has
-their importance. init_r (in + out + 1) parameters train per matrix.
+of the least important ones in the whole model are set to zero. :mod:`lightning_peft.methods.shared.rank_allocation`
+defines the importance. init_r (in + out + 1) parameters train per matrix.
 
 Zhang et al. 2023, "Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning", arXiv:2303.10512.
 """

@@ -52,7 +52,8 @@ class GradualUnfreezing(SelectionMethod):
         every: number of epochs (or steps) between two blocks, if ``schedule`` is None. All blocks unfreeze, and finally
             the layers before the first block (embeddings).
         schedule: time at which each block unfreezes, from the output down, counted from 0: ``[1, 2, 2]`` unfreezes the
-            last block after one epoch and the two before it after two. Blocks beyond the list stay frozen.
+            last block after one epoch, and the two blocks before it after two epochs. Blocks beyond the list stay
+            frozen.
         unit: unit of these times: ``"epoch"``, or ``"step"`` (an optimizer step).
         targets: ``"blocks"`` (the repeated blocks found in the model), or patterns of modules to unfreeze instead, from
             the last one in the model to the first.
@@ -113,7 +114,7 @@ class GradualUnfreezing(SelectionMethod):
             found = depths(model, self.trainable_modules(model))
             lowest = [name for name, depth in found.items() if depth == len(stages) + 1]
             stages |= {"before the first block": lowest} if lowest else {}
-        # The record has the names at injection; a part that was compiled since has others.
+        # The record has the names at injection, which differ in parts that were compiled since.
         return {k: [canonical(n) for n in names if not excluded(owner_of(n))] for k, names in stages.items()}
 
     def times(self, model: nn.Module) -> list[int]:

@@ -72,8 +72,8 @@ class HiRAAdapter(WeightAdapter):
 class HiRA(RankOnlyMethod):
     """A low-rank matrix that scales every element of the weight, an update of high rank (ICLR 2025).
 
-    Choose it when LoRA's rank is the limit and the base is strong: it refines what each weight does, at LoRA's number
-    of parameters. It costs a full-size update matrix in every training step, and needs a learning rate about ten times
+    Choose it when LoRA is limited by its rank and the base is strong: it rescales every weight, at LoRA's number of
+    parameters. It costs a full-size update matrix in every training step, and needs a learning rate about ten times
     LoRA's. Merged, it costs nothing.
 
     Args:

@@ -79,8 +79,9 @@ class LoHaAdapter(RankDropAdapter):
 class LoHa(RowDropMethod):
     """The elementwise product of two low-rank matrices as the update, with rank up to r^2 (arXiv:2108.06098).
 
-    Choose it for image models, or when LoRA's rank is the limit: it reaches rank r^2 with the parameter count of LoRA
-    at rank 2 r. It costs a full-size update matrix in every training step, which LoRA avoids. Merged, it costs nothing.
+    Choose it for image models, or when LoRA is limited by its rank: it reaches rank r^2 with the parameter count of
+    LoRA at rank 2 r. It costs a full-size update matrix in every training step, which LoRA avoids. Merged, it costs
+    nothing.
 
     Args:
         r: rank of each factor; 2 r (in + out) parameters train per matrix.

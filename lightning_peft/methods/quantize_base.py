@@ -1,9 +1,9 @@
-"""Quantise the frozen base at the moment of injection: QLoRA and its kin.
+"""Quantise the frozen base at the moment of injection: QLoRA and related methods.
 
     y = dequantise(W_q) x + s B A x
 
 The weights of linear layers are stored in 4 or 8 bits per value, in blocks with a scale each; adapters train in float32
-beside them. NF4 uses the quantiles of a normal distribution as its 16 values.
+next to them. NF4 uses the quantiles of a normal distribution as its 16 values.
 
 Dettmers et al. 2023, "QLoRA: Efficient Finetuning of Quantized LLMs", arXiv:2305.14314. LLM.int8: Dettmers et al. 2022,
 arXiv:2208.07339.
@@ -52,7 +52,7 @@ class QuantizeBase(Declared, Callback):
 
     Raises:
         ValueError: if the backend does not have this kind or option, or is not installed.
-        TargetError: if a pattern matches nothing, or a layer that is not an ``nn.Linear`` of its own.
+        TargetError: if a pattern matches nothing, or a layer that is not a plain ``nn.Linear`` with its own weight.
 
     Example::
 

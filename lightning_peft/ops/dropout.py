@@ -31,7 +31,7 @@ def dropped(project: Project, x: Tensor, weight: Tensor, p: float, keep: Tensor 
     """Return ``project(dropout(x, p), weight)`` for a ``project`` that is linear in its first argument.
 
     Args:
-        project: a function of the input and the weight. Other functions than ``F.linear`` are called again in backward.
+        project: a function of the input and the weight. Functions other than ``F.linear`` are called again in backward.
         x: the input, of any shape.
         weight: the weight of the projection.
         p: the probability of zeroing an element, in [0, 1).

@@ -1,4 +1,5 @@
-"""Generate many texts at once, each with its own adapter; a text joins the batch when it comes and leaves at its end.
+"""Generate many texts at once, each with its own adapter; a text joins the batch when it arrives, and leaves when it is
+complete.
 
 Texts that run together form a batch with one key-value cache (:mod:`~lightning_peft.serving.joined_cache`). One step
 gives every text its next token. New texts are first run by themselves, as one batch, and then joined with the others.
@@ -90,7 +91,7 @@ class Generator:
     def step(self) -> list[tuple[GeneratedText, str]]:
         """Give each text its next token, and return the new part of each.
 
-        A text that has ended has its ``finish`` set, and is no longer part of the next step.
+        A text that has ended has its ``finish`` set, and is not part of the next step.
         """
         self._drop_ended()
         new: list[tuple[GeneratedText, str]] = []
@@ -137,7 +138,7 @@ class Generator:
         return self._forward(ids, mask, cache)
 
     def _forward(self, ids: Tensor, mask: Tensor, cache: Any) -> tuple[Tensor, Any]:
-        """Run tokens (rows, new) after a cache. Returns the logits (rows, vocabulary) of the last, and the cache."""
+        """Run new tokens (rows, new) after a cache; return the logits (rows, vocabulary) of the last, and the cache."""
         given: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": True, "return_dict": True}
         if "position_ids" in self._takes:
             given["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
@@ -192,5 +193,5 @@ class Generator:
         allowed = 0.01 if torch.finfo(alone.dtype).bits >= 32 else 0.1
         if float((joined - alone).norm() / alone.norm().clamp_min(1e-30)) <= allowed:
             return True
-        _LOG.warning("%s computes something else in a padded batch: texts run one by one", type(self.network).__name__)
+        _LOG.warning("%s gives different outputs in a padded batch: texts run one by one", type(self.network).__name__)
         return False

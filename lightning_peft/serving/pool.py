@@ -38,7 +38,7 @@ class AdapterFolder:
         path: the folder.
 
     Raises:
-        FileNotFoundError: it does not exist, or it is an adapter directory itself.
+        FileNotFoundError: if it does not exist, or it is an adapter directory itself.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -112,7 +112,7 @@ class AdapterPool:
         model: the base model; adapters are loaded onto it, frozen.
         folder: the adapters.
         max_bytes: how much memory adapters may take; None sets no limit. Adapters in use are never dropped.
-        before_change: called before an adapter is loaded or deleted, to leave contexts such as ``lp.rows``.
+        before_change: called before an adapter is loaded or deleted, to exit contexts such as ``lp.rows``.
     """
 
     def __init__(
@@ -141,7 +141,7 @@ class AdapterPool:
 
         Raises:
             RequestError: 404, if there is none of that name; 500, if its files are invalid; 503, if it does not fit
-                into memory beside the adapters in use.
+                into memory together with the adapters in use.
         """
         folder, version = self.folder.find(name)
         loaded = self._current.get(name)
@@ -192,7 +192,7 @@ class AdapterPool:
                 return
             self._retire(self._current.pop(other.name))
         if self.nbytes + expected > self.max_bytes:
-            raise RequestError(503, "the memory for adapters is full of adapters in use: try again", retry_after=1)
+            raise RequestError(503, "all memory for adapters is taken by adapters in use: try again", retry_after=1)
 
     def _retire(self, loaded: Loaded) -> None:
         if loaded.users:

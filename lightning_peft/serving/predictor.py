@@ -22,7 +22,7 @@ class Inputs(Protocol):
         """Return the batch for ``predict_step``, one row for each input.
 
         Raises:
-            RequestError: an input is not usable.
+            RequestError: if an input is not usable.
         """
 
     def answers(self, output: Any, batch: Any, count: int) -> list[Any]:
@@ -30,7 +30,7 @@ class Inputs(Protocol):
 
 
 class DataInputs:
-    """For a module with a DataModule that prepares its rows: an input is a row, an object with the columns' values.
+    """For a module whose DataModule prepares its rows: an input is a row, given as an object with the columns' values.
 
     If the data needs only one column, an input may be its value alone. An answer has the columns that ``lightning-peft
     predict`` writes.
@@ -125,7 +125,8 @@ class Predictor:
 
 
 def _check_indices(embedding: nn.Embedding, args: tuple[Any, ...]) -> None:
-    # On a GPU, one number out of range would stop the process and all its requests: CUDA cannot go on after it.
+    # On a GPU, one number out of range would stop the process and all its requests: CUDA cannot continue after such an
+    # error.
     if args and isinstance(args[0], Tensor) and args[0].numel():
         low, high = (int(end) for end in args[0].aminmax())
         if low < 0 or high >= embedding.num_embeddings:

@@ -187,8 +187,8 @@ def serve(
         limits: the limits for each request and for the queue.
 
     Raises:
-        FileNotFoundError: the folder of adapters does not exist.
-        RuntimeError: the model cannot be built; the message says why.
+        FileNotFoundError: if the folder of adapters does not exist.
+        RuntimeError: if the model cannot be built; the message says why.
     """
     folder, limits = AdapterFolder(adapters), limits or Limits()
     api = _API(build, folder, Routes(folder, base, limits), _Options(max_batch_size, max_memory, api_key))

@@ -94,7 +94,7 @@ class Task(L.LightningModule):
         """Check before training that callbacks monitor metrics that the task logs.
 
         Raises:
-            InputError: A callback monitors another name.
+            InputError: if a callback monitors a name that is not logged.
         """
         logged = {f"{part}/{name}" for part in ("val", "test") for name in ("loss", *self.logged())} | {"train/loss"}
         for callback in self.trainer.callbacks if stage == "fit" else ():  # type: ignore[attr-defined]
@@ -188,7 +188,7 @@ class Classifier(Task):
         """Create the network and the metrics in ``__init__``.
 
         Raises:
-            InputError: ``labels`` and ``num_labels`` differ in number.
+            InputError: if ``labels`` and ``num_labels`` differ in number.
         """
         if labels and num_labels is not None and len(labels) != num_labels:
             raise InputError(f"{self.number_name}={num_labels}, but labels names {len(labels)}: pass only labels.")
@@ -219,7 +219,8 @@ class Classifier(Task):
         """Take the labels from the data.
 
         Raises:
-            InputError: The user gave another number of labels, or adapters were applied before the number was known.
+            InputError: if the user gave a different number of labels, or adapters were applied before the number was
+                known.
         """
         super().setup(stage)
         data = getattr(self.trainer, "datamodule", None)

@@ -59,7 +59,7 @@ class TextEmbedder(Task):
 
     @property
     def fresh_modules(self) -> list[str]:
-        """None: embeddings are a mean over tokens, so a pooling layer without weights is not used."""
+        """None, because embeddings are a mean over tokens, so a pooling layer without weights is not used."""
         return []
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, **inputs: Tensor) -> Tensor:

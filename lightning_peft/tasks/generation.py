@@ -43,7 +43,7 @@ class Generator(Task):
         """Check before training that the data is for this kind of model.
 
         Raises:
-            InputError: The data is for another one.
+            InputError: if it is not.
         """
         super().setup(stage)
         data: Any = getattr(self.trainer, "datamodule", None)
@@ -88,8 +88,8 @@ class Generator(Task):
             The new text of each prompt, without special tokens.
 
         Raises:
-            InputError: A prompt leaves no position for a new token.
-            RowError: The adapters are invalid, as for :func:`lightning_peft.rows`.
+            InputError: if a prompt leaves no position for a new token.
+            RowError: if the adapters are invalid, as for :func:`lightning_peft.rows`.
         """
         batch = self.tokenizer(prompts, return_tensors="pt", padding=True, padding_side=self._side()).to(self.device)
         return self.write(batch["input_ids"], batch["attention_mask"], max_new_tokens, adapters, **options)

@@ -70,14 +70,16 @@ class LanguageModel(Generator):
             raise InputError(f"objective={self.objective!r} is unknown: pass 'causal' or 'masked'.")
         self.model = load_model(auto[self.objective], model, pretrained, dtype)
         if self.objective == "masked" and (texts := [*filter(TEXT.__contains__, self.metrics)] or self.samples):
-            raise InputError(f"a masked language model writes no texts, as {texts!r} needs: use a causal model.")
+            raise InputError(
+                f"a masked language model does not write texts, which {texts!r} needs: use a causal model."
+            )
         self.build_metrics()
 
     def setup(self, stage: str) -> None:
         """Check that the data matches the objective: it masks tokens if and only if the model predicts masked tokens.
 
         Raises:
-            InputError: The data is for the other objective.
+            InputError: if the data is for the other objective.
         """
         super().setup(stage)
         data: Any = getattr(self.trainer, "datamodule", None)
@@ -164,7 +166,7 @@ class LanguageModel(Generator):
         """Continue texts with a causal model; see :meth:`Generator.generate`.
 
         Raises:
-            ValueError: The objective is masked.
+            ValueError: if the objective is masked.
         """
         if self.objective != "causal":
             raise InputError("a masked language model cannot continue texts: generate needs objective='causal'.")

@@ -20,7 +20,7 @@ def adamw(module: L.LightningModule, lr: float, weight_decay: float, warmup: flo
         warmup: The fraction of all steps during which the rate rises from 0 to ``lr``; it then falls linearly to 0.
 
     Raises:
-        ValueError: No parameter of ``module`` requires a gradient.
+        ValueError: if no parameter of ``module`` requires a gradient.
     """
     trainable = [p for p in module.parameters() if p.requires_grad]
     if not trainable:

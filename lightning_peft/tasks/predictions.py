@@ -32,7 +32,7 @@ class PredictionWriter(BasePredictionWriter):
             ``predictions.csv``, or ``predictions.safetensors`` if the task predicts embeddings.
 
     Raises:
-        InputError: The ending is another one.
+        InputError: if the path has a different ending.
 
     Example::
 

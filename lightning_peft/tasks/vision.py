@@ -40,8 +40,8 @@ class ImageClassifier(Classifier):
         metrics: ``acc``, ``f1``, ``precision``, ``recall``, ``auroc`` and ``mcc``; ``acc`` by default.
 
     Raises:
-        InputError: ``network`` cannot be imported or does not return an ``nn.Module``, or ``weights`` do not fit it.
-        FileNotFoundError: The file ``weights`` does not exist.
+        InputError: if ``network`` cannot be imported or does not return an ``nn.Module``, or ``weights`` do not fit it.
+        FileNotFoundError: if the file ``weights`` does not exist.
 
     Example::
 

@@ -26,8 +26,8 @@ class CallAudit:
     only if its module is called. If the module's weight is read but the module is not called, a parent computes with
     the weight directly and bypasses the adapter. A module with neither is not used by this batch.
 
-    Code that gets the stored weight by another way than an attribute bypasses weight adapters too; :class:`RawReads`
-    finds it.
+    Code that gets the stored weight without reading the attribute bypasses weight adapters too; :class:`RawReads` finds
+    it.
 
     This swaps classes instead of registering hooks, because some modules (nn.TransformerEncoderLayer, for example)
     take another code path if hooks are present.

@@ -14,7 +14,7 @@ __all__ = ["create_lazy_parameters"]
 
 
 def create_lazy_parameters(module: L.LightningModule) -> None:
-    """Run ``example_input_array`` through the forward of a module with lazy modules; do nothing without either.
+    """Run ``example_input_array`` through the forward of a module with lazy modules; without both, do nothing.
 
     The forward runs in evaluation mode and without gradients. Buffers, modes and random numbers stay as they are.
 

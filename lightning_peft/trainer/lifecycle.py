@@ -164,7 +164,7 @@ class Lifecycle(Callback):
             self._watched.add(stage)  # later batches need not check again
         else:
             # Under a function mode, torch leaves fast paths (nn.MultiheadAttention in eval mode), so gradients may be
-            # rounded in another way. A resumed run would differ from the uninterrupted one, which is not watched there.
+            # rounded differently. A resumed run would differ from the uninterrupted one, which is not watched there.
             resumed = stage == "training" and getattr(module.trainer, "ckpt_path", None) is not None
             self._calls = CallAudit(module, operations=not resumed)
 

@@ -36,7 +36,7 @@ def load_from_checkpoint(
     """Build the module, inject the checkpoint's adapters and load the trainable state.
 
     ``module_class`` builds the base with the saved hyperparameters: ``__init__``, ``configure_model``, and
-    ``setup("predict")`` if the layers do not exist before. A saved hyperparameter that names code (a class path, or a
+    ``setup("predict")`` if the layers do not exist earlier. A saved hyperparameter that names code (a class path, or a
     value for an argument that takes objects) is never used: pass it as an argument.
 
     Args:

@@ -35,7 +35,7 @@ def configured(module: nn.Module, configure: Callable[[], Any]) -> Any:
         record = injection_state(module)
         if record is None:
             raise
-        # Without adapters, the code must find the parameters trainable that were so before the methods froze them.
+        # For this run, make the parameters trainable that were trainable before the methods froze them.
         inner = injected_module(module)
         trained = [p for n, p in inner.named_parameters() if canonical(n) in record.trained_before]
         try:
@@ -133,7 +133,9 @@ def drop_frozen(optimizers: Sequence[Optimizer], module: nn.Module) -> None:
             rank_zero_info(f"{kind}: {len(dropped)} frozen parameters were left out: {which}")
         which = listed(names.get(id(p), "unnamed") for p in emptied)
         if not any(group["params"] for group in optimizer.param_groups):
-            empty.append(f"optimizer {index} ({kind}) has nothing to train, since all of it is frozen: {which}")
+            empty.append(
+                f"optimizer {index} ({kind}) has nothing to train, since all its parameters are frozen: {which}"
+            )
         elif emptied:
             rank_zero_warn(
                 f"{kind} has an empty parameter group, because all its parameters are frozen: {which}. To train them, "

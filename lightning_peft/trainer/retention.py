@@ -1,8 +1,9 @@
-"""Measure during a run how far the adapted model has moved from its base on data of the base's own kind.
+"""Measure during a run how far the adapted model has moved from its base on data like those that the base was trained
+on.
 
     kl = mean over positions of KL(p_base || p_adapted) = sum_y p_base(y) (log p_base(y) - log p_adapted(y)),  in nats
 
-Positions are the rows of a classifier, and of a sequence the tokens whose label is not ignored.
+For a classifier, positions are the rows; for a sequence, they are the tokens whose label is not ignored.
 
 The base is the same model with its adapters disabled, so no second copy is in memory. If a method trains parameters of
 the base in place (a head, biases, everything), disabling adapters does not restore them. The base's outputs are then
@@ -39,32 +40,33 @@ class Retention(Callback):
     """Logs how far the adapted model diverges from its base on held-back data, and can stop the run at a limit.
 
     Logs ``retention/kl`` (or ``retention/cosine``) at the end of validations, and at the end of the training. If the
-    batches have labels, also ``retention/loss``, and ``retention/loss_change``, its difference from the base's loss.
-    Callbacks may monitor these names. The measurement does not change the run: it restores modes and random states.
+    batches have labels, it also logs ``retention/loss``, and its difference from the base's loss as
+    ``retention/loss_change``. Callbacks may monitor these names. The measurement does not change the run: it restores
+    modes and random states.
 
     Args:
-        data: data of the kind that the base was trained on: a LightningDataModule, of which the validation data are
-            used, an iterable of batches such as a DataLoader, or for YAML ``class_path`` and ``init_args`` of a
+        data: data of the kind that the base was trained on: a LightningDataModule (its validation data are used), an
+            iterable of batches such as a DataLoader, or, in YAML, ``class_path`` and ``init_args`` of a
             LightningDataModule.
         batches: the number of batches that are measured.
         every_n_validations: measure at the end of every n-th validation.
         limit: stop the run if the divergence is above this. None never stops it.
         distance: ``"kl"`` compares distributions over classes or tokens; ``"cosine"`` compares features, as 1 minus
             the cosine of base and adapted features.
-        forward_fn: called with the module and a batch on the module's device; returns logits ``(..., classes)`` or,
-            for ``"cosine"``, features ``(..., width)``. By default, the tasks of this package compute a batch as in
+        forward_fn: called with the module and a batch on the module's device; returns logits ``(..., classes)`` or, for
+            ``"cosine"``, features ``(..., width)``. By default, the tasks of this package compute a batch as in
             validation. Other modules are called with a mapping as keyword arguments (without ``labels`` if the forward
-            does not take them), or with the first entry of a tuple, whose second entry are labels; the output is a
-            tensor or has ``logits``.
+            does not take them), or with the first entry of a tuple, whose second entry holds the labels; the output
+            must be a tensor or have ``logits``.
 
     Attributes:
         last: the values of the last measurement, by name without ``retention/``.
 
     Raises:
-        MisconfigurationException: when a fit starts: there are no batches; the output is not a tensor of at least two
-            logits per position; or the module's head has no pretrained weights, so that the base has no distribution to
-            keep, and no ``forward_fn`` is given.
-        ValueError: an argument is not valid.
+        MisconfigurationException: when a fit starts, if there are no batches; if the output is not a tensor of at least
+            two logits per position; or if the module's head has no pretrained weights, so that the base has no
+            distribution to keep, and no ``forward_fn`` is given.
+        ValueError: if an argument is not valid.
 
     Example::
 
@@ -96,7 +98,7 @@ class Retention(Callback):
         self.limit, self.distance, self.forward_fn = limit, distance, forward_fn
         self.last: dict[str, float] = {}
         self._batches: list[Any] = []
-        self._kept: list[Tensor] | None = None  # the base's outputs, if adapters alone do not separate it
+        self._kept: list[Tensor] | None = None  # the base's outputs, if disabling adapters does not restore the base
         self._base_loss: float | None = None
         self._validations = 0
         self._measured_at = -1
@@ -125,7 +127,7 @@ class Retention(Callback):
         """Refuse a base that has no distribution to retain.
 
         Raises:
-            MisconfigurationException: a head has no pretrained weights, and there is no ``forward_fn``.
+            MisconfigurationException: if a head has no pretrained weights, and there is no ``forward_fn``.
         """
         fresh = list(getattr(module, "fresh_modules", ()))
         if fresh and self.forward_fn is None:
@@ -180,7 +182,8 @@ class Retention(Callback):
             trainer.should_stop = True
             rank_zero_warn(
                 f"Retention: retention/{self.distance} is {value:.4g} at step {trainer.global_step}, above "
-                f"limit={self.limit:g}, so the run stops. A lower learning rate or rank diverges less"
+                f"limit={self.limit:g}, so the run stops. Use a lower learning rate or rank to stay closer to the "
+                f"base"
             )
         return dict(self.last)
 
@@ -216,7 +219,7 @@ def build_data(config: Mapping[str, Any]) -> L.LightningDataModule:
     """Build a DataModule from ``class_path`` and ``init_args``, as LightningCLI does.
 
     Raises:
-        ValueError: the class does not exist, or an argument does not fit it.
+        ValueError: if the class does not exist, or an argument does not fit it.
     """
     import jsonargparse
 

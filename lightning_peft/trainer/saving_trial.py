@@ -1,4 +1,4 @@
-"""Try out saving when a fit starts, so that an error does not appear only after training.
+"""Try out saving when a fit starts, so that errors appear before training instead of after it.
 
 Nothing is written, no tensor is copied, and no value of the base is read.
 """

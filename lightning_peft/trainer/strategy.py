@@ -127,7 +127,9 @@ def adapt_strategy(trainer: L.Trainer, loaders: TrainingLoaders) -> None:
         start()
         finish_epoch(trainer)
 
-    def teardown() -> None:  # runs after every run; after an exception, it runs after callbacks that save on one
+    def teardown() -> (
+        None
+    ):  # called at the end of every run; after an exception, later than the callbacks that save a checkpoint then
         loaders.release(trainer)
         end()
 

@@ -50,7 +50,9 @@ class ZeroGradientAudit:
     def __init__(self, model: nn.Module, steps: int = 4) -> None:
         self.model, self.steps = model, steps
         self.groups = list(_groups(model))
-        self._stacks = list(stacks(model).values())  # once: to walk through all modules takes longer than the check
+        self._stacks = list(
+            stacks(model).values()
+        )  # computed once, because walking through all modules takes longer than the check
         self._moved = False
         self._largest: list[Tensor] = []  # per step: the largest gradient of each group, NaN if the step does not count
 
@@ -58,7 +60,8 @@ class ZeroGradientAudit:
         """Record the gradients before one step of ``optimizer``, and report after enough steps.
 
         Raises:
-            AuditError: if a group had zero gradients throughout, unless the method's ``audit`` is lower.
+            AuditError: if a group had zero gradients throughout, unless the method's ``audit`` is ``"warn"`` or
+                ``"off"``.
         """
         if not self.groups:
             return

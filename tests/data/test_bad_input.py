@@ -134,7 +134,7 @@ def test_unknown_metrics():
         InputError, match=r"TextClassifier has no metric 'precison' \(did you mean 'precision'\?\); it has acc, "
     ):
         TextClassifier("demo", metrics=["precison"])
-    with pytest.raises(InputError, match="a masked language model writes no texts"):
+    with pytest.raises(InputError, match="a masked language model does not write texts"):
         LanguageModel("demo", metrics=["bleu"])
     stop = L.pytorch.callbacks.EarlyStopping("val/accuracy")
     with pytest.raises(InputError, match=r"EarlyStopping monitors 'val/accuracy' \(did you mean 'val/acc'\?\), but"):

@@ -209,7 +209,7 @@ def test_one_of_two_optimizers_may_be_left_empty(plugins: list[Any], tmp_path: P
     assert not torch.equal(module.head.weight, before)
     said = [str(w.message) for w in caught if "optimizer" in str(w.message)]
     assert [text.partition(" (")[0] for text in said] == ["optimizer 0"]  # and no warning about the order of schedulers
-    assert "(Adam) has nothing to train, since all of it is frozen: tokens.weight, norm.weight" in said[0]
+    assert "(Adam) has nothing to train, since all its parameters are frozen: tokens.weight, norm.weight" in said[0]
 
 
 def test_optimizers_that_are_all_left_empty(tmp_path: Path):

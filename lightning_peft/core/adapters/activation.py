@@ -43,7 +43,7 @@ class ActivationAdapter(Adapter):
         lp.apply(model, Gate(targets=["v_proj"]))
     """
 
-    #: True if ``x`` must be the input of the sub-layer even when another module than the host receives it
+    #: True if ``x`` must be the sub-layer's input even when a module other than the host receives it
     reads_input = False
 
     #: whether :meth:`run` is the module's forward followed by :meth:`after`
@@ -70,7 +70,7 @@ class ActivationAdapter(Adapter):
         return with_hidden_state(output, self.after(host, y if x is None else x, y))
 
     def reads(self, args: tuple, kwargs: Mapping[str, Any]) -> Tensor | None:
-        """Return the sub-layer's input, in a call of the host; None if there is none."""
+        """Return the sub-layer's input for a call of the host; None if there is none."""
         return self.captures[0].take() if self.captures else first_tensor(args, kwargs)
 
     def after(self, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:

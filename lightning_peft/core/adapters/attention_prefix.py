@@ -2,7 +2,7 @@
 
 Models compute keys and values in many ways, but most end in ``scaled_dot_product_attention`` or
 ``multi_head_attention_forward``. A ``TorchFunctionMode`` intercepts these calls while the module runs, whatever name
-they were imported under, and adds the prefix. It has advantages over patching the functions in ``torch``:
+they were imported under, and adds the prefix. This has three advantages over patching the functions in ``torch``:
 
 * it applies to one thread only, so other replicas and recomputations under gradient checkpointing are unaffected;
 * it disables the inference fast path of ``nn.MultiheadAttention``, which would skip the Python call;
@@ -33,7 +33,7 @@ from lightning_peft.core.targeting.attention_sites import EAGER
 __all__ = ["AttentionError", "KeysAndValues", "call_with_prefix", "mask_columns"]
 
 
-#: sequence length from which causal attention to a prefix avoids a mask; below, the mask is cheaper
+#: from this sequence length on, causal attention to a prefix avoids a mask; for shorter sequences, a mask is cheaper
 LONG = 256
 
 
@@ -86,7 +86,7 @@ def call_with_prefix(host: Any, prefix: KeysAndValues, call: Callable[..., Any],
         _CALLS.modes = before
         if eager:
             _route(host, -1)
-    if not mode.calls:  # the output would be that of the base, without an error
+    if not mode.calls:  # without this check, the output would silently be that of the base
         raise AttentionError(
             f"{original_class(host).__name__} ran without calling scaled_dot_product_attention, "
             "multi_head_attention_forward or a transformers attention function, so its prefix was not used: exclude "
@@ -155,8 +155,8 @@ def _sdpa(
     if prefix.extends and is_causal and not dropout_p and LONG <= query.shape[-2] == key.shape[-2]:
         keys, values, mask = prefix.extend(key, value, None)
         if mask is None:
-            # Queries for the prefix, whose outputs are dropped, keep the flag correct: a mask would take memory and
-            # time that grow with the square of the length.
+            # With extra queries for the prefix, whose outputs are dropped, the flag is correct. A mask would take
+            # memory and time quadratic in the length.
             extra = keys.shape[-2] - key.shape[-2]
             longer = F.pad(query, (0, 0, extra, 0))
             out = F.scaled_dot_product_attention(
@@ -253,7 +253,9 @@ def _multi_head(
 
 
 def _joined_mask(attn_mask: Tensor | None, key_padding_mask: Tensor | None, q: Tensor, source: int) -> Tensor | None:
-    """Both masks as one that is added to the scores of ``q`` (batch, heads, length, width); None if there is none."""
+    """Combine both masks into one to add to the scores of ``q`` (batch, heads, length, width); None if there is
+    none.
+    """
     batch, num_heads, length, _ = q.shape
     mask = _additive(attn_mask, q)
     if mask is not None and mask.ndim == 3:
@@ -268,7 +270,7 @@ def _joined_mask(attn_mask: Tensor | None, key_padding_mask: Tensor | None, q: T
 def _attend(
     q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, dropout_p: float, need_weights: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """The output of an attention, and its weights if they are needed."""
+    """Compute attention; return its output, and the attention weights if they are needed."""
     if not need_weights:
         return F.scaled_dot_product_attention(q, keys, values, mask, dropout_p), None
     scores = (q * (1 / math.sqrt(q.shape[-1]))) @ keys.transpose(-2, -1)
@@ -322,7 +324,7 @@ class _PrefixedConfig:
 
 
 def _route(host: Any, users: int) -> None:
-    """Count the calls of ``host`` in progress; during any, replace its configuration by a :class:`_PrefixedConfig`."""
+    """Replace the configuration of ``host`` by a :class:`_PrefixedConfig` while any thread is calling it."""
     if torch.compiler.is_compiling():  # torch.compile cannot trace a lock
         return _count(host, users)
     with _LOCK:
@@ -362,7 +364,7 @@ def _around_eager(
     **kwargs: Any,
 ) -> Any:
     keys, values, mask = prefix.extend(key, value, attention_mask)
-    if kwargs.get("position_bias") is not None:  # the prefix has no distance to the queries, so its bias is zero
+    if kwargs.get("position_bias") is not None:  # a prefix has no position relative to the queries, so its bias is zero
         kwargs["position_bias"] = F.pad(kwargs["position_bias"], (keys.shape[-2] - key.shape[-2], 0))
     out, weights = call(query, keys, values, mask, **kwargs)
     scale = _scale(query, kwargs.get("scaling"))

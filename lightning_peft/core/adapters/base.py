@@ -35,13 +35,13 @@ class Adapter(nn.Module):
                 return y + 0.01 * torch.randn_like(y) if self.training else y
     """
 
-    #: errors raised in the forward of a host that the adapter does not fit; a trial before injection looks for these
+    #: errors that the host's forward raises if the adapter does not fit; the trial before injection catches these
     misfit_errors: ClassVar[tuple[type[Exception], ...]] = ()
     #: True if the adapter never changes the module's output
     is_passthrough: ClassVar[bool] = False
     #: True if the adapter gets no gradient from a batch that lacks certain tokens
     needs_its_tokens: ClassVar[bool] = False
-    #: the tensors that carry the adapter's effect, each with the value at which it has none; see :func:`lp.scale`
+    #: the tensors that determine the adapter's effect, each with its value for no effect; see :func:`lp.scale`
     neutral: ClassVar[Mapping[str, float] | None] = None
     #: why an adapter without ``neutral`` cannot be scaled
     unscalable: ClassVar[str] = (
@@ -77,8 +77,7 @@ class Adapter(nn.Module):
 
     @property
     def needs_input(self) -> str | None:
-        """What the adapter does to the host's input in training that no weight can express, such as ``"dropout"``; else
-        None."""
+        """An operation on the host's input in training that no weight can express, such as ``"dropout"``; else None."""
         return next((what for part in self.weights().values() if (what := part.needs_input) is not None), None)
 
     @property
@@ -143,11 +142,11 @@ def _empties(fn: Callable[[Tensor], Tensor]) -> bool:
 
 
 def derive_flags(cls: type, rules: Mapping[str, Mapping[str, bool | None]]) -> None:
-    """Set class attributes that describe how some methods work together, whichever class overrides one of them.
+    """Set class attributes that state how methods relate, according to which class overrides which method.
 
-    A flag that a class states in its own body holds for it. Otherwise the first class in the method resolution order
-    that states the flag or has one of its methods decides, so an override never inherits a statement about the method
-    that it replaces.
+    A flag that is set in the class body is kept. Otherwise the first class in the method resolution order that sets the
+    flag or defines one of its methods decides, so an override never inherits a flag that described the method it
+    replaces.
 
     Args:
         cls: a new class.
@@ -280,7 +279,7 @@ class WeightGroup(Adapter):
         super().__init__()
         for parameter, adapter in adapters.items():
             key = parameter.removesuffix(".weight")
-            # A parameter may be called like a method of this class, such as 'weights' or 'run'.
+            # A parameter may have the name of a method of this class, such as 'weights' or 'run'.
             self.add_module(f"{key}_" if hasattr(self, key) else key, adapter)
 
     @property

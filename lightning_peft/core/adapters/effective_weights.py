@@ -40,7 +40,7 @@ def effective_weights(
         host: the module that owns the parameters.
         adapters: the adapters, applied one after the other.
         dtype: the dtype to compute in and return. By default, the dtype in which each parameter is stored.
-        only: return only values that are read through this attribute of the host. By default, all that change.
+        only: return only values that are read through this attribute of the host. By default, all values that change.
 
     Returns:
         Tensors by parameter name, in their stored shapes.
@@ -72,8 +72,8 @@ def effective_weights(
                 # A sparse embedding produces a sparse gradient, which the operations of ``transform`` cannot take.
                 sparse = getattr(host, "sparse", False) is True
                 now[parameter] = dense_gradient(weight) if sparse else weight
-            # A method that scales or shifts the output changes the bias too. It starts from the bias after earlier
-            # adapters, and may add one to a layer without.
+            # A method that scales or shifts the output changes the bias too. It starts from the bias that earlier
+            # adapters computed, and may add a bias to a layer that has none.
             if parameter in BIASES and part.changes_bias and wanted(BIASES[parameter]):
                 with distributed_like(stored, part):
                     bias = part.transform_bias(current(BIASES[parameter]))
@@ -85,7 +85,7 @@ def effective_weights(
 def lost_input(adapters: Sequence[Adapter]) -> str | None:
     """Return why ``adapters``, in this order on one module, cannot train together; None if they can.
 
-    An adapter that modifies the weight forces those before it to be applied to the weight as well. Dropout acts on the
+    If an adapter modifies the weight, the adapters before it must be applied to the weight too. Dropout acts on the
     layer's input, so it cannot be applied there.
     """
     later = None  # the adapter after ``adapter`` that modifies the weight
@@ -102,7 +102,7 @@ def lost_input(adapters: Sequence[Adapter]) -> str | None:
 
 
 def values_before(host: nn.Module, adapter: Adapter, *names: str) -> list[Tensor | None]:
-    """Return parameters of the host as they are after the adapters that run before ``adapter``; None if there is none.
+    """Return the host's parameters after the adapters that run before ``adapter``; None if no adapter runs before it.
 
     An :meth:`WeightAdapter.output` that depends on the weight reads it here, so that it equals ``transform``.
     """

@@ -1,14 +1,14 @@
 """Find computations with stored parameters that bypass the adapters on them.
 
 Code that reads a parameter as an attribute of its module gets the adapted value (see ``reads``). Code that gets the
-parameter by another way (``named_parameters()``, ``_parameters``, a list made in ``__init__``) computes with the stored
+parameter in another way (``named_parameters()``, ``_parameters``, a list made in ``__init__``) computes with the stored
 value: the adapter has no effect there, and merging changes the output. Nothing can replace the value in such code, but
 a ``TorchFunctionMode`` sees each operation that uses it.
 
 Not everything that uses a stored parameter bypasses an adapter. The forward of its module does not, because adapters
 run around it. A penalty on weights, a moving average or ``x.to(weight)`` does not apply the parameter to the batch. So
-only operations that combine a stored parameter, or a value made from nothing but parameters, with other tensors are
-reported, and arithmetic between tensors of the same shape is not.
+an operation is reported only if it combines a stored parameter, or a value computed only from parameters, with other
+tensors. Arithmetic between tensors of the same shape is not reported.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ class RawReads(TorchFunctionMode):
     """While it is entered, records operations that use stored parameters of ``hosts`` outside of these modules.
 
     Args:
-        model: the module that contains ``hosts``. Parameters that other modules of it share are left out: by the rule
-            for ties, an adapter acts only in the module that carries it.
+        model: the module that contains ``hosts``. Parameters that other modules of it share are left out: if a weight
+            is tied, an adapter acts only in the module that carries it.
         hosts: modules with adapters, by name.
     """
 
@@ -82,7 +82,7 @@ class RawReads(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         if (
             torch.compiler.is_compiling() or in_backward()
-        ):  # backward uses tensors that the forward, already checked, saved
+        ):  # backward uses tensors that the forward saved, and the forward is already checked
             return result
         tensors = list(tensors_in((args, kwargs or {})))
         stored = {origin for t in tensors for origin in self._weights.get(t, ())}

@@ -139,7 +139,7 @@ copyreg.pickle(_Picklable, _reduce)
 
 
 def _read(name: str) -> property:
-    def __getattr__(host: Any) -> Any:  # the name tells ``computing`` that this is no forward
+    def __getattr__(host: Any) -> Any:  # ``computing`` recognises by this name that the call is not a forward
         return host.__getattr__(name)
 
     def write(host: Any, value: Any) -> None:

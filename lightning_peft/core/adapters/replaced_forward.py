@@ -22,8 +22,7 @@ __all__ = ["set_forward"]
 
 
 def set_forward(host: nn.Module, forward: Callable[..., Any]) -> None:
-    """Set ``forward`` on ``host``, to run around its adapters. Setting the class's own forward removes the present
-    one."""
+    """Set ``forward`` on ``host``, to run around its adapters; the class's own forward removes an earlier one."""
     classes = [
         c.__dict__["forward"].__code__ for c in type(host).__mro__ if hasattr(c.__dict__.get("forward"), "__code__")
     ]

@@ -54,7 +54,7 @@ T = TypeVar("T")
 
 _TENSOR_PARALLEL = (
     "parallelize_module splits every parameter inside a layer in one way, which is wrong for those of its adapters. "
-    "Call parallelize_module first, in configure_model, and lp.apply(self) after it or not at all"
+    "Call parallelize_module first, in configure_model, and if you call lp.apply(self), call it after that"
 )
 
 
@@ -71,7 +71,7 @@ class AdapterStack(AdapterContainer):
         changed: names of the host's parameters and buffers that any of the adapters changes.
         attributes: the names of the host's attributes through which these are read.
         ever_routed: the adapters used by rows of any batch so far; None if no batch was routed by row.
-        row_plans: how the host served the last mixes of rows, kept by the dispatchers while the adapters are the same.
+        row_plans: how the host served recent combinations of rows; valid while the adapters stay the same.
     """
 
     def __init__(self) -> None:
@@ -95,7 +95,10 @@ class AdapterStack(AdapterContainer):
         return x
 
     def attach_adapter(self, name: str, adapter: Adapter) -> None:
-        """Add ``adapter`` after the others, active. An adapter of that name gets it as its parameter overrides."""
+        """Add ``adapter`` after the others, active.
+
+        If there is already an adapter of that name, ``adapter`` becomes its parameter overrides.
+        """
         if name in self._modules:
             cast(Any, self._modules[name]).replacement = adapter
             self.refresh()
@@ -106,7 +109,7 @@ class AdapterStack(AdapterContainer):
             switches.active = (*switches.active, name)
             if any(part.modifies_weight for part in parts):
                 self.work_out(switches)
-            elif not switches.disabled and name not in switches.skipped:  # it runs around those that already run
+            elif not switches.disabled and name not in switches.skipped:  # runs around those that already run
                 switches.wrapping_adapters = (*switches.wrapping_adapters, *parts)
         self._update_changes(name)
 

@@ -29,7 +29,8 @@ class TokenTemplate:
         """Parse a template string: ``v3`` is three virtual tokens, ``x1`` one real token, ``x*`` all other real ones.
 
         Raises:
-            ValueError: if the template contains any other word, lacks virtual tokens, or does not have ``x*`` once.
+            ValueError: if the template contains any other word, lacks virtual tokens, or does not contain ``x*``
+                exactly once.
         """
         words = template.split()
         if any(not re.fullmatch(r"v[1-9]\d*|x[1-9]\d*|x\*", word) for word in words) or words.count("x*") != 1:

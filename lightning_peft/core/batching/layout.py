@@ -57,8 +57,8 @@ class BatchLayout:
     Attributes:
         name: its qualified name.
         kind: the name of its class.
-        order: whether the batch or the sequence is the first dimension; ``"either"`` if the model contains modules
-            of both kinds and nothing around this one decides.
+        order: whether the batch or the sequence is the first dimension; ``"either"`` if the model contains modules of
+            both kinds and no module around this one determines the order.
         experts: the number of experts in its own stacked parameters; 0 if it has none.
     """
 
@@ -72,7 +72,7 @@ class BatchLayout:
 
 
 def batch_layouts(model: nn.Module, names: Iterable[str]) -> dict[str, BatchLayout]:
-    """Return how the modules ``names`` see the batch, as far as their classes and their parents' show it."""
+    """Return how the modules ``names`` see the batch, as far as their classes and those of their parents show it."""
     modules = dict(base_modules(model, remove_duplicate=False))
     mixed = _sequence_first(model)
     found = {}

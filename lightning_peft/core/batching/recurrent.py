@@ -62,7 +62,7 @@ def split_recurrent(
 
 
 def _packed_like(packed: PackedSequence, x: Tensor, lengths: Tensor, batch_dim: int) -> PackedSequence:
-    """``x``, padded, packed in the order that ``packed`` is in."""
+    """Pack the padded ``x`` in the same order as ``packed``."""
     order = packed.sorted_indices
     if order is not None:
         x, lengths = x.index_select(batch_dim, order), lengths[order.cpu()]

@@ -108,7 +108,7 @@ def merge_outputs(batch_layout: BatchLayout, groups: Sequence[Sequence[int]], ou
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """``value`` with ``function`` applied to the tensors in it and in its tuples, lists and dictionaries."""
+    """Apply ``function`` to all tensors in ``value``, including those in its tuples, lists and dictionaries."""
     if isinstance(value, Tensor):
         return function(value)
     if type(value) in (tuple, list):

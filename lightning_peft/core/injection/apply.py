@@ -233,7 +233,7 @@ def _plan_counts(model: nn.Module, method: Method) -> Plan:
     try:
         with without_values():
             return _plan(model, method)
-    except Exception:  # the method computes with values, or the error is the model's and is raised again
+    except Exception:  # either the method needs values, or the call below raises the model's own error again
         return _plan(model, method)
 
 

@@ -30,7 +30,9 @@ def attach(model: nn.Module, host_name: str, name: str, adapter: Adapter) -> Non
     host = model.get_submodule(host_name)
     if not has_mixin(host, Adapted):
         if names := computed_names(host):
-            add_mixin(host, computed_reads(tuple(names)))  # under Adapted, whose reads of these names come first
+            add_mixin(
+                host, computed_reads(tuple(names))
+            )  # added before Adapted, so that Adapted's reads of these names take precedence
             refresh(host)  # the parameters behind the weight are frozen now
         add_mixin(host, Adapted)  # the only step that can fail comes first
         stack = AdapterStack().train(bool(host._mode_asked) if has_mixin(host, FrozenNorm) else host.training)

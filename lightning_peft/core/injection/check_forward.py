@@ -16,7 +16,8 @@ __all__ = ["forward_problem"]
 
 
 def forward_problem(model: nn.Module, plan: Plan) -> str | None:
-    """Return why the adapters of ``plan`` do not fit, found by a trial forward; None if they fit or it is unknown.
+    """Return why the adapters of ``plan`` do not fit, found by a trial forward; None if they fit, or if no trial is
+    possible.
 
     The trial runs the outermost module around all adapters for which it is possible. Only errors declared in
     ``misfit_errors`` count, because other errors may be caused by the trial. A model with adapters is not tried.

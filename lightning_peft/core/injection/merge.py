@@ -145,7 +145,7 @@ def _planned(
     tied = _tied(shared, plans)
     for plan in plans if not untie else ():
         for full in (full for full in plan.parameters.values() if full in tied):
-            reason = f"{full} is the same tensor as {tied[full]}, which would change with it: {_UNTIE}"
+            reason = f"{full} is the same tensor as {tied[full]}, which would change too: {_UNTIE}"
             for n in plan.names:
                 left.setdefault(n, []).append(reason)
     if not untie:
@@ -208,8 +208,8 @@ class _MergePlan:
         share it are unaffected.
 
         Raises:
-            MergeError: if a value is not finite, or no value of the parameters that a weight is computed from results
-                in it; nothing was changed.
+            MergeError: if a value is not finite, or the parameters that a weight is computed from cannot express its
+                new value; nothing was changed.
         """
         weights = self.weights()
         # Recorded before each tensor is written, so that _restore undoes a write that is interrupted.
@@ -242,7 +242,7 @@ class _MergePlan:
 
 
 def _tied(shared: Mapping[str, list[str]], plans: Iterable[_MergePlan]) -> dict[str, list[str]]:
-    """Return shared tensors that cannot be written in place, because they change differently under their names.
+    """Return shared tensors that cannot be written in place, because their new values differ between their names.
 
     Each is returned under its name, with its other names.
     """
@@ -309,8 +309,8 @@ def _reasons(left: Mapping[str, list[str]]) -> list[str]:
 def _order_problem(host_name: str, host: nn.Module, name: str) -> str | None:
     """Return why ``name`` cannot be merged alone; None if it can.
 
-    A merged adapter runs before all unmerged ones, so it would change places with those that ran before it. This is
-    allowed only if the result stays the same.
+    A merged adapter runs before all unmerged ones, also before those that it ran after until then. This is allowed only
+    if the result stays the same.
     """
     stack = cast(AdapterStack, host.adapters)
     order = list(stack)
@@ -374,7 +374,7 @@ def _set(host: nn.Module, name: str, value: torch.Tensor | None) -> None:
     owner = host.get_submodule(path)
     if value is None or isinstance(value, nn.Parameter):
         before = owner._parameters[last]
-        setattr(owner, last, value)  # a recurrent layer keeps a list of its parameters in step
+        setattr(owner, last, value)  # through setattr, with which a recurrent layer updates its own list of parameters
         for width in ("out_features", "out_channels", "num_embeddings"):
             if before is not None and value is not None and getattr(owner, width, None) == len(before):
                 setattr(owner, width, len(value))

@@ -37,7 +37,7 @@ class ParameterOverride(Adapter):
             that is an ``nn.Parameter`` is registered as it is; other tensors become buffers.
     """
 
-    unscalable = "it replaces a value of the base by one of another shape. Make the widths equal"
+    unscalable = "it replaces a value of the base by one of a different shape. Make the widths equal"
 
     def __init__(self, overrides: Mapping[str, Tensor]) -> None:
         super().__init__()

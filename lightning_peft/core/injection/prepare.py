@@ -1,7 +1,7 @@
 """Change the base before methods are planned, as :class:`lightning_peft.QuantizeBase` does.
 
-A preparation runs once, at the moment of injection: the weights of the base are there, and no adapter is yet. The model
-remembers it, so that its states say on which base they were trained.
+A preparation runs once, at the moment of injection, when the base has its weights but no adapters yet. The model
+records it, so that checkpoints state which base they were trained on.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ def is_preparation(candidate: Any) -> bool:
 
 
 def not_yet_prepared(model: nn.Module, wanted: Iterable[Preparation]) -> list[Preparation]:
-    """Return those of the ``wanted`` preparations that were not applied to ``model`` yet.
+    """Return the preparations in ``wanted`` that were not applied to ``model`` yet.
 
     Raises:
-        ValueError: if methods were already applied to ``model``, or the base was prepared in another way.
+        ValueError: if methods were already applied to ``model``, or the base was prepared differently.
     """
     wanted, new = list(wanted), []
     there = preparations(model) if wanted else []  # it looks at every module, adapters included
@@ -50,7 +50,7 @@ def not_yet_prepared(model: nn.Module, wanted: Iterable[Preparation]) -> list[Pr
         if injection_state(model) is not None:
             raise ValueError(
                 f"{kind} changes the base, but methods were already applied to it: pass it to the first lp.apply, or "
-                "call lp.unload(model) before"
+                "call lp.unload(model) first"
             )
         new.append(step)
     return new

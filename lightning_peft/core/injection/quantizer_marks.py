@@ -23,7 +23,7 @@ _PLAIN_LAYERS = ("modules_to_not_convert", "llm_int8_skip_modules", "skip_module
 def drop_marks(model: nn.Module) -> None:
     """Remove the marks of quantisation from the models of transformers in ``model`` that have no quantised layer left.
 
-    Where some layers are still quantised, the configuration lists the plain ones as not to be quantised.
+    If some layers are still quantised, the configuration lists the plain ones as layers that are not quantised.
     """
     for _, module in base_modules(model):
         quantizer = vars(module).get("hf_quantizer")

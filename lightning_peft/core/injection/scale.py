@@ -73,7 +73,7 @@ def scale(model: nn.Module, name: str, factor: float) -> Scaled:
         factor: a finite number.
 
     Returns:
-        A context manager: ``with lp.scale(model, name, 0.7): ...`` restores the factor before at its end. Without
+        A context manager: ``with lp.scale(model, name, 0.7): ...`` restores the previous factor at the end. Without
         ``with``, the factor stays.
 
     Raises:
@@ -114,7 +114,7 @@ def scale(model: nn.Module, name: str, factor: float) -> Scaled:
 
 
 def _original(tensor: _Tensor) -> tuple[float, Tensor]:
-    """The factor now, and the value at factor 1."""
+    """The current factor, and the value at factor 1."""
     factor, original = tensor.owner.__dict__.get("_unscaled", {}).get(tensor.name, (1.0, None))
     if original is not None:
         original = original.to(tensor.value)
@@ -151,7 +151,7 @@ def _tensors(model: nn.Module, name: str) -> Iterator[_Tensor]:
 
 
 def _parts(host: nn.Module, name: str) -> list[Adapter]:
-    """The adapters called ``name`` on a host, a group of weights taken apart."""
+    """The adapters called ``name`` on a host; a group of weight adapters is split into its members."""
     stack = cast(Any, host).adapters
     if name not in stack:
         return []

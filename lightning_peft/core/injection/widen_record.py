@@ -14,7 +14,7 @@ __all__ = ["widen_record"]
 
 
 def widen_record(model: nn.Module, freeze: bool = True) -> None:
-    """Move the record from the submodule that methods were applied to up to ``model``, and convert its names.
+    """Move the record from the adapted submodule to ``model``, the module around it, and convert its names.
 
     Does nothing if the record already belongs to ``model``.
 

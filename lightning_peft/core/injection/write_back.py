@@ -1,4 +1,4 @@
-"""Merge into a weight that a module computes from other parameters: change those parameters, if they can express it."""
+"""Merge into a weight that a module computes from other parameters, by changing those parameters."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def write_back(host_name: str, host: nn.Module, name: str, weight: Tensor) -> di
     """Change the parameters of the computed weight ``name`` so that the module computes ``weight``.
 
     Returns:
-        What they held before, by name in the host.
+        Their previous values, by name in the host.
 
     Raises:
-        ValueError: if they cannot express it; nothing was changed.
+        ValueError: if these parameters cannot express ``weight``; nothing was changed.
     """
     try:
         return write_computed(host, name, weight)

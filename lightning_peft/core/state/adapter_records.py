@@ -119,7 +119,7 @@ def _tensors(adapter: Adapter, take: Callable[[Tensor], Tensor] | None) -> dict[
 
 
 def stored_shape(host: nn.Module, parameter: str, layout: WeightLayout) -> tuple[int, ...]:
-    """The stored shape of an adapted weight; of a packed layer, that of its matrix, as in the layer it replaced."""
+    """The stored shape of an adapted weight; for a packed layer, the shape of its matrix in the layer it replaced."""
     packed = linear_sizes(host) if isinstance(layout, PackedLayout) else None
     return tuple(cast(Tensor, steady_tensor(host, parameter)).shape) if packed is None else packed
 

@@ -35,7 +35,8 @@ def fingerprint(
 ) -> dict[str, Any]:
     """Return what identifies the frozen base: a digest of names and shapes, and a few values of some tensors.
 
-    Also the number of quantised layers by class, so that an error can say that a base is quantised and another is not.
+    Also the number of quantised layers by class, so that an error can say that one base is quantised and the other is
+    not.
 
     It stores values instead of a digest of them, so that a base loaded in another precision is still recognised.
 

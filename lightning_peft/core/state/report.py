@@ -119,7 +119,8 @@ class Report:
             return []
         which = listed(name or "the model" for name in self.in_eval_mode)
         return [
-            f"The frozen base stays in eval mode, without its own dropout: {which}; train() before fit changes that"
+            f"The frozen base stays in eval mode, without its own dropout: {which}; call train() before fit to "
+            f"change that"
         ]
 
     def summary(self) -> str:

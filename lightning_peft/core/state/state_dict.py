@@ -102,7 +102,7 @@ def fix_trained(model: nn.Module, names: Iterable[str] | None = None) -> None:
 
     Args:
         model: an adapted model.
-        names: the adapters to look at, beside the base; by default all.
+        names: the adapters to look at, in addition to the base; by default all.
     """
     record, root = injection_state(model), injected_module(model)
     if record is None:

@@ -24,7 +24,7 @@ from lightning_peft.core.module_io import tensors_in
 __all__ = ["AroundHosts", "RowDispatcher"]
 
 Rows = tuple[tuple[str, ...], ...]
-#: the number of mixes of rows whose plans a host keeps after their contexts
+#: a host keeps its plans for this many combinations of rows after their contexts have exited
 _MIXES = 8
 
 
@@ -35,7 +35,7 @@ class _Plan:
     Attributes:
         all: the adapters of every row, if all rows have the same.
         groups: groups of rows with the same adapters, if the host must run once for each group.
-        batched: what serves all rows in one run.
+        batched: the object that serves all rows in one run.
     """
 
     all: tuple[str, ...] | None = None
@@ -237,7 +237,7 @@ class RowDispatcher:
     def _planned(self, host: nn.Module, stack: AdapterStack) -> _Plan:
         key = stack.batch_layout, self.rows, stack.skipped
         if key not in self._plans:
-            # The stack keeps the plans of its last mixes of rows, because each decoding step may enter its own context.
+            # The stack keeps the plans of recent combinations, because each decoding step may enter its own context.
             known = stack.row_plans if not torch.compiler.is_compiling() else {}
             full = (*key, self.spanning, self.root)
             if full not in known:
@@ -262,7 +262,7 @@ class RowDispatcher:
                 f"different adapters must run separately, which happens in the forward of {self.root}. It was not "
                 "called: call it instead of modules inside it"
             )
-        # Rows whose adapters can all be batched form one group, whatever their adapters; each other mix is a group.
+        # All rows whose adapters can be batched form one group; every other combination of adapters forms its own.
         apart: dict[tuple[str, ...], list[int]] = {}
         for i, row in enumerate(here):
             apart.setdefault(row if any(classes[name] is None for name in row) else (), []).append(i)

@@ -45,7 +45,7 @@ def rows(model: nn.Module, names: Sequence[str | Sequence[str] | None] | None, r
             and ``num_return_sequences``.
 
     Raises:
-        RowError: if a name is unknown, or adapters are merged into the base or disabled. Also when the model is called,
+        RowError: if a name is unknown, or adapters are merged into the base or disabled. The model's forward raises it
             if the batch does not fit the names, or the rows cannot be found in some module.
 
     Example::

@@ -53,7 +53,7 @@ def stored_tensor(host: nn.Module, name: str) -> Tensor | None:
 
 
 def steady_tensor(host: nn.Module, name: str) -> Tensor | None:
-    """Return :func:`stored_tensor`, computed as in evaluation mode, so that no buffer moves."""
+    """Return :func:`stored_tensor`, computed as in evaluation mode, so that no buffer changes."""
     if not is_computed(host, name):
         return stored_tensor(host, name)
     with steady(host.get_submodule(owner_of(name))):
@@ -77,7 +77,7 @@ def is_computed(host: nn.Module, name: str) -> bool:
 def computed_value(module: nn.Module, name: str) -> Tensor | None:
     """Return the tensor ``name`` that ``module`` computes; None if it does not compute one.
 
-    A tensor that a hook computes is the one of the module's last call.
+    If a hook computes the tensor, it is the value from the module's last call.
     """
     parametrizations = module._modules.get("parametrizations")
     if isinstance(parametrizations, nn.ModuleDict) and name in parametrizations:
@@ -109,7 +109,7 @@ def sources_of(module: nn.Module, name: str) -> list[str]:
 
 
 def moving_parts(module: nn.Module) -> list[tuple[nn.Module, list[Tensor]]]:
-    """Return the modules that move buffers in training when ``module`` computes a tensor, as spectral norm does.
+    """Return the modules whose buffers change in training when ``module`` computes a tensor, as in spectral norm.
 
     Each comes with the parameters that the tensor is computed from.
     """
@@ -128,7 +128,7 @@ def moving_parts(module: nn.Module) -> list[tuple[nn.Module, list[Tensor]]]:
 
 @contextmanager
 def steady(module: nn.Module) -> Iterator[None]:
-    """Compute the tensors of ``module`` as in evaluation mode: in training, reading some of them moves buffers.
+    """Compute the tensors of ``module`` as in evaluation mode: in training, reading some of them changes buffers.
 
     The results of hooks are computed again when the context is entered.
     """
@@ -163,10 +163,10 @@ def write_computed(host: nn.Module, name: str, value: Tensor) -> dict[str, Tenso
         value: the new value, in the stored shape and dtype.
 
     Returns:
-        Copies of what they held before, by name in the host.
+        Copies of their previous values, by name in the host.
 
     Raises:
-        ValueError: if no value of theirs results in ``value`` up to rounding; nothing was changed.
+        ValueError: if no values of these parameters result in ``value``, up to rounding; nothing was changed.
     """
     path, owner, last = owner_of(name), host.get_submodule(owner_of(name)), leaf(name)
     before = {key: cast(Tensor, stored_tensor(owner, key)).detach().clone() for key in sources_of(owner, last)}

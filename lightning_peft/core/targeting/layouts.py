@@ -209,7 +209,7 @@ class ConvTransposeLayout(ConvLayout):
         kernel = _cast(a, x).view(len(a), -1, *host.kernel_size).transpose(0, 1)
         if host.groups > 1:
             kernel = kernel.repeat(host.groups, *[1] * (kernel.ndim - 1))
-        # The output size of this call is known in ``up``: the largest is computed here, and cut to it there.
+        # The output size of a call is known only in ``up``: compute the largest here, and cut it there.
         largest = [max(sizes) - 1 for sizes in zip(host.stride, host.dilation)]
         conv = _CONV_TRANSPOSE[len(host.kernel_size)]
         return conv(x, kernel, None, host.stride, host.padding, largest, host.groups, host.dilation)
@@ -264,7 +264,8 @@ def _other_linear(module: nn.Module) -> tuple[WeightLayout, bool] | None:
     """The layout of a linear layer of a class that torch does not know; None for other modules."""
     computed, registered = linear_form(module), registered_form(module)
     form = registered or computed
-    # Unregistered, x @ weight stays a bare parameter that is adapted as stored: existing adapters have those shapes.
+    # If it is not registered, a layer that computes x @ weight has a bare parameter that is adapted as stored: existing
+    # adapters have those shapes.
     if form is None or (form == "transposed" and registered is None):
         return None
     layout = OtherTransposedLayout() if form == "transposed" else OtherLinearLayout()

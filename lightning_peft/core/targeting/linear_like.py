@@ -24,7 +24,7 @@ LinearForm = Literal["linear", "transposed"]
 M = TypeVar("M", bound=type[nn.Module])
 
 _REGISTERED: dict[type[nn.Module], LinearForm] = {}
-#: results of trial calls; by the layer's class, sizes and plain attributes if it has no others, else by the layer
+#: results of trial calls: by class, sizes and plain attributes if the layer has no other state, else by the layer
 _BY_KIND: dict[Any, LinearForm | None] = {}
 _BY_LAYER: weakref.WeakKeyDictionary[nn.Module, LinearForm | None] = weakref.WeakKeyDictionary()
 
@@ -44,7 +44,7 @@ def register_linear(cls: M, transposed: bool = False) -> M:
         ``cls``, so that it can be used as a decorator.
 
     Raises:
-        TypeError: ``cls`` is not a class of modules.
+        TypeError: if ``cls`` is not a class of modules.
 
     Example::
 
@@ -64,7 +64,7 @@ def register_linear(cls: M, transposed: bool = False) -> M:
 
 
 def registered_form(module: nn.Module) -> LinearForm | None:
-    """The form that a class of ``module`` was registered with; None if none was or it has no matrix ``weight``."""
+    """The form that a class of ``module`` was registered with; None if none was, or it has no matrix ``weight``."""
     if not _is_matrix(effective_tensors(module).get("weight")):
         return None
     return next((_REGISTERED[c] for c in original_class(module).__mro__ if c in _REGISTERED), None)

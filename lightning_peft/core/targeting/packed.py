@@ -1,6 +1,6 @@
 """Linear layers whose weight cannot be read as a matrix of numbers: quantised, packed, or a tensor subclass.
 
-Such a layer is used through what it computes. An adapter on activations runs beside the layer's own forward. An adapter
+Such a layer can be used only by calling it. An adapter on activations runs beside the layer's own forward. An adapter
 that needs the matrix gets it from :func:`dequantized`, for the duration of one computation. Both need the layer to
 compute x W^T + b for some matrix W, with a gradient for x; a trial call checks it (:func:`packed_problem`).
 """
@@ -41,7 +41,7 @@ __all__ = [
 Dequantize = Callable[[Any], Tensor]
 M = TypeVar("M", bound=type[nn.Module])
 
-#: the largest relative error of a layer that is taken for a linear map; layers that round activations to 8 bits need it
+#: the largest relative error at which a layer counts as linear; layers that round activations to 8 bits come close
 TOLERANCE = 0.05
 #: why a layer of :func:`is_compressed` cannot change, as the end of a sentence
 COMPRESSED = (
@@ -55,7 +55,7 @@ _CHOSEN: weakref.WeakKeyDictionary[nn.Module, Dequantize] = weakref.WeakKeyDicti
 
 
 def register_quantized(cls: M, dequantize: Dequantize) -> M:
-    """Tell how to compute the matrix of a quantised linear layer faster than by calling the layer.
+    """Register a function that computes the matrix of a quantised linear layer faster than calling the layer does.
 
     Quantised layers with ``in_features`` and ``out_features`` are recognised without this. Their matrix is computed
     from the outputs for unit vectors, which costs as much as a batch of ``in_features`` rows.
@@ -69,7 +69,7 @@ def register_quantized(cls: M, dequantize: Dequantize) -> M:
         ``cls``.
 
     Raises:
-        TypeError: ``cls`` is not a class of modules, or ``dequantize`` cannot be called.
+        TypeError: if ``cls`` is not a class of modules, or ``dequantize`` cannot be called.
 
     Example::
 
@@ -114,7 +114,7 @@ def is_packed(module: nn.Module) -> bool:
 
 
 def is_compressed(module: nn.Module) -> bool:
-    """Whether compressed-tensors manages ``module``: its weight is packed up to the model's first forward, plain after.
+    """Whether compressed-tensors manages ``module``: its weight is packed until the model's first forward, then plain.
 
     It stays frozen, and it is saved with the scales of its original weight.
     """
@@ -267,7 +267,7 @@ def _device(module: nn.Module) -> torch.device:
 
 
 def _dtype(module: nn.Module) -> torch.dtype:
-    """A dtype of inputs that the layer takes."""
+    """An input dtype that the layer accepts."""
     sizes = linear_sizes(module)
     assert sizes is not None
     own = [t.dtype for _, t in own_tensors(module) if t.is_floating_point() and t.dtype.itemsize > 1]

@@ -68,7 +68,7 @@ def program_of(model: nn.Module, network: nn.Module | None) -> Program:
     inputs = _inputs(network) if network is not None else None
     if network is None or inputs is None:
         raise DeployError(
-            f"{type(model).__name__} has no example input, which its program is recorded with: set "
+            f"{type(model).__name__} has no example input, which is needed to record its program: set "
             "self.example_input_array to a tensor or a tuple of tensors"
         )
     config: Any = network.config
@@ -81,7 +81,7 @@ def write_torch_export(program: Program, path: Path) -> str:
     """Write a ``.pt2`` file with ``torch.export.save``; return a sentence about the sizes of its inputs.
 
     Raises:
-        DeployError: if the model cannot be exported, or computes something else after loading.
+        DeployError: if the model cannot be exported, or the exported one computes different outputs.
     """
     exported, sizes = _exported(program)
     with _written(path) as file:
@@ -95,7 +95,7 @@ def write_onnx(program: Program, path: Path) -> str:
     """Write an ``.onnx`` file with ``torch.onnx.export``; return a sentence about the sizes of its inputs.
 
     Raises:
-        DeployError: if the model cannot be exported, or onnxruntime computes something else.
+        DeployError: if the model cannot be exported, or onnxruntime computes different outputs.
     """
     import onnxruntime
 
@@ -174,7 +174,7 @@ def _compare(program: Program, run: Callable[[tuple[Tensor, ...]], Tensor], soft
     difference = float((found - expected).abs().max()) / max(float(expected.abs().max()), 1e-12)
     if not difference <= TOLERANCE:
         raise DeployError(
-            f"{software} computes something else than the model: the outputs differ by {difference:.3g} of the largest "
+            f"{software} does not compute the same as the model: the outputs differ by {difference:.3g} of the largest "
             f"output, more than {TOLERANCE:g}. Nothing was written"
         )
 

@@ -1,7 +1,7 @@
 """vLLM's rules for LoRA adapters, from the source of its ``PEFTHelper``, ``LoRAModel`` and ``LoRAConfig``.
 
 vLLM checks some rules when it loads an adapter. It ignores other options, such as ``rank_pattern``, and then computes
-something else. Adapters that break a rule are refused here, with the reason.
+different outputs. Adapters that break a rule are refused here, with the reason.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def check_adapter(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> N
         tensors: the content of ``adapter_model.safetensors``.
 
     Raises:
-        DeployError: if it does not; the message has all reasons.
+        DeployError: if it does not; the message lists all reasons.
     """
     reasons = [f"{option}={config[option]!r}: {why}" for option, why in _OPTIONS.items() if config.get(option)]
     if config.get("peft_type") != "LORA":

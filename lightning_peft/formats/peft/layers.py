@@ -62,7 +62,7 @@ _LAYERS = frozenset({"Linear", "Conv1D", "Conv", "Embedding"})
 class LayerConverter(Converter):
     """Base class of converters for weight methods whose tensors differ from PEFT's in names and shapes only.
 
-    A subclass gives :attr:`kinds` and :attr:`table`, and overrides the methods for what they cannot express.
+    A subclass defines :attr:`kinds` and :attr:`table`, and overrides methods for anything that these cannot express.
     """
 
     methods: ClassVar[tuple[type[WeightMethod], ...]]
@@ -107,7 +107,7 @@ class LayerConverter(Converter):
         return key, shape
 
     def check(self, layer: Layer) -> None:
-        """Refuse a layer that PEFT does not adapt, or adapts with another result.
+        """Refuse a layer that PEFT does not adapt, or adapts with a different result.
 
         Raises:
             NotInPeftError: if so; the message is the reason.
@@ -119,7 +119,7 @@ class LayerConverter(Converter):
             raise NotInPeftError(f"{peft} does not adapt weights like {layer.name!r} ({kind})")
         if layer.own_forward or hasattr(layer.host, "embed_scale"):  # PEFT applies embed_scale in its LoRA only
             raise NotInPeftError(
-                f"{layer.name!r} overrides the forward of its class, and {peft} would give another result there"
+                f"{layer.name!r} overrides the forward of its class, and {peft} would give a different result there"
             )
         if layer.kind == "Conv" and layer.host.padding_mode != "zeros":
             raise NotInPeftError(

@@ -35,7 +35,7 @@ def in_current_layout(
     transformers' own table. A name is changed only if a longer part of the new name exists in the base.
 
     Raises:
-        FormatError: tensors of single experts, for a base that stacks its experts.
+        FormatError: if the file has tensors of single experts, but the base stacks its experts.
     """
     _check_experts(tensors, base)
     rename = _renaming(base)

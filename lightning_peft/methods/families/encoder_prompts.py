@@ -1,4 +1,4 @@
-"""Adapters around an encoder-decoder whose encoder has virtual tokens: its masks and outputs follow."""
+"""Adapters around an encoder-decoder whose encoder has virtual tokens: they adjust its masks and outputs."""
 
 from __future__ import annotations
 

@@ -166,7 +166,8 @@ class PromptAdapter(Adapter):
         if self.limit is not None and self.limit < self.token_template.tokens + 3:
             return
 
-        # Insert the virtual tokens around ``start`` only: in the cached run, they were placed before ``step`` came.
+        # Insert the virtual tokens around ``start`` only: in the cached run, they were placed before ``step`` was
+        # known.
         def whole(start: Tensor, step: Tensor, **rest: Any) -> Any:
             layout = self.token_template.layout(len(start), 2, None, start.device)
             return call(inputs_embeds=torch.cat([layout.insert(start, self.virtual()), step], 1), **rest)
@@ -275,8 +276,8 @@ class BatchedPrompts(BatchedAdapters, PromptAdapter):
         layout = getattr(cache, "_peft_layouts", {}).get(self._key())
         if layout is None or len(layout.there) != len(embeds):
             raise TokenError(
-                f"{_kind(host)} got a KV cache that was filled with the virtual tokens of other adapters than those of "
-                "its rows: run the whole generation in one lp.rows, from an empty cache"
+                f"{_kind(host)} got a KV cache that was filled with the virtual tokens of other adapters: run the "
+                f"whole generation inside one lp.rows, starting from an empty cache"
             )
         # A row with fewer virtual tokens has padding in the cache, which must not count in its positions.
         missing = (~layout.there).sum(1, keepdim=True)

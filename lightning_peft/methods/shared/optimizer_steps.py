@@ -21,8 +21,8 @@ def holds_any(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> bool:
 class StepHook:
     """A function that runs after each optimizer step, until :meth:`remove`. A copy of the object has no hook.
 
-    A Trainer's end of a batch would be too late: gradients may be cleared by then, and a step that the gradient scaler
-    skips must not count.
+    The Trainer's hook at the end of a batch would be too late: gradients may be cleared by then, and a step that the
+    gradient scaler skips must not count.
     """
 
     def __init__(self) -> None:

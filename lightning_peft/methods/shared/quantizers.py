@@ -1,4 +1,4 @@
-"""Quantise one linear layer in place with bitsandbytes or torchao, which are imported only here and only then."""
+"""Quantise one linear layer in place with bitsandbytes or torchao, which are imported only here, when needed."""
 
 from __future__ import annotations
 

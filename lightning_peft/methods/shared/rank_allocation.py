@@ -50,7 +50,7 @@ class RankAllocator:
 
     Attributes:
         step: optimizer steps done.
-        total: optimizer steps in all; 0 if unknown.
+        total: the total number of optimizer steps; 0 if unknown.
         scores: importance and uncertainty, by parameter.
     """
 
@@ -78,7 +78,7 @@ class RankAllocator:
             )
 
     def budget(self, matrices: int) -> int:
-        """The number of triplets to keep in a model with this many ``matrices`` after the present step."""
+        """The number of triplets to keep in a model with this many ``matrices`` after the current step."""
         plan = self.schedule
         if self.step <= plan.tinit:
             return plan.init_r * matrices
@@ -87,7 +87,7 @@ class RankAllocator:
 
     @torch.no_grad()
     def after_step(self, adapters: Mapping[str, Triplets]) -> bool:
-        """Update the scores after an optimizer step; recompute the masks if they are due, and return whether."""
+        """Update the scores after an optimizer step; recompute the masks if they are due, and return True if so."""
         self.step += 1
         end = self.total - self.schedule.tfinal
         if self.step < end or (self.step == end and not self.scores):  # with a single step, its own scores count

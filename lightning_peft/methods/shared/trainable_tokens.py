@@ -104,8 +104,8 @@ def plan_trainable_tokens(plan: Plan, model: nn.Module, tokens: Any, default: An
         default: returns the context for initialising the adapter of a given name (:meth:`PEFTMethod.seeded_init`).
 
     Raises:
-        TargetError: no embedding to tell, or a pattern that matches none.
-        ValueError: an id beyond the vocabulary; an embedding that the method adapts or trains as well.
+        TargetError: if the embedding cannot be determined, or a pattern matches none.
+        ValueError: if an id is beyond the vocabulary, or the method also adapts or trains the embedding.
     """
     sites = weight_sites(model)
     planned: dict[int, list[int]] = {}  # the ids by weight: adapting one of several tied layers adapts the others too
@@ -137,7 +137,7 @@ def token_embeddings(model: nn.Module, tokens: Any) -> dict[str, list[int]]:
     """The ids of ``trainable_tokens`` by the name of the embedding, or of the output head if a pattern matches one.
 
     Raises:
-        TargetError: no embedding to tell, or a pattern that matches none.
+        TargetError: if the embedding cannot be determined, or a pattern matches none.
     """
     embeddings = {n: m for n, m in base_modules(model) if isinstance(m, nn.Embedding)}
     if not isinstance(tokens, Mapping):

@@ -1,4 +1,4 @@
-"""``CacheFrozen``: what the frozen part of a model computes is computed once, not once in each epoch."""
+"""``CacheFrozen``: compute the output of a model's frozen part once instead of in every epoch."""
 
 from __future__ import annotations
 
@@ -28,29 +28,30 @@ __all__ = ["CacheFrozen"]
 
 
 class CacheFrozen(L.Callback):
-    """Compute what the frozen lower part of the model returns once for each row of the data, and then read it.
+    """Compute the output of the model's frozen lower part once for each row of the data, then read it from disk.
 
-    Where nothing that trains lies below a layer (a linear probe, the last layers, adapters in the last layers), the
-    activations below it are the same in every epoch. The first training batch shows which calls of frozen modules end
-    before anything that trains runs. From then on, what these calls return is stored for each row; a batch whose rows
-    are all known skips them. A row is recognised by its content, so batches may be shuffled. Rows that are padded to
-    another length count as other rows: pad all texts to one length.
+    If nothing below a layer trains (a linear probe, the last layers, adapters in the last layers), the activations
+    below it are the same in every epoch. The first training batch shows which calls of frozen modules end before
+    anything that trains runs. From then on, the outputs of these calls are stored for each row, and a batch whose rows
+    are all stored skips the calls. A row is recognised by its content, so batches may be shuffled. A row that is padded
+    to a different length counts as a different row, so pad all texts to the same length.
 
     Training is the same as without this callback, up to rounding that depends on the other rows of a batch. In each
-    epoch, the first batch that could skip the calls runs them too, and the results are compared.
+    epoch, the first batch that could skip the calls runs them anyway, and the results are compared.
 
-    Works on one device and under DDP, where the ranks share the folder; for training and validation. Runs share a
-    folder too: rows are found again if weights, modes, precision, device and torch's release are the same.
+    It works for training and validation, on one device and under DDP, where the ranks share the folder. Several runs
+    can share a folder: stored rows are reused if weights, modes, precision, device and torch release are the same.
 
     Args:
-        folder: where activations are kept, in a folder for each frozen part. A full path is safest under DDP.
-        max_gb: the largest size of what one fit stores, in 10^9 bytes; None for no limit but the disk's.
+        folder: where activations are stored, with one subfolder for each frozen part. Under DDP, an absolute path is
+            safest.
+        max_gb: the most that one fit may store, in units of 10^9 bytes; with None, only the disk limits it.
         exact: whether compared results must be equal bit for bit. If False, they may differ by rounding.
 
     Raises:
-        ValueError: ``max_gb`` is not positive.
-        MisconfigurationException: at the start of a fit, or in its first step, if the frozen part is not the same each
-            time: active dropout, batch norm in training mode, data that change at random, a strategy that shards
+        ValueError: if ``max_gb`` is not positive.
+        MisconfigurationException: at the start of a fit, or in its first step, if the output of the frozen part may
+            change: active dropout, batch norm in training mode, data that change at random, a strategy that shards
             parameters, a compiled module. The message names the cause.
 
     Example::
@@ -89,7 +90,7 @@ class CacheFrozen(L.Callback):
             self._expected_rows = len(dataset)
             if _changes(dataset):
                 raise CannotCache(
-                    "the first entry of the training data is another one each time it is read (random augmentation?), "
+                    "the first entry of the training data differs each time it is read (random augmentation?), "
                     "but the data must be the same in every epoch"
                 )
 
@@ -104,7 +105,7 @@ class CacheFrozen(L.Callback):
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if self._replay is not None and _training(pl_module) != self._trains:
-            self._close()  # a method has unfrozen more layers, so another part of the model is the same in each epoch
+            self._close()  # a method has unfrozen more layers, so a smaller part of the model is the same in each epoch
         if self._replay is None:
             self._first_keys = _keys(batch)
             self._first = FirstBatch(pl_module, len(self._first_keys))
@@ -216,7 +217,7 @@ class CacheFrozen(L.Callback):
                 continue
             advice = "the difference is rounding, which exact=False accepts" if close else "do not use CacheFrozen here"
             raise CannotCache(
-                f"rows of this batch give other activations than before (difference {apart:.3g}, values "
+                f"rows of this batch do not give the same activations as before (difference {apart:.3g}, values "
                 f"up to {scale:.3g}), because they depend on the other rows of the batch: {advice}"
             )
 
@@ -235,7 +236,7 @@ class CacheFrozen(L.Callback):
         )
 
     def _store(self, trainer: Any, module: nn.Module) -> Store:
-        """Return the store for the frozen part in its present modes; training and validation may have different
+        """Return the store for the frozen part in its current modes; training and validation may have different
         ones."""
         replay = self._replay
         assert replay is not None

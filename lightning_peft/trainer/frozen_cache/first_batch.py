@@ -23,11 +23,16 @@ from lightning_peft.trainer.resume.rng_state import rng_state
 __all__ = ["Call", "CannotCache", "FirstBatch", "Slot", "with_slots"]
 
 _PLAIN = (Tensor, str, int, float, bool, type(None), torch.dtype, torch.device)
-_LEAVING_TORCH = {Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.data_ptr}  # reads that no operation shows
+_LEAVING_TORCH = {
+    Tensor.numpy,
+    Tensor.tolist,
+    Tensor.__array__,
+    Tensor.data_ptr,
+}  # ways to read a tensor that do not appear as an operation
 
 
 class CannotCache(MisconfigurationException):
-    """The frozen part of this model, or of these data, is not the same in every epoch."""
+    """The output of the frozen part, or the data, is not the same in every epoch."""
 
     def __init__(self, why: str) -> None:
         super().__init__(f"CacheFrozen: {why}")
@@ -56,8 +61,8 @@ class Call:
     Attributes:
         module: the qualified name of the module.
         index: how many calls of this module came before in the batch.
-        output: what it returned, with a :class:`Slot` in place of each tensor.
-        tensors: these tensors, in the first batch, with their versions then.
+        output: its output, with a :class:`Slot` in place of each tensor.
+        tensors: the tensors of its output in the first batch, with their version counters.
         used: the positions of the tensors that something other than a skipped call reads.
         obstacle: why the call cannot be skipped, if so.
     """
@@ -84,9 +89,9 @@ def with_slots(output: Any) -> tuple[Any, list[Tensor]]:
 class FirstBatch(TorchDispatchMode):
     """A context around one training step. Afterwards, :meth:`skippable` returns the calls that can be skipped.
 
-    A call can be skipped if it ends before a module with parameters that train starts, and before any operation reads
-    a tensor that requires a gradient: until then, nothing that trains has had an effect. What skipped calls return has
-    to be stored only if something other than a skipped call reads it. Operations are watched below autograd, where
+    A call can be skipped if it ends before a module with parameters that train starts, and before any operation reads a
+    tensor that requires a gradient: until then, nothing that trains has had an effect. The output of a skipped call
+    must be stored only if something other than a skipped call reads it. Operations are watched below autograd, where
     those of custom functions are visible too.
 
     Args:
@@ -138,7 +143,7 @@ class FirstBatch(TorchDispatchMode):
         """Return the calls that can be skipped, in their order.
 
         Raises:
-            CannotCache: there are none.
+            CannotCache: if there are none.
         """
         skipped = {call for call in self._calls if call.obstacle is None}
         if not skipped and self._calls:
@@ -225,7 +230,7 @@ class FirstBatch(TorchDispatchMode):
 
 
 class _LeavingTorch(TorchFunctionMode):
-    """Reports the tensors that are read as numbers, which is no operation."""
+    """Reports the tensors that are read as numbers, which is not an operation."""
 
     def __init__(self, read: Callable[[Tensor], None]) -> None:
         super().__init__()
@@ -238,7 +243,7 @@ class _LeavingTorch(TorchFunctionMode):
 
 
 def _objects(value: Any) -> Iterator[Any]:
-    """Yield what is neither a tensor nor a plain value, nor a collection of these."""
+    """Yield each object that is neither a tensor nor a plain value, nor a collection of these."""
     if hasattr(value, "keys"):
         for part in value.values():
             yield from _objects(part)

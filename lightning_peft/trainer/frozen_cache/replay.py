@@ -1,4 +1,4 @@
-"""Skip calls of frozen modules, and return what they returned before."""
+"""Skip calls of frozen modules, and return their stored outputs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Activations:
     used: list[dict[int, Tensor]] = field(default_factory=list)
 
     def add(self, call: Call, tensors: Sequence[Tensor]) -> None:
-        """Append what one call returned."""
+        """Append the output of one call."""
         self.shapes.append([tuple(tensor.shape[1:]) for tensor in tensors])
         # A copy, because an operation after the call may change the tensor in place.
         self.used.append({i: tensors[i].detach().clone() for i in sorted(call.used)})
@@ -43,8 +43,8 @@ class Activations:
 class Replay:
     """Changes the frozen modules of a model so that their calls can be skipped; :meth:`close` changes them back.
 
-    Between :meth:`record` or :meth:`skip`, and :meth:`end`, the calls of one batch are recorded or skipped. Elsewhere,
-    and in all calls after the cut, the modules run as always.
+    Between :meth:`record` or :meth:`skip`, and :meth:`end`, the calls of one batch are recorded or skipped. At other
+    times, and in all calls after the cut, the modules run as usual.
 
     Args:
         model: the module that trains.
@@ -75,7 +75,7 @@ class Replay:
             del vars(module)["_frozen_replay"]
 
     def record(self) -> None:
-        """Run the calls of the next batch, and keep what they return for :meth:`end`."""
+        """Run the calls of the next batch, and keep their outputs for :meth:`end`."""
         self._seen, self._given, self._taken = {}, None, Activations()
 
     def skip(self, activations: Activations, rows: int) -> None:
@@ -83,16 +83,16 @@ class Replay:
         self._seen, self._given, self._taken, self._rows = {}, activations, None, rows
 
     def end(self) -> Activations | None:
-        """End the batch. Returns what was recorded; None if calls were skipped, or no forward ran.
+        """End the batch. Returns the recorded outputs; None if calls were skipped, or no forward ran.
 
         Raises:
-            CannotCache: the calls of this batch were not those of the first one.
+            CannotCache: if the calls of this batch differ from those of the first batch.
         """
         taken, self._given, self._taken = self._taken, None, None
         if taken is None or not self._seen:
             return None
         if self._seen != self._counts or len(taken.used) != len(self.calls):
-            raise CannotCache("the frozen modules were called in another way than in the first batch")
+            raise CannotCache("the frozen modules were not called in the same way as in the first batch")
         return taken
 
     def call(self, name: str, forward: Any, args: Any, kwargs: Any) -> Any:
@@ -137,7 +137,9 @@ class Replay:
     def _check_adapters(self) -> None:
         for stack, active in self._stacks:
             if tuple(stack.active) != active:
-                raise CannotCache("other adapters are active in the frozen modules than when the cache was filled")
+                raise CannotCache(
+                    "the active adapters in the frozen modules are not those with which the cache was filled"
+                )
 
 
 class Replayed:

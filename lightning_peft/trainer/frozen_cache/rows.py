@@ -22,9 +22,10 @@ def row_keys(batch: Any) -> list[str]:
     """Return a key for each row of ``batch``: a digest of the row's part of every tensor and list in the batch.
 
     Args:
-        batch: a tensor, or nested tuples, lists and mappings of tensors and plain values. Tensors of one size in their
-            first dimension, the most common one, are split into rows, and so are lists of that many plain values. All
-            else belongs to every row. A row that is padded to another length is another row.
+        batch: a tensor, or nested tuples, lists and mappings of tensors and plain values. The number of rows is the
+            most common size of the first dimension. Tensors of that size, and lists of that many plain values, are
+            split into rows; everything else belongs to every row. A row that is padded to a different length is a
+            different row.
 
     Raises:
         BatchError: if there is no tensor to split, or something that is neither a tensor nor a plain value.
@@ -64,7 +65,7 @@ def _bytes(tensor: Tensor, rows: int) -> Any:
 
 
 def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
-    """Yield tensors, plain values and lists of plain values, with where they are."""
+    """Yield tensors, plain values and lists of plain values, with their paths."""
     if isinstance(value, (Tensor, *_PLAIN)):
         yield path, value
     elif isinstance(value, Mapping):

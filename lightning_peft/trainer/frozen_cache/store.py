@@ -28,8 +28,8 @@ class Store:
     """The activations of rows, in one folder that several processes and runs may share.
 
     Each file has the tensor ``KEY.N`` for the N-th stored tensor of the row with that key, and in its metadata the
-    shapes of all tensors of skipped calls, and a checksum for each stored one, which is checked on the first read.
-    A file is complete once it has its name, and does not change; a process only writes files of its own.
+    shapes of all tensors of skipped calls, and a checksum for each stored one, which is checked on the first read. A
+    file is complete as soon as it has its name, and never changes; each process writes its own files.
 
     Args:
         folder: created if it does not exist.
@@ -87,7 +87,7 @@ class Store:
         """Write what is in memory.
 
         Raises:
-            OSError: the file cannot be written; it names the file.
+            OSError: if the file cannot be written; the message names it.
         """
         if not self._buffer:
             return
@@ -110,7 +110,7 @@ class Store:
         """Return the rows with these keys, as a batch.
 
         Raises:
-            OSError: a stored tensor is damaged.
+            OSError: if a stored tensor is damaged.
         """
         rows = [self._row(key) for key in keys]
         tensors = iter(torch.stack(column) for column in zip(*rows))

@@ -158,7 +158,7 @@ class _Pass:
         if self.late:
             self.source.saved.restore(self.source.trainer)
             self._start_late(ours)
-        if self in ours:  # a user's hook may iterate trainer.train_dataloader too, and must not move the record
+        if self in ours:  # a user's hook may iterate trainer.train_dataloader too, and must not advance the record
             self.source.record = self.record
         return self._draw()
 
@@ -242,7 +242,7 @@ class _Pass:
             skip: The number of batches to skip by index.
             workers: Worker number -> the RNG states it starts from.
             drawn: The number of batches that the saved run had drawn, including those fetched ahead.
-            now: The present RNG states of a resumed pass, to put back afterwards; None for a new pass.
+            now: The current RNG states of a resumed pass, to put back afterwards; None for a new pass.
         """
         source, rng_states, record = self.source, self.source.rng_states, self.record
         running = self.proxy._iterator

@@ -211,7 +211,7 @@ def test_full_lokr_factors_of_conv1d_differ_from_peft(tmp_path):
         (lp.LoKr(2, targets=["emb"]), r"LOKR does not adapt weights like 'emb' \(Embedding\)"),
         (lp.VeRA(4, targets=["pixel"]), r"VERA does not adapt weights like 'pixel' \(Conv2d\)"),
         (lp.IA3(targets=["line"], feedforward_targets=()), r"IA3 does not adapt weights like 'line' \(Conv1d\)"),
-        (lp.OFT(2, targets=["image"]), "gives another output before than after merging"),
+        (lp.OFT(2, targets=["image"]), "gives different outputs before and after merging"),
     ],
 )
 def test_layers_that_peft_does_not_adapt_with_this_method(method, reason, tmp_path):

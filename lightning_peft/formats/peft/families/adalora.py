@@ -91,7 +91,7 @@ class AdaLoRAConverter(Converter):
 
 
 def _check(layer: Layer) -> None:
-    """Refuse a layer that PEFT's AdaLoRA does not adapt, or adapts with another result.
+    """Refuse a layer that PEFT's AdaLoRA does not adapt, or adapts with a different result.
 
     Raises:
         NotInPeftError: if so; the message is the reason.

@@ -191,7 +191,7 @@ def take_layer(tensors: Tensors, site: Site, r: int, dora: bool, bias: bool) -> 
     """Take our tensors for a layer.
 
     Raises:
-        FormatError: if one is missing or misshapen, or if PEFT's LoRA gives another result on this layer.
+        FormatError: if one is missing or misshapen, or if PEFT's LoRA gives a different result on this layer.
     """
     rows, columns = site.shape
     name, kind = site.name, layer_kind(site.module, site.layout)

@@ -146,7 +146,7 @@ class OFTConverter(LayerConverter):
         super().check(layer)
         if layer.kind == "Conv" and (layer.stored[2:] != (1, 1) or layer.host.groups > 1):
             raise NotInPeftError(
-                f"PEFT's OFT on a convolution gives another output before than after merging, unless the kernel has "
+                f"PEFT's OFT on a convolution gives different outputs before and after merging, unless the kernel has "
                 f"size 1 and there is one group: {layer.name!r} has weight shape {'x'.join(map(str, layer.stored))}"
             )
 
