@@ -24,6 +24,7 @@ from lightning_peft.cli.methods import command_name, exported
 from lightning_peft.core.adapters.base import Adapter
 from lightning_peft.core.adapters.lookup import hosts
 from lightning_peft.core.batching.batched import BatchedLowRank, PerGroupOutput
+from lightning_peft.trainer.logs import keys
 from tests import features, strategies
 from tests.holes import REFUSED
 from tests.kinds import KINDS
@@ -187,8 +188,15 @@ def reference() -> str:
     )
 
 
+def logged_values() -> str:
+    """The table of docs/logging.md, from the names in lightning_peft/trainer/logs/keys.py."""
+    rows = [f"| `{key.name}` | {key.unit} | {key.meaning} | {key.part and f'`{key.part}`'} |" for key in keys.METRICS]
+    return "\n".join(["| name | unit | meaning | part |", "|---|---|---|---|", *rows])
+
+
 LISTS = {
     "api.md": {"methods": reference},
+    "logging.md": {"logged values": logged_values},
     "many.md": {"exact sums": exact_sums},
     "methods.md": {"methods": choice},
     "rows.md": {"served rows": served_rows},

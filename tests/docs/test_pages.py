@@ -142,6 +142,7 @@ PAGES: dict[str, Callable[[], dict[str, Any]]] = {
     "docs/rows.md": of_rows,
     "docs/frozen_cache.md": dict,
     "docs/strategies.md": dict,
+    "docs/logging.md": of_index,
 }
 
 

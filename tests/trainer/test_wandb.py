@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import time
 from pathlib import Path
@@ -13,9 +14,11 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+import yaml
 from lightning.pytorch.loggers import WandbLogger
 
 import lightning_peft as lp
+from lightning_peft.cli.main import main
 from lightning_peft.trainer.logs.run_ids import resume_runs
 
 from .toys import Toy, every_step, loader, trainer, val_loader
@@ -81,6 +84,11 @@ def config_of(found: list[tuple[str, Any]]) -> dict[str, Any]:
     return config
 
 
+def logged(found: list[tuple[str, Any]]) -> set[str]:
+    """The names of all logged values."""
+    return {item.key or item.nested_key[0] for _, r in found if r.HasField("history") for item in r.history.item}
+
+
 def artifact_of(record: Any) -> Any:
     if record.HasField("artifact"):
         return record.artifact
@@ -126,8 +134,7 @@ def test_a_killed_run_continues_under_its_id(tmp_path: Path, how: str) -> None:
         assert (peft["trainable"], peft["total"]) == (290, 866)
         assert peft["percent"] == pytest.approx(100 * 290 / 866)
         assert config_of(found)["width"] == 16
-        logged = {item.key or item.nested_key[0] for _, r in found if r.HasField("history") for item in r.history.item}
-        assert {"loss", "default/grad_norm", "default/relative_update", "throughput/step_time"} <= logged
+        assert {"loss", "default/grad_norm", "default/relative_update", "throughput/step_time"} <= logged(found)
     artifacts = [a for _, r in records(tmp_path / "second") if (a := artifact_of(r)) is not None]
     assert [(a.name, a.type) for a in artifacts] == [(f"adapter-{run_id}", "adapter")]
     _check_loads(artifacts[0], run.lightning_module, tmp_path / "downloaded")
@@ -182,3 +189,65 @@ def test_paths_without_a_run_have_no_effect(tmp_path: Path) -> None:
     resume_runs([log], tmp_path / "step=3.ckpt")
     assert log.version is None
     assert os.environ["WANDB_MODE"] == "offline"
+
+
+@pytest.fixture
+def _own_setup() -> Any:
+    """wandb reads the parameters of a sweep once in a process."""
+    wandb.teardown()
+    yield
+    wandb.teardown()
+
+
+@pytest.mark.usefixtures("_own_setup")
+def test_a_point_of_the_sweep_in_the_docs_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command line is made by wandb's own functions, and the environment is that of its agent."""
+    from wandb.sdk.launch.sweeps import utils
+
+    root = Path(__file__).parents[2]
+    blocks = re.findall(r"```yaml\n(.*?)```", (root / "docs/logging.md").read_text(), re.DOTALL)
+    (sweep,) = (found for block in blocks if "command" in (found := yaml.safe_load(block)))
+    point = {
+        name: {"value": max(s["values"]) if "values" in s else s["max"]} for name, s in sweep["parameters"].items()
+    }
+    assert point["method.r"] == {"value": 16}
+    words = utils.create_sweep_command(sweep["command"])
+    at = words.index("${args}")
+    words[at : at + 1] = utils.create_sweep_command_args({"args": point})["args"]
+
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(
+        root / "recipes", "recipes", ignore=lambda folder, names: [n for n in names if n != "quickstart.yaml"]
+    )
+    Path("sweep-parameters.yaml").write_text(yaml.safe_dump({"wandb_version": 1, **point}))
+    for name, value in {"ID": "s1", "PARAM_PATH": "sweep-parameters.yaml"}.items():
+        monkeypatch.setenv(f"WANDB_SWEEP_{name}", value)
+    monkeypatch.setenv("WANDB_RUN_ID", "point1")
+    short = [f"--trainer.limit_{stage}_batches=1" for stage in ("train", "val")]
+    main(
+        [*words[words.index("lightning-peft") + 1 :], *short, "--trainer.max_epochs=1", "--trainer.log_every_n_steps=1"]
+    )
+    wandb.finish()
+
+    found = records(tmp_path)
+    assert {run_id for run_id, _ in found} == {"point1"}
+    config = config_of(found)
+    assert (
+        config["method.r"]
+        == config["cli"]["method"]["init_args"]["r"]
+        == config["peft"]["methods"]["default"]["r"]
+        == 16
+    )
+    assert config["cli"]["model"]["init_args"]["lr"] == 0.01
+    assert config["peft"]["methods"]["default"]["lora_plus_ratio"] == 16
+    assert sweep["metric"]["name"] in logged(found)
+
+
+def test_the_resumed_run_keeps_an_id_that_is_valid_only(tmp_path: Path) -> None:
+    trainer(tmp_path, *every_step(tmp_path), logger=logger(tmp_path), max_steps=1).fit(Toy(), loader())
+    wandb.finish()
+    checkpoint = torch.load(tmp_path / "step=1.ckpt", weights_only=True)
+    checkpoint["lightning_peft"]["wandb"] = ["../../elsewhere"]
+    torch.save(checkpoint, tmp_path / "edited.ckpt")
+    with pytest.raises(lp.StateError, match="as the id of a W&B run, which is not a valid id: it was edited"):
+        resume_runs([logger(tmp_path)], tmp_path / "edited.ckpt")
