@@ -197,7 +197,7 @@ def faults(name: str, row: Row) -> list[str]:
     if mine.trainable != theirs.trainable:
         found.append(f"{mine.trainable:,} trainable parameters, PEFT {theirs.trainable:,}")
     if METHODS[name].identity and mine.adapted != theirs.adapted:
-        found.append(f"other targets than PEFT: {', '.join(sorted(set(mine.adapted) ^ set(theirs.adapted)))}")
+        found.append(f"targets that differ from PEFT's: {', '.join(sorted(set(mine.adapted) ^ set(theirs.adapted)))}")
     if mine.dtypes != theirs.dtypes:
         found.append(f"trainable in {mine.dtypes}, PEFT in {theirs.dtypes}")
     return found

@@ -24,7 +24,7 @@ def _fresh_global_state():
 
 @pytest.fixture(autouse=True)
 def _in_own_folder(tmp_path, monkeypatch):
-    """Every test runs in a folder of its own, where it may leave files."""
+    """Every test runs in its own folder, where it may leave files."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
 

@@ -188,7 +188,7 @@ def page() -> str:
         return "yes" if hole is None else f"no [{numbers[hole.reason]}]"
 
     lines = [
-        "# What works with what",
+        "# Supported combinations",
         "",
         "A test covers every cell: it runs each `yes` on a tiny Hugging Face model, and checks that each `no` is",
         "refused with an error that says why. `python -m tests.lists` writes this page.",

@@ -30,7 +30,7 @@ class Row:
         make: returns the method for a kind; takes ``name`` and other options.
         count: the number of trainable parameters that the paper's formula gives, for a kind and its plain model.
         identity: whether the adapted model starts as its base.
-        mergeable: whether the change can be folded into the weights.
+        mergeable: whether the change can be merged into the weights.
         additive: whether the change is a sum, so that the order of two adapters does not matter.
         selects: whether the method trains parameters of the base instead of adding adapters.
         kinds: the kinds to test, for a variant of another row; by default all.

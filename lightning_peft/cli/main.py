@@ -265,7 +265,7 @@ def _as_plain(value: Any) -> Any:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run a command; ``lightning_peft_command.main`` calls this for what it does not answer itself."""
+    """Run a command; ``lightning_peft_command.main`` calls this for the commands that it does not answer itself."""
     # Imported so that the command line and YAML can name these classes without their package.
     import lightning_peft.data
     import lightning_peft.tasks  # noqa: F401

@@ -24,7 +24,7 @@ def keep_fraction(data: L.LightningDataModule, fraction: float) -> None:
         fraction: above 0 and at most 1; 1 changes nothing. At least one batch is kept, if there are enough examples.
 
     Raises:
-        InputError: when the loader is created: it has no length, or orders its examples in a way of its own.
+        InputError: when the loader is created: if it has no length, or uses its own order of examples.
     """
     if fraction == 1:
         return

@@ -22,7 +22,7 @@ _NOTES: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
 def in_backward() -> bool:
     """Whether backward is running, so that a forward inside it is a recomputation."""
-    return torch._C._current_graph_task_id() != -1
+    return torch._C._current_graph_task_id() != -1  # -1 outside of backward; torch has no public function for this
 
 
 def checkpoint_frame() -> Any:

@@ -220,6 +220,7 @@ def _with_signature(function: Any, like: Any) -> Any:
 
     Callers inspect the signature of ``forward`` to find out which arguments they may pass.
     """
+    # A copy, because all swapped classes share the mixin's function, and each needs the signature of its original.
     copy = types.FunctionType(
         function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
     )

@@ -191,7 +191,7 @@ class TableDataModule(L.LightningDataModule):
         """The examples of a split, computed once. If the split is a file, a later run reads them from a cache."""
         if split not in self._examples:
             table = self.table(split).select_columns(self._needed(split))
-            # map would give an entry the type of a column with the same name, so the columns get names of their own.
+            # map would give an entry the type of a column with the same name, so the columns get unique names.
             renamed = table.rename_columns({name: f"source {name}" for name in table.column_names})
             self._examples[split] = renamed.map(
                 self._prepare,

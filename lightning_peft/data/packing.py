@@ -35,7 +35,7 @@ def pack(examples: Sequence[Example], size: int) -> list[Example]:
 def collate_packs(packs: Sequence[Example], pad_token_id: int) -> dict[str, Tensor]:
     """``input_ids``, ``labels`` and ``position_ids``, ``(batch, longest)``.
 
-    Each padding token counts as a text of its own, so no real token attends to it.
+    Each padding token counts as a separate text, so no real token attends to it.
     """
     fill = {"input_ids": pad_token_id, "labels": -100, "position_ids": 0}
     return {

@@ -145,7 +145,7 @@ def _let_trainer_find_adapter(model: nn.Module) -> None:
 
 
 def _name_labels(root: nn.Module, files: AdapterFiles) -> None:
-    """Give a classifier the names of its outputs that the adapter was trained with, unless it has names of its own."""
+    """Give a classifier the output names that the adapter was trained with, unless the classifier has names already."""
     labels = base_facts(files.metadata, files.directory).get("labels")
     config = getattr(base_of(root).module, "config", None)
     if not isinstance(labels, list) or not labels or not all(isinstance(label, str) for label in labels):

@@ -141,12 +141,15 @@ class Generator:
         """Run new tokens (rows, new) after a cache; return the logits (rows, vocabulary) of the last, and the cache."""
         given: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": True, "return_dict": True}
         if "position_ids" in self._takes:
+            # Count visible tokens only: rows are padded on the left, and padding must not shift their positions.
             given["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        # Only the last logits are used, and those of a whole prompt would take much memory.
         if "logits_to_keep" in self._takes:
             given["logits_to_keep"] = 1
         if cache is not None:
             given[self._cache_name] = cache
         output = self.network(**given)
+        # Models name their cache differently; the argument has the name of the output.
         self._cache_name = next(name for name, value in output.items() if is_cache(value))
         return output.logits[:, -1], output[self._cache_name]
 

@@ -58,7 +58,7 @@ def select(cache: Any, mask: Tensor, rows: list[int]) -> tuple[Any, Tensor]:
     """Return the cache and the mask of some rows, without the columns that are padding in all of them."""
     index = torch.tensor(rows, device=mask.device)
     mask = mask[index]
-    first = int(mask.argmax(1).min())
+    first = int(mask.argmax(1).min())  # argmax returns the first visible column of each row
     part = _like(cache)
     for layer, old in zip(part.layers, cache.layers):
         layer.keys, layer.values = old.keys[index, :, first:], old.values[index, :, first:]

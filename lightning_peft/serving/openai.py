@@ -1,4 +1,4 @@
-"""The answers of OpenAI's API for texts and conversations, built from what the engine sends."""
+"""The answers of OpenAI's API for texts and conversations, built from the engine's events."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ class TextClassifier(Classifier):
     Args:
         model: ``"demo"`` (the embedded model), a Hugging Face folder, or a hub id.
         num_labels: The number of classes; ``None`` uses that of the data, or without data the number in the model's
-            configuration. A head of another width than the stored one starts from random weights.
+            configuration. A head whose width differs from the stored head's starts from random weights.
         pretrained: ``False`` builds the same network with random weights, as a baseline for the effect of pretraining.
         dtype: The parameters' dtype; ``None`` keeps the stored one.
         config: Changes to the model's configuration. Biases that it adds start at zero.

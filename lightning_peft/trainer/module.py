@@ -61,8 +61,9 @@ class AdaptedModule(_LightningModule):
         audit_methods(_methods_of(self._trainer))
         with creating_layers(self._trainer, self):
             super().configure_model()
-        if injection_state(self) is None:
+        if injection_state(self) is None:  # BitsandbytesPrecision quantises layers while none has adapters
             convert_layers(self._trainer, self)
+        # Skipped only if the module has its own adapters and the Trainer has no method to add.
         if _methods_of(self._trainer) or injection_state(self) is None:
             create_lazy_parameters(self)
             apply(self)

@@ -31,7 +31,7 @@ def configured(module: nn.Module, configure: Callable[[], Any]) -> Any:
         # Parameters that a method unfreezes later must be in a group from the start, which the user's code chooses now.
         with _requires_grad(p for p in deferred_parameters(module)):
             return configure()
-    except Exception as error:
+    except Exception as error:  # the user's code may raise anything for a parameter that it does not know
         record = injection_state(module)
         if record is None:
             raise
@@ -41,7 +41,7 @@ def configured(module: nn.Module, configure: Callable[[], Any]) -> Any:
         try:
             with _requires_grad(trained), _without_adapters(module):
                 found = configure()
-        except Exception:
+        except Exception:  # it fails without adapters too, so they are not the cause
             raise error from None
         rank_zero_info(
             f"configure_optimizers raised {type(error).__name__} with adapters in the module, so it was run without "
@@ -64,6 +64,7 @@ def _requires_grad(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
 
 @contextmanager
 def _without_adapters(module: nn.Module) -> Iterator[None]:
+    # Only hidden from named_parameters(), not detached: the adapters keep their values and their order.
     before = [(host._modules, dict(host._modules)) for _, host in hosts(module)]
     for children, _ in before:
         del children["adapters"]
@@ -153,6 +154,7 @@ def drop_frozen(optimizers: Sequence[Optimizer], module: nn.Module) -> None:
 def _drop_from_group(group: dict[str, Any], deferred: set[int]) -> list[nn.Parameter]:
     """Remove and return the parameters of one group that never train. Deferred ones are kept: they unfreeze later."""
     before = group["params"]
+    # By index, so that param_names stays aligned with params.
     kept = [i for i, p in enumerate(before) if p.requires_grad or id(p) in deferred]
     for key in {"params", "param_names"} & group.keys():
         group[key] = [group[key][i] for i in kept]

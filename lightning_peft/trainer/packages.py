@@ -41,7 +41,7 @@ def check_packages(trainer: Any, module: Any) -> None:
     """Refuse a run that mixes objects of both packages.
 
     Raises:
-        MisconfigurationException: if an object belongs to another package than the Trainer; the message names it.
+        MisconfigurationException: if an object does not belong to the Trainer's package; the message names it.
     """
     package = _package(trainer)
     strange = [

@@ -60,6 +60,7 @@ def _try_manifest(module: nn.Module) -> None:
 
 
 def _try_hooks(trainer: L.Trainer, module: Any) -> None:
+    # Only the user's own hooks can remove part of the state; without any, collecting it would be wasted time.
     if not any(_overridden(module, name) for name in ("state_dict", "on_save_checkpoint")):
         return
     checkpoint = {"epoch": 0, "global_step": 0, "hyper_parameters": dict(module.hparams), "optimizer_states": []}

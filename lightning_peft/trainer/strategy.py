@@ -121,18 +121,19 @@ def adapt_strategy(trainer: L.Trainer, loaders: TrainingLoaders) -> None:
 
     def process_dataloader(loader: object) -> object:
         loader = process(loader)
+        # Only training resumes inside an epoch; a validation always starts at its first batch.
         return loaders.wrap(loader, trainer) if trainer.training else loader
 
     def on_train_start() -> None:
         start()
         finish_epoch(trainer)
 
-    def teardown() -> (
-        None
-    ):  # called at the end of every run; after an exception, later than the callbacks that save a checkpoint then
+    def teardown() -> None:
+        # At the end of every run. After an exception, this is later than the callbacks that then save a checkpoint.
         loaders.release(trainer)
         end()
 
+    # Set on the instance, because the strategy exists already, and its class may be the user's.
     strategy.lightning_module_state_dict = lightning_module_state_dict
     strategy.load_checkpoint = load_checkpoint
     strategy.load_optimizer_state_dict = load_optimizer_state_dict

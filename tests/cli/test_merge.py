@@ -101,7 +101,7 @@ def test_a_pipeline_answers_with_the_names_of_the_labels(source: str):
 
     module = TextClassifier("demo", labels=["polite", "rude"])
     checkpoint(module, lp.LoRA(r=4, trainable=["classifier"]))
-    lp.save_adapter(module, "adapter")  # its base is a masked language model with 17 labels of its own
+    lp.save_adapter(module, "adapter")  # its base is a masked language model that has its own 17 labels
     run(source, "out")
     [answer] = pipeline("text-classification", model="out")("please sit")
     assert answer["label"] in ("polite", "rude")

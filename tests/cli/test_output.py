@@ -25,7 +25,7 @@ FIT = [
 
 
 def test_a_run_prints_its_own_output_only_within_80_columns():
-    """In a process of its own: tips and load reports are printed when packages are first used."""
+    """In a separate process: tips and load reports are printed when packages are first used."""
     environment = {**os.environ, "COLUMNS": "80", "PYTHONPATH": str(HERE.parents[1])}
     command = [sys.executable, "-m", "lightning_peft", *FIT, "--trainer.enable_progress_bar=false"]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)

@@ -23,7 +23,7 @@ from transformers import (
 import lightning_peft as lp
 from tests import helpers
 
-#: two libraries add the same numbers in another order
+#: two libraries add the same numbers in a different order
 close = functools.partial(helpers.close, tolerance=1e-4)
 
 

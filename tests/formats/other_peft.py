@@ -1,6 +1,6 @@
 """Run by test_other_peft.py in a separate process, with another release of PEFT on the path.
 
-Reads every adapter in ``<folder>/ours`` onto the base of its name and writes the logits; makes adapters of its own in
+Reads every adapter in ``<folder>/ours`` onto the base of its name and writes the logits; makes further adapters in
 ``<folder>/theirs``, with their logits.
 """
 

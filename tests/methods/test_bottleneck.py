@@ -227,7 +227,7 @@ def test_options():
         extra = {"norm_before": 32, "norm_after": 32, "gate": 17, "learned": 1, "channel": 16}
         assert count == 3 * (2 * 4 * 16 + 16 + 4 + extra[options.get("scaling") or next(iter(options))])
         torch.testing.assert_close(run(model, x), base)
-        for _ in range(2):  # whatever starts at zero, everything learns
+        for _ in range(2):  # everything learns, whichever factor starts at zero
             run(model, x).sin().sum().backward()
             for p in lp.trainable_parameters(model):
                 p.data -= 0.1 * p.grad

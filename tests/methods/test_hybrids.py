@@ -70,7 +70,7 @@ def layer_ranges() -> list[lp.PEFTMethod]:
     ]
 
 
-#: each with the adapters that a merge folds
+#: each with the adapters that a merge includes
 HYBRIDS: dict[Callable[[], list[lp.PEFTMethod]], set[str]] = {
     lora_prefix: {"lora"},
     mam: set(),

@@ -130,7 +130,7 @@ def test_biases_train_as_asked():
 
 
 class Biases(nn.Module):
-    """Biases that are no ``bias`` of a layer."""
+    """Biases that are not the ``bias`` of a layer."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -51,10 +51,10 @@ def test_fit(options):
 @pytest.mark.parametrize("use_rslora", [False, True])
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_starts_and_trains_as_in_peft(init, use_rslora):
-    """The same first factors (up to sign), the same outputs and gradients from the same factors."""
+    """Initial factors equal PEFT's up to sign; from equal factors, outputs and gradients are equal too."""
     peft = pytest.importorskip("peft")
     model, theirs = net(), net()
-    # PEFT takes the part off the base, and computes in float32
+    # PEFT subtracts the part from the base, and computes in float32
     config = peft.LoraConfig(
         r=4, lora_alpha=6, target_modules=["0", "2"], init_lora_weights=init, use_rslora=use_rslora
     )
@@ -104,7 +104,7 @@ def test_orthogonal_halves():
 
 
 def test_small_steps_survive_bfloat16():
-    """At PiSSA's large first values, a step below their bfloat16 resolution still shows."""
+    """A step below the bfloat16 resolution of PiSSA's large initial values still has an effect."""
     torch.manual_seed(0)
     model = nn.ModuleDict({"l": nn.Linear(16, 16)}).bfloat16()
     plain, x = copy.deepcopy(model), torch.randn(64, 16).bfloat16()
@@ -173,7 +173,7 @@ def test_lora_plus_of_two_adapters():
 @pytest.mark.parametrize("groups", [False, True])
 @pytest.mark.parametrize("schedule", ["lambda", "onecycle"])
 def test_lora_plus_in_a_trainer(schedule, groups):
-    """The schedule made before the split goes on at both rates, and a resumed run meets it bit for bit."""
+    """A schedule that was built before the split continues at both rates, also in a resumed run, bit for bit."""
     whole, resumed = check_fit(lambda: lora(lora_plus_ratio=8), groups=groups, schedule=schedule)
     plain = Task(groups=groups, schedule=schedule)
     trainer(lora(), 8, "c").fit(plain, loader())

@@ -214,7 +214,7 @@ def test_what_is_saved_is_what_is_computed_with(tmp_path):
     torch.testing.assert_close(loaded(x), model(x))
     theirs = peft.PeftModel.from_pretrained(net(), tmp_path)
     torch.testing.assert_close(theirs(x), model(x))
-    perturb(loaded, scale=5.0)  # training goes on in the ball
+    perturb(loaded, scale=5.0)  # training continues inside the ball
     assert (loaded(x) - net()(x)).abs().max() < 0.5
 
 

@@ -106,8 +106,8 @@ def test_outputs_and_gradients_are_those_of_peft(case: str):
         for matrix, parameter in pairs:
             parameter.copy_(matrix.reshape(parameter.shape))
     if given.kind == "mha_batch_first":
-        # PEFT adds the output projection's update twice (it merges it by hand, then calls merge). A B of zero leaves
-        # the input projection to compare; tests/methods/test_dense.py holds our output projection to W + s B A.
+        # PEFT adds the output projection's update twice (it merges it by hand, then calls merge). With B at zero, only
+        # the input projection is compared; tests/methods/test_dense.py compares our output projection with W + s B A.
         with torch.no_grad():
             for matrix, parameter in pairs[3::4]:
                 matrix.zero_()

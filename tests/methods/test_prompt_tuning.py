@@ -23,7 +23,7 @@ def prompt_of(model) -> PromptAdapter:
 
 
 def manual(words: str, row: torch.Tensor, prompt: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
-    """The longer row by hand, and where the real tokens are in it."""
+    """The longer row, built by hand, and the positions of the real tokens in it."""
     fixed = sum(int(w[1:]) for w in words.split() if w[0] == "x" and w != "x*")
     parts, keep, real, virtual, at = [], [], 0, 0, 0
     for word in words.split():
@@ -119,7 +119,7 @@ def test_virtual_tokens_are_at_their_positions(make, place, padding):
         positions = (mask.cumsum(1) - 1).clamp(min=0)
     out = model(input_ids=IDS, attention_mask=mask, position_ids=positions).logits
     assert out.shape[:2] == IDS.shape
-    for i in range(2):  # each row by itself, without padding: what stands where does not depend on it
+    for i in range(2):  # each row by itself, without padding, which must not change the positions
         real = IDS[i] if mask is None else IDS[i][mask[i].bool()]
         long, keep = manual(words(place), base.get_input_embeddings()(real), prompt)
         expected = base(inputs_embeds=long[None]).logits[0]

@@ -69,7 +69,7 @@ def test_adapters_train_and_nothing_else_moves(row: Row, kind: Kind):
     model = adapted(row, kind, moved=False)
     trained = trained_parameters(model)
     before = bits(model)
-    # Decay and momentum over all parameters: what is frozen must not move even if an optimizer is given it.
+    # With decay and momentum on all parameters, frozen ones must not move even if the optimizer holds them.
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, weight_decay=0.1)
     for seed in range(3):
         optimizer.zero_grad()

@@ -1,4 +1,4 @@
-"""TextClassifier: learns, logs, predicts, and complains clearly."""
+"""TextClassifier: it learns, logs and predicts, and its errors are clear."""
 
 import lightning as L
 import pytest

@@ -1,4 +1,4 @@
-"""reST to prose: markup goes, text stays."""
+"""Convert reST to prose: markup is removed, text stays."""
 
 import pytest
 

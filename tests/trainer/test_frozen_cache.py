@@ -1,4 +1,4 @@
-"""A run with ``CacheFrozen`` is the run without it, bit for bit, and runs the frozen part once for each row."""
+"""A run with ``CacheFrozen`` equals one without it, bit for bit, and computes the frozen part once for each row."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Model(L.LightningModule):
 
 
 class Residual(Model):
-    """Frozen layers with operations between them, a position embedding of its own, and one output read by numpy."""
+    """Frozen layers with operations between them, a separate position embedding, and one output that numpy reads."""
 
     def build(self) -> nn.Module:
         base = nn.Module()

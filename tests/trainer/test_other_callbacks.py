@@ -1,4 +1,4 @@
-"""Every callback of Lightning beside a method of each kind: it does what it does to a plain module, or is refused.
+"""Every Lightning callback together with a method of each kind: it works as on a plain module, or is refused.
 
 The plain module holds the same adapters and trains the same parameters, but its Trainer has no method among its
 callbacks, so only Lightning's own code runs. ``test_averaging.py`` computes averages by hand, and
@@ -137,7 +137,7 @@ class Calls(cb.LambdaCallback):
 
 
 class OwnState(cb.Callback):
-    """A user's callback with state of its own."""
+    """A user's callback that has state."""
 
     def __init__(self) -> None:
         self.count = 0

@@ -1,4 +1,4 @@
-"""``ModelCheckpoint`` in every mode beside a method of each kind: the right files, each with the state of its step."""
+"""``ModelCheckpoint`` in every mode, with a method of each kind: the right files, each with the state of its step."""
 
 from __future__ import annotations
 
@@ -116,7 +116,9 @@ def test_the_files_hold_the_state_of_their_step(name: str, method: str, tmp_path
         assert ("optimizer_states" in state) == (name != "weights only")
         trained = record.states[step]
         assert all(torch.equal(state["state_dict"][key], value) for key, value in trained.items())
-        assert state["state_dict"].keys() == lp.adapter_state(module).keys()  # which has what adapters keep besides
+        assert (
+            state["state_dict"].keys() == lp.adapter_state(module).keys()
+        )  # which also has the other state of adapters
         loaded = lp.load_from_checkpoint(Module, path)
         assert all(torch.equal(loaded.get_parameter(key), value) for key, value in trained.items())
 

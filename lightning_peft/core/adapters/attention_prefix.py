@@ -74,7 +74,7 @@ def call_with_prefix(host: Any, prefix: KeysAndValues, call: Callable[..., Any],
             outer.prefixes.pop()
     mode = _Mode(prefix)
     eager = getattr(host.__dict__.get("config"), "_attn_implementation", None) == "eager"
-    if eager:
+    if eager:  # eager attention makes neither call, so it is intercepted through transformers' registry
         _register()
         _route(host, 1)
     # Threads share the host and its config, so "a prefix is active" is recorded per thread.
@@ -101,6 +101,7 @@ def mask_columns(mask: Tensor, key: Tensor) -> Tensor:
     Raises:
         AttentionError: if the mask is not a plain tensor.
     """
+    # type(), not isinstance: a subclass such as torch's CausalBias has no columns that could be added.
     if type(mask) not in (Tensor, torch.nn.Parameter):
         raise AttentionError(
             f"an attention mask of type {type(mask).__name__} cannot be extended for a prefix: pass a plain tensor, or "
@@ -227,7 +228,7 @@ def _multi_head(
     q, k, v = (F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases))
     length, batch, source = q.shape[0], q.shape[1], k.shape[0]
     width = embed_dim // num_heads
-    extra = 0  # keys that do not come from the input
+    extra = 0  # keys that bias_k and add_zero_attn append to those of the input
     if bias_k is not None and bias_v is not None:
         k, v = (torch.cat([t, b.expand(1, batch, embed_dim)]) for t, b in ((k, bias_k), (v, bias_v)))
         extra += 1
@@ -273,6 +274,7 @@ def _attend(
     """Compute attention; return its output, and the attention weights if they are needed."""
     if not need_weights:
         return F.scaled_dot_product_attention(q, keys, values, mask, dropout_p), None
+    # scaled_dot_product_attention does not return the weights, so compute them here.
     scores = (q * (1 / math.sqrt(q.shape[-1]))) @ keys.transpose(-2, -1)
     attention = (scores if mask is None else scores + mask).softmax(-1)
     attention = F.dropout(attention, dropout_p) if dropout_p else attention

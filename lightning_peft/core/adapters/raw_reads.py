@@ -65,6 +65,7 @@ class RawReads(TorchFunctionMode):
         #: the operations found, by parameter: the name of the function and where it was called
         self.found: dict[StoredParameter, tuple[str, str]] = {}
         self._weights = WeakTensorKeyDictionary()  # tensor -> the stored parameters it is made from
+        # Known, but without an origin: combining these with a stored parameter does not apply it to the batch.
         for tensor in (*model.parameters(), *model.buffers()):
             self._weights[tensor] = ()
         owners = [p for module in model.modules() for p in module._parameters.values() if p is not None]
@@ -72,7 +73,7 @@ class RawReads(TorchFunctionMode):
             for name in {*host._parameters, *cast(AdapterStack, host.adapters).changed}:
                 if isinstance(stored := stored_tensor(host, name), nn.Parameter):
                     self._weights[stored] = (*self._weights.get(stored, ()), StoredParameter(host_name, host, name))
-        for tensor, origins in [*self._weights.items()]:
+        for tensor, origins in [*self._weights.items()]:  # leave out what other modules share
             if origins and sum(p is tensor for p in owners) != len(origins):
                 self._weights[tensor] = ()
 
@@ -80,9 +81,8 @@ class RawReads(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        if (
-            torch.compiler.is_compiling() or in_backward()
-        ):  # backward uses tensors that the forward saved, and the forward is already checked
+        # Backward uses tensors that the forward saved, and the forward was checked.
+        if torch.compiler.is_compiling() or in_backward():
             return result
         tensors = list(tensors_in((args, kwargs or {})))
         stored = {origin for t in tensors for origin in self._weights.get(t, ())}
@@ -92,6 +92,7 @@ class RawReads(TorchFunctionMode):
 
     def _look(self, function: str, stored: set[StoredParameter], tensors: list[Tensor], result: Any) -> None:
         hosts = {origin.host for origin in stored}
+        # While a host's own forward runs, it may use its stored parameters, because the adapters run around it.
         if function in _SAME_SIZE or function.startswith("new_") or any(forward_values(h) is not None for h in hosts):
             return
         frame = _caller(sys._getframe(2))
@@ -107,7 +108,7 @@ class RawReads(TorchFunctionMode):
             for origin in stored - self.found.keys():
                 if origin.name.partition(".")[0] in origin.host.adapters.values_to_read(origin.host, origin.name):  # type: ignore[union-attr, operator]
                     self.found[origin] = function, _place(frame)
-        elif used:
+        elif used:  # a value made from parameters only counts as the parameter from now on
             for tensor in tensors_in(result):
                 if tensor.dim() and tensor.is_floating_point():
                     self._weights[tensor] = tuple(stored)

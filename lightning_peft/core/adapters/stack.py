@@ -67,7 +67,8 @@ class AdapterStack(AdapterContainer):
         local: the switches of this thread's contexts, for compiled code.
         merged: original weights and biases by name while adapters are merged into them; None otherwise.
         merged_names: the adapters that are merged.
-        packed: what the host was before merging replaced its packed weight by a plain one; None otherwise.
+        packed: the host's original class and attributes, if merging replaced its packed weight by a plain one; else
+            None.
         changed: names of the host's parameters and buffers that any of the adapters changes.
         attributes: the names of the host's attributes through which these are read.
         ever_routed: the adapters used by rows of any batch so far; None if no batch was routed by row.

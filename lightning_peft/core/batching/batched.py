@@ -41,7 +41,7 @@ class BatchedAdapters:
         ]
 
     def close(self) -> None:
-        """Free what is kept between the calls of one context."""
+        """Free the values that are kept between the calls of one context."""
 
     def run(self, host: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Return the host's output, like :meth:`lightning_peft.core.adapters.base.Adapter.run`."""

@@ -167,6 +167,7 @@ def _install(model: nn.Module, plans: Mapping[str, tuple[Method, Plan]]) -> Repo
     watch_saving(model)
     if first:
         record.start = InitialValues.of(model)
+        # The record is attached before the fingerprint is computed, which reads from it what trains.
         model.__dict__["_peft_injection"] = record
         record.fingerprint = fingerprint(model, leave_out=record.deferred)
     if any(record.trained_base.values()):

@@ -78,8 +78,8 @@ def check_injectable(model: nn.Module) -> None:
         mro = {c.__name__ for c in original_class(module).__mro__} | {c.__name__ for c in type(module).__mro__}
         if mro & {"FSDPModule", "FullyShardedDataParallel", "DistributedDataParallel"}:
             raise InjectionError(
-                f"{where} is already sharded or wrapped for distributed training: every rank would get adapters "
-                "of its own; apply the methods first (in configure_model: lp.apply(self) before fully_shard)"
+                f"{where} is already sharded or wrapped for distributed training: every rank would get its own "
+                f"adapters; apply the methods first (in configure_model: lp.apply(self) before fully_shard)"
             )
 
 

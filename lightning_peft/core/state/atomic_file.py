@@ -78,7 +78,7 @@ def to_disk(path: Path) -> None:
 
 @contextmanager
 def writing(path: str | Path) -> Iterator[None]:
-    """Name ``path`` in failures to write it, and say that what it held before is unchanged.
+    """Name ``path`` in failures to write it, and say that its earlier content is unchanged.
 
     Raises:
         OSError: if writing fails, with the system's error number; other errors pass unchanged.
@@ -91,7 +91,7 @@ def writing(path: str | Path) -> Iterator[None]:
         advice = "choose another folder"
         if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             advice = "free disk space, or choose another folder"
-        what = f"{os.strerror(number)}: nothing was saved, and what was there before is unchanged; {advice}"
+        what = f"{os.strerror(number)}: nothing was saved, and the earlier content is unchanged; {advice}"
         raise OSError(number, what, str(path)) from error
 
 

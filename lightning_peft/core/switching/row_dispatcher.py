@@ -97,7 +97,7 @@ class RowDispatcher:
                     f"{stack.batch_layout} is recomputed in backward after lp.rows has exited, so the adapters of its "
                     "rows are unknown: call backward inside the context, or checkpoint with use_reentrant=False"
                 )
-        elif not self.open:
+        elif not self.open:  # a new forward outside of the context: the next backward no longer repeats one inside it
             self.saw_no_grad_forward = False
         elif torch.is_grad_enabled():
             if (checkpoint := checkpoint_frame()) is not None:

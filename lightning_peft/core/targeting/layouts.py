@@ -99,11 +99,11 @@ class TransposedLayout(LinearLayout):
 
 
 class OtherLinearLayout(LinearLayout):
-    """A linear layer of another class than ``nn.Linear`` that stores W."""
+    """A linear layer of a class other than ``nn.Linear`` that stores W."""
 
 
 class OtherTransposedLayout(TransposedLayout):
-    """A linear layer of another class than ``nn.Linear`` that stores W^T."""
+    """A linear layer of a class other than ``nn.Linear`` that stores W^T."""
 
 
 class PackedLayout(LinearLayout):

@@ -33,8 +33,8 @@ def register_linear(cls: M, transposed: bool = False) -> M:
     """Declare that ``cls`` is a linear layer, so that ``all-linear`` includes it and patterns match it.
 
     Layers that compute ``F.linear(x, self.weight, self.bias)`` with one argument and no other state are recognised
-    without this. A registered layer whose forward computes something else with its weight
-    is adapted by placing the adapted weight in it, which is correct for any forward that reads ``self.weight``.
+    without this. A registered layer whose forward computes something different with its weight is adapted by placing
+    the adapted weight in it, which is correct for any forward that reads ``self.weight``.
 
     Args:
         cls: a module class with a 2-D floating-point parameter ``weight``; subclasses are included.

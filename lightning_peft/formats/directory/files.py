@@ -218,7 +218,7 @@ def write_files(
             (beside / CONFIG).write_text(text + "\n", encoding="utf-8")
             if card is not None:
                 (beside / CARD).write_text(card, encoding="utf-8")
-            read_config(beside), read_header(beside)  # what is written must pass the checks of reading
+            read_config(beside), read_header(beside)  # the written files must pass the checks that reading makes
             for file in beside.iterdir():
                 to_disk(file)
             if beside.parent == directory:

@@ -23,7 +23,7 @@ _SPELLINGS = {
     "trainable_token_indices": "trainable_tokens",
 }
 
-#: arguments of PEFT that are something else here -> what to do instead
+#: arguments of PEFT without an equal argument here -> what to do instead
 _INSTEAD = {
     "use_dora": "use lp.DoRA",
     "task_type": "leave it out, the model's class is enough",

@@ -84,7 +84,7 @@ class Store:
             self.flush()
 
     def flush(self) -> None:
-        """Write what is in memory.
+        """Write the rows in memory to a file.
 
         Raises:
             OSError: if the file cannot be written; the message names it.

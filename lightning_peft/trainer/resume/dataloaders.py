@@ -99,6 +99,7 @@ class ResumableLoader:
     """Replaces a training DataLoader during a fit: it has the same attributes and can resume inside an epoch."""
 
     def __init__(self, loader: DataLoader, trainer: Any, saved: SavedRNGState) -> None:
+        # Not through __setattr__, which writes to the user's loader.
         vars(self).update(_peft=LoaderSource(loader, trainer, saved), _iterator=None)
 
     @property  # type: ignore[misc]

@@ -72,7 +72,7 @@ class Net(nn.Module):
 
 
 class Task(L.LightningModule):
-    """Has no forward of its own."""
+    """Does not define a forward."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()

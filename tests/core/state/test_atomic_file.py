@@ -82,7 +82,7 @@ def test_a_full_disk_leaves_the_earlier_files(tmp_path: Path, what: str) -> None
     if what == "sharded checkpoint":
         save_shards(tmp_path)
     before = contents(tmp_path)
-    with full_disk(), pytest.raises(OSError, match="what was there before is unchanged; free disk space") as caught:
+    with full_disk(), pytest.raises(OSError, match="the earlier content is unchanged; free disk space") as caught:
         SAVES[what](tmp_path)
     assert caught.value.errno == errno.EFBIG
     assert str(tmp_path) in str(caught.value)

@@ -42,7 +42,7 @@ class GPTQLinear(nn.Module):
 
 
 class Odd(GPTQLinear):
-    """A layer with the same state that computes something else."""
+    """A layer with the same state that computes a different function."""
 
     def forward(self, x):
         return super().forward(x).relu()

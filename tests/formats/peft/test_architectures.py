@@ -109,7 +109,7 @@ def close(a: Tensor, b: Tensor) -> None:
 
 #: cells that PEFT cannot compute: GPT-2's Conv1D, and attention that its cache of prefixes does not fit
 NOT_IN_PEFT = {("GPT2", "LOHA"), ("GPT2", "LOKR"), ("GPT2", "OFT"), ("Falcon", "PREFIX_TUNING")}
-#: prefixes that shift positions, which distances (ALiBi) take the place of here
+#: prefixes that shift positions: these models have distances (ALiBi) instead of positions
 REFUSED = {("Bloom", "PREFIX_TUNING")}
 CAUSAL = [name for name, (kind, _) in ARCHITECTURES.items() if kind in ("ForCausalLM", "LMHeadModel")]
 

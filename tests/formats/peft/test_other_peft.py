@@ -1,4 +1,4 @@
-"""The exchange with another release of PEFT, in a process of its own.
+"""The exchange with another release of PEFT, in a separate process.
 
 pip install --no-deps --target /somewhere peft==0.18.1
 LIGHTNING_PEFT_OTHER_PEFT=/somewhere pytest tests/formats/peft/test_other_peft.py

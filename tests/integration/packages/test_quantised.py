@@ -1,4 +1,6 @@
-"""Methods on bases that other packages quantised: like on a float base with the dequantised weights, and like PEFT."""
+"""Methods on bases that other packages quantised: results equal those on a float base with the dequantised weights, and
+those of PEFT.
+"""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from tests.methods.fitting import BATCHES, TOKENS, ConvNet, bert, encoder, gpt2,
 
 
 class OutputShift(lp.ActivationMethod):
-    """A method of a user's own."""
+    """A user-defined method."""
 
     def build(self, site):
         return ShiftAdapter(site)

@@ -11,7 +11,7 @@ TRANSFORMERS = pytest.importorskip("transformers")
 
 
 def gemma4() -> nn.Module:
-    """Its layers get embeddings of their own, which are looked up by token id."""
+    """Each layer has its own embeddings, which are looked up by token id."""
     sizes = {"hidden_size": 16, "intermediate_size": 24, "head_dim": 8, "global_head_dim": 8}
     config = TRANSFORMERS.Gemma4TextConfig(
         **sizes,

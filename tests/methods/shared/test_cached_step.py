@@ -71,7 +71,7 @@ def test_a_suffix_does_not_move_along_with_the_generated_text(name, options):
         with pytest.raises(CacheError, match="generates without a KV cache"):
             models["suffix"].generate(IDS, **options)
     assert models["suffix"].generate(IDS, **{**options, "use_cache": True}).shape == (1, 11)
-    for i in range(4):  # texts of their own
+    for i in range(4):  # separate texts
         models["suffix"](IDS + i)
         models["suffix"](IDS[:, :5])
 
