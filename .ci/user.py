@@ -8,6 +8,6 @@ trainer = L.Trainer(callbacks=[lp.LoRA(r=8, targets="all-linear", trainable=["cl
 report: lp.Report = lp.inspect(L.LightningModule(), lp.LoHa(r=4))
 percent: float = 100 * report.trainable / report.total
 
-# Mistakes must be found: if the package had no types, these ignore comments would be unused, which is an error.
+# A type checker must find these mistakes: if the package had no types, the ignore comments would be unused, an error.
 lp.LoRA(r="8")  # type: ignore[arg-type]
 lp.LoRa(r=8)  # type: ignore[attr-defined]

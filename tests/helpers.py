@@ -26,7 +26,7 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def perturb(model: nn.Module, seed: int = 7, scale: float = 0.15, name: str | None = None) -> nn.Module:
-    """Change every adapter parameter, as training would; without adapters, change the trained base parameters."""
+    """Change every adapter parameter as training would; without adapters, change the trained base parameters."""
     generator = torch.Generator().manual_seed(seed)
     trained = {k: p for k, p in model.named_parameters() if p.requires_grad}
     with torch.no_grad():

@@ -62,7 +62,7 @@ class RescaleAdapter(lp.WeightAdapter):
 
 
 def low_rank(r: int, first: int | None = None) -> Callable[[Kind, nn.Module], int]:
-    """r (in + out) for each matrix; ``first`` is the rank of the first one where it differs."""
+    """r (in + out) for each matrix; ``first`` is the rank of the first matrix if it differs."""
 
     def count(kind: Kind, model: nn.Module) -> int:
         ranks = [first or r] + [r] * (len(kind.matrices) - 1)
@@ -85,7 +85,7 @@ def lora_patterns(kind: Kind, **options: Any) -> lp.PEFTMethod:
 
 
 def lora_half(kind: Kind, model: nn.Module) -> int:
-    """r out for each matrix; r vocabulary for an embedding, whose other factor stays."""
+    """r out for each matrix; r vocabulary for an embedding, whose other factor is frozen."""
     looked_up = {name for name in kind.matrices if isinstance(_module(model, name), nn.Embedding)}
     return sum(2 * prod(b) * (i if name in looked_up else o) for name, (*b, o, i) in kind.matrices.items())
 
@@ -104,13 +104,13 @@ def per_row(kind: Kind, model: nn.Module) -> int:
 
 
 def per_input(kind: Kind, model: nn.Module) -> int:
-    """One for each input of a layer: of a convolution its channels, whatever the kernel."""
+    """One number for each input of a layer; for a convolution, for each input channel, whatever the kernel."""
     inputs = {name: getattr(_module(model, name), "in_channels", shape[-1]) for name, shape in kind.matrices.items()}
     return sum(prod(kind.matrices[name][:-2]) * width for name, width in inputs.items())
 
 
 def bottlenecks(m: int) -> Callable[[Kind, nn.Module], int]:
-    """2 m d + d + m for each layer that gives d features; an attention or a recurrent layer is one."""
+    """2 m d + d + m for each layer that returns d features; an attention or a recurrent layer counts as one."""
 
     def count(kind: Kind, model: nn.Module) -> int:
         widths = {}
@@ -131,13 +131,13 @@ def bottlenecks(m: int) -> Callable[[Kind, nn.Module], int]:
 
 
 def prompt(method: Callable[..., lp.PEFTMethod], **fixed: Any) -> Callable[..., lp.PEFTMethod]:
-    """A method of virtual tokens, where the kind has its token sequence."""
+    """A method of virtual tokens, with the token sequence of the kind as its target."""
     targets = lambda kind: kind.tokens[0] if kind.tokens is not None else "inputs"  # noqa: E731
     return lambda kind, **options: method(3, targets=targets(kind), **fixed, **options)
 
 
 def tokens(layers: int = 0) -> Callable[[Kind, nn.Module], int]:
-    """T d, and d (d + 1) for each square layer of a network that makes them."""
+    """T d, and d (d + 1) for each square layer of the network that computes the tokens."""
 
     def count(kind: Kind, model: nn.Module) -> int:
         assert kind.tokens is not None

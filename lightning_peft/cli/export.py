@@ -135,7 +135,7 @@ def _only_adapter(model: nn.Module, given: Any) -> str:
 def _write_merged(model: nn.Module, out: Path) -> Path:
     if hugging_face(model) is None:
         raise StateError(
-            "the merged model is not one of Hugging Face's, and only those can be loaded there: use --for onnx or "
+            "the merged model is not a Hugging Face model, and only those can be loaded there: use --for onnx or "
             "torch-export"
         )
     lp.merge(model)

@@ -41,7 +41,7 @@ class Builder(Protocol):
     Args:
         flags: arguments of ``lightning-peft fit``, after those of the base.
         callbacks: added to the configuration's own callbacks.
-        trainer: arguments of the Trainer that replace the configuration's.
+        trainer: arguments of the Trainer that replace those of the configuration.
         name: the run's name in W&B, if the configuration logs there; None to log nothing.
     """
 

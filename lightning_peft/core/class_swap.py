@@ -12,8 +12,9 @@ mixins were bases before the original, they would change the layout of an origin
 ``Generic`` or a class with ``__slots__``.
 
 A ``forward`` that is set on the instance (accelerate's hooks, fused kernels) would hide a mixin's ``forward``. If it
-was set before the first such mixin, it runs inside the mixin, instead of the class's; see :class:`OwnForward`. While it
-runs, the class's ``forward`` is the original's: some of these call ``self.__class__.forward``.
+was set before the first such mixin, it runs inside the mixin, instead of the class's ``forward``; see
+:class:`OwnForward`. While it runs, ``self.__class__.forward`` is the original one, because some of these functions call
+it.
 """
 
 from __future__ import annotations
@@ -160,7 +161,7 @@ def _swapped(original: type, mixins: tuple[type, ...]) -> type:
         "__slots__": (),  # keeps the memory layout of the original
         "__module__": original.__module__,
         # Marked as a class made in a function, because jsonargparse finds classes by name among all subclasses and
-        # skips such classes. str(class) stays the original's; see _metaclass.
+        # skips such classes. str(class) does not change; see _metaclass.
         "__qualname__": f"add_mixin.<locals>.{original.__qualname__}",
         "__doc__": original.__doc__,
         "__reduce_ex__": _reduce_ex,

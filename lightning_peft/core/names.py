@@ -86,7 +86,7 @@ def is_adapter_key(key: str, adapter: str = "") -> bool:
 
 
 def host_of(key: str) -> str:
-    """Return the name of the module whose adapter ``key`` belongs to; ``key`` itself if it is not an adapter's."""
+    """Return the name of the module whose adapter ``key`` belongs to; ``key`` itself if it belongs to none."""
     host, found, _ = f".{key}".partition(f".{_ADAPTERS}.")
     return host.removeprefix(".") if found else key
 

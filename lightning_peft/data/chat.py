@@ -44,7 +44,7 @@ class ChatData(TextDataModule):
         batch_size: Conversations, or packs, per batch and process.
         max_length: Longer conversations are cut at the end.
         **options: ``tokenizer``, ``predict``, ``validation_fraction`` and the others of :class:`TextDataModule`.
-            ``predict`` answers the last message that is not the assistant's.
+            ``predict`` answers the last message that is not from the assistant.
 
     Example::
 

@@ -71,7 +71,7 @@ class AdaLoRA(WeightMethod):
         beta1: smoothing factor of the importance, in (0, 1).
         beta2: smoothing factor of its uncertainty, in (0, 1).
         orth_reg_weight: weight of the orthogonality term; 0 disables it.
-        total_step: total number of optimizer steps; None takes the Trainer's.
+        total_step: total number of optimizer steps; None takes it from the Trainer.
 
     Raises:
         ValueError: if target_r is above init_r, an argument is out of range, or init_r is above both sides of a matrix.

@@ -37,8 +37,9 @@ __all__ = ["GradualUnfreezing"]
 class GradualUnfreezing(SelectionMethod):
     """Unfreezes the blocks one by one, from the output down (Howard & Ruder 2018, arXiv:1801.06146).
 
-    Choose it when full fine-tuning forgets what the base knows, because data is scarce or unlike the base's. It costs
-    as much as full fine-tuning once everything is unfrozen, and less before. Checkpoints grow as blocks unfreeze.
+    Choose it when full fine-tuning forgets what the base knows, because data is scarce or unlike the base's training
+    data. It costs as much as full fine-tuning once everything is unfrozen, and less before. Checkpoints grow as blocks
+    unfreeze.
 
     The optimizer holds every scheduled parameter from the start (``configure_optimizers`` sees them as trainable), so
     your parameter groups and schedulers stay valid. A parameter that is still frozen has no gradient, so the optimizer

@@ -137,10 +137,10 @@ class LoRA(RankedMethod):
         trainable_tokens: ids of tokens (new or special ones) whose entries in the input embedding train in full, or
             lists of ids by pattern of the embedding: ``{"embed_tokens": [128255]}``. A tied output head uses the same
             trained entries.
-        lora_plus_ratio: LoRA+ (arXiv:2402.12354): the learning rate of B is this many times the optimizer's; the paper
-            recommends 16. None trains A and B at the same rate. Your optimizer's parameter groups are split and keep
-            their options, and learning-rate schedulers apply to both. Embeddings keep one rate, since their A starts at
-            zero.
+        lora_plus_ratio: LoRA+ (arXiv:2402.12354): the learning rate of B is this many times the optimizer's rate; the
+            paper recommends 16. None trains A and B at the same rate. Your optimizer's parameter groups are split and
+            keep their options, and learning-rate schedulers apply to both. Embeddings keep one rate, since their A
+            starts at zero.
         freeze_A: LoRA-FA (arXiv:2308.03303): train B only. This halves the trained parameters, and layer inputs need
             not be stored for A's gradient. For embeddings, A trains and B is frozen.
 

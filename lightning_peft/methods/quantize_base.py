@@ -47,8 +47,8 @@ class QuantizeBase(Declared, Callback):
         exclude: patterns to exclude from ``targets``.
         backend: ``"bitsandbytes"``, ``"torchao"``, or ``"auto"``: bitsandbytes if it has ``kind``.
         options: options of the backend. For nf4 and fp4: ``compress_statistics`` (quantise the scales too; default
-            True) and ``compute_dtype`` (a name such as ``"bfloat16"``; default: the weight's). For bitsandbytes' int8:
-            ``threshold``. For torchao's int4: ``group_size`` (default 32).
+            True) and ``compute_dtype`` (a name such as ``"bfloat16"``; default: the dtype of the weight). For
+            bitsandbytes' int8: ``threshold``. For torchao's int4: ``group_size`` (default 32).
 
     Raises:
         ValueError: if the backend does not have this kind or option, or is not installed.

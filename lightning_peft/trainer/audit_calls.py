@@ -51,7 +51,7 @@ class CallAudit:
             self._operations.enter_context(self.raw_reads)
 
     def end_forward(self) -> None:
-        """Stop watching operations: those of a backward pass and of an optimizer are not the user's."""
+        """Stop watching operations: those of a backward pass and of an optimizer are not user code."""
         self._operations.close()
 
     def finish(self) -> tuple[set[str], list[str]]:

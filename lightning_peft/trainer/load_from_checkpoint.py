@@ -97,7 +97,7 @@ def _in_double(state: Mapping[str, Any]) -> set[str]:
 
 
 def _has_overrides(entry: dict[str, Any]) -> bool:
-    """Whether the method's heads and biases are overrides of the base's, as those of a loaded adapter are."""
+    """Whether the method's heads and biases override those of the base, as in a loaded adapter."""
     return entry.get("copies", not entry.get("trains", True))
 
 

@@ -155,7 +155,8 @@ def _methods_of(trainer: Any) -> list[Any]:
 def adapt_module(module: Any) -> None:
     """Add the mixin to ``module``; idempotent."""
     add_mixin(module, AdaptedModule)
-    # LightningCLI sets configure_optimizers on the instance, where it would take precedence over the mixin's.
+    # LightningCLI sets configure_optimizers on the instance, where it would take precedence over the method of the
+    # mixin.
     if "configure_optimizers" in module.__dict__:
         module._peft_configure_optimizers = module.__dict__.pop("configure_optimizers")
 

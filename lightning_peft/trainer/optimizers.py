@@ -1,7 +1,8 @@
 """Run the user's ``configure_optimizers`` so that the optimizers hold exactly the parameters that train.
 
-Code written for the base may sort parameters by names or classes that it knows, and raise on an adapter's. It is then
-run again on the module without adapters, and each adapter joins the parameter group of the weight that it adapts.
+Code written for the base may sort parameters by names or classes that it knows, and raise an error for those of an
+adapter. It is then run again on the module without adapters, and each adapter joins the parameter group of the weight
+that it adapts.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ __all__ = ["add_adapters", "configured", "drop_frozen", "has_gradients"]
 def configured(module: nn.Module, configure: Callable[[], Any]) -> Any:
     """Return what ``configure`` returns for ``module``; if it raises because of the adapters, run it without them."""
     try:
-        # Parameters that a method unfreezes later must be in a group from the start, which the user's code chooses now.
+        # Parameters that a method unfreezes later must be in a group from the start, and the user's code assigns groups
+        # now.
         with _requires_grad(p for p in deferred_parameters(module)):
             return configure()
     except Exception as error:  # the user's code may raise anything for a parameter that it does not know

@@ -39,8 +39,8 @@ def split_groups(
     Args:
         optimizer: The optimizer; changed in place, its state is kept.
         assign: Returns the options to change for one parameter. ``lr_scale`` multiplies every learning rate of the
-            group and of its schedulers; any other option (``weight_decay``, ``betas``) replaces the group's. An empty
-            mapping changes nothing.
+            group and of its schedulers; any other option (``weight_decay``, ``betas``) replaces that of the group. An
+            empty mapping changes nothing.
         schedulers: The learning-rate schedulers of this optimizer; by default those that :func:`remember_schedulers`
             recorded, which inside a Trainer are all that ``configure_optimizers`` returned.
 

@@ -226,6 +226,6 @@ def test_a_merged_model_that_hugging_face_cannot_load_is_refused(monkeypatch):
     module = Module()
     lp.apply(module, lp.LoRA(r=2, targets="all-linear", exclude=()))
     lp.save_adapter(module, "adapter")
-    with pytest.raises(SystemExit, match="the merged model is not one of Hugging Face's"):
+    with pytest.raises(SystemExit, match="the merged model is not a Hugging Face model"):
         console.run("export", "adapter", "out", "--model=modules.Module", "--for=vllm", "--merged")
     assert not Path("out").exists()

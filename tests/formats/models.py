@@ -113,7 +113,9 @@ def bert(num_labels: int = 3) -> nn.Module:
 
 
 class Convolutions(nn.Module):
-    """Convolutions of one, two and three dimensions, one in groups; an embedding; one name the end of another's."""
+    """Convolutions of one, two and three dimensions, one with groups; an embedding; a name that is the end of
+    another.
+    """
 
     def __init__(self) -> None:
         super().__init__()

@@ -40,7 +40,7 @@ CONVOLUTIONS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 
 
 def layer_kinds() -> dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]]:
-    """Layers, and inputs for each."""
+    """Layers of several kinds, and inputs for each."""
     from transformers.pytorch_utils import Conv1D
 
     ids = torch.tensor([[1, 8, 1], [0, 3, 3]])
@@ -79,7 +79,7 @@ def net(seed: int = 0) -> nn.Module:
 
 
 def check_against_matrix(make: Callable[..., lp.PEFTMethod], kind: str, **options: Any) -> None:
-    """The layer's outputs and gradients are those of the plain layer with the transformed weight; so is a merge."""
+    """Outputs, gradients and the merged layer equal those of the plain layer with the transformed weight."""
     torch.manual_seed(0)
     build, inputs = KINDS[kind]
     model = nn.ModuleDict({"layer": build().double()})
@@ -107,7 +107,9 @@ def check_against_matrix(make: Callable[..., lp.PEFTMethod], kind: str, **option
 
 
 def check_invariants(make: Callable[..., lp.PEFTMethod], count: int, *, exact: bool = True) -> None:
-    """Identity at the start, the count, merge, disabled, save and load, copies, two adapters, half precision."""
+    """Test identity at the start, parameter count, merge, disable, save and load, copies, two adapters, half
+    precision.
+    """
     base, x = net(), torch.randn(5, 8, generator=torch.Generator().manual_seed(3))
     model = net()
     report = lp.apply(model, make())
@@ -247,7 +249,9 @@ def trainer(method: lp.PEFTMethod, steps: int, folder: str = "a") -> L.Trainer:
 
 
 def check_fit(make: Callable[..., lp.PEFTMethod], **task: Any) -> tuple[Task, Task]:
-    """A run that stops after 3 of 8 steps and resumes ends bit for bit like one that did not; its file loads alone."""
+    """A run that stops after 3 of 8 steps and resumes equals an uninterrupted one bit for bit; its checkpoint loads
+    alone.
+    """
     L.seed_everything(4, verbose=False)
     whole, loaded = Task(**task), Task(**task)
     base = {k: v.clone() for k, v in whole.state_dict().items()}
@@ -277,11 +281,11 @@ def peft_model(base: nn.Module, config: Any) -> nn.Module:
 def check_parity(
     ours: lp.PEFTMethod, config: Any, base: nn.Module, x: Tensor, names: dict[str, str], gradients_too: bool = True
 ) -> None:
-    """Outputs and gradients are those of PEFT 0.21.2 from the same weights.
+    """From the same weights, outputs and gradients equal those of PEFT 0.21.2.
 
     Args:
         names: our parameter's name in an adapter, and the dotted path to PEFT's below its layer.
-        gradients_too: False where PEFT's gradients are wrong.
+        gradients_too: False if PEFT's gradients are wrong.
     """
     model, theirs = copy.deepcopy(base), peft_model(copy.deepcopy(base), config).train()
     report = lp.apply(model, ours)

@@ -1,4 +1,4 @@
-"""AdaLoRA equals PEFT in whole trainings, its regulariser's gradient equals autograd's, and it resumes exactly."""
+"""AdaLoRA equals PEFT over whole runs, its regulariser's gradient equals that of autograd, and it resumes exactly."""
 
 import copy
 import pickle

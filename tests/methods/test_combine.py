@@ -69,7 +69,7 @@ def check(model: nn.Module, kind: Kind, name: str, wanted: dict[str, torch.Tenso
 def test_a_weighted_sum_of_two_methods(method: str, kind: Kind):
     model = kind.build()
     lp.apply(model, lp.LoRA(r=2, targets=kind.targets, name="lora"))
-    lp.set_active(model)  # so that the weights that are read are the base's
+    lp.set_active(model)  # so that the weights of the base are read
     lp.apply(model, WEIGHT_METHODS[method](kind, name="other"))
     perturb(model, name="other")
     perturb(model, seed=3, name="lora")

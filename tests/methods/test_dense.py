@@ -135,7 +135,7 @@ def test_lora_is_the_dense_update(layer: str, merged: bool):
     else:
         x = torch.randn(shape, dtype=torch.float64)
         xs = [x.clone().requires_grad_() for _ in range(2)]
-    if layer == "embedding padding":  # starts at zero and, taking no gradient, stays there
+    if layer == "embedding padding":  # starts at zero and stays there, because it gets no gradient
         adapter.lora_A.data[:, 3] = 0
     reference = [adapter.lora_A, adapter.lora_B]
     expected = _dense(plain, *reference, 5 / 3, xs[0])

@@ -98,7 +98,7 @@ def test_module_dropout_leaves_out_all(method):
     off = sum(torch.equal(y, base(x)) for y in outputs)
     assert 50 < off < 110
     assert all(torch.allclose(y, base(x)) or torch.allclose(y, whole, atol=1e-6) for y in outputs)
-    lp.merge(model)  # in training mode, but with the whole update
+    lp.merge(model)  # in training mode, but without dropping any part of the update
     close(model(x), whole)
 
 

@@ -98,7 +98,7 @@ def test_errors(options, message):
 
 
 def test_the_update_is_a_kronecker_product():
-    """Against torch.kron, on the channels and the kernel of a convolution."""
+    """Compare with torch.kron, on the channels and the kernel of a convolution."""
     layer = nn.Conv2d(6, 8, (2, 3), groups=1)
     model, plain = nn.ModuleDict({"c": layer}), copy.deepcopy(layer)
     lp.apply(model, lokr(r=8, alpha=4, targets=["c"]))

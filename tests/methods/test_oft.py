@@ -30,7 +30,9 @@ def oft(**options):
 @pytest.mark.parametrize("options", [{}, {"use_cayley_neumann": True}, {"block_share": True}, {"r": 2}], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_layers(kind, options):
-    """Stride, dilation, padding modes, groups, kernels that are not square, 4-D inputs: all as the rotated weight."""
+    """Outputs equal those of the rotated weight: stride, dilation, padding modes, groups, non-square kernels, 4-D
+    inputs.
+    """
     check_against_matrix(oft, kind, **options)
 
 
@@ -93,7 +95,7 @@ def test_the_series_nears_the_inverse():
         perturb(model, scale=0.02)
         perturb(exact, scale=0.02)
         r, q = model[0].adapters["default"].rotation(), exact[0].adapters["default"].rotation().mT
-        assert (r - q).abs().max() < error  # the series turns the other way, as in PEFT
+        assert (r - q).abs().max() < error  # the series rotates in the opposite direction, as in PEFT
 
 
 def test_three_adapters_and_lora_between():
@@ -173,7 +175,7 @@ def test_attention():
 
 
 def test_a_convolution_is_turned_as_its_rows_are():
-    """Against block_diag and an inverse, both written out, on a layer with every option at once."""
+    """Compare with an explicit block_diag and inverse, on a layer with every option at once."""
     layer = nn.Conv2d(6, 8, (2, 4), stride=2, padding=(1, 2), dilation=2, groups=2, padding_mode="reflect").double()
     model, plain = nn.ModuleDict({"c": layer}), copy.deepcopy(layer)
     lp.apply(model, oft(targets=["c"], adapter_dtype="float64"))

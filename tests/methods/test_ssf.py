@@ -21,7 +21,7 @@ from tests.methods.fitting import (
 
 
 class Norms(nn.Module):
-    """Every norm layer there is, and linear layers without bias."""
+    """All kinds of norm layers, and linear layers without bias."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -111,7 +111,7 @@ def test_is_a_scale_and_a_shift_of_the_output(layer):
     axis = (-1,) if isinstance(layer, nn.Linear) else (-1, *[1] * (x.ndim - 2))
     torch.testing.assert_close(model(x), base * adapter.scale.view(axis) + adapter.shift.view(axis))
     model(x).square().sum().backward()
-    for parameter in (adapter.scale, adapter.shift):  # against finite differences
+    for parameter in (adapter.scale, adapter.shift):  # compare with finite differences
         found, step = parameter.grad[1].item(), 1e-6
         losses = []
         for sign in (1, -1):

@@ -168,7 +168,7 @@ def test_the_update_is_the_papers():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_few_and_many_tokens_give_the_same(dtype):
-    """Up to r tokens the vectors multiply activations, with more they multiply the matrix."""
+    """For up to r tokens, the vectors multiply activations; for more tokens, they multiply the matrix."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8)).to(dtype)
     lp.apply(model, vera(targets=["0"]))

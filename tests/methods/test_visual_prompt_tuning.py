@@ -226,7 +226,7 @@ def test_blocks_that_get_more_than_patches_are_refused_at_the_first_forward_or_b
 
 @pytest.mark.parametrize("cut", ["convolution", "linear"])
 def test_prompts_start_in_the_papers_range(cut):
-    """Xavier over a patch and a token, sqrt(6 / (3 x 4 x 4 + width)), however patches become tokens."""
+    """The Xavier bound sqrt(6 / (3 x 4 x 4 + width)) of a patch and a token, for every kind of patch embedding."""
     model = make_own()
     width = model.pos_embed.shape[-1]
     if cut == "linear":

@@ -119,7 +119,7 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-    """A patch-token model that is not Hugging Face's: CLS, position table, blocks over (N, L, D)."""
+    """A patch-token model that is not from Hugging Face: CLS, position table, blocks over (N, L, D)."""
 
     def __init__(self, width: int = 16, depth: int = 3) -> None:
         super().__init__()

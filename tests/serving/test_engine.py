@@ -1,4 +1,4 @@
-"""Requests for different adapters share a batch, and each gets the same answer as from its adapter alone."""
+"""Requests for different adapters share a batch, and each gets the same answer as with its adapter alone."""
 
 from __future__ import annotations
 

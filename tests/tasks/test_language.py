@@ -96,7 +96,7 @@ def test_generates_the_same_alone_and_in_a_batch(gpt2):
     torch.manual_seed(0)
     module = LanguageModel(gpt2, pretrained=False)
     prompts = ["open a file and read it", "sockets"]
-    options = {"max_new_tokens": 5, "suppress_tokens": [0, 1, 2, 3, 4]}  # the special ones
+    options = {"max_new_tokens": 5, "suppress_tokens": [0, 1, 2, 3, 4]}  # the special tokens
     both = module.generate(prompts, **options)
     assert both == [module.generate([prompt], **options)[0] for prompt in prompts]
     assert all(both)

@@ -1,4 +1,4 @@
-"""QuestionAnswering: the answer is found in the context, scored as SQuAD does."""
+"""QuestionAnswering: answers are found in the context, and scored as in SQuAD."""
 
 from __future__ import annotations
 

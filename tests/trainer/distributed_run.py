@@ -97,7 +97,7 @@ def full_state(module):
 
 
 def damaged(root: Path, load: Any) -> dict[str, str]:
-    """The errors of checkpoints of which one file was changed, cut, removed or taken from another checkpoint."""
+    """The errors for checkpoints in which one file was changed, truncated, removed or taken from another checkpoint."""
     errors = {}
     for how in ("bit", "cut", "removed", "mixed", "metadata"):
         path = root / "damaged" / how

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 import lightning_peft as lp
 from tests.trainer.tensor_parallel import LAYERS, Net, apart, fit, loader
 
-#: each is resumed by the next, for one epoch
+#: each stage resumes from the previous one and trains one epoch
 STAGES = (
     *("one device", "DDP", "one device", "FSDP2", "DDP", "FSDP2, sharded file", "tensor parallel", "one device"),
     *("tensor parallel, sharded file", "FSDP2"),

@@ -29,7 +29,7 @@ from tests.table import METHODS as TABLE
 from tests.trainer.relay import relay
 from tests.trainer.tensor_parallel import Block, compare, full_values
 
-# They take and return whole activations, so that any layer of any model can be split.
+# These plans take and return whole activations, so that any layer of any model can be split.
 _BY_COLUMN, _BY_ROW = ColwiseParallel(output_layouts=Replicate()), RowwiseParallel(input_layouts=Replicate())
 
 

@@ -1,4 +1,4 @@
-"""Ways to save activation memory give the gradients of a plain run: checkpointing, and saved tensors kept elsewhere."""
+"""Checkpointing, and saved tensors that are kept elsewhere, give the same gradients as a plain run."""
 
 from __future__ import annotations
 

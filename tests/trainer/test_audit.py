@@ -47,7 +47,7 @@ def test_a_fresh_head_on_a_pretrained_base(tmp_path: Path) -> None:
     with pytest.raises(lp.AuditError, match=r"output head 'head' is frozen.*trainable=\['head'\]"):
         fit(tmp_path, module, lora(trainable=[]))
     assert fit(tmp_path, pretrained(Toy(width=64)), lora()) == []
-    assert fit(tmp_path, Toy(width=64), lora(trainable=[])) == []  # every layer is random: nothing looks pretrained
+    assert fit(tmp_path, Toy(width=64), lora(trainable=[])) == []  # every layer is random, so nothing looks pretrained
     trained = pretrained(Toy(width=64))
     trained.head.weight.data.mul_(3 * torch.rand_like(trained.head.weight))
     assert fit(tmp_path, trained, lora(trainable=[])) == []
@@ -194,7 +194,7 @@ def test_a_loop_without_a_trainer() -> None:
     lp.apply(module, lp.LoHa(r=2, targets=["body.0", "body.4"]))
     with pytest.raises(lp.AuditError, match=r"adapters of 'body.0' have no effect"), lp.audit(module):
         module(x)
-    with lp.audit(module), lp.disabled(module):  # the base is meant
+    with lp.audit(module), lp.disabled(module):  # the stored weight of the base is intended here
         module(x)
     with lp.audit(module):
         Toy.forward(module, x)

@@ -72,7 +72,8 @@ def test_ranks_agree(run: tuple[str, Path, dict[str, Any]]) -> None:
 
 
 def test_resume_is_exact(run: tuple[str, Path, dict[str, Any]]) -> None:
-    # Weights, optimizer, every rank's dropout and the sampler's order agree, although the seed differs on resume.
+    # Weights, optimizer state, the dropout of every rank and the order of samples agree, although the seed differs on
+    # resume.
     killed = {"killed": [True, True]} if run[0] == "fsdp2-shards" else {}
     assert run[2]["resumed"] == {step: [True, True] for step in ("2", "3", "4")} | killed
     assert run[2]["resumed draws"]

@@ -1,4 +1,4 @@
-"""Methods with training hooks that the module applies itself, so that the Trainer does not call them."""
+"""Methods with training hooks that the module itself applies, so that the Trainer does not call the hooks."""
 
 from __future__ import annotations
 

@@ -174,14 +174,14 @@ def summed(run: Run) -> Any:
 
 @dataclass
 class Case:
-    """A callback.
+    """One callback to test.
 
     Attributes:
         make: makes it.
-        observe: what it found, which must be equal to the plain run's.
-        expect: what must hold of the observed value.
+        observe: returns its findings, which must equal those of the plain run.
+        expect: checks the observed value.
         options: options of the Trainer; a logger is made where one is named.
-        run: what is done with the Trainer.
+        run: runs the Trainer.
     """
 
     make: Callable[[], Any]

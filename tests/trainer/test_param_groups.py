@@ -1,4 +1,4 @@
-"""Splitting groups after the scheduler was built gives the same as building both with split groups."""
+"""Splitting groups after the scheduler was built gives the same result as building both with split groups."""
 
 import pytest
 import torch

@@ -159,7 +159,7 @@ def write_computed(host: nn.Module, name: str, value: Tensor) -> dict[str, Tenso
 
     Args:
         host: the module that holds the tensor, itself or in a child.
-        name: its name, with the child's.
+        name: its name, with the name of the child.
         value: the new value, in the stored shape and dtype.
 
     Returns:

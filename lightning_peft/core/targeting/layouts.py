@@ -321,7 +321,7 @@ def _is_product(module: nn.Module, cls: Any) -> bool:
 
 @torch.no_grad()
 def _computes_as(module: nn.Module, kind: Any, layout: WeightLayout) -> bool:
-    """Whether a ``forward`` set on the instance returns the same as the class's, as a wrapper around it does."""
+    """Whether a ``forward`` set on the instance returns the same as that of the class, as a wrapper around it does."""
     own = own_forward(module)
     if own is None:
         return True

@@ -58,7 +58,7 @@ class Site:
     """One weight that a weight method can adapt.
 
     Attributes:
-        name: the name that patterns match and tables show: the module's, or the parameter's if it is bare.
+        name: the name that patterns match and tables show: that of the module, or of a bare parameter.
         host: the qualified name of the module that carries the adapter.
         module: the host module.
         parameter: the weight's name inside the host; ``out_proj.weight`` for an attention's output projection.

@@ -63,8 +63,8 @@ def _saved(metadata: Mapping[str, str], where: str) -> dict[str, Any] | None:
 def _compare(what: str, wrong: str | None, where: str) -> None:
     if wrong is not None:
         raise FormatError(
-            f"{where} has changed since it was saved: {what} {wrong}. The files are damaged, or were edited or mixed "
-            "with another adapter's: use another copy of the directory, or save the adapter again"
+            f"{where} has changed since it was saved: {what} {wrong}. The files are damaged, or were edited or "
+            f"mixed with the files of another adapter: use another copy of the directory, or save the adapter again"
         )
 
 

@@ -40,8 +40,8 @@ def modules_to_save(snapshot: Snapshot) -> list[str] | None:
     found = []
     others = snapshot.base.modules().keys() - set(snapshot.heads)
     for head in snapshot.heads:
-        # PEFT matches with str.endswith ("score" matches "underscore"), and excludes targets whose names contain a
-        # head's. The full name with PEFT's prefix avoids both.
+        # PEFT matches with str.endswith ("score" matches "underscore"), and excludes targets whose names contain the
+        # name of a head. The full name with PEFT's prefix avoids both.
         outside = [other for other in others if not is_within(other, head)]
         clash = any(other.endswith(head) or re.match(rf"(^|.*\.){head}($|\..*)", other) for other in outside)
         found.append(PREFIX + head if clash else head)
@@ -85,7 +85,7 @@ def _is_attention(module: nn.Module, name: str) -> bool:
 def take_base_values(
     options: Options, tensors: Tensors, base: Base, prefix: str = PREFIX, tie: bool = False
 ) -> tuple[list[str], dict[str, Tensor]]:
-    """Take from a file the heads, and all values of the base's own parameters that differ from the base's.
+    """Take from a file the heads, and all values of base parameters that differ from those in the base.
 
     Args:
         options: The file's options.
@@ -98,7 +98,7 @@ def take_base_values(
         The names of the heads, and values by name in the base.
 
     Raises:
-        FormatError: if a head is incomplete, or an embedding has another vocabulary size than the base's.
+        FormatError: if a head is incomplete, or the vocabulary size of an embedding differs from that of the base.
     """
     modules = base.modules()
     state = {key: value for key, value in base_state_dict(base.module).items() if owner_of(key) in modules}
@@ -124,7 +124,7 @@ def _ends(base: Base) -> set[str]:
 
 
 def _check_vocabulary(values: dict[str, Tensor], base: Base) -> None:
-    """Refuse an embedding whose vocabulary size differs from the base's.
+    """Refuse an embedding whose vocabulary size differs from that of the base.
 
     Raises:
         FormatError: if the sizes differ; the message names the size to resize to.

@@ -103,7 +103,7 @@ class LayerConverter(Converter):
         return self.methods[0](**read_options(self.table, options), **arguments)
 
     def place(self, key: str, shape: tuple[int, ...], layer: Layer) -> tuple[str, tuple[int, ...]]:
-        """Return PEFT's name (after the module's) and PEFT's shape for our tensor ``key`` of shape ``shape``."""
+        """Return PEFT's name (without the module's name) and PEFT's shape for our tensor ``key`` of shape ``shape``."""
         return key, shape
 
     def check(self, layer: Layer) -> None:

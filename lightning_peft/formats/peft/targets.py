@@ -78,7 +78,8 @@ def _in_layers(name: str, indices: int | list[int] | None, patterns: str | list[
         return True
     wanted = [indices] if isinstance(indices, int) else indices
     named = [patterns] if isinstance(patterns, str) else patterns or []
-    # The lazy .*? finds the first number, which is the layer's; a later one may be that of an expert inside it.
+    # The lazy .*? finds the first number, which is the layer index; a later one may be the index of an expert inside
+    # it.
     starts = [rf"(?:^|.*?\.){pattern}" for pattern in named] or [r".*?\.[^.]*"]
     found = next((m for start in starts if (m := re.match(rf"{start}\.(?P<index>\d+)\.", name))), None)
     return found is not None and int(found["index"]) in wanted

@@ -1,8 +1,8 @@
 """Convert trained embedding entries to and from PEFT's ``trainable_token_indices``.
 
 Despite its name, ``<embedding>.token_adapter.trainable_tokens_delta`` (tokens, dim) holds the new vectors, not
-differences. If the model's configuration ties the output head to the input embedding, PEFT stores only the latter's.
-An untied output head has its own vectors.
+differences. If the model's configuration ties the output head to the input embedding, PEFT stores only the vectors of
+the embedding. An untied output head has its own vectors.
 """
 
 from __future__ import annotations

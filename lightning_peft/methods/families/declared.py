@@ -114,7 +114,8 @@ def _arguments(cls: type) -> list[str]:
 
 
 def _with_type_checks(cls: type, fields: list[Attribute[Any]]) -> list[Attribute[Any]]:
-    """Add type checks to the fields, and order them: the family's, the method's, those that all methods share.
+    """Add type checks to the fields, and order them: first those of the family, then those of the method, then those
+    that all methods share.
 
     A redeclared field keeps its position, and its converter and validator unless it declares new ones.
     """

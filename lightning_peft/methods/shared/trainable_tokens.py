@@ -2,8 +2,8 @@
 
     W' = W with the vectors of the chosen tokens replaced by trained ones
 
-It trains n dim parameters for n tokens. The vectors start as copies of the base's. If the output head is tied to the
-embedding, it uses the same trained vectors.
+It trains n dim parameters for n tokens. The vectors start as copies of those in the base. If the output head is tied to
+the embedding, it uses the same trained vectors.
 """
 
 from __future__ import annotations

@@ -31,8 +31,8 @@ def check_metadata(folder: Path) -> Any:
         torch's ``Metadata``, which lists the stored tensors and their files.
 
     Raises:
-        StateError: if the metadata is missing or damaged, names a class that is not torch's, or names a file outside
-            the folder.
+        StateError: if the metadata is missing or damaged, names a class that is not part of torch, or names a file
+            outside the folder.
     """
     path = folder / ".metadata"
     if not path.is_file():

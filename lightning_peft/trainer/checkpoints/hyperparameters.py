@@ -40,7 +40,7 @@ def saved_arguments(
     where: str | Path,
     trusted: bool = False,
 ) -> dict[str, Any]:
-    """Return the arguments of ``module_class`` that the checkpoint supplies in addition to the user's.
+    """Return the arguments of ``module_class`` that the checkpoint supplies in addition to those from the user.
 
     If an argument that the user passes differs from the saved one, it is used and a warning names both values.
 

@@ -127,7 +127,7 @@ class Replay:
         def fill(slot: Slot) -> Tensor:
             if slot.position in given.used[which]:
                 return given.used[which][slot.position].to(device)
-            # Only skipped calls read this. If anything else does, NaN shows it.
+            # Only skipped calls read this. If other code reads it, the NaN values make this visible.
             blank = float("nan") if slot.dtype.is_floating_point or slot.dtype.is_complex else 0
             shape = (self._rows, *given.shapes[which][slot.position])
             return torch.full((), blank, dtype=slot.dtype, device=device).expand(shape)

@@ -147,7 +147,7 @@ def test_garbage_collection_is_held_during_injection_and_restored():
         lp.apply(model, lp.LoRA(r=1, targets="type:Linear"))
     finally:
         gc.callbacks.remove(note)
-    assert len(runs) <= 2  # none inside, perhaps one after it
+    assert len(runs) <= 2  # no norm inside, perhaps one after it
     assert gc.isenabled()
 
 

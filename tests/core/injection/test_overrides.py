@@ -18,7 +18,7 @@ from tests.kinds import KINDS, MLP, Kind
 
 
 class Norms(nn.Module):
-    """Layers that the table's kinds do not have."""
+    """Layers that do not occur in the kinds of the table."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -106,7 +106,7 @@ def test_gradients_reach_the_copies_and_not_the_base():
         for name, parameter in other.named_parameters():
             close(named[name].grad, parameter.grad)
         assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
-        for name, buffer in other.named_buffers():  # the statistics moved, and only those of the copy
+        for name, buffer in other.named_buffers():  # the statistics changed, and only those of the copy
             owner, _, last = name.rpartition(".")
             assert torch.equal(model.get_submodule(owner).adapters["default"].get_buffer(last), buffer)
             assert torch.equal(model.get_buffer(name), kind.build().get_buffer(name))

@@ -46,7 +46,7 @@ def test_every_method_starts_again(row: str):
     if isinstance(METHODS[row].make(kind), lp.FullFineTuning):
         with pytest.raises(lp.StateError, match="more than half of the base"):
             lp.reset(model)
-        model.load_state_dict(before)  # follow the advice of the error
+        model.load_state_dict(before)  # do what the error says
     lp.reset(model)
     assert_same_bits(bits(model), before)
 

@@ -80,7 +80,7 @@ def test_merged_buffers_do_not_count_as_movement(tmp_path: Path):
         return model
 
     trained = make("task", trainable=["1"])
-    trained(torch.randn(8, 4) + 3)  # moves the running statistics
+    trained(torch.randn(8, 4) + 3)  # changes the running statistics
     lp.save_adapter(trained, tmp_path)
     model = make("own")
     lp.load_adapter(model, tmp_path, name="task")
@@ -104,7 +104,7 @@ def test_a_moved_state_goes_into_a_fresh_model_and_stays_part_of_its_state():
     a[1].weight.data.mul_(2)
     load_state(b, lp.adapter_state(a))
     assert_same_bits(bits(a), bits(b))
-    b[1].weight.data.div_(2)  # the value is the initial one again
+    b[1].weight.data.div_(2)  # the value is the initial value again
     assert "1.weight" in lp.adapter_state(b)
 
 

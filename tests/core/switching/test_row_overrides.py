@@ -97,7 +97,9 @@ def test_heads_of_different_widths(tmp_path):
     model, x = bert(), tokens()
     for name in ("three", "five", "other"):
         lp.load_adapter(model, tmp_path / name, name=name, check_base=False)
-    with lp.rows(model, ["five", "other"]):  # heads of the same width work, even if it is not the base's
+    with lp.rows(
+        model, ["five", "other"]
+    ):  # heads of the same width work, even if the base's head has a different width
         assert model(x).logits.shape == (2, 5)
     for names in (["five", "three"], ["five", None]):
         with (

@@ -106,7 +106,7 @@ def test_all_methods_in_one_batch():
     names = [name for method in MIXED for name in (method, None)][: 2 * len(MIXED)]
     model, inputs = llama(*MIXED), batch(len(names))
     want = torch.cat(one_by_one(model, names, lambda i: model(**row(inputs, i)).logits))
-    lp.set_active(model, "dora")  # the active adapters make no difference
+    lp.set_active(model, "dora")  # the active adapters have no effect
     with lp.rows(model, names):
         got = model(**inputs).logits
     seen = inputs["attention_mask"].bool()

@@ -67,7 +67,7 @@ def test_a_model_of_ones_own():
         ("a", "blocks.0.attention", "blocks.0.attention.proj", 8),
         ("f", "blocks.0.mlp", "blocks.0.mlp.3", 8),
     ]
-    assert len(ends(model)) == 4  # the head is none of them
+    assert len(ends(model)) == 4  # the head is not one of them
     assert ends(ConvNet()) == []
 
 

@@ -121,7 +121,7 @@ def test_a_computed_weight_is_adapted_as_a_stored_one(kind: str, method: str):
     for ours, theirs in zip(*gradients):
         close(ours, theirs, 1e-11)
     adapted = bits(model)
-    assert_same_bits({key: adapted[key] for key in before}, before)  # training mode gives the same
+    assert_same_bits({key: adapted[key] for key in before}, before)  # training mode gives the same result
     close(copy.deepcopy(model)(x), outputs[1], 1e-12)
     for name in ("a", "b"):
         for net in (model, plain):

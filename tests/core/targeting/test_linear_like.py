@@ -128,7 +128,7 @@ def test_all_linear_adapts_the_ones_it_recognises_and_says_what_it_leaves_out():
     assert "all-linear leaves out b (Normalised): a trial call did not compute" in str(report.notes)
     hint = next(note for note in report.notes if "Normalised" in note).split("Name '")[1].split("'")[0]
     assert lp.inspect(model, lp.LoRA(r=2, targets=[hint])).modules
-    # the name that earlier releases gave it
+    # its name in earlier releases
     assert list(lp.inspect(model, lp.LoRA(r=2, targets=["a.weight"])).modules) == ["a"]
 
 

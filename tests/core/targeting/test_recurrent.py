@@ -25,7 +25,7 @@ LAYERS = {
 
 
 def adapted(layer: nn.Module, *names: str) -> nn.ModuleDict:
-    """``layer`` as ``layer`` of a model in float64, every weight with LoRA."""
+    """Return a float64 model that holds ``layer``, with a LoRA on every weight."""
     model = nn.ModuleDict({"layer": layer}).double()
     for name in names or ("default",):
         lp.apply(model, lp.LoRA(r=2, alpha=4, targets=["layer"], name=name, adapter_dtype="float64"))

@@ -1,4 +1,4 @@
-"""Writing an adapter's files: an error leaves what was there, and invalid adapters are not written."""
+"""Writing an adapter's files: after an error, earlier files are unchanged; invalid adapters are not written."""
 
 from __future__ import annotations
 

@@ -97,7 +97,7 @@ def test_single_experts_of_mixtral_before_transformers_5(tmp_path):
     ):
         lp.load_adapter(copy.deepcopy(base), tmp_path / "old")
 
-    theirs = read_by_peft(base, tmp_path / "old")  # as the message says
+    theirs = read_by_peft(base, tmp_path / "old")  # as the error message says
     theirs.save_pretrained(tmp_path / "new")
     lp.load_adapter(here := copy.deepcopy(base), tmp_path / "new")
     torch.testing.assert_close(logits(here, x), logits(theirs, x))

@@ -53,7 +53,7 @@ def test_the_options_of_every_method_come_last():
         ({"mode": "quick"}, "mode must be one of 'fast', 'slow', got 'quick'"),
         ({"use_rslora": "yes"}, "use_rslora must be True or False, got 'yes'"),
         ({"rank_pattern": {"q": 0}}, r"rank_pattern\['q'\] must be an integer of at least 1, got 0"),
-        ({"alpha": 0}, "alpha must be a finite number other than 0, got 0"),  # the check of what it redeclares
+        ({"alpha": 0}, "alpha must be a finite number other than 0, got 0"),  # the check of the redeclared field
         ({"r": True}, "r must be an integer of at least 1, got True"),
     ],
 )

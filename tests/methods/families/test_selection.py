@@ -79,7 +79,7 @@ def names(model, *parts):
 
 
 class Module(L.LightningModule):
-    """A small network on fixed data, with the scheduler and the two groups that users have."""
+    """A small network on fixed data, with a scheduler and two parameter groups, as users define them."""
 
     def __init__(self, model="mlp", schedule="lambda", lr=0.1):
         super().__init__()

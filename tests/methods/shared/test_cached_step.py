@@ -1,4 +1,4 @@
-"""Virtual tokens and a KV cache: a generation step from the cache equals the whole sequence without it."""
+"""With virtual tokens, a generation step from a KV cache gives the same as the whole sequence without a cache."""
 
 import copy
 
@@ -77,7 +77,7 @@ def test_a_suffix_does_not_move_along_with_the_generated_text(name, options):
 
 
 class Attends(nn.Module):
-    """Uniform causal attention over a cache that is called, and built, as each subclass likes."""
+    """Uniform causal attention with a cache; each subclass chooses the cache's name and structure."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -139,7 +139,7 @@ def test_a_cache_that_is_not_understood_is_an_error():
 
     model = Stranger().eval()
     lp.apply(model, lp.PromptTuning(3, init="random"))
-    for _ in range(2):  # the second call as well: a caught error must not turn the check off
+    for _ in range(2):  # the second call too, because a caught error must not turn the check off
         with pytest.raises(CacheError, match=r"step of Stranger with the cache 'memory' \(Silent\).*use_cache=False"):
             model(IDS)
 

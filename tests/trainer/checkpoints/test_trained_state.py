@@ -161,7 +161,7 @@ def test_a_file_that_was_trimmed_afterwards_is_refused(tmp_path: Path) -> None:
     run.fit(Teacher(), loader())
     run.save_checkpoint(tmp_path / "x.ckpt")
     stored = torch.load(tmp_path / "x.ckpt", weights_only=True)
-    del stored["state_dict"]["teacher.weight"]  # only the file says that the value moved
+    del stored["state_dict"]["teacher.weight"]  # only the file records that the value changed
     torch.save(stored, tmp_path / "x.ckpt")
     with pytest.raises(lp.StateError, match=r"teacher\.weight"):
         lp.load_from_checkpoint(Teacher, tmp_path / "x.ckpt")

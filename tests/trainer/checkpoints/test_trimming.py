@@ -59,6 +59,6 @@ def test_a_partitioned_tensor_is_not_saved_as_an_adapter(tmp_path: Path) -> None
     module = Toy()
     lp.apply(module, lora())
     module.head.weight.ds_id = 0
-    module.head.weight.data = torch.zeros(0)  # the values are in another process
+    module.head.weight.data = torch.zeros(0)  # the values are held by another process
     with pytest.raises(lp.StateError, match=r"head\.weight cannot be saved: the model is sharded"):
         lp.save_adapter(module, tmp_path)

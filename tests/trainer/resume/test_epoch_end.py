@@ -64,6 +64,6 @@ def test_the_epoch_is_finished_first(tmp_path: Path, case: str) -> None:
         found, after = fit(tmp_path / f"b{step}", train, options, tmp_path / "a" / f"step={step}.ckpt")
         assert same(found, expected)
         assert after == hooks[hooks.index(("on_validation_end", step // per_epoch - 1, step)) :]
-    for step in (per_epoch + 1, 2 * per_epoch):  # of a run that was itself resumed from such a checkpoint
+    for step in (per_epoch + 1, 2 * per_epoch):  # a checkpoint of a run that had itself resumed from such a checkpoint
         ckpt = tmp_path / f"b{per_epoch}" / f"step={step}.ckpt"
         assert same(fit(tmp_path / "c", train, options, ckpt)[0], expected), step

@@ -40,7 +40,7 @@ class IA3Converter(LayerConverter):
     def config(self, snapshot: Snapshot) -> dict[str, Any]:
         at_input = [part.name for part in snapshot.adapter_records if _scales_input(part, snapshot)]
         others = [part.name for part in snapshot.adapter_records if part.name not in at_input]
-        # PEFT matches feedforward_modules with str.endswith, so a name could also match inside a word of another's.
+        # PEFT matches feedforward_modules with str.endswith, so a name could also match the end of another name.
         clash = any(other.endswith(name) for other in others for name in at_input)
         targets = target_modules([*at_input, *others], snapshot.base)
         clash = clash or isinstance(targets, str)

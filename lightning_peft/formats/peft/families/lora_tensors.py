@@ -48,7 +48,7 @@ class Entry:
         r: The rank.
         scale: The factor of the product B A.
         tensors: PEFT's full key -> tensor.
-        is_parameter: Whether the name is a parameter's.
+        is_parameter: Whether it is a parameter, not a module.
     """
 
     name: str

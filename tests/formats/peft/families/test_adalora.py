@@ -15,7 +15,7 @@ MANY = [True] * 3 + [False] * 4093
 
 
 def pruned(model, method):
-    """Mask some triplets, and all of the first weight's."""
+    """Mask some triplets, and all triplets of the first weight."""
     with torch.no_grad():
         for i, adapter in enumerate(method.adapters(model).values()):
             adapter.mask.copy_(torch.rand_like(adapter.lora_E) < 0.5 if i else torch.zeros_like(adapter.mask))
