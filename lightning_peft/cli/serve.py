@@ -34,6 +34,35 @@ def serve(args: Sequence[str]) -> None:
         StateError: if the packages of ``lightning_peft[serve]`` are missing, or the model cannot be built.
         FileNotFoundError: if the folder of adapters does not exist.
     """
+    options, arguments = parse(_parser(), args)
+    try:
+        from lightning_peft.serving import server
+        from lightning_peft.serving.routes import Limits
+    except ModuleNotFoundError as error:
+        raise StateError(f"serve needs {error.name}: pip install 'lightning_peft[serve]'") from error
+    limits = Limits(options.max_body, options.max_queue, options.timeout, options.max_new_tokens)
+    print(f"serving {options.model} on http://{options.host}:{options.port}", file=sys.stderr)
+    try:
+        server.serve(
+            functools.partial(
+                _build, options.model, arguments, options.tokenizer, options.data, yaml.safe_load(options.data_args)
+            ),
+            options.adapters,
+            host=options.host,
+            port=options.port,
+            base=options.name,
+            accelerator=options.accelerator,
+            max_batch_size=options.max_batch_size,
+            max_memory=options.max_memory,
+            api_key=options.api_key,
+            limits=limits,
+        )
+    except RuntimeError as error:
+        raise StateError(str(error)) from error
+
+
+def _parser() -> ArgumentParser:
+    """The options of the command."""
     parser = ArgumentParser(
         prog="lightning-peft serve",
         description="Answer HTTP requests with one base model and a folder of adapters. Each request names its "
@@ -80,31 +109,7 @@ def serve(args: Sequence[str]) -> None:
         default=os.environ.get(_KEY),
         help=f"refuse requests without this key; safer as the variable {_KEY}, which other users cannot see",
     )
-    options, arguments = parse(parser, args)
-    try:
-        from lightning_peft.serving import server
-        from lightning_peft.serving.routes import Limits
-    except ModuleNotFoundError as error:
-        raise StateError(f"serve needs {error.name}: pip install 'lightning_peft[serve]'") from error
-    limits = Limits(options.max_body, options.max_queue, options.timeout, options.max_new_tokens)
-    print(f"serving {options.model} on http://{options.host}:{options.port}", file=sys.stderr)
-    try:
-        server.serve(
-            functools.partial(
-                _build, options.model, arguments, options.tokenizer, options.data, yaml.safe_load(options.data_args)
-            ),
-            options.adapters,
-            host=options.host,
-            port=options.port,
-            base=options.name,
-            accelerator=options.accelerator,
-            max_batch_size=options.max_batch_size,
-            max_memory=options.max_memory,
-            api_key=options.api_key,
-            limits=limits,
-        )
-    except RuntimeError as error:
-        raise StateError(str(error)) from error
+    return parser
 
 
 def _bytes(text: str) -> int:

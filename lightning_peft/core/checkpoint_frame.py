@@ -17,7 +17,7 @@ import torch
 __all__ = ["checkpoint_frame", "in_backward", "recall", "remember"]
 
 # Weak keys: torch frees the frame when the graph is freed, and the values go with it.
-_NOTES: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+_NOTES: weakref.WeakKeyDictionary[object, dict[object, Any]] = weakref.WeakKeyDictionary()
 
 
 def in_backward() -> bool:
@@ -41,11 +41,11 @@ def checkpoint_frame() -> Any:
     return found if isinstance(found, torch.utils.checkpoint._CheckpointFrame) else None
 
 
-def remember(frame: Any, key: Any, value: Any) -> None:
+def remember(frame: object, key: object, value: object) -> None:
     """Store ``value`` under ``key`` for as long as the frame lives."""
     _NOTES.setdefault(frame, {})[key] = value
 
 
-def recall(frame: Any, key: Any) -> Any:
+def recall(frame: object, key: object) -> Any:
     """Return what :func:`remember` stored; None if nothing was stored."""
     return _NOTES.get(frame, {}).get(key)

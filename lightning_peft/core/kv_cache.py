@@ -49,7 +49,7 @@ def cache_length(cache: Any) -> int:
     return int(any(bool(tensor.any()) for tensor in tensors_in(states)))
 
 
-def states_in(output: Any) -> dict[str, Any]:
+def states_in(output: object) -> dict[str, Any]:
     """Return the entries of a model's output that a later call may continue from, by name.
 
     These are caches and lists: RWKV returns its state as a list.

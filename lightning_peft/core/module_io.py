@@ -17,7 +17,7 @@ from lightning_peft.core.class_swap import original_class
 __all__ = ["by_name", "first_tensor", "hidden_state", "parameters_of", "tensors_in", "with_hidden_state", "with_input"]
 
 
-def first_tensor(args: Iterable[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
+def first_tensor(args: Iterable[object], kwargs: Mapping[str, object]) -> Tensor | None:
     """Return the first floating-point tensor among the arguments of a call."""
     for value in (*args, *kwargs.values()):
         if isinstance(value, Tensor) and value.is_floating_point():
@@ -76,7 +76,7 @@ def with_input(
     return (), {**kwargs, name: change(value)}
 
 
-def _key(output: Mapping[str, Any]) -> str:
+def _key(output: Mapping[str, object]) -> str:
     return "last_hidden_state" if "last_hidden_state" in output else next(iter(output))
 
 

@@ -22,7 +22,7 @@ __all__ = [
 ]
 
 
-def is_sharded(tensor: Any) -> bool:
+def is_sharded(tensor: object) -> bool:
     """Whether ``tensor`` is a DTensor."""
     return hasattr(tensor, "_local_tensor")
 

@@ -11,8 +11,8 @@ import math
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeGuard
 
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -61,8 +61,8 @@ def parse_json(data: bytes, where: str) -> dict[str, Any]:
     return found
 
 
-def _depths(value: Any) -> Iterator[int]:
-    stack = [(value, 1)]
+def _depths(value: object) -> Iterator[int]:
+    stack: list[tuple[object, int]] = [(value, 1)]
     while stack:
         value, depth = stack.pop()
         yield depth
@@ -133,7 +133,7 @@ def _regexes(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield from (("config", text[3:]) for text in _strings(config.get("config")) if text.startswith("re:"))
 
 
-def _strings(value: Any) -> Iterator[str]:
+def _strings(value: object) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict | list):
@@ -184,5 +184,5 @@ def limits_of(config: Mapping[str, Any], model: nn.Module, tensors: Mapping[str,
     return AllocationLimit(model.parameters(), tensors)
 
 
-def _is_size(value: Any) -> bool:
+def _is_size(value: object) -> TypeGuard[Sequence[int]]:
     return isinstance(value, list | tuple) and all(isinstance(side, int) for side in value)

@@ -293,7 +293,7 @@ _CALLS = threading.local()
 _LOCK = threading.Lock()
 
 
-def _mode(host: Any) -> _Mode | None:
+def _mode(host: object) -> _Mode | None:
     """Return the mode of ``host`` if it is running in this thread, else None."""
     for module, mode in getattr(_CALLS, "modes", ()):
         if module is host:

@@ -11,7 +11,7 @@ import functools
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -92,7 +92,7 @@ def _experts(module: nn.Module) -> int:
     return 0 if layout_of(module) is not None or not stacked else len(stacked[0])
 
 
-def check_experts(batch_layout: BatchLayout, given: Iterable[Any], n: int) -> None:
+def check_experts(batch_layout: BatchLayout, given: Iterable[object], n: int) -> None:
     """Refuse stacked experts whose input is ordered by expert instead of by row.
 
     If the module does not get an expert index per token, its input is repeated for each expert or sorted by expert.

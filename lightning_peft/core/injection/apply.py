@@ -270,7 +270,7 @@ def _not_yet_applied(methods: Iterable[Method], record: InjectionState | None) -
     return list(new.values())
 
 
-def _difference(there: dict[str, Any], here: dict[str, Any]) -> str:
+def _difference(there: dict[str, object], here: dict[str, object]) -> str:
     changed = [k for k in {**there, **here} if there.get(k) != here.get(k)]
     return ", ".join(f"{k}={there.get(k)!r} there, {here.get(k)!r} here" for k in changed) or "a different class"
 

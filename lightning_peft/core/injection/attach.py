@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import cast
 
 from torch import nn
 
@@ -82,7 +82,7 @@ def detach(model: nn.Module, host_name: str, name: str | None = None) -> None:
                 vars(parent).update(vars(parent).pop("_before_slow_path"))
 
 
-def _slow_path(module: nn.Module, args: Any) -> None:
+def _slow_path(module: nn.Module, args: object) -> None:
     """A hook that does nothing.
 
     ``nn.TransformerEncoderLayer`` has an inference fast path that reads the weights of its children without calling

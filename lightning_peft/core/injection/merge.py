@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import nn
@@ -178,7 +178,7 @@ class _MergePlan:
         host_name: str,
         host: nn.Module,
         names: tuple[str, ...],
-        shared: Mapping[str, Any],
+        shared: Mapping[str, list[str]],
         dtype: torch.dtype | None = None,
     ) -> None:
         self.host_name, self.host, self.names, self.dtype = host_name, host, names, dtype
@@ -201,7 +201,7 @@ class _MergePlan:
     def _compute(self) -> dict[str, torch.Tensor]:
         return _merged_weights(self.host_name, self.host, self.names)
 
-    def write(self, tied: Mapping[str, Any]) -> None:
+    def write(self, tied: Mapping[str, list[str]]) -> None:
         """Write the new values in place and keep copies of the old ones.
 
         A parameter in ``tied`` is replaced by a new one, and the old object is kept, so that the other modules that

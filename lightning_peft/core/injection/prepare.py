@@ -28,7 +28,7 @@ class Preparation(Protocol):
         ...
 
 
-def is_preparation(candidate: Any) -> bool:
+def is_preparation(candidate: object) -> bool:
     """Whether ``candidate`` changes the base instead of adding parameters to it."""
     return hasattr(candidate, "prepare") and hasattr(candidate, "config") and not hasattr(candidate, "plan")
 

@@ -7,7 +7,6 @@ weights for quantised ones.
 from __future__ import annotations
 
 import warnings
-from typing import Any
 
 from torch import nn
 
@@ -30,7 +29,7 @@ def drop_marks(model: nn.Module) -> None:
         if quantizer is None:
             continue
         config, method = module.config, quantizer.quantization_config
-        owners: tuple[Any, ...] = (module, config, method)
+        owners: tuple[object, ...] = (module, config, method)
         before = [dict(vars(owner)) for owner in owners]
         linear = {name: m for name, m in base_modules(module) if isinstance(m, nn.Linear) or is_packed(m)}
         plain = [name for name, layer in linear.items() if not is_packed(layer)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, cast
+from typing import cast
 
 from torch import nn
 
@@ -68,6 +68,6 @@ def uninstall(model: nn.Module, name: str) -> None:
         record.report.count(injected_module(model), record.sizes.values())
 
 
-def _fitting(module: Any) -> bool:
+def _fitting(module: nn.Module) -> bool:
     state = getattr(getattr(module, "_trainer", None), "state", None)
     return state is not None and state.fn == "fit" and state.status == "running"

@@ -51,7 +51,7 @@ class Scaled:
     def __enter__(self) -> None:
         pass
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         scale(self._model, self._name, self._before)
 
 

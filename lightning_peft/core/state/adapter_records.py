@@ -124,7 +124,7 @@ def stored_shape(host: nn.Module, parameter: str, layout: WeightLayout) -> tuple
     return tuple(cast(Tensor, steady_tensor(host, parameter)).shape) if packed is None else packed
 
 
-def layer_kind(host: nn.Module, layout: Any) -> str:
+def layer_kind(host: nn.Module, layout: WeightLayout) -> str:
     """Return the kind of the weight that ``layout`` reads from ``host``; see :class:`AdapterRecord`."""
     if isinstance(host, nn.MultiheadAttention):
         return "Attention"

@@ -9,7 +9,6 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -60,7 +59,7 @@ def _remove(path: Path) -> None:
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def save_torch_file(value: Any, path: str | Path) -> None:
+def save_torch_file(value: object, path: str | Path) -> None:
     """Write ``value`` with ``torch.save``, in one step.
 
     Raises:

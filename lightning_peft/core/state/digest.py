@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,12 +14,12 @@ __all__ = ["difference", "tensor_digests", "value_digest"]
 LENGTH = 32  #: hexadecimal digits (128 bits): detects accidents, not an attacker, who can write digests as well
 
 
-def tensor_digests(tensors: Mapping[str, Any]) -> dict[str, str]:
+def tensor_digests(tensors: Mapping[str, object]) -> dict[str, str]:
     """Return a digest of each tensor's name, dtype, shape and bytes (half of a SHA-256, in hexadecimal)."""
     return {name: _digest(name, tensor) for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
 
 
-def value_digest(value: Any) -> str:
+def value_digest(value: object) -> str:
     """Return the digest of a plain value; a tuple and a list of the same values have the same digest."""
     try:
         text = json.dumps(value, sort_keys=True, default=repr)
@@ -29,7 +28,7 @@ def value_digest(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:LENGTH]
 
 
-def difference(saved: Any, found: Mapping[str, str]) -> str | None:
+def difference(saved: object, found: Mapping[str, str]) -> str | None:
     """Return the first name in which two sets of digests differ, and how; None if they agree."""
     if not isinstance(saved, Mapping):
         return "the digests"

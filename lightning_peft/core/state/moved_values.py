@@ -218,7 +218,7 @@ def _copy(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, Tensor) else pickle.dumps(value)
 
 
-def _differ(start: Any, value: Any) -> bool:
+def _differ(start: object, value: object) -> bool:
     if not isinstance(value, Tensor):
         return bool(start != pickle.dumps(value))
     return not (

@@ -67,7 +67,7 @@ def read_torch_file(path: str | Path, map_location: Any = "cpu", mmap: bool = Fa
         ) from None
 
 
-def _check_sizes(value: Any) -> None:
+def _check_sizes(value: object) -> None:
     """Refuse tensors that repeat a few stored values so many times that copying them would exhaust the memory."""
     left, seen = [value], set()
     while left:

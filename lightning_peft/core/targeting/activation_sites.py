@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from torch import nn
 
@@ -58,8 +58,8 @@ _PLACES = {"all-attention": "attention", "all-feedforward": "feedforward"}
 
 def find_activation_sites(
     model: nn.Module,
-    targets: Any,
-    exclude: Any = (),
+    targets: str | Sequence[str],
+    exclude: str | Sequence[str] = (),
     trainable: Iterable[str] = (),
     width: int | None = None,
     feature_maps: bool | None = None,

@@ -6,10 +6,10 @@ The :class:`~lightning_peft.core.targeting.layouts.WeightLayout` of a site conve
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -200,8 +200,8 @@ def _sites_of(name: str, module: nn.Module) -> list[Site]:
 
 def find_sites(
     model: nn.Module,
-    targets: Any,
-    exclude: Any = (),
+    targets: str | Sequence[str],
+    exclude: str | Sequence[str] = (),
     trainable: Iterable[str] = (),
     sites: dict[str, Site] | None = None,
     words: Mapping[str, Callable[[], Iterable[str]]] = MappingProxyType({}),

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 
 from lightning_peft.core.class_swap import original_class
 from lightning_peft.core.module_io import parameters_of
@@ -58,9 +57,9 @@ def pooling_model(model: nn.Module, inner: str) -> str | None:
         return None
     name = outer[-1]
     within = relative(inner, name)
-    made: dict[Any, str] = {}
+    made: dict[Node, str] = {}
 
-    def remember(module: nn.Module, args: Any, output: Any) -> None:
+    def remember(module: nn.Module, args: object, output: dict[str, object] | tuple[object, ...]) -> None:
         for value in output.values() if isinstance(output, dict) else output:
             if isinstance(value, Tensor) and value.grad_fn is not None:
                 made[value.grad_fn] = "sequence" if value.ndim == 3 else "pooled"

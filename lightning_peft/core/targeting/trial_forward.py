@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 
 from lightning_peft.core.module_io import parameters_of, tensors_in
 from lightning_peft.core.targeting.base_modules import base_modules
@@ -48,7 +49,7 @@ def last_layers(model: nn.Module, names: Iterable[str]) -> list[str] | None:
 
 
 def _by_trial(model: nn.Module, names: list[str]) -> list[str] | None:
-    made: dict[Any, str] = {}
+    made: dict[Node, str] = {}
 
     def watch(twin: nn.Module) -> None:
         for name in names:
@@ -58,8 +59,8 @@ def _by_trial(model: nn.Module, names: list[str]) -> list[str] | None:
     return None if output is None else sources(output, made)
 
 
-def _remember(name: str, made: dict[Any, str]) -> Callable[..., None]:
-    def hook(module: nn.Module, args: Any, output: Any) -> None:
+def _remember(name: str, made: dict[Node, str]) -> Callable[..., None]:
+    def hook(module: nn.Module, args: object, output: object) -> None:
         for tensor in tensors_in(output):
             if tensor.grad_fn is not None:
                 made[tensor.grad_fn] = name
@@ -67,7 +68,7 @@ def _remember(name: str, made: dict[Any, str]) -> Callable[..., None]:
     return hook
 
 
-def sources(outputs: Iterable[Tensor], made: Mapping[Any, str]) -> list[str]:
+def sources(outputs: Iterable[Tensor], made: Mapping[Node, str]) -> list[str]:
     """Return the names first reached when following the autograd graph back from ``outputs``.
 
     The list is empty if one of these modules also feeds another: then there is no single last layer.
@@ -84,7 +85,7 @@ def sources(outputs: Iterable[Tensor], made: Mapping[Any, str]) -> list[str]:
     return [] if found & below else sorted(found, key=order.index)
 
 
-def _upstream(nodes: Iterable[Any], marked: Mapping[Any, str], past: bool = False) -> list[Any]:
+def _upstream(nodes: Iterable[Node], marked: Mapping[Node, str], past: bool = False) -> list[Node]:
     """Return the marked nodes upstream of ``nodes``: only the nearest ones, or all of them if ``past``."""
     waiting, seen, found = list(nodes), set(), []
     while waiting:

@@ -90,28 +90,8 @@ class PromptMethod(PEFTMethod):
         name, other = self.find(model)
         host: Any = model.get_submodule(name)
         tokens = "inputs_embeds" in parameters_of(host) and input_embedding(host) is not None
-        # otherwise the trial forward would also run the adapters already attached
-        untouched = next(hosts(host), None) is None
-        if tokens and untouched and (problem := embeddings_problem(host)) is not None:
-            raise TargetError(
-                f"{name!r} ({original_class(host).__name__}) runs with input_ids but not with inputs_embeds "
-                f"({type(problem).__name__}): it also reads the ids for something else, as Gemma 4 does for its "
-                "per-layer embeddings, but virtual tokens have no ids. Use a method that adapts weights, such as LoRA"
-            )
-        embedding = host.get_input_embeddings() if tokens else None
-        if embedding is not None and not isinstance(embedding, nn.Embedding):
-            raise TargetError(f"the input embedding of {name!r} is a {type(embedding).__name__}, not an nn.Embedding")
-        width = embedding.embedding_dim if embedding is not None else token_width(name, host)
-        if embedding is None:
-            found = [m for _, m in base_modules(model) if isinstance(m, nn.Embedding) and m.embedding_dim == width]
-            embedding = max(found, key=lambda m: m.num_embeddings, default=None)
-        limit = position_limit(host) if tokens else None
-        allowed = limit or config_value(getattr(host, "config", None), "max_position_embeddings")
-        if tokens and isinstance(allowed, int) and token_template.tokens >= allowed:
-            raise TargetError(
-                f"{token_template.tokens} virtual tokens leave no room for text: {name!r} "
-                f"({original_class(host).__name__}) has {allowed} positions. Lower num_virtual_tokens"
-            )
+        embedding, width = _embedding(model, name, tokens)
+        limit = _position_limit(name, host, token_template.tokens) if tokens else None
         encodes = other is not None and self.side == "encoder"
         labelled = enclosing_modules(model, name, "labels") if tokens and other is None else []
         generating = [n for n in labelled if _generates(model.get_submodule(n))]
@@ -182,3 +162,49 @@ class PromptMethod(PEFTMethod):
 
 def _generates(module: Any) -> bool:
     return callable(getattr(module, "can_generate", None)) and bool(module.can_generate())
+
+
+def _embedding(model: nn.Module, name: str, tokens: bool) -> tuple[nn.Embedding | None, int]:
+    """The token embedding that initial values are taken from, if there is one, and the width of a token.
+
+    Args:
+        model: the model.
+        name: the name of the module that gets the virtual tokens.
+        tokens: whether that module takes token ids and embeds them itself.
+
+    Raises:
+        TargetError: the module needs the ids for something else too, or its embedding is not an ``nn.Embedding``.
+    """
+    host: Any = model.get_submodule(name)
+    # otherwise the trial forward would also run the adapters already attached
+    untouched = next(hosts(host), None) is None
+    if tokens and untouched and (problem := embeddings_problem(host)) is not None:
+        raise TargetError(
+            f"{name!r} ({original_class(host).__name__}) runs with input_ids but not with inputs_embeds "
+            f"({type(problem).__name__}): it also reads the ids for something else, as Gemma 4 does for its "
+            "per-layer embeddings, but virtual tokens have no ids. Use a method that adapts weights, such as LoRA"
+        )
+    embedding = host.get_input_embeddings() if tokens else None
+    if embedding is not None and not isinstance(embedding, nn.Embedding):
+        raise TargetError(f"the input embedding of {name!r} is a {type(embedding).__name__}, not an nn.Embedding")
+    width = embedding.embedding_dim if embedding is not None else token_width(name, host)
+    if embedding is None:
+        found = [m for _, m in base_modules(model) if isinstance(m, nn.Embedding) and m.embedding_dim == width]
+        embedding = max(found, key=lambda m: m.num_embeddings, default=None)
+    return embedding, width
+
+
+def _position_limit(name: str, host: nn.Module, tokens: int) -> int | None:
+    """The number of positions of ``host``, if the sequence must be shortened to it.
+
+    Raises:
+        TargetError: ``tokens`` virtual tokens leave no room for text.
+    """
+    limit = position_limit(host)
+    allowed = limit or config_value(getattr(host, "config", None), "max_position_embeddings")
+    if isinstance(allowed, int) and tokens >= allowed:
+        raise TargetError(
+            f"{tokens} virtual tokens leave no room for text: {name!r} "
+            f"({original_class(host).__name__}) has {allowed} positions. Lower num_virtual_tokens"
+        )
+    return limit
