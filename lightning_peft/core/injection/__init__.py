@@ -2,6 +2,6 @@
 
 Read ``apply`` (plan, check, commit), ``rollback`` (undo a failed change), ``attach``, ``widen_record`` (from a
 submodule to the module around it) and ``overrides`` (an adapter's own values of base parameters) first. Then read
-``merge``, ``low_rank_factors``, ``remove``, ``reset`` and ``remove_reparameterization``. ``checks``,
+``merge_plan``, ``merge``, ``low_rank_factors``, ``remove``, ``reset`` and ``remove_reparameterization``. ``checks``,
 ``check_forward``, ``saving_trial`` and ``saving_base`` detect problems early.
 """
