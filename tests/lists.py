@@ -25,7 +25,7 @@ from lightning_peft.core.adapters.base import Adapter
 from lightning_peft.core.adapters.lookup import hosts
 from lightning_peft.core.batching.batched import BatchedLowRank, PerGroupOutput
 from lightning_peft.trainer.logs import keys
-from tests import features, strategies
+from tests import features, packed_methods, strategies
 from tests.holes import REFUSED
 from tests.kinds import KINDS
 from tests.table import METHODS, Row
@@ -199,6 +199,7 @@ LISTS = {
     "logging.md": {"logged values": logged_values},
     "many.md": {"exact sums": exact_sums},
     "methods.md": {"methods": choice},
+    "quantised.md": {"methods on quantised bases": packed_methods.table},
     "rows.md": {"served rows": served_rows},
     "strategies.md": {"strategies and precisions": strategies.table},
 }

@@ -32,8 +32,10 @@ __all__ = [
     "OwnForward",
     "SwapError",
     "add_mixin",
+    "changed_class",
     "check_mixin",
     "has_mixin",
+    "is_swapped",
     "original_class",
     "own_forward",
     "remove_mixin",
@@ -54,6 +56,11 @@ def original_class(obj: object) -> type:
 def has_mixin(obj: object, mixin: type) -> bool:
     """Whether ``mixin`` was added to ``obj`` by :func:`add_mixin`; inherited classes do not count."""
     return mixin in _mixins(obj)
+
+
+def is_swapped(obj: object) -> bool:
+    """Whether the class of ``obj`` was made by :func:`add_mixin`, and is not a later subclass of such a class."""
+    return "_swapped_from" in vars(type(obj))
 
 
 # The objects whose own forward runs, by id: of this thread, because one model can serve several threads.
@@ -185,8 +192,29 @@ def _metaclass(original: type) -> type:
     def represent(cls: type) -> str:
         return original.__repr__(vars(cls).get("_swapped_from", cls))  # type: ignore[call-arg]  # unbound
 
-    namespace = {"__module__": original.__module__, "mro": _resolution_order, "__repr__": represent}
+    namespace = {
+        "__module__": original.__module__,
+        "mro": _resolution_order,
+        "__repr__": represent,
+        "__delattr__": _delete_of_class,
+    }
     return type(original)(original.__name__, (original,), namespace)
+
+
+def _delete_of_class(cls: Any, name: str) -> None:
+    """Refuse to delete an attribute of the original class, as torch does to remove a parametrization."""
+    if "_swapped_from" in vars(cls) and name not in vars(cls) and name in vars(cls._swapped_from):
+        raise SwapError(changed_class(cls, name))
+    type.__delattr__(cls, name)
+
+
+def changed_class(cls: type, name: str) -> str:
+    """The error text for code that changes the class of an object with mixins in order to change ``name``."""
+    return (
+        f"{name!r} of this {cls.__name__} cannot be changed: the layer has adapters, and code that removes a "
+        "parametrization or a property changes its class. Call lp.unload(model) (with merge=True to keep the adapters' "
+        "effect) first, and apply the methods again after the change"
+    )
 
 
 def _resolution_order(cls: type) -> list[type]:

@@ -17,7 +17,7 @@ from torch import nn
 from lightning_peft.core.class_swap import original_class
 from lightning_peft.core.names import is_within
 from lightning_peft.core.state.plan import Plan
-from lightning_peft.core.targeting.biases import bias_parameters
+from lightning_peft.core.targeting.biases import bias_parameters, buffer_biases
 from lightning_peft.core.targeting.patterns import TargetError
 from lightning_peft.methods.families.selection import SelectionMethod
 
@@ -51,8 +51,11 @@ class BitFit(SelectionMethod):
         biases = {id(value) for _, _, value in bias_parameters(model)}
         chosen = self.matching(model, lambda module, key, value: id(value) in biases)
         if all(is_within(name, *plan.train_modules) for name in chosen):
+            why = "its layers have none"
+            if buffer_biases(model):
+                why = "its quantised layers store theirs as buffers, which cannot train"
             raise TargetError(
                 f"BitFit finds no bias in {original_class(model).__name__}{' but in trainable' if chosen else ''}, "
-                "because its layers have none: use lp.NormTuning or lp.LoRA instead"
+                f"because {why}: use lp.NormTuning or lp.LoRA instead"
             )
         plan.train |= dict.fromkeys(chosen, "bias trains")

@@ -28,7 +28,13 @@ from lightning_peft.core.state.plan import Plan
 from lightning_peft.core.targeting.frozen_parts import why_frozen
 from lightning_peft.core.targeting.patterns import TargetError, as_patterns
 from lightning_peft.methods.families.arguments import as_list, is_int, positive_int
-from lightning_peft.methods.families.selection import SelectionMethod, depths, parameters_in, tail_modules
+from lightning_peft.methods.families.selection import (
+    SelectionMethod,
+    check_not_packed,
+    depths,
+    parameters_in,
+    tail_modules,
+)
 from lightning_peft.trainer.packages import lightning_classes
 
 __all__ = ["GradualUnfreezing"]
@@ -102,8 +108,12 @@ class GradualUnfreezing(SelectionMethod):
                 f"GradualUnfreezing finds nothing to train before {self.unit} {self.times(model)[0]}: name the head in "
                 f"trainable, or begin the schedule with 0{why_frozen(model)}"
             )
+        excluded = self.covered(model, as_patterns(self.exclude, "exclude"), "exclude")
+        for block in self.blocks(model):
+            check_not_packed(model, block, excluded)
         for time, (stage, names) in zip(self.times(model), self.stages(model).items()):
             for name in names:
+                check_not_packed(model, owner_of(name))
                 if id(model.get_parameter(name)) not in trains:
                     plan.deferred[name] = stage, f"trains from {self.unit} {time}"
 

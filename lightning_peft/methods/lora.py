@@ -33,10 +33,11 @@ from lightning_peft.core.adapters.base import WeightAdapter
 from lightning_peft.core.adapters.lookup import stacks
 from lightning_peft.core.adapters.low_rank import LowRankAdapter
 from lightning_peft.core.batching.batched import BatchedAdapters
-from lightning_peft.core.names import join, owner_of
+from lightning_peft.core.names import join, listed, owner_of
 from lightning_peft.core.state.plan import Plan
-from lightning_peft.core.targeting.biases import bias_parameters
+from lightning_peft.core.targeting.biases import bias_parameters, buffer_biases
 from lightning_peft.core.targeting.layouts import EmbeddingLayout
+from lightning_peft.core.targeting.patterns import TargetError
 from lightning_peft.core.targeting.sites import Site
 from lightning_peft.methods.families.arguments import optional, positive, probability
 from lightning_peft.methods.families.ranked import RankedMethod
@@ -208,6 +209,12 @@ class LoRA(RankedMethod):
                 plan.notes.append(f"{part.site_name}: r={part.r}, but the weight's rank is at most {largest}")
         # The modules that own the weights: out_proj of an nn.MultiheadAttention is a module with its own bias.
         adapted = {owner_of(join(host, part.parameter)) for host, part in parts}
+        fixed = [] if self.bias == "none" else [n for n in buffer_biases(model) if self.bias == "all" or n in adapted]
+        if fixed:
+            raise TargetError(
+                f"bias={self.bias!r} would train the biases of {listed(fixed)}, but these quantised layers store them as "
+                "buffers, which cannot train: set bias='none', or lora_bias=True to add trainable ones"
+            )
         for owner, key, _ in bias_parameters(model) if self.bias != "none" else ():
             if self.bias == "all" or owner in adapted:
                 plan.train[join(owner, key)] = "bias trains"

@@ -117,15 +117,16 @@ def base_tensor(host: nn.Module, name: str) -> Tensor | None:
 
 
 def run_dequantized(host: nn.Module, adapters: Sequence[Adapter], x: Tensor) -> Tensor:
-    """Return the output of the packed layer ``host`` with adapters that change its matrix.
+    """Return the output of the packed layer ``host`` with adapters that change its matrix or its bias.
 
     The dequantised matrix is never stored: backward computes it again.
     """
 
     def product(x: Tensor) -> Tensor:
         weights = effective_weights(host, adapters)
+        weight = weights["weight"] if "weight" in weights else dequantized(host)  # a loaded bias changes no weight
         bias = weights.get("bias", stored_tensor(host, "bias"))
-        return F.linear(x, weights["weight"].to(x.dtype), None if bias is None else bias.to(x.dtype))
+        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
     if not torch.is_grad_enabled():
         return product(x)

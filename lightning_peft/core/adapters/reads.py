@@ -21,10 +21,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import remove_parametrizations
 from torch.utils._pytree import tree_leaves
 
 from lightning_peft.core.checkpoint_frame import in_backward
-from lightning_peft.core.class_swap import original_class
+from lightning_peft.core.class_swap import SwapError, changed_class, original_class
 from lightning_peft.core.targeting.computed_weights import computed_value
 
 __all__ = [
@@ -140,6 +141,9 @@ copyreg.pickle(_Picklable, _reduce)
 
 def _read(name: str) -> property:
     def __getattr__(host: Any) -> Any:  # ``computing`` recognises by this name that the call is not a forward
+        # Refused here, because after this read torch overwrites the original tensor.
+        if not torch.compiler.is_compiling() and sys._getframe(1).f_code is remove_parametrizations.__code__:
+            raise SwapError(changed_class(original_class(host), name))
         return host.__getattr__(name)
 
     def write(host: Any, value: Any) -> None:

@@ -10,12 +10,12 @@ from lightning_peft.core.adapters.base import Adapter
 from lightning_peft.core.adapters.lookup import hosts
 from lightning_peft.core.adapters.reads import ComputedReads, computed_reads
 from lightning_peft.core.adapters.stack import Adapted, AdapterStack
-from lightning_peft.core.class_swap import add_mixin, check_mixin, has_mixin, original_class, remove_mixin
+from lightning_peft.core.class_swap import add_mixin, check_mixin, has_mixin, is_swapped, original_class, remove_mixin
 from lightning_peft.core.names import parents
 from lightning_peft.core.state.freezing import FrozenNorm
 from lightning_peft.core.targeting.computed_weights import computed_names, refresh
 
-__all__ = ["attach", "check_host", "detach"]
+__all__ = ["attach", "check_detachable", "check_host", "detach"]
 
 
 def attach(model: nn.Module, host_name: str, name: str, adapter: Adapter) -> None:
@@ -62,6 +62,21 @@ def check_host(model: nn.Module, host_name: str, name: str, overrides: bool = Fa
         if overrides and not any(part.overrides() for part in cast(Adapter, stack[name]).components()):
             return
         raise ValueError(f"{host_name!r} already carries an adapter named {name!r}: give this one another name=")
+
+
+def check_detachable(model: nn.Module) -> None:
+    """Check that every module with adapters can get its original class back.
+
+    Raises:
+        ValueError: if a parametrization was registered after the adapters were attached; its class is derived from the
+            class of the module with adapters.
+    """
+    for name, host in hosts(model):
+        if "parametrizations" in host._modules and not is_swapped(host):
+            raise ValueError(
+                f"{name!r} has a parametrization that was registered after its adapters, so its original class cannot "
+                "be restored. Remove it first with torch.nn.utils.parametrize.remove_parametrizations"
+            )
 
 
 def detach(model: nn.Module, host_name: str, name: str | None = None) -> None:

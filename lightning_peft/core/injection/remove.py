@@ -8,7 +8,7 @@ from typing import cast
 from torch import nn
 
 from lightning_peft.core.adapters.lookup import check_known, stacks
-from lightning_peft.core.injection.attach import detach
+from lightning_peft.core.injection.attach import check_detachable, detach
 from lightning_peft.core.injection.unload import unload
 from lightning_peft.core.names import canonical
 from lightning_peft.core.record import TrainedBase, injected_module, injection_state
@@ -42,6 +42,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
 def check_deletable(model: nn.Module, name: str) -> None:
     """Raise the errors that :func:`delete_adapter` would raise, without changing anything."""
     check_known(model, name)
+    check_detachable(model)
     found = [stack for stack in stacks(model).values() if name in stack]
     if any(name in stack.merged_names for stack in found):
         raise ValueError(f"{name!r} is merged into the base: call lp.unmerge(model) first")

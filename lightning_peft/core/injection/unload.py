@@ -6,7 +6,7 @@ from torch import nn
 
 from lightning_peft.core.adapters.lookup import hosts, stacks
 from lightning_peft.core.class_swap import restore_class
-from lightning_peft.core.injection.attach import detach
+from lightning_peft.core.injection.attach import check_detachable, detach
 from lightning_peft.core.injection.merge import MergeError, unmerge
 from lightning_peft.core.injection.merge import merge as merge_adapters
 from lightning_peft.core.names import canonical
@@ -26,7 +26,9 @@ def unload(model: nn.Module, merge: bool = False, dequantize: bool = False) -> n
 
     Raises:
         MergeError: if ``merge=True`` and an active adapter cannot be merged, or was left out of an earlier merge.
+        ValueError: if a parametrization was registered on a layer after its adapters.
     """
+    check_detachable(model)
     found = stacks(model).values()
     if merge and not any(stack.merged for stack in found):
         try:

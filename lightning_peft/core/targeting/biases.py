@@ -9,8 +9,9 @@ from torch import nn
 
 from lightning_peft.core.names import leaf, owner_of
 from lightning_peft.core.targeting.base_modules import base_modules
+from lightning_peft.core.targeting.packed import is_packed
 
-__all__ = ["bias_parameters", "is_bias_name"]
+__all__ = ["bias_parameters", "buffer_biases", "is_bias_name"]
 
 _NAME = re.compile(r"bias(es)?|bias_.+|.+_bias(es)?")
 
@@ -32,6 +33,12 @@ def bias_parameters(model: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]
             names = (key, leaf(owner)) if isinstance(module, nn.ParameterList | nn.ParameterDict) else (key,)
             if value is not None and any(map(_NAME.fullmatch, names)) and _fits(module, value):
                 yield owner, key, value
+
+
+def buffer_biases(model: nn.Module) -> list[str]:
+    """The names of the quantised layers that store their bias as a buffer, as GPTQ does, so that it cannot train."""
+    packed = ((name, module) for name, module in base_modules(model) if is_packed(module))
+    return [name for name, module in packed if module._buffers.get("bias") is not None]
 
 
 def _fits(module: nn.Module, value: nn.Parameter) -> bool:

@@ -346,7 +346,8 @@ def _linear_problem(module: nn.Module, training: bool) -> str | None:
         wrong = max(_error(product(x + z), y + other), _error(product(-0.5 * x), -0.5 * y))
         if wrong > TOLERANCE:
             return f"it does not compute a linear map of its input (relative error {wrong:.2g})"
-    with torch.enable_grad():
+    # Own hooks, because those of a checkpoint around this call would recompute it in the backward here.
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
         leaf = x.clone().requires_grad_()
         out = _call(module, leaf, training)
         if not out.requires_grad:

@@ -31,7 +31,15 @@ from lightning_peft.methods.families.arguments import Check, is_number
 from lightning_peft.methods.families.method import PEFTMethod
 from lightning_peft.trainer.param_groups import split_groups
 
-__all__ = ["SelectionMethod", "body_blocks", "depths", "head_module", "parameters_in", "tail_modules"]
+__all__ = [
+    "SelectionMethod",
+    "body_blocks",
+    "check_not_packed",
+    "depths",
+    "head_module",
+    "parameters_in",
+    "tail_modules",
+]
 
 
 class SelectionMethod(PEFTMethod):
@@ -85,7 +93,7 @@ class SelectionMethod(PEFTMethod):
                     "unquantised"
                 )
         for name in plan.train_modules:
-            _check_not_packed(model, name)
+            check_not_packed(model, name)
         plan.notes.append(_share(type(self).__name__, model, parameters))
         return plan
 
@@ -113,7 +121,7 @@ class SelectionMethod(PEFTMethod):
         excluded = self.covered(model, as_patterns(self.exclude, "exclude"), "exclude")
         names = list(names)
         for name in names:
-            _check_not_packed(model, name, lambda n: excluded(n) or left_alone(n))
+            check_not_packed(model, name, lambda n: excluded(n) or left_alone(n))
             parameters = parameters_in(model, name)
             kept = {n: p for n, p in parameters.items() if not excluded(owner_of(n)) and not left_alone(n)}
             if len(kept) == len(parameters) and kept:
@@ -205,8 +213,17 @@ class SelectionMethod(PEFTMethod):
             )
 
 
-def _check_not_packed(model: nn.Module, name: str, left_out: Callable[[str], bool] = lambda name: False) -> None:
-    """Refuse to train a module whose weights are buffers of packed numbers, which its parameters do not show."""
+def check_not_packed(model: nn.Module, name: str, left_out: Callable[[str], bool] = lambda name: False) -> None:
+    """Check that no weight in the module ``name`` is packed in a way that its parameters do not show.
+
+    Args:
+        model: any module.
+        name: a module of it.
+        left_out: whether a module inside, by its name in ``model``, does not train.
+
+    Raises:
+        TargetError: if such a weight would train.
+    """
     inside = [(join(name, n), part) for n, part in base_modules(model.get_submodule(name)) if is_packed(part)]
     hidden = [(n, part) for n, part in inside if all(p.is_floating_point() for p in part.parameters(recurse=False))]
     if packed := [n for n, _ in hidden if not left_out(n)]:

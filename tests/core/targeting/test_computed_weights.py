@@ -242,3 +242,32 @@ def test_the_hook_can_be_removed_under_the_adapter():
     close(model(x), adapted)
     lp.merge(model)
     close(model(x), adapted)
+
+
+@pytest.mark.parametrize("kind", ["weight norm", "spectral norm", "orthogonal", "own"])
+@pytest.mark.parametrize("leave", [True, False])
+def test_a_parametrization_under_adapters_cannot_be_removed(kind: str, leave: bool):
+    model, x = build(COMPUTED[kind]), torch.randn(3, 4)
+    lp.apply(model, lp.LoRA(r=2, targets="special"))
+    perturb(model)
+    before, y = bits(model), model(x)
+    with pytest.raises(ValueError, match="sequence of tensors" if "weight" in kind and not leave else "lp.unload"):
+        parametrize.remove_parametrizations(model.special, "weight", leave_parametrized=leave)
+    assert_same_bits(bits(model), before)
+    assert torch.equal(model(x), y)
+    lp.unload(model)
+    parametrize.remove_parametrizations(model.special, "weight")
+    lp.apply(model, lp.LoRA(r=2, targets="special"))
+
+
+def test_a_parametrization_over_adapters_is_removed_before_unload():
+    model = build(lambda layer: layer).eval()
+    x, plain = torch.randn(3, 4), copy.deepcopy(model)
+    lp.apply(model, lp.LoRA(r=2, targets="special"))
+    parametrizations.weight_norm(model.special)
+    for remove in (lp.unload, lambda m: lp.delete_adapter(m, "default")):
+        with pytest.raises(ValueError, match="'special' has a parametrization that was registered after its adapters"):
+            remove(model)
+    parametrize.remove_parametrizations(model.special, "weight")
+    lp.unload(model)
+    close(model(x), plain(x))

@@ -72,36 +72,6 @@ def step(model: Any, x: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Ten
     return y, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-METHODS = {
-    "LoRA": lambda: lp.LoRA(r=2, lora_bias=True, bias="lora_only", trainable=["5"]),
-    "PiSSA": lambda: lp.LoRA(r=2, init="pissa"),
-    "VeRA": lambda: lp.VeRA(r=2),
-    "DoRA": lambda: lp.DoRA(r=2),
-    "LoKr": lambda: lp.LoKr(r=2),
-    "OFT": lambda: lp.OFT(),
-    "IA3": lambda: lp.IA3(targets=["0"], feedforward_targets=["4"]),
-    "SSF": lambda: lp.SSF(targets=["0", "4"]),
-    "BottleneckAdapter": lambda: lp.BottleneckAdapter(targets=["2"]),
-    "BitFit": lambda: lp.BitFit(),
-}
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("make", METHODS.values(), ids=METHODS)
-def test_outputs_and_gradients_are_those_on_the_dequantised_base(kind, make):
-    model, x = quantised(kind), torch.randn(5, 64)
-    plain = dequantised(model)
-    reports = [lp.apply(each, make()) for each in (model, plain)]
-    perturb(model)
-    perturb(plain)
-    (y, gradients), (expected, others) = step(model, x), step(plain, x)
-    close(y, expected)
-    assert gradients.keys() == others.keys() != set()
-    for name, gradient in gradients.items():
-        close(gradient, others[name], 1e-4)
-    assert reports[0].total == reports[1].total
-
-
 @pytest.mark.parametrize("training", [True, False])
 def test_evaluating_first_does_not_stop_the_gradient(training):
     """On some CPUs bitsandbytes repacks a weight in evaluation mode for a kernel without a backward."""
