@@ -212,8 +212,8 @@ class LoRA(RankedMethod):
         fixed = [] if self.bias == "none" else [n for n in buffer_biases(model) if self.bias == "all" or n in adapted]
         if fixed:
             raise TargetError(
-                f"bias={self.bias!r} would train the biases of {listed(fixed)}, but these quantised layers store them as "
-                "buffers, which cannot train: set bias='none', or lora_bias=True to add trainable ones"
+                f"bias={self.bias!r} would train the biases of {listed(fixed)}, but these quantised layers store them "
+                "as buffers, which cannot train: set bias='none', or lora_bias=True to add trainable ones"
             )
         for owner, key, _ in bias_parameters(model) if self.bias != "none" else ():
             if self.bias == "all" or owner in adapted:
