@@ -71,6 +71,7 @@ from lightning_peft.trainer.frozen_cache.callback import CacheFrozen
 from lightning_peft.trainer.load_from_checkpoint import load_from_checkpoint
 from lightning_peft.trainer.logs.monitor import AdapterMonitor
 from lightning_peft.trainer.retention import Retention
+from lightning_peft.trainer.together.callback import TrainTogether
 
 __version__ = "0.1.0"
 
@@ -115,6 +116,7 @@ __all__ = [
     "SelectionMethod",
     "StateError",
     "TargetError",
+    "TrainTogether",
     "VeRA",
     "VisualPromptTuning",
     "WeightAdapter",

@@ -48,7 +48,7 @@ from lightning_peft.trainer.saving_trial import try_saving
 from lightning_peft.trainer.strategy import adapt_strategy, partitions_optimizers
 from lightning_peft.trainer.zero_gradients import ZeroGradientAudit
 
-__all__ = ["Lifecycle"]
+__all__ = ["Lifecycle", "is_compiled"]
 
 GRADIENTS = "lightning_peft_gradients"
 
@@ -160,7 +160,7 @@ class Lifecycle(Callback):
     def _watch(self, stage: str, module: nn.Module) -> None:
         if stage in self._watched or self._calls is not None:
             return
-        if _compiled(module):
+        if is_compiled(module):
             self._watched.add(stage)  # later batches need not check again
         else:
             # Under a function mode, torch leaves fast paths (nn.MultiheadAttention in eval mode), so gradients may be
@@ -209,7 +209,7 @@ class Lifecycle(Callback):
         self._gradients = (this_rank(checkpoint[GRADIENTS]) if GRADIENTS in checkpoint else None) or {}
 
 
-def _compiled(model: nn.Module) -> bool:
+def is_compiled(model: nn.Module) -> bool:
     """Whether a module is compiled. Watching a batch swaps classes, which would trigger a recompilation."""
     optimized = torch._dynamo.eval_frame.OptimizedModule
     if getattr(model, "_compiler_ctx", None) is not None:  # Lightning runs a compiled LightningModule without wrapper

@@ -131,9 +131,11 @@ def drop_frozen(optimizers: Sequence[Optimizer], module: nn.Module) -> None:
             gone = _drop_from_group(group, deferred)
             dropped += gone
             emptied += gone if not group["params"] else []
-        if dropped:
-            which = listed(names.get(id(p), "unnamed") for p in dropped)
-            rank_zero_info(f"{kind}: {len(dropped)} frozen parameters were left out: {which}")
+        # Frozen adapters are never meant to train here, and there may be many.
+        base = [name for p in dropped if not is_adapter_key(name := names.get(id(p), "unnamed"))]
+        if base:
+            which = listed(base)
+            rank_zero_info(f"{kind}: {len(base)} frozen parameters were left out: {which}")
         which = listed(names.get(id(p), "unnamed") for p in emptied)
         if not any(group["params"] for group in optimizer.param_groups):
             empty.append(

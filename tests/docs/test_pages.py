@@ -45,6 +45,15 @@ class MyOwnModule(L.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=1e-2)
 
 
+class WithRate(MyOwnModule):
+    def __init__(self, lr=1e-2):
+        super().__init__()
+        self.save_hyperparameters()
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=self.hparams.lr)
+
+
 class Data(L.LightningDataModule):
     def train_dataloader(self):
         ids = torch.randint(1, 100, (8, 4), generator=torch.Generator().manual_seed(0))
@@ -141,6 +150,7 @@ PAGES: dict[str, Callable[[], dict[str, Any]]] = {
     "docs/quantised.md": dict,
     "docs/rows.md": of_rows,
     "docs/frozen_cache.md": dict,
+    "docs/train_together.md": lambda: {"MyOwnModule": WithRate, "datamodule": Data()},
     "docs/strategies.md": dict,
     "docs/logging.md": of_index,
 }
