@@ -65,6 +65,7 @@ def compare(args: Sequence[str], cli_class: type[LightningCLI]) -> None:
 
     base = [*(word for file in options.config for word in ("-c", file)), *fit_flags]
     common = {"trainable": options.trainable.split(",")} if options.trainable else {}
+    _fill(options)
     candidates, named = parse_candidates(options.methods, common, fixed_rank=options.trials < 4)
     if options.keep is not None and all(c.method != "FullFineTuning" for c in candidates):
         candidates.append(Candidate("FullFineTuning", "FullFineTuning"))
@@ -78,11 +79,13 @@ def compare(args: Sequence[str], cli_class: type[LightningCLI]) -> None:
         facts: Any = store.get("base")
         if facts is None:
             built, value, steps = runner.base()
-            fits = [c.label for c in fitting(candidates, built.module, options.methods.strip() == "auto")]
+            fits = fitting(candidates, built.module, options.methods.strip() == "auto")
             facts = {"metric": value, "steps": steps, "fits": fits}
             store.put("base", facts)
     if not named:
         candidates = [c for c in candidates if c.label in facts["fits"]]
+    if options.halving and options.max_params is not None:  # methods over the budget would take the places of others
+        candidates = [c for c in candidates if facts["fits"].get(c.label, 0) <= options.max_params]
     plan = _plan(options, candidates, facts["steps"])
     study = Study(plan, runner, store)
     console = Console(file=sys.stdout)  # also while the output of runs is hidden
@@ -108,8 +111,10 @@ def compare(args: Sequence[str], cli_class: type[LightningCLI]) -> None:
         recommendations=recommendations,
         base=facts["metric"],
         base_command=["lightning-peft", "fit", *base],
-        setting=_setting(plan),
+        setting=report.setting(plan),
         minutes=study.minutes(),
+        parts=study.parts(),
+        search_metric=metric.search,
         distance=vars(options)["retention.distance"],
     )
     with store.claim("report", wait=True):
@@ -134,14 +139,24 @@ def _parser() -> ArgumentParser:
     add("--test", action="store_true", help="measure finished runs on the test split; searches never see it")
     add("--search-metric", help="the metric that searches optimise; default: --metric")
     add("--steps", type=int, help="optimizer steps of each run; default: as many as the configuration has")
-    add("--search-steps", type=int, help="optimizer steps of each trial of a search; default: a quarter of --steps")
-    add("--trials", type=int, default=6, help="trials for each method; 0 for no search; default: %(default)s")
+    add(
+        "--search-steps",
+        type=int,
+        help="optimizer steps of each trial of a search; default: a quarter of --steps; with --halving one 25th of "
+        "them, at least 10",
+    )
+    add("--trials", type=int, help="trials for each method; 0 for no search; default: 6, with --halving 3")
+    add(
+        "--halving",
+        action="store_true",
+        help="stop the worse half of the methods after their searches, and all but the finalists after a quarter of "
+        "the steps",
+    )
     add("--seeds", type=int, default=2, help="number of seeds with which the finalists run; default: %(default)s")
     add(
         "--finalists",
         type=int,
-        default=5,
-        help="number of finalists: the best methods, which run with every seed; default: %(default)s",
+        help="number of finalists: the best methods, which run with every seed; default: 5, with --halving 2",
     )
     add("--fractions", type=_numbers, default=(1.0,), help="fractions of the training data, such as 0.01,0.1,1")
     add("--trainable", help="modules that train in full with every method, such as classifier")
@@ -172,6 +187,23 @@ def _numbers(text: str) -> tuple[float, ...]:
     return tuple(float(part) for part in text.split(",") if part)
 
 
+def _fill(options: Namespace) -> None:
+    """Set the defaults that depend on other arguments.
+
+    Raises:
+        InputError: arguments contradict each other.
+    """
+    limits = {"--keep": options.keep, "--max-minutes": options.max_minutes}
+    for name in (name for name, value in limits.items() if options.halving and value is not None):
+        raise InputError(
+            f"{name} asks for a small or fast method that is good enough, but --halving trains only the best methods "
+            f"in full: leave out --halving or {name}"
+        )
+    trials, finalists = (3, 2) if options.halving else (6, 5)
+    options.trials = trials if options.trials is None else options.trials
+    options.finalists = max(1, finalists if options.finalists is None else options.finalists)
+
+
 def _metric(options: Namespace) -> Metric:
     from lightning_peft.compare.run import Metric, minimised
 
@@ -184,7 +216,8 @@ def _metric(options: Namespace) -> Metric:
 def _settings(options: Namespace, base: Sequence[str]) -> dict[str, Any]:
     """The settings that all runs have in common."""
     files = {name: hashlib.sha256(Path(name).read_bytes()).hexdigest() for name in options.config}
-    names: tuple[str, ...] = ("metric", "mode", "test", "search_metric", "steps", "search_steps", "trials", "lr_flag")
+    names: tuple[str, ...] = ("metric", "mode", "test", "search_metric", "steps", "search_steps", "trials")
+    names += ("lr_flag", "halving")
     names += tuple(name for name in vars(options) if name.startswith("retention."))
     return {"configuration": files, "arguments": list(base), **{name: getattr(options, name) for name in names}}
 
@@ -197,21 +230,17 @@ def _plan(options: Namespace, candidates: Sequence[Any], steps: int) -> Plan:
     if bad := [f for f in options.fractions if not 0 < f <= 1]:
         raise InputError(f"--fractions {bad}: a fraction is above 0 and at most 1")
     steps = options.steps or steps
-    search_steps = options.search_steps or max(1, steps // 4)
-    seeds = range(max(1, options.seeds))
-    return Plan(candidates, steps, search_steps, options.trials, seeds, options.finalists, options.fractions)
-
-
-def _setting(plan: Plan) -> list[str]:
-    search = f"{plan.trials} trials of {plan.search_steps} steps with seed 0 chose the values of each method"
-    chosen = search if plan.trials else "No search: each method has its usual learning rate"
-    return [
-        f"Each run has {plan.steps} optimizer steps on the same data.",
-        f"{chosen}.",
-        f"The {min(plan.finalists, len(plan.candidates))} best methods ran with {len(plan.seeds)} seeds, the others "
-        "with one. The number after ± is the standard error of the mean, from the variance between seeds pooled over "
-        "all methods.",
-    ]
+    short = min(steps, max(10, steps // 25)) if options.halving else max(1, steps // 4)
+    return Plan(
+        candidates,
+        steps=steps,
+        search_steps=options.search_steps or short,
+        trials=options.trials,
+        seeds=range(max(1, options.seeds)),
+        finalists=options.finalists,
+        fractions=options.fractions,
+        halving=options.halving,
+    )
 
 
 def _work(study: Study, console: Console) -> None:

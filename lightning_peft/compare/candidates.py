@@ -151,24 +151,24 @@ def parse_candidates(
     return [_candidate(label, {}, common, known, fixed_rank) for label in labels], True
 
 
-def fitting(candidates: Iterable[Candidate], model: nn.Module, one_of_each: bool) -> list[Candidate]:
-    """Return the candidates that can be applied to ``model``, which is not changed.
+def fitting(candidates: Iterable[Candidate], model: nn.Module, one_of_each: bool) -> dict[str, int]:
+    """Return the labels of the candidates that can be applied to ``model``, and how many parameters each would train.
 
     Args:
+        model: not changed.
         one_of_each: keep only the first candidate of each family that fits.
     """
-    fits = []
+    fits, labels = {}, {}
     for candidate in candidates:
         try:
-            lp.inspect(model, getattr(lp, candidate.method)(**candidate.arguments))
+            found = lp.inspect(model, getattr(lp, candidate.method)(**candidate.arguments))
         except (ValueError, TypeError, RuntimeError):
             continue
-        fits.append(candidate)
+        fits[candidate.label], labels[candidate.method] = found.trainable, candidate.label
     if not one_of_each:
         return fits
-    by_name = {candidate.method: candidate for candidate in fits}
-    firsts = (next((by_name[name] for name in names if name in by_name), None) for names in AUTO.values())
-    return [candidate for candidate in firsts if candidate is not None]
+    firsts = (next((labels[name] for name in names if name in labels), None) for names in AUTO.values())
+    return {label: fits[label] for label in firsts if label is not None}
 
 
 def _known() -> dict[str, type[lp.PEFTMethod]]:

@@ -1,4 +1,4 @@
-"""Train on a fixed part of the training data."""
+"""Train on a fixed part of the training data, and rank runs on a fixed part of the validation data."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Sequent
 
 from lightning_peft.pretrained import InputError
 
-__all__ = ["keep_fraction"]
+__all__ = ["keep_batches", "keep_fraction"]
 
 
 def keep_fraction(data: L.LightningDataModule, fraction: float) -> None:
@@ -36,16 +36,43 @@ def keep_fraction(data: L.LightningDataModule, fraction: float) -> None:
     data.train_dataloader = train_dataloader  # type: ignore[method-assign]
 
 
-def _part(loader: Any, fraction: float) -> DataLoader[Any]:
+def keep_batches(data: L.LightningDataModule, count: int) -> None:
+    """Make ``data`` validate on a fixed random part of its examples, as many as ``count`` batches hold.
+
+    The first batches would not do, because files are often sorted by label. Loaders that are not plain DataLoaders do
+    not change.
+
+    Args:
+        data: changed in place.
+    """
+    make = data.val_dataloader
+
+    def val_dataloader() -> Any:
+        loader = make()
+        if not _plain(loader) or len(loader) <= count:
+            return loader
+        return _subset(loader, count * loader.batch_size)
+
+    data.val_dataloader = val_dataloader  # type: ignore[method-assign]
+
+
+def _plain(loader: Any) -> bool:
     known = isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
-    if not known or type(loader.sampler) not in (RandomSampler, SequentialSampler) or loader.batch_size is None:
+    return known and type(loader.sampler) in (RandomSampler, SequentialSampler) and loader.batch_size is not None
+
+
+def _part(loader: Any, fraction: float) -> DataLoader[Any]:
+    if not _plain(loader):
         raise InputError(
             f"fraction {fraction:g} of the training data: train_dataloader returns a {type(loader).__name__} that "
             "has no length or its own sampler. Return a DataLoader with shuffle=True or without a sampler"
         )
-    size = len(loader.dataset)
-    count = min(size, max(round(fraction * size), loader.batch_size))
-    kept = torch.randperm(size, generator=torch.Generator().manual_seed(0))[:count].tolist()
+    return _subset(loader, max(round(fraction * len(loader.dataset)), loader.batch_size))
+
+
+def _subset(loader: DataLoader[Any], count: int) -> DataLoader[Any]:
+    size = len(loader.dataset)  # type: ignore[arg-type]
+    kept = torch.randperm(size, generator=torch.Generator().manual_seed(0))[: min(size, count)].tolist()
     return DataLoader(
         Subset(loader.dataset, kept),
         batch_size=loader.batch_size,

@@ -17,10 +17,11 @@ import torch
 from rich.table import Table
 
 from lightning_peft.compare.recommend import Recommendation, Summary, summarise
-from lightning_peft.compare.store import Failure, Result
+from lightning_peft.compare.store import Failure, Part, Result
+from lightning_peft.compare.study import Plan
 from lightning_peft.core.state.atomic_file import new_file
 
-__all__ = ["Findings", "command", "table", "write"]
+__all__ = ["Findings", "command", "setting", "table", "write"]
 
 _PACKAGES = ("torch", "lightning", "transformers", "optuna", "lightning_peft")
 
@@ -41,6 +42,8 @@ class Findings:
         setting: sentences about steps, searches and seeds.
         minutes: wall time of all runs and searches.
         distance: how forgetting is measured, ``"kl"`` or ``"cosine"``.
+        parts: the runs that halving stopped early.
+        search_metric: the metric by which it ranked them.
     """
 
     title: str
@@ -54,6 +57,28 @@ class Findings:
     setting: Sequence[str]
     minutes: float
     distance: str = "kl"
+    parts: Sequence[Part] = ()
+    search_metric: str = ""
+
+
+def setting(plan: Plan) -> list[str]:
+    """Sentences about steps, searches and seeds."""
+    search = f"{plan.trials} trials of {plan.search_steps} steps with seed 0 chose the values of each method"
+    chosen = search if plan.trials else "No search: each method has its usual learning rate"
+    seeds = f"{len(plan.seeds)} seeds" if len(plan.seeds) > 1 else "1 seed"
+    finalists = f"The {min(plan.finalists, len(plan.candidates))} best methods ran with {seeds}, the others with one."
+    if plan.halving:
+        half = "the better half" if plan.trials else "every method"
+        finalists = (
+            f"Then {half} ran for {plan.part_steps} steps, and the best {plan.finalists} to the end with {seeds}."
+        )
+    return [
+        f"Each run has {plan.steps} optimizer steps on the same data.",
+        f"{chosen}.",
+        finalists,
+        "The number after ± is the standard error of the mean, from the variance between seeds pooled over all "
+        "methods.",
+    ]
 
 
 def command(start: Sequence[str], result: Result) -> str:
@@ -158,6 +183,9 @@ def _markdown(found: Findings, images: Sequence[tuple[str, Path]]) -> str:
         *said, last = advice(found, fraction)
         lines += ["", *said]
         lines += ["", "```bash", last, "```", ""] if found.recommendations[fraction].chosen else [last, ""]
+    if found.parts:
+        lines += ["## Stopped early", ""]
+        lines += [f"- {_stopped(p, found)}" for p in found.parts] + [""]
     if found.failures:
         lines += ["## Methods that failed", ""]
         lines += [f"- **{f.label}**{_of(f, found)}: {f.reason}" for f in found.failures]
@@ -168,7 +196,12 @@ def _markdown(found: Findings, images: Sequence[tuple[str, Path]]) -> str:
     return "\n".join(lines)
 
 
-def _of(failure: Failure, found: Findings) -> str:
+def _stopped(part: Part, found: Findings) -> str:
+    metric = f"{found.search_metric} {part.metric:.4g}"
+    return f"**{part.label}**{_of(part, found)}: {metric} after {part.steps} steps with lr {part.values['lr']:.2g}"
+
+
+def _of(failure: Failure | Part, found: Findings) -> str:
     return f" ({failure.fraction:g} of the data)" if len(found.recommendations) > 1 else ""
 
 

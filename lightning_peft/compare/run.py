@@ -7,6 +7,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import attrs
@@ -15,15 +16,17 @@ import torch
 
 import lightning_peft as lp
 from lightning_peft.compare.candidates import Candidate
-from lightning_peft.compare.fractions import keep_fraction
+from lightning_peft.compare.fractions import keep_batches, keep_fraction
 from lightning_peft.compare.measure import checkpoint_size, clock, peak_memory, quiet, reset_peak
-from lightning_peft.compare.store import Result
+from lightning_peft.compare.part import StopAt
+from lightning_peft.compare.store import Part, Result
 from lightning_peft.pretrained import InputError
 
 __all__ = ["Builder", "Built", "Metric", "Runner", "first_line", "minimised"]
 
 _LOWER_IS_BETTER = ("loss", "error", "mae", "mse", "rmse", "perplexity", "wer", "cer", "nll")
 _CURVE_POINTS = 40
+_MIN_BATCHES = 8
 
 
 @attrs.frozen
@@ -122,23 +125,61 @@ class Runner:
         values: Mapping[str, Any],
         steps: int,
         fraction: float,
-        report: Callable[[int, float], None],
+        report: Callable[[int, float], None] | None = None,
     ) -> float:
         """Train for a few steps, and return the metric of the search; nan if the loss is not finite.
 
         Args:
             report: called with a step and the metric then, after a third and two thirds of the steps; it may raise
-                an exception to stop the run.
+                an exception to stop the run. None evaluates only once, at the end.
         """
         name = self.metric.search
         watch = _Watch(name, report)
-        built = self._fit(self.flags(candidate, values), steps, 0, fraction, [watch])
+        built = self._fit(self.flags(candidate, values), steps, 0, fraction, [watch], once=None if report else steps)
         if watch.diverged:
             return math.nan
         return _value(_evaluate(built, False), name)
 
-    def final(self, candidate: Candidate, values: Mapping[str, Any], steps: int, fraction: float, seed: int) -> Result:
+    def part(
+        self,
+        candidate: Candidate,
+        values: Mapping[str, Any],
+        steps: int,
+        fraction: float,
+        seed: int,
+        stop: int,
+        state: Path,
+    ) -> Part:
+        """Train the first steps of a run, and keep its state.
+
+        Args:
+            steps: the steps of the whole run, on which schedules of the learning rate depend.
+            stop: the steps after which it stops.
+            state: the file from which :meth:`final` continues.
+        """
+        name = self.metric.search
+        watch, end = _Watch(name), StopAt(stop, state)
+        built = self._fit(self.flags(candidate, values), steps, seed, fraction, [watch, end], once=stop)
+        metric = math.nan
+        if not watch.diverged:
+            end.average(built.module)
+            metric = _value(_evaluate(built, False), name)
+        return Part(candidate.label, fraction, stop, metric, watch.wall / 60, dict(values))
+
+    def final(
+        self,
+        candidate: Candidate,
+        values: Mapping[str, Any],
+        steps: int,
+        fraction: float,
+        seed: int,
+        state: Path | None = None,
+    ) -> Result:
         """Train for all steps, and measure everything.
+
+        Args:
+            state: the file of a :meth:`part` of this run, which then continues; if it is not there, the run starts
+                at the first step.
 
         Raises:
             InputError: if the loss is not finite.
@@ -146,7 +187,8 @@ class Runner:
         watch, retention = _Watch(self.metric.name), self.retention() if self.retention is not None else None
         flags = self.flags(candidate, values)
         callbacks = [watch, *([retention] if retention is not None else [])]
-        built = self._fit(flags, steps, seed, fraction, callbacks, f"{candidate.label}-seed{seed}-{fraction:g}")
+        name = f"{candidate.label}-seed{seed}-{fraction:g}"
+        built = self._fit(flags, steps, seed, fraction, callbacks, name, state=state)
         if watch.diverged:
             raise InputError("the loss became infinite or NaN: lower the learning rate")
         metrics = _evaluate(built, self.metric.test)
@@ -204,15 +246,23 @@ class Runner:
         fraction: float,
         callbacks: Sequence[L.Callback],
         name: str | None = None,
+        once: int | None = None,
+        state: Path | None = None,
     ) -> Built:
         gc.collect()
         with quiet():
             length = {"max_steps": steps, "max_epochs": -1, "check_val_every_n_epoch": None}
-            built = self.build([*flags, f"--seed_everything={seed}"], callbacks, {**_QUIET, **length}, name)
-            built.trainer.val_check_interval = (steps // 3 + 1) * built.trainer.accumulate_grad_batches
+            stops = any(isinstance(callback, StopAt) for callback in callbacks)
+            options = {**_QUIET, **length, "enable_checkpointing": stops}
+            built = self.build([*flags, f"--seed_everything={seed}"], callbacks, options, name)
+            interval = steps // 3 + 1 if once is None else steps + 1
+            built.trainer.val_check_interval = interval * built.trainer.accumulate_grad_batches
             source: Any = built.module if built.data is None else built.data
             keep_fraction(source, fraction)
-            built.trainer.fit(built.module, datamodule=built.data)
+            if once is not None:  # a run that is validated once, after so many steps: for less time than it trained
+                keep_batches(source, max(_MIN_BATCHES, once))
+            start = state if state is not None and state.exists() else None
+            built.trainer.fit(built.module, datamodule=built.data, ckpt_path=start)
         return built
 
     def _scaled(self, built: Built, retention: Any, metric: float) -> list[tuple[float, float, float]]:
@@ -307,6 +357,12 @@ class _Watch(L.Callback):
             self.metrics.append((trainer.global_step, _value(trainer.callback_metrics, self._name)))
             if self._report is not None:
                 self._report(*self.metrics[-1])
+
+    def state_dict(self) -> dict[str, Any]:  # a run that continues reports all of its steps
+        return {"seconds": self.seconds, "losses": self.losses, "metrics": self.metrics, "wall": self.wall}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        vars(self).update(state_dict)
 
     def loss_curve(self) -> list[tuple[int, float]]:
         """The training loss, averaged over equal intervals."""

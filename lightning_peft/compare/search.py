@@ -24,7 +24,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from lightning_peft.compare.candidates import Candidate, Choices, Range
 
-__all__ = ["open_storage", "search", "values_of"]
+__all__ = ["open_storage", "search"]
 
 #: trains a candidate with some values, and reports intermediate results; returns the final one
 Objective = Callable[[dict[str, Any], Callable[[int, float], None]], float]
@@ -38,8 +38,8 @@ def open_storage(path: Path) -> JournalStorage:
 
 def search(
     candidate: Candidate, name: str, storage: JournalStorage, trials: int, lower: bool, objective: Objective
-) -> dict[str, Any]:
-    """Run the trials that are missing, and return the best values.
+) -> tuple[dict[str, Any], float]:
+    """Run the trials that are missing, and return the best values and their result.
 
     Args:
         candidate: what is searched.
@@ -64,6 +64,7 @@ def search(
         study.enqueue_trial(left.params)
     error: Exception | None = None
     failures = 0
+    trials = trials if candidate.searched else 1
     while len(_finished(study)) < trials and failures < trials:
         if not study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
             rate = _next_rate(candidate, study, lower)
@@ -88,12 +89,8 @@ def search(
     best = _best(study, lower)
     if best is None:
         raise error or RuntimeError("no trial gave a finite result at any learning rate")
-    return values_of(best)
-
-
-def values_of(trial: FrozenTrial) -> dict[str, Any]:
-    """The learning rate and the arguments of a trial."""
-    return dict(trial.user_attrs["values"])
+    assert best.value is not None
+    return dict(best.user_attrs["values"]), best.value
 
 
 class _Reporter:

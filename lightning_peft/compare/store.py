@@ -13,7 +13,7 @@ import attrs
 from lightning_peft.core.state.atomic_file import new_file
 from lightning_peft.pretrained import InputError
 
-__all__ = ["Failure", "Result", "Store"]
+__all__ = ["Failure", "Part", "Result", "Store"]
 
 
 @attrs.frozen
@@ -65,6 +65,28 @@ class Result:
 
 
 @attrs.frozen
+class Part:
+    """The first steps of a run, from which it may continue.
+
+    Attributes:
+        label: the candidate's label.
+        fraction: the part of the training data.
+        steps: the optimizer steps so far.
+        metric: the metric of the search on validation data, with the trainable parameters averaged over the last
+            quarter of the steps; NaN if the loss is not finite.
+        minutes: wall time of the training so far, without validation.
+        values: the searched values, the learning rate included.
+    """
+
+    label: str
+    fraction: float
+    steps: int
+    metric: float
+    minutes: float
+    values: Mapping[str, Any]
+
+
+@attrs.frozen
 class Failure:
     """A candidate that could not run. ``reason`` is the error's first line."""
 
@@ -72,6 +94,9 @@ class Failure:
     method: str
     fraction: float
     reason: str
+
+
+_KINDS: dict[str, type[Any]] = {"result": Result, "failure": Failure, "part": Part}
 
 
 class Store:
@@ -117,19 +142,24 @@ class Store:
             held = _lock(file, wait)
             yield held
 
-    def get(self, unit: str) -> Result | Failure | dict[str, Any] | None:
+    def state(self, unit: str) -> Path:
+        """The checkpoint from which the run of a :class:`Part` continues."""
+        return self.folder / "states" / f"{unit}.ckpt"
+
+    def get(self, unit: str) -> Result | Failure | Part | dict[str, Any] | None:
         """The stored outcome of a piece of work; None if it is not done."""
         path = self.folder / "runs" / f"{unit}.json"
         if not path.is_file():
             return None
         found: dict[str, Any] = json.loads(path.read_text())
         kind = found.pop("kind")
-        return Result(**found) if kind == "result" else Failure(**found) if kind == "failure" else found
+        made = _KINDS.get(kind)
+        return found if made is None else made(**found)
 
-    def put(self, unit: str, outcome: Result | Failure | Mapping[str, Any]) -> None:
+    def put(self, unit: str, outcome: Result | Failure | Part | Mapping[str, Any]) -> None:
         """Store the outcome of a piece of work, completely or not at all."""
-        kind = {Result: "result", Failure: "failure"}.get(type(outcome), "other")
-        value = attrs.asdict(outcome) if isinstance(outcome, Result | Failure) else dict(outcome)
+        kind = next((name for name, made in _KINDS.items() if type(outcome) is made), "other")
+        value = dict(outcome) if isinstance(outcome, Mapping) else attrs.asdict(outcome)
         _write(self.folder / "runs" / f"{unit}.json", {"kind": kind, **value})
 
     def forget_failures(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -10,7 +11,7 @@ import attrs
 
 from lightning_peft.compare.candidates import Candidate
 from lightning_peft.compare.run import Runner, first_line
-from lightning_peft.compare.store import Failure, Result, Store
+from lightning_peft.compare.store import Failure, Part, Result, Store
 
 __all__ = ["Plan", "Study", "Unit"]
 
@@ -27,6 +28,8 @@ class Plan:
         seeds: the seeds of the finalists; every candidate runs with the first one.
         finalists: how many candidates run with the other seeds; full fine-tuning runs with them too.
         fractions: parts of the training data, each compared separately.
+        halving: run the first quarter of the steps only with the better half of the candidates, by their searches, and
+            all steps only with the finalists.
     """
 
     candidates: Sequence[Candidate]
@@ -36,24 +39,33 @@ class Plan:
     seeds: Sequence[int]
     finalists: int
     fractions: Sequence[float] = (1.0,)
+    halving: bool = False
+
+    @property
+    def part_steps(self) -> int:
+        """The steps after which the candidates are ranked that are not finalists."""
+        return max(1, self.steps // 4)
 
 
 @attrs.frozen
 class Unit:
-    """One piece of work: the search of a candidate, or with a seed, one run of it."""
+    """One piece of work: the search of a candidate, or with a seed, one run of it, or with steps its first part."""
 
     candidate: Candidate
     fraction: float
     seed: int | None = None
+    steps: int | None = None
 
     @property
     def key(self) -> str:
         """The name of the piece of work on disk."""
         part = "search" if self.seed is None else f"seed{self.seed}"
-        return f"{self.candidate.key}-{self.fraction:g}-{part}"
+        end = "" if self.steps is None else f"-to{self.steps}"
+        return f"{self.candidate.key}-{self.fraction:g}-{part}{end}"
 
     def __str__(self) -> str:
         part = "search" if self.seed is None else f"seed {self.seed}"
+        part += "" if self.steps is None else f", {self.steps} steps"
         fraction = "" if self.fraction == 1 else f", {self.fraction:.3g} of the data"
         return f"{self.candidate.label}: {part}{fraction}"
 
@@ -92,12 +104,46 @@ class Study:
             for candidate in alive:
                 yield Unit(candidate, fraction)
             ready = [c for c in alive if self.store.get(Unit(c, fraction).key) is not None]
+            if self.plan.halving:
+                parts, ready = self._halve(fraction)
+                yield from parts
             for candidate in ready:
                 yield Unit(candidate, fraction, self.plan.seeds[0])
-            if len(ready) == len(alive):
-                for seed in self.plan.seeds[1:]:
-                    for candidate in self._finalists(fraction):
-                        yield Unit(candidate, fraction, seed)
+            for seed in self.plan.seeds[1:]:
+                for candidate in self._finalists(fraction):
+                    yield Unit(candidate, fraction, seed)
+
+    def parts(self) -> list[Part]:
+        """The runs that stopped early and did not continue, the best first for each fraction of the data."""
+        left: list[Part] = []
+        for fraction in self.plan.fractions if self.plan.halving else ():
+            parts, finalists = self._halve(fraction)
+            found = [self.store.get(unit.key) for unit in parts if unit.candidate not in finalists]
+            left += sorted((p for p in found if isinstance(p, Part)), key=lambda p: self._rank(p.metric))
+        return left
+
+    def _halve(self, fraction: float) -> tuple[list[Unit], list[Candidate]]:
+        """The first parts of runs, and the candidates that run to the end; empty while it is not known which."""
+        outcomes: list[Any] = [self.store.get(Unit(c, fraction).key) for c in self.plan.candidates]
+        if any(outcome is None for outcome in outcomes):
+            return [], []
+        searched = [(c, o) for c, o in zip(self.plan.candidates, outcomes) if not isinstance(o, Failure)]
+        if self.plan.trials:
+            searched.sort(key=lambda pair: self._rank(pair[1]["metric"]))
+            searched = searched[: max(math.ceil(len(searched) / 2), self.plan.finalists)]
+        parts = [Unit(c, fraction, self.plan.seeds[0], self.plan.part_steps) for c, _ in searched]
+        found: list[Any] = [self.store.get(unit.key) for unit in parts]
+        if any(part is None for part in found):
+            return parts, []
+        ran = [(unit.candidate, part) for unit, part in zip(parts, found) if isinstance(part, Part)]
+        ran.sort(key=lambda pair: self._rank(pair[1].metric))
+        return parts, [c for c, _ in ran[: self.plan.finalists]]
+
+    def _rank(self, metric: float) -> float:
+        """A number that is lower for a better metric of the search."""
+        if not math.isfinite(metric):
+            return math.inf
+        return metric if self.runner.metric.search_lower else -metric
 
     def results(self) -> list[Result]:
         """Every finished run."""
@@ -120,29 +166,35 @@ class Study:
 
     def minutes(self) -> float:
         """The wall time of all runs and searches, by whichever process."""
-        outcomes: list[Any] = [self.store.get(unit.key) for unit in self.units()]
-        return sum(o.minutes if isinstance(o, Result) else o.get("minutes", 0.0) for o in outcomes if o is not None)
+        outcomes: list[Any] = [self.store.get(unit.key) for unit in self.units() if unit.steps is None]
+        done = sum(o.minutes for o in [*outcomes, *self.parts()] if isinstance(o, Result | Part))
+        return done + sum(o.get("minutes", 0.0) for o in outcomes if isinstance(o, dict))
 
     def describe(self, unit: Unit) -> str:
         """A line about a finished piece of work."""
         outcome: Any = self.store.get(unit.key)
         if isinstance(outcome, Result):
             return f"{unit}: {self.runner.metric.final} {outcome.metric:.4g}, {outcome.minutes:.2g} min"
+        if isinstance(outcome, Part):
+            return f"{unit}: {self.runner.metric.search} {outcome.metric:.4g}, {outcome.minutes:.2g} min"
         values = ", ".join(f"{n} {v:.2g}" if isinstance(v, float) else f"{n} {v}" for n, v in outcome["values"].items())
         return f"{unit}: {values}"
 
     def _outcome(self, candidate: Candidate, fraction: float) -> Any:
         """The failure of a candidate; otherwise the outcome of its first run, if there is one."""
         units = [Unit(candidate, fraction), *(Unit(candidate, fraction, seed) for seed in self.plan.seeds)]
+        if self.plan.halving:
+            units.append(Unit(candidate, fraction, self.plan.seeds[0], self.plan.part_steps))
         found = [self.store.get(unit.key) for unit in units]
         return next((outcome for outcome in found if isinstance(outcome, Failure)), found[1])
 
     def _finalists(self, fraction: float) -> list[Candidate]:
         """The candidates with the best first run; empty until every candidate has run."""
-        outcomes = {c.label: self._outcome(c, fraction) for c in self.plan.candidates}
+        candidates = self._halve(fraction)[1] if self.plan.halving else self.plan.candidates
+        outcomes = {c.label: self._outcome(c, fraction) for c in candidates}
         if any(outcome is None for outcome in outcomes.values()):
             return []
-        ran = [c for c in self.plan.candidates if isinstance(outcomes[c.label], Result)]
+        ran = [c for c in candidates if isinstance(outcomes[c.label], Result)]
         ran.sort(key=lambda c: outcomes[c.label].metric * (1 if self.runner.metric.lower else -1))
         chosen = ran[: self.plan.finalists]
         return [c for c in ran if c in chosen or c.method == "FullFineTuning"]
@@ -156,7 +208,7 @@ class Study:
                 return True
             tell(unit, "start")
             try:
-                outcome: Result | Mapping[str, Any] = self._do(unit)
+                outcome: Result | Part | Mapping[str, Any] = self._do(unit)
             except Exception as error:
                 reason = first_line(error)
                 self.store.put(unit.key, Failure(unit.candidate.label, unit.candidate.method, unit.fraction, reason))
@@ -166,19 +218,36 @@ class Study:
             tell(unit, "done")
             return True
 
-    def _do(self, unit: Unit) -> Result | Mapping[str, Any]:
-        candidate, fraction = unit.candidate, unit.fraction
+    def _do(self, unit: Unit) -> Result | Part | Mapping[str, Any]:
+        candidate, fraction, plan = unit.candidate, unit.fraction, self.plan
         if unit.seed is not None:
             searched: Any = self.store.get(Unit(candidate, fraction).key)
-            return self.runner.final(candidate, searched["values"], self.plan.steps, fraction, unit.seed)
-        if not self.plan.trials or not candidate.searched:
+            run = (candidate, searched["values"], plan.steps, fraction, unit.seed)
+            if unit.steps is not None:
+                return self.runner.part(*run, unit.steps, self.store.state(unit.key))
+            if not plan.halving:
+                return self.runner.final(*run)
+            self._drop_states(fraction)
+            state = self.store.state(Unit(candidate, fraction, unit.seed, plan.part_steps).key)
+            result = self.runner.final(*run, state)
+            state.unlink(missing_ok=True)
+            return result
+        if not plan.trials or not (candidate.searched or plan.halving):
             return {"values": {"lr": candidate.start}}
         from lightning_peft.compare.search import open_storage, search
 
         def objective(values: dict[str, Any], report: Callable[[int, float], None]) -> float:
-            return self.runner.search(candidate, values, self.plan.search_steps, fraction, report)
+            # Validating trials of a few steps more than once would cost more than stopping the worse half saves.
+            return self.runner.search(candidate, values, plan.search_steps, fraction, None if plan.halving else report)
 
         start = time.perf_counter()
         storage = open_storage(self.store.journal)
-        values = search(candidate, unit.key, storage, self.plan.trials, self.runner.metric.search_lower, objective)
-        return {"values": values, "minutes": (time.perf_counter() - start) / 60}
+        values, metric = search(candidate, unit.key, storage, plan.trials, self.runner.metric.search_lower, objective)
+        return {"values": values, "metric": metric, "minutes": (time.perf_counter() - start) / 60}
+
+    def _drop_states(self, fraction: float) -> None:
+        """Delete the states of runs that do not continue; those of large models are large."""
+        parts, finalists = self._halve(fraction)
+        for unit in parts:
+            if unit.candidate not in finalists:
+                self.store.state(unit.key).unlink(missing_ok=True)

@@ -73,6 +73,24 @@ def test_a_killed_comparison_goes_on_and_writes_everything(monkeypatch):
     assert json.loads(rows()[0]["config"])["arguments"][0] in ("--method=LoRA")
 
 
+def test_halving_continues_the_best_run_exactly():
+    Path("base.yaml").write_text(yaml.safe_dump({**BASE, "trainer": {**BASE["trainer"], "max_steps": 12}}))
+    methods = [*COMPARE[:4], "LoRA,BitFit,VeRA,FullFineTuning", *COMPARE[5:], "--trials=1", "--seeds=1"]
+    out = run(*methods, "--halving", "--finalists=1", "--search-steps=2", "--max-params=500")
+    (halved,) = rows()
+    parts = [json.loads(path.read_text()) for path in Path("out/runs").glob("*-to3.json")]
+    stopped = next(part["label"] for part in parts if part["label"] != halved["method"])
+    assert len(parts) == 2, "half of three: full fine-tuning has more than 500 parameters"
+    assert f"- **{stopped}**: val/loss" in Path("out/report.md").read_text()
+    assert halved["method"] in out.strip().splitlines()[-1]
+    rate = json.loads(next(Path("out/runs").glob("*-seed0.json")).read_text())["values"]["lr"]
+    entry = {halved["method"]: {"trainable": ["head"], "lr": rate}}
+    Path("one.yaml").write_text(yaml.safe_dump({"methods": entry}))
+    run(*COMPARE[:4], "one.yaml", "--output=whole", "--seeds=1")
+    whole, continued = (json.loads(next(Path(f).glob("*-seed0.json")).read_text()) for f in ("whole/runs", "out/runs"))
+    assert (continued["metric"], continued["losses"]) == (whole["metric"], whole["losses"])
+
+
 def test_fractions_of_the_data_and_a_budget():
     out = run(
         *COMPARE[:4],
@@ -141,6 +159,7 @@ def test_retention_in_a_configuration():
         (["--no-such-flag=1"], "no-such-flag"),
         (["--methods=Lora,Lora"], "give different names"),
         (["--fractions=2"], "above 0 and at most 1"),
+        (["--halving", "--keep=0.9"], "--keep asks for a small or fast method"),
     ],
 )
 def test_a_mistake_is_one_line(arguments, message):

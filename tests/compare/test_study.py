@@ -12,10 +12,10 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_peft.compare.candidates import Candidate, Choices, Range, parse_candidates
-from lightning_peft.compare.fractions import keep_fraction
+from lightning_peft.compare.fractions import keep_batches, keep_fraction
 from lightning_peft.compare.run import Metric
 from lightning_peft.compare.search import open_storage, search
-from lightning_peft.compare.store import Failure, Result, Store
+from lightning_peft.compare.store import Failure, Part, Result, Store
 from lightning_peft.compare.study import Plan, Study
 from lightning_peft.pretrained import InputError
 
@@ -36,6 +36,8 @@ class Trained:
     def __init__(self, stop_after: int | None = None) -> None:
         self.searches: list[float] = []
         self.finals: list[tuple[str, float, int]] = []
+        self.parts: list[tuple[str, int, int]] = []
+        self.continued: list[str] = []
         self.left = stop_after
 
     def _count(self) -> None:
@@ -43,15 +45,24 @@ class Trained:
             raise KeyboardInterrupt
         self.left = None if self.left is None else self.left - 1
 
-    def search(self, candidate, values, steps, fraction, report):
+    def search(self, candidate, values, steps, fraction, report=None):
         self._count()
         if candidate.method == "SSF":
             raise ValueError("does not fit\nthis model")
         self.searches.append(values["lr"])
         return abs(torch.tensor(values["lr"]).log10().item() + 2)
 
-    def final(self, candidate, values, steps, fraction, seed):
+    def part(self, candidate, values, steps, fraction, seed, stop, state):
         self._count()
+        self.parts.append((candidate.label, steps, stop))
+        state.parent.mkdir(exist_ok=True)
+        state.write_text(candidate.label)
+        return Part(candidate.label, fraction, stop, len(candidate.label), 0.25, values)
+
+    def final(self, candidate, values, steps, fraction, seed, state=None):
+        self._count()
+        if state is not None and state.exists():
+            self.continued.append(state.read_text())
         self.finals.append((candidate.label, fraction, seed))
         time.sleep(0.01)
         return result(candidate.label, len(candidate.label) + 0.1 * seed, seed, fraction, values=values)
@@ -73,6 +84,27 @@ def test_every_candidate_runs_the_best_run_again_and_a_failure_is_reported(tmp_p
     assert len(done.results()) == 10
     assert {f.label: f.reason for f in done.failures()} == {"SSF": "ValueError: does not fit"}
     assert all(r.values["lr"] == pytest.approx(1e-2, rel=0.06) for r in done.results() if r.label == "LoRA")
+
+
+def test_halving_trains_the_better_half_for_a_quarter_and_continues_with_the_best(tmp_path):
+    whole, killed, rest = Trained(), Trained(stop_after=9), Trained()
+    methods = "LoRA,IA3,BitFit,NormTuning,LinearProbe,SSF"
+    settings = {"halving": True, "fractions": (1.0,), "trials": 1}
+    done = study(tmp_path / "whole", whole, methods, **settings)
+    done.run()
+    # One trial each at the usual rates, 3e-3, 3e-2, 3e-3, 1e-2 and 3e-2: the search of the fake prefers 1e-2.
+    assert whole.parts == [(label, 8, 2) for label in ("NormTuning", "IA3", "LinearProbe")]
+    assert sorted(whole.finals) == [(label, 1.0, seed) for label in ("IA3", "NormTuning") for seed in (0, 1)]
+    assert sorted(whole.continued) == ["IA3", "NormTuning"]
+    assert [part.label for part in done.parts()] == ["LinearProbe"]
+    assert not list((tmp_path / "whole" / "states").iterdir())
+    assert done.minutes() == pytest.approx(4 * 1.0 + 0.25, abs=0.2)
+    assert [failure.label for failure in done.failures()] == ["SSF"]
+    with pytest.raises(KeyboardInterrupt):
+        study(tmp_path / "part", killed, methods, **settings).run()
+    study(tmp_path / "part", rest, methods, **settings).run()
+    assert sorted(killed.finals + rest.finals) == sorted(whole.finals)
+    assert sorted(killed.continued + rest.continued) == sorted(whole.continued)
 
 
 def test_a_killed_comparison_goes_on(tmp_path):
@@ -120,13 +152,15 @@ def test_a_search_walks_to_the_best_rate_then_tries_other_arguments(tmp_path):
     ranges = {"r": Choices((4, 8, 16)), "targets": Choices((["q"], ["q", "v"])), "dropout": Range(0.0, 0.5)}
     candidate = Candidate("LoRA", "LoRA", ranges=ranges)
     storage = open_storage(tmp_path / "optuna.log")
-    values = search(candidate, "a", storage, 12, True, objective)
+    values, best = search(candidate, "a", storage, 12, True, objective)
+    assert best == min(objective(t, None) for t in [*tried])
+    del tried[12:]
     assert [t["lr"] for t in tried[:4]] == pytest.approx([3e-3, 9.49e-3, 3e-2, 9.49e-2], rel=1e-2)
     assert [(t["r"], len(t["targets"])) for t in tried[5:8]] == [(4, 2), (16, 2), (16, 1)]
     assert values["lr"] == pytest.approx(0.1, rel=0.6)
     assert (values["r"], values["targets"]) == (16, ["q"])
     assert len(tried) == 12
-    assert search(candidate, "a", storage, 12, True, objective) == values
+    assert search(candidate, "a", storage, 12, True, objective) == (values, best)
     assert len(tried) == 12
 
 
@@ -143,7 +177,7 @@ def test_bad_trials_are_stopped_and_a_rate_that_diverges_is_left(tmp_path):
             raise
         return loss
 
-    values = search(Candidate("LoRA", "LoRA"), "a", open_storage(tmp_path / "optuna.log"), 6, True, objective)
+    values, _ = search(Candidate("LoRA", "LoRA"), "a", open_storage(tmp_path / "optuna.log"), 6, True, objective)
     assert values["lr"] < 2e-3
     assert stopped
 
@@ -184,6 +218,9 @@ class Data(L.LightningDataModule):
     def train_dataloader(self):
         return DataLoader(TensorDataset(torch.arange(100)), batch_size=4, shuffle=True)
 
+    def val_dataloader(self):
+        return DataLoader(TensorDataset(torch.arange(100)), batch_size=4)
+
 
 def examples(fraction: float) -> set[int]:
     data = Data()
@@ -195,3 +232,14 @@ def test_fractions_are_fixed_and_contain_one_another():
     assert examples(0.2) == examples(0.2)
     assert examples(0.01) < examples(0.2) < examples(1)
     assert [len(examples(f)) for f in (0.01, 0.2, 1)] == [4, 20, 100]  # at least one batch
+
+
+def test_runs_are_ranked_on_examples_from_all_of_the_validation_data():
+    data = Data()
+    keep_batches(data, 5)
+    kept = [int(x) for (batch,) in data.val_dataloader() for x in batch]
+    assert len(kept) == 20
+    assert max(kept) > 60, "a file that is sorted by label does not show one label only"
+    assert kept == [int(x) for (batch,) in data.val_dataloader() for x in batch]
+    keep_batches(data, 50)
+    assert len(data.val_dataloader().dataset) == 20
