@@ -153,11 +153,7 @@ def _parser() -> ArgumentParser:
         "the steps",
     )
     add("--seeds", type=int, default=2, help="number of seeds with which the finalists run; default: %(default)s")
-    add(
-        "--finalists",
-        type=int,
-        help="number of finalists: the best methods, which run with every seed; default: 5, with --halving 2",
-    )
+    add("--finalists", type=int, help="number of the best methods that run with every seed; default: 5, --halving: 2")
     add("--fractions", type=_numbers, default=(1.0,), help="fractions of the training data, such as 0.01,0.1,1")
     add("--trainable", help="modules that train in full with every method, such as classifier")
     add("--lr-flag", help="the argument of fit that sets the learning rate, such as --lr-flag=--model.rate")

@@ -6,6 +6,7 @@ import functools
 import importlib
 import os
 import re
+import socket
 import sys
 from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Mapping, Sequence
@@ -40,6 +41,7 @@ def serve(args: Sequence[str]) -> None:
         from lightning_peft.serving.routes import Limits
     except ModuleNotFoundError as error:
         raise StateError(f"serve needs {error.name}: pip install 'lightning_peft[serve]'") from error
+    _check_address(options.host, options.port)
     limits = Limits(options.max_body, options.max_queue, options.timeout, options.max_new_tokens)
     print(f"serving {options.model} on http://{options.host}:{options.port}", file=sys.stderr)
     try:
@@ -76,7 +78,7 @@ def _parser() -> ArgumentParser:
         help="the folder of adapter directories; the name of a subfolder is the name of its adapter",
     )
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 accepts other machines; default: %(default)s")
-    parser.add_argument("--port", type=int, default=8000, help="default: %(default)s")
+    parser.add_argument("--port", type=_port, default=8000, help="default: %(default)s")
     parser.add_argument("--name", default="base", help="the model name that selects the base; default: %(default)s")
     parser.add_argument(
         "--data", metavar="CLASS", help="a DataModule that prepares texts or other rows, such as TextClassificationData"
@@ -87,22 +89,28 @@ def _parser() -> ArgumentParser:
     )
     parser.add_argument("--accelerator", default="auto", choices=["auto", "cpu", "cuda", "mps"])
     parser.add_argument(
-        "--max_batch_size", type=int, default=32, help="maximum number of rows that run together; default: %(default)s"
+        "--max_batch_size",
+        type=_count,
+        default=32,
+        help="maximum number of rows that run together; default: %(default)s",
     )
     parser.add_argument(
         "--max_memory", type=_bytes, help="memory for loaded adapters, such as 500MB or 2GB; default: no limit"
     )
     parser.add_argument(
-        "--max_queue", type=int, default=256, help="maximum number of requests that run or wait; default: %(default)s"
+        "--max_queue",
+        type=_count,
+        default=256,
+        help="maximum number of requests that run or wait; default: %(default)s",
     )
     parser.add_argument(
         "--max_body", type=_bytes, default="4MB", help="largest body of a request; default: %(default)s"
     )
     parser.add_argument(
-        "--timeout", type=float, default=60, help="maximum time for a request, in seconds; default: %(default)s"
+        "--timeout", type=_seconds, default=60, help="maximum time for a request, in seconds; default: %(default)s"
     )
     parser.add_argument(
-        "--max_new_tokens", type=int, default=256, help="maximum number of tokens to generate; default: %(default)s"
+        "--max_new_tokens", type=_count, default=256, help="maximum number of tokens to generate; default: %(default)s"
     )
     parser.add_argument(
         "--api_key",
@@ -110,6 +118,42 @@ def _parser() -> ArgumentParser:
         help=f"refuse requests without this key; safer as the variable {_KEY}, which other users cannot see",
     )
     return parser
+
+
+def _check_address(host: str, port: int) -> None:
+    """Refuse an address that is in use before the model is loaded, which may take minutes.
+
+    Raises:
+        StateError: if the server cannot listen there.
+    """
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise StateError(f"cannot listen on {host}:{port}: {error.strerror}. Choose another --port") from error
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or not 0 < int(text) < 2**16:
+        raise ArgumentTypeError(f"{text!r} is not a port: expected a number from 1 to 65535")
+    return int(text)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise ArgumentTypeError(f"{text!r} is not a number of at least 1")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
+    return value
 
 
 def _bytes(text: str) -> int:

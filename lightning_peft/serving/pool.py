@@ -52,10 +52,13 @@ class AdapterFolder:
 
     def names(self) -> list[str]:
         """Return the names of all adapters, sorted."""
-        inside = [p for p in self.path.iterdir() if not p.name.startswith(".") and p.is_dir() and not p.is_symlink()]
+        inside = self._subfolders()
         for folder in inside:
             complete_replacement(folder)  # if the process that replaced its files was killed
         return sorted(folder.name for folder in inside if (folder / CONFIG).is_file())
+
+    def _subfolders(self) -> list[Path]:
+        return [p for p in self.path.iterdir() if not p.name.startswith(".") and p.is_dir() and not p.is_symlink()]
 
     def find(self, name: str) -> tuple[Path, Version]:
         """Return the folder of an adapter and the version of its files.
@@ -63,16 +66,18 @@ class AdapterFolder:
         Raises:
             RequestError: 404, if there is no adapter of that name.
         """
+        seen = name in self._known
         for last in (False, True):
             if name not in self._known:
                 self._known = set(self.names())
             folder = self.path / name if name in self._known else None
             if folder is not None and not folder.is_symlink() and (version := _version(folder)) is not None:
                 return folder, version
-            if not last:
-                self._known.discard(name)
-                time.sleep(0.05)  # while an adapter is replaced, its configuration is absent for a moment
-        near = nearest(name[:100], self.names(), n=1)
+            if last or not (seen or any(subfolder.name == name for subfolder in self._subfolders())):
+                break  # a name that never existed does not delay the requests of others
+            self._known.discard(name)
+            time.sleep(0.05)  # while an adapter is replaced, its configuration is absent for a moment
+        near = nearest(name[:100], sorted(self._known), n=1)
         hint = f"; the nearest name is {near[0]!r}" if near else ""
         raise RequestError(404, f"there is no adapter {name[:100]!r}{hint}")
 

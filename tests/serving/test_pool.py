@@ -95,6 +95,19 @@ def test_no_name_reaches_outside_of_the_folder(folder: Path, name: str):
     refused(lambda: pool_of(folder).acquire(name), 404)
 
 
+def test_a_name_that_never_existed_does_not_delay_the_requests_of_others(folder: Path, monkeypatch):
+    known = AdapterFolder(folder)
+    known.find("a")
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("the model's process waits"))
+    assert "nearest name is 'a'" in refused(lambda: known.find("aa"), 404)
+    monkeypatch.undo()
+    configuration, waits = folder / "a" / "adapter_config.json", []
+    hidden = configuration.rename(configuration.with_suffix(".old"))
+    monkeypatch.setattr("time.sleep", lambda seconds: (waits.append(seconds), hidden.rename(configuration)))
+    assert known.find("a")[0] == folder / "a", "an adapter that is being replaced is waited for"
+    assert len(waits) == 1
+
+
 def test_adapters_that_come_and_go_later_are_noticed(folder: Path):
     pool = pool_of(folder)
     refused(lambda: pool.acquire("d"), 404)
