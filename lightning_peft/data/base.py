@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -241,7 +242,7 @@ class TableDataModule(L.LightningDataModule):
         """Identifies the examples: the rows, the code that prepares them, and the arguments."""
         from datasets.fingerprint import Hasher
 
-        code = [inspect.getsource(c) for c in type(self).__mro__ if issubclass(c, TableDataModule) and _has_source(c)]
+        code = [text for c in type(self).__mro__ if issubclass(c, TableDataModule) and (text := _source(c))]
         chosen = {name: value for name, value in self.hparams.items() if name not in _WITHOUT_EFFECT}
         arguments = json.dumps(chosen, default=str, sort_keys=True)
         return Hasher.hash([table._fingerprint, split, code, arguments, self._prepared_with()])
@@ -391,8 +392,10 @@ class _Collate:
         return batch
 
 
-def _has_source(kind: type) -> bool:
+@functools.cache  # reading a class parses its whole file, which takes longer than reading a small table from the cache
+def _source(kind: type) -> str | None:
+    """The source code of a class; None for one that is defined in an interactive session, which has no file."""
     try:
-        return bool(inspect.getsource(kind))
-    except (OSError, TypeError):  # a class that is defined in an interactive session has no file
-        return False
+        return inspect.getsource(kind)
+    except (OSError, TypeError):
+        return None
