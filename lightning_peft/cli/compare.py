@@ -142,8 +142,8 @@ def _parser() -> ArgumentParser:
     add(
         "--search-steps",
         type=int,
-        help="optimizer steps of each trial of a search; default: a quarter of --steps; with --halving one 25th of "
-        "them, at least 10",
+        help="optimizer steps of each trial of a search; default: a quarter of --steps; with --halving an eighth, "
+        "at least 10",
     )
     add("--trials", type=int, help="trials for each method; 0 for no search; default: 6, with --halving 3")
     add(
@@ -226,7 +226,7 @@ def _plan(options: Namespace, candidates: Sequence[Any], steps: int) -> Plan:
     if bad := [f for f in options.fractions if not 0 < f <= 1]:
         raise InputError(f"--fractions {bad}: a fraction is above 0 and at most 1")
     steps = options.steps or steps
-    short = min(steps, max(10, steps // 25)) if options.halving else max(1, steps // 4)
+    short = min(steps, max(10, steps // 8)) if options.halving else max(1, steps // 4)
     return Plan(
         candidates,
         steps=steps,
