@@ -72,8 +72,8 @@ def load_model(auto_class: Any, model: str, pretrained: bool, dtype: str | None,
         The model in train mode. :func:`fresh_modules` names its parts that ``model`` has no weights for.
 
     Raises:
-        InputError: if ``dtype`` is not the name of a torch dtype, ``config`` requires remote code, or the weights are
-            those of another network.
+        InputError: if ``dtype`` is not the name of a torch dtype, ``config`` requires remote code, the model
+            cannot be found, or the weights are those of another network.
         ValueError: if the model requires remote code.
     """
     import torch
@@ -84,7 +84,13 @@ def load_model(auto_class: Any, model: str, pretrained: bool, dtype: str | None,
     if refused := sorted(config.keys() & {"trust_remote_code", "code_revision"}):
         raise InputError(f"config={refused}: code in model folders is never run; build the model in your own module")
     where = locate(model)
-    configuration = AutoConfig.from_pretrained(where, **config, **NO_CODE)
+    try:
+        configuration = AutoConfig.from_pretrained(where, **config, **NO_CODE)
+    except OSError as error:
+        raise InputError(
+            f"model={model!r} is neither a folder nor a model of the Hugging Face hub that can be reached: "
+            f"{str(error).strip().splitlines()[0]}"
+        ) from error
     if pretrained:
         # A head of another width is expected: its stored weights are replaced by fresh ones.
         network, loading = auto_class.from_pretrained(

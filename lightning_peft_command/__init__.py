@@ -1,4 +1,5 @@
-"""The ``lightning-peft`` command. ``--help``, ``--version``, ``methods`` and ``recipes`` are answered here.
+"""The ``lightning-peft`` command. ``--help``, ``--version``, ``methods``, ``recipes`` and ``inspect PATH`` are answered
+here.
 
 They read files of ``lightning_peft`` without importing it, because importing torch and Lightning takes seconds. This
 package is separate from ``lightning_peft`` because importing any module of a package imports the package first.
@@ -54,7 +55,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def answer(args: Sequence[str]) -> bool:
-    """Run a command that does not need torch; return whether ``args`` is one."""
+    """Run a command that does not need Lightning; return whether ``args`` is one."""
     command, *rest = args or ["--help"]
     if command in ("-h", "--help"):
         print(_help())
@@ -68,6 +69,10 @@ def answer(args: Sequence[str]) -> bool:
         from lightning_peft_command.methods import methods, read_methods
 
         methods(rest, read_methods())
+    elif command == "inspect" and rest and not rest[0].startswith("-") and "--import" not in " ".join(rest):
+        from lightning_peft_command.inspect import inspect
+
+        inspect(rest)
     else:
         return False
     return True

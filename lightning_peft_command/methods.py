@@ -11,8 +11,9 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from lightning_peft_command import package
+from lightning_peft_command.settings import command_name, read_settings
 
-__all__ = ["Described", "command_name", "methods", "read_methods"]
+__all__ = ["Described", "methods", "read_methods"]
 
 
 class Described(NamedTuple):
@@ -21,11 +22,6 @@ class Described(NamedTuple):
     name: str
     doc: str
     file_doc: str
-
-
-def command_name(class_name: str) -> str:
-    """The name of a method on the command line: ``PrefixTuning`` is ``prefix-tuning``, ``AdaLoRA`` is ``adalora``."""
-    return re.sub(r"(?<=.)(?=[A-Z][a-z]{3})|(?<=[a-z]{4})(?=[A-Z])", "-", class_name).lower()
 
 
 def read_methods() -> list[Described]:
@@ -67,7 +63,12 @@ def methods(args: Sequence[str], known: Iterable[Described]) -> None:
     if found is None:
         near = difflib.get_close_matches(name.lower(), by_name, n=3, cutoff=0.4) or sorted(by_name)
         sys.exit(f"error: no method named {name!r}; nearest: {', '.join(near)}")
-    Console().print(_plain(f"{found.file_doc}\n{found.doc}"), markup=False, highlight=False)
+    console = Console()
+    console.print(_plain(f"{found.file_doc}\n{found.doc}"), markup=False, highlight=False)
+    settings = read_settings().get(command_name(found.name))
+    if settings is not None:
+        copy = f"lightning-peft recipes copy quickstart --method {command_name(found.name)}"
+        console.print(f"\nExample (`{copy}`):\n\n{settings.text}", markup=False, highlight=False)
 
 
 def _plain(text: str) -> str:

@@ -1,8 +1,8 @@
 """Generate the lists of methods from the classes: ``python -m tests.lists`` writes them.
 
 They are the exports of ``lightning_peft/__init__.py``; the lists in the documentation between ``<!-- list: NAME -->``
-and ``<!-- end -->``; docs/support.md; and a recipe for each method that has none, to start from. A new method needs no
-edit there. ``tests/test_lists.py`` fails if one of them is out of date.
+and ``<!-- end -->``; docs/support.md; and a section of recipes/methods.yaml for each method without one. A new method
+needs no edit there. ``tests/test_lists.py`` fails if one of them is out of date.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from lightning_peft.core.adapters.base import Adapter
 from lightning_peft.core.adapters.lookup import hosts
 from lightning_peft.core.batching.batched import BatchedLowRank, PerGroupOutput
 from lightning_peft.trainer.logs import keys
+from lightning_peft_command.settings import read_settings
 from tests import features, packed_methods, strategies
 from tests.holes import REFUSED
 from tests.kinds import KINDS
@@ -33,6 +34,7 @@ from tests.table import METHODS, Row
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 EXPORTS = ROOT / "lightning_peft" / "__init__.py"
+SETTINGS = ROOT / "recipes" / "methods.yaml"
 
 
 def defined() -> list[type[lp.PEFTMethod]]:
@@ -95,18 +97,21 @@ def choice() -> str:
     return "\n".join(lines)
 
 
-def recipe(method: type[lp.PEFTMethod]) -> str:
-    """A recipe to start from: that of LoRA's family on the embedded model, with the method's default arguments."""
-    name, first = command_name(method), (inspect.getdoc(method) or "").partition("\n")[0]
-    before, _, rest = (ROOT / "recipes" / "miss.yaml").read_text().replace("miss", name).partition("\nmethod:\n")
-    _, _, before = before.partition("\n")
-    _, _, after = rest.partition("\n\n")
-    lines = [f"  class_path: {method.__name__}", "  init_args:"]
-    if issubclass(method, lp.WeightMethod):
-        lines.append("    targets: all-linear                 # every linear layer except the output head")
-    lines.append("    trainable: [head, classifier]       # trained in full, because they start from random weights")
-    summary = re.sub(r" \([^()]*\)\.$", ".", first)
-    return "\n".join([f"# {method.__name__}: {summary}", before, "method:", *lines, "", after])
+def starting_settings(method: type[lp.PEFTMethod]) -> str:
+    """A section of recipes/methods.yaml to start from: LoRA's learning rate, and the method's default arguments."""
+    first = re.sub(r" \([^()]*\)\.$", ".", (inspect.getdoc(method) or "").partition("\n")[0])
+    lines = [f"# {method.__name__}: {first}", "model:", "  init_args:"]
+    lines.append("    lr: 2.0e-3                          # peak learning rate")
+    lines.append(f"method: {method.__name__}")
+    return "\n".join([f"\n--- # {command_name(method)}", *lines, ""])
+
+
+def settings() -> str:
+    """The sections of docs/method_settings.md, from recipes/methods.yaml."""
+    titles = {command_name(method): f"`{method.__name__}`" for method in exported()}
+    return "\n\n".join(
+        f"## {titles.get(name, name)}\n\n```yaml\n{section.text}```" for name, section in read_settings().items()
+    )
 
 
 _FAMILIES = {
@@ -198,6 +203,7 @@ LISTS = {
     "api.md": {"methods": reference},
     "logging.md": {"logged values": logged_values},
     "many.md": {"exact sums": exact_sums},
+    "method_settings.md": {"settings": settings},
     "methods.md": {"methods": choice},
     "quantised.md": {"methods on quantised bases": packed_methods.table},
     "rows.md": {"served rows": served_rows},
@@ -224,8 +230,8 @@ if __name__ == "__main__":
         EXPORTS.write_text(text)
         # the exports of the package have changed, so start again
         os.execv(sys.executable, [sys.executable, "-m", "tests.lists"])
+    for method in defined():
+        if command_name(method) not in read_settings():
+            SETTINGS.write_text(SETTINGS.read_text() + starting_settings(method))
     for path, text in list(pages()):  # compute every file before the first one is written
         path.write_text(text)
-    for method in defined():
-        if not (path := ROOT / "recipes" / f"{command_name(method)}.yaml").exists():
-            path.write_text(recipe(method))

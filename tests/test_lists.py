@@ -15,6 +15,7 @@ import lightning_peft as lp
 from benchmarks import methods as benchmarks
 from lightning_peft.cli.main import main
 from lightning_peft.formats.registry import CONVERTERS
+from lightning_peft_command import recipes, settings
 from tests import features, lists, table
 from tests.kinds import KINDS
 
@@ -47,6 +48,10 @@ LISTS: dict[str, tuple[Callable[[], set[str]], str]] = {
         _converted,
         "a converter in formats/peft/families if PEFT has the method, or why not to HOLES in tests/features.py",
     ),
+    "recipes/methods.yaml": (
+        lambda: {name for name in lp.__all__ if f": {name}\n" in _read("recipes/methods.yaml")},
+        "a section, to start from: python -m tests.lists",
+    ),
     "tests/features.py": (lambda: {row.method.__name__ for row in features.ROWS.values()}, "a row in ROWS"),
     "tests/table.py": (_in_table, "a row in METHODS"),
     "benchmarks/methods.py": (_in_benchmarks, "a row in METHODS, or its reason in NOT_MEASURED"),
@@ -60,14 +65,6 @@ def test_every_method_is_listed(file):
     assert not missing, f"{file} lacks {', '.join(missing)}: add {what}"
 
 
-@pytest.mark.parametrize("method", lists.defined(), ids=lambda method: method.__name__)
-def test_every_method_has_a_recipe(method):
-    recipes = (path.read_text() for path in (ROOT / "recipes").glob("*.yaml"))
-    assert any(re.search(rf"(class_path|method): {method.__name__}\b", recipe) for recipe in recipes), (
-        f"recipes/ has no file with {method.__name__}: python -m tests.lists writes one to start from"
-    )
-
-
 @pytest.mark.parametrize(("page", "text"), list(lists.pages()), ids=lambda value: getattr(value, "name", ""))
 def test_the_lists_are_those_of_the_classes(page, text):
     assert page.read_text() == text, f"{page.relative_to(ROOT)} is out of date: run python -m tests.lists"
@@ -78,9 +75,15 @@ def test_every_method_says_what_trains(method):
     assert "parameter_count" in vars(method), f"{method.__name__} lacks parameter_count, which docs/methods.md shows"
 
 
-def test_the_recipe_to_start_from_is_of_the_method(tmp_path, monkeypatch):
+def test_the_settings_to_start_from_are_read_and_run(tmp_path, monkeypatch):
+    file = tmp_path / "recipes" / "methods.yaml"
+    file.parent.mkdir()
+    file.write_text(lists.SETTINGS.read_text().partition("--- #")[0] + lists.starting_settings(lp.HiRA))
+    (tmp_path / "recipes" / "quickstart.yaml").write_text((ROOT / "recipes" / "quickstart.yaml").read_text())
+    for module in (recipes, settings):
+        monkeypatch.setattr(module, "package", lambda: tmp_path)
     monkeypatch.chdir(tmp_path)
-    Path("hira.yaml").write_text(lists.recipe(lp.HiRA))
+    recipes.recipes(["copy", "quickstart", "hira.yaml", "--method", "HiRA"])
     main(["fit", "--config=hira.yaml", "--trainer.fast_dev_run=1"])
 
 

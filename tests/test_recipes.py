@@ -1,44 +1,42 @@
-"""Every recipe in recipes/ runs, is bound to the signatures of its classes, and names its own command."""
+"""Every recipe runs with its own method, and the quick start with every other method of recipes/methods.yaml."""
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from lightning_peft.cli.main import main
 from lightning_peft.cli.methods import command_name, exported
+from lightning_peft_command import main as command
+from lightning_peft_command.settings import read_settings
 from tests.methods.tiny import vit
+from tests.tasks.test_folders import images
 
-RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
-
-
-def _vision() -> None:
-    """The files that the image recipe needs: a pretrained model and images."""
-    vit().save_pretrained("vit")
-    images = np.random.default_rng(0).integers(0, 256, (20, 16, 16, 3), dtype=np.uint8)
-    for name in ("train.npz", "val.npz"):
-        np.savez(name, images=images, labels=np.arange(20) % 10)
+ROOT = Path(__file__).parents[1] / "recipes"
+SETTINGS = read_settings()
 
 
-PREPARE = {"visual-prompt-tuning": _vision}
-
-
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_recipe_runs(recipe, monkeypatch):
-    PREPARE.get(recipe.stem, lambda: None)()
+@pytest.mark.parametrize("name", ["quickstart", "demo_pretrain"])
+def test_recipe_runs_and_states_its_command(name):
+    recipe = ROOT / f"{name}.yaml"
+    assert f"#   lightning-peft fit --config recipes/{recipe.name}\n" in recipe.read_text()
     main(["fit", f"--config={recipe}", "--trainer.fast_dev_run=2"])
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_recipe_states_its_command(recipe):
-    header = [line for line in recipe.read_text().splitlines() if line.startswith("#")]
-    assert any(f"lightning-peft fit --config recipes/{recipe.name}" in line for line in header)
+@pytest.mark.parametrize("method", SETTINGS)
+def test_method_runs(method):
+    flags = []
+    recipe = "quickstart"
+    if method == "visual-prompt-tuning":
+        recipe = "images/vit_lora"
+        images("photos", 3)
+        vit().save_pretrained("vit")
+        flags = ["--model.network_args={pretrained_model_name_or_path: vit}", "--data.size=16"]
+    command(["recipes", "copy", recipe, "run.yaml", "--method", method])
+    main(["fit", "--config=run.yaml", "--trainer.fast_dev_run=2", "--trainer.accelerator=cpu", *flags])
 
 
-@pytest.mark.parametrize("method", exported(), ids=command_name)
-def test_every_method_has_a_recipe_of_its_name(method):
-    (recipe,) = [path for path in RECIPES if path.stem == command_name(method)]
-    assert re.search(rf"(class_path|method): {method.__name__}\b", recipe.read_text())
+@pytest.mark.parametrize("method", exported(), ids=lambda method: method.__name__)
+def test_every_method_has_settings_of_its_name(method):
+    assert f": {method.__name__}\n" in SETTINGS[command_name(method)].method

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from lightning_peft import demo
@@ -33,6 +34,24 @@ def slots(gpt2: str) -> list[str]:
 def chat(gpt2: str) -> list[str]:
     chats("chats.jsonl")
     return [f"--model.model={gpt2}", "--data.chat_template=plain", "--data.max_length=100"]
+
+
+def sentences(gpt2: str) -> list[str]:
+    Path("e2e").mkdir()
+    Path("e2e/train.txt").write_text("".join(f"{left}||{right}\n" for left, right in zip(POLITE, RUDE)))
+    return [f"--model.model={gpt2}", "--model.max_new_tokens=4", "--data.max_length=60"]
+
+
+def problems(gpt2: str) -> list[str]:
+    write("train.jsonl", [{"question": left, "answer": right} for left, right in zip(POLITE, RUDE)])
+    return [f"--model.model={gpt2}", "--model.max_new_tokens=4", "--data.max_length=100"]
+
+
+def arrays() -> list[str]:
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 16, 16, 3), dtype=np.uint8)
+    for name in ("train.npz", "test.npz"):
+        np.savez(name, images=pixels, labels=np.arange(20) % 10)
+    return ["--model.network=tests.models.ResNet", "--model.network_args={}"]
 
 
 def pictures(gpt2: str) -> list[str]:
@@ -65,13 +84,15 @@ PREPARE = {
     "question-answering": of_texts(question=RUDE, context=POLITE, answers=[text.split()[0] for text in POLITE]),
     "embeddings": of_texts(question=POLITE, answer=RUDE),
     "images": pictures,
+    "e2e": sentences,
+    "gsm8k": problems,
     "audio": recordings,
 }
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_recipe_runs(recipe, gpt2):
-    flags = PREPARE[recipe.parent.name](gpt2)
+    flags = arrays() if recipe.stem.startswith("resnet") else PREPARE[recipe.parent.name](gpt2)
     main(["fit", f"--config={recipe}", "--trainer.fast_dev_run=2", "--trainer.accelerator=cpu", *flags])
 
 

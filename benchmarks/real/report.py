@@ -179,7 +179,7 @@ def _plot(study: Study, found: Found, path: Path) -> bool:
     axes.set_xscale("log")
     axes.set_xlabel("trainable parameters")
     axes.set_ylabel(f"{metric} on test data ({'higher' if study.higher_is_better else 'lower'} is better)")
-    axes.margins(x=0.15)
+    axes.margins(x=0.15, y=0.12)
     axes.spines[["top", "right"]].set_visible(False)
     figure.canvas.draw()  # fixes the limits of the axes, on which the labels' positions depend
     _label(axes, points)
@@ -190,10 +190,13 @@ def _plot(study: Study, found: Found, path: Path) -> bool:
 
 
 def _label(axes: Any, points: list[tuple[str, float, float]]) -> None:
-    """Write each label next to its point, at the first position where it does not overlap another label."""
+    """Write each label next to its point, at the first position where it overlaps neither a point nor another label."""
     places = [(5, 3, "left"), (5, -10, "left"), (-5, 3, "right"), (-5, -10, "right"), (5, 12, "left"), (5, -19, "left")]
     places += [(-5, 12, "right"), (-5, -19, "right"), (5, 21, "left"), (5, -28, "left")]
-    taken: list[Any] = []
+    from matplotlib.transforms import Bbox
+
+    centres = axes.transData.transform([(x, y) for _, x, y in points])
+    taken: list[Any] = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in centres]
     for label, x, y in points:
         for dx, dy, side in places:
             text = axes.annotate(label, (x, y), xytext=(dx, dy), textcoords="offset points", fontsize=7, ha=side)

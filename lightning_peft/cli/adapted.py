@@ -13,9 +13,9 @@ import lightning_peft as lp
 from lightning_peft.cli.module import build_module, load_module
 from lightning_peft.core.adapters.lookup import adapter_names
 from lightning_peft.core.state.state_dict import StateError
+from lightning_peft.formats.directory.facts import base_facts
 from lightning_peft.formats.directory.files import CONFIG, adapter_folders, read_config, read_header
 from lightning_peft.formats.load import saved_preparations
-from lightning_peft.formats.peft.common_options import base_facts
 from lightning_peft.pretrained import NO_CODE, load_model, locate
 
 __all__ = ["activate", "add_base_option", "load_adapted"]

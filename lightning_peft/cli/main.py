@@ -23,8 +23,8 @@ import lightning_peft as lp
 from lightning_peft.cli.compare import compare
 from lightning_peft.cli.curves import LearningCurves
 from lightning_peft.cli.export import export
+from lightning_peft.cli.flags import in_flags
 from lightning_peft.cli.import_adapter import import_adapter
-from lightning_peft.cli.inspect import inspect_path, names_a_path
 from lightning_peft.cli.merge import merge
 from lightning_peft.cli.methods import methods
 from lightning_peft.cli.module import find_module
@@ -141,20 +141,36 @@ class PEFTCLI(LightningCLI):
     """LightningCLI for any ``--model`` and ``--data`` on the Python path, with a key ``method`` for the methods."""
 
     def __init__(self, args: Any = None, **kwargs: Any) -> None:
-        super().__init__(
-            L.LightningModule,
-            L.LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            trainer_class=PEFTTrainer,
-            save_config_callback=LogConfig,
-            save_config_kwargs={"overwrite": True},
-            seed_everything_default=0,
-            parser_kwargs={"prog": "lightning-peft"},
-            parser_class=Parser,
-            args=args,
-            **kwargs,
-        )
+        try:
+            super().__init__(
+                L.LightningModule,
+                L.LightningDataModule,
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                trainer_class=PEFTTrainer,
+                save_config_callback=LogConfig,
+                save_config_kwargs={"overwrite": True},
+                seed_everything_default=0,
+                parser_kwargs={"prog": "lightning-peft"},
+                parser_class=Parser,
+                args=args,
+                **kwargs,
+            )
+        except (*USER_ERRORS, ValueError) as error:
+            if hasattr(self, "config") and len(error.args) == 1:
+                error.args = (in_flags(str(error), self._owners()),)
+            raise
+
+    def _owners(self) -> dict[str, type]:
+        """The class behind each group of flags that the user gave; the parser has imported it."""
+        config = self.config.get(getattr(self, "subcommand", None) or "") or Namespace()
+        owners: dict[str, type] = {"trainer": L.Trainer}
+        for key in ("method", "model", "data"):
+            package, _, name = getattr(config.get(key), "class_path", "").rpartition(".")
+            found = getattr(sys.modules.get(package), name, None) if name else None
+            if isinstance(found, type):
+                owners[key] = found
+        return owners
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
@@ -279,9 +295,7 @@ def main(args: Sequence[str] | None = None) -> None:
         imported = _import_modules(given)
         silence_other_packages()
         command, *rest = imported or ["--help"]
-        if command == "inspect" and names_a_path(rest):
-            inspect_path(rest)
-        elif command in OWN:
+        if command in OWN:
             OWN[command](rest)
         elif not answer(imported):
             if command not in COMMANDS and not command.startswith("-"):

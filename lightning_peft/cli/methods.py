@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import lightning_peft as lp
 from lightning_peft.core.registry import registered_methods
 from lightning_peft_command.methods import Described
-from lightning_peft_command.methods import command_name as _command_name
 from lightning_peft_command.methods import methods as show
+from lightning_peft_command.settings import command_name as _command_name
 
 __all__ = ["command_name", "exported", "methods"]
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning.pytorch.cli import LightningArgumentParser
 
+from lightning_peft.cli.flags import in_flags
 from lightning_peft.cli.methods import exported
 from lightning_peft.core.names import nearest
 from lightning_peft.methods.families.unknown_arguments import advice
@@ -77,4 +78,4 @@ def _in_a_line(message: str) -> str | None:
 
 def _advice(option: str, owner: type) -> str:
     """What to write instead, in the form of the command line."""
-    return advice(option, list(parameters_of(owner))).replace("use lp.", "use --method ")
+    return in_flags(advice(option, list(parameters_of(owner))))

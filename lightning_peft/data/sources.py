@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -68,6 +69,12 @@ def check_columns(present: Sequence[str], wanted: Sequence[str], source: str, sp
     if not missing:
         return
     where = f"the demo corpus's {split!r} split" if source == "demo" else repr(source)
+    separator = next((mark for mark in (";", "\t", "|") if len(present) == 1 and mark in present[0]), None)
+    if separator is not None:
+        raise InputError(
+            f"{where} has no column {missing[0]!r}: its columns are separated by {separator!r}. Save it with commas as "
+            ".csv, or with tabs as .tsv."
+        )
     name, near = missing[0], nearest(missing[0], list(present), n=1, cutoff=0.5)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
     shown = ", ".join(text if len(text) <= 40 else f"{text[:40]}..." for text in present)
@@ -98,6 +105,8 @@ def _from_file(source: str, split: str) -> Dataset:
     options = {"delimiter": "\t"} if ".tsv" in path.suffixes else {}
     if not path.stat().st_size:
         raise InputError(f"{source!r} is empty.")
+    if path.suffix in (".csv", ".tsv"):
+        _check_fields(path, source, options.get("delimiter", ","))
     try:
         return datasets.load_dataset(kind, data_files=str(path), split="train", **options)
     except Exception as error:
@@ -108,6 +117,24 @@ def _from_file(source: str, split: str) -> Dataset:
         if "corresponds to no data" in said[0]:  # the error of datasets for a table that has only a header
             raise InputError(f"the {split} split is empty: {source!r} has no rows.") from error
         raise InputError(f"{source!r} cannot be read as {kind}: {said[0]}") from error
+
+
+def _check_fields(path: Path, source: str, delimiter: str) -> None:
+    """Refuse rows with more fields than the header: pandas would take the first field of every row as its index."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = filter(None, csv.reader(file, delimiter=delimiter))
+            columns = len(next(rows, []))
+            for number, row in enumerate(rows):
+                if len(row) > columns:
+                    raise InputError(
+                        f"row {number} of {source!r} has {len(row)} fields, but the header has {columns}: put texts "
+                        f"that contain {delimiter!r} into quotation marks."
+                    )
+    except UnicodeDecodeError as error:
+        raise InputError(f"{source!r} is not encoded in UTF-8 ({error.reason}): save it as UTF-8.") from error
+    except csv.Error:
+        return  # the reader of datasets says what is wrong
 
 
 def _from_hub(source: str, split: str) -> Dataset:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import lightning as L
 import torch
@@ -121,7 +122,7 @@ class ImageData(L.LightningDataModule):
             raise FileNotFoundError(
                 f"{split}: there is no file {str(path)!r}{f' (did you mean {near[0]!r}?)' if near else ''}."
             )
-        with np.load(path) as arrays:
+        with _open(path) as arrays:
             for name in filter(None, (self.images, self.labels, self.adapters)):
                 if name not in arrays:
                     raise InputError(f"{path.name} has no array {name!r}; it has {', '.join(arrays)}.")
@@ -158,6 +159,18 @@ class ImageData(L.LightningDataModule):
             tensors.append(torch.tensor([self._names.index(name) for name in own]))
         self._data[split] = TensorDataset(*tensors)
         return self._data[split]
+
+
+def _open(path: Path) -> Any:
+    import numpy as np
+
+    try:
+        loaded = np.load(path)
+    except (ValueError, EOFError, BadZipFile) as error:
+        raise InputError(f"{path.name} cannot be read as .npz: save the arrays with numpy.savez.") from error
+    if isinstance(loaded, np.ndarray):
+        raise InputError(f"{path.name} holds one array without a name: save images and labels with numpy.savez.")
+    return loaded
 
 
 class ImageBatch:

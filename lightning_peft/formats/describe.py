@@ -16,9 +16,8 @@ from rich.text import Text
 from lightning_peft.core.names import is_adapter_key
 from lightning_peft.core.state.state_dict import StateError
 from lightning_peft.core.untrusted import FormatError
+from lightning_peft.formats.directory.facts import base_facts
 from lightning_peft.formats.directory.files import TensorInfo, adapter_folders, read_config, read_header
-from lightning_peft.formats.peft.common_options import base_facts
-from lightning_peft.formats.registry import converter_for_type
 from lightning_peft.trainer.checkpoints.manifest import KEY, read_checkpoint, scores
 
 __all__ = ["AdapterSummary", "Description", "describe"]
@@ -27,6 +26,15 @@ __all__ = ["AdapterSummary", "Description", "describe"]
 _SHOWN = (
     *("r", "init_r", "target_r", "alpha", "lora_alpha", "bottleneck_size", "num_virtual_tokens", "oft_block_size"),
     *("block_size", "targets", "target_modules", "trainable", "modules_to_save"),
+)
+
+
+#: types that have a converter, so that describing them does not import the converters, which need Lightning
+READABLE = frozenset(
+    {
+        *("ADALORA", "HIRA", "IA3", "LN_TUNING", "LOHA", "LOKR", "LORA", "MISS", "OFT", "PREFIX_TUNING"),
+        *("PROMPT_TUNING", "P_TUNING", "VERA", "LIGHTNING_PEFT"),
+    }
 )
 
 
@@ -130,11 +138,6 @@ def describe(path: str | Path) -> Description:
 def _adapter(folder: Path) -> AdapterSummary:
     config, (tensors, metadata) = read_config(folder), read_header(folder)
     facts = base_facts(metadata, folder)
-    note = ""
-    try:
-        converter_for_type(config["peft_type"])
-    except FormatError as error:
-        note = str(error)
     return AdapterSummary(
         name=str(facts.get("config", {}).get("name", "")),
         method=str(facts.get("method", config["peft_type"])),
@@ -143,8 +146,21 @@ def _adapter(folder: Path) -> AdapterSummary:
         base=config.get("base_model_name_or_path"),
         tensors=tensors,
         metrics=facts.get("metrics") or {},
-        note=note,
+        note=_why_not_loaded(config["peft_type"]),
     )
+
+
+def _why_not_loaded(peft_type: str) -> str:
+    """The reason why an adapter of this type cannot be loaded; empty if it can."""
+    if peft_type in READABLE:
+        return ""
+    from lightning_peft.formats.registry import converter_for_type
+
+    try:
+        converter_for_type(peft_type)
+    except FormatError as error:
+        return str(error)
+    return ""
 
 
 def _checkpoint(path: Path) -> Description:

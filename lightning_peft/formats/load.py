@@ -29,10 +29,11 @@ from lightning_peft.core.targeting.base_model import Base, base_for_keys, base_o
 from lightning_peft.core.targeting.base_modules import base_modules, base_parameters
 from lightning_peft.core.untrusted import AllocationLimit, FormatError, check_regexes
 from lightning_peft.formats.directory.artifact import local_directory
+from lightning_peft.formats.directory.facts import base_facts
 from lightning_peft.formats.directory.files import CONFIG, AdapterFiles, adapter_folders, read_files
 from lightning_peft.formats.directory.seal import check_options
 from lightning_peft.formats.peft.base_values import take_base_values
-from lightning_peft.formats.peft.common_options import base_facts, shared_modules_of
+from lightning_peft.formats.peft.common_options import shared_modules_of
 from lightning_peft.formats.peft.converter import PREFIX, Options, Reading, Tensors
 from lightning_peft.formats.peft.older_layouts import in_current_layout
 from lightning_peft.formats.registry import converter_for_type

@@ -16,11 +16,12 @@ from lightning_peft.core.state.adapter_records import uncopied
 from lightning_peft.core.state.state_dict import StateError
 from lightning_peft.core.targeting.base_modules import holds_shards
 from lightning_peft.formats.directory.card import model_card
+from lightning_peft.formats.directory.facts import METADATA
 from lightning_peft.formats.directory.files import check_content, json_text, write_files
 from lightning_peft.formats.directory.snapshot import Snapshot, take_snapshot
 from lightning_peft.formats.native import NATIVE, NativeConverter
 from lightning_peft.formats.peft.base_values import modules_to_save, write_base_values
-from lightning_peft.formats.peft.common_options import METADATA, common_options, shared_modules_of
+from lightning_peft.formats.peft.common_options import common_options, shared_modules_of
 from lightning_peft.formats.peft.converter import PREFIX, NotInPeftError
 from lightning_peft.formats.registry import converter_for_method
 from lightning_peft.trainer.logs.artifacts import adapter_writers

@@ -65,7 +65,27 @@ def not_a_number() -> TextRegressionData:
     return TextRegressionData(requests(), tokenizer="demo")
 
 
+def unquoted_commas() -> TextClassificationData:
+    Path("commas.csv").write_text("text,label\nhello, there,a\nopen, please,b\n")
+    return text("commas.csv")
+
+
+def semicolons() -> TextClassificationData:
+    return text(changed(",", ";"))
+
+
+def another_encoding() -> TextClassificationData:
+    Path("latin.csv").write_bytes("text,label\ncafé,a\ntea,b\n".encode("latin-1"))
+    return text("latin.csv")
+
+
 CASES = [
+    (
+        unquoted_commas,
+        r"row 0 of 'commas.csv' has 3 fields, but the header has 2: put texts that contain ',' into quot",
+    ),
+    (semicolons, r"requests.csv' has no column 'text': its columns are separated by ';'\. Save it with commas"),
+    (another_encoding, r"'latin.csv' is not encoded in UTF-8 .*: save it as UTF-8"),
     (one_class, r"column 'label' of '.*requests.csv' has only the label 'polite': a classifier needs at least two"),
     (no_header, r"requests.csv' has no column 'text'; it has .*, polite\. If this is .* add a header line"),
     (empty_split, r"the validation split is empty: 'empty.csv' has no rows"),
@@ -139,6 +159,13 @@ def test_unknown_metrics():
     stop = L.pytorch.callbacks.EarlyStopping("val/accuracy")
     with pytest.raises(InputError, match=r"EarlyStopping monitors 'val/accuracy' \(did you mean 'val/acc'\?\), but"):
         L.Trainer(max_steps=1, callbacks=[stop], **QUIET).fit(TextClassifier("demo"), text(requests()))
+
+
+def test_a_model_that_cannot_be_found():
+    with pytest.raises(
+        InputError, match=r"model='no/such' is neither a folder nor a model of the .* hub that can be rea"
+    ):
+        LanguageModel("no/such", objective="causal")
 
 
 def test_weights_of_another_network(gpt2):

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from lightning_peft.data import ImageData
+from lightning_peft.pretrained import InputError
 
 
 def write(path, count=6, classes=("cat", "dog"), **arrays):
@@ -63,6 +64,12 @@ def test_files_that_do_not_fit_are_named(tmp_path):
     path = write(tmp_path / "train.npz")
     with pytest.raises(FileNotFoundError, match=r"train: there is no file .*trian.npz' \(did you mean 'train.npz'\?\)"):
         ImageData(str(tmp_path / "trian.npz")).setup()
+    (tmp_path / "text.npz").write_text("no")
+    with pytest.raises(InputError, match=r"text.npz cannot be read as .npz: save the arrays with numpy.savez"):
+        ImageData(str(tmp_path / "text.npz")).setup()
+    np.save(tmp_path / "one.npy", np.zeros(2))
+    with pytest.raises(InputError, match=r"one.npy holds one array without a name"):
+        ImageData(str(tmp_path / "one.npy")).setup()
     with pytest.raises(ValueError, match=r"train.npz has no array 'x'; it has images, labels, classes"):
         ImageData(path, images="x").setup()
     with pytest.raises(ValueError, match=r"uint8 \(6, 8, 10, 3\); expected uint8 \(N, height, width, 1\)"):

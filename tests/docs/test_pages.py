@@ -133,6 +133,10 @@ def of_methods() -> dict[str, Any]:
     return {"model": model}
 
 
+def of_own_module() -> dict[str, Any]:
+    return {"MyModule": MyOwnModule, "MyData": Data, "batch": ids(2)["input_ids"]}
+
+
 def of_rows() -> dict[str, Any]:
     model = llama()
     lp.apply(model, lp.LoRA(r=2, name="legal"), lp.LoRA(r=2, name="medical"))
@@ -145,6 +149,7 @@ PAGES: dict[str, Callable[[], dict[str, Any]]] = {
     "docs/adapters.md": of_adapters,
     "docs/many.md": of_many,
     "docs/methods.md": of_methods,
+    "docs/own_module.md": of_own_module,
     "docs/deploy.md": dict,
     "docs/new_method.md": dict,
     "docs/quantised.md": dict,

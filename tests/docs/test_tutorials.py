@@ -1,4 +1,4 @@
-"""docs/own_texts.md and docs/chat.md: their commands run in order on tiny files, then their Python."""
+"""docs/own_texts.md, docs/chat.md and docs/images.md: their commands run in order on tiny files, then their Python."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from lightning_peft import demo
 from lightning_peft.cli.main import main
 from tests.data.tables import POLITE, read, requests, write
 from tests.docs.test_pages import ROOT, run, written
+from tests.methods.tiny import vit
 from tests.tasks.test_chat import chats
+from tests.tasks.test_folders import images
 
 
 def commands(page: str) -> list[list[str]]:
@@ -56,7 +58,22 @@ def test_conversations(gpt2):
     run(written("docs/chat.md"), {"model": gpt2})
 
 
-@pytest.mark.parametrize("page", ["docs/own_texts.md", "docs/chat.md"])
+def test_folders_of_images():
+    for folder in ("photos", "test"):
+        images(folder, 2)
+    Path("new").mkdir()
+    shutil.copy(next(Path("photos").rglob("*.*")), "new")
+    vit().save_pretrained("vit")
+    with_model("recipes/images/vit_lora.yaml", "vit")
+    recipe = Path("recipes/images/vit_lora.yaml")
+    recipe.write_text(recipe.read_text().replace("google/vit-base-patch16-224", "vit").replace("size: 224", "size: 16"))
+    for arguments in commands("docs/images.md"):
+        main(arguments)
+    (row,) = read("predictions.csv")
+    assert list(row) == ["file", "label", "probability"]
+
+
+@pytest.mark.parametrize("page", ["docs/own_texts.md", "docs/chat.md", "docs/images.md", "docs/from_others.md"])
 def test_recipes_that_a_page_names_exist(page):
     named = re.findall(r"recipes/[\w/.-]+\.yaml", (ROOT / page).read_text())
     assert named

@@ -14,8 +14,9 @@ from torch import nn
 
 import lightning_peft as lp
 from lightning_peft.core.untrusted import FormatError
-from lightning_peft.formats.describe import describe
+from lightning_peft.formats.describe import READABLE, describe
 from lightning_peft.formats.directory.files import CONFIG, WEIGHTS, read_files, write_files
+from lightning_peft.formats.registry import CONVERTERS
 from lightning_peft.formats.save import save_adapter
 from tests.formats.models import adapted, llama, made_by_peft
 from tests.trainer.toys import Toy, loader, lora, trainer, val_loader
@@ -140,3 +141,7 @@ def test_invalid_metadata(tmp_path):
     (tmp_path / CONFIG).unlink()
     with pytest.raises(FormatError, match=f"has no {CONFIG}"):
         describe(tmp_path)
+
+
+def test_the_types_that_are_read_without_the_converters_are_theirs():
+    assert {converter.peft_type for converter in CONVERTERS} == READABLE

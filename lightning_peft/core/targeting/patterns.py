@@ -58,7 +58,7 @@ def as_patterns(patterns: Patterns, argument: str) -> tuple[str, ...]:
                 raise TargetError(f"{argument}: {pattern!r} is not a valid regular expression: {error}") from None
         elif "," in pattern or " " in pattern.strip():
             separate = [part.strip() for part in re.split(r"[,\s]+", pattern) if part.strip()]
-            raise TargetError(f"{argument}: {pattern!r} holds several names in one string; write a list: {separate}")
+            raise TargetError(f"{argument}: {pattern!r} holds several names in one string; write {argument}={separate}")
     return listed
 
 

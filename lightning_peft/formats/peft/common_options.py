@@ -1,22 +1,18 @@
-"""The part that every adapter directory has: PEFT's common options, and this package's facts in the metadata."""
+"""PEFT's options that every adapter directory has."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any
 
 from lightning_peft.core.optional import config_value
 from lightning_peft.core.targeting.base_model import Base
-from lightning_peft.core.untrusted import FormatError, parse_json
 from lightning_peft.formats.directory.snapshot import Snapshot
 from lightning_peft.formats.peft.converter import NotInPeftError
 from lightning_peft.pretrained import public_name
 
-__all__ = ["METADATA", "base_facts", "common_options", "shared_modules_of", "task_of"]
+__all__ = ["common_options", "shared_modules_of", "task_of"]
 
-#: the key of this package's facts in the metadata of the tensor file, which PEFT ignores
-METADATA = "lightning_peft"
 #: suffix of a Hugging Face class name -> PEFT's task, and the heads that PEFT then adds to modules_to_save
 _TASKS: dict[str, tuple[str, tuple[str, ...]]] = {
     "ForCausalLM": ("CAUSAL_LM", ()),
@@ -85,24 +81,3 @@ def _task_type(snapshot: Snapshot) -> str | None:
         return None
     told = task != "FEATURE_EXTRACTION" and (not heads or set(heads) & set(snapshot.heads))
     return task if told else None
-
-
-def base_facts(metadata: Mapping[str, str], where: str | Path) -> dict[str, Any]:
-    """The facts that this package wrote into the metadata; empty for files written by PEFT.
-
-    Args:
-        metadata: The metadata of the tensor file.
-        where: The name of that file, for errors.
-
-    Raises:
-        FormatError: if the facts do not have the form that :func:`lightning_peft.save_adapter` writes.
-    """
-    what = f"the metadata {METADATA!r} of {where}"
-    facts = parse_json(metadata.get(METADATA, "{}").encode(), what)
-    values = facts.get("fingerprint", {}).get("values", {}) if isinstance(facts.get("fingerprint", {}), dict) else None
-    numbers = isinstance(values, dict) and all(
-        isinstance(sample, list) and all(isinstance(v, int | float) for v in sample) for sample in values.values()
-    )
-    if not numbers or not all(isinstance(facts.get(key, {}), dict) for key in ("config", "metrics")):
-        raise FormatError(f"{what} is not in the form that this package writes: it was edited. Use another copy")
-    return facts

@@ -48,8 +48,8 @@ def test_match(pattern: str, name: str, expected: bool):
 @pytest.mark.parametrize(
     ("patterns", "message"),
     [
-        ("q_proj,v_proj", r"several names in one string; write a list: \['q_proj', 'v_proj'\]"),
-        (["up", "q_proj v_proj"], r"write a list: \['q_proj', 'v_proj'\]"),
+        ("q_proj,v_proj", r"several names in one string; write targets=\['q_proj', 'v_proj'\]"),
+        (["up", "q_proj v_proj"], r"write targets=\['q_proj', 'v_proj'\]"),
         ("re:(", "'re:\\(' is not a valid regular expression"),
         ("", "non-empty strings, got ''"),
         ([None], "non-empty strings, got None"),
