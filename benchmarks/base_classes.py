@@ -3,8 +3,8 @@
     python -m benchmarks.base_classes --out classes.json --markdown benchmarks/results/base_classes.md
 
 An interrupted run continues from the outcomes in ``--out``. Each class gets LoRA on all linear layers (on its
-convolutions if it has none), a state dict, an adapter directory, and the directory again on the bare model. A refusal
-with a reason is counted separately; any other exception is a failure.
+convolutions if it has none). Its state dict and its adapter directory are saved, and the directory is loaded onto the
+bare model. A refusal with a reason is counted separately; any other exception is a failure.
 """
 
 from __future__ import annotations

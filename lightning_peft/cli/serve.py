@@ -115,7 +115,8 @@ def _parser() -> ArgumentParser:
     parser.add_argument(
         "--api_key",
         default=os.environ.get(_KEY),
-        help=f"refuse requests without this key; safer as the variable {_KEY}, which other users cannot see",
+        help=f"refuse requests without this key; setting the variable {_KEY} is safer, because other users cannot "
+        f"see it",
     )
     return parser
 

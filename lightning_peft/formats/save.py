@@ -34,8 +34,8 @@ def save_adapter(
 ) -> list[str]:
     """Write an adapter to a directory: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
-    The files are Hugging Face PEFT's if it can represent the adapter. Otherwise ``peft_type`` is ``LIGHTNING_PEFT``,
-    and ``reason`` says what PEFT lacks.
+    The files have Hugging Face PEFT's format if it can represent the adapter. Otherwise ``peft_type`` is
+    ``LIGHTNING_PEFT``, and ``reason`` says what PEFT lacks.
 
     In a distributed run only rank 0 writes. For a sharded model (FSDP2) every process must call this, because it
     gathers the shards; otherwise calls on other ranks have no effect. No process waits until the files exist.

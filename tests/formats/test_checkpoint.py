@@ -168,7 +168,9 @@ def test_training_a_loaded_adapter_is_saved_loaded_and_exported(loaded, tmp_path
     path = train(module)
     want = logits(module.eval(), x)
     assert not torch.allclose(want, before, atol=1e-3)
-    assert torch.equal(module.net.classifier.weight, Trained().net.classifier.weight)  # the base's own is unchanged
+    assert torch.equal(
+        module.net.classifier.weight, Trained().net.classifier.weight
+    )  # the base's own value is unchanged
     state = torch.load(path, weights_only=True)["state_dict"]
     assert all(".adapters.default." in key for key in state)
     again = lp.load_from_checkpoint(Trained, path)

@@ -1,4 +1,4 @@
-"""In a bfloat16 base no method casts activations to float32; only modules that train in full compute in it."""
+"""In a bfloat16 base no method casts activations to float32; only modules that train in full use float32."""
 
 from __future__ import annotations
 

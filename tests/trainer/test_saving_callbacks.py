@@ -118,7 +118,7 @@ def test_the_files_hold_the_state_of_their_step(name: str, method: str, tmp_path
         assert all(torch.equal(state["state_dict"][key], value) for key, value in trained.items())
         assert (
             state["state_dict"].keys() == lp.adapter_state(module).keys()
-        )  # which also has the other state of adapters
+        )  # this checkpoint also holds further state of the adapters
         loaded = lp.load_from_checkpoint(Module, path)
         assert all(torch.equal(loaded.get_parameter(key), value) for key, value in trained.items())
 

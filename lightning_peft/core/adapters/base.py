@@ -142,7 +142,7 @@ def _empties(fn: Callable[[Tensor], Tensor]) -> bool:
 
 
 def derive_flags(cls: type, rules: Mapping[str, Mapping[str, bool | None]]) -> None:
-    """Set class attributes that state how methods relate, according to which class overrides which method.
+    """Set flags on ``cls`` that state how its methods relate, such as whether ``output`` equals ``transform``.
 
     A flag that is set in the class body is kept. Otherwise the first class in the method resolution order that sets the
     flag or defines one of its methods decides, so an override never inherits a flag that described the method it

@@ -55,7 +55,7 @@ def merge(
         MergeError: if an adapter is not a weight update, or its order relative to an unmerged one matters; if a weight
             is shared with other modules; if a module was replaced or resized; if a result is not finite; if adapters
             are already merged; if the model has no methods; or if no adapter is active and none is named. With
-            ``partial``, if nothing can be merged. The model is unchanged.
+            ``partial``, only if nothing can be merged. The model is unchanged.
         ValueError: if there is no adapter of that name.
     """
     _check_mergeable(model, name)
@@ -82,7 +82,7 @@ def _check_mergeable(model: nn.Module, name: str | None) -> None:
     """Check that there is something to merge.
 
     Raises:
-        MergeError: the model has no adapters, none that is active, or its modules were replaced.
+        MergeError: if the model has no adapters, or no active one, or if its modules were replaced.
         ValueError: there is no adapter ``name``.
     """
     try:

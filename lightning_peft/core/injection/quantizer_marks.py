@@ -1,7 +1,7 @@
 """Change what transformers records about a quantised model when layers of it become plain ones, and restore it.
 
-``save_pretrained`` writes the quantisation to config.json, and ``from_pretrained`` of that directory would take plain
-weights for quantised ones.
+``save_pretrained`` writes the quantisation to config.json, and ``from_pretrained`` of that directory would treat plain
+weights as quantised.
 """
 
 from __future__ import annotations

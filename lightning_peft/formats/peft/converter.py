@@ -108,7 +108,7 @@ class Options:
         ignored: Options that the user wants to be ignored.
 
     Raises:
-        FormatError: if an option that names modules has a value of another type.
+        FormatError: if an option that names modules has a value of the wrong type.
     """
 
     #: options of every adapter that do not change its output

@@ -46,7 +46,7 @@ class Slot:
     Attributes:
         position: among the tensors of the output.
         dtype: of the tensor.
-        ndim: its number of dimensions; the first one is the rows.
+        ndim: its number of dimensions; the first dimension holds the rows.
     """
 
     position: int
@@ -64,7 +64,7 @@ class Call:
         output: its output, with a :class:`Slot` in place of each tensor.
         tensors: the tensors of its output in the first batch, with their version counters.
         used: the positions of the tensors that something other than a skipped call reads.
-        obstacle: why the call cannot be skipped, if so.
+        obstacle: the reason why the call cannot be skipped; None if it can.
     """
 
     module: str

@@ -8,7 +8,7 @@ __all__ = ["CONFIG", "METRICS", "Key", "of_adapter"]
 
 
 class Key(NamedTuple):
-    """One logged value. ``part`` is the argument of :class:`AdapterMonitor` that turns it off; empty: always logged."""
+    """One logged value; ``part`` is the argument of :class:`AdapterMonitor` that turns it off, empty if none does."""
 
     name: str
     unit: str

@@ -1,4 +1,4 @@
-"""Write configurations, plots and metrics to loggers of every kind, by what each logger offers."""
+"""Write configurations, plots and metrics to loggers of every kind, with the functions that each logger has."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["log_config", "log_figure", "log_metrics", "loggers_of", "logging_ste
 
 
 def loggers_of(loggers: Iterable[Any], kind: str) -> list[Any]:
-    """Those of ``loggers`` that are of Lightning's class ``kind``, such as ``"WandbLogger"``, from either package."""
+    """Return the loggers of Lightning's class ``kind``, such as ``"WandbLogger"``, from either package."""
     return [logger for logger in loggers if isinstance(logger, lightning_classes(f"loggers.{kind}"))]
 
 
@@ -28,7 +28,7 @@ def _loggers(trainer: L.Trainer) -> list[Any]:
 
 
 def logging_step(trainer: L.Trainer) -> int:
-    """The step under which Lightning logs what the module logs in this batch."""
+    """The step under which Lightning logs the values of this batch."""
     return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
 
 
@@ -67,7 +67,7 @@ def flattened(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _without_changed(logger: Any, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave out what the MLflow run has with another value, because MLflow refuses to change a parameter."""
+    """Leave out parameters that have a different value in the MLflow run, because MLflow refuses to change them."""
     known = logger.experiment.get_run(logger.run_id).data.params
     changed = [name for name, value in config.items() if known.get(name, str(value)[:250]) != str(value)[:250]]
     if changed:
@@ -82,7 +82,7 @@ def log_metrics(trainer: L.Trainer, metrics: Mapping[str, float]) -> None:
 
 
 def log_figure(trainer: L.Trainer, name: str, figure: Any) -> None:
-    """Log a matplotlib figure to every logger; one without images gets a PNG in its folder. For rank 0 only."""
+    """Log a figure to every logger; one without images gets a PNG in its folder. Only rank 0 may call this."""
     step = logging_step(trainer)
     for logger in _loggers(trainer):
         experiment: Any = getattr(logger, "experiment", None)

@@ -1,4 +1,4 @@
-"""The callback that logs what a fit does to its adapters."""
+"""The callback that logs how a fit changes its adapters."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class AdapterMonitor(Callback):
         batch_size_fn: returns the number of samples of a batch. None takes the first size of its first tensor.
 
     Raises:
-        MisconfigurationException: an argument is invalid, or the fit has no adapters.
+        MisconfigurationException: if an argument is invalid, or the fit has no adapters.
 
     Example::
 

@@ -102,7 +102,7 @@ class Updates:
 
     @torch.no_grad()
     def measure(self, norms: bool = True, ranks: bool = True) -> dict[str, float]:
-        """Return the values by key; adapters with an update of another form are left out.
+        """Return the values by key; adapters with a different form of update are left out.
 
         Args:
             norms: return the relative updates.

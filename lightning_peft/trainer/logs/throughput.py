@@ -43,7 +43,7 @@ class Throughput:
         self._tokens: Tensor | int | None = None
 
     def resume(self) -> None:
-        """Let the clock run, before a batch of the training is loaded."""
+        """Start the clock, before a training batch is loaded."""
         self._since = time.perf_counter()
 
     def pause(self) -> None:
@@ -68,7 +68,7 @@ class Throughput:
             self._tokens = now if self._tokens is None else self._tokens + now
 
     def take(self, processes: int) -> dict[str, float]:
-        """Return the values since the last call, and start again.
+        """Return the values since the last call, and start counting again.
 
         Args:
             processes: the number of processes that train on different samples.
@@ -88,7 +88,7 @@ class Throughput:
 
 
 def peak_memory(device: torch.device) -> float | None:
-    """The peak memory in bytes: of tensors on a CUDA device, or on the CPU of the process; None if it is unknown."""
+    """The peak memory in bytes, of the tensors on a CUDA device or of the process on the CPU; None if unknown."""
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device))
     if device.type != "cpu" or sys.platform == "win32":

@@ -36,7 +36,7 @@ def finish_epoch(trainer: Any) -> None:
 
 
 def saved_before_epoch_end(trainer: Any) -> bool:
-    """Whether the loaded checkpoint needs :func:`finish_epoch`; for calls before the run starts."""
+    """Whether the loaded checkpoint needs :func:`finish_epoch`; may be called before the run starts."""
     fit = trainer.fit_loop
     if hasattr(fit, "update_restart_stage"):
         fit.update_restart_stage()

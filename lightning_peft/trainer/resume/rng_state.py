@@ -75,7 +75,7 @@ def this_rank(states: list[Any]) -> Any:
 
 
 class SavedRNGState:
-    """Holds the RNG states of the checkpoint that a run resumes from until they are restored."""
+    """Holds the RNG states of the checkpoint that a run resumes from, until they are restored."""
 
     def __init__(self) -> None:
         self._state: dict[str, Any] | None = None

@@ -1,4 +1,4 @@
-"""Adapted recurrent layers against plain ones with W + s B A in place of each weight, in float64."""
+"""Compare adapted recurrent layers with plain ones that have W + s B A in place of each weight, in float64."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ def test_a_head_is_read_by_peft_and_back(tmp_path):
         again = copy.deepcopy(base)
         lp.load_adapter(again, tmp_path / folder)
         torch.testing.assert_close(logits(again, x), logits(ours, x))
-        assert torch.equal(again.classifier.weight, base.classifier.weight)  # the base's own is unchanged
+        assert torch.equal(again.classifier.weight, base.classifier.weight)  # the base's own value is unchanged
 
 
 def test_a_head_of_peft_with_its_task(tmp_path):

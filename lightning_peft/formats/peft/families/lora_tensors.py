@@ -176,7 +176,8 @@ def _parameters(host: str, pairs: list[_Pair]) -> Iterator[Entry]:
     for outside, pair in zip(reversed(range(len(pairs))), pairs):
         if "magnitude" in pair.part.tensors:
             raise NotInPeftError(f"{pair.part.name!r} is a bare parameter, on which PEFT does not support DoRA")
-        # PEFT wraps the module once per adapted parameter; a parameter is inside the wrappers of all later ones.
+        # PEFT wraps the module once per adapted parameter; the wrappers of later parameters enclose those of earlier
+        # ones.
         key = f"{PREFIX}{host}" + ".base_layer" * outside
         a, b = pair.a, pair.b
         if pair.part.facts.get("is_transposed") and a.ndim == 3:

@@ -1,4 +1,4 @@
-"""AdaLoRA's adapter directory against PEFT, with triplets pruned by either."""
+"""Exchange AdaLoRA's adapter directories with PEFT, with triplets that either library pruned."""
 
 import copy
 import json

@@ -1,4 +1,4 @@
-"""LoRA's adapter directory against PEFT, both ways."""
+"""Exchange LoRA's adapter directories with PEFT, in both directions."""
 
 import copy
 import json

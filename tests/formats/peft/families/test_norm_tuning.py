@@ -1,4 +1,4 @@
-"""Norm tuning, exchanged with PEFT both ways."""
+"""Exchange norm tuning with PEFT, in both directions."""
 
 from __future__ import annotations
 
