@@ -24,7 +24,7 @@ from lightning_peft.core.switching.rows import rows
 from lightning_peft.core.targeting.base_modules import base_modules, base_parameters
 from lightning_peft.trainer.frozen_cache.callback import CacheFrozen
 from lightning_peft.trainer.lifecycle import is_compiled
-from lightning_peft.trainer.logs import adapter_writers
+from lightning_peft.trainer.logs.artifacts import adapter_writers
 from lightning_peft.trainer.packages import lightning_classes
 from lightning_peft.trainer.prepare_run import prepare_run
 from lightning_peft.trainer.retention import Retention
