@@ -242,7 +242,7 @@ class TableDataModule(L.LightningDataModule):
         """Identifies the examples: the rows, the code that prepares them, and the arguments."""
         from datasets.fingerprint import Hasher
 
-        code = [text for c in type(self).__mro__ if issubclass(c, TableDataModule) and (text := _source(c))]
+        code = [text for c in type(self).__mro__ if issubclass(c, TableDataModule) and (text := _source(c))]  # type: ignore[arg-type]
         chosen = {name: value for name, value in self.hparams.items() if name not in _WITHOUT_EFFECT}
         arguments = json.dumps(chosen, default=str, sort_keys=True)
         return Hasher.hash([table._fingerprint, split, code, arguments, self._prepared_with()])
