@@ -47,8 +47,8 @@ def why_frozen(model: nn.Module) -> str:
     if not parts:
         return ""
     return (
-        f". Skipped because you froze them while other parts train: {', '.join(parts)}. To adapt them, name them "
-        "in targets, or leave the freezing to the method"
+        f". Skipped because you froze them while other parts train: {', '.join(parts)}. Name them in targets to "
+        "adapt them, or leave the freezing to the method"
     )
 
 
