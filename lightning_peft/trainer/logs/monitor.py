@@ -102,7 +102,8 @@ class AdapterMonitor(Callback):
             return
         if holds_shards(pl_module) or partitions_optimizers(trainer.strategy):
             rank_zero_info(
-                "the norms and effective ranks of the adapters are not logged, because the strategy shards parameters"
+                "the norms and effective ranks of the adapters are not logged, because the strategy shards parameters "
+                "or optimizer states"
             )
         else:
             self._norms = Norms(pl_module) if self.norms else None
