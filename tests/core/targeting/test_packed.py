@@ -260,7 +260,7 @@ class Attention(nn.Module):
         self.q_proj, self.k_proj, self.v_proj = (GPTQLinear(16, n) for n in (16, 8, 8))
 
 
-@pytest.mark.parametrize("make", [lambda: lp.DoRA(r=2, targets=["0"]), lambda: lp.LoRA(r=2, bias="all")])
+@pytest.mark.parametrize("make", [lambda: lp.DoRA(r=2, targets=["0"]), lambda: lp.OFT(block_size=4)])
 def test_a_copy_of_an_adapted_model_trains(make):
     """The layers of the copy have not been tried yet when checkpointing first calls them."""
     model = packed()
