@@ -283,7 +283,7 @@ SITES = {
         "importlib.util.find_spec",
     ): "of a top-level name, which imports nothing",
     ("trainer/checkpoints/hyperparameters.py", "eval"): "an annotation in the source of the user's class",
-    ("methods/adalora.py", "importlib.util.find_spec"): "matplotlib",
+    ("trainer/logs/monitor.py", "importlib.util.find_spec"): "matplotlib",
     ("core/state/torch_file.py", "torch.load"): "weights_only, after check_zip",
     ("trainer/checkpoints/unsafe_hparams.py", "torch.load"): "weights_only=True; False where the user passes it",
     (
