@@ -270,3 +270,21 @@ def test_another_base_has_other_activations(tmp_path: Path):
     fit(model, lp.LinearProbe(), lp.CacheFrozen(tmp_path), epochs=1)
     assert model.seen["train"] == ROWS
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_second_fit_of_one_callback_reads_the_rows_of_its_validation(tmp_path: Path) -> None:
+    class Alternates(Residual):
+        """A validation that calls the base twice, so that rows of a batch cannot be matched with its calls."""
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            super().validation_step(batch, batch_idx)
+            super().validation_step(batch, batch_idx)
+
+    cache = lp.CacheFrozen(tmp_path)
+    loaders = DataLoader(Residual.data(), 5), DataLoader(Residual.data(), 5)
+    fitted(Alternates(), [lp.LinearProbe(), cache], 2, *loaders)
+    assert cache._plain_validation  # this fit ran its validation in full
+    model = Residual()
+    fitted(model, [lp.LinearProbe(), cache], 3, *loaders)
+    assert not cache._plain_validation
+    assert model.seen["validate"] < 3 * ROWS

@@ -75,6 +75,7 @@ class CacheFrozen(L.Callback):
         self._plain_validation = False
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        self._plain_validation = False  # an earlier fit of this object may have had another module
         compiled = [name or "the module" for name, part in pl_module.named_modules() if _is_compiled(part)]
         if compiled:
             raise CannotCache(f"parts of compiled modules cannot be skipped: {listed(compiled)}")
