@@ -33,6 +33,7 @@ ROWS = _rows()
 STRATEGIES = {
     "DDP": "`DDPStrategy`, without `find_unused_parameters`",
     "FSDP2": "`ModelParallelStrategy(data_parallel_size=2)`; the module calls `lp.apply(self)`, then `fully_shard`",
+    "FSDP1": "`FSDPStrategy`; frozen parameters are sharded, trained ones stay whole",
     "tensor parallel": "`ModelParallelStrategy(1, 2)`; the module calls `parallelize_module`, then nothing or "
     "`lp.apply(self)`; every linear layer is split, by columns or by rows",
 }

@@ -1,17 +1,24 @@
-"""Convert between local parts and full values of sharded tensors (DTensor); other tensors are returned unchanged."""
+"""Convert between local parts and full values of sharded tensors (DTensor); other tensors are returned unchanged.
+
+FSDP1 does not use DTensors: its parameters hold a range of the flattened tensor, which :class:`FlatPart` describes.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 __all__ = [
+    "FlatPart",
     "distribute_like",
     "distributed_like",
+    "flat_part",
+    "full_shape",
     "gather_elements",
     "gather_full",
     "is_sharded",
@@ -25,6 +32,32 @@ __all__ = [
 def is_sharded(tensor: object) -> bool:
     """Whether ``tensor`` is a DTensor."""
     return hasattr(tensor, "_local_tensor")
+
+
+@dataclass(frozen=True)
+class FlatPart:
+    """The part of a parameter that FSDP1 leaves on this rank.
+
+    Attributes:
+        shape: the shape of the whole parameter.
+        start: where the part starts in the flattened parameter; parts can be empty.
+        group: the process group that holds the parameter together.
+    """
+
+    shape: torch.Size
+    start: int
+    group: Any
+
+
+def flat_part(tensor: Any) -> FlatPart | None:
+    """Return what FSDP1 left of a parameter of an adapted model, as the parameter's attribute says; or None."""
+    return getattr(tensor, "_peft_flat_part", None)
+
+
+def full_shape(tensor: Tensor) -> torch.Size:
+    """Return the shape of the whole tensor."""
+    part = flat_part(tensor)
+    return tensor.shape if part is None else part.shape
 
 
 def local_part(tensor: Tensor) -> Tensor:
@@ -42,6 +75,13 @@ def gather_elements(tensor: Tensor, positions: Tensor) -> Tensor:
 
     Only these elements are exchanged. The tensor itself stays sharded, unless it is sharded in an unusual way.
     """
+    if (part := flat_part(tensor)) is not None:
+        here = positions.to(tensor.device) - part.start
+        owned = (here >= 0) & (here < tensor.numel())
+        found = tensor.detach().new_zeros(len(positions))
+        found[owned] = tensor.detach()[here[owned]]
+        torch.distributed.all_reduce(found, group=part.group)  # every other rank adds zeros
+        return found
     mesh, placements = cast(Any, tensor).device_mesh, cast(Any, tensor).placements
     from torch.distributed.tensor import Replicate, Shard
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset

@@ -72,8 +72,7 @@ class GradualUnfreezing(SelectionMethod):
     Raises:
         ValueError: if the schedule is empty, negative or not in ascending order.
         TargetError: if the schedule has more entries than there are blocks, or a pattern matches nothing.
-        MisconfigurationException: if the strategy fixes the trainable parameters before the first step (DeepSpeed, FSDP
-            1).
+        MisconfigurationException: if the strategy fixes the trainable parameters before the first step (DeepSpeed).
 
     Example::
 
@@ -157,7 +156,7 @@ class GradualUnfreezing(SelectionMethod):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         kind = type(trainer.strategy).__name__
-        if kind.startswith(("DeepSpeed", "FSDP", "Megatron")):
+        if kind.startswith(("DeepSpeed", "Megatron")):
             raise MisconfigurationException(
                 f"GradualUnfreezing is not supported with {kind}, which fixes the trainable parameters before the "
                 "first step. Use DDPStrategy or ModelParallelStrategy, or train from the start with lp.LastLayers"

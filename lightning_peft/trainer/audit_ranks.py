@@ -12,6 +12,7 @@ from torch import nn
 from lightning_peft.core.names import canonical, listed
 from lightning_peft.core.sharded_tensors import is_sharded
 from lightning_peft.core.state.state_dict import owned_keys
+from lightning_peft.core.targeting.base_modules import local_state_dict
 from lightning_peft.trainer.audit import AuditError
 from lightning_peft.trainer.quantised_strategies import packed_digests
 
@@ -26,7 +27,7 @@ def audit_ranks(model: nn.Module) -> None:
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return
-    own, full = owned_keys(model), {canonical(k): v for k, v in nn.Module.state_dict(model).items()}
+    own, full = owned_keys(model), {canonical(k): v for k, v in local_state_dict(model).items()}
     state = {k: full[k] for k in own if not full[k].is_meta and not is_sharded(full[k])}
     digest = {k: (tuple(v.shape), float(v.double().sum()), float(v.double().norm())) for k, v in state.items()}
     for rank, keys in _differences(packed_digests(model)):

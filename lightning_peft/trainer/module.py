@@ -23,6 +23,7 @@ from lightning_peft.core.state.fingerprint import check_fingerprint
 from lightning_peft.core.state.freezing import set_unfrozen
 from lightning_peft.core.state.state_dict import StateError, load_state, trainable_keys
 from lightning_peft.core.state.torch_file import naming
+from lightning_peft.core.targeting.base_modules import local_state_dict
 from lightning_peft.trainer.audit import audit_optimizers
 from lightning_peft.trainer.audit_ranks import audit_methods, audit_ranks
 from lightning_peft.trainer.averaging import start_averaging
@@ -30,6 +31,7 @@ from lightning_peft.trainer.bitsandbytes_precision import convert_layers, creati
 from lightning_peft.trainer.checkpoints.manifest import KEY, check_manifest, manifest, sealed
 from lightning_peft.trainer.checkpoints.trimming import check_complete
 from lightning_peft.trainer.checkpoints.unsafe_hparams import pickle_unsafe_hparams
+from lightning_peft.trainer.fsdp1 import refuse_wrapped
 from lightning_peft.trainer.lazy_modules import create_lazy_parameters
 from lightning_peft.trainer.lifecycle import Lifecycle
 from lightning_peft.trainer.logs.run_ids import continue_runs, run_ids
@@ -67,6 +69,7 @@ class AdaptedModule(_LightningModule):
         if _methods_of(self._trainer) or injection_state(self) is None:
             create_lazy_parameters(self)
             apply(self)
+        refuse_wrapped(self)
         adapt_quantised(self, getattr(self._trainer, "strategy", None))
         update_base(self)
         audit_ranks(self)  # DDP later copies rank 0's adapters to the other ranks, which would hide a difference
@@ -112,7 +115,7 @@ class AdaptedModule(_LightningModule):
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         if injection_state(self) is None:
             return super().load_state_dict(state_dict, strict=strict, assign=assign)
-        own = {canonical(k) for k in nn.Module.state_dict(self)}
+        own = {canonical(k) for k in local_state_dict(self)}
         will_train = {id(p) for p in trainable_parameters(self)}
         train = {canonical(n) for n, p in self.named_parameters(remove_duplicate=False) if id(p) in will_train}
         base = own - trainable_keys(self) - train
@@ -162,7 +165,7 @@ def adapt_module(module: Any) -> None:
 
 
 def _check_strict(model: nn.Module, own: set[str], given: set[str]) -> None:
-    adapters = {canonical(k) for k in nn.Module.state_dict(model) if k.startswith(stack_prefixes(model))}
+    adapters = {canonical(k) for k in local_state_dict(model) if k.startswith(stack_prefixes(model))}
     wrong = sorted((own - adapters - given) | (given - own))
     if wrong:
         raise StateError(

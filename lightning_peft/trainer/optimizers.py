@@ -87,7 +87,7 @@ def add_adapters(optimizers: Iterable[Optimizer], module: nn.Module) -> None:
     is not added.
     """
     groups = {id(p): group for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
-    names = {id(p): name for name, p in module.named_parameters()}
+    names = {id(p): canonical(name) for name, p in module.named_parameters()}
     for host_name, host in hosts(module):
         for adapter in cast(AdapterStack, host.adapters).values():
             missing = [p for p in adapter.parameters() if p.requires_grad and id(p) not in groups]
@@ -122,7 +122,7 @@ def drop_frozen(optimizers: Sequence[Optimizer], module: nn.Module) -> None:
     Raises:
         MisconfigurationException: if no optimizer has a parameter left.
     """
-    names = {id(p): name for name, p in module.named_parameters()}
+    names = {id(p): canonical(name) for name, p in module.named_parameters()}
     deferred = {id(p) for p in deferred_parameters(module)}
     empty: list[str] = []  # one clause for each optimizer
     for index, optimizer in enumerate(optimizers):

@@ -20,9 +20,12 @@ from lightning_peft.core.class_swap import original_class
 from lightning_peft.core.names import canonical
 from lightning_peft.core.state.state_dict import StateError, owned_keys, trainable_keys
 from lightning_peft.core.state.torch_file import read_torch_file
+from lightning_peft.trainer import fsdp1
 from lightning_peft.trainer.checkpoints import sharded
 from lightning_peft.trainer.checkpoints.manifest import check_seal
 from lightning_peft.trainer.checkpoints.one_step_save import save_in_one_step
+from lightning_peft.trainer.checkpoints.optimizer_names import in_order
+from lightning_peft.trainer.checkpoints.sharded_folder import recover_path
 from lightning_peft.trainer.checkpoints.trimming import trim_state
 from lightning_peft.trainer.optimizers import has_gradients
 from lightning_peft.trainer.packages import lightning_classes
@@ -45,17 +48,11 @@ def adapt_strategy(trainer: L.Trainer, loaders: TrainingLoaders) -> None:
         loaders: Wraps the training loaders during a fit, to make them resumable.
 
     Raises:
-        MisconfigurationException: with FSDP1 or DeepSpeed stage 3.
+        MisconfigurationException: with DeepSpeed stage 3, or FSDP1 with ``use_orig_params=False``.
     """
     strategy: Any = trainer.strategy
     if "_peft_adapted" in strategy.__dict__:
         return
-    if isinstance(strategy, lightning_classes("strategies.FSDPStrategy")):
-        raise MisconfigurationException(
-            f"{type(strategy).__name__} (FSDP1) is not supported with PEFT methods: it flattens frozen and trainable "
-            "parameters into one, and gathers all of them whenever a state dict is read. Use FSDP2: "
-            "ModelParallelStrategy, with lp.apply(self) and then fully_shard in configure_model"
-        )
     if getattr(strategy, "zero_stage_3", False):
         raise MisconfigurationException(
             "DeepSpeed stage 3 is not supported with PEFT methods yet: it partitions parameters as they are created, "
@@ -83,13 +80,13 @@ def adapt_strategy(trainer: L.Trainer, loaders: TrainingLoaders) -> None:
         # Strategies that load the state themselves, and a user's own CheckpointIO, are not bypassed.
         plain = type(strategy).load_checkpoint.__qualname__ == "Strategy.load_checkpoint"
         plain = plain and original_class(strategy.checkpoint_io).__name__ == "TorchCheckpointIO"
+        if plain and not Path(checkpoint_path).is_file():
+            recover_path(strategy, Path(checkpoint_path))  # the save of a folder may have been killed
         if plain and Path(checkpoint_path).is_dir():
-            raise StateError(
-                f"{checkpoint_path} is a folder, but {type(strategy).__name__} reads checkpoints that are one file. "
-                "Resume with the strategy that saved it. ModelParallelStrategy writes one file with "
-                "save_distributed_checkpoint=False"
-            )
-        if plain and weights_only and Path(checkpoint_path).is_file():
+            from lightning_peft.trainer.checkpoints.folder_reader import read_folder
+
+            checkpoint = read_folder(Path(checkpoint_path), weights_only)
+        elif plain and weights_only and Path(checkpoint_path).is_file():
             checkpoint = read_torch_file(checkpoint_path)
         else:
             checkpoint = load(checkpoint_path, weights_only=weights_only)
@@ -97,8 +94,10 @@ def adapt_strategy(trainer: L.Trainer, loaders: TrainingLoaders) -> None:
         return checkpoint
 
     def load_optimizer_state_dict(checkpoint: Mapping[str, Any]) -> None:
+        module, states = strategy.lightning_module, checkpoint["optimizer_states"]
         try:
-            load_optimizers(checkpoint)
+            ordered = [in_order(saved, one, module) for saved, one in zip(states, strategy.optimizers)]
+            load_optimizers({**checkpoint, "optimizer_states": ordered})
         except ValueError as error:
             now = owned_keys(strategy.lightning_module)
             frozen = sorted({canonical(k) for k in checkpoint["state_dict"]} - now)
@@ -144,5 +143,7 @@ def adapt_strategy(trainer: L.Trainer, loaders: TrainingLoaders) -> None:
     save_in_one_step(strategy)
     if isinstance(strategy, lightning_classes("strategies.ModelParallelStrategy")):
         sharded.adapt(strategy)
+    if isinstance(strategy, lightning_classes("strategies.FSDPStrategy")):
+        fsdp1.adapt(strategy)
     if partitions_optimizers(strategy):
         strategy.exclude_frozen_parameters = True  # DeepSpeed writes its own files, which are trimmed by this option

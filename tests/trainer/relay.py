@@ -6,18 +6,31 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 import torch.distributed as dist
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import CustomPolicy
 
 import lightning_peft as lp
+from lightning_peft.core.class_swap import original_class
 from tests.trainer.tensor_parallel import LAYERS, Net, apart, fit, loader
 
 #: each stage resumes from the previous one and trains one epoch
 STAGES = (
-    *("one device", "DDP", "one device", "FSDP2", "DDP", "FSDP2, sharded file", "tensor parallel", "one device"),
-    *("tensor parallel, sharded file", "FSDP2"),
+    *("one device", "FSDP1", "FSDP2", "DDP", "FSDP2, sharded file", "one device", "FSDP1, sharded file", "DDP"),
+    *("tensor parallel, sharded file", "FSDP1", "tensor parallel", "FSDP1, sharded file", "FSDP2", "one device"),
 )
+
+
+class FSDP1OnCPU(FSDPStrategy):
+    """Lightning's strategy on the CPU, where the Trainer refuses the class itself, and which has no index."""
+
+    def _setup_model(self, model: nn.Module) -> nn.Module:
+        options = {"cpu_offload": self.cpu_offload, "mixed_precision": self.mixed_precision_config, **self.kwargs}
+        cpu = torch.device("cpu")
+        return FullyShardedDataParallel(model, sharding_strategy=self.sharding_strategy, device_id=cpu, **options)
 
 
 class Runner(Net):
@@ -51,16 +64,25 @@ def relay(folder: Path) -> dict[str, float]:
     return found
 
 
+#: an nn.MultiheadAttention is one unit, because it reads its out_proj (of a subclass of nn.Linear) without calling it
+_UNITS = CustomPolicy(lambda module: original_class(module) in (nn.Linear, nn.MultiheadAttention))
+
+
+def strategy_of(how: str) -> Strategy:
+    """A strategy for two gloo processes."""
+    gloo, folder = {"process_group_backend": "gloo"}, how.endswith("sharded file")
+    if how == "DDP":
+        return DDPStrategy(**gloo)
+    if how.startswith("FSDP1"):
+        return FSDP1OnCPU(auto_wrap_policy=_UNITS, state_dict_type="sharded" if folder else "full", **gloo)
+    sizes = (1, 2) if how.startswith("tensor") else (2, 1)
+    return ModelParallelStrategy(*sizes, save_distributed_checkpoint=folder, **gloo)
+
+
 def _trainer(how: str, epochs: int) -> L.Trainer:
     options: dict[str, Any] = {f"enable_{what}": False for what in ("checkpointing", "progress_bar", "model_summary")}
-    gloo = {"process_group_backend": "gloo"}
-    if how == "DDP":
-        options["strategy"] = DDPStrategy(**gloo)
-    elif how != "one device":
-        sizes = (1, 2) if how.startswith("tensor") else (2, 1)
-        options["strategy"] = ModelParallelStrategy(
-            *sizes, save_distributed_checkpoint=how.endswith("sharded file"), **gloo
-        )
+    if how != "one device":
+        options["strategy"] = strategy_of(how)
     devices = 1 if how == "one device" else 2
     method = lp.LoRA(r=3, **LAYERS)
     options |= {"accelerator": "cpu", "devices": devices, "callbacks": [method], "logger": False}

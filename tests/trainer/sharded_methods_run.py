@@ -12,7 +12,6 @@ from typing import Any
 import lightning as L
 import torch
 import torch.distributed as dist
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -26,7 +25,8 @@ from lightning_peft.core.state.fingerprint import fingerprint
 from tests.kinds import KINDS
 from tests.strategies import ROWS, STRATEGIES
 from tests.table import METHODS as TABLE
-from tests.trainer.relay import relay
+from tests.trainer import fsdp1
+from tests.trainer.relay import relay, strategy_of
 from tests.trainer.tensor_parallel import Block, compare, full_values
 
 # These plans take and return whole activations, so that any layer of any model can be split.
@@ -57,12 +57,7 @@ def fit_method(method: str, how: str) -> dict[str, torch.Tensor]:
     kind = kind_of(ROWS[method])
     options: dict[str, Any] = {"devices": 1}
     if how != "plain":
-        gloo = {"process_group_backend": "gloo"}
-        sizes = (1, 2) if how == "tensor parallel" else (2, 1)
-        options = {
-            "devices": 2,
-            "strategy": DDPStrategy(**gloo) if how == "DDP" else ModelParallelStrategy(*sizes, **gloo),
-        }
+        options = {"devices": 2, "strategy": strategy_of(how)}
     L.seed_everything(3, verbose=False)
     module = Sharded(kind, how)
     made = TABLE[ROWS[method]].make(inside_net(KINDS[kind]))
@@ -112,6 +107,7 @@ def main(out: Path) -> None:
     found = every_method()
     found["tensor parallel"] = compare(out.parent)
     found["relay"] = relay(out.parent)
+    found["FSDP1"] = fsdp1.compare(out.parent)
     found["fingerprint"] = fingerprint_of_shards()
     if dist.get_rank() == 0:
         out.write_text(json.dumps(found))

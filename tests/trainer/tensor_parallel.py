@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 import torch.distributed as dist
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_peft as lp
+from lightning_peft.core.names import canonical
 
 LAYERS: dict[str, Any] = {"targets": ["up", "down"], "trainable": ["head"]}
 X = torch.randn(8, 16, generator=torch.Generator().manual_seed(1))
@@ -100,7 +103,13 @@ def loader() -> DataLoader:
 
 
 def full_values(module: nn.Module) -> dict[str, torch.Tensor]:
-    return {n: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach() for n, p in module.named_parameters()}
+    strategy: Any = module._trainer.strategy if isinstance(module, L.LightningModule) and module._trainer else None
+    fsdp1 = isinstance(strategy, FSDPStrategy)
+    with FullyShardedDataParallel.summon_full_params(strategy.model) if fsdp1 else nullcontext():
+        return {
+            canonical(n): (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone()
+            for n, p in module.named_parameters()
+        }
 
 
 def apart(one: nn.Module, other: nn.Module) -> float:

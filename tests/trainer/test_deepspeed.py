@@ -1,4 +1,4 @@
-"""DeepSpeed trains, saves and resumes as one device does; FSDP1 and DeepSpeed stage 3 are refused."""
+"""DeepSpeed trains, saves and resumes as one device does; its stage 3 and flat parameters of FSDP1 are refused."""
 
 from __future__ import annotations
 
@@ -50,7 +50,8 @@ def test_deepspeed_stage_3_is_refused(tmp_path: Path, monkeypatch: pytest.Monkey
         run.fit(Toy(), loader())
 
 
-def test_fsdp1_is_refused() -> None:
-    run: Any = SimpleNamespace(strategy=FSDPStrategy())  # a Trainer would refuse it first without a GPU
-    with pytest.raises(MisconfigurationException, match=r"FSDPStrategy \(FSDP1\) is not supported"):
+def test_fsdp1_with_flat_parameters_is_refused() -> None:
+    # A Trainer would refuse the strategy first without a GPU.
+    run: Any = SimpleNamespace(strategy=FSDPStrategy(use_orig_params=False), state=SimpleNamespace(fn="fit"))
+    with pytest.raises(MisconfigurationException, match="Remove the argument"):
         adapt_strategy(run, TrainingLoaders())

@@ -16,9 +16,12 @@ from lightning_peft.core.injection.merge_plan import MergeError, MergePlan, chan
 from lightning_peft.core.injection.merged_values import merged_values
 from lightning_peft.core.injection.plain_layer import plain_dtype
 from lightning_peft.core.injection.quantizer_marks import drop_marks, restore_marks
+from lightning_peft.core.names import canonical, listed
 from lightning_peft.core.record import injection_state
+from lightning_peft.core.sharded_tensors import flat_part
 from lightning_peft.core.state.consistency import check_record
 from lightning_peft.core.state.state_dict import StateError
+from lightning_peft.core.targeting.base_modules import base_parameters
 from lightning_peft.core.targeting.packed import COMPRESSED, is_compressed, is_packed
 from lightning_peft.core.targeting.ties import tied_names
 
@@ -93,6 +96,11 @@ def _check_mergeable(model: nn.Module, name: str | None) -> None:
         raise MergeError(
             f"{type(model).__name__} has no adapters, so there is nothing to merge: attach a method, or load an "
             "adapter with lp.load_adapter"
+        )
+    if parts := [canonical(n) for n, p in base_parameters(model) if flat_part(p) is not None]:
+        raise MergeError(
+            f"FSDP1 has split {listed(parts)}, so this process does not have the weights to merge into: load the run's "
+            "checkpoint with lp.load_from_checkpoint, and merge there"
         )
     if name is not None:
         check_known(model, name)

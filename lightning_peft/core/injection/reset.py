@@ -14,6 +14,7 @@ from lightning_peft.core.record import injected_module, injection_state
 from lightning_peft.core.sharded_tensors import sharded_like
 from lightning_peft.core.state.freezing import set_unfrozen
 from lightning_peft.core.state.state_dict import StateError
+from lightning_peft.core.targeting.base_modules import local_state_dict
 
 __all__ = ["moved_adapters", "reset"]
 
@@ -43,7 +44,7 @@ def reset(model: nn.Module) -> None:
     if record is None:
         raise ValueError("lp.reset: no methods were applied to this model, so there is nothing to restore")
     check_unmerged(root)
-    current = {canonical(k): v for k, v in nn.Module.state_dict(root, keep_vars=True).items()}
+    current = {canonical(k): v for k, v in local_state_dict(root, keep_vars=True).items()}
     lost = record.start.moved_marks(root, {**record.deferred, **record.start.trained})
     lost += [k for k, v in record.start.trained.items() if k in current and current[k].shape != v.shape]
     if lost:
@@ -72,6 +73,6 @@ def moved_adapters(model: nn.Module) -> list[str]:
     if record is None:
         return []
     inside = stack_prefixes(root)
-    state = {canonical(k): v for k, v in nn.Module.state_dict(root).items() if k.startswith(inside)}
+    state = {canonical(k): v for k, v in local_state_dict(root).items() if k.startswith(inside)}
     start = record.start.trained
     return sorted(k for k, v in state.items() if k in start and not torch.equal(start[k].to(v), v))

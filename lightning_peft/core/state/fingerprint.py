@@ -15,7 +15,7 @@ from lightning_peft.core.adapters.lookup import stacks
 from lightning_peft.core.class_swap import original_class
 from lightning_peft.core.names import canonical, nearest
 from lightning_peft.core.record import preparations
-from lightning_peft.core.sharded_tensors import gather_elements, gather_full, is_sharded
+from lightning_peft.core.sharded_tensors import flat_part, full_shape, gather_elements, gather_full, is_sharded
 from lightning_peft.core.state.moved_values import extra_state
 from lightning_peft.core.state.state_dict import StateError, trained_base_keys
 from lightning_peft.core.targeting.base_modules import base_state_dict
@@ -47,10 +47,10 @@ def fingerprint(
         leave_out: names of parameters that are frozen now and train later.
     """
     frozen = _tensors_but(model, trained_base_keys(model) | set(leave_out) | extra_state(model).keys())
-    shapes = hashlib.sha256(repr([(n, tuple(t.shape)) for n, t in sorted(frozen.items())]).encode()).hexdigest()
+    shapes = hashlib.sha256(repr([(n, tuple(full_shape(t))) for n, t in sorted(frozen.items())]).encode()).hexdigest()
     names = list(frozen)
     chosen = names[:: max(1, len(names) // tensors)]
-    values = {n: _sample(frozen[n], samples) for n in chosen if frozen[n].numel() and not frozen[n].is_meta}
+    values = {n: _sample(frozen[n], samples) for n in chosen if full_shape(frozen[n]).numel() and not frozen[n].is_meta}
     return {"shapes": shapes, "values": _finite(values), "packed": _packed(model), "prepared": preparations(model)}
 
 
@@ -84,7 +84,7 @@ def check_fingerprint(model: nn.Module, saved: Mapping[str, Any], plain: bool = 
                 f"this is a different base model: it has no tensor {name!r}"
                 + (f"; nearest: {near[0]!r}" if near else "")
             )
-        if frozen[name].is_meta or not frozen[name].numel():
+        if frozen[name].is_meta or not full_shape(frozen[name]).numel():
             continue
         if not _same(_sample(frozen[name], len(values)), values):
             raise OtherBaseError(
@@ -105,7 +105,9 @@ def fingerprint_now(saved: Mapping[str, Any], tensors: Mapping[str, Any], adapte
         tensors: the current values of the base, by the same names; some may be missing.
         adapted: names of adapted weights, or of modules that carry adapters.
     """
-    whole = {n: tensors[n] for n in saved["values"] if n in tensors and not is_sharded(tensors[n])}
+    whole = {
+        n: tensors[n] for n in saved["values"] if n in tensors and not (is_sharded(tensors[n]) or flat_part(tensors[n]))
+    }
     now = {n: _sample(t, len(saved["values"][n])) for n, t in whole.items() if not t.is_meta}
     under = tuple(f"{name}." if name else "" for name in adapted)
     differ = [n for n, values in now.items() if not _same(values, saved["values"][n])]
@@ -126,7 +128,8 @@ def _same(here: list[float], there: list[float]) -> bool:
 
 
 def _tensors_but(model: nn.Module, without: set[str]) -> dict[str, Tensor]:
-    state = {canonical(k): v for k, v in base_state_dict(model).items() if isinstance(v, Tensor)}
+    # With the parameters themselves, because FSDP1's say which part they are.
+    state = {canonical(k): v for k, v in base_state_dict(model, keep_vars=True).items() if isinstance(v, Tensor)}
     return {n: t for k, v in state.items() if k not in without for n, t in plain_tensors(k, v)}
 
 
@@ -154,8 +157,10 @@ def _sample(tensor: Tensor, samples: int) -> list[float]:
         tensor = tensor.detach().to_sparse().coalesce().values()
     if tensor.is_complex():
         tensor = torch.view_as_real(gather_full(tensor).detach().resolve_conj())
-    steps = min(samples, tensor.numel())
+    size = full_shape(tensor).numel()
+    steps = min(samples, size)
     # In float64, because float32 is exact only up to 2^24 and would step past the end of a large embedding.
-    index = torch.linspace(0, tensor.numel() - 1, steps, dtype=torch.float64).long().to(tensor.device)
-    values = gather_elements(tensor, index) if is_sharded(tensor) else tensor.detach().reshape(-1)[index]
+    index = torch.linspace(0, size - 1, steps, dtype=torch.float64).long().to(tensor.device)
+    parted = is_sharded(tensor) or flat_part(tensor) is not None
+    values = gather_elements(tensor, index) if parted else tensor.detach().reshape(-1)[index]
     return [float(v) for v in values.to("cpu", torch.float32)]

@@ -21,7 +21,13 @@ from lightning_peft.core.class_swap import has_mixin
 from lightning_peft.core.names import adapter_key, canonical, join, nearest
 from lightning_peft.core.record import injected_module, injected_name, injection_state
 from lightning_peft.core.state.moved_values import extra_state
-from lightning_peft.core.targeting.base_modules import base_modules, base_parameters, base_state_dict
+from lightning_peft.core.targeting.base_modules import (
+    base_modules,
+    base_parameters,
+    base_state_dict,
+    local_state_dict,
+    without_fsdp_hooks,
+)
 from lightning_peft.ops.finite import is_finite
 
 __all__ = [
@@ -49,7 +55,7 @@ def trainable_keys(model: nn.Module) -> set[str]:
 
 def owned_keys(model: nn.Module) -> set[str]:
     """Return the keys of adapters and of trained base parameters; a shared parameter under each of its keys."""
-    of_base, every = base_state_dict(model, keep_vars=True), nn.Module.state_dict(model)
+    of_base, every = base_state_dict(model, keep_vars=True), local_state_dict(model)
     trained = _trained(model)
     return {canonical(key) for key in every if key not in of_base or id(of_base[key]) in trained}
 
@@ -150,7 +156,7 @@ def adapter_state(model: nn.Module, name: str | None = None) -> dict[str, Tensor
     """
     if name is None:
         keys = trainable_keys(model)
-        return {canonical(k): v for k, v in nn.Module.state_dict(model).items() if canonical(k) in keys}
+        return {canonical(k): v for k, v in local_state_dict(model).items() if canonical(k) in keys}
     check_known(model, name)
     return {key: value.detach() for key, value in _tensors_of(model, name).items()}
 
@@ -161,7 +167,7 @@ def check_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     Raises:
         StateError: if keys are missing or unknown, or values have the wrong shape or are not finite.
     """
-    current = {canonical(k): v for k, v in nn.Module.state_dict(model).items()}
+    current = {canonical(k): v for k, v in local_state_dict(model).items()}
     given = {canonical(k): v for k, v in state.items()}
     expected, extra = owned_keys(model), extra_state(model)
     problems = []
@@ -189,8 +195,9 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         StateError: if :func:`check_state` raises it; nothing is loaded in this case.
     """
     check_state(model, state)
-    names = {canonical(k): k for k in nn.Module.state_dict(model)}
-    nn.Module.load_state_dict(model, {names[canonical(k)]: v for k, v in state.items()}, strict=False)
+    names = {canonical(k): k for k in local_state_dict(model)}
+    with without_fsdp_hooks(model):
+        nn.Module.load_state_dict(model, {names[canonical(k)]: v for k, v in state.items()}, strict=False)
     moved_keys(model)  # remember now what the state changed: after a cast it could not be detected any more
 
 

@@ -5,16 +5,28 @@ The walk does not enter the adapters, so it takes no longer with a thousand adap
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core.sharded_tensors import is_sharded
+from lightning_peft.core.sharded_tensors import flat_part, is_sharded
 
-__all__ = ["AdapterContainer", "base_buffers", "base_modules", "base_parameters", "base_state_dict", "holds_shards"]
+__all__ = [
+    "AdapterContainer",
+    "base_buffers",
+    "base_modules",
+    "base_parameters",
+    "base_state_dict",
+    "holds_shards",
+    "is_fsdp1",
+    "local_state_dict",
+    "without_fsdp_hooks",
+]
 
 _OF_BASE: ContextVar[bool] = ContextVar("of_base", default=False)
 
@@ -68,18 +80,49 @@ def base_buffers(model: nn.Module, remove_duplicate: bool = True) -> Iterator[tu
 
 
 def base_state_dict(model: nn.Module, keep_vars: bool = False) -> dict[str, Any]:
-    """Like ``nn.Module.state_dict(model)``, but without the tensors of adapters."""
+    """Like :func:`local_state_dict`, but without the tensors of adapters."""
     token = _OF_BASE.set(True)
     try:
-        return nn.Module.state_dict(model, keep_vars=keep_vars)
+        return local_state_dict(model, keep_vars=keep_vars)
     finally:
         _OF_BASE.reset(token)
+
+
+def local_state_dict(model: nn.Module, keep_vars: bool = False) -> dict[str, Any]:
+    """Like ``nn.Module.state_dict(model)``, but FSDP1 gathers nothing: its parameters are this rank's flat parts."""
+    with without_fsdp_hooks(model):
+        return nn.Module.state_dict(model, keep_vars=keep_vars)
+
+
+def is_fsdp1(module: nn.Module) -> bool:
+    """Whether ``module`` is a unit of FSDP1."""
+    return type(module).__name__ == "FullyShardedDataParallel"
+
+
+_HOOKS = ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
+
+
+@contextmanager
+def without_fsdp_hooks(model: nn.Module) -> Iterator[None]:
+    """Keep ``state_dict`` and ``load_state_dict`` from running the hooks of FSDP1, which gather every parameter.
+
+    They are collectives that need memory for the whole model, and they require that all its keys are loaded.
+    """
+    units = [module for module in model.modules() if is_fsdp1(module)]
+    before = [{hooks: vars(unit)[hooks] for hooks in _HOOKS} for unit in units]
+    for unit in units:
+        vars(unit).update((hooks, OrderedDict()) for hooks in _HOOKS)
+    try:
+        yield
+    finally:
+        for unit, hooks in zip(units, before):
+            vars(unit).update(hooks)
 
 
 def holds_shards(model: nn.Module) -> bool:
     """Whether this rank has only parts of the base's parameters: DTensors, or those of DeepSpeed ZeRO or FSDP."""
     return any(
-        type(module).__name__ == "FullyShardedDataParallel"
-        or any(is_sharded(p) or hasattr(p, "ds_id") for p in module._parameters.values())
+        is_fsdp1(module)
+        or any(is_sharded(p) or flat_part(p) is not None or hasattr(p, "ds_id") for p in module._parameters.values())
         for _, module in _all_modules(model, remove_duplicate=True)
     )

@@ -118,7 +118,7 @@ def _trained(base: Base, record: InjectionState, name: str) -> dict[str, Tensor]
 
 
 def _fingerprint(base: Base, record: InjectionState) -> dict[str, Any]:
-    state = {canonical(key): value for key, value in base_state_dict(base.root).items()}
+    state = {canonical(key): value for key, value in base_state_dict(base.root, keep_vars=True).items()}
     now = fingerprint_now(record.fingerprint, state, {join(host, weight) for host, weight, _ in record.shapes})
     values = {base.inner(name): value for name, value in now["values"].items()}
     return {

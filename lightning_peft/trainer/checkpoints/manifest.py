@@ -70,7 +70,7 @@ def read_checkpoint(
     """Read a checkpoint and check that it has a manifest.
 
     Args:
-        path: A file that a Trainer wrote.
+        path: A file or sharded checkpoint that a Trainer wrote; the latter is read to the CPU, without optimizers.
         map_location: The device to load the tensors to.
         mmap: Leave the values in the file until they are used. The digests are then not checked.
         weights_only: Read tensors and plain values only. With False, any code that the file names runs.
@@ -78,7 +78,11 @@ def read_checkpoint(
     Raises:
         StateError: if the file cannot be read, has no manifest, does not match its digests, or would run code.
     """
-    if weights_only:
+    if Path(path).is_dir():
+        from lightning_peft.trainer.checkpoints.folder_reader import read_folder
+
+        checkpoint = read_folder(Path(path), weights_only, optimizers=False)
+    elif weights_only:
         checkpoint = read_torch_file(path, map_location, mmap=mmap)
     else:
         checkpoint = torch.load(path, map_location=map_location, weights_only=False, mmap=mmap or None)

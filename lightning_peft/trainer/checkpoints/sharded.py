@@ -6,6 +6,7 @@ trainable tensors are gathered, written and required. Lightning itself saves the
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,13 @@ from lightning_peft.core.record import injection_state
 from lightning_peft.core.sharded_tensors import gather_full, sharded_like
 from lightning_peft.core.state.state_dict import StateError, check_state, owned_keys, state_keys, trainable_keys
 from lightning_peft.core.state.torch_file import read_torch_file
+from lightning_peft.core.targeting.base_modules import local_state_dict, without_fsdp_hooks
 from lightning_peft.trainer.checkpoints.manifest import check_seal
+from lightning_peft.trainer.checkpoints.optimizer_names import in_order
 from lightning_peft.trainer.checkpoints.sharded_folder import META, check_files, recover_path, save_folder
 from lightning_peft.trainer.checkpoints.trimming import trim_state
 
-__all__ = ["adapt"]
+__all__ = ["adapt", "agreed_keys", "load_file"]
 
 
 def adapt(strategy: Any) -> None:
@@ -32,7 +35,7 @@ def adapt(strategy: Any) -> None:
     def lightning_module_state_dict() -> dict[str, Any]:
         module = strategy.lightning_module
         assert module is not None
-        state = trim_state(module, nn.Module.state_dict(module), _agreed_keys(module))
+        state = trim_state(module, local_state_dict(module), agreed_keys(module))
         if strategy._save_distributed_checkpoint:
             return state
         full = {k: _gathered(v) for k, v in state.items()}  # a collective: every rank must call it for every key
@@ -48,14 +51,14 @@ def adapt(strategy: Any) -> None:
         path = Path(strategy.broadcast(checkpoint_path))
         recover_path(strategy, path)
         weights_only = True if weights_only is None else weights_only
-        return (_load_directory if path.is_dir() else _load_file)(strategy, path, weights_only)
+        return (_load_directory if path.is_dir() else load_file)(strategy, path, weights_only)
 
     setattr(strategy, "lightning_module_state_dict", lightning_module_state_dict)  # noqa: B010 - mypy
     setattr(strategy, "save_checkpoint", save_checkpoint)  # noqa: B010
     setattr(strategy, "load_checkpoint", load_checkpoint)  # noqa: B010
 
 
-def _agreed_keys(module: nn.Module) -> set[str]:
+def agreed_keys(module: nn.Module) -> set[str]:
     """The keys of the trainable state, including values that moved on any rank.
 
     Each rank sees only its own part of a sharded parameter, and the value may have moved only in another rank's part.
@@ -74,25 +77,36 @@ def _gathered(value: Any) -> Any:
     return gather_full(value).detach().cpu() if isinstance(value, torch.Tensor) else value
 
 
-def _load_file(strategy: Any, path: Path, weights_only: bool) -> dict[str, Any]:
-    checkpoint = _read(path, weights_only)
+def load_file(strategy: Any, path: Path, weights_only: bool) -> dict[str, Any]:
+    """Load a checkpoint of whole tensors, in one file or in a folder, into the strategy's module and optimizers.
+
+    Raises:
+        StateError: if it cannot be read, is damaged, or does not fit the module.
+    """
+    if path.is_dir():
+        from lightning_peft.trainer.checkpoints.folder_reader import read_folder
+
+        checkpoint = read_folder(path, weights_only)
+    else:
+        checkpoint = _read(path, weights_only)
     module = strategy.lightning_module
     module.on_load_checkpoint(checkpoint)
     state = checkpoint["state_dict"]
     check_state(module, state)
-    own = {canonical(k): (k, v) for k, v in module.state_dict().items()}
+    own = {canonical(k): (k, v) for k, v in local_state_dict(module).items()}
     sharded = {}
     for key, value in state.items():
         name, here = own[canonical(key)]
         sharded[name] = sharded_like(value, here)
-    nn.Module.load_state_dict(module, sharded, strict=False)
+    with without_fsdp_hooks(module):
+        nn.Module.load_state_dict(module, sharded, strict=False)
     if module.trainer.state.fn == "fit":
         for optimizer, saved in zip(strategy.optimizers, checkpoint["optimizer_states"]):
-            _load_optimizer(optimizer, saved)
+            _load_optimizer(optimizer, in_order(saved, optimizer, module))
     return checkpoint
 
 
-def _load_optimizer(optimizer: Optimizer, saved: dict[str, Any]) -> None:
+def _load_optimizer(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
     """Load the full state of an optimizer, and shard each tensor like its parameter.
 
     As in torch, parameters are matched by their order in the groups. The checkpoint of one device numbers the trained
@@ -128,7 +142,7 @@ def _load_directory(strategy: Any, path: Path, weights_only: bool) -> dict[str, 
     planner = PlainPlanner if weights_only else dcp.DefaultLoadPlanner
     module = strategy.lightning_module
     module.on_load_checkpoint(metadata)
-    current = {canonical(key): value for key, value in nn.Module.state_dict(module).items()}
+    current = {canonical(key): value for key, value in local_state_dict(module).items()}
     stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     held = {canonical(key.removeprefix("state_dict.")) for key in stored if key.startswith("state_dict.")}
     if wrong := (owned_keys(module) - held) | (held - current.keys()):

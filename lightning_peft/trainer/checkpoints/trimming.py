@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lightning_peft.core.class_swap import original_class
 from lightning_peft.core.names import canonical
 from lightning_peft.core.state.state_dict import StateError, state_keys
-from lightning_peft.core.targeting.base_modules import holds_shards
+from lightning_peft.core.targeting.base_modules import holds_shards, local_state_dict
 
 __all__ = ["check_complete", "trim_state"]
 
@@ -42,7 +42,7 @@ def _check_empty(model: nn.Module, key: str) -> None:
             f"{key} is not saved: the model is sharded, and this tensor was not gathered, so the checkpoint could not "
             "be loaded. Use a strategy that gathers the full state"
         )
-    own = {canonical(k): v for k, v in nn.Module.state_dict(model).items()}
+    own = {canonical(k): v for k, v in local_state_dict(model).items()}
     if key in own and own[key].numel():
         raise StateError(
             f"{key} is not saved: {original_class(model).__name__}.state_dict returns it without elements, but it has "

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_peft.core.record import InjectionState
 from lightning_peft.core.state.state_dict import adapter_state
+from lightning_peft.core.targeting.base_modules import local_state_dict
 from lightning_peft.trainer.packages import lightning_classes
 
 __all__ = ["print_end", "print_start", "state_bytes"]
@@ -39,7 +40,7 @@ def print_end(trainer: L.Trainer, model: nn.Module) -> None:
 
 def state_bytes(model: nn.Module) -> tuple[int, int]:
     """The sizes in bytes of the trained state, and of the state of the whole model."""
-    return _bytes(adapter_state(model)), _bytes(nn.Module.state_dict(model))
+    return _bytes(adapter_state(model)), _bytes(local_state_dict(model))
 
 
 def _bytes(state: Mapping[str, Any]) -> int:

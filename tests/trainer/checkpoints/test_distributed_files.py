@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +16,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 import lightning_peft as lp
 from lightning_peft.trainer.checkpoints.distributed_files import PlainPlanner, check_metadata
-from lightning_peft.trainer.checkpoints.sharded_folder import FILES, check_files
-from tests.trainer.toys import Toy, loader, trainer
+from lightning_peft.trainer.checkpoints.optimizer_names import optimizer_by_name
+from lightning_peft.trainer.checkpoints.sharded_folder import FILES, check_files, save_folder
+from tests.trainer.toys import Toy, loader, same, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -104,7 +107,63 @@ def test_a_damaged_list_of_files(files: object):
         check_files(Path("folder"), {FILES: files})
 
 
-def test_a_folder_is_refused_where_one_file_is_expected(tmp_path: Path) -> None:
-    folder, _ = saved()
-    with pytest.raises(lp.StateError, match="reads checkpoints that are one file"):
-        trainer(tmp_path).fit(Toy(), loader(), ckpt_path=folder)
+def sharded(tmp_path: Path) -> tuple[Path, Path]:
+    """A checkpoint of half a run as one file, and as the folder that a strategy with shards writes."""
+    module, run = Toy(), trainer(tmp_path, enable_checkpointing=False, max_epochs=1)
+    run.fit(module, loader())
+    run.save_checkpoint(tmp_path / "half.ckpt")
+    checkpoint = torch.load(tmp_path / "half.ckpt", weights_only=True)
+    checkpoint["optimizer_states"] = [optimizer_by_name(run.optimizers[0], module)]
+    alone = SimpleNamespace(is_global_zero=True, barrier=lambda: None)
+    save_folder(alone, checkpoint, tmp_path / "half.shards")
+    return tmp_path / "half.ckpt", tmp_path / "half.shards"
+
+
+class Reordered(Toy):
+    def configure_optimizers(self) -> Any:
+        optimizers, schedules = super().configure_optimizers()
+        optimizers[0].param_groups[0]["params"].reverse()
+        return optimizers, schedules
+
+
+def test_a_sharded_checkpoint_on_one_device(tmp_path: Path) -> None:
+    file, folder = sharded(tmp_path)
+    states = []
+    for path, module in ((file, Toy()), (folder, Toy()), (folder, Reordered())):
+        trainer(tmp_path, enable_checkpointing=False, max_epochs=2).fit(module, loader(), ckpt_path=path)
+        states.append(module.state_dict())
+    assert same(states[0], states[1])
+    assert same(states[0], states[2])  # the folder names the parameters of the optimizer
+    assert same(*(lp.load_from_checkpoint(Toy, path).state_dict() for path in (file, folder)))
+
+
+class TwoGroups(Toy):
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        *first, last = self.parameters()
+        return torch.optim.AdamW([{"params": first}, {"params": [last]}], lr=0.1)
+
+
+def test_folders_that_do_not_fit(tmp_path: Path) -> None:
+    _, folder = sharded(tmp_path)
+    with pytest.raises(lp.StateError, match=r"no parameter group with body"):
+        trainer(tmp_path, max_epochs=2).fit(TwoGroups(), loader(), ckpt_path=folder)
+    saved()
+    with pytest.raises(lp.StateError, match=r"folder is a folder, but not a sharded checkpoint .* it has no meta\.pt"):
+        lp.load_from_checkpoint(Toy, Path("folder"))
+    data = (folder / "__0_0.distcp").read_bytes()
+    (folder / "__0_0.distcp").write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(lp.StateError, match=r"__0_0\.distcp has changed since it was saved"):
+        lp.load_from_checkpoint(Toy, folder)
+
+
+def test_metadata_with_huge_tensors(tmp_path: Path) -> None:
+    """Memory is allocated only for tensors that the files can hold."""
+    _, folder = sharded(tmp_path)
+    with (folder / ".metadata").open("rb") as file:
+        metadata = pickle.load(file)
+    metadata.state_dict_metadata["state_dict.head.weight"].size = torch.Size([1 << 40])
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    meta = torch.load(folder / "meta.pt", weights_only=True)
+    torch.save({**meta, FILES: {}}, folder / "meta.pt")
+    with pytest.raises(lp.StateError, match="lists tensors that are larger than its files"):
+        lp.load_from_checkpoint(Toy, folder)
