@@ -68,7 +68,7 @@ def methods(args: Sequence[str], known: Iterable[Described]) -> None:
     settings = read_settings().get(command_name(found.name))
     if settings is not None:
         copy = f"lightning-peft recipes copy quickstart --method {command_name(found.name)}"
-        console.print(f"\nExample (`{copy}`):\n\n{settings.text}", markup=False, highlight=False)
+        console.print(f"\nExample ({copy}):\n\n{settings.text}", markup=False, highlight=False)
 
 
 def _plain(text: str) -> str:
