@@ -290,6 +290,7 @@ SITES = {
         "trainer/checkpoints/manifest.py",
         "torch.load",
     ): "where the user passes weights_only=False to load_from_checkpoint",
+    ("trainer/checkpoints/folder_reader.py", "torch.load"): "where the user passes weights_only=False to fit or test",
     ("trainer/checkpoints/sharded.py", "torch.load"): "where the user passes weights_only=False to fit or test",
     ("trainer/checkpoints/distributed_files.py", "torch.load"): "weights_only",
     ("core/state/moved_values.py", "pickle.dumps"): "writes",
