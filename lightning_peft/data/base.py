@@ -29,7 +29,6 @@ _STAGES = {
     "predict": ("predict",),
 }
 
-
 #: arguments that choose rows or batches, but do not change the example that a row becomes
 _WITHOUT_EFFECT = frozenset(
     {"source", "validation", "test", "predict", "validation_fraction", "batch_size", "num_workers", "group_by_length"}
