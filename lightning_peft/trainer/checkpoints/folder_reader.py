@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from lightning_peft.core.names import canonical
+from lightning_peft.core.names import canonical, listed
 from lightning_peft.core.state.state_dict import StateError
 from lightning_peft.core.state.torch_file import read_torch_file
 from lightning_peft.trainer.checkpoints.distributed_files import PlainPlanner, check_metadata
@@ -69,7 +70,10 @@ def _metadata(path: Path) -> Any:
 def _read(path: Path, wanted: Mapping[str, Any], planner: type[DefaultLoadPlanner]) -> dict[str, Any]:
     """The values in the folder by their flat keys."""
     tensors = {k: v for k, v in wanted.items() if isinstance(v, TensorStorageMetadata)}
-    size = sum(v.size.numel() * v.properties.dtype.itemsize for v in tensors.values())
+    if negative := [k for k, v in tensors.items() if any(n < 0 for n in v.size)]:
+        raise StateError(f"{path} is damaged: its .metadata gives {listed(negative)} a negative size")
+    # Not numel(), which overflows at 2**63.
+    size = sum(math.prod(v.size) * v.properties.dtype.itemsize for v in tensors.values())
     if size > sum(file.stat().st_size for file in path.iterdir()):
         raise StateError(f"{path} is damaged: its .metadata lists tensors that are larger than its files")
     state: dict[str, Any] = {
@@ -90,18 +94,20 @@ def _read(path: Path, wanted: Mapping[str, Any], planner: type[DefaultLoadPlanne
 
 def _optimizers(flat: Mapping[str, Any], metadata: Any, path: Path) -> list[dict[str, Any]]:
     """The states of the optimizers, by parameter name, from their flat values."""
-    found: dict[str, dict[str, dict[Any, Any]]] = {}
+    found: dict[int, dict[str, dict[Any, Any]]] = {}
     for key, value in flat.items():
         if not _is_module(key):
             try:
                 optimizer, part, which, option = metadata.planner_data[key]
-            except (KeyError, TypeError, ValueError) as error:
+                number = int(optimizer.rpartition("_")[2])
+                which = canonical(which) if part == "state" else int(which)
+                found.setdefault(number, {}).setdefault(part, {}).setdefault(which, {})[option] = value
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
                 raise StateError(f"{path} is damaged: its .metadata does not say what {key!r} is") from error
-            found.setdefault(optimizer, {}).setdefault(part, {}).setdefault(which, {})[option] = value
     return [
         {
-            "state": {canonical(name): values for name, values in found[key].get("state", {}).items()},
-            "param_groups": [group for _, group in sorted(found[key].get("param_groups", {}).items())],
+            "state": found[number].get("state", {}),
+            "param_groups": [group for _, group in sorted(found[number].get("param_groups", {}).items())],
         }
-        for key in sorted(found, key=lambda name: int(name.rpartition("_")[2]))
+        for number in sorted(found)
     ]

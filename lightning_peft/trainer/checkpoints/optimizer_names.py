@@ -29,15 +29,17 @@ def optimizer_by_name(optimizer: Optimizer, module: nn.Module) -> dict[str, Any]
 def in_order(saved: Mapping[str, Any], optimizer: Optimizer, module: nn.Module) -> Mapping[str, Any]:
     """Return the state of an optimizer that stores names, with its parameters in the order of ``optimizer``.
 
-    A state with numbers is returned unchanged: it is in the order in which it was saved.
+    A state with numbers is returned unchanged, because it is in the order in which it was saved; so is a state without
+    parameter groups.
 
     Raises:
         StateError: if a group of ``optimizer`` has other parameters than those of the checkpoint.
     """
-    by_name = {canonical(str(name)): value for name, value in saved["state"].items()}
-    groups = [{canonical(str(name)) for name in group["params"]} for group in saved["param_groups"]]
-    if all(isinstance(name, int) for group in saved["param_groups"] for name in group["params"]):
+    found = saved.get("param_groups", ())  # optimizers that wrap another one may have states of another form
+    if all(isinstance(name, int) for group in found for name in group["params"]):
         return saved
+    by_name = {canonical(str(name)): value for name, value in saved["state"].items()}
+    groups = [{canonical(str(name)) for name in group["params"]} for group in found]
     names, ordered = iter(_names(optimizer, module)), []
     for group in optimizer.param_groups:
         own = [next(names) for _ in group["params"]]
@@ -46,7 +48,7 @@ def in_order(saved: Mapping[str, Any], optimizer: Optimizer, module: nn.Module) 
                 f"the checkpoint has no parameter group with {listed(own)}. Build the optimizer's groups as in the run "
                 "that saved it"
             )
-        ordered.append({**saved["param_groups"][groups.index(set(own))], "params": own})
+        ordered.append({**found[groups.index(set(own))], "params": own})
     return {"state": by_name, "param_groups": ordered}
 
 

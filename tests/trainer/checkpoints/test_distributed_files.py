@@ -16,7 +16,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 import lightning_peft as lp
 from lightning_peft.trainer.checkpoints.distributed_files import PlainPlanner, check_metadata
-from lightning_peft.trainer.checkpoints.optimizer_names import optimizer_by_name
+from lightning_peft.trainer.checkpoints.folder_reader import read_folder
+from lightning_peft.trainer.checkpoints.optimizer_names import in_order, optimizer_by_name
 from lightning_peft.trainer.checkpoints.sharded_folder import FILES, check_files, save_folder
 from tests.trainer.toys import Toy, loader, same, trainer
 
@@ -156,14 +157,31 @@ def test_folders_that_do_not_fit(tmp_path: Path) -> None:
         lp.load_from_checkpoint(Toy, folder)
 
 
-def test_metadata_with_huge_tensors(tmp_path: Path) -> None:
-    """Memory is allocated only for tensors that the files can hold."""
+def test_damaged_metadata(tmp_path: Path) -> None:
+    """Memory is allocated only for tensors that the files can hold, and the error names the folder."""
     _, folder = sharded(tmp_path)
-    with (folder / ".metadata").open("rb") as file:
-        metadata = pickle.load(file)
-    metadata.state_dict_metadata["state_dict.head.weight"].size = torch.Size([1 << 40])
-    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
     meta = torch.load(folder / "meta.pt", weights_only=True)
     torch.save({**meta, FILES: {}}, folder / "meta.pt")
-    with pytest.raises(lp.StateError, match="lists tensors that are larger than its files"):
-        lp.load_from_checkpoint(Toy, folder)
+    whole = (folder / ".metadata").read_bytes()
+    huge = "lists tensors that are larger than its files"
+    for size, reason in (([1 << 40], huge), ([1 << 32, 1 << 32], huge), ([-1], r"state_dict\.head\.weight a negative")):
+        metadata = pickle.loads(whole)
+        metadata.state_dict_metadata["state_dict.head.weight"].size = torch.Size(size)
+        (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+        with pytest.raises(lp.StateError, match=reason):
+            lp.load_from_checkpoint(Toy, folder)
+    for path in (("optimizer", "state", "x", "step"), (0, "state", "x", "step"), ("optimizer_0", "state", 1, "step")):
+        metadata = pickle.loads(whole)
+        key = next(k for k in metadata.planner_data if k.startswith("optimizer_0.state"))
+        metadata.planner_data[key] = path
+        (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+        with pytest.raises(
+            lp.StateError, match=r"half\.shards is damaged: its \.metadata does not say what 'optimizer"
+        ):
+            read_folder(folder)
+
+
+def test_optimizer_states_of_another_form_are_left() -> None:
+    """Optimizers that wrap another one may have a state without parameter groups."""
+    module, state = Toy(), {"inner": {}}
+    assert in_order(state, torch.optim.SGD([torch.ones(1, requires_grad=True)], lr=0.1), module) is state
