@@ -240,7 +240,7 @@ def _plan(options: Namespace, candidates: Sequence[Any], steps: int) -> Plan:
 
 
 def _work(study: Study, console: Console) -> None:
-    """Do the work, and print a line for each piece."""
+    """Run the searches and the trainings of the study, with a progress bar and a line for each that ends."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

@@ -21,7 +21,7 @@ _WORDS = {"True": "true", "False": "false", "None": "null"}
 def in_flags(message: str, owners: Mapping[str, type] | None = None) -> str:
     """Return ``message`` with ``lp.LoRA(r=8)`` as ``--method LoRA --method.r=8`` and ``targets=["q"]`` as a flag.
 
-    Calls of other functions stay as they are, and so do arguments that no class or several classes have.
+    Calls of other functions are not changed, nor are arguments that none or several of the classes have.
 
     Args:
         message: an error message that gives advice in Python.

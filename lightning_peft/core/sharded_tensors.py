@@ -50,7 +50,7 @@ class FlatPart:
 
 
 def flat_part(tensor: Any) -> FlatPart | None:
-    """Return what FSDP1 left of a parameter of an adapted model, as the parameter's attribute says; or None."""
+    """Return the part of a parameter that FSDP1 keeps on this rank; None for a parameter that FSDP1 does not shard."""
     return getattr(tensor, "_peft_flat_part", None)
 
 

@@ -1,7 +1,7 @@
 """FSDP1 (``FSDPStrategy``): shard the frozen base, and keep what trains whole on every process.
 
-FSDP1 flattens the parameters of a unit into one, so a unit with frozen and trained parameters would hold gradients and
-optimizer state for neither cleanly, and its state dict gathers all of them. Here FSDP1 gets the frozen parameters only
+FSDP1 flattens the parameters of a unit into one. In a unit with frozen and trained parameters, the gradients would take
+memory for all of them, and the state dict would gather all of them. Here FSDP1 gets the frozen parameters only
 (``ignored_states`` names the others), and the gradients of the others are averaged as in DDP. Optimizers, clipping and
 checkpoints then work as on one device.
 """
@@ -99,8 +99,8 @@ def _adapt_precision(strategy: Any) -> None:
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Replace the gradients by their averages over all processes; a collective.
 
-    A parameter without a gradient counts as zero, unless no process has one. Repeating it changes nothing, so that it
-    may run in every backward pass of an accumulation.
+    A parameter without a gradient counts as zero, unless no process has one. Repeating it changes nothing, so it may
+    run in every backward pass of an accumulation.
     """
     every = list(parameters)
     if not every:
@@ -118,12 +118,12 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def _wrapped(strategy: Any, wrap: Callable[[Any], Any], model: Any) -> Any:
-    """``wrap(model)``, with the trained parameters left out; in a later run of the same module, its first wrapper."""
+    """Return ``wrap(model)`` without the trained parameters, or the wrapper from an earlier run of this module."""
     if (before := vars(model).get(_ROOT)) is not None:
         return before[0]
     inside = {id(m) for stack in stacks(model).values() for m in stack.modules()}
     whole = _whole_parameters(model, inside)
-    for parameter in whole:  # FSDP1 does not move what it ignores
+    for parameter in whole:  # FSDP1 does not move ignored parameters
         parameter.data = parameter.data.to(strategy.root_device)
     kwargs = dict(strategy.kwargs)
     more: dict[str, Any] = {"ignored_states": [*whole, *_ignored_by_user(kwargs)]}
@@ -141,10 +141,10 @@ def _wrapped(strategy: Any, wrap: Callable[[Any], Any], model: Any) -> Any:
 
 
 def refuse_wrapped(model: nn.Module) -> None:
-    """Refuse a model of which the user's code has wrapped parts.
+    """Refuse a model if the user's code has already wrapped parts of it.
 
     Raises:
-        MisconfigurationException: it names the parts.
+        MisconfigurationException: if there are such parts; the message names them.
     """
     wrapped = [canonical(name) for name, module in model.named_modules() if is_fsdp1(module)]
     if wrapped and _ROOT not in vars(model):
@@ -209,8 +209,8 @@ def _describe_parts(root: nn.Module) -> None:
         handle = getattr(unit, "_handle", None)
         if handle is None:
             continue
-        # FSDP1 would set plain attributes during a forward pass, and adapters could not change the weights that are
-        # read, because Python looks them up before it calls __getattr__.
+        # FSDP1 would store weights as plain attributes during a forward pass. Python finds these before it calls
+        # __getattr__, so reading a weight would bypass its adapters.
         handle._setattr_tensor = handle._setattr_param = _put
         if not handle.uses_sharded_strategy:
             continue

@@ -81,7 +81,7 @@ def adapt_strategy(trainer: L.Trainer, loaders: TrainingLoaders) -> None:
         plain = type(strategy).load_checkpoint.__qualname__ == "Strategy.load_checkpoint"
         plain = plain and original_class(strategy.checkpoint_io).__name__ == "TorchCheckpointIO"
         if plain and not Path(checkpoint_path).is_file():
-            recover_path(strategy, Path(checkpoint_path))  # the save of a folder may have been killed
+            recover_path(strategy, Path(checkpoint_path))  # the process may have been killed while saving
         if plain and Path(checkpoint_path).is_dir():
             from lightning_peft.trainer.checkpoints.folder_reader import read_folder
 

@@ -39,7 +39,7 @@ class AdapterContainer(nn.ModuleDict):
 
 
 def base_modules(model: nn.Module, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module]]:
-    """Like ``model.named_modules()``, but without inserted adapters and without what ``torch.jit`` has compiled."""
+    """Like ``model.named_modules()``, but without inserted adapters and modules that ``torch.jit`` compiled."""
     for name, module in _all_modules(model, remove_duplicate):
         if not isinstance(module, torch.jit.ScriptModule):
             yield name, module

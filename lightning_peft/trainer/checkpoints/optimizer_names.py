@@ -1,6 +1,6 @@
-"""Optimizer states that name parameters, as sharded checkpoints hold them, where a file has numbers.
+"""Convert optimizer states between parameter names (sharded checkpoints) and parameter numbers (files).
 
-torch's optimizers accept any keys in place of the numbers, so that only the order of the parameters matters.
+torch's optimizers accept any keys in place of the numbers, so only the order of the parameters matters.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ def print_end(trainer: L.Trainer, model: nn.Module) -> None:
     """Print the sizes of the checkpoint and of the full model."""
     bar: Any = trainer.progress_bar_callback
     if bar is not None:
-        bar.teardown(trainer, trainer.lightning_module, "fit")  # a running bar would be drawn over what is printed
+        bar.teardown(trainer, trainer.lightning_module, "fit")  # a running bar would be drawn over the lines
     trained, full = state_bytes(model)
     lines = [f"trainable state {_size(trained)}, full model {_size(full)}"]
     for callback in trainer.checkpoint_callbacks:

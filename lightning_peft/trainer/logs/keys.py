@@ -49,7 +49,7 @@ STEP = Key("step_norm", "", "norm of the change of the adapter's parameters in o
 UPDATE = Key(
     "relative_update",
     "",
-    "‖ΔW‖ / ‖W‖ (Frobenius) over all adapted weights; only if each ΔW is a product of low rank",
+    "‖ΔW‖ / ‖W‖ (Frobenius) over all adapted weights; only if each ΔW is a low-rank product",
     "norms",
 )
 EFFECTIVE_RANK = Key(

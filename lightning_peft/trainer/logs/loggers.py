@@ -82,7 +82,7 @@ def log_metrics(trainer: L.Trainer, metrics: Mapping[str, float]) -> None:
 
 
 def log_figure(trainer: L.Trainer, name: str, figure: Any) -> None:
-    """Log a figure to every logger; one without images gets a PNG in its folder. Only rank 0 may call this."""
+    """Log a figure to every logger, or write a PNG to its folder if it takes no images. Only rank 0 may call this."""
     step = logging_step(trainer)
     for logger in _loggers(trainer):
         experiment: Any = getattr(logger, "experiment", None)

@@ -28,9 +28,9 @@ __all__ = ["AdapterMonitor"]
 class AdapterMonitor(Callback):
     """Logs throughput, memory, and the gradients, updates and ranks of each adapter, to every logger of the Trainer.
 
-    A fit with a method and a logger gets one with the default arguments. Add your own to change these. Rank 0 measures
-    and logs. The methods' configurations and the parameter counts are always logged. docs/logging.md lists all values
-    with their names and units; :mod:`lightning_peft.trainer.logs.keys` has the names.
+    A fit with a method and a logger gets this callback with its default arguments; add it yourself to change them. Rank
+    0 measures and logs. The methods' configurations and the parameter counts are always logged. docs/logging.md lists
+    all values with their names and units; :mod:`lightning_peft.trainer.logs.keys` has the names.
 
     Args:
         every_n_steps: log every n-th optimizer step; None takes the Trainer's ``log_every_n_steps``.
@@ -77,7 +77,7 @@ class AdapterMonitor(Callback):
         self._norms: Norms | None = None
         self._updates: Updates | None = None
         self._stepped = False
-        self._explained = False  # whether a line said that the batch size is unknown
+        self._explained = False  # whether the unknown batch size was reported
         self._logs = False  # whether this process measures and logs in this fit
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -133,7 +133,7 @@ class AdapterMonitor(Callback):
 
     def _due(self, trainer: L.Trainer) -> bool:
         every = self.every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]
-        return every > 0 and (logging_step(trainer) + 1) % every == 0  # the steps in which Lightning logs too
+        return every > 0 and (logging_step(trainer) + 1) % every == 0  # the same steps as Lightning's
 
     def _measure(self, trainer: L.Trainer, module: L.LightningModule) -> dict[str, float]:
         values = self._norms.after_steps() if self._norms is not None else {}

@@ -90,7 +90,7 @@ def _norm(tensors: Iterable[Tensor]) -> Tensor:
 
 
 class Updates:
-    """The relative update and the effective rank of each adapter whose updates are products of low rank."""
+    """The relative update and the effective rank of each adapter whose updates are low-rank products."""
 
     def __init__(self, model: nn.Module) -> None:
         self._parts: dict[str, list[tuple[nn.Module, WeightAdapter]]] = {}
@@ -127,7 +127,7 @@ class Updates:
 
 
 def _grams(parts: Iterable[WeightAdapter]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield A A^T and B^T B (n, k, k) of each update that is a product of low rank and cheap to measure."""
+    """Yield A A^T and B^T B (n, k, k) of each update that is a low-rank product and cheap to measure."""
     for part in parts:
         with evaluating(part):
             pair = part.low_rank()

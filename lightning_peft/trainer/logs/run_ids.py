@@ -29,9 +29,9 @@ def run_ids(trainer: Any) -> dict[str, list[str | None]]:
 def resume_runs(loggers: Iterable[Any], ckpt_path: str | Path | None) -> None:
     """Make the loggers of W&B and MLflow continue the runs whose ids a checkpoint stores.
 
-    Call this before ``trainer.fit(ckpt_path=...)``, which starts the loggers' runs first. Otherwise W&B continues the
-    old run a moment later, and in online mode an empty run is left behind; MLflow keeps the new run. A logger that has
-    an id already, or whose run has started, keeps it.
+    Call this before ``trainer.fit(ckpt_path=...)``, because ``fit`` starts the loggers' runs before it calls any
+    callback. Otherwise W&B continues the old run a moment later, and in online mode an empty run is left behind; MLflow
+    keeps the new run. A logger that has an id already, or whose run has started, keeps it.
 
     Args:
         loggers: Any loggers, as in ``trainer.loggers``.
@@ -111,7 +111,7 @@ def _set_mlflow_id(logger: Any, run_id: str) -> None:
     _check_id(run_id, "MLflow")
     try:
         logger._mlflow_client.update_run(run_id, status="RUNNING")
-    except Exception as error:  # of mlflow, whose classes differ between kinds of stores
+    except Exception as error:  # mlflow raises other classes for each kind of store
         warnings.warn(f"MLflow run {run_id} of the checkpoint cannot be continued: {error}", stacklevel=3)
         return
     logger._run_id = run_id

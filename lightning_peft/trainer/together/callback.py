@@ -38,28 +38,30 @@ class TrainTogether(L.Callback):
     """Train the adapter of each attached method by itself, with one pass of the base for all of them.
 
     Without this callback, the adapters of several methods run one after another in the same forward. With it, each is
-    trained as if its method were the only one: it has its own optimizer, schedule, loss and metrics, and its own values
-    of what ``trainable`` selects. In each step, ``training_step`` runs once for each adapter, up to its call of the
-    network; the batches are joined, and the network runs once, as in :func:`lightning_peft.rows`. Each adapter ends
-    with the values that it would have alone, up to rounding that depends on the size of a batch.
+    trained as if its method were the only one: it has its own optimizer, schedule, loss and metrics, and its own copies
+    of the parameters that ``trainable`` selects. In each step, ``training_step`` runs once for each adapter, up to its
+    call of the network; the batches are joined, and the network runs once, as in :func:`lightning_peft.rows`. Each
+    adapter ends with the values that it would have alone, up to rounding that depends on the size of a batch.
 
     Metrics are logged under the adapter's name: ``a/val_loss``. Validation, test and prediction run once for each
     adapter. If a batch is a dictionary whose keys are the adapters' names, each adapter gets its own part. After the
     fit, no adapter is active; see :func:`lightning_peft.set_active`.
 
     Args:
-        hparams: hyperparameters that differ between adapters: by adapter name, values by the name under which the
-            module reads them in ``configure_optimizers`` and its steps (``self.hparams.lr``, ``self.lr``).
-        early_stopping: stops each adapter by itself: one callback that is copied for each, or one for each name. It
-            monitors the metric's own name (``"val_loss"``). An adapter that has stopped leaves the batch.
+        hparams: for each adapter name, a dictionary of the hyperparameters in which this adapter differs. Its keys are
+            the names that ``configure_optimizers`` and the steps read (``"lr"`` for ``self.hparams.lr`` or
+            ``self.lr``).
+        early_stopping: stops each adapter separately: one callback, which is copied for each adapter, or a dictionary
+            of callbacks by adapter name. It monitors the metric's own name (``"val_loss"``). An adapter that has
+            stopped leaves the batch.
         save_to: a folder to which the adapters are saved after the fit, each in a subfolder with its name.
 
     Raises:
         MisconfigurationException: at the start of a fit, or in its first two steps, if an adapter would not end with
             the values that it would have alone: active dropout or other random numbers, batch norm in training mode,
-            rows that influence one another. Also for less than two methods, manual optimization, several devices,
-            compiled modules, ``precision="16-mixed"``, methods that unfreeze the base step by step, and callbacks that
-            need one active adapter.
+            rows that influence one another. Also raised for fewer than two methods, manual optimization, several
+            devices, compiled modules, ``precision="16-mixed"``, methods that unfreeze the base step by step, and
+            callbacks that need one active adapter.
 
     Example::
 
@@ -119,7 +121,7 @@ class TrainTogether(L.Callback):
             if method.name in names and any(getattr(type(method), h) is not getattr(Callback, h) for h in hooks):
                 raise CannotTrainTogether(
                     f"early_stopping is not supported for {method.name!r}: {type(method).__name__} changes its adapter "
-                    "in the course of the run. Pass early_stopping for the other adapters only"
+                    "during the run. Pass early_stopping for the other adapters only"
                 )
         return names
 
@@ -169,7 +171,7 @@ class TrainTogether(L.Callback):
             if len(set(sizes.values())) > 1:
                 raise CannotTrainTogether(
                     f"the adapters have different numbers of batches: {sizes}. Alone, each would have epochs of its "
-                    "own length: give them equally many"
+                    "own length: give each adapter the same number"
                 )
         for name in sorted(self._stopped):
             self._stop(trainer, name)
@@ -197,7 +199,7 @@ class TrainTogether(L.Callback):
         self._freeze(part)
         for config in trainer.lr_scheduler_configs:
             if config.scheduler.optimizer is part:
-                config.frequency = 2**62  # never: a metric that it monitors is not logged any more
+                config.frequency = 2**62  # never, because its metric is no longer logged
 
     def _freeze(self, part: Any, frozen: bool = True) -> None:
         for group in part.param_groups:
@@ -264,7 +266,7 @@ class TrainTogether(L.Callback):
         """Run the training step of each adapter, and return the sum of the losses."""
         views = self.views(module)
         assert self._meeting is not None
-        check = batch_idx < 2  # in the second step, adapters that start at zero differ
+        check = batch_idx < 2  # also the second, because adapters often start with no effect
         if check:
             _refuse_modes(self._meeting)
         steps = {
@@ -294,11 +296,11 @@ class TrainTogether(L.Callback):
         return batch[name] if self._per_adapter(batch) else batch
 
     def each_part(self, batch: Any, call: Callable[[Any], Any]) -> Any:
-        """Call ``call`` with ``batch``, or with the part of each adapter."""
+        """Call ``call`` with ``batch``, or with each adapter's part of it."""
         return {name: call(part) for name, part in batch.items()} if self._per_adapter(batch) else call(batch)
 
     def output_of(self, outputs: Any, name: str) -> Any:
-        """Return what the step of one adapter returned."""
+        """Return the output of one adapter's step."""
         if not isinstance(outputs, Mapping) or not self._per_adapter(outputs):
             own = self._outputs.get(name)
             return own if isinstance(own, Mapping) or own is None else {"loss": own}
@@ -309,11 +311,11 @@ class TrainTogether(L.Callback):
 
 
 def _plan_with_own_values(method: Any, model: nn.Module) -> Plan:
-    """Plan ``method``, with what it trains in the base as values of its own adapter, as in a loaded adapter."""
+    """Plan ``method``; its adapter gets copies of the base parameters that it trains, as a loaded adapter has."""
     plan: Plan = type(method).plan(method, model)
     if plan.deferred:
         raise CannotTrainTogether(
-            f"{type(method).__name__} unfreezes the base in the course of the run, and all adapters share the base"
+            f"{type(method).__name__} unfreezes the base during the run, and all adapters share the base"
         )
     parameters = base_parameters(model, remove_duplicate=False)
     own = {n: p for n, p in parameters if n in plan.train or (plan.train_modules and is_within(n, *plan.train_modules))}
@@ -334,7 +336,7 @@ class _Asked:
 
 
 def _refuse_modes(meeting: Meeting) -> None:
-    """Refuse modules that would draw other random numbers, or other statistics, than for one adapter alone."""
+    """Refuse modules whose random numbers or batch statistics would differ from those of one adapter trained alone."""
     for inner, module in base_modules(meeting.point):
         name = join(meeting.where, inner)
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0:

@@ -84,7 +84,7 @@ class Meeting:
         self._warned: set[str] = set()
 
     def run(self, steps: Mapping[str, Callable[[], Any]], check: bool) -> dict[str, Any]:
-        """Run the step of each adapter, and return what each returns.
+        """Run the step of each adapter, and return their outputs by name.
 
         Args:
             steps: the step of each adapter, by the adapter's name.
@@ -150,7 +150,7 @@ class Meeting:
                 f"training_step calls {self._name} inside a context (no_grad, autocast, checkpoint) that would apply "
                 "to the steps of the other adapters too"
             )
-        return None if self.batch_first else f"the first dimension of {self._name} may not be the batch"
+        return None if self.batch_first else f"{self._name} may get inputs whose first dimension is not the batch"
 
     def _run_all(self) -> None:
         self.current = None
@@ -176,7 +176,7 @@ class Meeting:
         for call, part in zip(group, parts):
             call.output, call.done = part, True
         if self._check:
-            self._check_random()  # first, because it is the cause if outputs differ
+            self._check_random()  # first, because random numbers would also make the outputs differ
             self._compare(group[0])
         return True
 
@@ -223,7 +223,7 @@ def _random_state() -> list[Tensor]:
 
 
 def _torch_state() -> tuple:
-    """Everything that a context changes for the code inside it."""
+    """The state of torch that contexts such as ``no_grad``, autocast and checkpointing change."""
     kinds = ("cpu", "cuda")
     return (
         torch.is_grad_enabled(),

@@ -127,7 +127,7 @@ def _is_metric(module: nn.Module | None) -> bool:
 
 
 def set_values(view: Any, values: Mapping[str, Any]) -> None:
-    """Set hyperparameters of a view, wherever its module has them: in ``hparams``, as an attribute, or joined."""
+    """Set hyperparameters of a view where its module has them: in ``hparams``, as attributes, or both."""
     own = vars(view)
     own["_hparams"] = copy.copy(view.hparams)
     for key, value in values.items():
@@ -164,7 +164,7 @@ class TogetherModule(_LightningModule):
 
     def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
         joined: Any = self.trainer.optimizers[0]
-        for part in joined.parts.values():  # the norm of one adapter must not affect another
+        for part in joined.parts.values():  # separately, because the norm of one must not affect another
             super().configure_gradient_clipping(part, *args, **kwargs)
 
     def training_step(self, *args: Any) -> Any:
@@ -226,8 +226,8 @@ for _stage in ("train", "validation", "test", "predict"):
     setattr(TogetherModule, f"on_{_stage}_batch_end", _hook(f"on_{_stage}_batch_end", 1, outputs=True))
 
 
-#: mixins for methods that only some modules have: Lightning runs a validation, or passes over the hooks of a data
-#: module, if the module has them
+#: mixins for methods that only some modules have: if the module has them, Lightning runs a validation, or skips the
+#: hooks of a data module
 OPTIONAL = {
     name: type(f"Together_{name}", (nn.Module,), {name: make(name)})
     for make, names in (

@@ -17,7 +17,7 @@ __all__ = ["Call", "NotPerRow", "divide", "leaves", "stack", "together"]
 
 
 class NotPerRow(Exception):
-    """A module returned a value that does not belong to single rows; the message names it."""
+    """A module returned a value that cannot be divided into one entry per row; the message names it."""
 
 
 class Call:
