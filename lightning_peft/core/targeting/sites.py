@@ -305,8 +305,8 @@ def _nothing_to_adapt(pattern: str, modules: Mapping[str, nn.Module], sites: dic
         hint = accepted_hint([f"{pattern}.*", f"{name}.*", *inside], sites)
         nearest = f"; nearest: {hint!r}" if hint else ""
         return f"{pattern!r} matches {name!r} ({kind}), which contains layers but is not one{nearest}"
-    if isinstance(module, nn.Embedding):
-        return f"{pattern!r} matches {name!r}, an Embedding with max_norm, which rescales its own weight when it runs"
+    if getattr(module, "max_norm", None) is not None:
+        return f"{pattern!r} matches {name!r} ({kind}), which has max_norm and rescales its own weight when it runs"
     return (
         f"{pattern!r} matches {name!r} ({kind}), which has no weight to adapt; a weight method adapts Linear, "
         "Conv1d/2d/3d, ConvTranspose1d/2d/3d, Conv1D, Embedding, MultiheadAttention, LSTM, GRU, RNN and 2-D or 3-D "

@@ -71,3 +71,34 @@ def test_a_parameter_is_adapted_where_it_is_read(case: str):
         close(mine, other, 1e-10)
     lp.merge(model)
     close(model["it"](*batch), outputs[1], 1e-11)
+
+
+def test_bitfit_trains_the_bias_of_a_bilinear_layer() -> None:
+    model = nn.ModuleDict({"it": nn.Bilinear(4, 5, 3)}).double()
+    lp.apply(model, lp.BitFit())
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == ["it.bias"]
+    batch, bias = CASES["bilinear"][2](), model["it"].bias
+
+    def loss(value: Tensor) -> Tensor:
+        return functional_call(model["it"], {"bias": value}, batch).pow(2).sum()
+
+    loss(bias).backward()
+    step = 1e-6 * torch.eye(3, dtype=torch.float64)
+    with torch.no_grad():
+        differences = torch.stack([(loss(bias + d) - loss(bias - d)) / 2e-6 for d in step])
+    close(bias.grad, differences, 1e-6)
+
+
+def test_bitfit_refuses_an_embedding_bag() -> None:
+    model = nn.ModuleDict({"it": nn.EmbeddingBag(6, 4)})
+    with pytest.raises(lp.TargetError, match="finds no bias in ModuleDict, because its layers have none"):
+        lp.apply(model, lp.BitFit())
+    assert model["it"].weight.requires_grad
+
+
+@pytest.mark.parametrize("max_norm", [None, 1.0])
+def test_lora_names_what_it_can_adapt_of_an_embedding_bag(max_norm: float | None) -> None:
+    model = nn.ModuleDict({"it": nn.EmbeddingBag(6, 4, max_norm=max_norm)})
+    why = "only its parameters can be adapted: it.weight" if max_norm is None else "has max_norm and rescales"
+    with pytest.raises(lp.TargetError, match=why):
+        lp.apply(model, lp.LoRA(r=2, targets="it"))

@@ -114,7 +114,7 @@ def test_a_bare_parameter_may_have_any_name(name: str):
 @pytest.mark.parametrize(
     ("module", "message"),
     [
-        (nn.Embedding(3, 3, max_norm=1.0), "an Embedding with max_norm, which rescales its own weight when it runs"),
+        (nn.Embedding(3, 3, max_norm=1.0), ".Embedding., which has max_norm and rescales its own weight"),
         (nn.LayerNorm(3), "'it' .LayerNorm., which has no weight to adapt; a weight method adapts Linear"),
         (nn.EmbeddingBag(3, 3), "only its parameters can be adapted: it.weight"),
         (nn.ReLU(), "has no weight to adapt"),
