@@ -325,6 +325,6 @@ def test_an_untrained_body_is_not_taken_for_a_pretrained_one(tmp_path):
 
 def test_compilation_is_checked_only_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr(lifecycle, "_compiled", lambda model: asked.append(model) or True)
+    monkeypatch.setattr(lifecycle, "is_compiled", lambda model: asked.append(model) or True)
     trainer(tmp_path, max_epochs=1).fit(Toy(), loader())
     assert len(asked) == 1

@@ -108,7 +108,7 @@ def without_fsdp_hooks(model: nn.Module) -> Iterator[None]:
 
     They are collectives that need memory for the whole model, and they require that all its keys are loaded.
     """
-    units = [module for module in model.modules() if is_fsdp1(module)]
+    units = [module for _, module in _all_modules(model, remove_duplicate=True) if is_fsdp1(module)]
     before = [{hooks: vars(unit)[hooks] for hooks in _HOOKS} for unit in units]
     for unit in units:
         vars(unit).update((hooks, OrderedDict()) for hooks in _HOOKS)

@@ -13,7 +13,6 @@ from lightning.pytorch.core.optimizer import _configure_optimizers
 from lightning.pytorch.utilities.data import extract_batch_size
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torchmetrics import Metric
 
 from lightning_peft.core.adapters.lookup import stacks
 from lightning_peft.core.class_swap import add_mixin, original_class, remove_mixin
@@ -94,7 +93,7 @@ class View(_LightningModule):
 
     def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
         module, adapter = self.__dict__["_peft_view"]
-        if isinstance(value, Metric):
+        if _is_metric(value):
             kwargs.setdefault("metric_attribute", name)  # Lightning would look for it among the module's own metrics
         if kwargs.get("batch_size") is None and (batch := module._peft_together.batch_of(adapter)) is not None:
             kwargs["batch_size"] = extract_batch_size(batch)
@@ -118,12 +117,13 @@ def make_view(module: Any, adapter: str, values: Mapping[str, Any]) -> Any:
     return view
 
 
-def _is_metric(module: nn.Module | None) -> bool:
-    return (
-        module is not None
-        and any(isinstance(m, Metric) for m in module.modules())
-        and next(module.parameters(), None) is None
-    )
+def _is_metric(value: object) -> bool:
+    """Whether ``value`` is a metric, or a module of metrics without parameters."""
+    from torchmetrics import Metric
+
+    if not isinstance(value, nn.Module) or next(value.parameters(), None) is not None:
+        return False
+    return any(isinstance(m, Metric) for m in value.modules())
 
 
 def set_values(view: Any, values: Mapping[str, Any]) -> None:
