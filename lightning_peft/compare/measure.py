@@ -14,6 +14,8 @@ from pathlib import Path
 import lightning as L
 import torch
 
+from lightning_peft.trainer.logs.throughput import peak_memory as peak_since_start
+
 __all__ = ["checkpoint_size", "clock", "peak_memory", "quiet", "reset_peak"]
 
 _LOGGERS = ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric", "transformers")
@@ -44,11 +46,7 @@ def peak_memory(device: torch.device) -> int:
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/self/status").read_text().splitlines()
         return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak_since_start(torch.device("cpu")) or 0)
 
 
 @contextlib.contextmanager

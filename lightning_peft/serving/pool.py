@@ -14,7 +14,7 @@ from torch import nn
 
 from lightning_peft.core.adapters.lookup import stacks
 from lightning_peft.core.injection.remove import delete_adapter
-from lightning_peft.core.names import nearest
+from lightning_peft.core.names import listed, nearest
 from lightning_peft.formats.directory.files import CONFIG, WEIGHTS, read_header
 from lightning_peft.formats.directory.replace import complete_replacement
 from lightning_peft.formats.load import load_adapter
@@ -32,7 +32,7 @@ class AdapterFolder:
     """A folder whose subfolders are adapter directories. The name of an adapter is the name of its subfolder.
 
     A name that a client sends is only compared with the names in the folder; no path is made from it. Subfolders that
-    are symbolic links are ignored, because they may lead out of the folder.
+    are symbolic links are ignored with a warning, because they may lead out of the folder.
 
     Args:
         path: the folder.
@@ -49,6 +49,10 @@ class AdapterFolder:
             raise FileNotFoundError(f"--adapters {path} is an adapter itself: pass the folder that contains it")
         # Names found so far: listing 1000 adapters in each request would take longer than a small model.
         self._known: set[str] = set()
+        if links := sorted(p.name for p in self.path.iterdir() if p.is_symlink() and (p / CONFIG).is_file()):
+            _LOG.warning(
+                "symbolic links to adapters are not served: %s; copy the adapters into %s", listed(links), self.path
+            )
 
     def names(self) -> list[str]:
         """Return the names of all adapters, sorted."""

@@ -88,10 +88,11 @@ def test_a_damaged_adapter_is_refused_until_its_files_change_and_the_others_go_o
 
 
 @pytest.mark.parametrize("name", ["../in/a", "/etc", "a/../b", "", ".", "..", "linked", "A", "a\x00", "a" * 10_000])
-def test_no_name_reaches_outside_of_the_folder(folder: Path, name: str):
+def test_no_name_reaches_outside_of_the_folder(folder: Path, name: str, caplog):
     save_adapters(folder.parent / "outside", {"x": lp.LoRA(r=2, targets="all-linear", exclude=())})
     (folder / "linked").symlink_to(folder.parent / "outside" / "x")
     assert AdapterFolder(folder).names() == ["a", "b", "c"]
+    assert "links to adapters are not served: linked;" in caplog.text
     refused(lambda: pool_of(folder).acquire(name), 404)
 
 

@@ -361,3 +361,30 @@ def test_evaluation_is_for_each_adapter_and_the_module_is_left_as_it_was() -> No
     assert close(found[0]["a"], logits(model, "a"))
     with pytest.raises(MisconfigurationException, match="No `test_step"):
         trainer.test(model, DataLoader(data(7), 8))
+
+
+class Interrupted(Model):
+    """Records the mode in which its steps run, and ends with an error in the second epoch."""
+
+    modes: list[tuple[str, bool]]
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        type(self).modes.append(("training", self.training))
+        if self.current_epoch == 1:
+            raise InterruptedError
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        type(self).modes.append(("validation", self.training))
+        super().validation_step(batch, batch_idx)
+
+
+def test_steps_know_the_mode_and_an_interrupted_fit_leaves_adapters_trainable() -> None:
+    Interrupted.modes = []
+    model = Interrupted()
+    stop = EarlyStopping("val_loss", stopping_threshold=100.0)  # stops after the first epoch
+    together = lp.TrainTogether(early_stopping={"a": stop})
+    with pytest.raises(InterruptedError):
+        fit(model, lora("a"), lora("b"), together, validation=validation())
+    assert set(Interrupted.modes) == {("training", True), ("validation", False)}
+    assert all(p.requires_grad for stack in stacks(model).values() for p in stack.parameters())

@@ -50,7 +50,7 @@ class TrainTogether(L.Callback):
     Args:
         hparams: for each adapter name, a dictionary of the hyperparameters in which this adapter differs. Its keys are
             the names that ``configure_optimizers`` and the steps read (``"lr"`` for ``self.hparams.lr`` or
-            ``self.lr``).
+            ``self.lr``). Values that the shared network reads itself are the same for all adapters.
         early_stopping: stops each adapter separately: one callback, which is copied for each adapter, or a dictionary
             of callbacks by adapter name. It monitors the metric's own name (``"val_loss"``). An adapter that has
             stopped leaves the batch.
@@ -82,7 +82,7 @@ class TrainTogether(L.Callback):
         self.names: list[str] = []
         self._stoppers: dict[str, EarlyStopping] = {}
         self._stopped: set[str] = set()
-        self._loaded: dict[str, Any] = {}
+        self._frozen: list[nn.Parameter] = []  # of the adapters that have stopped
         self._meeting: Meeting | None = None
         self._views: dict[str, Any] = {}
         self._batch: Any = None
@@ -196,20 +196,22 @@ class TrainTogether(L.Callback):
     def _stop(self, trainer: Any, name: str) -> None:
         self._stopped.add(name)
         part = trainer.optimizers[0].parts[name]
-        self._freeze(part)
+        for group in part.param_groups:
+            for parameter in group["params"]:
+                if parameter.requires_grad:
+                    self._frozen.append(parameter.requires_grad_(False))
+                parameter.grad = None
         for config in trainer.lr_scheduler_configs:
             if config.scheduler.optimizer is part:
                 config.frequency = 2**62  # never, because its metric is no longer logged
 
-    def _freeze(self, part: Any, frozen: bool = True) -> None:
-        for group in part.param_groups:
-            for parameter in group["params"]:
-                parameter.requires_grad_(not frozen)
-                parameter.grad = None if frozen else parameter.grad
+    def _unfreeze_stopped(self) -> None:
+        for parameter in self._frozen:
+            parameter.requires_grad_(True)
+        self._frozen = []
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        for name in self._stopped:
-            self._freeze(trainer.optimizers[0].parts[name], frozen=False)
+        self._unfreeze_stopped()
         if self.save_to is not None:
             for write in adapter_writers:
                 write(pl_module, str(self.save_to))
@@ -221,6 +223,7 @@ class TrainTogether(L.Callback):
         self._leave(trainer, pl_module)
 
     def _leave(self, trainer: Any, module: Any) -> None:
+        self._unfreeze_stopped()  # after an error, on_fit_end is not called
         for callback in trainer.callbacks:
             if hasattr(callback, "plan"):
                 vars(callback).pop("plan", None)
@@ -255,6 +258,8 @@ class TrainTogether(L.Callback):
             vars(self._meeting.point)["_peft_meeting"] = self._meeting
             add_mixin(self._meeting.point, MeetingPoint)
             self._views = {name: make_view(module, name, self.values_of(name)) for name in self.names}
+        for view in self._views.values():
+            vars(view)["training"] = module.training  # not train(), which would change the modules that views share
         return {name: view for name, view in self._views.items() if name not in self._stopped}
 
     def only(self, name: str) -> AbstractContextManager[None]:

@@ -102,7 +102,8 @@ class Meeting:
         finally:
             self.current, self._calls = None, []
         self._check_random()
-        if changed := [name for name, key in self._versions().items() if buffers.get(name, key) != key]:
+        versions = self._versions() if check else {}
+        if changed := [name for name, key in versions.items() if buffers.get(name, key) != key]:
             raise CannotTrainTogether(
                 f"training_step changes the buffer {changed[0]!r}, which all adapters share: keep its module in eval "
                 "mode, or train one adapter at a time"
