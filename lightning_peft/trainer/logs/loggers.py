@@ -23,6 +23,11 @@ def loggers_of(loggers: Iterable[Any], kind: str) -> list[Any]:
     return [logger for logger in loggers if isinstance(logger, lightning_classes(f"loggers.{kind}"))]
 
 
+def _loggers(trainer: L.Trainer) -> list[Any]:
+    """The loggers without their static type, because each kind has methods of its own."""
+    return list(trainer.loggers)
+
+
 def logging_step(trainer: L.Trainer) -> int:
     """The step under which Lightning logs the values of this batch."""
     return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
@@ -43,7 +48,7 @@ def log_config(trainer: L.Trainer, model: nn.Module, record: InjectionState) -> 
     }
     config = {keys.CONFIG: {key.name: value for key, value in values.items()}}
     flat = flattened(config)
-    for logger in trainer.loggers:
+    for logger in _loggers(trainer):
         of_mlflow = bool(loggers_of([logger], "MLFlowLogger"))
         logger.log_hyperparams(_without_changed(logger, flat) if of_mlflow else config)
         # TensorBoard's HParams page shows only the first of several calls, which is Lightning's own.
@@ -73,14 +78,14 @@ def _without_changed(logger: Any, config: Mapping[str, Any]) -> dict[str, Any]:
 
 def log_metrics(trainer: L.Trainer, metrics: Mapping[str, float]) -> None:
     """Log values to every logger under Lightning's current step. Only rank 0 may call this."""
-    for logger in trainer.loggers if metrics else ():
+    for logger in _loggers(trainer) if metrics else ():
         logger.log_metrics(dict(metrics), step=logging_step(trainer))
 
 
 def log_figure(trainer: L.Trainer, name: str, figure: Any) -> None:
-    """Log a figure to every logger, or write a PNG to its folder if it takes no images. Only rank 0 may call this."""
+    """Log a figure to every logger; one without images gets a PNG in its folder. Only rank 0 may call this."""
     step = logging_step(trainer)
-    for logger in trainer.loggers:
+    for logger in _loggers(trainer):
         experiment: Any = getattr(logger, "experiment", None)
         if hasattr(logger, "log_image"):
             logger.log_image(name, [figure])
