@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from typing import Any
 
 import pytest
@@ -128,3 +129,14 @@ def test_runs_that_would_not_be_those_of_each_adapter_are_refused(callbacks: Any
     with pytest.raises(MisconfigurationException, match=f"TrainTogether: .*{why}"):
         fit(model, *callbacks(), **options)
     assert "_peft_together" not in vars(model)
+
+
+def test_many_steps_run_inside_one_another() -> None:
+    """At 24 adapters, the nested steps need more frames than Python's limit."""
+    model, names, limit = Model(), [f"m{i}" for i in range(24)], sys.getrecursionlimit()
+    fit(model, *(lora(name) for name in names), lp.TrainTogether(), max_steps=1, epochs=1)
+    for name in names:
+        moved = [p for n, p in model.named_parameters() if f".{name}.lora_B" in n]
+        assert moved
+        assert all(p.any() for p in moved)
+    assert sys.getrecursionlimit() == limit

@@ -7,6 +7,7 @@ continues with its part of the output, the last one first. No step runs twice, a
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
@@ -25,6 +26,8 @@ from lightning_peft.core.targeting.base_modules import base_buffers
 from lightning_peft.trainer.together.stacking import Call, NotPerRow, divide, leaves, stack, together
 
 __all__ = ["CannotTrainTogether", "Meeting", "MeetingPoint"]
+
+_FRAMES = 200  # Python frames between a step and its call of the network, with a margin for deeply nested models
 
 
 class CannotTrainTogether(MisconfigurationException):
@@ -97,9 +100,12 @@ class Meeting:
         self._random, buffers = _random_state(), self._versions() if check else {}
         self._steps, self._waiting, self._results, self._calls = dict(steps), list(steps), {}, []
         self._state, self._check = _torch_state(), check
+        limit = sys.getrecursionlimit()
+        sys.setrecursionlimit(limit + _FRAMES * len(steps))  # each step runs inside the previous one
         try:
             self._start_waiting()
         finally:
+            sys.setrecursionlimit(limit)
             self.current, self._calls = None, []
         self._check_random()
         versions = self._versions() if check else {}
