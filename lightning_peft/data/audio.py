@@ -56,18 +56,19 @@ class AudioFolderData(ClassFolderData):
         self.sampling_rate, self.max_seconds = sampling_rate, max_seconds
 
     def check_file(self, path: Path) -> None:
-        """Check that the file is sound with the expected sampling rate."""
+        """Check that the file can be read as audio and has the expected sampling rate."""
         samples, rate = _read(path, 1)
         if rate != self.sampling_rate:
             raise InputError(
                 f"{str(path)!r} has {rate} samples per second, but the model expects {self.sampling_rate}: convert it "
-                f"(ffmpeg -i in.wav -ar {self.sampling_rate} out.wav), or pass sampling_rate={rate} if the model does."
+                f"(ffmpeg -i in.wav -ar {self.sampling_rate} out.wav), or pass sampling_rate={rate} if the model "
+                f"expects that."
             )
         if not len(samples):
             raise InputError(f"{str(path)!r} has no sound: remove it.")
 
     def collate(self, examples: list[Example], split: str) -> dict[str, Tensor]:
-        """``input_values`` and ``attention_mask``, ``(batch, samples)``, and except in ``predict`` ``labels``."""
+        """``input_values`` and ``attention_mask``, ``(batch, samples)``, and ``labels`` except in ``predict``."""
         waves = [_read(Path(e["file"]), round(self.max_seconds * self.sampling_rate))[0] for e in examples]
         waves = [(sound - sound.mean()) / (sound.std(correction=0) + 1e-7) for sound in waves]
         masks = [torch.ones(len(sound), dtype=torch.long) for sound in waves]

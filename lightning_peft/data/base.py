@@ -46,7 +46,7 @@ class TableDataModule(L.LightningDataModule):
         source: ``"demo"``, the path of a csv, tsv, json, jsonl, parquet or txt file, or the id of a hub dataset.
         validation: If ``source`` is a file: another file. For a hub dataset: the split's name, if not ``"validation"``.
         test: The same for the test split.
-        predict: The same for the rows to predict, which need no label; ``None`` uses the test split.
+        predict: The same for the split to predict, whose rows need no label; ``None`` uses the test split.
         validation_fraction: Without ``validation``, validate on this fraction of the training rows and train on the
             rest. The choice is random but always the same.
         batch_size: Examples per batch and process.
@@ -59,7 +59,7 @@ class TableDataModule(L.LightningDataModule):
     """The columns to read; each subclass sets them."""
 
     targets: tuple[str, ...] = ()
-    """Those of ``columns`` that hold what the model learns; ``predict`` does not need them."""
+    """The members of ``columns`` that hold labels or other targets; ``predict`` does not need them."""
 
     def __init__(
         self,
@@ -196,7 +196,7 @@ class TableDataModule(L.LightningDataModule):
             self._examples[split] = renamed.map(
                 self._prepare,
                 batched=True,
-                batch_size=len(table),  # examples may span rows, such as blocks of joined texts
+                batch_size=len(table),  # an example may come from several rows (joined texts)
                 fn_kwargs={"split": split},
                 remove_columns=renamed.column_names,
                 new_fingerprint=self._fingerprint(table, split),
@@ -238,7 +238,7 @@ class TableDataModule(L.LightningDataModule):
         return {name: [example[name] for example in examples] for name in examples[0]}
 
     def _fingerprint(self, table: Dataset, split: str) -> str:
-        """Identifies the examples: the rows, the code that prepares them, and the arguments."""
+        """Return a hash of all that determines the examples: rows, preparing code and arguments."""
         from datasets.fingerprint import Hasher
 
         code = [text for c in type(self).__mro__ if issubclass(c, TableDataModule) and (text := _source(c))]  # type: ignore[arg-type]
@@ -346,7 +346,7 @@ class TextDataModule(TableDataModule):
         return tokens
 
     def check_lengths(self, lengths: Sequence[int], split: str) -> None:
-        """Refuse examples that the module's network has no positions for.
+        """Refuse examples with more tokens than the module's network has positions.
 
         Raises:
             InputError: if there are any; the message names the row and the ``max_length`` to pass.

@@ -87,7 +87,7 @@ class ClassFolderData(LabelledData):
         return table["label"][:]
 
     def examples(self, rows: list[dict[str, Any]], split: str) -> list[Example]:
-        """The path of each file, and except in ``predict`` the number of its class."""
+        """The path of each file, and the number of its class except in ``predict``."""
         if split == "predict":
             return [{"file": row["file"]} for row in rows]
         numbers = self.numbers()

@@ -71,7 +71,7 @@ class ImageFolderData(ClassFolderData):
             image.verify()
 
     def collate(self, examples: list[Example], split: str) -> dict[str, Any]:
-        """``images``, ``(batch, 3, size, size)``, and except in ``predict`` ``labels``, ``(batch,)``."""
+        """``images``, ``(batch, 3, size, size)``, and ``labels``, ``(batch,)``, except in ``predict``."""
         import numpy as np
 
         train = split == "train"

@@ -72,7 +72,10 @@ class LanguageModelData(TextDataModule):
         if block_size is not None and block_size < 2:
             raise InputError(f"block_size={block_size}: it must be at least 2 tokens.")
         if packing and (mask is not None or block_size is not None):
-            raise InputError("packing=True is for causal models, and replaces block_size: pass only one of the three.")
+            raise InputError(
+                "packing=True is for causal models, and replaces block_size: pass only one of mask, "
+                "block_size and packing."
+            )
         self.columns, self.packing = (text,), packing
         self.text, self.mask, self.block_size = text, mask, block_size
 

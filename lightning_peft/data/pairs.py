@@ -37,7 +37,7 @@ class TextPairData(TextDataModule):
         self.columns, self.targets = (text, text_pair), (text_pair,)
 
     def examples(self, rows: list[dict[str, Any]], split: str) -> list[Example]:
-        """Tokenize the texts, and except in ``predict`` their partners."""
+        """Tokenize the texts, and their partners except in ``predict``."""
         texts = self.tokenize([row[self.text] for row in rows], split)["input_ids"]
         if split == "predict":
             return [{"input_ids": ids} for ids in texts]

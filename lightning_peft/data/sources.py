@@ -134,7 +134,7 @@ def _check_fields(path: Path, source: str, delimiter: str) -> None:
     except UnicodeDecodeError as error:
         raise InputError(f"{source!r} is not encoded in UTF-8 ({error.reason}): save it as UTF-8.") from error
     except csv.Error:
-        return  # the reader of datasets says what is wrong
+        return  # the reader of datasets reports what is wrong
 
 
 def _from_hub(source: str, split: str) -> Dataset:

@@ -3,8 +3,8 @@
     pip install "ray[train]"
     python recipes/clusters/ray_train.py --workers 2 --storage /shared/runs [--gpu]
 
-Ray starts the workers, and each calls `train`. Nothing in it is special to lightning_peft: the method is a callback, as
-in any Trainer. Ray stores the checkpoints that the Trainer saves, which hold the trainable state only.
+Ray starts the workers, and each calls `train`, which contains nothing specific to lightning_peft: the method is a
+callback, as in any Trainer. Ray stores the checkpoints that the Trainer saves, which hold the trainable state only.
 """
 
 from __future__ import annotations

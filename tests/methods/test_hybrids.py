@@ -1,4 +1,4 @@
-"""Several methods on one model: one frozen base, one checkpoint, exact resume, one merge that names what it leaves."""
+"""Several methods on one model: one base, one checkpoint, exact resume, a merge that names what it leaves unmerged."""
 
 from __future__ import annotations
 

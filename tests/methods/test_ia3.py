@@ -134,7 +134,7 @@ def test_half_precision_base_keeps_small_scales():
     x = torch.randn(64, 4).bfloat16()
     base = layer(x)
     with torch.no_grad():
-        lp.trainable_parameters(layer)[0].fill_(1 + 0.75 * 2**-8)  # bfloat16 itself would round it to one
+        lp.trainable_parameters(layer)[0].fill_(1 + 0.75 * 2**-8)  # a bfloat16 parameter would round this to 1
     assert layer(x).dtype == torch.bfloat16
     assert not torch.equal(layer(x), base)
 
