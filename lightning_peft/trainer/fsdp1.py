@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,8 +24,7 @@ from lightning_peft.core.sharded_tensors import FlatPart, flat_part
 from lightning_peft.core.state.state_dict import StateError
 from lightning_peft.core.targeting.base_modules import is_fsdp1, local_state_dict
 from lightning_peft.trainer.checkpoints.optimizer_names import optimizer_by_name
-from lightning_peft.trainer.checkpoints.sharded import agreed_keys, load_file
-from lightning_peft.trainer.checkpoints.sharded_folder import recover_path, save_folder
+from lightning_peft.trainer.checkpoints.sharded import adapt_files, agreed_keys, load_file
 from lightning_peft.trainer.checkpoints.trimming import trim_state
 
 __all__ = ["adapt", "average_gradients", "refuse_wrapped"]
@@ -45,7 +43,7 @@ def adapt(strategy: Any) -> None:
             "FSDPStrategy(use_orig_params=False) is not supported with PEFT methods, because it replaces the module's "
             "parameters by flat ones without names. Remove the argument: Lightning's default is True"
         )
-    save, wrap, folder = strategy.save_checkpoint, strategy._setup_model, strategy._state_dict_type == "sharded"
+    wrap, folder = strategy._setup_model, strategy._state_dict_type == "sharded"
 
     def lightning_module_state_dict() -> dict[str, Any]:
         module = strategy.lightning_module
@@ -61,22 +59,10 @@ def adapt(strategy: Any) -> None:
         optimizer = getattr(optimizer, "_optimizer", optimizer)
         return optimizer_by_name(optimizer, strategy.lightning_module) if folder else optimizer.state_dict()
 
-    def save_checkpoint(checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        if folder and storage_options is None:
-            save_folder(strategy, checkpoint, Path(strategy.broadcast(filepath)))
-        else:
-            save(checkpoint, filepath, storage_options)
-
-    def load_checkpoint(checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        path = Path(strategy.broadcast(checkpoint_path))
-        recover_path(strategy, path)
-        return load_file(strategy, path, True if weights_only is None else weights_only)
-
     strategy._setup_model = lambda model: _wrapped(strategy, wrap, model)
     strategy.lightning_module_state_dict = lightning_module_state_dict
     strategy.optimizer_state = optimizer_state
-    strategy.save_checkpoint = save_checkpoint
-    strategy.load_checkpoint = load_checkpoint
+    adapt_files(strategy, folder, load_file)
     _adapt_precision(strategy)
 
 

@@ -6,7 +6,7 @@ trainable tensors are gathered, written and required. Lightning itself saves the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,11 @@ from lightning_peft.trainer.checkpoints.optimizer_names import in_order
 from lightning_peft.trainer.checkpoints.sharded_folder import META, check_files, recover_path, save_folder
 from lightning_peft.trainer.checkpoints.trimming import trim_state
 
-__all__ = ["adapt", "agreed_keys", "load_file"]
+__all__ = ["adapt", "adapt_files", "agreed_keys", "load_file"]
 
 
 def adapt(strategy: Any) -> None:
     """Replace the functions of this ``ModelParallelStrategy`` that collect, save and load the module's state."""
-    save = strategy.save_checkpoint
 
     def lightning_module_state_dict() -> dict[str, Any]:
         module = strategy.lightning_module
@@ -41,8 +40,24 @@ def adapt(strategy: Any) -> None:
         full = {k: _gathered(v) for k, v in state.items()}  # a collective: every rank must call it for every key
         return full if strategy.is_global_zero else {}
 
+    def load(strategy: Any, path: Path, weights_only: bool) -> dict[str, Any]:
+        return (_load_directory if path.is_dir() else load_file)(strategy, path, weights_only)
+
+    strategy.lightning_module_state_dict = lightning_module_state_dict
+    adapt_files(strategy, strategy._save_distributed_checkpoint, load)
+
+
+def adapt_files(strategy: Any, folder: bool, load: Callable[[Any, Path, bool], dict[str, Any]]) -> None:
+    """Replace the functions of a strategy that write and read checkpoints.
+
+    Args:
+        folder: whether the strategy writes each rank's part to a folder, instead of one file.
+        load: loads the checkpoint at a path into the strategy's module and optimizers.
+    """
+    save = strategy.save_checkpoint
+
     def save_checkpoint(checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        if strategy._save_distributed_checkpoint and storage_options is None:
+        if folder and storage_options is None:
             save_folder(strategy, checkpoint, Path(strategy.broadcast(filepath)))
         else:
             save(checkpoint, filepath, storage_options)
@@ -50,12 +65,10 @@ def adapt(strategy: Any) -> None:
     def load_checkpoint(checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         path = Path(strategy.broadcast(checkpoint_path))
         recover_path(strategy, path)
-        weights_only = True if weights_only is None else weights_only
-        return (_load_directory if path.is_dir() else load_file)(strategy, path, weights_only)
+        return load(strategy, path, True if weights_only is None else weights_only)
 
-    setattr(strategy, "lightning_module_state_dict", lightning_module_state_dict)  # noqa: B010 - mypy
-    setattr(strategy, "save_checkpoint", save_checkpoint)  # noqa: B010
-    setattr(strategy, "load_checkpoint", load_checkpoint)  # noqa: B010
+    strategy.save_checkpoint = save_checkpoint
+    strategy.load_checkpoint = load_checkpoint
 
 
 def agreed_keys(module: nn.Module) -> set[str]:

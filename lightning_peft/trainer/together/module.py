@@ -93,7 +93,7 @@ class View(_LightningModule):
 
     def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
         module, adapter = self.__dict__["_peft_view"]
-        if _is_metric(value):
+        if isinstance(value, nn.Module):  # a metric
             kwargs.setdefault("metric_attribute", name)  # Lightning would look for it among the module's own metrics
         if kwargs.get("batch_size") is None and (batch := module._peft_together.batch_of(adapter)) is not None:
             kwargs["batch_size"] = extract_batch_size(batch)
@@ -117,13 +117,15 @@ def make_view(module: Any, adapter: str, values: Mapping[str, Any]) -> Any:
     return view
 
 
-def _is_metric(value: object) -> bool:
-    """Whether ``value`` is a metric, or a module of metrics without parameters."""
+def _is_metric(module: nn.Module | None) -> bool:
+    """Whether a child of the user's module is a metric, or holds nothing but metrics."""
     from torchmetrics import Metric
 
-    if not isinstance(value, nn.Module) or next(value.parameters(), None) is not None:
-        return False
-    return any(isinstance(m, Metric) for m in value.modules())
+    return (
+        module is not None
+        and any(isinstance(m, Metric) for m in module.modules())
+        and next(module.parameters(), None) is None
+    )
 
 
 def set_values(view: Any, values: Mapping[str, Any]) -> None:
